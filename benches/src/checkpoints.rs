@@ -9,7 +9,8 @@ use crate::table::{Table, median};
 use crate::told;
 use anyhow::{Context, Result};
 use keel_machine::checkpoint::{
-    Destination, MemoryComes, Origin, Subject, Taken, Taker, Vault, restore,
+    Checkpointer, CreatedCheckpoint, Destination, MemoryRestore, Origin, Repository, Subject,
+    restore,
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
@@ -52,7 +53,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     let mut pauses = Vec::new();
     for _ in 0..rounds {
         told::check()?;
-        let (taken, rate) = quiet.take(&mut Taker::default())?;
+        let (taken, rate) = quiet.take(&mut Checkpointer::default())?;
         taking.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
         writing.push(plain_write(&quiet.place, taken.manifest.stored_bytes())?);
@@ -96,7 +97,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         told::check()?;
         let half = bench.machine.memories()[0].size_bytes() / 2;
         pages.move_object(0, half / 2..half + half / 2, member, PATIENCE)?;
-        let (taken, rate) = bench.take_of(Some(pages), &mut Taker::default())?;
+        let (taken, rate) = bench.take_of(Some(pages), &mut Checkpointer::default())?;
         rates.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
         writing.push(plain_write(&bench.place, taken.manifest.stored_bytes())?);
@@ -121,7 +122,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     ]);
     for rate in ["10", "50", "200"] {
         let bench = Bench::start(guests, folder, rate)?;
-        let mut taker = Taker::default();
+        let mut taker = Checkpointer::default();
         bench.take(&mut taker)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
@@ -190,18 +191,22 @@ impl Bench {
         Ok(bench)
     }
 
-    fn vault(&self) -> Result<Vault> {
+    fn vault(&self) -> Result<Repository> {
         let place = std::path::absolute(&self.place)?;
-        Ok(Vault::create(&place.display().to_string())?)
+        Ok(Repository::create(&place.display().to_string())?)
     }
 
     /// Takes one, and how many megabytes a second that were.
-    fn take(&self, taker: &mut Taker) -> Result<(Taken, f64)> {
+    fn take(&self, taker: &mut Checkpointer) -> Result<(CreatedCheckpoint, f64)> {
         self.take_of(None, taker)
     }
 
     /// As [`Self::take`], of a machine with parts.
-    fn take_of(&self, apart: Option<&Pages>, taker: &mut Taker) -> Result<(Taken, f64)> {
+    fn take_of(
+        &self,
+        apart: Option<&Pages>,
+        taker: &mut Checkpointer,
+    ) -> Result<(CreatedCheckpoint, f64)> {
         let vault = self.vault()?;
         let destination = Destination {
             vault: &vault,
@@ -228,7 +233,7 @@ impl Bench {
             machine: "m".parse().map_err(anyhow::Error::msg)?,
             id: None,
             is_clone: false,
-            memory: MemoryComes::First,
+            memory: MemoryRestore::Eager,
         };
         let limits = self.spec.limits();
         let begun = Instant::now();

@@ -291,9 +291,9 @@ fn directories() -> Result<()> {
         let at = first + page * PAGE_BYTES;
         home.write(0, at, &(page + 1).to_le_bytes(), LIMIT)?;
     }
-    home.keep_directories(true);
+    home.pin_directories(true);
     home.move_object(0, first..first + bytes, part(1)?, LIMIT)?;
-    home.keep_directories(false);
+    home.pin_directories(false);
     home.move_object(0, first + bytes..first + 2 * bytes, part(1)?, LIMIT)?;
     let reader = &parts.members()[&part(2)?];
     let begun = Instant::now();

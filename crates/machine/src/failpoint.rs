@@ -2,7 +2,7 @@
 //! the process die, stand still, wait or fail.
 //!
 //! They do nothing unless built with the feature `failpoints`, which only tests
-//! ask for. An [`Order`] is given by name: to an agent over its API (`keel debug
+//! ask for. An [`Injection`] is given by name: to an agent over its API (`keel debug
 //! failpoint`), which passes on those of workers, to the ones that run and, by
 //! [`ENVIRONMENT`], to those that it starts later. An order is for one process:
 //! what is started anew after a kill has none.
@@ -20,7 +20,7 @@ const DELAY_MS_MAX: u64 = 600_000;
 
 /// Which process passes a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum Site {
     /// The agent of the node that gives a machine away.
     SourceAgent,
     /// That machine's worker.
@@ -35,18 +35,18 @@ pub enum Place {
     Worker,
 }
 
-impl Place {
+impl Site {
     /// Whether it is a machine's worker that passes.
     pub fn is_worker(self) -> bool {
         match self {
-            Place::SourceWorker | Place::TargetWorker | Place::Worker => true,
-            Place::SourceAgent | Place::TargetAgent | Place::Agent => false,
+            Site::SourceWorker | Site::TargetWorker | Site::Worker => true,
+            Site::SourceAgent | Site::TargetAgent | Site::Agent => false,
         }
     }
 
     /// Whether it is at a move's target.
     pub fn is_target(self) -> bool {
-        matches!(self, Place::TargetAgent | Place::TargetWorker)
+        matches!(self, Site::TargetAgent | Site::TargetWorker)
     }
 }
 
@@ -56,13 +56,13 @@ pub struct Failpoint {
     /// Its name.
     pub name: &'static str,
     /// Who passes it.
-    pub place: Place,
+    pub site: Site,
     /// When.
     pub when: &'static str,
 }
 
-const fn at(name: &'static str, place: Place, when: &'static str) -> Failpoint {
-    Failpoint { name, place, when }
+const fn at(name: &'static str, site: Site, when: &'static str) -> Failpoint {
+    Failpoint { name, site, when }
 }
 
 /// All of them, in the order in which a move, a checkpoint, a restore and a
@@ -70,330 +70,330 @@ const fn at(name: &'static str, place: Place, when: &'static str) -> Failpoint {
 pub const ALL: &[Failpoint] = &[
     at(
         "move.offer",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the target is asked",
     ),
     at(
         "offer.checked",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "memory, CPU and volumes fit",
     ),
-    at("offer.fetched", Place::TargetAgent, "the module is here"),
+    at("offer.fetched", Site::TargetAgent, "the module is here"),
     at(
         "offer.reserved",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "the reservation is in the store",
     ),
-    at("offer.started", Place::TargetAgent, "its worker answers"),
+    at("offer.started", Site::TargetAgent, "its worker answers"),
     at(
         "in.listening",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the module is compiled, the port is open",
     ),
     at(
         "offer.accepted",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before the answer to the offer",
     ),
     at(
         "move.accepted",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "the target has accepted",
     ),
     at(
         "out.connect",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before the connection to the target's worker",
     ),
     at(
         "in.greeted",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the source has said who it is",
     ),
     at(
         "out.hello",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before writes are tracked and pages sent",
     ),
     at(
         "out.round",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "a round was sent, its answer not yet read",
     ),
     at(
         "in.round",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "a round has arrived, not yet answered",
     ),
     at(
         "out.converged",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "little is left, not yet said",
     ),
     at(
         "move.store",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the round trip to the store",
     ),
     at(
         "move.freeze",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the worker is asked to freeze",
     ),
     at(
         "out.freeze",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before the threads are stopped",
     ),
-    at("out.frozen", Place::SourceWorker, "the threads stand"),
+    at("out.frozen", Site::SourceWorker, "the threads stand"),
     at(
         "out.last-pages",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the last pages are sent",
     ),
     at(
         "out.image",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "threads and WASI state are sent",
     ),
     at(
         "in.image",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "all has arrived, nothing made of it",
     ),
     at(
         "in.ready",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the machine is made, not yet said",
     ),
     at(
         "in.prepared",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "it was said that it is ready",
     ),
     at(
         "out.prepared",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the target is ready, the agent not told",
     ),
-    at("move.commit", Place::SourceAgent, "before the commit"),
+    at("move.commit", Site::SourceAgent, "before the commit"),
     at(
         "move.committed",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "after the commit; an error loses its answer",
     ),
     at(
         "move.settle",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "in doubt, before the own write",
     ),
     at(
         "move.settled",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "in doubt, after it; an error loses its answer",
     ),
     at(
         "move.go",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the target is told to go on",
     ),
-    at("out.go", Place::SourceWorker, "before its worker is told"),
+    at("out.go", Site::SourceWorker, "before its worker is told"),
     at(
         "fill.name",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: committed, what was written last not named",
     ),
     at(
         "in.go",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "before the machine goes on at the target",
     ),
-    at("in.gone", Place::TargetWorker, "it goes on, not yet said"),
+    at("in.gone", Site::TargetWorker, "it goes on, not yet said"),
     at(
         "out.gone",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the source knows, its agent does not",
     ),
     at(
         "arrived.running",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before the store is told that it runs",
     ),
     at(
         "arrival.asked",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "the source's agent asks what became of it",
     ),
     at(
         "arrival.settle",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before an arrival without its source is settled",
     ),
     at(
         "arrival.settled",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "after that write; an error loses its answer",
     ),
     at(
         "fill.serve",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: it runs there, no page was sent since",
     ),
     at(
         "fill.push",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: some pages were sent unasked",
     ),
     at(
         "fill.pull",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: a page is asked for",
     ),
     at(
         "fill.page",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "post-copy: before what came is put in place",
     ),
     at(
         "fill.wait",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "post-copy: before a page is asked for",
     ),
     at(
         "fill.all",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "post-copy: all is there, not yet said",
     ),
     at(
         "move.served",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "post-copy: the target has everything",
     ),
     at(
         "move.take-back",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the machine is taken back",
     ),
     at(
         "move.taken-back",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "after that write; an error loses its answer",
     ),
     at(
         "move.thaw",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the worker is asked to go on",
     ),
     at(
         "out.thaw",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before the machine goes on at the source",
     ),
     at(
         "move.abort",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the target is told that it is over",
     ),
     at(
         "move.forget",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the frozen copy is dropped",
     ),
     at(
         "move.report",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the report is written",
     ),
     at(
         "keep.asked",
-        Place::Agent,
+        Site::Agent,
         "before a worker is asked for a checkpoint",
     ),
-    at("take.round", Place::Worker, "a round was copied"),
+    at("take.round", Site::Worker, "a round was copied"),
     at(
         "take.frozen",
-        Place::Worker,
+        Site::Worker,
         "the machine stands still for a checkpoint",
     ),
     at(
         "take.packs",
-        Place::Worker,
+        Site::Worker,
         "it runs again, not all packs are stored",
     ),
     at(
         "take.manifest",
-        Place::Worker,
+        Site::Worker,
         "all but the manifest is stored",
     ),
     at(
         "take.stored",
-        Place::Worker,
+        Site::Worker,
         "the manifest is stored, nobody knows",
     ),
     at(
         "keep.taken",
-        Place::Agent,
+        Site::Agent,
         "the checkpoint is made, not yet said",
     ),
-    at("restore.manifest", Place::Worker, "the manifests are read"),
+    at("restore.manifest", Site::Worker, "the manifests are read"),
     at(
         "restore.pages",
-        Place::Worker,
+        Site::Worker,
         "memory is filled, no threads yet",
     ),
     at(
         "start.worker",
-        Place::Agent,
+        Site::Agent,
         "a machine's worker answers, it is not started",
     ),
     at(
         "apart.held",
-        Place::Agent,
+        Site::Agent,
         "a machine is held, and has no parts yet",
     ),
     at(
         "apart.spans",
-        Place::Agent,
+        Site::Agent,
         "its parts have met, its memory is not read",
     ),
     at(
         "apart.brought",
-        Place::Worker,
+        Site::Worker,
         "its memory is on its parts, it does not run",
     ),
     at(
         "home.way",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "threads and pages of a home that moves have left, the machine runs",
     ),
     at(
         "home.left",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the machine stands, and its home has nothing any more",
     ),
     at(
         "home.succeeds",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the commit won, no other part knows its home yet",
     ),
     at(
         "parts.known",
-        Place::Agent,
+        Site::Agent,
         "all members know a part that comes, its home does not",
     ),
     at(
         "parts.gone",
-        Place::Worker,
+        Site::Worker,
         "a part is gone, and nobody is told",
     ),
     at(
         "start.running",
-        Place::Agent,
+        Site::Agent,
         "it runs, the store does not know",
     ),
     at(
         "end.seen",
-        Place::Agent,
+        Site::Agent,
         "a machine has ended, the store does not know",
     ),
 ];
@@ -418,7 +418,7 @@ pub enum Action {
 
 /// What is to happen, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Order {
+pub struct Injection {
     /// What.
     pub action: Action,
     /// Passes that go by before it happens.
@@ -432,13 +432,13 @@ pub struct Order {
 #[error(
     "{0:?} is no order for a failpoint: kill, stop, error or delay(MILLISECONDS), then @N for the N-th pass or * for all"
 )]
-pub struct BadOrder(String);
+pub struct InvalidInjection(String);
 
-impl FromStr for Order {
-    type Err = BadOrder;
+impl FromStr for Injection {
+    type Err = InvalidInjection;
 
-    fn from_str(text: &str) -> Result<Self, BadOrder> {
-        let bad = || BadOrder(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, InvalidInjection> {
+        let bad = || InvalidInjection(text.to_owned());
         let (word, skip, always) = match (text.strip_suffix('*'), text.split_once('@')) {
             (Some(word), _) => (word, 0, true),
             (None, Some((word, pass))) => {
@@ -459,7 +459,7 @@ impl FromStr for Order {
                 .map(|ms| Action::Delay(Duration::from_millis(ms)))
                 .ok_or_else(bad)?,
         };
-        Ok(Order {
+        Ok(Injection {
             action,
             skip,
             always,
@@ -467,7 +467,7 @@ impl FromStr for Order {
     }
 }
 
-impl fmt::Display for Order {
+impl fmt::Display for Injection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.action {
             Action::Kill => f.write_str("kill")?,
@@ -490,20 +490,20 @@ pub struct Injected(&'static str);
 
 #[cfg(feature = "failpoints")]
 mod on {
-    use super::{Action, ENVIRONMENT, Injected, LOG_ENVIRONMENT, Order, find};
+    use super::{Action, ENVIRONMENT, Injected, Injection, LOG_ENVIRONMENT, find};
     use rustix::process::{Signal, getpid, kill_process};
     use std::collections::BTreeMap;
     use std::sync::{Mutex, MutexGuard};
     use std::time::Duration;
 
-    static ORDERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
+    static ORDERS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
 
-    fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
+    fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
         ORDERS.lock().unwrap_or_else(|error| error.into_inner())
     }
 
     /// Gives this process an order, or takes it back.
-    pub fn set(name: &str, order: Option<Order>) {
+    pub fn set(name: &str, order: Option<Injection>) {
         let Some(failpoint) = find(name) else { return };
         match order {
             Some(order) => orders().insert(failpoint.name, order),
@@ -633,7 +633,7 @@ mod tests {
             "kill@3",
             "delay(1)*",
         ] {
-            assert_eq!(text.parse::<Order>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<Injection>().unwrap().to_string(), text);
         }
         for text in [
             "",
@@ -645,7 +645,11 @@ mod tests {
             "@2",
             "*",
         ] {
-            assert_eq!(text.parse::<Order>(), Err(BadOrder(text.into())), "{text}");
+            assert_eq!(
+                text.parse::<Injection>(),
+                Err(InvalidInjection(text.into())),
+                "{text}"
+            );
         }
     }
 

@@ -79,10 +79,10 @@ const KIND_ALL_SENT: u16 = 15;
 const KIND_FILLED: u16 = 16;
 const KIND_BLOCK: u16 = 17;
 const KIND_CUT: u16 = 18;
-const KIND_STANDS: u16 = 19;
+const KIND_FROZEN: u16 = 19;
 const KIND_PARTS: u16 = 20;
 const KIND_LOG_BEGINS: u16 = 21;
-const KIND_LOG_AGAIN: u16 = 22;
+const KIND_LOG_RESEND: u16 = 22;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,7 +197,7 @@ pub enum Message {
     /// There is nothing more to send.
     AllSent,
     /// The machine stands still from now on: what follows is waited for.
-    Stands,
+    Frozen,
     /// The target has everything.
     Filled(FillReport),
     /// A piece of what the home of a machine that spans leaves to its successor.
@@ -209,7 +209,7 @@ pub enum Message {
         offset: u64,
     },
     /// The target lacks output from an offset on: it is to come again.
-    LogAgain {
+    LogResend {
         /// The offset.
         offset: u64,
     },
@@ -317,13 +317,13 @@ impl Message {
                 page: number(payload, 8)?,
             },
             KIND_ALL_SENT => Message::AllSent,
-            KIND_STANDS => Message::Stands,
+            KIND_FROZEN => Message::Frozen,
             KIND_PARTS => Message::Parts(Bytes::copy_from_slice(payload)),
             KIND_FILLED => Message::Filled(plain(payload)?),
             KIND_LOG_BEGINS => Message::LogBegins {
                 offset: number(payload, 0)?,
             },
-            KIND_LOG_AGAIN => Message::LogAgain {
+            KIND_LOG_RESEND => Message::LogResend {
                 offset: number(payload, 0)?,
             },
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
@@ -396,10 +396,10 @@ impl Message {
                 (KIND_PULL, bytes)
             }
             Message::AllSent => (KIND_ALL_SENT, Vec::new()),
-            Message::Stands => (KIND_STANDS, Vec::new()),
+            Message::Frozen => (KIND_FROZEN, Vec::new()),
             Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
             Message::LogBegins { offset } => (KIND_LOG_BEGINS, offset.to_le_bytes().to_vec()),
-            Message::LogAgain { offset } => (KIND_LOG_AGAIN, offset.to_le_bytes().to_vec()),
+            Message::LogResend { offset } => (KIND_LOG_RESEND, offset.to_le_bytes().to_vec()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -416,7 +416,7 @@ pub type WritePages<'a> = dyn FnMut(u32, u64, &[u8]) -> Result<(), LinkError> + 
 
 /// Pages of which a part has arrived.
 #[derive(Debug)]
-struct Arriving {
+struct PartialPages {
     memory: u32,
     /// What is still to come.
     range: Range<u64>,
@@ -438,7 +438,7 @@ pub struct Link {
 struct Parser {
     /// The beginning of a frame, up to the bytes of pages.
     input: Vec<u8>,
-    arriving: Option<Arriving>,
+    arriving: Option<PartialPages>,
 }
 
 impl Parser {
@@ -519,7 +519,7 @@ impl Parser {
                 header.payload_bytes
             )));
         };
-        self.arriving = Some(Arriving { memory, range });
+        self.arriving = Some(PartialPages { memory, range });
         self.input.clear();
         Ok(None)
     }
@@ -721,7 +721,7 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError::Io`].
-    pub fn be_quick(&self) -> Result<(), LinkError> {
+    pub fn use_frozen_timeout(&self) -> Result<(), LinkError> {
         let socket = self.stream.socket();
         socket.set_read_timeout(Some(FROZEN_PATIENCE))?;
         socket.set_write_timeout(Some(FROZEN_PATIENCE))?;
@@ -733,7 +733,7 @@ impl Link {
     ///
     /// # Errors
     /// [`LinkError::Io`].
-    pub fn be_patient(&self) -> Result<(), LinkError> {
+    pub fn wait_without_timeout(&self) -> Result<(), LinkError> {
         self.stream.socket().set_read_timeout(None)?;
         Ok(())
     }
@@ -840,7 +840,7 @@ mod tests {
                 pages: 1 << 40,
             },
             Message::LogBegins { offset: 1 << 40 },
-            Message::LogAgain { offset: 12 },
+            Message::LogResend { offset: 12 },
             Message::Log {
                 offset: 5,
                 bytes: Bytes::from_static(b"hello"),
@@ -857,7 +857,7 @@ mod tests {
                 bytes: 0,
             },
             Message::RoundEnd,
-            Message::Stands,
+            Message::Frozen,
             Message::Parts(Bytes::from_static(b"parts")),
             Message::Image(Bytes::from_static(b"x")),
             Message::ImageEnd,

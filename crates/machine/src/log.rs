@@ -104,7 +104,7 @@ impl Log {
     ///
     /// # Errors
     /// The file system's.
-    pub fn left(folder: &Path) -> std::io::Result<Self> {
+    pub fn open_read_only(folder: &Path) -> std::io::Result<Self> {
         let segments = match segments_of(folder, |path| File::open(path)) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !folder.exists() => {
                 Vec::new()
@@ -562,7 +562,7 @@ mod tests {
         assert_eq!(copy.state().segments.len(), 2);
         drop(copy);
         let (left, opened) = (
-            Log::left(target.path()).unwrap(),
+            Log::open_read_only(target.path()).unwrap(),
             Log::open(target.path(), 0).unwrap(),
         );
         assert_eq!((left.end(), opened.end()), (log.end(), log.end()));
@@ -573,10 +573,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         // Before it is begun, whose first byte is not the machine's first.
         let there = folder.path().join("m");
-        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert_eq!(Log::open_read_only(&there).unwrap().end(), 0);
         assert!(!there.exists());
         std::fs::create_dir(&there).unwrap();
-        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert_eq!(Log::open_read_only(&there).unwrap().end(), 0);
         assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0);
         let log = Log::open(&there, 500).unwrap();
         let texts: Vec<String> = (0..20_000).map(|it| format!("line {it}\n")).collect();
@@ -585,7 +585,7 @@ mod tests {
             scope.spawn(|| {
                 let mut seen = 500;
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    let left = Log::left(&there).unwrap();
+                    let left = Log::open_read_only(&there).unwrap();
                     assert!(left.is_closed() && left.end() >= seen);
                     seen = left.end();
                     let (offset, mut bytes) = left.read(0, 1 << 30).unwrap();
@@ -600,7 +600,10 @@ mod tests {
             }
             over.store(true, std::sync::atomic::Ordering::Relaxed);
         });
-        let (_, mut bytes) = Log::left(&there).unwrap().read(500, 1 << 30).unwrap();
+        let (_, mut bytes) = Log::open_read_only(&there)
+            .unwrap()
+            .read(500, 1 << 30)
+            .unwrap();
         let written: Vec<u8> = split_records(&mut bytes)
             .into_iter()
             .flat_map(|(_, text)| text)

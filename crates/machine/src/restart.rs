@@ -22,7 +22,7 @@ const FIRST_DELAY: Duration = Duration::from_millis(200);
 const DELAY_MAX: Duration = Duration::from_secs(60);
 /// A machine that ran this long starts afresh in the count, as in other container
 /// engines.
-const GOOD_LIFE_MS: u64 = 10_000;
+const STABLE_RUN_MS: u64 = 10_000;
 
 /// When a machine is started again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +51,7 @@ impl Restart {
 
 /// A restart that is to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct RestartPlan {
     /// Time until then.
     pub delay: Duration,
     /// How many there were then, since the last good life.
@@ -62,7 +62,7 @@ pub struct Plan {
 
 /// What follows the end of a machine that ran `lived_ms` after `restarts`
 /// restarts; `None` if it stays as it is.
-pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Option<Plan> {
+pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Option<RestartPlan> {
     let failed = match end {
         Status::Exited { code } => *code != 0,
         Status::Trapped { .. } | Status::Failed { .. } => true,
@@ -79,7 +79,7 @@ pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Op
         Restart::OnFailure if failed => {}
         Restart::OnFailure | Restart::No => return None,
     }
-    let before = if lived_ms >= GOOD_LIFE_MS {
+    let before = if lived_ms >= STABLE_RUN_MS {
         0
     } else {
         restarts
@@ -87,7 +87,7 @@ pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Op
     let delay = FIRST_DELAY
         .saturating_mul(2u32.saturating_pow(before))
         .min(DELAY_MAX);
-    Some(Plan {
+    Some(RestartPlan {
         delay,
         restarts: before.saturating_add(1),
         from_checkpoint: matches!(end, Status::Failed { .. }),
@@ -145,7 +145,7 @@ mod tests {
         }
         assert_eq!(delays[..4], [200, 400, 800, 1600]);
         assert_eq!(delays[10..], [60_000, 60_000]);
-        let plan = decide(Restart::OnFailure, &failed(), u32::MAX, GOOD_LIFE_MS).unwrap();
+        let plan = decide(Restart::OnFailure, &failed(), u32::MAX, STABLE_RUN_MS).unwrap();
         assert_eq!((plan.restarts, plan.delay), (1, FIRST_DELAY));
     }
 }

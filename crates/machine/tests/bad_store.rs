@@ -5,7 +5,8 @@
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    Destination, MemoryComes, Origin, Rest, Retention, Subject, Taker, Vault, compact, restore,
+    Checkpointer, Destination, MemoryRestore, Origin, RemainingMemory, Repository, Retention,
+    Subject, compact, restore,
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
@@ -219,10 +220,10 @@ struct Running {
     machine: Machine,
     engine: Engine,
     log: Log,
-    taker: Taker,
+    taker: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
-    vault: Vault,
+    vault: Repository,
     spec: Spec,
 }
 
@@ -268,19 +269,19 @@ impl Running {
             machine,
             engine,
             log: Log::open(folder.path(), 0).unwrap(),
-            taker: Taker::default(),
+            taker: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
                 .build()
                 .unwrap(),
             folder,
-            vault: Vault::open_with("s3://kept", settings, Duration::from_secs(3)).unwrap(),
+            vault: Repository::open_with("s3://kept", settings, Duration::from_secs(3)).unwrap(),
             spec,
         }
     }
 
-    fn take(&mut self) -> Result<keel_machine::checkpoint::Taken, String> {
+    fn take(&mut self) -> Result<keel_machine::checkpoint::CreatedCheckpoint, String> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: self.spec.clone(),
@@ -306,8 +307,8 @@ impl Running {
             id: None,
             is_clone: false,
             memory: match warm {
-                true => MemoryComes::Behind,
-                false => MemoryComes::First,
+                true => MemoryRestore::Lazy,
+                false => MemoryRestore::Eager,
             },
         };
         let folder = self.folder.path().join("volumes");
@@ -315,7 +316,7 @@ impl Running {
         let runtime = self.runtime.handle();
         let restored = restore(&origin, vault, &self.engine, limits, runtime, &folder)
             .map_err(|error| error.to_string())?;
-        if let Rest::Behind(behind) = &restored.rest {
+        if let RemainingMemory::Lazy(behind) = &restored.rest {
             behind.begin(|_| {}).map_err(|error| error.to_string())?;
             behind.wait()?;
         }

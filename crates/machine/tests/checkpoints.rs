@@ -4,8 +4,9 @@
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    CHAIN_MAX, CheckpointId, Destination, Later, MemoryComes, Origin, Rest, RestoreError, Restored,
-    Retention, Subject, TakeError, Taken, Taker, Vault, VaultError, compact, restore,
+    CHAIN_MAX, CheckpointId, Checkpointer, CreateError, CreatedCheckpoint, Destination,
+    MemoryRestore, Origin, RemainingMemory, Repository, RepositoryError, RestoreError, Restored,
+    Retention, SpanningRestore, Subject, compact, restore,
 };
 use keel_machine::log::Log;
 use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
@@ -34,7 +35,7 @@ struct Running {
     output: Arc<MemorySink>,
     log: Log,
     engine: Engine,
-    taker: Taker,
+    taker: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
 }
@@ -115,7 +116,7 @@ impl Running {
             output,
             log: Log::open(&folder.path().join("log"), 0).unwrap(),
             engine,
-            taker: Taker::default(),
+            taker: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
@@ -125,8 +126,8 @@ impl Running {
         }
     }
 
-    fn vault(&self) -> Vault {
-        Vault::create(&self.place().display().to_string()).unwrap()
+    fn vault(&self) -> Repository {
+        Repository::create(&self.place().display().to_string()).unwrap()
     }
 
     /// Where restored volumes go.
@@ -138,11 +139,15 @@ impl Running {
         self.folder.path().join("vault")
     }
 
-    fn take(&mut self, full: bool) -> Taken {
+    fn take(&mut self, full: bool) -> CreatedCheckpoint {
         self.try_take(full, &AtomicBool::new(false)).unwrap()
     }
 
-    fn try_take(&mut self, full: bool, give_up: &AtomicBool) -> Result<Taken, TakeError> {
+    fn try_take(
+        &mut self,
+        full: bool,
+        give_up: &AtomicBool,
+    ) -> Result<CreatedCheckpoint, CreateError> {
         self.try_take_apart(None, full, give_up)
     }
 
@@ -152,7 +157,7 @@ impl Running {
         apart: Option<&Pages>,
         full: bool,
         give_up: &AtomicBool,
-    ) -> Result<Taken, TakeError> {
+    ) -> Result<CreatedCheckpoint, CreateError> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: spec(),
@@ -171,13 +176,13 @@ impl Running {
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
-        self.restore_as(id, MemoryComes::First)
+        self.restore_as(id, MemoryRestore::Eager)
     }
 
     fn restore_as(
         &self,
         id: Option<&CheckpointId>,
-        memory: MemoryComes,
+        memory: MemoryRestore,
     ) -> Result<Restored, RestoreError> {
         let origin = Origin {
             vault: self.place().display().to_string(),
@@ -208,7 +213,7 @@ impl Running {
     }
 
     /// A machine that stands, what it is to print, and what of its memory is to come.
-    fn prepare(&self, restored: Restored) -> (Machine, Arc<MemorySink>, Rest) {
+    fn prepare(&self, restored: Restored) -> (Machine, Arc<MemorySink>, RemainingMemory) {
         let output = Arc::new(MemorySink::default());
         let resources = Resources {
             stdout: Box::new(output.clone()),
@@ -217,7 +222,7 @@ impl Running {
         };
         let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
         let limits = Limits::default();
-        if let Rest::Behind(behind) = &restored.rest {
+        if let RemainingMemory::Lazy(behind) = &restored.rest {
             behind.begin(|result| result.unwrap()).unwrap();
         }
         let machine = Machine::prepare(
@@ -273,8 +278,8 @@ fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
     }
     for (round, (before, taken, after)) in taken.iter().enumerate().rev() {
         let memory = match round % 2 {
-            1 => MemoryComes::Behind,
-            _ => MemoryComes::First,
+            1 => MemoryRestore::Lazy,
+            _ => MemoryRestore::Eager,
         };
         let restored = running.restore_as(Some(&taken.manifest.id), memory);
         let text = running.finish(restored.unwrap());
@@ -358,7 +363,7 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
             let before = running.lines();
             match running.try_take_apart(Some(&pages), false, &never) {
                 Ok(one) => taken.push((before, one, running.lines())),
-                Err(TakeError::Machine(MachineError::Ended)) => break,
+                Err(CreateError::Machine(MachineError::Ended)) => break,
                 Err(error) => panic!("{name}: {error}"),
             }
         }
@@ -430,7 +435,7 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
     let full = take(&mut running, &apart, true);
     assert!(full.0 && full.1 >= all);
     // A part that gave some of it goes.
-    apart.part_with(part(2), part(1), LIMIT).unwrap();
+    apart.remove_part(part(2), part(1), LIMIT).unwrap();
     assert!(few(take(&mut running, &apart, false)));
     // One that stands on three others, and one that stands on a full one.
     for one in [&taken[3], &taken[5]] {
@@ -473,12 +478,12 @@ fn alone_again_a_full_one_comes_first() {
 
 #[derive(Debug)]
 enum BringError {
-    Vault(VaultError),
+    Vault(RepositoryError),
     Span(SpanError),
 }
 
-impl From<VaultError> for BringError {
-    fn from(error: VaultError) -> Self {
+impl From<RepositoryError> for BringError {
+    fn from(error: RepositoryError) -> Self {
         BringError::Vault(error)
     }
 }
@@ -503,17 +508,17 @@ fn what_is_larger_than_a_part_comes_to_several() {
         stands: true,
     };
     let begin = |id: Option<&CheckpointId>, parts, how| {
-        let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+        let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
         let restored = running.restore_as(id, comes).unwrap();
         let (machine, output, rest) = running.prepare(restored);
-        let Rest::Later(later) = rest else {
+        let RemainingMemory::Spanning(later) = rest else {
             panic!("its memory is there");
         };
         assert!(later.bytes() >= 24 << 20);
         let apart = InProcess::begin(&machine, parts, 256 << 20, how).unwrap();
         (machine, output, later, apart)
     };
-    let bring = |later: &Later, pages: &Pages| {
+    let bring = |later: &SpanningRestore, pages: &Pages| {
         let most = AtomicU64::new(0);
         let write = |memory: usize, at, bytes: &[u8]| -> Result<(), BringError> {
             pages.await_room().map_err(BringError::Span)?;
@@ -562,12 +567,12 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let (machine, output, later, apart) = begin(Some(&id), 4, how);
     let error = bring(&later, apart.home().pages()).unwrap_err();
     assert!(
-        matches!(error, BringError::Vault(VaultError::Part { .. })),
+        matches!(error, BringError::Vault(RepositoryError::Part { .. })),
         "{error:?}"
     );
     machine.stop();
     assert!(output.bytes().is_empty());
-    let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+    let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
     let error = running.restore_as(None, comes).err().unwrap();
     assert!(matches!(error, RestoreError::NoneWhole { .. }), "{error}");
     // Nobody reads it any more.
@@ -681,7 +686,7 @@ fn a_warm_start_needs_no_memory_at_first() {
     running.wait_lines(running.lines() + 1);
     let taken = running.take(false);
     running.machine.stop();
-    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
+    let restored = running.restore_as(None, MemoryRestore::Lazy).unwrap();
     let populated: u64 = restored
         .memories
         .iter()
@@ -689,7 +694,7 @@ fn a_warm_start_needs_no_memory_at_first() {
         .map(|range| range.end - range.start)
         .sum();
     assert_eq!(populated, 0);
-    let Rest::Behind(behind) = &restored.rest else {
+    let RemainingMemory::Lazy(behind) = &restored.rest else {
         panic!("it is not warm");
     };
     let (tell, told) = std::sync::mpsc::channel();
@@ -725,8 +730,8 @@ fn a_warm_start_needs_no_memory_at_first() {
         bytes[at] ^= 4;
     }
     std::fs::write(&pack, &bytes).unwrap();
-    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
-    let Rest::Behind(behind) = restored.rest else {
+    let restored = running.restore_as(None, MemoryRestore::Lazy).unwrap();
+    let RemainingMemory::Lazy(behind) = restored.rest else {
         panic!("it is not warm");
     };
     let (tell, told) = std::sync::mpsc::channel();
@@ -739,7 +744,7 @@ fn a_warm_start_needs_no_memory_at_first() {
     // What is cut or missing is seen before anything runs.
     std::fs::write(&pack, &bytes[..last]).unwrap();
     let error = running
-        .restore_as(None, MemoryComes::Behind)
+        .restore_as(None, MemoryRestore::Lazy)
         .err()
         .unwrap()
         .to_string();
@@ -917,9 +922,9 @@ fn what_is_being_read_is_not_deleted() {
     let keep = |now| vault.keep(&runtime, &name, one, now).unwrap();
     assert_eq!(keep(unix_ms()), []);
     let restored = running
-        .restore_as(Some(&second.id), MemoryComes::Behind)
+        .restore_as(Some(&second.id), MemoryRestore::Lazy)
         .unwrap();
-    let Rest::Behind(behind) = &restored.rest else {
+    let RemainingMemory::Lazy(behind) = &restored.rest else {
         panic!("it is not warm");
     };
     runtime
@@ -992,7 +997,7 @@ fn chains_end_and_what_was_given_up_does_not_count() {
     let before = running.restore(None).unwrap().manifest.id;
     running.wait_lines(running.lines() + 1);
     let error = running.try_take(false, &AtomicBool::new(true));
-    assert!(matches!(error, Err(TakeError::GivenUp)));
+    assert!(matches!(error, Err(CreateError::GivenUp)));
     assert_eq!(running.restore(None).unwrap().manifest.id, before);
     // What was written meanwhile is not forgotten: the next is a full one.
     assert!(running.take(false).manifest.parent.is_none());
@@ -1008,7 +1013,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
         machine: "m".parse().unwrap(),
         id: None,
         is_clone: false,
-        memory: MemoryComes::First,
+        memory: MemoryRestore::Eager,
     };
     let limits = Limits {
         memory_bytes: 20 << 20,
@@ -1028,7 +1033,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
     running.machine.stop();
     running.machine.wait(Some(LIMIT)).unwrap();
     let error = running.try_take(false, &AtomicBool::new(false));
-    assert!(matches!(error, Err(TakeError::Machine(_))));
+    assert!(matches!(error, Err(CreateError::Machine(_))));
 }
 
 #[test]
@@ -1038,7 +1043,7 @@ fn places_that_cannot_be_are_named() {
         ("relative/path", "neither a directory nor s3://"),
         ("/dev/null/no", "Not a directory"),
     ] {
-        for vault in [Vault::open(url), Vault::create(url)] {
+        for vault in [Repository::open(url), Repository::create(url)] {
             let error = vault.unwrap_err().to_string();
             assert!(error.contains(part) && error.contains(url), "{error}");
         }
@@ -1046,7 +1051,7 @@ fn places_that_cannot_be_are_named() {
     // Looking makes nothing.
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("missing");
-    assert!(Vault::open(&missing.display().to_string()).is_err());
+    assert!(Repository::open(&missing.display().to_string()).is_err());
     assert!(!missing.exists());
-    assert!(Vault::create(&missing.display().to_string()).is_ok());
+    assert!(Repository::create(&missing.display().to_string()).is_ok());
 }

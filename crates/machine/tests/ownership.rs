@@ -6,8 +6,8 @@ mod record;
 use keel_cluster::store::{Compare, KeyValue, Txn};
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::moves::ownership::{
-    ArrivalVerdict, EndEffect, EpochBase, Found, Settlement, Transfer, arrival, created_at, end,
-    running,
+    ArrivalVerdict, EndEffect, EpochBase, Settlement, Transfer, VersionedRecord, arrival,
+    created_at, end, running,
 };
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Status};
@@ -45,8 +45,8 @@ fn record(owner: &str, epoch: Epoch, status: Status) -> Record {
     record
 }
 
-fn found(record: Record) -> Found {
-    Found {
+fn found(record: Record) -> VersionedRecord {
+    VersionedRecord {
         record,
         revision: 60,
     }
@@ -141,7 +141,7 @@ fn the_settling_write_puts_what_was_found() {
 
 #[test]
 fn only_what_has_not_run_there_is_taken_back() {
-    let word = |found: Option<&Found>| word(transfer().take_back(found, 7).unwrap());
+    let word = |found: Option<&VersionedRecord>| word(transfer().take_back(found, 7).unwrap());
     assert_eq!(word(None), "superseded");
     for (record, expected) in [
         (record("b", epoch(1), arriving()), "write"),
@@ -347,7 +347,7 @@ fn epochs_begin_above_all_that_the_name_had() {
             lease: None,
         }
     };
-    let counter = |entry: &KeyValue| Found::read(entry).unwrap().record.epoch.counter;
+    let counter = |entry: &KeyValue| VersionedRecord::read(entry).unwrap().record.epoch.counter;
     assert_eq!(counter(&entry(70, 70, 0)), 70);
     assert_eq!(counter(&entry(70, 71, 70)), 70);
     assert_eq!(counter(&entry(70, 90, 75)), 75);

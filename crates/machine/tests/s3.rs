@@ -3,7 +3,7 @@
 
 use keel_cluster::Epoch;
 use keel_machine::checkpoint::{
-    CheckpointId, Manifest, Pack, Piece, Retention, Run, Vault, VaultError,
+    CheckpointId, Manifest, Pack, Piece, Repository, RepositoryError, Retention, Run,
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
 use keel_machine::spec::{Balancing, Spec};
@@ -130,11 +130,12 @@ fn a_bucket_keeps_checkpoints() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let vault =
-            Vault::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30)).unwrap();
+            Repository::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30))
+                .unwrap();
         let name = "web-1".parse().unwrap();
         // There is no bucket yet.
         let error = vault.list(&name).await.unwrap_err();
-        assert!(matches!(error, VaultError::Store(_)), "{error}");
+        assert!(matches!(error, RepositoryError::Store(_)), "{error}");
         server.make_bucket("kept");
         assert!(vault.list(&name).await.unwrap().is_empty());
         let mut ids: Vec<CheckpointId> = Vec::new();
@@ -169,7 +170,7 @@ fn a_bucket_keeps_checkpoints() {
         assert!(chain.iter().map(|manifest| &manifest.id).eq(&ids));
         // Another prefix is another vault.
         let other =
-            Vault::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
+            Repository::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
         assert!(other.machines().await.unwrap().is_empty());
         assert_eq!(vault.machines().await.unwrap(), std::slice::from_ref(&name));
         let program = b"\0asm of a kind";

@@ -741,13 +741,13 @@ fn directories_move_along_with_objects() {
     let sum: u64 = words.map(|word| word.wrapping_sub(first)).sum();
     assert_eq!(sum, 3 * 2000);
     // They come home, where they stay as long as that is wanted; then a part can go.
-    assert!(home.keep_directories(true));
-    home.bring_directories(LONG).unwrap();
+    assert!(home.pin_directories(true));
+    home.collect_directories(LONG).unwrap();
     until_known(&[]);
     home.move_object(0, at(0..64), part(1), LONG).unwrap();
     assert_eq!(told(home)[0], (0..64, 1, 0));
     home.empty(part(2), part(0), LONG).unwrap();
-    home.keep_directories(false);
+    home.pin_directories(false);
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 

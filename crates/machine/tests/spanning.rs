@@ -264,7 +264,7 @@ fn parts_come_and_go_while_it_runs() {
                 1 if !members.is_empty() => {
                     let part = members[rng.random_range(0..members.len())];
                     let to = if to == part { PartId::HOME } else { to };
-                    parts.part_with(part, to, LONG).map(|_| went += 1)
+                    parts.remove_part(part, to, LONG).map(|_| went += 1)
                 }
                 _ => {
                     move_some_thread(&running, &mut rng, to);
@@ -330,7 +330,7 @@ fn the_home_moves_while_it_runs() {
                 2 if members.len() > 2 => {
                     let part = members[rng.random_range(0..members.len())];
                     let to = if to == part { PartId::HOME } else { to };
-                    parts.part_with(part, to, LONG).map(drop)
+                    parts.remove_part(part, to, LONG).map(drop)
                 }
                 _ => {
                     move_some_object(parts.home().pages(), &mut rng, to);
@@ -364,9 +364,9 @@ fn who_did_not_join_is_no_loss() {
     let program = guest("spinner");
     let running = Running::new(&program, &["1000000", "100000"]);
     let mut parts = running.span(2);
-    let refused = parts.part_with(part(2), PartId::HOME, LONG);
+    let refused = parts.remove_part(part(2), PartId::HOME, LONG);
     assert!(refused.is_err(), "{refused:?}");
-    let refused = parts.part_with(part(1), part(1), LONG);
+    let refused = parts.remove_part(part(1), part(1), LONG);
     assert!(refused.is_err(), "{refused:?}");
     for _ in 0..3 {
         let (new, _) = parts.join().unwrap();
@@ -376,7 +376,7 @@ fn who_did_not_join_is_no_loss() {
             .machine
             .move_thread(running.machine.threads()[0], new)
             .unwrap();
-        parts.part_with(new, part(1), LONG).unwrap();
+        parts.remove_part(new, part(1), LONG).unwrap();
         let refused = running
             .machine
             .move_thread(running.machine.threads()[0], new);
@@ -385,7 +385,7 @@ fn who_did_not_join_is_no_loss() {
             "{refused:?}"
         );
     }
-    parts.lose_joining().unwrap();
+    parts.kill_joining_member().unwrap();
     let knows_it = || parts.members()[&part(1)].pages().others().contains(part(2));
     let begun = Instant::now();
     while knows_it() {
@@ -396,7 +396,7 @@ fn who_did_not_join_is_no_loss() {
     assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
     let (new, _) = parts.join().unwrap();
     assert_eq!(new, part(2));
-    parts.lose_last();
+    parts.kill_last_member();
     assert!(running.machine.wait(Some(LONG)).is_some());
     let failure = parts.home().failure();
     assert!(
@@ -425,7 +425,7 @@ fn who_comes_home_too_late_is_asked_again() {
     }
     let (parts, error) = parts.alone(Duration::ZERO).unwrap_err();
     assert!(
-        error.to_string().contains("did not come home in time"),
+        error.to_string().contains("did not move home in time"),
         "{error}"
     );
     let refused = running.machine.move_thread(0, part(1));
@@ -764,7 +764,7 @@ fn a_lost_part_ends_the_machine_by_name() {
         std::thread::sleep(Duration::from_millis(1));
     }
     // (Not the one behind it: that it would hear of.)
-    parts.lose_last();
+    parts.kill_last_member();
     assert_eq!(running.outcome(), Outcome::Stopped);
     let failure = parts.home().failure().expect("a reason");
     assert!(

@@ -21,7 +21,7 @@ use crate::spanning;
 use crate::workers::Worker;
 use futures::future::join_all;
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::checkpoint::{self, MemoryComes, Origin, Vault, VaultError};
+use keel_machine::checkpoint::{self, MemoryRestore, Origin, Repository, RepositoryError};
 use keel_machine::failpoint;
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Spawn};
@@ -47,14 +47,14 @@ pub(crate) async fn placed(
 ) -> Result<Origin, String> {
     // What a user named counts once: nodes may be others when it is started again.
     match origin.memory {
-        MemoryComes::Apart(_) if record.restarts == 0 => return Ok(origin),
+        MemoryRestore::Spanning(_) if record.restarts == 0 => return Ok(origin),
         _ => {}
     }
     let origin = Origin {
         memory: match origin.memory {
             // What is started again has time to look for damage first.
-            MemoryComes::Behind if record.restarts == 0 => MemoryComes::Behind,
-            _ => MemoryComes::First,
+            MemoryRestore::Lazy if record.restarts == 0 => MemoryRestore::Lazy,
+            _ => MemoryRestore::Eager,
         },
         ..origin
     };
@@ -90,7 +90,7 @@ pub(crate) async fn placed(
     Ok(match nodes.is_empty() {
         true => origin,
         false => Origin {
-            memory: MemoryComes::Apart(nodes),
+            memory: MemoryRestore::Spanning(nodes),
             ..origin
         },
     })
@@ -133,11 +133,11 @@ pub(crate) async fn spread_over(agent: &Arc<Agent>, record: &Record) -> Vec<Node
 /// will say.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
     let url = origin.vault.clone();
-    let vault = keep::opened(move || Vault::open(&url)).await;
+    let vault = keep::opened(move || Repository::open(&url)).await;
     let vault = vault.map_err(|error| error.to_string())?;
     match checkpoint::memory_bytes(&vault, origin, most).await {
         Ok(bytes) => Ok(Some(bytes).filter(|bytes| *bytes > most)),
-        Err(error @ VaultError::Store(_)) => Err(error.to_string()),
+        Err(error @ RepositoryError::Store(_)) => Err(error.to_string()),
         Err(error) => {
             tracing::debug!(%error, "how large a machine is");
             Ok(None)
@@ -252,7 +252,9 @@ pub(crate) async fn begin(
     failpoint::pass_async("apart.spans")
         .await
         .map_err(injected)?;
-    let brought: Result<u64, RpcError> = worker.ask(kind::BRING, &(), keep::PATIENCE).await;
+    let brought: Result<u64, RpcError> = worker
+        .ask(kind::RESTORE_SPANNING, &(), keep::PATIENCE)
+        .await;
     match brought {
         Ok(bytes) => {
             tracing::info!(machine = %record.name, bytes, "its memory is on its parts");

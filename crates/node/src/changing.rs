@@ -13,7 +13,7 @@
 //!
 //! Until the home has it a new part is no loss: where anything fails its process is ended,
 //! and the others forget it. A part that goes the home empties and parts with
-//! ([`kind::PART_WITH`]); its process ends then.
+//! ([`kind::REMOVE_PART`]); its process ends then.
 
 use crate::agent::Agent;
 use crate::operate::OperateError;
@@ -28,7 +28,9 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::{Join, JoinNew, MeetNew, PartWith, kind, pack, unpack};
+use keel_machine::worker::control::{
+    AddPart, ConnectNewPart, Join, RemovePart, kind, pack, unpack,
+};
 use keel_net::{Fingerprint, RpcError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,20 +69,30 @@ async fn ask_member<A: DeserializeOwned>(
 }
 
 /// A member here is to meet a part that comes.
-pub(crate) async fn meet_new(agent: &Agent, request: &MeetNew) -> Result<PartAddress, String> {
-    let request = MeetNew {
+pub(crate) async fn meet_new(
+    agent: &Agent,
+    request: &ConnectNewPart,
+) -> Result<PartAddress, String> {
+    let request = ConnectNewPart {
         address: agent.settings.listen.ip().to_string(),
         ..request.clone()
     };
-    ask_member(agent, &request.machine, kind::MEET_NEW, &request, PROMPT).await
-}
-
-/// It does, and knows it.
-pub(crate) async fn join_new(agent: &Agent, request: &JoinNew) -> Result<u64, String> {
     ask_member(
         agent,
         &request.machine,
-        kind::JOIN_NEW,
+        kind::CONNECT_NEW_PART,
+        &request,
+        PROMPT,
+    )
+    .await
+}
+
+/// It does, and knows it.
+pub(crate) async fn join_new(agent: &Agent, request: &AddPart) -> Result<u64, String> {
+    ask_member(
+        agent,
+        &request.machine,
+        kind::ADD_PART,
         request,
         SPAN_PATIENCE,
     )
@@ -243,13 +255,13 @@ impl Spanning<'_> {
         let agent = self.agent;
         let mut places = BTreeMap::from([(new, place.clone())]);
         for (me, at) in has {
-            let meet = MeetNew {
+            let meet = ConnectNewPart {
                 machine: self.machine.clone(),
                 me: *me,
                 new,
                 address: agent.settings.listen.ip().to_string(),
             };
-            let kinds = (node_kind::MEET_NEW, kind::MEET_NEW);
+            let kinds = (node_kind::CONNECT_NEW_PART, kind::CONNECT_NEW_PART);
             let place = self
                 .ask_part(*me, at, kinds, &meet, COMPILE_PATIENCE)
                 .await?;
@@ -267,14 +279,14 @@ impl Spanning<'_> {
                     let passed = failpoint::pass_async("parts.known").await;
                     passed.map_err(|injected| OperateError::Conflict(injected.to_string()))?;
                 }
-                let new = JoinNew {
+                let new = AddPart {
                     machine: self.machine.clone(),
                     me: *me,
                     new,
                     join: join.clone(),
                     node: node.clone(),
                 };
-                let kinds = (node_kind::JOIN_NEW, kind::JOIN_NEW);
+                let kinds = (node_kind::ADD_PART, kind::ADD_PART);
                 stood = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
             }
             Ok::<u64, OperateError>(stood)
@@ -319,10 +331,10 @@ impl Spanning<'_> {
 
     /// A part goes; the microseconds that the machine stood still.
     async fn part_with(&self, part: PartId, threads_to: PartId) -> Result<u64, OperateError> {
-        let with = PartWith { part, threads_to };
+        let with = RemovePart { part, threads_to };
         let answer = self
             .worker
-            .ask(kind::PART_WITH, &with, UNSPAN_PATIENCE)
+            .ask(kind::REMOVE_PART, &with, UNSPAN_PATIENCE)
             .await;
         answer.map_err(|error| OperateError::Conflict(text(error)))
     }

@@ -5,15 +5,15 @@ use crate::agent::Agent;
 use crate::operate::OperateError;
 use crate::workers::{PROMPT, Worker};
 use keel_api::FailpointRequest;
-use keel_machine::failpoint::{self, Order};
+use keel_machine::failpoint::{self, Injection};
 use keel_machine::worker::control::kind;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What workers that are started later get.
-static FOR_WORKERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
+static FOR_WORKERS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
 
-fn for_workers() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
+fn for_workers() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
     FOR_WORKERS
         .lock()
         .unwrap_or_else(|error| error.into_inner())
@@ -51,12 +51,12 @@ pub(crate) async fn order(
     let failpoint = failpoint::find(&request.name).ok_or_else(|| {
         OperateError::Missing(format!("there is no failpoint {:?}", request.name))
     })?;
-    let order: Option<Order> = request
+    let order: Option<Injection> = request
         .order
         .as_deref()
         .map(str::parse)
         .transpose()
-        .map_err(|error: failpoint::BadOrder| OperateError::Bad(error.to_string()))?;
+        .map_err(|error: failpoint::InvalidInjection| OperateError::Bad(error.to_string()))?;
     if !failpoint.place.is_worker() {
         failpoint::set(failpoint.name, order);
         return Ok(());

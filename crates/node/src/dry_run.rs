@@ -15,7 +15,7 @@ use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
-use keel_machine::moves::prediction::{Activity, Known, Prediction, predict};
+use keel_machine::moves::prediction::{Activity, Prediction, PredictionInput, predict};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{kind, pack};
@@ -93,7 +93,7 @@ pub(crate) async fn dry_run(
     let away = |reason: String| OperateError::Away(format!("machine {machine:?}: {reason}"));
     let history = history(agent, &record, target);
     let (activity, trial) = look(agent, &worker, target, &history).await.map_err(away)?;
-    let known = Known {
+    let known = PredictionInput {
         activity: &activity,
         trial_bytes_per_s: trial,
         history: &history,
@@ -143,7 +143,7 @@ pub(crate) async fn before_move(
         }
         Err(_) => return None,
     };
-    let known = Known {
+    let known = PredictionInput {
         activity: &activity,
         trial_bytes_per_s: trial,
         history: &history,

@@ -37,10 +37,10 @@ pub(crate) async fn anywhere(
             op: op.clone(),
         };
         match operate::anywhere(agent, operation).await? {
-            Done::File(FileDone::Later) if tokio::time::Instant::now() < deadline => {
+            Done::File(FileDone::Busy) if tokio::time::Instant::now() < deadline => {
                 tokio::time::sleep(RETRY_AFTER).await;
             }
-            Done::File(FileDone::Later) => {
+            Done::File(FileDone::Busy) => {
                 return Err(OperateError::Away(format!(
                     "machine {machine:?} is moving, or being kept, all the time; try again"
                 )));
@@ -63,7 +63,7 @@ pub(crate) async fn here(
 ) -> Result<FileDone, OperateError> {
     let record = record::get(&*agent.store, machine).await?.record;
     if record.owner != agent.name {
-        return Ok(FileDone::Later);
+        return Ok(FileDone::Busy);
     }
     let (number, volume) = volume_of(&record, op.path())?;
     if volume.read_only && op.writes() {
@@ -109,7 +109,7 @@ async fn in_worker(
     match record.status {
         Status::Running | Status::Filling { .. } => {}
         Status::Scheduled | Status::Arriving { .. } | Status::Restarting { .. } => {
-            return Ok(FileDone::Later);
+            return Ok(FileDone::Busy);
         }
         Status::Exited { .. }
         | Status::Trapped { .. }
@@ -128,7 +128,7 @@ async fn in_worker(
         }
     }
     let Some(worker) = agent.workers.get(&record.name) else {
-        return Ok(FileDone::Later);
+        return Ok(FileDone::Busy);
     };
     let request = FileRequest { volume, op };
     let done = worker.ask(kind::FILE, &request, 3 * PROMPT).await;

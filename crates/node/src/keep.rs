@@ -12,12 +12,12 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{
-    CheckpointId, Manifest, MemoryComes, Origin, Retention, Vault, VaultError,
+    CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError, Retention,
 };
 use keel_machine::failpoint;
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{CheckpointPlan, Record, Status};
-use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
+use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind};
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,26 +36,26 @@ fn place(agent: &Agent, given: Option<&str>) -> String {
     }
 }
 
-async fn open(url: String) -> Result<Vault, OperateError> {
-    opened(move || Vault::open(&url)).await
+async fn open(url: String) -> Result<Repository, OperateError> {
+    opened(move || Repository::open(&url)).await
 }
 
 pub(crate) async fn opened(
-    open: impl FnOnce() -> Result<Vault, VaultError> + Send + 'static,
-) -> Result<Vault, OperateError> {
+    open: impl FnOnce() -> Result<Repository, RepositoryError> + Send + 'static,
+) -> Result<Repository, OperateError> {
     tokio::task::spawn_blocking(open)
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?
         .map_err(|error| OperateError::Bad(error.to_string()))
 }
 
-fn vault_error(error: &VaultError) -> OperateError {
+fn vault_error(error: &RepositoryError) -> OperateError {
     let text = error.to_string();
     match error {
-        VaultError::Url { .. } => OperateError::Bad(text),
-        VaultError::None(_) => OperateError::Missing(text),
-        VaultError::Part { .. } => OperateError::Conflict(text),
-        VaultError::Store(_) => OperateError::Away(text),
+        RepositoryError::Url { .. } => OperateError::Bad(text),
+        RepositoryError::None(_) => OperateError::Missing(text),
+        RepositoryError::Part { .. } => OperateError::Conflict(text),
+        RepositoryError::Store(_) => OperateError::Away(text),
     }
 }
 
@@ -78,7 +78,7 @@ async fn make(
     let vault = place(agent, request.to.as_deref());
     // A place that cannot be is named before anything is begun.
     let url = vault.clone();
-    opened(move || Vault::create(&url)).await?;
+    opened(move || Repository::create(&url)).await?;
     let retention = Retention {
         newest: request.keep,
         for_s: request.keep_for_s,
@@ -98,7 +98,7 @@ async fn make(
     failpoint::pass_async("keep.asked")
         .await
         .map_err(injected)?;
-    let taken: Result<Checkpointed, RpcError> =
+    let taken: Result<CheckpointReport, RpcError> =
         worker.ask(kind::CHECKPOINT, &question, PATIENCE).await;
     let taken = taken.map_err(|error| match error {
         RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
@@ -166,7 +166,7 @@ async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
         machine: machine.clone(),
         id: None,
         is_clone: false,
-        memory: MemoryComes::First,
+        memory: MemoryRestore::Eager,
     };
     let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
         Ok(value) => {
@@ -243,10 +243,10 @@ pub(crate) async fn list(
 /// The manifest that says what the machine was: of the one that was asked for,
 /// or of the newest that can be read.
 async fn manifest(
-    vault: &Vault,
+    vault: &Repository,
     machine: &MachineName,
     id: Option<&CheckpointId>,
-) -> Result<Manifest, VaultError> {
+) -> Result<Manifest, RepositoryError> {
     if let Some(id) = id {
         return vault.manifest(machine, id).await;
     }
@@ -254,11 +254,11 @@ async fn manifest(
     for id in vault.list(machine).await? {
         match vault.manifest(machine, &id).await {
             Ok(manifest) => return Ok(manifest),
-            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error @ RepositoryError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
         }
     }
-    Err(damaged.unwrap_or_else(|| VaultError::None(machine.clone())))
+    Err(damaged.unwrap_or_else(|| RepositoryError::None(machine.clone())))
 }
 
 /// Puts a machine that is made of a checkpoint into a node's schedule.
@@ -308,8 +308,8 @@ pub(crate) async fn restore(
         .await
         .map_err(|error| vault_error(&error))?;
     let memory = match (request.nodes.is_empty(), request.warm) {
-        (true, false) => MemoryComes::First,
-        (true, true) => MemoryComes::Behind,
+        (true, false) => MemoryRestore::Eager,
+        (true, true) => MemoryRestore::Lazy,
         (false, true) => {
             let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
             return Err(bad(why.into()));
@@ -324,7 +324,7 @@ pub(crate) async fn restore(
         (false, false) if manifest.spec.cpu_limit_millis.is_some() => {
             return Err(bad(operate::LIMITED_HAS_NO_PARTS.into()));
         }
-        (false, false) => MemoryComes::Apart(parts),
+        (false, false) => MemoryRestore::Spanning(parts),
     };
     let is_clone = name != machine;
     // (What it holds in memory of its epochs is older, also where it is a clone.)

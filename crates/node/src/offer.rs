@@ -11,7 +11,7 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{self, ArrivalVerdict};
 use keel_machine::spec::{Spec, VolumeKind};
-use keel_machine::worker::control::{Receive, Receiving, State, kind, pack};
+use keel_machine::worker::control::{MoveEndpoint, Receive, State, kind, pack};
 use keel_machine::worker::volumes;
 use keel_net::{Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,7 @@ pub(crate) async fn accept(
     agent: &Arc<Agent>,
     source: NodeName,
     offer: Offer,
-) -> Result<Receiving, String> {
+) -> Result<MoveEndpoint, String> {
     let machine = offer.machine.clone();
     check(agent, &offer).await?;
     passed("offer.checked").await?;
@@ -130,7 +130,11 @@ async fn check(agent: &Agent, offer: &Offer) -> Result<(), String> {
     .map_err(|error| error.to_string())?
 }
 
-async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<Receiving, String> {
+async fn take_in(
+    agent: &Arc<Agent>,
+    source: NodeName,
+    offer: Offer,
+) -> Result<MoveEndpoint, String> {
     let machine = &offer.machine;
     if let Some(worker) = agent.workers.get(machine) {
         match worker.state().await {

@@ -94,8 +94,9 @@ pub(crate) async fn since(
         }
     }
     let folder = agent.dir.worker(machine);
-    let found =
-        tokio::task::spawn_blocking(move || Log::left(&folder)?.offset_since(since_unix_ms));
+    let found = tokio::task::spawn_blocking(move || {
+        Log::open_read_only(&folder)?.offset_since(since_unix_ms)
+    });
     found
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?
@@ -105,7 +106,7 @@ pub(crate) async fn since(
 /// Sends what a machine left that has ended, and that this is all. Of one that has not
 /// begun, or is not here any more, there is nothing: whoever asked looks where it is.
 fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
-    let log = Log::left(folder)?;
+    let log = Log::open_read_only(folder)?;
     let mut at = from;
     loop {
         let (offset, bytes) = log.read(at, PIECE_BYTES)?;

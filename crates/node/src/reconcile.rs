@@ -15,7 +15,7 @@ use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{MemoryComes, Origin};
+use keel_machine::checkpoint::{MemoryRestore, Origin};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{self, ArrivalVerdict, EndEffect};
 use keel_machine::spec::{Record, Status};
@@ -492,7 +492,7 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
             spread = crate::apart::spread_over(agent, record).await;
             match spread.is_empty() {
                 true => StartFrom::Module(module),
-                false => StartFrom::Apart(module),
+                false => StartFrom::HeldModule(module),
             }
         }
     };
@@ -505,12 +505,12 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
         .map_err(|injected| injected.to_string())?;
     let apart = match &from {
         StartFrom::Checkpoint(Origin {
-            memory: MemoryComes::Apart(nodes),
+            memory: MemoryRestore::Spanning(nodes),
             ..
         }) => nodes.clone(),
         _ => spread,
     };
-    let runs_alone = matches!(from, StartFrom::Apart(_));
+    let runs_alone = matches!(from, StartFrom::HeldModule(_));
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),

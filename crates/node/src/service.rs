@@ -12,7 +12,7 @@ use crate::{changing, spanning};
 use futures::FutureExt;
 use keel_cluster::service::ClusterService;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::worker::control::{JoinNew, MeetNew, pack, unpack};
+use keel_machine::worker::control::{AddPart, ConnectNewPart, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,10 +66,10 @@ pub(crate) mod kind {
     /// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are
     /// free for it.
     pub(crate) const ROOM: u16 = 0x0316;
-    /// [`keel_machine::worker::control::MeetNew`] → [`keel_machine::span::PartAddress`].
-    pub(crate) const MEET_NEW: u16 = 0x0317;
-    /// [`keel_machine::worker::control::JoinNew`] → `u64`.
-    pub(crate) const JOIN_NEW: u16 = 0x0318;
+    /// [`keel_machine::worker::control::ConnectNewPart`] → [`keel_machine::span::PartAddress`].
+    pub(crate) const CONNECT_NEW_PART: u16 = 0x0317;
+    /// [`keel_machine::worker::control::AddPart`] → `u64`.
+    pub(crate) const ADD_PART: u16 = 0x0318;
     /// [`crate::spanning::PartOffer`] → [`crate::spanning::ReadyMember`]: as [`PART`], of the
     /// worker to which the machine moves.
     pub(crate) const ARRIVING_PART: u16 = 0x0319;
@@ -214,13 +214,13 @@ impl Service {
                 let joined = spanning::join(agent, request).await;
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
             }
-            kind::MEET_NEW => {
-                let request: MeetNew = unpack(&payload)?;
+            kind::CONNECT_NEW_PART => {
+                let request: ConnectNewPart = unpack(&payload)?;
                 let place = changing::meet_new(agent, &request).await;
                 Ok(pack(&place.map_err(RpcError::failed)?)?.into())
             }
-            kind::JOIN_NEW => {
-                let request: JoinNew = unpack(&payload)?;
+            kind::ADD_PART => {
+                let request: AddPart = unpack(&payload)?;
                 let joined = changing::join_new(agent, &request).await;
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
             }

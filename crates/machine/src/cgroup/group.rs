@@ -2,8 +2,8 @@
 //! worker goes into it and sets its own limit, since only it knows how many
 //! memories its machine has.
 
+use super::format_bytes;
 use super::layout::Version;
-use super::shown;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -80,7 +80,7 @@ impl std::fmt::Display for OutOfMemory {
             OutOfMemory::Limit { limit_bytes } => write!(
                 f,
                 "out of memory: the kernel ended its process at the limit of its cgroup, {} for its memories and the engine (raise its memory limit, or lower that of its threads)",
-                shown(*limit_bytes)
+                format_bytes(*limit_bytes)
             ),
             OutOfMemory::Host { peak_bytes } => {
                 write!(
@@ -88,7 +88,7 @@ impl std::fmt::Display for OutOfMemory {
                     "out of memory: the host, or a limit around the node, had none left, and the kernel ended its process"
                 )?;
                 if let Some(bytes) = peak_bytes {
-                    write!(f, ", which had {}", shown(*bytes))?;
+                    write!(f, ", which had {}", format_bytes(*bytes))?;
                 }
                 write!(
                     f,

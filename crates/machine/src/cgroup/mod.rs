@@ -39,13 +39,13 @@ pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes}
 pub use layout::Layout;
 pub use pressure::Pressure;
 pub use priority::{
-    CompilePriority, Courtesy, compile_beside_guests, go_first, guest_nice, set_compile_priority,
-    spare_agent, spend_worker,
+    CompilePriority, YieldPolicy, expose_worker_to_oom, guest_nice, protect_agent_from_oom,
+    raise_priority, set_compile_priority, yield_compile_thread,
 };
 pub use slice::Slice;
 
 /// Bytes for people.
-fn shown(bytes: u64) -> String {
+fn format_bytes(bytes: u64) -> String {
     match bytes {
         0..0x40_0000 => format!("{} KiB", bytes >> 10),
         0x40_0000..0x1_0000_0000 => format!("{} MiB", bytes >> 20),

@@ -20,7 +20,7 @@ const GUEST_NICE: i32 = 0;
 
 /// Lets this process, and what it starts, go before guests. Needs a right
 /// (CAP_SYS_NICE); without it nothing changes.
-pub fn go_first() {
+pub fn raise_priority() {
     if let Err(error) = rustix::process::setpriority_process(None, CONTROL_NICE) {
         tracing::debug!(%error, "guests are as important as what moves them");
     }
@@ -35,7 +35,7 @@ const BACKGROUND_NICE: i32 = 15;
 
 /// Lets guests go before the calling thread, which compiles. The value is absolute: what
 /// its process has may be far before that of guests.
-pub fn compile_beside_guests() {
+pub fn yield_compile_thread() {
     let guests = guest_nice().or_else(|| rustix::process::getpriority_process(None).ok());
     set_own(guests.unwrap_or(GUEST_NICE) + COMPILE_STEP);
 }
@@ -91,7 +91,7 @@ pub fn guest_nice() -> Option<i32> {
 /// that this share is too little to get a machine away, the thread goes first again.
 /// At the end, too.
 #[derive(Debug)]
-pub struct Courtesy {
+pub struct YieldPolicy {
     own: i32,
     looked: Instant,
     /// Nanoseconds that it ran and that it waited for a processor.
@@ -105,12 +105,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// Of the time that it wants to run, the least share in which a thread is to run.
 const SHARE_MIN: f64 = 0.25;
 
-impl Courtesy {
+impl YieldPolicy {
     /// `None` where guests and the rest have the same priority.
     pub fn begin() -> Option<Self> {
         let own = rustix::process::getpriority_process(None).ok()?;
         let used = ran_and_waited()?;
-        (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| Courtesy {
+        (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| YieldPolicy {
             own,
             looked: Instant::now(),
             used,
@@ -145,7 +145,7 @@ impl Courtesy {
     }
 }
 
-impl Drop for Courtesy {
+impl Drop for YieldPolicy {
     fn drop(&mut self) {
         self.end();
     }
@@ -173,12 +173,12 @@ fn ran_and_waited() -> Option<(u64, u64)> {
 
 /// Makes this process, and what it starts, one of the last to be ended. Needs a
 /// right (CAP_SYS_RESOURCE); without it nothing changes.
-pub fn spare_agent() {
+pub fn protect_agent_from_oom() {
     adjust(|now| now.min(AGENT));
 }
 
 /// Makes this process one of the first to be ended.
-pub fn spend_worker() {
+pub fn expose_worker_to_oom() {
     adjust(|now| now.max(WORKER));
 }
 
@@ -211,11 +211,11 @@ mod tests {
         std::thread::spawn(|| {
             let nice = || rustix::process::getpriority_process(None).unwrap();
             if set_own(CONTROL_NICE) {
-                compile_beside_guests();
+                yield_compile_thread();
                 assert_eq!(nice(), GUEST_NICE + COMPILE_STEP);
             } else {
                 eprintln!("skipped in part: priorities need CAP_SYS_NICE");
-                compile_beside_guests();
+                yield_compile_thread();
                 assert!(nice() > GUEST_NICE);
             }
         })
@@ -232,16 +232,16 @@ mod tests {
                 eprintln!("skipped: priorities need CAP_SYS_NICE");
                 return;
             }
-            let mut courtesy = Courtesy::begin().unwrap();
+            let mut courtesy = YieldPolicy::begin().unwrap();
             courtesy.look();
             assert_eq!(nice(), GUEST_NICE);
             courtesy.end();
             assert_eq!(nice(), CONTROL_NICE);
-            drop(Courtesy::begin().unwrap());
+            drop(YieldPolicy::begin().unwrap());
             assert_eq!(nice(), CONTROL_NICE);
             assert!(set_own(GUEST_NICE));
             // Nobody goes before anybody: there is nothing to do.
-            assert!(Courtesy::begin().is_none());
+            assert!(YieldPolicy::begin().is_none());
         })
         .join()
         .unwrap();

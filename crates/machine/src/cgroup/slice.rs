@@ -131,7 +131,7 @@ impl Slice {
         let Ok(layout) = Layout::read() else { return };
         for base in layout.bases(&layout.on_unified()) {
             if base.version == Version::V2 {
-                take_back(&base, &base.folder.join(name(state_dir)));
+                disable(&base, &base.folder.join(name(state_dir)));
             }
         }
     }
@@ -170,23 +170,24 @@ fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
     let [first, others @ ..] = &base.controllers[..] else {
         return Ok(());
     };
-    if let Err(error) = give(&base.folder, first) {
+    if let Err(error) = enable_controller(&base.folder, first) {
         // A group with controllers for others has no processes of its own.
         if error.kind() != std::io::ErrorKind::ResourceBusy {
             return Err(named(&base.folder)(error));
         }
-        go_aside(&base.folder, parent)?;
-        if let Err(error) = give(&base.folder, first) {
-            go_back(&base.folder, parent);
+        enter_agent_group(&base.folder, parent)?;
+        if let Err(error) = enable_controller(&base.folder, first) {
+            leave_agent_group(&base.folder, parent);
             return Err(format!(
                 "{} has processes that are not this node's ({error})",
                 base.folder.display()
             ));
         }
     }
-    give(path, first).map_err(named(path))?;
+    enable_controller(path, first).map_err(named(path))?;
     for other in others {
-        let given = give(&base.folder, other).and_then(|()| give(path, other));
+        let given =
+            enable_controller(&base.folder, other).and_then(|()| enable_controller(path, other));
         if let Err(error) = given {
             tracing::debug!(%error, controller = other, "machines' groups lack it");
         }
@@ -195,7 +196,7 @@ fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
 }
 
 /// Lets the groups in a group have a controller.
-fn give(group: &Path, controller: &str) -> std::io::Result<()> {
+fn enable_controller(group: &Path, controller: &str) -> std::io::Result<()> {
     std::fs::write(
         group.join("cgroup.subtree_control"),
         format!("+{controller}"),
@@ -203,7 +204,7 @@ fn give(group: &Path, controller: &str) -> std::io::Result<()> {
 }
 
 /// Undoes [`enable`].
-fn take_back(base: &Base, path: &Path) {
+fn disable(base: &Base, path: &Path) {
     // The inner ones first.
     for group in [path, &base.folder] {
         for controller in &base.controllers {
@@ -216,13 +217,13 @@ fn take_back(base: &Base, path: &Path) {
 }
 
 /// Puts this process and its parent into a group beside the workers'.
-fn go_aside(base: &Path, parent: Option<u32>) -> Result<(), String> {
+fn enter_agent_group(base: &Path, parent: Option<u32>) -> Result<(), String> {
     let leaf = base.join(AGENT_LEAF);
     make(&leaf)?;
-    enter(&leaf, parent).inspect_err(|_| go_back(base, parent))
+    enter(&leaf, parent).inspect_err(|_| leave_agent_group(base, parent))
 }
 
-fn go_back(base: &Path, parent: Option<u32>) {
+fn leave_agent_group(base: &Path, parent: Option<u32>) {
     if let Err(error) = enter(base, parent) {
         tracing::debug!(error, "the agent stays in a group of its own");
     }
@@ -299,12 +300,12 @@ mod tests {
 
     /// A group of this process in the real version 2 hierarchy whose groups have
     /// a controller, and back out of it.
-    struct Real {
+    struct RealHierarchy {
         home: PathBuf,
         base: Base,
     }
 
-    impl Real {
+    impl RealHierarchy {
         fn new() -> Option<Self> {
             let bases = Layout::read().ok()?.bases("");
             let home = bases.into_iter().next()?.folder;
@@ -320,7 +321,7 @@ mod tests {
                 controllers: vec![controller],
             };
             enter(&base.folder, None).ok()?;
-            Some(Real { home, base })
+            Some(RealHierarchy { home, base })
         }
 
         fn processes(&self, inner: &str) -> Vec<u32> {
@@ -330,7 +331,7 @@ mod tests {
         }
     }
 
-    impl Drop for Real {
+    impl Drop for RealHierarchy {
         fn drop(&mut self) {
             enter(&self.home, None).unwrap();
             remove_children(&self.base.folder, |_| true);
@@ -341,7 +342,7 @@ mod tests {
     /// One test, since a process is in one group at a time.
     #[test]
     fn an_agent_goes_aside_where_the_kernel_wants_it() {
-        let Some(real) = Real::new() else {
+        let Some(real) = RealHierarchy::new() else {
             eprintln!("not tested: no version 2 group here gives its groups a controller");
             return;
         };
@@ -385,7 +386,7 @@ mod tests {
             .unwrap();
         std::fs::write(machine.join("cgroup.procs"), running.id().to_string()).unwrap();
         assert!(enter(&real.base.folder, None).is_err());
-        take_back(&real.base, &workers);
+        disable(&real.base, &workers);
         enter(&real.base.folder, None).unwrap();
         enable(&real.base, &workers, None).unwrap();
         let given = std::fs::read_to_string(&control).unwrap();

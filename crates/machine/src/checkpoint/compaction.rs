@@ -7,10 +7,10 @@
 //! then its manifest is replaced in one step. Whoever read the old manifest and
 //! misses a pack reads the manifest again.
 
-use super::create::{Packer, TakeError, note_page};
+use super::create::{CreateError, Packer, note_page};
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest};
-use super::layout::{Layout, Piece as PagePiece};
-use super::repository::{Piece, Vault, VaultError};
+use super::layout::{Layout, LiveRange};
+use super::repository::{PackName, Repository, RepositoryError};
 use super::volumes::note_block;
 use keel_cluster::MachineName;
 use std::collections::{BTreeMap, HashMap};
@@ -21,13 +21,13 @@ use tokio::runtime::Handle;
 /// Blocking, outside of the runtime.
 ///
 /// # Errors
-/// [`TakeError`]; the checkpoint is then as it was.
+/// [`CreateError`]; the checkpoint is then as it was.
 pub fn compact(
-    vault: &Vault,
+    vault: &Repository,
     runtime: &Handle,
     machine: &MachineName,
     id: &CheckpointId,
-) -> Result<Option<u64>, TakeError> {
+) -> Result<Option<u64>, CreateError> {
     let chain = runtime.block_on(vault.chain(machine, id))?;
     match chain.last() {
         Some(newest) if chain.len() > 1 => rewrite(vault, runtime, &chain, newest).map(Some),
@@ -43,12 +43,12 @@ pub(super) fn bytes_of(chain: &[Manifest]) -> Result<(u64, u64), &'static str> {
 }
 
 fn rewrite(
-    vault: &Vault,
+    vault: &Repository,
     runtime: &Handle,
     chain: &[Manifest],
     newest: &Manifest,
-) -> Result<u64, TakeError> {
-    let part = |reason: &str| VaultError::Part {
+) -> Result<u64, CreateError> {
+    let part = |reason: &str| RepositoryError::Part {
         machine: newest.machine.clone(),
         id: newest.id.clone(),
         part: "its chain".into(),
@@ -62,28 +62,28 @@ fn rewrite(
         .checked_add(1)
         .ok_or_else(|| part("it was rewritten too often"))?;
     (manifest.runs, manifest.block_runs) = (Vec::new(), Vec::new());
-    let packer = |piece: fn(usize) -> Piece| {
+    let packer = |piece: fn(usize) -> PackName| {
         let name = manifest.machine.clone();
         let at = (manifest.id.clone(), manifest.generation);
         Packer::new(vault.clone(), name, at, runtime.clone(), piece)
     };
     // It is given up by nobody: the machine is not held by it.
     let go_on = AtomicBool::new(false);
-    let mut pages = packer(Piece::Pages);
+    let mut pages = packer(PackName::Pages);
     for (number, at) in layout.packs().iter().enumerate() {
         let of = &chain[at.checkpoint];
         let block = |of_pack| super::layout::Block {
             pack: number,
             number: of_pack,
         };
-        vault.read_blocks::<TakeError>(
+        vault.read_blocks::<CreateError>(
             runtime,
-            (of, Piece::Pages(at.number)),
+            (of, PackName::Pages(at.number)),
             &of.packs[at.number],
             &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
             &mut |of_pack, bytes| {
                 for piece in layout.pieces(block(of_pack)) {
-                    let PagePiece {
+                    let LiveRange {
                         memory,
                         offset,
                         within,
@@ -102,7 +102,7 @@ fn rewrite(
         )?;
     }
     manifest.packs = pages.finish()?;
-    let mut files = packer(Piece::Blocks);
+    let mut files = packer(PackName::Blocks);
     let wanted = newest_of_files(chain);
     let mut wanted = wanted.iter().peekable();
     // Where the pack that is read begins, over all packs of the chain.
@@ -114,9 +114,9 @@ fn rewrite(
                 before = end;
                 continue;
             }
-            vault.read_blocks::<TakeError>(
+            vault.read_blocks::<CreateError>(
                 runtime,
-                (of, Piece::Blocks(number)),
+                (of, PackName::Blocks(number)),
                 pack,
                 &mut |_| true,
                 &mut |of_pack, bytes| {

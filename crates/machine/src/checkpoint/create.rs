@@ -3,11 +3,11 @@
 //! before any of that is stored. Blocking; has a thread of its own.
 
 use super::CHAIN_MAX;
-use super::folder::Aligned;
+use super::folder::AlignedBuffer;
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
-use super::repository::{Outline, Piece, Vault, VaultError};
+use super::repository::{Outline, PackName, Repository, RepositoryError};
 use super::volumes::VolumeTrackers;
-use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
+use crate::cluster_volume::{CommitHold, UnfinishedSnapshots, VolumeBackend, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
 use crate::span::{Cut, CutPiece, PageDigests, Pages, SpanError, split_unchanged};
@@ -55,10 +55,10 @@ const PREPARE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no checkpoint. The machine runs on.
 #[derive(Debug, thiserror::Error)]
-pub enum TakeError {
+pub enum CreateError {
     /// The store.
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    Repository(#[from] RepositoryError),
     /// The memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -73,7 +73,7 @@ pub enum TakeError {
     Span(#[from] SpanError),
     /// A cluster volume.
     #[error(transparent)]
-    Kept(#[from] VolumeError),
+    ClusterVolume(#[from] VolumeError),
     /// It cannot be frozen.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -90,7 +90,7 @@ pub enum TakeError {
 
 /// A checkpoint that was made.
 #[derive(Debug, Clone)]
-pub struct Taken {
+pub struct CreatedCheckpoint {
     /// What was stored.
     pub manifest: Manifest,
     /// How long the machine stood still.
@@ -114,7 +114,7 @@ pub struct Subject {
 #[derive(Debug)]
 pub struct Destination<'a> {
     /// The store.
-    pub vault: &'a Vault,
+    pub vault: &'a Repository,
     /// Where its requests run.
     pub runtime: &'a Handle,
     /// Whether a full one is wanted in any case.
@@ -122,24 +122,24 @@ pub struct Destination<'a> {
     /// Set by others to end it early.
     pub give_up: &'a AtomicBool,
     /// Those of its cluster volumes.
-    pub keepers: Vec<Keeper>,
+    pub keepers: Vec<VolumeBackend>,
 }
 
 /// Makes the checkpoints of one machine, and knows what was written since the
 /// last one.
 #[derive(Debug, Default)]
-pub struct Taker {
+pub struct Checkpointer {
     trackers: Vec<DirtyTracker>,
     /// For each of them, what was found already and is in no checkpoint.
     seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
-    last: Option<Last>,
+    last: Option<PreviousCheckpoint>,
     /// Of a machine with several parts: the cut that the last one is of, and what was in it.
     last_cut: Option<(u64, PageDigests)>,
 }
 
 /// What there was when the machine stood.
-struct Instantly {
+struct Snapshot {
     image: Vec<u8>,
     /// The memory of one with several parts, which is still to be read.
     cut: Option<Cut>,
@@ -152,7 +152,7 @@ struct Instantly {
 }
 
 /// What is collected on the way.
-struct Collected {
+struct Collector {
     pages: Packer,
     runs: Vec<Run>,
     blocks: Packer,
@@ -160,21 +160,21 @@ struct Collected {
 }
 
 #[derive(Debug)]
-struct Last {
+struct PreviousCheckpoint {
     vault: String,
     id: CheckpointId,
     /// Its chain, the full one first.
     chain: Vec<Outline>,
 }
 
-impl Last {
+impl PreviousCheckpoint {
     /// Itself, if all that a further one would stand on is still there, by names
     /// and sizes: somebody may have deleted it.
     async fn if_whole(
         self,
-        vault: &Vault,
+        vault: &Repository,
         machine: &MachineName,
-    ) -> Result<Option<Self>, VaultError> {
+    ) -> Result<Option<Self>, RepositoryError> {
         if vault.check_parts(machine, &self.chain).await.is_ok() {
             return Ok(Some(self));
         }
@@ -187,8 +187,8 @@ impl Last {
             Err(error) => Err(error),
         };
         match chain {
-            Ok(chain) => Ok(Some(Last { chain, ..self })),
-            Err(error @ VaultError::Part { .. }) => {
+            Ok(chain) => Ok(Some(PreviousCheckpoint { chain, ..self })),
+            Err(error @ RepositoryError::Part { .. }) => {
                 tracing::warn!(%error, "the next checkpoint is a full one");
                 Ok(None)
             }
@@ -210,7 +210,7 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     merged
 }
 
-impl Taker {
+impl Checkpointer {
     /// Whether it knows what was written since a checkpoint.
     pub fn tracks(&self) -> bool {
         !self.trackers.is_empty()
@@ -239,7 +239,7 @@ impl Taker {
     /// pages are compared with what they were, where they are.
     ///
     /// # Errors
-    /// [`TakeError`]; the machine runs on, and nothing counts that was stored.
+    /// [`CreateError`]; the machine runs on, and nothing counts that was stored.
     pub fn take(
         &mut self,
         machine: &Machine,
@@ -247,7 +247,7 @@ impl Taker {
         subject: Subject,
         log: &Log,
         destination: Destination<'_>,
-    ) -> Result<Taken, TakeError> {
+    ) -> Result<CreatedCheckpoint, CreateError> {
         let Destination {
             vault,
             runtime,
@@ -279,18 +279,18 @@ impl Taker {
             .max();
         let after = newest.map_or(0, |newest| newest.unix_ms() + 1);
         let id = CheckpointId::new(unix_ms().max(after));
-        let packer = |piece: fn(usize) -> Piece| {
+        let packer = |piece: fn(usize) -> PackName| {
             let name = subject.name.clone();
             Packer::new(vault.clone(), name, (id.clone(), 0), runtime.clone(), piece)
         };
-        let mut collected = Collected {
-            pages: packer(Piece::Pages),
+        let mut collected = Collector {
+            pages: packer(PackName::Pages),
             runs: Vec::new(),
-            blocks: packer(Piece::Blocks),
+            blocks: packer(PackName::Blocks),
             block_runs: Vec::new(),
         };
         let mut held = Vec::new();
-        let Instantly {
+        let Snapshot {
             image,
             cut,
             log_end,
@@ -349,14 +349,14 @@ impl Taker {
         failpoint::pass("take.stored")?;
         let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
         chain.push(manifest.outline());
-        let last = Last {
+        let last = PreviousCheckpoint {
             vault: vault.url().to_owned(),
             id,
             chain,
         };
         self.last = Some(last);
         self.last_cut = cut_number.map(|number| (number, known));
-        Ok(Taken {
+        Ok(CreatedCheckpoint {
             manifest,
             pause,
             total: begun.elapsed(),
@@ -369,10 +369,10 @@ impl Taker {
         (machine, apart): (&Machine, Option<(&Pages, Option<u64>)>),
         log: &Log,
         incremental: bool,
-        collected: &mut Collected,
-        (keepers, held): (&[Keeper], &mut Vec<Held>),
+        collected: &mut Collector,
+        (keepers, held): (&[VolumeBackend], &mut Vec<CommitHold>),
         give_up: &AtomicBool,
-    ) -> Result<Instantly, TakeError> {
+    ) -> Result<Snapshot, CreateError> {
         // Memory with several owners is read from the cut, and in the other mode.
         let memories: &[Arc<GuestMemory>] = match apart {
             Some(_) => &[],
@@ -458,7 +458,7 @@ impl Taker {
         let pause = begun.elapsed();
         let image = frozen?;
         thawed?;
-        Ok(Instantly {
+        Ok(Snapshot {
             memory_pages: image.memory_pages.clone(),
             image: image.encode()?,
             cut,
@@ -471,9 +471,9 @@ impl Taker {
         &mut self,
         machine: &Machine,
         memories: &[Arc<GuestMemory>],
-        collected: &mut Collected,
-        held: &mut [Held],
-    ) -> Result<keel_wasm::runtime::Image, TakeError> {
+        collected: &mut Collector,
+        held: &mut [CommitHold],
+    ) -> Result<keel_wasm::runtime::Image, CreateError> {
         let mut ranges = Vec::new();
         for tracker in &mut self.trackers {
             ranges.push(tracker.take_at_once()?);
@@ -491,9 +491,9 @@ impl Taker {
     fn add_blocks(
         &mut self,
         blocks: Vec<Changes>,
-        collected: &mut Collected,
+        collected: &mut Collector,
         give_up: Option<&AtomicBool>,
-    ) -> Result<(), TakeError> {
+    ) -> Result<(), CreateError> {
         let (packer, runs) = (&mut collected.blocks, &mut collected.block_runs);
         self.volumes.add(blocks, packer, runs, give_up)
     }
@@ -505,29 +505,29 @@ fn bytes_of(ranges: &[Range<u64>]) -> u64 {
 
 /// Collects bytes into packs and stores them meanwhile.
 pub(super) struct Packer {
-    vault: Vault,
+    vault: Repository,
     machine: MachineName,
     /// The checkpoint and its generation.
     of: (CheckpointId, u32),
     runtime: Handle,
-    piece: fn(usize) -> Piece,
+    piece: fn(usize) -> PackName,
     buffer: Buffer,
     /// Buffers of packs that are stored: fresh ones would cost a page fault for
     /// each of their pages.
     spare: Spare,
     packs: Vec<Pack>,
-    storing: VecDeque<JoinHandle<Result<(), VaultError>>>,
+    storing: VecDeque<JoinHandle<Result<(), RepositoryError>>>,
     /// Packs begun so far.
     count: usize,
 }
 
-type Spare = Arc<Mutex<Vec<Aligned>>>;
+type Spare = Arc<Mutex<Vec<AlignedBuffer>>>;
 
 /// A pack in the making.
 #[derive(Default)]
 struct Buffer {
     /// As long as it ever was: what is behind `used` counts no more.
-    bytes: Aligned,
+    bytes: AlignedBuffer,
     used: usize,
     /// Checksums of the blocks that are full, as far as there was time for them.
     hashed: Vec<[u8; 32]>,
@@ -570,19 +570,19 @@ impl Buffer {
 }
 
 /// A pack's bytes while they are stored; its buffer is used again then.
-struct Lent {
-    buffer: Aligned,
+struct LentBuffer {
+    buffer: AlignedBuffer,
     used: usize,
     spare: Spare,
 }
 
-impl AsRef<[u8]> for Lent {
+impl AsRef<[u8]> for LentBuffer {
     fn as_ref(&self) -> &[u8] {
         &self.buffer[..self.used]
     }
 }
 
-impl Drop for Lent {
+impl Drop for LentBuffer {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         let mut spare = self.spare.lock().unwrap_or_else(|error| error.into_inner());
@@ -590,7 +590,7 @@ impl Drop for Lent {
     }
 }
 
-impl Collected {
+impl Collector {
     /// Adds pages. With `give_up` it stores full packs, and waits where the store
     /// is behind; without, it does neither: the last pack becomes longer.
     fn add_pages(
@@ -598,7 +598,7 @@ impl Collected {
         memories: &[Arc<GuestMemory>],
         ranges: &[Vec<Range<u64>>],
         give_up: Option<&AtomicBool>,
-    ) -> Result<(), TakeError> {
+    ) -> Result<(), CreateError> {
         for ((number, memory), ranges) in (0u32..).zip(memories).zip(ranges) {
             for range in ranges {
                 let mut at = range.start;
@@ -616,7 +616,7 @@ impl Collected {
     }
 }
 
-impl Collected {
+impl Collector {
     /// Adds all pages of a cut, or those that are not as they were known to be, and stores
     /// full packs meanwhile.
     fn add_cut(
@@ -625,7 +625,7 @@ impl Collected {
         known: &mut PageDigests,
         incremental: bool,
         give_up: &AtomicBool,
-    ) -> Result<(), TakeError> {
+    ) -> Result<(), CreateError> {
         // By memory.
         let mut there: Vec<RoaringBitmap> = Vec::new();
         let mut are_there = |memory: u32, first: u32, pages: u32| {
@@ -641,7 +641,7 @@ impl Collected {
         };
         while let Some(piece) = cut.next(CUT_PATIENCE)? {
             if give_up.load(Ordering::Relaxed) {
-                return Err(TakeError::GivenUp);
+                return Err(CreateError::GivenUp);
             }
             let pieces = match piece {
                 CutPiece::Unchanged(same) => vec![CutPiece::Unchanged(same)],
@@ -688,7 +688,7 @@ impl Collected {
     }
 }
 
-fn disagree(what: &str) -> TakeError {
+fn disagree(what: &str) -> CreateError {
     SpanError::Inconsistent(what.into()).into()
 }
 
@@ -711,11 +711,11 @@ pub(super) fn note_page(runs: &mut Vec<Run>, memory: u32, at: u64, bytes: u64) {
 impl Packer {
     /// Without anything in it.
     pub(super) fn new(
-        vault: Vault,
+        vault: Repository,
         machine: MachineName,
         of: (CheckpointId, u32),
         runtime: Handle,
-        piece: fn(usize) -> Piece,
+        piece: fn(usize) -> PackName,
     ) -> Self {
         Packer {
             vault,
@@ -732,8 +732,8 @@ impl Packer {
     }
 
     /// Adds bytes, and stores full packs.
-    pub(super) fn add(&mut self, bytes: &[u8], give_up: &AtomicBool) -> Result<(), TakeError> {
-        let copy = |buffer: &mut [u8]| -> Result<usize, TakeError> {
+    pub(super) fn add(&mut self, bytes: &[u8], give_up: &AtomicBool) -> Result<(), CreateError> {
+        let copy = |buffer: &mut [u8]| -> Result<usize, CreateError> {
             buffer.copy_from_slice(bytes);
             Ok(bytes.len())
         };
@@ -746,12 +746,12 @@ impl Packer {
         count: usize,
         give_up: Option<&AtomicBool>,
         read: impl FnOnce(&mut [u8]) -> Result<usize, E>,
-    ) -> Result<usize, TakeError>
+    ) -> Result<usize, CreateError>
     where
-        TakeError: From<E>,
+        CreateError: From<E>,
     {
         if give_up.is_some_and(|give_up| give_up.load(Ordering::Relaxed)) {
-            return Err(TakeError::GivenUp);
+            return Err(CreateError::GivenUp);
         }
         if self.buffer.bytes.is_empty() {
             self.buffer.bytes = self.spare_buffer();
@@ -768,14 +768,14 @@ impl Packer {
         Ok(added)
     }
 
-    fn spare_buffer(&self) -> Aligned {
+    fn spare_buffer(&self) -> AlignedBuffer {
         let mut spare = self.spare.lock().unwrap_or_else(|error| error.into_inner());
         spare.pop().unwrap_or_default()
     }
 
     /// Stores what there is, and makes room for the last pages, so that nothing
     /// is allocated for them.
-    fn settle(&mut self) -> Result<(), TakeError> {
+    fn settle(&mut self) -> Result<(), CreateError> {
         self.store_pack();
         self.wait_below(1)?;
         self.buffer.bytes = self.spare_buffer();
@@ -791,7 +791,7 @@ impl Packer {
         }
         self.packs.push(self.buffer.describe());
         let Buffer { bytes, used, .. } = std::mem::take(&mut self.buffer);
-        let lent = Bytes::from_owner(Lent {
+        let lent = Bytes::from_owner(LentBuffer {
             buffer: bytes,
             used,
             spare: self.spare.clone(),
@@ -808,19 +808,19 @@ impl Packer {
         self.storing.push_back(self.runtime.spawn(store));
     }
 
-    fn wait_below(&mut self, limit: usize) -> Result<(), TakeError> {
+    fn wait_below(&mut self, limit: usize) -> Result<(), CreateError> {
         while self.storing.len() >= limit.max(1) {
             let Some(task) = self.storing.pop_front() else {
                 break;
             };
             let stored = self.runtime.block_on(task);
-            stored.map_err(|_| TakeError::CutOff)??;
+            stored.map_err(|_| CreateError::CutOff)??;
         }
         Ok(())
     }
 
     /// Stores the rest; all of it is stored then.
-    pub(super) fn finish(mut self) -> Result<Vec<Pack>, TakeError> {
+    pub(super) fn finish(mut self) -> Result<Vec<Pack>, CreateError> {
         self.store_pack();
         self.wait_below(1)?;
         Ok(std::mem::take(&mut self.packs))

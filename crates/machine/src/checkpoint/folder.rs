@@ -22,12 +22,12 @@ const ALIGN: usize = 4096;
 
 /// Bytes whose first one has an address that disks can write from.
 #[derive(Default)]
-pub(super) struct Aligned {
+pub(super) struct AlignedBuffer {
     bytes: Vec<u8>,
     start: usize,
 }
 
-impl Aligned {
+impl AlignedBuffer {
     /// Makes it at least so long; of what it had, the first `kept` bytes stay.
     pub(super) fn grow(&mut self, length: usize, kept: usize) {
         if self.len() >= length {
@@ -38,11 +38,11 @@ impl Aligned {
         // the page cache is used.)
         let start = bytes.as_ptr().align_offset(ALIGN).min(ALIGN);
         bytes[start..start + kept].copy_from_slice(&self[..kept]);
-        *self = Aligned { bytes, start };
+        *self = AlignedBuffer { bytes, start };
     }
 }
 
-impl Deref for Aligned {
+impl Deref for AlignedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -50,21 +50,21 @@ impl Deref for Aligned {
     }
 }
 
-impl DerefMut for Aligned {
+impl DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..]
     }
 }
 
 /// A file that is written past the page cache or through it.
-struct Direct {
+struct DirectFile {
     file: File,
     is_direct: bool,
 }
 
-impl Direct {
+impl DirectFile {
     fn new(file: File) -> Self {
-        let mut file = Direct {
+        let mut file = DirectFile {
             file,
             is_direct: false,
         };
@@ -137,7 +137,7 @@ pub(super) fn write(path: &Path, bytes: &Bytes) -> io::Result<()> {
         }
         other => other,
     };
-    let written = Direct::new(file.map_err(named)?).write(bytes);
+    let written = DirectFile::new(file.map_err(named)?).write(bytes);
     let written = written.and_then(|()| std::fs::rename(&staged, path));
     written.map_err(|error| {
         // What is left of it is in no list.
@@ -218,12 +218,12 @@ mod tests {
         let path = folder.path().join("a/b/pack");
         for length in [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, 5 * ALIGN, (1 << 20) + 77] {
             for shift in [0, 1, 512] {
-                let mut room = Aligned::default();
+                let mut room = AlignedBuffer::default();
                 room.grow(shift + length, 0);
                 room[shift..shift + length].copy_from_slice(&bytes(length));
                 let written = Bytes::copy_from_slice(&room[shift..shift + length]);
                 write(&path, &written).unwrap();
-                let mut file = Direct::new(File::create(folder.path().join("c")).unwrap());
+                let mut file = DirectFile::new(File::create(folder.path().join("c")).unwrap());
                 file.write(&room[shift..shift + length]).unwrap();
                 for path in [&path, &folder.path().join("c")] {
                     assert_eq!(std::fs::read(path).unwrap(), bytes(length));
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn growing_keeps_what_was_there() {
-        let mut room = Aligned::default();
+        let mut room = AlignedBuffer::default();
         room.grow(10, 0);
         room[..10].copy_from_slice(&bytes(10));
         room.grow(3 << 20, 10);

@@ -8,7 +8,7 @@
 //! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
 //! the one before is read too, others are refused by name.
 
-use super::repository::{Outline, Piece};
+use super::repository::{Outline, PackName};
 use crate::past;
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -96,20 +96,20 @@ pub struct Origin {
     /// of its own.
     pub is_clone: bool,
     /// When its memory comes, and to where.
-    pub memory: MemoryComes,
+    pub memory: MemoryRestore,
 }
 
 /// When the memory of a machine comes that is made of a checkpoint, and to where. (It
 /// stands in records: the first two as the `false` and `true` that were there before.)
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryComes {
+pub enum MemoryRestore {
     /// Before it runs.
-    First,
+    Eager,
     /// While it runs: it does so sooner, but damage is found only then, and ends it.
-    Behind,
+    Lazy,
     /// Before it runs, to its home and to a part on each of these nodes: what is larger
     /// than one node.
-    Apart(Vec<NodeName>),
+    Spanning(Vec<NodeName>),
 }
 
 /// Pages of one memory, in the order in which they lie in the packs.
@@ -356,12 +356,12 @@ impl Manifest {
     }
 
     /// Its packs.
-    pub fn pieces(&self) -> impl Iterator<Item = (Piece, &Pack)> {
+    pub fn pieces(&self) -> impl Iterator<Item = (PackName, &Pack)> {
         let pages = self.packs.iter().enumerate();
         let blocks = self.block_packs.iter().enumerate();
         pages
-            .map(|(number, pack)| (Piece::Pages(number), pack))
-            .chain(blocks.map(|(number, pack)| (Piece::Blocks(number), pack)))
+            .map(|(number, pack)| (PackName::Pages(number), pack))
+            .chain(blocks.map(|(number, pack)| (PackName::Blocks(number), pack)))
     }
 
     /// Bytes of pages and blocks in it.

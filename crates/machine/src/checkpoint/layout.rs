@@ -47,7 +47,7 @@ struct Stored {
 
 /// Pages of a block that are the newest of their kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(super) struct LiveRange {
     /// The memory that they belong to.
     pub memory: usize,
     /// Where they belong, in bytes.
@@ -146,8 +146,8 @@ impl Layout {
     }
 
     /// What counts of a block.
-    pub(super) fn pieces(&self, block: Block) -> Vec<Piece> {
-        let mut pieces: Vec<Piece> = Vec::new();
+    pub(super) fn pieces(&self, block: Block) -> Vec<LiveRange> {
+        let mut pieces: Vec<LiveRange> = Vec::new();
         let Some(pack) = self.packs.get(block.pack) else {
             return pieces;
         };
@@ -175,7 +175,7 @@ impl Layout {
                     {
                         last.within.end = bytes.end;
                     }
-                    _ => pieces.push(Piece {
+                    _ => pieces.push(LiveRange {
                         memory,
                         offset,
                         within: bytes,

@@ -10,11 +10,11 @@
 //! Of each MiB the checksum is right before a page of it is seen. A store that
 //! does not answer is asked again for as long as it takes: threads that need a
 //! page wait. Damage is found while the machine runs already, so whoever starts
-//! a machine so must be able to end it then: [`Behind::begin`] tells.
+//! a machine so must be able to end it then: [`LazyRestore::begin`] tells.
 
 use super::format::{Manifest, Pack};
 use super::layout::{Block, Layout};
-use super::repository::{Piece, Vault, VaultError};
+use super::repository::{PackName, Repository, RepositoryError};
 use keel_net::Bytes;
 use keel_wasm::memory::{FaultKind, GuestMemory, MemoryError, PAGE_BYTES, PageFaults, Unavailable};
 use std::cell::Cell;
@@ -33,26 +33,26 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// Why a pack is not read.
 #[derive(Debug, thiserror::Error)]
-enum WarmError {
+enum PackError {
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    Repository(#[from] RepositoryError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
 /// What is still to come of a machine's memory.
-pub struct Behind {
+pub struct LazyRestore {
     shared: Arc<Shared>,
 }
 
-impl std::fmt::Debug for Behind {
+impl std::fmt::Debug for LazyRestore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Behind").finish_non_exhaustive()
     }
 }
 
 struct Shared {
-    vault: Vault,
+    vault: Repository,
     runtime: Handle,
     chain: Vec<Manifest>,
     /// Says in the store that the chain is being read.
@@ -72,10 +72,10 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-impl Behind {
+impl LazyRestore {
     /// From now on accesses to these memories wait until [`Self::begin`].
     pub(super) fn new(
-        vault: Vault,
+        vault: Repository,
         runtime: Handle,
         chain: Vec<Manifest>,
         reading: String,
@@ -88,7 +88,7 @@ impl Behind {
             .collect::<Result<_, _>>()?;
         let packs = 0..layout.packs().len();
         let blocks = packs.map(|pack| layout.blocks(pack).count()).sum();
-        Ok(Behind {
+        Ok(LazyRestore {
             shared: Arc::new(Shared {
                 left: AtomicUsize::new(blocks),
                 vault,
@@ -181,12 +181,12 @@ impl Shared {
         locked(&self.claimed).insert(block)
     }
 
-    fn manifest_of(&self, block: Block) -> (&Manifest, Piece, &Pack) {
+    fn manifest_of(&self, block: Block) -> (&Manifest, PackName, &Pack) {
         let at = self.layout.packs()[block.pack];
         let manifest = &self.chain[at.checkpoint];
         (
             manifest,
-            Piece::Pages(at.number),
+            PackName::Pages(at.number),
             &manifest.packs[at.number],
         )
     }
@@ -210,9 +210,9 @@ impl Shared {
         let manifest = &self.chain[at.checkpoint];
         while !self.is_done() {
             let reading = Cell::new(None);
-            let result = self.vault.read_blocks::<WarmError>(
+            let result = self.vault.read_blocks::<PackError>(
                 &self.runtime,
-                (manifest, Piece::Pages(at.number)),
+                (manifest, PackName::Pages(at.number)),
                 &manifest.packs[at.number],
                 &mut |of_pack| {
                     let block = Block {
@@ -229,7 +229,7 @@ impl Shared {
                     reading
                         .take()
                         .map_or(Ok(()), |block| self.provide(block, bytes))
-                        .map_err(WarmError::from)
+                        .map_err(PackError::from)
                 },
             );
             if let Some(block) = reading.take() {
@@ -237,15 +237,15 @@ impl Shared {
             }
             match result {
                 Ok(()) => return,
-                Err(WarmError::Vault(error)) => self.failed(error),
-                Err(WarmError::Memory(error)) => self.end(Err(error.to_string())),
+                Err(PackError::Repository(error)) => self.failed(error),
+                Err(PackError::Memory(error)) => self.end(Err(error.to_string())),
             }
         }
     }
 
     /// Waits a moment where another try may help.
-    fn failed(&self, error: VaultError) {
-        let VaultError::Store(error) = &error else {
+    fn failed(&self, error: RepositoryError) {
+        let RepositoryError::Store(error) = &error else {
             return self.end(Err(error.to_string()));
         };
         // A part that was cut since is no part any more, however often it is read.
@@ -253,7 +253,7 @@ impl Shared {
         if let Some(machine) = machine {
             let chain: Vec<_> = self.chain.iter().map(Manifest::outline).collect();
             let checked = self.vault.check_parts(machine, &chain);
-            if let Err(part @ VaultError::Part { .. }) = self.runtime.block_on(checked) {
+            if let Err(part @ RepositoryError::Part { .. }) = self.runtime.block_on(checked) {
                 return self.end(Err(part.to_string()));
             }
         }

@@ -43,12 +43,14 @@ mod spanning_restore;
 mod volumes;
 
 pub use compaction::compact;
-pub use create::{Destination, Subject, TakeError, Taken, Taker};
-pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryComes, Origin, Pack, Run};
-pub use lazy_restore::Behind;
-pub use repository::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
-pub use restore::{Rest, RestoreError, Restored, memory_bytes, restore};
-pub use spanning_restore::Later;
+pub use create::{Checkpointer, CreateError, CreatedCheckpoint, Destination, Subject};
+pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryRestore, Origin, Pack, Run};
+pub use lazy_restore::LazyRestore;
+pub use repository::{
+    BlockSink, Candidates, Outline, PackName, Repository, RepositoryError, Retention,
+};
+pub use restore::{RemainingMemory, RestoreError, Restored, memory_bytes, restore};
+pub use spanning_restore::SpanningRestore;
 
 /// The name that a cluster volume's snapshot for a checkpoint has.
 pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {

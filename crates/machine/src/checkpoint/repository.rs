@@ -5,7 +5,7 @@
 //! paths: stores may be slow.
 
 use super::compaction::compact;
-use super::create::TakeError;
+use super::create::CreateError;
 use super::folder;
 use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
 use crate::storage_location::{StorageLocation, StorageLocationError};
@@ -26,7 +26,7 @@ const READ_MS: u64 = 3_600_000;
 
 /// Why a vault cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum VaultError {
+pub enum RepositoryError {
     /// The URL names no store.
     #[error(transparent)]
     Url(#[from] StorageLocationError),
@@ -52,18 +52,18 @@ pub enum VaultError {
 
 /// Which pack of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Piece {
+pub enum PackName {
     /// Pages of memory.
     Pages(usize),
     /// Blocks of volumes.
     Blocks(usize),
 }
 
-impl std::fmt::Display for Piece {
+impl std::fmt::Display for PackName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Piece::Pages(number) => write!(f, "{number}"),
-            Piece::Blocks(number) => write!(f, "v{number}"),
+            PackName::Pages(number) => write!(f, "{number}"),
+            PackName::Blocks(number) => write!(f, "v{number}"),
         }
     }
 }
@@ -76,53 +76,53 @@ pub struct Outline {
     /// How often it was made a full one.
     pub generation: u32,
     /// Its packs, with their bytes.
-    pub packs: Vec<(Piece, u64)>,
+    pub packs: Vec<(PackName, u64)>,
 }
 
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
-pub struct Vault {
+pub struct Repository {
     place: StorageLocation,
 }
 
 /// What becomes of a block, by its number.
-pub type TakeBlock<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
+pub type BlockSink<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
 
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
 
-impl Vault {
+impl Repository {
     /// Opens a vault and makes its directory where it is missing: for storing.
     /// Reading makes nothing.
     ///
     /// # Errors
-    /// [`VaultError::Url`].
-    pub fn create(url: &str) -> Result<Self, VaultError> {
+    /// [`RepositoryError::Url`].
+    pub fn create(url: &str) -> Result<Self, RepositoryError> {
         let place = StorageLocation::create(url)?;
-        Ok(Vault { place })
+        Ok(Repository { place })
     }
 
     /// Opens a vault in a [`StorageLocation`].
     ///
     /// # Errors
-    /// [`VaultError::Url`].
-    pub fn open(url: &str) -> Result<Self, VaultError> {
+    /// [`RepositoryError::Url`].
+    pub fn open(url: &str) -> Result<Self, RepositoryError> {
         let place = StorageLocation::open(url)?;
-        Ok(Vault { place })
+        Ok(Repository { place })
     }
 
     /// As [`Self::open`], with these in place of the environment's variables, and so
     /// long for one request to be repeated.
     ///
     /// # Errors
-    /// [`VaultError::Url`].
+    /// [`RepositoryError::Url`].
     pub fn open_with(
         url: &str,
         settings: impl IntoIterator<Item = (String, String)>,
         retry_for: Duration,
-    ) -> Result<Self, VaultError> {
+    ) -> Result<Self, RepositoryError> {
         let place = StorageLocation::open_with(url, settings, retry_for)?;
-        Ok(Vault { place })
+        Ok(Repository { place })
     }
 
     /// Its URL, as it was given.
@@ -138,7 +138,7 @@ impl Vault {
         &self,
         machine: &MachineName,
         (id, generation): (&CheckpointId, u32),
-        piece: Piece,
+        piece: PackName,
     ) -> Path {
         let name = match generation {
             0 => format!("{id}.{piece}.pack"),
@@ -160,14 +160,14 @@ impl Vault {
     /// Stores a pack of a checkpoint's generation.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
+    /// [`RepositoryError::Store`].
     pub async fn put_pack(
         &self,
         machine: &MachineName,
         of: (&CheckpointId, u32),
-        piece: Piece,
+        piece: PackName,
         bytes: Bytes,
-    ) -> Result<(), VaultError> {
+    ) -> Result<(), RepositoryError> {
         let place = self.pack_place(machine, of, piece);
         match self.place.file(&place)? {
             Some(path) => in_folder(move || folder::write(&path, &bytes)).await?,
@@ -181,17 +181,17 @@ impl Vault {
     /// runtime.
     ///
     /// # Errors
-    /// [`VaultError`], or what `take` answers; blocks that came before were whole.
-    pub fn read_blocks<E: From<VaultError>>(
+    /// [`RepositoryError`], or what `take` answers; blocks that came before were whole.
+    pub fn read_blocks<E: From<RepositoryError>>(
         &self,
         runtime: &Handle,
-        (manifest, piece): (&Manifest, Piece),
+        (manifest, piece): (&Manifest, PackName),
         expected: &Pack,
         wanted: &mut dyn FnMut(usize) -> bool,
-        take: &mut TakeBlock<'_, E>,
+        take: &mut BlockSink<'_, E>,
     ) -> Result<(), E> {
         let part = |reason: String| -> E { Self::part(manifest, piece, reason).into() };
-        let store = |error: object_store::Error| -> E { VaultError::Store(error).into() };
+        let store = |error: object_store::Error| -> E { RepositoryError::Store(error).into() };
         let place = self.pack_place(
             &manifest.machine,
             (&manifest.id, manifest.generation),
@@ -266,12 +266,12 @@ impl Vault {
     /// size.
     ///
     /// # Errors
-    /// [`VaultError::Part`] for what is missing or cut, [`VaultError::Store`].
+    /// [`RepositoryError::Part`] for what is missing or cut, [`RepositoryError::Store`].
     pub async fn check_parts(
         &self,
         machine: &MachineName,
         chain: &[Outline],
-    ) -> Result<(), VaultError> {
+    ) -> Result<(), RepositoryError> {
         let folder = self.place.path(&["machines", machine.as_ref()]);
         let there: HashMap<Path, u64> = self
             .store()
@@ -280,7 +280,7 @@ impl Vault {
             .try_collect()
             .await?;
         for outline in chain {
-            let part = |part: String, reason: String| VaultError::Part {
+            let part = |part: String, reason: String| RepositoryError::Part {
                 machine: machine.clone(),
                 id: outline.id.clone(),
                 part,
@@ -311,7 +311,7 @@ impl Vault {
     }
 
     /// Bytes of an object; `None` if it is not there.
-    async fn size(&self, place: &Path) -> Result<Option<u64>, VaultError> {
+    async fn size(&self, place: &Path) -> Result<Option<u64>, RepositoryError> {
         match self.store().head(place).await {
             Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -322,14 +322,14 @@ impl Vault {
     /// Reads one block of a pack and checks it.
     ///
     /// # Errors
-    /// [`VaultError`].
+    /// [`RepositoryError`].
     pub async fn block(
         &self,
         manifest: &Manifest,
-        piece: Piece,
+        piece: PackName,
         expected: &Pack,
         number: usize,
-    ) -> Result<Bytes, VaultError> {
+    ) -> Result<Bytes, RepositoryError> {
         let place = self.pack_place(
             &manifest.machine,
             (&manifest.id, manifest.generation),
@@ -351,8 +351,8 @@ impl Vault {
         }
     }
 
-    fn part(manifest: &Manifest, piece: Piece, reason: String) -> VaultError {
-        VaultError::Part {
+    fn part(manifest: &Manifest, piece: PackName, reason: String) -> RepositoryError {
+        RepositoryError::Part {
             machine: manifest.machine.clone(),
             id: manifest.id.clone(),
             part: format!("pack {piece}"),
@@ -363,9 +363,9 @@ impl Vault {
     /// Stores a manifest: from now on the checkpoint is there.
     ///
     /// # Errors
-    /// [`VaultError`].
-    pub async fn put_manifest(&self, manifest: &Manifest) -> Result<(), VaultError> {
-        let bytes = manifest.encode().map_err(|error| VaultError::Part {
+    /// [`RepositoryError`].
+    pub async fn put_manifest(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
+        let bytes = manifest.encode().map_err(|error| RepositoryError::Part {
             machine: manifest.machine.clone(),
             id: manifest.id.clone(),
             part: "its manifest".into(),
@@ -391,8 +391,8 @@ impl Vault {
     /// an hour at the most. The name of that.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
-    pub async fn begin_reading(&self, manifest: &Manifest) -> Result<String, VaultError> {
+    /// [`RepositoryError::Store`].
+    pub async fn begin_reading(&self, manifest: &Manifest) -> Result<String, RepositoryError> {
         let name = format!("{}.{:016x}.{READING}", manifest.id, rand::random::<u64>());
         let place = self
             .place
@@ -404,8 +404,12 @@ impl Vault {
     /// Takes that back.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
-    pub async fn end_reading(&self, manifest: &Manifest, name: &str) -> Result<(), VaultError> {
+    /// [`RepositoryError::Store`].
+    pub async fn end_reading(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+    ) -> Result<(), RepositoryError> {
         let place = self
             .place
             .path(&["machines", manifest.machine.as_ref(), name]);
@@ -415,13 +419,13 @@ impl Vault {
     /// Reads a manifest and checks it.
     ///
     /// # Errors
-    /// [`VaultError`].
+    /// [`RepositoryError`].
     pub async fn manifest(
         &self,
         machine: &MachineName,
         id: &CheckpointId,
-    ) -> Result<Manifest, VaultError> {
-        let part = |reason: String| VaultError::Part {
+    ) -> Result<Manifest, RepositoryError> {
+        let part = |reason: String| RepositoryError::Part {
             machine: machine.clone(),
             id: id.clone(),
             part: "its manifest".into(),
@@ -446,17 +450,17 @@ impl Vault {
     /// A checkpoint and those that it stands on, the full one first.
     ///
     /// # Errors
-    /// [`VaultError`], also where a chain is longer than it can be.
+    /// [`RepositoryError`], also where a chain is longer than it can be.
     pub async fn chain(
         &self,
         machine: &MachineName,
         id: &CheckpointId,
-    ) -> Result<Vec<Manifest>, VaultError> {
+    ) -> Result<Vec<Manifest>, RepositoryError> {
         let mut chain = vec![self.manifest(machine, id).await?];
         while let Some(parent) = chain.last().and_then(|manifest| manifest.parent.clone()) {
             let last = chain.last().map(|manifest| manifest.id.clone());
             if chain.len() >= super::CHAIN_MAX || last.is_some_and(|last| parent >= last) {
-                return Err(VaultError::Part {
+                return Err(RepositoryError::Part {
                     machine: machine.clone(),
                     id: id.clone(),
                     part: "its chain".into(),
@@ -472,8 +476,8 @@ impl Vault {
     /// Names of a machine's checkpoints, newest first.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
-    pub async fn list(&self, machine: &MachineName) -> Result<Candidates, VaultError> {
+    /// [`RepositoryError::Store`].
+    pub async fn list(&self, machine: &MachineName) -> Result<Candidates, RepositoryError> {
         let folder = self.place.path(&["machines", machine.as_ref()]);
         let mut found: Candidates = self
             .store()
@@ -493,8 +497,8 @@ impl Vault {
     /// Machines that have something here, by name.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
-    pub async fn machines(&self) -> Result<Vec<MachineName>, VaultError> {
+    /// [`RepositoryError::Store`].
+    pub async fn machines(&self) -> Result<Vec<MachineName>, RepositoryError> {
         let folder = self.place.path(&["machines"]);
         let listing = self.store().list_with_delimiter(Some(&folder)).await?;
         let mut names: Vec<MachineName> = listing
@@ -509,8 +513,8 @@ impl Vault {
     /// Stores an instrumented module, unless it is there.
     ///
     /// # Errors
-    /// [`VaultError::Store`].
-    pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), VaultError> {
+    /// [`RepositoryError::Store`].
+    pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), RepositoryError> {
         let place = self.program_place(hash);
         match self.store().head(&place).await {
             Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
@@ -524,9 +528,9 @@ impl Vault {
     /// Reads a checkpoint's instrumented module and checks it.
     ///
     /// # Errors
-    /// [`VaultError`].
-    pub async fn program(&self, manifest: &Manifest) -> Result<Bytes, VaultError> {
-        let part = |reason: &str| VaultError::Part {
+    /// [`RepositoryError`].
+    pub async fn program(&self, manifest: &Manifest) -> Result<Bytes, RepositoryError> {
+        let part = |reason: &str| RepositoryError::Part {
             machine: manifest.machine.clone(),
             id: manifest.id.clone(),
             part: "its program".into(),
@@ -555,7 +559,7 @@ impl Vault {
     /// outside of the runtime.
     ///
     /// # Errors
-    /// [`TakeError`], also where it is not known what is needed; nothing of that is
+    /// [`CreateError`], also where it is not known what is needed; nothing of that is
     /// gone then.
     pub fn keep(
         &self,
@@ -563,7 +567,7 @@ impl Vault {
         machine: &MachineName,
         retention: Retention,
         now_unix_ms: u64,
-    ) -> Result<Vec<CheckpointId>, TakeError> {
+    ) -> Result<Vec<CheckpointId>, CreateError> {
         let all = runtime.block_on(self.list(machine))?;
         let wanted: Vec<&CheckpointId> = (0..)
             .zip(&all)
@@ -591,7 +595,7 @@ impl Vault {
         all: &[CheckpointId],
         wanted: &[&CheckpointId],
         now_unix_ms: u64,
-    ) -> Result<Vec<CheckpointId>, VaultError> {
+    ) -> Result<Vec<CheckpointId>, RepositoryError> {
         let folder = self.place.path(&["machines", machine.as_ref()]);
         let objects: Vec<(Path, i64)> = self
             .store()
@@ -629,7 +633,7 @@ impl Vault {
                         *known = (*known).and(generation);
                     }
                 }
-                Err(VaultError::Part { .. }) => below = below.max(Some(id.clone())),
+                Err(RepositoryError::Part { .. }) => below = below.max(Some(id.clone())),
                 Err(error) => return Err(error),
             }
         }
@@ -678,7 +682,7 @@ impl Vault {
 /// Works on files, beside the runtime's own threads.
 async fn in_folder(
     work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
-) -> Result<(), VaultError> {
+) -> Result<(), RepositoryError> {
     let done = tokio::task::spawn_blocking(work).await;
     let done = done.unwrap_or_else(|error| Err(std::io::Error::other(error)));
     Ok(done.map_err(|error| object_store::Error::Generic {

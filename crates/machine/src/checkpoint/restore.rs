@@ -3,11 +3,11 @@
 //! Without a checkpoint being named, the newest that is whole is taken: one
 //! whose part is missing or damaged is passed over, and the answer says so.
 
-use super::format::{CheckpointId, Manifest, MemoryComes, Origin};
+use super::format::{CheckpointId, Manifest, MemoryRestore, Origin};
 use super::layout::{Block, Layout};
-use super::lazy_restore::Behind;
-use super::repository::{Piece, Vault, VaultError};
-use super::spanning_restore::Later;
+use super::lazy_restore::LazyRestore;
+use super::repository::{PackName, Repository, RepositoryError};
+use super::spanning_restore::SpanningRestore;
 use super::volumes;
 use crate::failpoint::{self, Injected};
 use keel_wasm::memory::{GuestMemory, MemoryError, Unavailable};
@@ -27,7 +27,7 @@ const READING_MAX: usize = 4;
 pub enum RestoreError {
     /// The store, or a part of the one checkpoint that was asked for.
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    Repository(#[from] RepositoryError),
     /// Its program.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -36,7 +36,7 @@ pub enum RestoreError {
     Memory(#[from] MemoryError),
     /// It cannot run before all of its memory is there.
     #[error("it cannot start warm here: {0} (without --warm it can)")]
-    NotWarm(#[from] Unavailable),
+    NotLazy(#[from] Unavailable),
     /// Its threads.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -88,18 +88,18 @@ pub struct Restored {
     /// Why newer checkpoints were passed over.
     pub passed_over: Vec<String>,
     /// What of its memory is still to come.
-    pub rest: Rest,
+    pub rest: RemainingMemory,
 }
 
 /// What of a machine's memory is still to come.
 #[derive(Debug)]
-pub enum Rest {
+pub enum RemainingMemory {
     /// Nothing.
-    Nothing,
+    Complete,
     /// It comes while the machine runs: begin it first.
-    Behind(Behind),
+    Lazy(LazyRestore),
     /// All: it comes when the machine has parts, before it runs.
-    Later(Later),
+    Spanning(SpanningRestore),
 }
 
 /// Reads a checkpoint. The bytes of the machine's own volumes go into folders
@@ -109,7 +109,7 @@ pub enum Rest {
 /// [`RestoreError`]; nothing is left then.
 pub fn restore(
     origin: &Origin,
-    vault: &Vault,
+    vault: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
@@ -120,7 +120,7 @@ pub fn restore(
     }
     let candidates = runtime.block_on(vault.list(&origin.machine))?;
     if candidates.is_empty() {
-        return Err(VaultError::None(origin.machine.clone()).into());
+        return Err(RepositoryError::None(origin.machine.clone()).into());
     }
     let mut passed_over = Vec::new();
     for id in &candidates {
@@ -131,7 +131,7 @@ pub fn restore(
                     ..restored
                 });
             }
-            Err(RestoreError::Vault(error @ VaultError::Part { .. })) => {
+            Err(RestoreError::Repository(error @ RepositoryError::Part { .. })) => {
                 tracing::warn!(%error, "trying an older checkpoint");
                 passed_over.push(error.to_string());
             }
@@ -148,7 +148,7 @@ pub fn restore(
 fn restore_steady(
     origin: &Origin,
     id: &CheckpointId,
-    vault: &Vault,
+    vault: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
@@ -161,7 +161,8 @@ fn restore_steady(
     loop {
         let before = generation();
         match restore_one(origin, id, vault, engine, limits, runtime, folder) {
-            Err(RestoreError::Vault(VaultError::Part { .. })) if generation() != before => {}
+            Err(RestoreError::Repository(RepositoryError::Part { .. }))
+                if generation() != before => {}
             other => return other,
         }
     }
@@ -170,7 +171,7 @@ fn restore_steady(
 fn restore_one(
     origin: &Origin,
     id: &CheckpointId,
-    vault: &Vault,
+    vault: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
@@ -179,14 +180,14 @@ fn restore_one(
     let machine = &origin.machine;
     let chain = runtime.block_on(vault.chain(machine, id))?;
     failpoint::pass("restore.manifest")?;
-    let part = |what: &str, reason: String| VaultError::Part {
+    let part = |what: &str, reason: String| RepositoryError::Part {
         machine: machine.clone(),
         id: id.clone(),
         part: what.to_owned(),
         reason,
     };
     let Some(newest) = chain.last() else {
-        return Err(VaultError::None(machine.clone()).into());
+        return Err(RepositoryError::None(machine.clone()).into());
     };
     let bytes = runtime.block_on(vault.program(newest))?;
     let program = engine.load_instrumented(bytes.to_vec())?;
@@ -221,7 +222,7 @@ fn restore_one(
         volumes::fill(manifest, vault, folder, runtime)?;
     }
     match &origin.memory {
-        MemoryComes::First => {
+        MemoryRestore::Eager => {
             let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), RestoreError> {
                 Ok(memories[memory].write(offset, bytes)?)
             };
@@ -229,12 +230,12 @@ fn restore_one(
         }
         // Another one can be taken only as long as nothing is made of this: it is read
         // twice.
-        MemoryComes::Apart(_) if origin.id.is_none() => {
+        MemoryRestore::Spanning(_) if origin.id.is_none() => {
             bring(&layout, &chain, vault, runtime, &|_, _, _| {
                 Ok::<_, RestoreError>(())
             })?;
         }
-        MemoryComes::Apart(_) | MemoryComes::Behind => {}
+        MemoryRestore::Spanning(_) | MemoryRestore::Lazy => {}
     }
     failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
@@ -245,8 +246,8 @@ fn restore_one(
         image.wasi.random.clear();
     }
     let manifest = newest.clone();
-    let rest = if origin.memory == MemoryComes::First {
-        Rest::Nothing
+    let rest = if origin.memory == MemoryRestore::Eager {
+        RemainingMemory::Complete
     } else {
         // From now on nobody deletes it. What is missing is found now; what is
         // damaged, only when it is read.
@@ -260,10 +261,10 @@ fn restore_one(
         }
         let (vault, runtime) = (vault.clone(), runtime.clone());
         match &origin.memory {
-            MemoryComes::Behind => Rest::Behind(Behind::new(
+            MemoryRestore::Lazy => RemainingMemory::Lazy(LazyRestore::new(
                 vault, runtime, chain, reading, layout, &memories,
             )?),
-            _ => Rest::Later(Later {
+            _ => RemainingMemory::Spanning(SpanningRestore {
                 vault,
                 runtime,
                 chain,
@@ -287,15 +288,19 @@ fn restore_one(
 /// larger than `most`, just that.
 ///
 /// # Errors
-/// [`VaultError`].
-pub async fn memory_bytes(vault: &Vault, origin: &Origin, most: u64) -> Result<u64, VaultError> {
+/// [`RepositoryError`].
+pub async fn memory_bytes(
+    vault: &Repository,
+    origin: &Origin,
+    most: u64,
+) -> Result<u64, RepositoryError> {
     let candidates = match &origin.id {
         Some(id) => vec![id.clone()],
         None => vault.list(&origin.machine).await?,
     };
     let mut damaged = None;
     for id in &candidates {
-        let part = |reason: &str| VaultError::Part {
+        let part = |reason: &str| RepositoryError::Part {
             machine: origin.machine.clone(),
             id: id.clone(),
             part: "its chain".into(),
@@ -313,21 +318,21 @@ pub async fn memory_bytes(vault: &Vault, origin: &Origin, most: u64) -> Result<u
         };
         match bytes.await {
             Ok(bytes) => return Ok(bytes),
-            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error @ RepositoryError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
         }
     }
-    Err(damaged.unwrap_or_else(|| VaultError::None(origin.machine.clone())))
+    Err(damaged.unwrap_or_else(|| RepositoryError::None(origin.machine.clone())))
 }
 
 /// Takes what is brought: number of the memory, where, and the bytes.
 pub(super) type Write<'a, E> = dyn Fn(usize, u64, &[u8]) -> Result<(), E> + Sync + 'a;
 
 /// Brings the pages of a chain, several packs at a time, each page once.
-pub(super) fn bring<E: From<VaultError> + Send>(
+pub(super) fn bring<E: From<RepositoryError> + Send>(
     layout: &Layout,
     chain: &[Manifest],
-    vault: &Vault,
+    vault: &Repository,
     runtime: &Handle,
     write: &Write<'_, E>,
 ) -> Result<(), E> {
@@ -346,7 +351,7 @@ pub(super) fn bring<E: From<VaultError> + Send>(
             };
             let result = vault.read_blocks::<E>(
                 runtime,
-                (manifest, Piece::Pages(at.number)),
+                (manifest, PackName::Pages(at.number)),
                 &manifest.packs[at.number],
                 &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
                 &mut |of_pack, bytes| {

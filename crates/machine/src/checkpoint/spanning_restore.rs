@@ -4,14 +4,14 @@
 
 use super::format::Manifest;
 use super::layout::Layout;
-use super::repository::{Vault, VaultError};
+use super::repository::{Repository, RepositoryError};
 use super::restore::{Write, bring};
 use tokio::runtime::Handle;
 
 /// What is to come. Until it is let go ([`Self::let_go`]), or for an hour, nobody deletes
 /// what it is made of.
-pub struct Later {
-    pub(super) vault: Vault,
+pub struct SpanningRestore {
+    pub(super) vault: Repository,
     pub(super) runtime: Handle,
     pub(super) chain: Vec<Manifest>,
     /// Says in the store that the chain is being read.
@@ -19,13 +19,13 @@ pub struct Later {
     pub(super) layout: Layout,
 }
 
-impl std::fmt::Debug for Later {
+impl std::fmt::Debug for SpanningRestore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Later").finish_non_exhaustive()
     }
 }
 
-impl Later {
+impl SpanningRestore {
     /// Bytes of it; all else is zero.
     pub fn bytes(&self) -> u64 {
         self.layout.bytes()
@@ -35,8 +35,8 @@ impl Later {
     /// bytes, from several threads at once. Blocking, outside of the runtime.
     ///
     /// # Errors
-    /// [`VaultError`], or the first that `write` answers; some of it is written then.
-    pub fn bring<E: From<VaultError> + Send>(&self, write: &Write<'_, E>) -> Result<(), E> {
+    /// [`RepositoryError`], or the first that `write` answers; some of it is written then.
+    pub fn bring<E: From<RepositoryError> + Send>(&self, write: &Write<'_, E>) -> Result<(), E> {
         bring(&self.layout, &self.chain, &self.vault, &self.runtime, write)
     }
 

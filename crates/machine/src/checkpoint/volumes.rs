@@ -2,9 +2,9 @@
 //! own, and in the manifest which ones they are.
 
 use super::RestoreError;
-use super::create::{Packer, TakeError};
+use super::create::{CreateError, Packer};
 use super::format::{BlockRun, Manifest};
-use super::repository::{Piece, Vault};
+use super::repository::{PackName, Repository};
 use keel_wasi::Wasi;
 use keel_wasi::volume::{BlockReader, BlockWriter, Changes, Tracker};
 use std::collections::HashMap;
@@ -49,7 +49,7 @@ impl VolumeTrackers {
         packer: &mut Packer,
         runs: &mut Vec<BlockRun>,
         give_up: Option<&AtomicBool>,
-    ) -> Result<(), TakeError> {
+    ) -> Result<(), CreateError> {
         for ((volume, _, reader), changes) in self.0.iter_mut().zip(changes) {
             let volume = *volume;
             for &(inode, bytes) in &changes.cuts {
@@ -94,7 +94,7 @@ pub(super) fn note_block(runs: &mut Vec<BlockRun>, number: u32, file: u64, at: u
 /// Repeats in a folder what a checkpoint has of volumes.
 pub(super) fn fill(
     manifest: &Manifest,
-    vault: &Vault,
+    vault: &Repository,
     folder: &Path,
     runtime: &Handle,
 ) -> Result<(), RestoreError> {
@@ -107,7 +107,7 @@ pub(super) fn fill(
         let writer = BlockWriter::new(&folder.join(number.to_string())).map_err(disk)?;
         writers.insert(number, writer);
     }
-    let mut filling = Filling {
+    let mut filling = VolumeReplay {
         runs: manifest.block_runs.iter(),
         now: None,
         writers,
@@ -117,7 +117,7 @@ pub(super) fn fill(
     for (number, pack) in manifest.block_packs.iter().enumerate() {
         vault.read_blocks(
             runtime,
-            (manifest, Piece::Blocks(number)),
+            (manifest, PackName::Blocks(number)),
             pack,
             &mut |_| true,
             &mut |_, bytes| filling.add(bytes),
@@ -127,7 +127,7 @@ pub(super) fn fill(
 }
 
 /// Repeats what happened to files, as its bytes come.
-struct Filling<'a> {
+struct VolumeReplay<'a> {
     runs: std::slice::Iter<'a, BlockRun>,
     /// What the next bytes are of: file, where, and how many of them.
     now: Option<(u32, u64, u64, u64)>,
@@ -135,7 +135,7 @@ struct Filling<'a> {
     folder: &'a Path,
 }
 
-impl Filling<'_> {
+impl VolumeReplay<'_> {
     fn failed(&self, source: std::io::Error) -> RestoreError {
         RestoreError::Volume {
             folder: self.folder.to_owned(),

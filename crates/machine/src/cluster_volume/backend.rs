@@ -41,7 +41,7 @@ type Ranges = Vec<(u64, Range<u64>)>;
 type Result<T, E = VolumeError> = std::result::Result<T, E>;
 
 /// What a keeper needs, and whom it tells.
-pub struct KeeperOptions {
+pub struct BackendOptions {
     /// The volume's objects.
     pub store: VolumeStore,
     /// Where its tasks run.
@@ -56,7 +56,7 @@ pub struct KeeperOptions {
     pub damaged: Box<dyn Fn(&str) + Send + Sync>,
 }
 
-impl std::fmt::Debug for KeeperOptions {
+impl std::fmt::Debug for BackendOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("KeeperOptions")
             .field("store", &self.store)
@@ -67,14 +67,14 @@ impl std::fmt::Debug for KeeperOptions {
 
 /// Keeps one cluster volume for the machine of this process.
 #[derive(Debug, Clone)]
-pub struct Keeper(Arc<Shared>);
+pub struct VolumeBackend(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    options: KeeperOptions,
+    options: BackendOptions,
     attached: OnceLock<Attached>,
     inner: Mutex<Inner>,
-    standing: watch::Sender<Standing>,
+    standing: watch::Sender<ClaimState>,
     /// The machine is frozen to be given away: it may be another's to write.
     resting: watch::Sender<bool>,
     wake: Notify,
@@ -90,7 +90,7 @@ struct Attached {
 
 /// Whether it may read and write.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Standing {
+enum ClaimState {
     /// It is to claim the volume, or tries; why it has not yet, if that is known.
     Opening(Option<String>),
     Claimed,
@@ -118,21 +118,21 @@ struct Inner {
 
 /// All that is to be committed, of one instant.
 #[derive(Debug)]
-struct Captured {
+struct Capture {
     record: VolumeRecord,
     /// File, block, bytes.
     blocks: Vec<(u64, u64, Bytes)>,
     changes: u64,
 }
 
-impl Keeper {
+impl VolumeBackend {
     /// A keeper that has claimed nothing yet.
-    pub fn new(options: KeeperOptions) -> Self {
-        Keeper(Arc::new(Shared {
+    pub fn new(options: BackendOptions) -> Self {
+        VolumeBackend(Arc::new(Shared {
             options,
             attached: OnceLock::new(),
             inner: Mutex::default(),
-            standing: watch::Sender::new(Standing::Opening(None)),
+            standing: watch::Sender::new(ClaimState::Opening(None)),
             resting: watch::Sender::new(false),
             wake: Notify::new(),
             writer: Arc::default(),
@@ -213,9 +213,9 @@ impl Keeper {
         inner.epoch = Some(epoch);
         drop(inner);
         self.0.standing.send_if_modified(|standing| {
-            let changes = !matches!(standing, Standing::Lost(_));
+            let changes = !matches!(standing, ClaimState::Lost(_));
             if changes {
-                *standing = Standing::Opening(None);
+                *standing = ClaimState::Opening(None);
             }
             changes
         });
@@ -236,14 +236,14 @@ impl Keeper {
     pub fn wait_claimed(&self, patience: Duration) -> Result<(), String> {
         let mut standing = self.0.standing.subscribe();
         let wait = async {
-            let claimed = standing.wait_for(|standing| !matches!(standing, Standing::Opening(_)));
+            let claimed = standing.wait_for(|standing| !matches!(standing, ClaimState::Opening(_)));
             let _ = tokio::time::timeout(patience, claimed).await;
         };
         self.0.options.runtime.block_on(wait);
         match &*self.0.standing.borrow() {
-            Standing::Claimed => Ok(()),
-            Standing::Lost(reason) => Err(reason.clone()),
-            Standing::Opening(reason) => {
+            ClaimState::Claimed => Ok(()),
+            ClaimState::Lost(reason) => Err(reason.clone()),
+            ClaimState::Opening(reason) => {
                 let name = self.0.options.store.name();
                 let reason = reason.as_deref().unwrap_or("its store does not answer");
                 Err(format!(
@@ -292,7 +292,7 @@ impl Keeper {
     ///
     /// # Errors
     /// [`VolumeError`].
-    pub fn hold(&self) -> Result<Held> {
+    pub fn hold(&self) -> Result<CommitHold> {
         let options = &self.0.options;
         let held = async {
             self.0.flush().await?;
@@ -300,7 +300,7 @@ impl Keeper {
         };
         let held = async { tokio::time::timeout(HOLD_PATIENCE, held).await };
         match options.runtime.block_on(held) {
-            Ok(Ok(writer)) => Ok(Held {
+            Ok(Ok(writer)) => Ok(CommitHold {
                 shared: self.0.clone(),
                 writer,
                 frozen: None,
@@ -324,7 +324,7 @@ impl Keeper {
 
 /// A volume that is not committed meanwhile.
 #[derive(Debug)]
-pub struct Held {
+pub struct CommitHold {
     shared: Arc<Shared>,
     writer: OwnedMutexGuard<Option<Writer>>,
     frozen: Option<Frozen>,
@@ -332,9 +332,9 @@ pub struct Held {
 
 /// What a volume was while its machine stood still.
 #[derive(Debug)]
-pub struct Frozen(Captured);
+pub struct Frozen(Capture);
 
-impl Held {
+impl CommitHold {
     /// Copies what is not committed yet; the machine stands still.
     ///
     /// # Errors
@@ -365,7 +365,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for CommitHold {
     fn drop(&mut self) {
         if self.frozen.take().is_some() {
             self.shared.untake();
@@ -384,7 +384,7 @@ impl Shared {
 
     fn claimed(&self, writer: &Writer) {
         self.inner().known = Some(writer.state().clone());
-        self.standing.send_replace(Standing::Claimed);
+        self.standing.send_replace(ClaimState::Claimed);
     }
 
     // ── committing ──────────────────────────────────────────────────────
@@ -411,13 +411,13 @@ impl Shared {
                 (waiters, idle)
             };
             drop(volume);
-            if matches!(*self.standing.borrow(), Standing::Lost(_)) {
+            if matches!(*self.standing.borrow(), ClaimState::Lost(_)) {
                 waiters
                     .into_iter()
                     .for_each(|it| it.settle(Err(Fault::Lost)));
                 continue;
             }
-            if idle && *self.standing.borrow() == Standing::Claimed {
+            if idle && *self.standing.borrow() == ClaimState::Claimed {
                 continue;
             }
             let outcome = self.flush().await;
@@ -461,9 +461,9 @@ impl Shared {
         let mut writer = self.writer.lock().await;
         if let Err(error) = self.ensure_claimed(&mut writer).await {
             self.standing.send_if_modified(|standing| {
-                let opening = matches!(standing, Standing::Opening(_));
+                let opening = matches!(standing, ClaimState::Opening(_));
                 if opening {
-                    *standing = Standing::Opening(Some(error.to_string()));
+                    *standing = ClaimState::Opening(Some(error.to_string()));
                 }
                 opening
             });
@@ -499,7 +499,7 @@ impl Shared {
     }
 
     /// Takes what is to be committed, as it is at one instant.
-    fn capture(&self) -> std::io::Result<Option<Captured>> {
+    fn capture(&self) -> std::io::Result<Option<Capture>> {
         let (Some(attached), Some(volume)) = (self.attached.get(), self.volume()) else {
             return Ok(None);
         };
@@ -524,7 +524,7 @@ impl Shared {
                     blocks.push((inode, piece.start / BLOCK_BYTES, bytes));
                 }
             }
-            Ok(Captured {
+            Ok(Capture {
                 record: volume.record(),
                 blocks,
                 changes,
@@ -545,8 +545,8 @@ impl Shared {
         }
     }
 
-    async fn commit(&self, writer: &mut Option<Writer>, captured: Captured) -> Result<()> {
-        let Captured {
+    async fn commit(&self, writer: &mut Option<Writer>, captured: Capture) -> Result<()> {
+        let Capture {
             record,
             blocks,
             changes,
@@ -615,9 +615,9 @@ impl Shared {
         }
         let reason = error.to_string();
         let first = self.standing.send_if_modified(|standing| {
-            let first = !matches!(standing, Standing::Lost(_));
+            let first = !matches!(standing, ClaimState::Lost(_));
             if first {
-                *standing = Standing::Lost(reason.clone());
+                *standing = ClaimState::Lost(reason.clone());
             }
             first
         });
@@ -638,13 +638,15 @@ impl Shared {
         let mut standing = self.standing.subscribe();
         // After a move it may take a moment.
         let known = standing
-            .wait_for(|standing| !matches!(standing, Standing::Opening(None)))
+            .wait_for(|standing| !matches!(standing, ClaimState::Opening(None)))
             .await
             .map(|standing| standing.clone());
         match known {
-            Ok(Standing::Claimed) => {}
-            Ok(Standing::Opening(Some(reason))) => return Err(Fault::Away(reason)),
-            Ok(Standing::Opening(None) | Standing::Lost(_)) | Err(_) => return Err(Fault::Lost),
+            Ok(ClaimState::Claimed) => {}
+            Ok(ClaimState::Opening(Some(reason))) => return Err(Fault::Away(reason)),
+            Ok(ClaimState::Opening(None) | ClaimState::Lost(_)) | Err(_) => {
+                return Err(Fault::Lost);
+            }
         }
         let fetched = futures::stream::iter(volume.absent(inode, blocks))
             .map(|block| self.fetch_one(volume, inode, block))
@@ -713,7 +715,7 @@ impl From<VolumeError> for FetchError {
     }
 }
 
-impl Backing for Keeper {
+impl Backing for VolumeBackend {
     fn fetch(&self, volume: &Arc<Volume>, inode: u64, blocks: Range<u64>) -> Pending {
         let (pending, promise) = Pending::new();
         let blocks = {
@@ -734,7 +736,7 @@ impl Backing for Keeper {
 
     fn sync(&self) -> Pending {
         let (pending, promise) = Pending::new();
-        let lost = matches!(*self.0.standing.borrow(), Standing::Lost(_));
+        let lost = matches!(*self.0.standing.borrow(), ClaimState::Lost(_));
         if lost {
             promise.settle(Err(Fault::Lost));
         } else {
@@ -746,7 +748,7 @@ impl Backing for Keeper {
 
     fn behind(&self) -> Option<Pending> {
         let attached = self.0.attached.get()?;
-        let lost = matches!(*self.0.standing.borrow(), Standing::Lost(_));
+        let lost = matches!(*self.0.standing.borrow(), ClaimState::Lost(_));
         let full = attached.tracker.noted_bytes() > DIRTY_BYTES_MAX;
         (lost || full || self.0.inner().away).then(|| self.sync())
     }

@@ -51,7 +51,7 @@ mod store;
 mod unfinished;
 mod writer;
 
-pub use backend::{Frozen, Held, Keeper, KeeperOptions};
+pub use backend::{BackendOptions, CommitHold, Frozen, VolumeBackend};
 pub use format::{ChunkRef, FileBlocks, FormatError, Segment, WriterEpoch};
 pub use state::VolumeState;
 pub use store::{VolumeError, VolumeStore, VolumeSummary};

@@ -1,20 +1,20 @@
 //! Snapshots of cluster volumes for a checkpoint that is not there yet. What makes
 //! it one is `checkpoint`'s business.
 
-use super::backend::Keeper;
+use super::backend::VolumeBackend;
 
 /// Deletes the snapshots of a checkpoint when it is dropped, unless that was made:
 /// without it nobody would ever ask for them, and they keep chunks that nobody needs.
 #[derive(Debug)]
 #[must_use]
 pub struct UnfinishedSnapshots {
-    keepers: Vec<Keeper>,
+    keepers: Vec<VolumeBackend>,
     name: String,
 }
 
 impl UnfinishedSnapshots {
     /// Of these volumes, by the name that they all have.
-    pub fn new(keepers: Vec<Keeper>, name: String) -> Self {
+    pub fn new(keepers: Vec<VolumeBackend>, name: String) -> Self {
         UnfinishedSnapshots { keepers, name }
     }
 

@@ -52,7 +52,7 @@ type NewChunks = Vec<(ChunkRef, Bytes)>;
 
 /// A segment whose put had no answer: it may be there or not.
 #[derive(Debug)]
-struct InDoubt {
+struct UncertainSegment {
     segment: Segment,
     state: Arc<VolumeState>,
     /// What it names and was put for it.
@@ -71,7 +71,7 @@ pub struct Writer {
     state: Arc<VolumeState>,
     segments: u64,
     bytes: u64,
-    in_doubt: Option<InDoubt>,
+    in_doubt: Option<UncertainSegment>,
     /// Segments before the last whole one, oldest first.
     old: VecDeque<u64>,
     /// Chunks that blocks were since the last [`Self::collect`], about.
@@ -288,7 +288,7 @@ impl Writer {
         is_base: bool,
     ) -> Result<(), VolumeError> {
         let segment = following(&self.head, self.epoch, difference, is_base);
-        self.in_doubt = Some(InDoubt {
+        self.in_doubt = Some(UncertainSegment {
             segment,
             state,
             chunks,
@@ -331,7 +331,7 @@ impl Writer {
         {
             return Err(self.gone().await);
         }
-        let Some(InDoubt { segment, state, .. }) = self.in_doubt.take() else {
+        let Some(UncertainSegment { segment, state, .. }) = self.in_doubt.take() else {
             return Ok(());
         };
         let bytes = segment.encode().map_or(0, |bytes| bytes.len() as u64);

@@ -19,7 +19,7 @@ const SLOW_FROM_ROUND: usize = 4;
 
 /// What follows a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
+pub enum CopyDecision {
     /// Another one.
     Round,
     /// Another one, with the guest slowed down further: the last brought nothing.
@@ -30,7 +30,7 @@ pub enum Next {
 
 /// What follows these rounds, if `left` bytes were written since, and what is
 /// left at the freeze may take `budget` to send.
-pub fn next(rounds: &[Round], left: u64, budget: Duration) -> Next {
+pub fn next(rounds: &[Round], left: u64, budget: Duration) -> CopyDecision {
     let bytes = rounds.last().map_or(u64::MAX, |round| round.bytes);
     let within = (best_rate(rounds) * budget.as_secs_f64()) as u64;
     let more = budget.as_secs_f64() / LAST_PAGES_BUDGET.as_secs_f64();
@@ -40,13 +40,13 @@ pub fn next(rounds: &[Round], left: u64, budget: Duration) -> Next {
         // More rounds of this size would not help.
         || left <= LAST_BYTES_MAX && !shrinks;
     if small || rounds.len() >= ROUNDS_MAX {
-        Next::Freeze
+        CopyDecision::Freeze
     } else if rounds.len() >= SLOW_FROM_ROUND && !shrinks {
         // Only a round in which no progress was made counts: the guest writes as
         // fast as the link carries.
-        Next::Slower
+        CopyDecision::Slower
     } else {
-        Next::Round
+        CopyDecision::Round
     }
 }
 
@@ -72,12 +72,15 @@ mod tests {
     fn little_is_sent_while_it_stands() {
         let once = rounds(&[(100 << 20, 100_000)]);
         // About 1 GB/s: 2 MB in the budget.
-        assert_eq!(next(&once, 2 << 20, LAST_PAGES_BUDGET), Next::Freeze);
-        assert_eq!(next(&once, 3 << 20, LAST_PAGES_BUDGET), Next::Round);
+        assert_eq!(
+            next(&once, 2 << 20, LAST_PAGES_BUDGET),
+            CopyDecision::Freeze
+        );
+        assert_eq!(next(&once, 3 << 20, LAST_PAGES_BUDGET), CopyDecision::Round);
         // Who may stand still for longer is frozen sooner.
         let long = Duration::from_millis(20);
-        assert_eq!(next(&once, 20 << 20, long), Next::Freeze);
-        assert_eq!(next(&once, 30 << 20, long), Next::Round);
+        assert_eq!(next(&once, 20 << 20, long), CopyDecision::Freeze);
+        assert_eq!(next(&once, 30 << 20, long), CopyDecision::Round);
     }
 
     #[test]
@@ -89,16 +92,19 @@ mod tests {
                 micros: 90_000,
             });
             let expected = match round {
-                ..4 => Next::Round,
-                40 => Next::Freeze,
-                _ => Next::Slower,
+                ..4 => CopyDecision::Round,
+                40 => CopyDecision::Freeze,
+                _ => CopyDecision::Slower,
             };
             assert_eq!(next(&all, 90 << 20, LAST_PAGES_BUDGET), expected, "{round}");
             // A longer stand needs none of that.
             let long = Duration::from_millis(200);
-            assert_eq!(next(&all, 90 << 20, long), Next::Freeze);
+            assert_eq!(next(&all, 90 << 20, long), CopyDecision::Freeze);
         }
         // One that shrinks is not slowed.
-        assert_eq!(next(&all[..10], 50 << 20, LAST_PAGES_BUDGET), Next::Round);
+        assert_eq!(
+            next(&all[..10], 50 << 20, LAST_PAGES_BUDGET),
+            CopyDecision::Round
+        );
     }
 }

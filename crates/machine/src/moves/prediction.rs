@@ -11,7 +11,7 @@
 //! in its move's report, and how far off earlier ones were corrects the next and
 //! gives its interval.
 
-use super::convergence::{self, LAST_PAGES_BUDGET, Next};
+use super::convergence::{self, CopyDecision, LAST_PAGES_BUDGET};
 use super::{Ending, MoveReport, Round};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -129,7 +129,7 @@ pub struct Prediction {
 
 /// What is known before a move.
 #[derive(Debug, Clone, Copy)]
-pub struct Known<'a> {
+pub struct PredictionInput<'a> {
     /// Of the machine.
     pub activity: &'a Activity,
     /// Bytes a second that the link carried in a trial, where there was one.
@@ -140,14 +140,14 @@ pub struct Known<'a> {
     pub budget: Duration,
 }
 
-impl Default for Known<'_> {
+impl Default for PredictionInput<'_> {
     fn default() -> Self {
         const NOTHING: &Activity = &Activity {
             populated_bytes: 0,
             volume_bytes: 0,
             written: Vec::new(),
         };
-        Known {
+        PredictionInput {
             activity: NOTHING,
             trial_bytes_per_s: None,
             history: &[],
@@ -157,7 +157,7 @@ impl Default for Known<'_> {
 }
 
 /// Foretells a move; `None` where nothing is known of the link.
-pub fn predict(known: &Known<'_>, post_copy: bool) -> Option<Prediction> {
+pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Prediction> {
     let history: Vec<&MoveReport> = known
         .history
         .iter()
@@ -215,7 +215,7 @@ pub fn predict(known: &Known<'_>, post_copy: bool) -> Option<Prediction> {
 }
 
 /// How copying goes.
-struct Course {
+struct CopyModel {
     micros: f64,
     bytes: f64,
     rounds: u32,
@@ -226,11 +226,11 @@ struct Course {
     behind_bytes: f64,
 }
 
-fn course(known: &Known<'_>, link: f64, post_copy: bool) -> Course {
+fn course(known: &PredictionInput<'_>, link: f64, post_copy: bool) -> CopyModel {
     let activity = known.activity;
     let seconds = |bytes: f64| Duration::from_secs_f64((bytes / link).min(1e9));
     let mut left = (activity.populated_bytes + activity.volume_bytes) as f64;
-    let mut course = Course {
+    let mut course = CopyModel {
         micros: 0.0,
         bytes: 0.0,
         rounds: 0,
@@ -255,13 +255,13 @@ fn course(known: &Known<'_>, link: f64, post_copy: bool) -> Course {
             break;
         }
         match convergence::next(&rounds, left as u64, known.budget) {
-            Next::Freeze => {
+            CopyDecision::Freeze => {
                 course.bytes += left;
                 course.micros += left / link * 1e6;
                 break;
             }
-            Next::Slower => speed = slower.next().copied().unwrap_or(speed),
-            Next::Round => {}
+            CopyDecision::Slower => speed = slower.next().copied().unwrap_or(speed),
+            CopyDecision::Round => {}
         }
     }
     course.rounds = rounds.len() as u32;
@@ -372,11 +372,11 @@ mod tests {
         }
     }
 
-    fn known(activity: &Activity) -> Known<'_> {
-        Known {
+    fn known(activity: &Activity) -> PredictionInput<'_> {
+        PredictionInput {
             activity,
             trial_bytes_per_s: Some(1000 * MIB),
-            ..Known::default()
+            ..PredictionInput::default()
         }
     }
 
@@ -406,7 +406,7 @@ mod tests {
         let slow = predict(&known(&wild), false).unwrap();
         assert!(slow.speed_percent <= 25 && slow.rounds <= 40);
         // Who may stand still for longer is not slowed.
-        let patient = Known {
+        let patient = PredictionInput {
             budget: Duration::from_secs(2),
             ..known(&wild)
         };
@@ -442,7 +442,7 @@ mod tests {
         let first = predict(&known(&quiet), false).unwrap();
         let truth = first.total_micros.likely * 3 / 2;
         for _ in 0..12 {
-            let known = Known {
+            let known = PredictionInput {
                 history: &history,
                 ..known(&quiet)
             };
@@ -450,7 +450,7 @@ mod tests {
             let factor = truth as f64 / now.total_micros.likely as f64;
             history.push(report(&now, factor));
         }
-        let known = Known {
+        let known = PredictionInput {
             history: &history,
             ..known(&quiet)
         };
@@ -480,7 +480,7 @@ mod tests {
             ],
         };
         for rate in [0, 1, u64::MAX] {
-            let known = Known {
+            let known = PredictionInput {
                 trial_bytes_per_s: Some(rate),
                 ..known(&odd)
             };
@@ -489,14 +489,14 @@ mod tests {
                 assert!(it.rounds <= 40 && it.total_micros.low <= it.total_micros.high);
             }
         }
-        let nothing = Known {
+        let nothing = PredictionInput {
             trial_bytes_per_s: None,
             ..known(&odd)
         };
         assert_eq!(predict(&nothing, false), None);
         // Reports with zeros everywhere.
         let zeros = [MoveReport::example()];
-        let known = Known {
+        let known = PredictionInput {
             history: &zeros,
             ..known(&odd)
         };

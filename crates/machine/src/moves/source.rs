@@ -87,7 +87,7 @@ pub enum SourceEvent {
     /// The store answered a round trip.
     StoreAnswered,
     /// The store cannot be reached.
-    StoreAway(String),
+    StoreUnavailable(String),
     /// Threads did not stop in time; they run on.
     FreezeLate(String),
     /// The target has everything and is ready to go on.
@@ -113,7 +113,7 @@ pub enum SourceEvent {
     /// The target says that the machine runs there.
     TargetResumed,
     /// The target's agent says that it does not run there and never will.
-    TargetWithout,
+    TargetNotRunning,
     /// Nobody needs the frozen copy any more: the target has all pages, or the
     /// machine ended or was lost there.
     Served,
@@ -285,7 +285,7 @@ impl SourceMove {
             (S::Handed, E::PeerLost(_)) => vec![C::TellTarget {
                 epoch: self.epoch.next(),
             }],
-            (S::Handed, E::TargetWithout) => {
+            (S::Handed, E::TargetNotRunning) => {
                 self.state = S::TakingBack;
                 vec![C::TakeBack {
                     epoch: self.epoch.next().next(),
@@ -316,7 +316,7 @@ impl SourceMove {
                 E::Refused(reason)
                 | E::Cancel(reason)
                 | E::PeerLost(reason)
-                | E::StoreAway(reason)
+                | E::StoreUnavailable(reason)
                 | E::FreezeLate(reason),
             )
             | (S::Committing, E::CommitRefused(reason)) => self.stay(reason),
@@ -406,7 +406,11 @@ mod tests {
         }
         assert_eq!(source.step(E::TargetResumed), [SourceCommand::Serve]);
         // It runs there: nothing brings it back.
-        for late in [E::TargetWithout, E::PeerLost("gone".into()), E::OwnWriteWon] {
+        for late in [
+            E::TargetNotRunning,
+            E::PeerLost("gone".into()),
+            E::OwnWriteWon,
+        ] {
             assert_eq!(source.step(late), []);
         }
         assert!(!source.is_over());
@@ -420,7 +424,7 @@ mod tests {
                 E::Refused("no".into()),
                 E::Cancel("no".into()),
                 E::PeerLost("no".into()),
-                E::StoreAway("no".into()),
+                E::StoreUnavailable("no".into()),
             ] {
                 let events: Vec<_> = TO_COMMIT[..prefix].iter().cloned().chain([event]).collect();
                 let (source, last) = after(&events);
@@ -487,7 +491,10 @@ mod tests {
     /// Neither copy of the move runs where the machine is somebody else's by now.
     #[test]
     fn a_superseded_move_ends_both_copies() {
-        for before in [&[E::CommitUnknown][..], &[E::CommitWon, E::TargetWithout]] {
+        for before in [
+            &[E::CommitUnknown][..],
+            &[E::CommitWon, E::TargetNotRunning],
+        ] {
             for output_stays in [false, true] {
                 let (mut source, _) = after(&to_commit(before));
                 let commands = source.step(superseded_event(output_stays));
@@ -505,7 +512,7 @@ mod tests {
 
     #[test]
     fn a_target_without_the_machine_gives_it_back_under_a_new_epoch() {
-        let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetWithout]));
+        let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetNotRunning]));
         let epoch = EPOCH.next().next();
         assert_eq!(last, [SourceCommand::TakeBack { epoch }]);
         assert_eq!(
@@ -526,7 +533,7 @@ mod tests {
             3 => E::Cancel(String::new()),
             4 => E::PeerLost(String::new()),
             5 => E::StoreAnswered,
-            6 => E::StoreAway(String::new()),
+            6 => E::StoreUnavailable(String::new()),
             7 => E::FreezeLate(String::new()),
             8 => E::Prepared,
             9 => E::CommitWon,
@@ -536,7 +543,7 @@ mod tests {
             13 => superseded_event(random.random_range(0..2) == 0),
             14 => E::OwnWriteUnknown,
             15 => E::TargetResumed,
-            16 => E::TargetWithout,
+            16 => E::TargetNotRunning,
             17 => E::Served,
             _ => E::MachineEnded,
         };

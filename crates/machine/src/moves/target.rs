@@ -55,11 +55,11 @@ pub enum TargetCommand {
     /// Make threads and instances.
     Prepare,
     /// Tell the source that all is ready.
-    SayPrepared,
+    SendPrepared,
     /// Let the machine go on under an epoch.
     Thaw(Epoch),
     /// Tell the source, and whoever asks, that it runs.
-    SayResumed(Epoch),
+    SendResumed(Epoch),
     /// Forget everything.
     Drop(String),
     /// Tell the own agent that only the store can say how it goes on.
@@ -99,14 +99,14 @@ impl TargetMove {
             }
             (S::Preparing, E::InstancesMade) => {
                 self.state = S::Prepared;
-                vec![C::SayPrepared]
+                vec![C::SendPrepared]
             }
             (S::Prepared, E::Go(epoch)) if epoch > self.offered => {
                 self.state = S::Running { epoch };
-                vec![C::Thaw(epoch), C::SayResumed(epoch)]
+                vec![C::Thaw(epoch), C::SendResumed(epoch)]
             }
             // Said again because the answer was lost.
-            (S::Running { epoch }, E::Go(_)) => vec![C::SayResumed(epoch)],
+            (S::Running { epoch }, E::Go(_)) => vec![C::SendResumed(epoch)],
             (S::Prepared, E::SourceLost(_)) => vec![C::AskAgent],
             (S::Receiving | S::Preparing, E::Failed(reason) | E::SourceLost(reason))
             | (S::Receiving | S::Preparing | S::Prepared, E::Abort(reason)) => {
@@ -137,7 +137,7 @@ mod tests {
         );
         assert_eq!(
             target.step(TargetEvent::InstancesMade),
-            [TargetCommand::SayPrepared]
+            [TargetCommand::SendPrepared]
         );
         target
     }
@@ -147,12 +147,12 @@ mod tests {
         let mut target = prepared();
         assert_eq!(target.step(TargetEvent::Go(EPOCH)), []);
         let next = EPOCH.next();
-        let thaw = [TargetCommand::Thaw(next), TargetCommand::SayResumed(next)];
+        let thaw = [TargetCommand::Thaw(next), TargetCommand::SendResumed(next)];
         assert_eq!(target.step(TargetEvent::Go(next)), thaw);
         // Once only, however often it is told.
         assert_eq!(
             target.step(TargetEvent::Go(next)),
-            [TargetCommand::SayResumed(next)]
+            [TargetCommand::SendResumed(next)]
         );
         assert_eq!(target.step(TargetEvent::Abort("late".into())), []);
     }

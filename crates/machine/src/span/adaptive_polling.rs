@@ -1,23 +1,23 @@
-//! For how long a thread looks again before it sleeps: adaptive, as KVM polls before it
-//! halts a virtual processor (Linux, Documentation/virt/kvm/halt-polling.rst). Being woken
-//! costs more than a remote access otherwise takes.
+//! How long a thread polls before it sleeps: adaptive, as KVM polls before it halts a
+//! virtual processor (Linux, Documentation/virt/kvm/halt-polling.rst). A wake-up costs
+//! more than the rest of a remote access.
 
 use std::time::{Duration, Instant};
 
-/// The longest, and the shortest that is not none.
+/// The longest and the shortest polling time.
 const LONGEST: Duration = Duration::from_micros(80);
 const SHORTEST: Duration = Duration::from_micros(10);
-/// For so long it is not asked again how busy the host is.
+/// The host's load is read again after this time.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// How a thread waits for more to do.
+/// Polling state of one thread.
 #[derive(Debug)]
 pub(super) struct AdaptivePoller {
     span: Duration,
-    /// Since when there was nothing to do.
+    /// Since when there has been nothing to do.
     idle: Option<Instant>,
     looked: Option<Instant>,
-    /// Somebody wants the processor that this takes.
+    /// A runnable thread lacks a processor.
     is_wanted: bool,
     processors: usize,
 }
@@ -35,16 +35,16 @@ impl Default for AdaptivePoller {
 }
 
 impl AdaptivePoller {
-    /// There was something to do.
-    pub(super) fn worked(&mut self) {
+    /// There was work: the idle time starts again.
+    pub(super) fn reset(&mut self) {
         if let Some(idle) = self.idle.take() {
             self.span = next(self.span, idle.elapsed());
         }
     }
 
-    /// There is nothing to do: whether to look again rather than to sleep. `awaited` says
-    /// that something is about to come.
-    pub(super) fn again(&mut self, awaited: bool) -> bool {
+    /// There is no work: whether to poll again rather than to sleep. `awaited` says that
+    /// an answer is expected.
+    pub(super) fn should_poll(&mut self, awaited: bool) -> bool {
         let now = Instant::now();
         let idle = *self.idle.get_or_insert(now);
         if now - idle >= self.span && !awaited {
@@ -62,8 +62,8 @@ impl AdaptivePoller {
     }
 }
 
-/// The next span, after it took so long until there was something to do: longer if
-/// looking a little longer would have met it, shorter if it was far off.
+/// Adapts the polling time to the length of an idle period: longer if slightly longer
+/// polling would have caught its end, shorter if it was much longer.
 fn next(span: Duration, took: Duration) -> Duration {
     if took <= span {
         span
@@ -74,7 +74,7 @@ fn next(span: Duration, took: Duration) -> Duration {
     }
 }
 
-/// Threads that run or want to, of a line of `/proc/loadavg`.
+/// Number of runnable threads in a line of `/proc/loadavg`.
 fn runnable(load: &str) -> Option<usize> {
     let (runnable, _) = load.split_whitespace().nth(3)?.split_once('/')?;
     runnable.parse().ok()
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_looks_as_long_as_that_is_of_use() {
+    fn polling_time_follows_idle_time() {
         let micros = Duration::from_micros;
         let mut span = SHORTEST;
         for _ in 0..5 {
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn who_runs_is_read() {
+    fn runnable_threads_are_read() {
         assert_eq!(runnable("1.64 0.90 1.19 3/81 32083\n"), Some(3));
         assert_eq!(runnable("1.64 0.90"), None);
         assert_eq!(runnable(""), None);

@@ -1,14 +1,15 @@
-//! Which pages leave a part that has more than it may keep: copies that others have, too,
-//! the oldest first, as these are only dropped; then pages that only this part has, which
-//! another part gets.
+//! Selects the pages that a part evicts when it exceeds its limit: first read copies, the
+//! oldest first, because they are only dropped; then pages that only this part holds,
+//! which move to another part.
 //!
-//! What comes back soon after it was given away is needed here; what is gone through once
-//! is not, however much it is (2Q: Johnson and Shasha, "2Q: a low overhead high performance
-//! buffer management replacement algorithm", VLDB 1994). Whether a page that was needed
-//! still is used is only asked when it is its turn, and one that is gets another (the clock
-//! algorithm: Corbató, "A Paging Experiment with the Multics System", 1968). So it is with
-//! what was here already when there came to be too much. Of others it would say nothing:
-//! each was used when it came.
+//! A page that returns soon after it was evicted is part of the working set; a page of a
+//! sequential scan is not, however long the scan is (2Q: Johnson and Shasha, "2Q: a low
+//! overhead high performance buffer management replacement algorithm", VLDB 1994).
+//! Whether a page of the working set is still used is only asked when its turn comes, and
+//! a used page gets another turn (the clock algorithm: Corbató, "A Paging Experiment with
+//! the Multics System", 1968). The same holds for pages that were present when the limit
+//! was set. For new pages the accessed bit says nothing: each was accessed when it
+//! arrived.
 //!
 //! ```text
 //!            ┌──────── comes again ◀── ghosts (names of what left) ◀─┐
@@ -21,54 +22,55 @@
 //!   read ──────▶ copies ─────────────────────────▶ dropped
 //! ```
 //!
-//! This module chooses; it has no memory and no clock.
+//! The policy only selects; it accesses neither memory nor a clock.
 
 use keel_wasm::coherence::{Access, PageId};
 use std::collections::{HashMap, HashSet, VecDeque};
 
-/// Of the pages that only this part has one in so many is young at least, before one that
-/// came back goes (2Q's Kin).
+/// One in this many owned pages is young, at least, before a returned page is evicted
+/// (2Q's Kin).
 const YOUNG_PART: usize = 4;
-/// Of the pages that a part may keep, the names of half as many are remembered that left
+/// For each this many pages of the limit, the name of one evicted page is remembered
 /// (2Q's Kout).
 const GHOSTS_PART: u64 = 2;
-/// Pages that get another turn before one goes that is used, too.
+/// Turns that used pages get before one of them is evicted nevertheless.
 const TURNS_MAX: usize = 8;
-/// Void places in a line that are let be.
+/// Stale entries in a queue that are tolerated.
 const VOID_MIN: usize = 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Queue {
     Copies,
     Young,
-    /// It was here before. In line with young ones.
+    /// Present before the limit was set; queued with the young pages.
     Adopted,
     Old,
 }
 
-/// Pages in the order in which they came, also some that left since: `count` have not.
+/// Pages in order of arrival, with stale entries of pages that left: `count` are valid.
 #[derive(Debug, Default)]
 struct PageQueue {
     pages: VecDeque<(PageId, u64)>,
     count: usize,
 }
 
-/// The pages of a part, as far as they may have to go.
+/// The eviction state of a part's pages.
 #[derive(Debug, Default)]
 pub(super) struct EvictionPolicy {
-    /// Number of the last arrival or leave.
+    /// Number of the last arrival or departure.
     last: u64,
-    /// Where each page is, and by which arrival: others of it in line are void.
+    /// The queue of each page and its arrival number: other entries of the page are
+    /// stale.
     at: HashMap<PageId, (Queue, u64)>,
     copies: PageQueue,
     young: PageQueue,
     old: PageQueue,
-    /// Pages that left, and by the how-manieth leave.
+    /// Evicted pages with the number of their departure.
     ghosts: VecDeque<(PageId, u64)>,
     remembered: HashMap<PageId, u64>,
-    /// Chosen to be given away, and still here.
+    /// Selected for eviction and still present.
     going: HashSet<PageId>,
-    /// Of those, how many left since somebody asked.
+    /// Selected pages that left since the last query.
     given: u64,
 }
 
@@ -81,35 +83,35 @@ impl EvictionPolicy {
         }
     }
 
-    /// Whether anything is known of a page that is here.
+    /// Whether a present page is in any queue.
     pub(super) fn knows(&self, page: PageId) -> bool {
         self.at.contains_key(&page) || self.going.contains(&page)
     }
 
-    /// Pages that were chosen and have not left.
-    pub(super) fn going(&self) -> usize {
+    /// Number of pages that were selected and have not left.
+    pub(super) fn departing(&self) -> usize {
         self.going.len()
     }
 
-    /// Pages that can be given away.
+    /// Number of pages that can be moved away.
     pub(super) fn owned(&self) -> usize {
         self.young.count + self.old.count
     }
 
-    /// A page is here that was before anything was given away; from now on it is known
-    /// whether it is used.
-    pub(super) fn is_here(&mut self, page: PageId) {
+    /// Adds a page that was present before the limit was set; its accesses are observed
+    /// from now on.
+    pub(super) fn adopt(&mut self, page: PageId) {
         self.remove(page);
         self.put(page, Queue::Adopted);
     }
 
-    /// A page has come, or may be written from now on.
-    pub(super) fn came(&mut self, page: PageId, access: Access) {
+    /// A page has arrived, or has become writable.
+    pub(super) fn arrived(&mut self, page: PageId, access: Access) {
         let is_owned = match self.at.get(&page) {
             Some((Queue::Young | Queue::Adopted | Queue::Old, _)) => true,
             Some((Queue::Copies, _)) | None => false,
         };
-        // (It keeps its place in line.)
+        // It keeps its place in the queue.
         if is_owned && access == Access::Write {
             return;
         }
@@ -146,18 +148,18 @@ impl EvictionPolicy {
         }
     }
 
-    /// A page is not here any more.
-    pub(super) fn left(&mut self, page: PageId) {
+    /// A page has left.
+    pub(super) fn departed(&mut self, page: PageId) {
         self.given += u64::from(self.going.contains(&page));
         self.remove(page);
     }
 
-    /// Pages that were chosen and have left since this was asked last.
-    pub(super) fn take_given(&mut self) -> u64 {
+    /// Number of selected pages that have left since the last call.
+    pub(super) fn take_evicted(&mut self) -> u64 {
         std::mem::take(&mut self.given)
     }
 
-    /// The first in line that is still there, which it leaves, and how it stood there.
+    /// Removes the first valid page of a queue; returns it with its queue.
     fn first(&mut self, queue: Queue) -> Option<(PageId, Queue)> {
         loop {
             let (page, number) = self.line(queue).pages.pop_front()?;
@@ -170,15 +172,15 @@ impl EvictionPolicy {
         }
     }
 
-    /// At most so many copies that others have, too, oldest first. Those that cannot be
-    /// dropped just now stay, and are asked about later; what is none any more is owned.
+    /// At most this many read copies, the oldest first. Copies that cannot be dropped now
+    /// stay queued; pages that are no longer copies become owned.
     pub(super) fn copies(
         &mut self,
         most: usize,
         is_droppable: impl Fn(PageId) -> bool,
     ) -> Vec<PageId> {
         let mut chosen = Vec::new();
-        // Each is asked about once.
+        // Each copy is considered once.
         for _ in 0..self.copies.count {
             if chosen.len() == most {
                 break;
@@ -194,8 +196,9 @@ impl EvictionPolicy {
         chosen
     }
 
-    /// The next that another part is to get, if there is one; `may_keep` pages are kept
-    /// here. `is_used` says whether a page was since it was asked of it last, or it came.
+    /// The next page to move to another part, if any; `may_keep` pages may stay.
+    /// `is_used` says whether a page was accessed since it was last asked, or since it
+    /// arrived.
     pub(super) fn next(
         &mut self,
         may_keep: u64,
@@ -213,7 +216,7 @@ impl EvictionPolicy {
                 break page;
             }
             turns += 1;
-            // (Rather one that only came by.)
+            // A page of a scan is evicted rather.
             goes_young = true;
             self.put(page, Queue::Old);
         };
@@ -223,7 +226,7 @@ impl EvictionPolicy {
         self.ghosts.push_back((page, self.last));
         let most = usize::try_from(may_keep / GHOSTS_PART).unwrap_or(usize::MAX);
         while self.ghosts.len() > most.max(1) {
-            // (It may have come back, and left again.)
+            // The page may have returned and left again.
             if let Some((forgotten, number)) = self.ghosts.pop_front()
                 && self.remembered.get(&forgotten) == Some(&number)
             {
@@ -233,8 +236,8 @@ impl EvictionPolicy {
         Some(page)
     }
 
-    /// What was chosen and did not leave for long can be chosen again.
-    pub(super) fn give_up_waiting(&mut self) {
+    /// Makes selected pages that have not left candidates again.
+    pub(super) fn reconsider_departing(&mut self) {
         for page in std::mem::take(&mut self.going) {
             self.put(page, Queue::Young);
         }
@@ -251,17 +254,17 @@ mod tests {
 
     fn came(keep: &mut EvictionPolicy, pages: impl IntoIterator<Item = u32>, access: Access) {
         for number in pages {
-            keep.came(page(number), access);
+            keep.arrived(page(number), access);
         }
     }
 
-    /// So many are given away, and leave.
+    /// Evicts a number of pages.
     fn give(keep: &mut EvictionPolicy, count: usize) -> Vec<u32> {
         let given: Vec<PageId> = (0..count)
             .map_while(|_| keep.next(100, |_| false))
             .collect();
         for page in &given {
-            keep.left(*page);
+            keep.departed(*page);
         }
         given.iter().map(|page| page.number).collect()
     }
@@ -271,9 +274,9 @@ mod tests {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..4, Access::Write);
         came(&mut keep, 10..16, Access::Read);
-        // One is written now, one is gone, one is in use.
-        keep.came(page(11), Access::Write);
-        keep.left(page(12));
+        // One has become writable, one has left, one cannot be dropped.
+        keep.arrived(page(11), Access::Write);
+        keep.departed(page(12));
         let dropped = keep.copies(3, |it| it != page(10));
         assert_eq!(dropped, [page(13), page(14), page(15)]);
         assert_eq!(keep.copies(9, |_| true), [page(10)]);
@@ -283,30 +286,30 @@ mod tests {
         assert!(!keep.knows(page(11)));
     }
 
-    /// What is used all the time stays, whatever is gone through once.
+    /// The working set stays during a scan.
     #[test]
     fn what_comes_back_stays() {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..8, Access::Write);
         assert_eq!(give(&mut keep, 4), [0, 1, 2, 3]);
-        // They are needed.
+        // They return.
         came(&mut keep, 0..4, Access::Write);
         for start in (100..1000).step_by(10) {
             came(&mut keep, start..start + 10, Access::Write);
             let given = give(&mut keep, 10);
             assert!(given.iter().all(|it| *it >= 4), "{given:?}");
         }
-        // Not for ever: where nearly all is such, the oldest of them go.
+        // Not for ever: where nearly all pages have returned, the oldest are evicted.
         let given = give(&mut keep, 8);
         assert!(given.contains(&0), "{given:?}");
     }
 
-    /// What is used stays: what was here without that it had to go once, what comes if it
-    /// had to.
+    /// Used pages stay: those present from the start without being evicted once, others
+    /// after they returned.
     #[test]
     fn what_is_used_stays() {
         let mut keep = EvictionPolicy::default();
-        (0..100).for_each(|number| keep.is_here(page(number)));
+        (0..100).for_each(|number| keep.adopt(page(number)));
         came(&mut keep, 200..210, Access::Write);
         let hot = |page: PageId| [3, 50, 97, 201].contains(&page.number);
         let mut asked = HashSet::new();
@@ -316,10 +319,10 @@ mod tests {
                 asked.insert(page.number);
                 hot(page)
             });
-            keep.left(next.unwrap());
+            keep.departed(next.unwrap());
             gone.push(next.unwrap().number);
             came(&mut keep, [new], Access::Write);
-            // (It is needed at once.)
+            // It returns at once.
             if gone.last() == Some(&201) {
                 came(&mut keep, [201], Access::Write);
             }
@@ -332,7 +335,7 @@ mod tests {
             "of those it says nothing"
         );
         assert_eq!(keep.old.count, 4);
-        // What is used no more goes as others.
+        // Pages that are no longer used are evicted like others.
         let mut rest = std::iter::from_fn(|| keep.next(100, |_| false));
         assert!(rest.any(hot));
     }
@@ -340,7 +343,7 @@ mod tests {
     #[test]
     fn where_all_is_used_one_goes_all_the_same() {
         let mut keep = EvictionPolicy::default();
-        (0..40).for_each(|number| keep.is_here(page(number)));
+        (0..40).for_each(|number| keep.adopt(page(number)));
         for goes in 1..=20 {
             let mut turns = 0;
             let next = keep.next(100, |_| {
@@ -358,9 +361,9 @@ mod tests {
         came(&mut keep, 0..500, Access::Write);
         give(&mut keep, 300);
         assert_eq!((keep.ghosts.len(), keep.remembered.len()), (50, 50));
-        // Nor do places of pages that come and go.
+        // Nor do entries of pages that come and leave.
         for _ in 0..5000 {
-            keep.left(page(450));
+            keep.departed(page(450));
             came(&mut keep, [450], Access::Write);
         }
         assert_eq!((keep.young.count, keep.old.count), (200, 0));
@@ -373,10 +376,10 @@ mod tests {
         came(&mut keep, 0..2, Access::Write);
         assert_eq!(keep.next(100, |_| false), Some(page(0)));
         assert!(keep.knows(page(0)));
-        assert_eq!((keep.going(), keep.owned()), (1, 1));
-        keep.give_up_waiting();
-        assert_eq!((keep.going(), keep.owned()), (0, 2));
+        assert_eq!((keep.departing(), keep.owned()), (1, 1));
+        keep.reconsider_departing();
+        assert_eq!((keep.departing(), keep.owned()), (0, 2));
         assert_eq!(give(&mut keep, 2).len(), 2);
-        assert_eq!((keep.take_given(), keep.take_given()), (2, 0));
+        assert_eq!((keep.take_evicted(), keep.take_evicted()), (2, 0));
     }
 }

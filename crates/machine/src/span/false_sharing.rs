@@ -1,39 +1,39 @@
-//! At which pages threads stand again and again, and whether parts share what is in them
-//! or only the pages: where each part uses other bytes than the others, the page goes to
-//! and fro for nothing (false sharing; Torrellas, Lam and Hennessy, "False sharing and
+//! Pages that threads wait for repeatedly, and whether parts share bytes in them or only
+//! the page: where each part accesses other bytes than the others, the page moves back
+//! and forth for nothing (false sharing; Torrellas, Lam and Hennessy, "False sharing and
 //! spatial locality in multiprocessor caches", 1994).
 //!
-//! Of each page that a thread has to wait for, it is noted which 64 bytes it was about to
-//! use, and how. What it uses of the page afterwards nobody sees. So a page is said to be
-//! shared falsely if in all those waits several parts wrote, and none began at 64 bytes that
-//! another one wrote. Where only one writes, it may be that the others always read first
-//! what does not change, and then what does: that is not told apart.
+//! For each wait, the 64-byte line and the kind of access are recorded. Later accesses to
+//! the page cannot be observed. A page counts as falsely shared if several parts wrote in
+//! the recorded waits and no wait began at a line that another part wrote. Where only one
+//! part writes, the others may read constant data first and changed data afterwards;
+//! these cases cannot be distinguished.
 //!
-//! Only of late: what was noted is forgotten after [`PERIOD_MICROS`] to twice that.
+//! Only recent waits count: records expire after [`PERIOD_MICROS`] to twice that.
 
 use keel_wasm::coherence::{Access, PageId, PartId, PartSet};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 
-/// Bytes that are told apart: a 64th of a page, as large as a line of a processor's cache.
+/// Bytes that are distinguished: a 64th of a page, one cache line.
 const LINE_BYTES: u64 = 64;
 const LINES: u64 = PAGE_BYTES / LINE_BYTES;
-/// How long it is remembered, at least, in microseconds.
+/// How long a wait is remembered at least, in microseconds.
 const PERIOD_MICROS: u64 = 30_000_000;
-/// Pages of which it is known, in each period.
+/// Pages recorded in each period, at most.
 const PAGES_MAX: usize = 4096;
-/// Of a page that is waited for less often nothing is told.
+/// Pages with fewer waits are not reported.
 const WAITS_MIN: u32 = 2;
 
-/// What a part's threads were about to use of a page when they waited for it.
+/// Lines of a page that a part's threads accessed first when they waited for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct FaultFootprint {
-    /// 64 bytes each, by bits: read.
+    /// One bit per line: read.
     read: u64,
-    /// Written.
+    /// One bit per line: written.
     written: u64,
-    /// How often.
+    /// Number of waits.
     waits: u32,
 }
 
@@ -47,14 +47,14 @@ impl FaultFootprint {
     }
 }
 
-/// What a part's threads waited for of late.
+/// Recent waits of a part's threads.
 #[derive(Debug, Default)]
 pub(super) struct FaultHistory {
     now: HashMap<PageId, FaultFootprint>,
     before: HashMap<PageId, FaultFootprint>,
     /// Number of the period of `now`.
     period: u64,
-    /// There is no room for more pages in this one.
+    /// No further pages are recorded in this period.
     is_full: bool,
 }
 
@@ -71,12 +71,12 @@ impl FaultHistory {
         }
     }
 
-    /// A thread waits for a page that is not here, or not to be written, to use it at a byte.
+    /// Records that a thread waits for a page in order to access a byte.
     pub(super) fn waits(&mut self, page: PageId, byte: u64, access: Access, now_micros: u64) {
         self.go_to(now_micros);
         if !self.now.contains_key(&page) {
             if self.now.len() >= PAGES_MAX && !self.is_full {
-                // (Those at which threads stood once are mostly such that only came.)
+                // Pages with one wait are mostly part of a scan.
                 self.now.retain(|_, stood| stood.waits >= WAITS_MIN);
                 self.is_full = self.now.len() > PAGES_MAX / 2;
             }
@@ -97,8 +97,8 @@ impl FaultHistory {
         });
     }
 
-    /// Pages from one on that were waited for more than once, in rising order, at most so
-    /// many; and the one to ask from next, if there are more.
+    /// Up to a number of pages, from one on, with more than one wait, in rising order;
+    /// and the page to continue from.
     pub(super) fn pages(
         &mut self,
         from: PageId,
@@ -119,44 +119,42 @@ impl FaultHistory {
     }
 }
 
-/// A page that threads of a machine wait for, of late.
+/// A page that threads of a machine waited for recently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HotPage {
-    /// The machine's memory.
     pub memory: u32,
-    /// Number of the page in it.
+    /// Number of the page in the memory.
     pub number: u32,
-    /// How often threads waited for it in the last half minute to minute.
+    /// Number of waits in the last 30 to 60 seconds.
     pub waits: u64,
-    /// Parts that they were at.
+    /// The parts of the waiting threads.
     pub parts: PartSet,
-    /// Whether what is in it is shared.
     pub sharing: Sharing,
 }
 
 impl HotPage {
-    /// Its first byte in the memory.
+    /// Offset of its first byte in the memory.
     pub fn start(&self) -> u64 {
         u64::from(self.number) * PAGE_BYTES
     }
 }
 
-/// What parts share of a page for which they wait in turns.
+/// What parts share of a page that they wait for in turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Sharing {
-    /// Nothing: only one of them waits for it, or none writes.
+    /// Only one part waits for it, or none writes.
     Unshared,
-    /// What is in it.
+    /// Parts access bytes that another part writes.
     True,
-    /// What only one of them writes, or nothing: the others begin elsewhere in the page.
+    /// At most one part writes, and the others begin elsewhere in the page.
     Unclear,
-    /// Only the page: several write, and each uses other bytes than the others write, as far
-    /// as is seen.
+    /// Several parts write, and each accesses other bytes than the others write, as far
+    /// as observed.
     False,
 }
 
-/// What all parts tell, put together: in rising order.
-pub(super) fn together(
+/// Merges the reports of all parts, in rising order.
+pub(super) fn merged(
     told: impl IntoIterator<Item = (PartId, PageId, FaultFootprint)>,
 ) -> Vec<HotPage> {
     let mut pages: BTreeMap<PageId, Vec<(PartId, FaultFootprint)>> = BTreeMap::new();
@@ -205,11 +203,11 @@ mod tests {
         PartId::new(number).unwrap()
     }
 
-    /// What parts tell that waited so: part, page, byte, access.
+    /// Reports of parts with these waits: part, page, byte, access.
     fn told(waits: &[(usize, u32, u64, Access)]) -> Vec<HotPage> {
         let mut parts: BTreeMap<usize, FaultHistory> = BTreeMap::new();
         for (at, number, byte, access) in waits {
-            // (Twice: once is nothing.)
+            // Twice: single waits are not reported.
             for _ in 0..2 {
                 let standing = parts.entry(*at).or_default();
                 standing.waits(page(*number), *byte, *access, 5);
@@ -221,32 +219,32 @@ mod tests {
             let rows = pages.into_iter();
             rows.map(move |(page, stood)| (part(at), page, stood))
         });
-        together(all)
+        merged(all)
     }
 
     #[test]
-    fn what_is_shared_is_told_from_what_only_lies_together() {
+    fn true_and_false_sharing_are_distinguished() {
         use Access::{Read, Write};
         let hot = told(&[
-            // Two counters in one page; one of them also at its end.
+            // Two counters in one page; one part also accesses its end.
             (0, 1, 0, Write),
             (1, 1, 64, Write),
             (1, 1, 4095, Write),
             // The same counter.
             (0, 2, 63, Write),
             (2, 2, 0, Write),
-            // One reads what the other writes, at the second place at which it begins.
+            // One part reads what the other writes, at its second access.
             (0, 3, 512, Write),
             (1, 3, 0, Read),
             (1, 3, 512, Read),
-            // It reads something else first.
+            // It reads another line first.
             (0, 4, 512, Write),
             (1, 4, 576, Read),
-            // One of two writers reads something else, too.
+            // One of two writers also reads another line.
             (0, 7, 0, Write),
             (1, 7, 64, Write),
             (1, 7, 128, Read),
-            // Both read; one alone writes.
+            // Both read; one writes.
             (0, 5, 0, Read),
             (1, 5, 0, Read),
             (2, 6, 0, Write),
@@ -267,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_told_in_pieces_and_forgotten_in_time() {
+    fn reports_are_paged_and_expire() {
         let mut standing = FaultHistory::default();
         for number in 0..10 {
             for _ in 0..=number {
@@ -282,24 +280,24 @@ mod tests {
             "once is nothing"
         );
         assert_eq!(standing.pages(page(5), 9, 1).0.len(), 5);
-        // In the next period it still counts, and adds up.
+        // Waits of the previous period are added.
         standing.waits(page(0), 0, Access::Read, PERIOD_MICROS);
         assert_eq!(standing.pages(page(0), 9, PERIOD_MICROS).0[0].1.waits, 2);
         assert!(standing.pages(page(0), 9, 3 * PERIOD_MICROS).0.is_empty());
     }
 
     #[test]
-    fn it_is_of_so_many_pages() {
+    fn the_number_of_pages_is_bounded() {
         let mut standing = FaultHistory::default();
         let most = PAGES_MAX as u32;
-        // Most are waited for once: they make room.
+        // Pages with one wait make room.
         for number in 0..3 * most {
             standing.waits(page(number), 0, Access::Read, 0);
             standing.waits(page(number % 10), 0, Access::Write, 0);
         }
         assert!(standing.now.len() <= PAGES_MAX && standing.now.len() > 10);
         assert_eq!(standing.pages(page(0), 100, 0).0.len(), 10);
-        // Where all are waited for often those stay that are known.
+        // Where all pages have many waits, those already recorded stay.
         for number in 0..2 * most {
             standing.waits(page(number), 0, Access::Read, 0);
             standing.waits(page(number), 0, Access::Read, 0);

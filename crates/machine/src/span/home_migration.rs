@@ -1,18 +1,18 @@
-//! The home of a machine that spans moves, and its other parts stay where they are.
+//! Moves the home of a machine that spans, while its other parts stay where they are.
 //!
 //! ```text
-//!   home                       a member, at first as any          other members
-//!     │ threads ───────────────────────────────────────────────────▶│   it runs
-//!     │ pages, to where most room is ─▶│                            │
+//!   home                       successor, a member at first       other members
+//!     │ threads ───────────────────────────────────────────────────▶│   running
+//!     │ pages, to parts with most room▶│                            │
 //!     │ … frozen …                     │                            │
-//!     │ the last pages ───────────────▶│                            │   it stands
-//!     │ image, [`HomeState`] ────────────▶│ a machine of the image     │
-//!     │ … it is decided …              │ [`MemberPart::succeed`] ──▶│
-//!     ▼ ends                           │ threads ──────────────────▶│   it runs
+//!     │ the last pages ───────────────▶│                            │   stopped
+//!     │ image, [`HomeState`] ─────────▶│ restores the image         │
+//!     │ … commit …                     │ [`MemberPart::succeed`] ──▶│
+//!     ▼ ends                           │ threads ──────────────────▶│   running
 //! ```
 //!
-//! So a machine that is larger than any node can leave a node, too: only what its home has
-//! must go anywhere. How the image comes there, and who decides, is not here.
+//! So a machine larger than any node can leave a node: only what its home holds must
+//! move. The transfer of the image and the decision happen elsewhere.
 
 use super::pages::{DrainedHome, PART_BYTES_MIN, SpanError};
 use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberChannel, MemberPart, SpanningError};
@@ -24,47 +24,45 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// While this is not exceeded the rest goes while it stands; so much of it at most, where
-/// nothing leaves any more.
+/// Once at most this many bytes remain, they are moved while the machine is stopped; the
+/// maximum applies where no progress is made.
 const LAST_BYTES: u64 = PART_BYTES_MIN + (256 << 10);
 const LAST_BYTES_MAX: u64 = 64 << 20;
-/// How long nothing may leave before the rest goes while it stands, or it is given up,
-/// where that is too much.
+/// How long no progress may be made before the rest is moved while the machine is
+/// stopped, or the migration is given up because the rest is too much.
 const STILL: Duration = Duration::from_secs(2);
-/// How long directories may take to come home, at least.
+/// Minimum time limit for collecting directories.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
 
-/// A thread, and where its code is.
+/// A thread and the parts that it is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThreadLocation {
-    /// Its number.
     pub tid: u32,
     /// The part that has an instance of it.
     pub at: PartId,
-    /// The part at which it goes on.
+    /// The part at which it resumes.
     pub goes_on: PartId,
 }
 
-/// What a home leaves to the part that succeeds it, beside the image of the machine.
+/// State that a home passes to its successor, beside the machine's image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HomeState {
-    /// The part that it is for.
     pub successor: PartId,
     /// The other parts.
     pub members: PartSet,
-    /// How large each memory is.
+    /// Size of each memory.
     pub memory_bytes: Vec<u64>,
-    /// Who holds what.
+    /// The directory state.
     pub held: Holdings,
     /// Threads that are not at the home.
     pub threads: Vec<ThreadLocation>,
-    /// Where threads begin.
+    /// Where new threads begin.
     pub spawning: Spawning,
-    /// What each part keeps at most, in bytes.
+    /// Limit of each part, in bytes.
     pub part_bytes: Option<u64>,
 }
 
-/// A home that makes way for a member to succeed it.
+/// A home migration at the former home.
 #[derive(Debug)]
 pub struct HomeMigration {
     home: Arc<Home>,
@@ -75,13 +73,13 @@ pub struct HomeMigration {
 }
 
 impl HomeMigration {
-    /// Threads of the home go to another member, and its pages to those with most room,
-    /// while the machine runs; returns when little is left. No thread goes to the successor
-    /// meanwhile. `goes_on` is told the bytes that are left, now and then, and says false
-    /// where nobody waits for it any more.
+    /// Moves the home's threads to another member and its pages to the parts with most
+    /// room, while the machine runs; returns when little is left. No thread moves to the
+    /// successor meanwhile. `goes_on` receives the remaining bytes from time to time and
+    /// returns false to give up.
     ///
     /// # Errors
-    /// [`SpanningError`]; the machine is as it was, with some of its memory elsewhere.
+    /// [`SpanningError`]; the machine is as before, with some of its memory elsewhere.
     pub fn begin(
         home: Arc<Home>,
         successor: PartId,
@@ -103,7 +101,7 @@ impl HomeMigration {
             home,
             left: None,
         };
-        match leaving.make_way(threads_to, Instant::now() + patience, goes_on) {
+        match leaving.drain_home(threads_to, Instant::now() + patience, goes_on) {
             Ok(()) => Ok(leaving),
             Err(error) => {
                 leaving.stay()?;
@@ -112,18 +110,18 @@ impl HomeMigration {
         }
     }
 
-    fn make_way(
+    fn drain_home(
         &mut self,
         threads_to: PartId,
         deadline: Instant,
         goes_on: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(), SpanningError> {
         let (home, successor) = (&self.home, self.successor);
-        home.let_leave(successor, true);
+        home.set_leaving(successor, true);
         let leaves = |at: PartId| at == PartId::HOME || at == successor;
         let resident = || home.pages().resident_bytes().unwrap_or(0);
         home.send_threads(leaves, threads_to, deadline, &mut || goes_on(resident()))?;
-        home.pages().give_up_own(true);
+        home.pages().drain_self(true);
         let mut last = (u64::MAX, Instant::now());
         loop {
             if let Some(failure) = home.failure() {
@@ -140,7 +138,7 @@ impl HomeMigration {
             if bytes < last.0 {
                 last = (bytes, now);
             } else if now >= deadline || now.duration_since(last.1) > STILL {
-                // Nobody else takes it.
+                // No other part takes it.
                 if bytes <= LAST_BYTES_MAX && self.has_room(bytes) {
                     break;
                 }
@@ -149,13 +147,14 @@ impl HomeMigration {
             }
             std::thread::sleep(LOOK_AGAIN);
         }
-        // (They go with who is the home.)
-        home.pages().keep_directories(true);
+        // They move with the home.
+        home.pages().pin_directories(true);
         let rest = deadline.saturating_duration_since(Instant::now());
-        Ok(home.pages().call_directories(rest.max(CALL_WITHIN))?)
+        Ok(home.pages().recall_directories(rest.max(CALL_WITHIN))?)
     }
 
-    /// Whether what is here can leave while the machine stands: more may have come since.
+    /// Whether the remaining pages can move while the machine is stopped: more may have
+    /// arrived since.
     ///
     /// # Errors
     /// [`SpanError::Full`].
@@ -171,7 +170,7 @@ impl HomeMigration {
         }
     }
 
-    /// Whether the successor has.
+    /// Whether the successor has room.
     fn has_room(&self, bytes: u64) -> bool {
         let memory = self.home.pages().memory_of_parts();
         memory.get(&self.successor).is_some_and(|memory| {
@@ -180,10 +179,10 @@ impl HomeMigration {
         })
     }
 
-    /// The last pages leave; what the successor has to know. The machine is frozen.
+    /// Moves the last pages; returns the state for the successor. The machine is frozen.
     ///
     /// # Errors
-    /// [`SpanningError`]; it may be thawed then, and stay.
+    /// [`SpanningError`]; the machine may then be thawed and stay.
     pub fn leave(&mut self, patience: Duration) -> Result<HomeState, SpanningError> {
         let home = &self.home;
         let mut left = home.pages().leave(self.successor, patience)?;
@@ -199,33 +198,33 @@ impl HomeMigration {
             successor: self.successor,
             members: home.members().without(self.successor),
             memory_bytes: sizes(home.machine().memories()),
-            held: left.take_legacy(),
+            held: left.take_holdings(),
             threads: threads.filter(|it| it.at != PartId::HOME).collect(),
             spawning: home.spawning(),
             part_bytes: home.pages().part_limit(),
         };
-        left.let_go();
+        left.release();
         self.left = Some(left);
         Ok(legacy)
     }
 
-    /// No other part is the home, nor ever will be: it may be thawed when this returns. Its
-    /// successor is a member as any, and threads come back.
+    /// Cancels the migration: no other part is the home or will be, and the machine may
+    /// be thawed. The successor stays a member, and threads move back.
     ///
     /// # Errors
-    /// [`SpanError`], if a part was lost: it has ended then.
+    /// [`SpanError`] if a part was lost: the machine has ended then.
     pub fn stay(&mut self) -> Result<(), SpanError> {
         if let Some(left) = self.left.take() {
             left.stay()?;
         }
         let home = &self.home;
-        home.pages().give_up_own(false);
-        home.pages().keep_directories(false);
-        home.let_leave(self.successor, false);
+        home.pages().drain_self(false);
+        home.pages().pin_directories(false);
+        home.set_leaving(self.successor, false);
         for tid in std::mem::take(&mut self.sent) {
-            // (One that has ended meanwhile.)
+            // The thread may have ended.
             if let Err(error) = home.machine().move_thread(tid, PartId::HOME) {
-                tracing::debug!(tid, %error, "a thread stays where it is");
+                tracing::debug!(tid, %error, "a thread was not moved back");
             }
         }
         Ok(())
@@ -237,18 +236,18 @@ fn sizes(memories: &[Arc<GuestMemory>]) -> Vec<u64> {
 }
 
 impl MemberPart {
-    /// Its memories, of which a machine is made that is to succeed the home.
+    /// Its memories, on which the machine's image is restored for a successor.
     pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
         self.member().memories()
     }
 
-    /// Whether it knows the same parts, and memories of the same size, as the home.
+    /// Checks that this part knows the same parts and memory sizes as the home.
     ///
     /// # Errors
     /// [`SpanError::Inconsistent`].
     pub fn can_succeed(&self, legacy: &HomeState) -> Result<(), SpanError> {
         if self.pages().others() != legacy.members.with(PartId::HOME) {
-            let why = "the home and its successor know other parts";
+            let why = "the home and its successor know different parts";
             return Err(SpanError::Inconsistent(why.into()));
         }
         if sizes(self.memories()) != legacy.memory_bytes {
@@ -258,10 +257,10 @@ impl MemberPart {
         Ok(())
     }
 
-    /// This part is the home from now on, of a machine that was made of the image on its
-    /// memories and stands. All others hear it here; threads are on their way to where they
-    /// were when this returns, and go on when it is thawed. This part is no member any more.
-    /// The others have so long to hear it.
+    /// Makes this part the home of a machine that was restored on its memories and is
+    /// stopped. All others send to it from now on; threads are on their way back to their
+    /// parts when this returns, and resume when the machine is thawed. This part is no
+    /// longer a member. `patience` is the time limit for the others to acknowledge.
     ///
     /// # Errors
     /// [`SpanningError`]; the machine has ended then.
@@ -280,7 +279,7 @@ impl MemberPart {
         let members = legacy.members.iter().collect();
         machine.set_members(members, Some(way.clone()), legacy.spawning)?;
         for ThreadLocation { tid, at, goes_on } in &legacy.threads {
-            // It is in the image, as it was there.
+            // It is in the image, at the part where it was.
             way.order(*at, &Order::Leave { tid: *tid });
             if *goes_on != PartId::HOME {
                 machine.move_thread(*tid, *goes_on)?;

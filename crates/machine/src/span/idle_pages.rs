@@ -1,51 +1,51 @@
-//! Which memory of a part nobody uses: of each 64 KiB it is looked at whether any page was
-//! used since the last look (of memories of more than 4 GiB, at 64 KiB of each region, others
-//! each time, as the kernel's DAMON does: Park, Lee and Yeom, "Profiling dynamic data access
-//! patterns with controlled overhead and quality", Middleware 2019; without its rights). What
-//! was not used at several looks, and in [`IDLE_MICROS`] from the last use that was seen to the
-//! last look, is idle: it can go to another part, and nobody waits for it.
+//! Memory of a part that is not accessed. For each 64 KiB it is recorded whether any page
+//! was accessed since the last scan; memories of more than 4 GiB are divided into larger
+//! regions, of which 64 KiB each are sampled, elsewhere each time, as the kernel's DAMON
+//! does (Park, Lee and Yeom, "Profiling dynamic data access patterns with controlled
+//! overhead and quality", Middleware 2019), but without its privileges. A region without
+//! accesses in several scans and for [`IDLE_MICROS`] between the last observed access and
+//! the last scan is idle: moving it to another part makes no thread wait.
 //!
 //! ```text
 //!   first look ──▶ looked at ── some of it was used ──▶ used then
 //!                     └── none at several looks, for half a minute ──▶ idle
 //! ```
 //!
-//! This module remembers; whoever looks has the memory and the clock.
+//! This module only keeps the records; the caller has the memory and the clock.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// How long nothing of it was used, in microseconds.
+/// Time without accesses after which a region is idle, in microseconds.
 const IDLE_MICROS: u64 = 30_000_000;
-/// How long after a look what is used was not used again, as far as is seen.
+/// Time after a scan in which a second access to a used region cannot be observed, in
+/// microseconds.
 const JUST_MICROS: u64 = 100_000;
-/// Looks at least at which nothing of it was used.
+/// Minimum number of scans without accesses.
 const LOOKS_MIN: u32 = 3;
-/// Bytes that are looked at together, and of a region at the least.
+/// Bytes scanned together, and the minimum size of a region.
 pub(super) const LOOKED_BYTES: u64 = 64 << 10;
-/// Regions of a memory at most: there are as many of a larger one, and they are larger.
+/// Maximum number of regions in a memory; in larger memories regions are larger.
 const REGIONS_MAX: u64 = 1 << 16;
 
-/// Memory in a row that nobody used of late.
+/// A range of memory that was not accessed recently.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdleRange {
-    /// The machine's memory.
     pub memory: u32,
-    /// Its first byte.
+    /// Offset of its first byte.
     pub start: u64,
-    /// How many.
     pub bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Region {
-    /// First byte of what is looked at next.
+    /// First byte of the next sample.
     next: u64,
-    /// When some of it was used last, or it was looked at first.
+    /// Time of the last observed access, or of the first scan.
     used_micros: u64,
-    /// When it was looked at last.
+    /// Time of the last scan.
     looked_micros: u64,
-    /// Looks since `used_micros`.
+    /// Scans since `used_micros`.
     looks: u32,
 }
 
@@ -63,23 +63,23 @@ struct Regions {
     by_number: BTreeMap<u64, Region>,
 }
 
-/// What is known of a part's memories.
+/// Scan results for a part's memories.
 #[derive(Debug, Default)]
 pub(super) struct IdlePages {
     memories: BTreeMap<u32, Regions>,
 }
 
 impl IdlePages {
-    /// Whether the region in which a byte is was looked at just now, and was used: what is in
-    /// it is not seen to be used for a moment.
+    /// Whether the region of a byte was scanned just now and had been accessed: accesses
+    /// to it cannot be observed for a moment.
     pub(super) fn was_just_used(&self, memory: u32, at: u64, now_micros: u64) -> bool {
         let regions = self.memories.get(&memory).filter(|it| it.bytes > 0);
         let region = regions.and_then(|it| it.by_number.get(&(at / it.bytes)));
         region.is_some_and(|it| it.looks == 0 && it.looked_micros + JUST_MICROS > now_micros)
     }
 
-    /// The region of a memory, which has so many bytes, in which a byte is; where in it is to
-    /// be looked, if that is known.
+    /// The region of a byte, in a memory of this size; and the position of its next
+    /// sample, if it was scanned before.
     pub(super) fn region(
         &mut self,
         memory: u32,
@@ -89,7 +89,7 @@ impl IdlePages {
         let wanted = memory_bytes.div_ceil(REGIONS_MAX).next_power_of_two();
         let regions = self.memories.entry(memory).or_default();
         let bytes = wanted.max(LOOKED_BYTES);
-        // (It has grown: of other regions nothing is known.)
+        // The memory has grown: records of regions of another size are void.
         if regions.bytes != bytes {
             *regions = Regions {
                 bytes,
@@ -104,8 +104,8 @@ impl IdlePages {
         )
     }
 
-    /// A region was looked at, and whether some of it was used; where next. What lies between
-    /// the last one that was looked at and this one is not here.
+    /// Records a scan of a region: whether it was accessed, and the next sample. The
+    /// range between the previous region and this one is not populated.
     pub(super) fn looked(
         &mut self,
         memory: u32,
@@ -138,7 +138,7 @@ impl IdlePages {
         }
     }
 
-    /// Nothing of a range is here.
+    /// Records that a range is not populated.
     pub(super) fn is_not_here(&mut self, memory: u32, range: std::ops::Range<u64>) {
         let Some(regions) = self.memories.get_mut(&memory) else {
             return;
@@ -153,8 +153,8 @@ impl IdlePages {
         }
     }
 
-    /// What is idle of a memory from a byte on, or of those after it, in rising order; at
-    /// most so many ranges, and where to go on if there are more.
+    /// Idle ranges from a byte of a memory on, in rising order, up to a number; and where
+    /// to continue.
     pub(super) fn ranges(
         &self,
         (memory, from): (u32, u64),
@@ -196,7 +196,8 @@ mod tests {
     const K64: u64 = LOOKED_BYTES;
     const MIB: u64 = 1 << 20;
 
-    /// Looks at regions of a memory of 16 MiB by their numbers, in order; whether they are used.
+    /// Scans regions of a memory of 16 MiB, given by their numbers, in order; whether
+    /// each was accessed.
     fn look(idle: &mut IdlePages, regions: &[(u64, bool)], now_micros: u64) {
         let mut last = 0;
         for (number, used) in regions {
@@ -219,12 +220,12 @@ mod tests {
     const SECOND: u64 = 1_000_000;
 
     #[test]
-    fn what_nobody_uses_for_long_is_idle() {
+    fn unused_regions_become_idle() {
         let mut idle = IdlePages::default();
         let none = [(1, true), (2, false), (3, true), (9, false)];
         look(&mut idle, &none, 0);
         assert_eq!(ranges(&idle), []);
-        // One is used, one goes, one comes.
+        // One is used, one leaves, one arrives.
         let some = [(1, true), (2, false), (9, false), (10, false)];
         look(&mut idle, &some, 10 * SECOND);
         look(&mut idle, &some, 20 * SECOND);
@@ -242,9 +243,9 @@ mod tests {
         assert_eq!(idle.region(0, 16 * MIB, K64).1, None);
     }
 
-    /// However long it takes to come round: nothing is idle that nobody looked at.
+    /// However long a pass takes, unscanned regions are not idle.
     #[test]
-    fn what_is_rarely_looked_at_is_not_idle_for_it() {
+    fn rarely_scanned_regions_are_not_idle() {
         let mut idle = IdlePages::default();
         for turn in 0..LOOKS_MIN {
             look(
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_told_in_pieces() {
+    fn reports_are_paged() {
         let mut idle = IdlePages::default();
         let all: Vec<(u64, bool)> = (0..100).step_by(2).map(|it| (it, false)).collect();
         for turn in 0..=LOOKS_MIN {
@@ -287,7 +288,7 @@ mod tests {
         }
         let (ranges, _) = idle.ranges((0, 0), 9);
         assert_eq!((ranges[0].memory, ranges[0].bytes), (2, MIB));
-        // It grows: of what it was nothing is known.
+        // The memory grows: earlier records are void.
         let (range, known) = idle.region(2, (64 << 30) + 1, 5 << 30);
         assert_eq!((range.end - range.start, known), (2 * MIB, None));
         assert_eq!(idle.ranges((0, 0), 9).0, []);

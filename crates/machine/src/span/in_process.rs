@@ -1,5 +1,5 @@
-//! All parts of a machine in one process, connected as they are over a network: for
-//! programs in the foreground, and to try what spans.
+//! All parts of a machine in one process, connected as over a network: for programs in
+//! the foreground and for tests.
 
 use super::home_migration::{HomeMigration, HomeState};
 use super::mesh::{MeshError, MeshListener};
@@ -13,37 +13,35 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why there are no parts.
+/// Why a machine cannot span in this process.
 #[derive(Debug, thiserror::Error)]
 pub enum InProcessError {
-    /// Too few or too many.
+    /// Too few or too many parts.
     #[error("a machine has 1 to {PARTS_MAX} parts, not {0}")]
     Count(usize),
-    /// They do not meet.
     #[error(transparent)]
     Meet(#[from] MeshError),
-    /// A part.
     #[error(transparent)]
     Spanning(#[from] SpanningError),
 }
 
-/// How long parts of this process may take to meet.
+/// Time limit for connecting the parts.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine and its members in this process.
 #[derive(Debug)]
 pub struct InProcess {
-    /// Dropped first: the others end when it says so.
+    /// Dropped first: members end when the home tells them.
     home: Arc<Home>,
     members: BTreeMap<PartId, MemberPart>,
     limit_bytes: u64,
 }
 
 impl InProcess {
-    /// Lets a running machine span `count` parts, itself one of them.
+    /// Makes a running machine span `count` parts, including itself.
     ///
     /// # Errors
-    /// [`InProcessError`]; it goes on alone then.
+    /// [`InProcessError`]; the machine then goes on in one part.
     pub fn begin(
         machine: &Machine,
         count: usize,
@@ -60,7 +58,7 @@ impl InProcess {
         let mut ends = connect(all, |_, _| true)?;
         let home = ends.remove(&PartId::HOME).unwrap_or_default();
         let program = machine.program();
-        // What lets threads go on there is compiled while it runs.
+        // Code for resuming threads is compiled while the machine runs.
         program
             .prepare_resume()
             .map_err(|error| SpanningError::Machine(error.into()))?;
@@ -82,15 +80,15 @@ impl InProcess {
         &self.home
     }
 
-    /// The others.
+    /// The members.
     pub fn members(&self) -> &BTreeMap<PartId, MemberPart> {
         &self.members
     }
 
-    /// One more joins while it runs; which, and how long the machine stood still.
+    /// Adds a part while the machine runs; returns it and the downtime.
     ///
     /// # Errors
-    /// [`InProcessError`]; it has the parts that it had then.
+    /// [`InProcessError`]; the parts are then as before.
     pub fn join(&mut self) -> Result<(PartId, Duration), InProcessError> {
         let (new, member, mut home) = self.meet_new()?;
         let mut stood = Duration::ZERO;
@@ -101,17 +99,17 @@ impl InProcess {
         Ok((new, stood))
     }
 
-    /// One that is about to join ends when all but the home know it.
+    /// Lets a part join and ends it when all but the home know it.
     ///
     /// # Errors
     /// [`InProcessError`].
-    pub fn lose_joining(&mut self) -> Result<(), InProcessError> {
+    pub fn kill_joining_member(&mut self) -> Result<(), InProcessError> {
         let (_, member, _) = self.meet_new()?;
         member.die();
         Ok(())
     }
 
-    /// A part that all but the home know, and what the home has to it.
+    /// A new part that all but the home know, with the home's connections to it.
     fn meet_new(
         &self,
     ) -> Result<(PartId, MemberPart, BTreeMap<PartId, PeerConnections>), InProcessError> {
@@ -136,28 +134,30 @@ impl InProcess {
         Ok((new, member, home))
     }
 
-    /// As [`Home::part_with`]; the part has ended then.
+    /// As [`Home::remove_part`]; the part has ended then.
     ///
     /// # Errors
     /// As there.
-    pub fn part_with(
+    pub fn remove_part(
         &mut self,
         part: PartId,
         threads_to: PartId,
         patience: Duration,
     ) -> Result<Duration, InProcessError> {
-        let stood = self.home.part_with(part, threads_to, patience)?;
+        let stood = self.home.remove_part(part, threads_to, patience)?;
         if let Some(member) = self.members.remove(&part) {
             member.wait();
         }
         Ok(stood)
     }
 
-    /// Its home moves: one more part joins, takes all that the home has, and its place. That
-    /// is made of the image and the part's memories; it goes on when this returns.
+    /// Moves the home: a new part joins, takes all that the home holds, and becomes the
+    /// home of a machine restored from the image on its memories. The machine runs when
+    /// this returns.
     ///
     /// # Errors
-    /// [`InProcessError`]; it goes on where it was, with one more part, or was ended.
+    /// [`InProcessError`]; the machine then runs where it was, with one more part, or was
+    /// ended.
     pub fn move_home(
         &mut self,
         make: impl FnOnce(Image, Arc<[Arc<GuestMemory>]>) -> Machine,
@@ -198,7 +198,7 @@ impl InProcess {
         })?;
         let machine = make(image, successor.memories().clone());
         self.home = Arc::new(successor.succeed(&machine, &legacy, PATIENCE)?);
-        // (The home that was is another process, most of the time.)
+        // The former home is usually in another process.
         before.stop();
         drop((leaving, old));
         match machine.thaw() {
@@ -207,8 +207,8 @@ impl InProcess {
         }
     }
 
-    /// Ends the last member as if its node had died.
-    pub fn lose_last(&mut self) {
+    /// Ends the last member, as if its node had died.
+    pub fn kill_last_member(&mut self) {
         if let Some((_, member)) = self.members.pop_last() {
             member.die();
         }
@@ -230,7 +230,7 @@ fn part(number: usize) -> Result<PartId, InProcessError> {
     PartId::new(number).ok_or(InProcessError::Count(number))
 }
 
-/// The connections of parts to each other: of those that meet.
+/// Connects all parts with each other.
 fn connect(
     parts: PartSet,
     meet: impl Fn(PartId, PartId) -> bool,

@@ -1,12 +1,12 @@
-//! Parts that come and go while a machine spans, at its home. All others go on; the
-//! machine stands for the moment in which its threads may, or may not, be somewhere.
+//! Adding and removing parts while a machine spans, at its home. Threads of all other
+//! parts run on; the machine is stopped only while the set of members changes.
 //!
 //! ```text
-//!   comes   all others know it ─▶ so does the home ─▶ memories as large as there ─▶ welcome
-//!   goes    threads leave ─▶ pages to where most room is ─▶ the rest home ─▶ forgotten
+//!   join    all members know it ─▶ the home knows it ─▶ memories grow to size ─▶ welcome
+//!   leave   threads leave ─▶ pages to the parts with most room ─▶ the rest home ─▶ removed
 //! ```
 //!
-//! Who starts parts and connects them is not here.
+//! Starting parts and connecting them happens elsewhere.
 
 use super::pages::SpanError;
 use super::peer::PeerConnections;
@@ -15,22 +15,22 @@ use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::MachineError;
 use std::time::{Duration, Instant};
 
-/// While this is not exceeded a part's last pages are brought home.
+/// At most this many bytes of a leaving part are brought home at the end.
 const LAST_BYTES: u64 = 4 << 20;
-/// How long nothing may leave a part that is to go, before the rest is brought home, or it
-/// stays, where that is too much.
+/// How long a leaving part may make no progress before the rest is brought home, or the
+/// part stays because the rest is too much.
 const STILL: Duration = Duration::from_secs(2);
-/// How long its last pages may take at least.
+/// Minimum time limit for its last pages.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
-/// How long threads may take to a safepoint.
+/// Time limit for threads to reach a safepoint.
 const STAND_WITHIN: Duration = Duration::from_secs(5);
 
 impl Home {
-    /// A part that all other members know already is one of them, too; `ends` has the
-    /// connections to it. How long the machine stood still.
+    /// Adds a part that all other members know already; `ends` has the connections to it.
+    /// Returns the downtime.
     ///
     /// # Errors
-    /// [`SpanningError`]; it has the members that it had then, unless one was lost.
+    /// [`SpanningError`]; the members are then as before, unless one was lost.
     pub fn join(
         &self,
         part: PartId,
@@ -38,8 +38,9 @@ impl Home {
         patience: Duration,
     ) -> Result<Duration, SpanningError> {
         self.pages().join(part, ends)?;
-        // (From here on its end is the machine's: threads may be on their way.)
-        let begun = self.pages().await_begun(part, patience);
+        // From here on the loss of the part ends the machine: threads may be on their way
+        // to it.
+        let begun = self.pages().await_started(part, patience);
         let with = self.members().with(part);
         let joined = begun
             .map_err(SpanningError::from)
@@ -50,20 +51,20 @@ impl Home {
                 Ok(stood)
             }
             Err(error) if self.pages().others().contains(part) => {
-                self.pages().part_with(part)?;
+                self.pages().remove_part(part)?;
                 Err(error)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// A part is none any more: its threads go on at the home, or at another part, and so
-    /// does its memory, where most room is; it ends. How long the machine stood still.
+    /// Removes a part: its threads move to the home or another part, its memory to the
+    /// parts with most room, and it ends. Returns the downtime.
     ///
     /// # Errors
-    /// [`SpanningError`]; it stays then, unless one was lost, with some of its threads and of
-    /// its memory elsewhere. Where it was too slow it can only be tried again.
-    pub fn part_with(
+    /// [`SpanningError`]; the part then stays, unless one was lost, with some of its
+    /// threads and memory elsewhere. A part that was too slow can only be removed again.
+    pub fn remove_part(
         &self,
         part: PartId,
         threads_to: PartId,
@@ -73,30 +74,31 @@ impl Home {
             return Err(MachineError::NoPart(part).into());
         }
         let deadline = Instant::now() + patience;
-        self.let_leave(part, true);
+        self.set_leaving(part, true);
         let ready = match locked(&self.emptied).contains(part) {
             true => Ok(()),
             false => self
-                .bring_directories(patience)
+                .collect_directories(patience)
                 .and_then(|()| self.make_ready(part, threads_to, deadline)),
         };
         if let Err(error) = ready {
-            self.let_leave(part, false);
-            self.pages().keep_directories(false);
+            self.set_leaving(part, false);
+            self.pages().pin_directories(false);
             self.pages().welcome(part)?;
             return Err(error);
         }
         let rest = deadline.saturating_duration_since(Instant::now());
         self.empty(part, rest.max(EMPTY_WITHIN))?;
         let stood = self.set_members(self.members().without(part), STAND_WITHIN)?;
-        self.let_leave(part, false);
-        self.pages().part_with(part)?;
+        self.set_leaving(part, false);
+        self.pages().remove_part(part)?;
         let mut emptied = locked(&self.emptied);
         *emptied = emptied.without(part);
         Ok(stood)
     }
 
-    /// Has a part's pages come home. It has no way back: what it asks for it does not get.
+    /// Brings a part's pages home. This cannot be undone: the part's requests for pages
+    /// are no longer served.
     ///
     /// # Errors
     /// [`SpanError`].
@@ -108,27 +110,29 @@ impl Home {
         self.pages().empty(part, PartId::HOME, patience)
     }
 
-    /// The home is the directory of all from now on, until directories may move again: nobody
-    /// asks a part that goes. Where they moved they come while threads run, and then all
-    /// stand for some round trips.
+    /// Makes the home the directory of all pages until directories may move again,
+    /// because a leaving part must not be asked. Directories that moved are brought back
+    /// while threads run; then all threads stop for some round trips.
     ///
     /// # Errors
     /// [`SpanningError`].
-    pub(super) fn bring_directories(&self, patience: Duration) -> Result<(), SpanningError> {
-        if !self.pages().keep_directories(true) {
+    pub(super) fn collect_directories(&self, patience: Duration) -> Result<(), SpanningError> {
+        if !self.pages().pin_directories(true) {
             return Ok(());
         }
-        self.pages().call_directories(patience)?;
+        self.pages().recall_directories(patience)?;
         self.machine().freeze(patience.min(STAND_WITHIN))?;
-        let brought = self.pages().bring_directories(STAND_WITHIN);
+        let brought = self.pages().collect_directories(STAND_WITHIN);
         if let Err(error) = self.machine().thaw() {
-            // (A thread that could not be launched, or it was ended: then it ends with this.)
-            tracing::warn!(%error, "directories were brought");
+            // A thread could not be started, or the machine was ended: then it ends with
+            // this error.
+            tracing::warn!(%error, "cannot resume after collecting directories");
         }
         Ok(brought?)
     }
 
-    /// Until a part has no threads, and so little memory that the rest can come home.
+    /// Waits until a part has no threads and so little memory that the rest can be
+    /// brought home.
     fn make_ready(
         &self,
         part: PartId,
@@ -144,7 +148,7 @@ impl Home {
             }
             let now = Instant::now();
             let Some(bytes) = self.pages().resident_of(part) else {
-                // (It looks through all that it has before it says something.)
+                // The part enumerates its pages before it reports.
                 if now >= deadline {
                     let patience = now.duration_since(last.1);
                     return Err(SpanError::Slow { part, patience }.into());
@@ -158,7 +162,7 @@ impl Home {
             if bytes < last.0 {
                 last = (bytes, now);
             } else if now >= deadline || now.duration_since(last.1) > STILL {
-                // Nobody else takes it. (Copies of what others have do not come.)
+                // No other part takes it. Read copies need no room at home.
                 return match self.pages().has_room_for(bytes) {
                     true => Ok(()),
                     false => Err(SpanError::Full { part, bytes }.into()),
@@ -168,7 +172,8 @@ impl Home {
         }
     }
 
-    /// Has threads go on elsewhere, and waits until they have left, as long as it is to.
+    /// Moves threads to another part, and waits until they have left or the deadline
+    /// passes.
     ///
     /// # Errors
     /// [`SpanningError`].
@@ -181,7 +186,7 @@ impl Home {
     ) -> Result<(), SpanningError> {
         loop {
             let threads = self.machine().thread_infos().into_iter();
-            // (One that is only on its way there stays where it is.)
+            // A thread that is only on its way there stays where it is.
             let those = threads.filter(|it| are_at(it.part) || it.moves_to.is_some_and(&are_at));
             let those: Vec<u32> = those.map(|it| it.tid).collect();
             if those.is_empty() {

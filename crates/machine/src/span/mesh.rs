@@ -1,5 +1,6 @@
-//! How parts find each other: each listens once for each other one, says where and under
-//! which certificate, and once all know that of all, each dials and is dialled.
+//! Connects all parts with each other: each part listens on one port per other part,
+//! publishes the addresses and its certificate, and then dials every other part and is
+//! dialled by it.
 
 use super::peer::{Hello, PeerConnections, PeerError};
 use keel_cluster::{Epoch, MachineName};
@@ -11,61 +12,43 @@ use std::collections::BTreeMap;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
-/// Why parts do not meet.
+/// Why parts are not connected.
 #[derive(Debug, thiserror::Error)]
 pub enum MeshError {
-    /// No certificate.
     #[error("no certificate for a part: {0}")]
     Tls(#[from] TlsError),
-    /// It does not listen.
     #[error("a part cannot listen on {address}: {source}")]
     Listen {
-        /// Where.
         address: String,
-        /// Why.
         source: std::io::Error,
     },
-    /// It is not reached.
-    #[error("part {part} is not reached at {address}: {source}")]
+    #[error("cannot connect to part {part} at {address}: {source}")]
     Dial {
-        /// Which.
         part: PartId,
-        /// Where.
         address: String,
-        /// Why.
         source: std::io::Error,
     },
-    /// It did not dial.
+    /// The other part did not dial in time.
     #[error("part {part} did not connect within {patience:?}")]
-    Timeout {
-        /// Which.
-        part: PartId,
-        /// How long it was waited for.
-        patience: Duration,
-    },
-    /// It is not one of them.
-    #[error("part {0} was not told where this one listens")]
+    Timeout { part: PartId, patience: Duration },
+    /// No address of this part was given.
+    #[error("no address of part {0} is known")]
     Unknown(PartId),
-    /// What was said.
+    /// The handshake failed.
     #[error("part {part}: {source}")]
-    Peer {
-        /// Which.
-        part: PartId,
-        /// Why.
-        source: PeerError,
-    },
+    Peer { part: PartId, source: PeerError },
 }
 
-/// Where a part can be met.
+/// Addresses of a part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartAddress {
-    /// Its certificate.
+    /// Fingerprint of its certificate.
     pub fingerprint: Fingerprint,
-    /// For each other part: `address:port`.
+    /// `address:port` for each other part.
     pub addresses: BTreeMap<PartId, String>,
 }
 
-/// A part that is ready to meet the others.
+/// A part that listens for the others.
 #[derive(Debug)]
 pub struct MeshListener {
     me: PartId,
@@ -74,10 +57,10 @@ pub struct MeshListener {
 }
 
 impl MeshListener {
-    /// Listens on an address (without port); where the others find it.
+    /// Listens on an address (without port); returns the published addresses, too.
     ///
     /// # Errors
-    /// [`MeshError`].
+    /// Connects to all others, which do the same at this time.
     pub fn open(
         me: PartId,
         others: PartSet,
@@ -108,10 +91,10 @@ impl MeshListener {
         Ok((meeting, place))
     }
 
-    /// Meets all others, which do the same at this time.
+    /// [`MeshError`] of the first connection that failed.
     ///
     /// # Errors
-    /// [`MeshError`], of the first that is not met.
+    /// In parallel, because each waits for the other.
     pub fn meet(
         self,
         machine: &MachineName,
@@ -126,7 +109,6 @@ impl MeshListener {
         } = self;
         std::thread::scope(|scope| {
             let identity = &identity;
-            // All at once, as each waits for the other.
             let meeting: Vec<_> = listeners
                 .into_iter()
                 .map(|(other, listener)| {
@@ -184,7 +166,7 @@ fn accept(
     let came = matches!(poll(&mut ready, Some(&timeout)), Ok(1..));
     let stream = came.then(|| listener.accept().ok()).flatten();
     let (stream, _) = stream.ok_or(MeshError::Timeout { part, patience })?;
-    // (Some systems hand on the listener's mode.)
+    // Some systems pass on the listener's mode.
     stream
         .set_nonblocking(false)
         .map_err(|error| MeshError::Peer {

@@ -1,23 +1,25 @@
 //! One part of a machine that spans: its pages, its threads, and its connections to the
-//! others.
+//! other parts.
 //!
-//! `keel_wasm::coherence` decides who may have which page; here it is done. Nothing of
-//! it runs on the async runtime: a thread serves faults and hears the other parts, and
-//! one for each of these writes to it what cannot be written at once.
+//! `keel_wasm::coherence` decides which part may hold which page; this module carries
+//! that out. It does not use the async runtime: one thread serves page faults and reads
+//! the connections of all other parts, and one thread per part writes what its socket
+//! could not take at once.
 //!
-//! - `wire`: what is said, byte by byte
+//! - `wire`: the messages between parts and their encoding
 //! - `peer`: the connections to another part
-//! - `mesh`: how parts find each other
+//! - `mesh`: connection set-up among all parts
 //! - `pages`: the part's pages
-//! - `eviction`: which pages leave a part that has too many
-//! - `idle_pages`: which memory nobody uses
-//! - `false_sharing`: which pages threads wait for again and again, and what parts share of them
-//! - `prefetch`: which pages are asked for before they are touched
+//! - `eviction`: which pages a part evicts when it exceeds its limit
+//! - `idle_pages`: detection of memory that is not accessed
+//! - `false_sharing`: pages that threads repeatedly wait for, and whether parts share
+//!   bytes or only the page
+//! - `prefetch`: pages requested before a thread accesses them
 //! - `threads`: a machine that spans, at its home and at its members
-//! - `membership`: parts that come and go
-//! - `home_migration`: the home moves
+//! - `membership`: adding and removing parts
+//! - `home_migration`: moving the home to another part
 //! - `in_process`: all parts of a machine in one process
-//! - `adaptive_polling`: whether to look again rather than to sleep
+//! - `adaptive_polling`: whether to poll again or to sleep
 
 mod adaptive_polling;
 mod eviction;

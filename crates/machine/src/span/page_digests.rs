@@ -1,23 +1,23 @@
-//! What pages held when they were looked at last, by their hashes: so that of memory which
-//! many parts hold, and which nobody tracks writes of, only what changed is given and stored
-//! again. 16 bytes for each page of 4 KiB.
+//! Hashes of page contents at the last cut: for memory that many parts hold and whose
+//! writes are not tracked, only changed pages are sent and stored again. 16 bytes per
+//! page of 4 KiB.
 
 use super::pages::{CutPages, CutPiece, UnchangedPages};
 use keel_wasm::memory::PAGE_BYTES;
 
 const PAGE: usize = PAGE_BYTES as usize;
 
-/// The hash of a page: half of a BLAKE3, which nobody meets by chance; and a program that
-/// could choose two pages with the same would only harm itself.
+/// The hash of a page: half of a BLAKE3. Collisions do not occur by chance, and a program
+/// that constructed one would only harm itself.
 fn hash(page: &[u8]) -> u128 {
     let hash = blake3::hash(page);
     let (half, _) = hash.as_bytes().split_at(16);
     let half = half.try_into().map_or(0, u128::from_le_bytes);
-    // (None is that of no page.)
+    // Zero stands for an unknown page.
     half.max(1)
 }
 
-/// Of pages in a row: of those before one, and the hash of that.
+/// Chains the digest of the preceding pages with the hash of the next one.
 pub(crate) fn digest(before: u128, of: u128) -> u128 {
     let mut both = [0; 32];
     both[..16].copy_from_slice(&before.to_le_bytes());
@@ -38,7 +38,7 @@ impl PageDigests {
         (*hash != 0).then_some(*hash)
     }
 
-    /// A page's hash is this from now on; what it was.
+    /// Sets the hash of a page; returns the previous one.
     pub(crate) fn put(&mut self, memory: u32, number: u32, hash: u128) -> Option<u128> {
         let before = self.get(memory, number);
         let (memory, number) = (memory as usize, number as usize);
@@ -47,7 +47,7 @@ impl PageDigests {
         }
         let pages = &mut self.memories[memory];
         if pages.len() <= number {
-            // (What lies between may never come; it costs address space only.)
+            // The range between may stay unused; it costs only address space.
             let length = (number + 1).next_power_of_two();
             let mut longer = vec![0; length];
             longer[..pages.len()].copy_from_slice(pages);
@@ -57,7 +57,7 @@ impl PageDigests {
         before
     }
 
-    /// Whether pages in a row are known, and were what whoever says that takes them to be.
+    /// Whether the hashes of a run are known and match the digest of its sender.
     pub(crate) fn agrees(&self, same: &UnchangedPages) -> bool {
         let mut pages = same.first..same.first.saturating_add(same.pages);
         let known = pages.try_fold(0, |before, number| {
@@ -66,7 +66,7 @@ impl PageDigests {
         known == Some(same.digest)
     }
 
-    /// A page is zero: as one that nobody has.
+    /// Forgets a page, which is zero from now on.
     pub(crate) fn forget(&mut self, memory: u32, number: u32) {
         let pages = self.memories.get_mut(memory as usize);
         if let Some(hash) = pages.and_then(|pages| pages.get_mut(number as usize)) {
@@ -74,7 +74,7 @@ impl PageDigests {
         }
     }
 
-    /// Known pages for which it says so, by memory and number.
+    /// Known pages that satisfy a predicate, by memory and number.
     pub(crate) fn which(&self, is_so: impl Fn(u32, u32) -> bool) -> Vec<(u32, u32)> {
         let memories = (0..).zip(&self.memories);
         let pages = memories.flat_map(|(memory, pages)| {
@@ -87,15 +87,15 @@ impl PageDigests {
     }
 }
 
-/// Those of some pages that are the same as before, in rows, and those that are not; asked by
-/// memory, number and hash.
+/// Splits pages into runs that are unchanged and runs that changed; the predicate
+/// receives memory, number and hash.
 pub(crate) fn split_unchanged(
     pages: &CutPages,
     mut is_same: impl FnMut(u32, u32, u128) -> bool,
 ) -> Vec<CutPiece> {
     let memory = pages.memory;
     let mut pieces: Vec<CutPiece> = Vec::new();
-    // (A cut has no page beyond the last that there can be.)
+    // A cut has no page beyond the last page number.
     for (at, page) in pages.bytes.chunks_exact(PAGE).enumerate() {
         let first = pages.first + at as u32;
         let hash = hash(page);
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_did_not_change_is_told_from_what_did() {
+    fn unchanged_and_changed_pages_are_split() {
         let same_of = |first, of: &[u8]| UnchangedPages {
             memory: 1,
             first,
@@ -169,7 +169,7 @@ mod tests {
         );
         let agrees = |first, of: &[u8]| known.agrees(&same_of(first, of));
         assert!(agrees(4, &[9, 1, 8, 7, 4, 0]) && agrees(5, &[1, 8]));
-        // More than it knows, and others.
+        // A longer run, and other content.
         assert!(!agrees(4, &[9, 1, 8, 7, 4, 0, 0]) && !agrees(3, &[9]));
         assert!(!agrees(5, &[1, 7]) && !agrees(5, &[8, 1]));
         assert_eq!(known.which(|_, number| number > 7), [(1, 8), (1, 9)]);

@@ -1,52 +1,51 @@
-//! Pages that are asked for before anybody touches them: those that follow, where a part
-//! goes through memory in order. Each is asked for as if a thread stood at it, so the
-//! protocol knows nothing of it; what is won is that they come together, for one wake of
-//! everybody on the way.
+//! Prefetching: where a part accesses memory sequentially, the following pages are
+//! requested before a thread accesses them. Each is requested like a faulting page, so
+//! the protocol needs no support for it; the gain is that pages arrive together and each
+//! thread on the way wakes once.
 //!
-//! As files are read ahead in kernels: a run of faults begins a stream, and its window
-//! doubles while it goes on. To read is cheap to guess wrong: gaps (pages that are here
-//! already) are passed over. To write takes a page from whoever has it, so only long runs
+//! As in the read-ahead of kernels, a run of faults starts a stream whose window doubles
+//! while the stream goes on. Wrong predictions are cheap for reads, so gaps (present
+//! pages) are passed over. A write takes the page from its owner, so only long runs
 //! without gaps count.
 //!
-//! Runs that were there before are known: of a page at which a run began twice, as many are
-//! asked for at once as followed it both times. (Bands of a picture, rows of a matrix: what a
-//! thread takes as one piece it takes as one piece again. After Somogyi, Wenisch, Ailamaki et
-//! al., "Spatial Memory Streaming", ISCA 2006, with a page for what is a line there.) Now and
-//! then nothing is asked for, to see whether it is still so.
+//! Earlier runs are remembered: for a page at which a run began twice, as many pages are
+//! requested at once as followed both times (bands of a picture or rows of a matrix are
+//! accessed as a whole again; after Somogyi, Wenisch, Ailamaki et al., "Spatial Memory
+//! Streaming", ISCA 2006, with pages in place of cache lines). From time to time nothing
+//! is requested, to observe whether this still holds.
 
 use keel_wasm::coherence::{Access, PageId};
 use std::collections::HashMap;
 
-/// Streams that are known at a time: one for each thread that goes through memory, as far
-/// as there are no more.
+/// Streams per part, at most: one for each thread with sequential access.
 const STREAMS_MAX: usize = 16;
-/// Most pages that are asked for ahead at a time as a run goes on, and as is known.
+/// The largest window of a stream, and of a remembered run.
 const WINDOW_MAX: u32 = 64;
 const KNOWN_PAGES_MAX: u32 = 256;
-/// Pages of which it is known what followed them, at most; all is learned anew then.
+/// Remembered runs, at most; the table is cleared when it is full.
 const KNOWN_MAX: usize = 1 << 16;
-/// One in so many times nothing is asked for of what is known, to see what follows now.
+/// One in this many remembered runs is not prefetched but observed.
 const SEEN_ANEW: u8 = 8;
-/// How far ahead pages are looked for that are not here.
+/// How far ahead absent pages are searched.
 const LOOK_MAX: u32 = 2 * WINDOW_MAX;
 
-/// What is to be asked for.
+/// Pages to request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct PrefetchWindow {
-    /// How many pages that are not here, at most.
+    /// The number of absent pages, at most.
     pub(super) pages: u32,
-    /// Among how many that follow.
+    /// The number of following pages among which they are searched.
     pub(super) among: u32,
 }
 
 impl PrefetchWindow {
-    /// As a run goes on.
+    /// For a stream.
     fn window(pages: u32) -> Self {
         let among = if pages > 0 { LOOK_MAX } else { 0 };
         PrefetchWindow { pages, among }
     }
 
-    /// What followed before.
+    /// For a remembered run.
     fn known(pages: u32) -> Self {
         let among = pages;
         PrefetchWindow { pages, among }
@@ -61,7 +60,8 @@ fn run_min(access: Access) -> u32 {
     }
 }
 
-/// Pages that have to be known to follow: of less to read a run has them soon.
+/// The minimum length of a remembered run: shorter runs of reads are detected soon
+/// enough.
 fn known_min(access: Access) -> u32 {
     match access {
         Access::Read => 8,
@@ -69,7 +69,7 @@ fn known_min(access: Access) -> u32 {
     }
 }
 
-/// Pages between two faults of one run.
+/// The largest gap between two faults of one run, in pages.
 fn gap_max(access: Access) -> u32 {
     match access {
         Access::Read => 8,
@@ -81,37 +81,38 @@ fn gap_max(access: Access) -> u32 {
 struct Stream {
     memory: u32,
     access: Access,
-    /// Where somebody stood last.
+    /// Page of the last fault.
     last: u32,
-    /// What was asked for last.
+    /// The last page requested.
     until: u32,
     run: u32,
     window: u32,
     used: u64,
-    /// Where the run began that is learned, if one is.
+    /// First page of the run whose length is being learned.
     learns: Option<u32>,
-    /// Where it began, as far as it went on as was known.
+    /// First page of the remembered run that is being followed.
     knew: Option<u32>,
 }
 
-/// What followed a page at which runs began.
+/// History of the runs that began at a page.
 #[derive(Debug, Clone, Copy, Default)]
 struct RunHistory {
-    /// Pages, the last time and the time before it.
+    /// Lengths of the last run and the one before.
     last: u16,
     before: u16,
-    /// How often that was seen; 2 and more count as 2.
+    /// Number of observed runs, at most 2.
     seen: u8,
-    /// How often it was used since.
+    /// Number of uses since.
     used: u8,
-    /// Pages with those of what was known to follow and did, this time and the time before.
+    /// Lengths together with the adjacent remembered run, the last time and the time
+    /// before.
     joined: u16,
     joined_before: u16,
 }
 
 impl RunHistory {
-    /// A run begins: how many pages are asked for; what follows is to be learned if it is
-    /// none.
+    /// A run begins: returns the number of pages to request; 0 if its length is to be
+    /// learned.
     fn begin(&mut self) -> u32 {
         let follows = self.last.min(self.before);
         if self.seen == 2 && follows > 0 && self.used + 1 < SEEN_ANEW {
@@ -123,16 +124,16 @@ impl RunHistory {
             last: 0,
             before: self.last,
             seen: 2.min(self.seen + 1),
-            // (What was one before is soon one again.)
+            // Adjacent runs that were joined are soon joined again.
             joined: follows,
             ..RunHistory::default()
         };
         0
     }
 
-    /// What was known, and what is known to follow it, are so many pages: one piece if they
-    /// were so the time before, too. (Who takes pieces as they are free may take two in a
-    /// row.)
+    /// The run and the remembered run behind it have this total length: they become one
+    /// run if this also held the time before. A thread that takes pieces from a shared
+    /// queue may take two adjacent ones by chance.
     fn join(&mut self, pages: u16) {
         self.joined = pages;
         let both = self.joined.min(self.joined_before);
@@ -151,10 +152,10 @@ pub(super) struct StreamPrefetcher {
 }
 
 impl StreamPrefetcher {
-    /// A thread, the first one, stands at a page, which may have been asked for already:
-    /// which of those that follow, and are not here, are to be asked for too.
-    /// [`Self::asked`] is told how far that went.
-    pub(super) fn stands(
+    /// A thread, the first one, faults on a page, which may be requested already: returns
+    /// which following pages to request. The caller reports with [`Self::on_requested`]
+    /// how far that went.
+    pub(super) fn on_fault(
         &mut self,
         page: PageId,
         access: Access,
@@ -165,7 +166,7 @@ impl StreamPrefetcher {
         let key = |number| (PageId { number, ..page }, access);
         let goes_on = |it: &&mut Stream| {
             let end = it.until.saturating_add(1 + gap_max(access));
-            // (What was asked for in an earlier turn may have come and gone.)
+            // Pages requested in an earlier iteration may have arrived and left.
             (it.memory, it.access) == (page.memory, access)
                 && (it.last < number && number <= end)
                 && (is_asked || it.until < number)
@@ -175,10 +176,10 @@ impl StreamPrefetcher {
             stream.used = self.clock;
             stream.last = number;
             if number <= stream.until {
-                // It is on its way.
+                // The page is in transit.
                 return PrefetchWindow::default();
             }
-            // (Not behind a gap.)
+            // Not behind a gap.
             let follows = number == stream.until + 1;
             stream.until = number;
             stream.run += 1;
@@ -186,13 +187,13 @@ impl StreamPrefetcher {
                 let pages = (number - first).min(KNOWN_PAGES_MAX);
                 self.known.learn(key(first), pages as u16);
             } else {
-                // What was asked for is used up: as if a run began here.
+                // The requested pages are used up: treated as the start of a run.
                 let (known, learns) = self.known.begins(key(number));
                 stream.learns = learns;
                 let knew = stream.knew.take().filter(|_| follows);
                 if known.pages > 0 {
-                    // (Of what was asked for last, when it was learned, nobody knows whether
-                    // it was used: so one run may be known as several.)
+                    // It is unknown whether the last requested pages were used when the
+                    // run was learned, so one run may be remembered as several.
                     if let Some(first) = knew {
                         self.known.join(key(first), number - first + known.pages);
                     }
@@ -229,8 +230,9 @@ impl StreamPrefetcher {
         known
     }
 
-    /// Behind a page at which a thread stands, all to this one were asked for or are here.
-    pub(super) fn asked(&mut self, page: PageId, access: Access, until: u32) {
+    /// Records that all pages behind a faulting page, up to this one, are requested or
+    /// present.
+    pub(super) fn on_requested(&mut self, page: PageId, access: Access, until: u32) {
         let of = |it: &&mut Stream| {
             (it.memory, it.access, it.last) == (page.memory, access, page.number)
         };
@@ -241,13 +243,13 @@ impl StreamPrefetcher {
     }
 }
 
-/// What followed pages at which runs began.
+/// History of runs, by first page and access.
 #[derive(Debug, Default)]
 struct RunTable(HashMap<(PageId, Access), RunHistory>);
 
 impl RunTable {
-    /// A run begins at a page: what is known to follow; where the run began whose length is to
-    /// be learned, if nothing is.
+    /// A run begins at a page: returns the pages to request, and the page whose run is to
+    /// be learned if its length is unknown.
     fn begins(&mut self, first: (PageId, Access)) -> (PrefetchWindow, Option<u32>) {
         let known = self.0.get_mut(&first).map_or(0, RunHistory::begin);
         match known {
@@ -258,9 +260,9 @@ impl RunTable {
         }
     }
 
-    /// So many pages followed, as far as is known until now.
+    /// Records the length of a run observed so far.
     fn learn(&mut self, first: (PageId, Access), pages: u16) {
-        // (Of pages that nothing followed nothing is kept: those of who goes in no order.)
+        // Runs of length zero are not stored: they come from random access.
         if self.0.len() >= KNOWN_MAX && !self.0.contains_key(&first) {
             self.0.clear();
         }
@@ -271,7 +273,7 @@ impl RunTable {
         followed.last = pages;
     }
 
-    /// A run that was known went on with another one that was.
+    /// A remembered run was followed by another remembered run.
     fn join(&mut self, first: (PageId, Access), pages: u32) {
         if let Some(followed) = self.0.get_mut(&first)
             && pages <= KNOWN_PAGES_MAX
@@ -289,7 +291,7 @@ mod tests {
         PageId { memory: 0, number }
     }
 
-    /// Goes through pages of which none is here; where it stood.
+    /// Accesses pages that are all absent; returns the pages that fault.
     fn through(
         streams: &mut StreamPrefetcher,
         pages: std::ops::Range<u32>,
@@ -301,20 +303,20 @@ mod tests {
                 continue;
             }
             stood.push(number);
-            let ahead = streams.stands(page(number), access, false);
+            let ahead = streams.on_fault(page(number), access, false);
             asked = number + 1 + ahead.pages;
-            streams.asked(page(number), access, number + ahead.pages);
+            streams.on_requested(page(number), access, number + ahead.pages);
         }
         stood
     }
 
-    /// How many pages are asked for.
+    /// Number of pages requested.
     fn stands(streams: &mut StreamPrefetcher, number: u32, access: Access) -> u32 {
-        streams.stands(page(number), access, false).pages
+        streams.on_fault(page(number), access, false).pages
     }
 
     #[test]
-    fn who_goes_in_order_stands_seldom() {
+    fn sequential_access_faults_rarely() {
         let read = through(&mut StreamPrefetcher::default(), 100..200, Access::Read);
         assert_eq!(read, [100, 101, 104, 109, 118, 135, 168]);
         let written = through(&mut StreamPrefetcher::default(), 100..130, Access::Write);
@@ -322,22 +324,22 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_is_asked_nothing_for() {
+    fn random_access_is_not_prefetched() {
         let mut streams = StreamPrefetcher::default();
         for number in [5, 900, 30, 31 + 9, 20, 19, 18, 5, 5, 1000] {
             assert_eq!(stands(&mut streams, number, Access::Read), 0, "{number}");
         }
-        // (And nothing is kept of it.)
+        // Nothing is stored either.
         assert!(streams.known.0.is_empty());
-        // Short bands that are written, and pages of others between them.
+        // Short bands are written, with pages of other threads between them.
         for band in [0, 12, 24, 36] {
             let first = 2000 + band;
             let stood = through(&mut streams, first..first + 3, Access::Write);
             assert_eq!(stood.len(), 3);
         }
-        // (What followed once may not again: two bands by one thread.)
+        // A run seen once may not repeat: two bands of one thread.
         assert_eq!(through(&mut streams, 2000..2006, Access::Write).len(), 4);
-        // To read is not to write, nor one memory another.
+        // Reads and writes are separate, and so are memories.
         let mut streams = StreamPrefetcher::default();
         assert_eq!(stands(&mut streams, 1, Access::Read), 0);
         assert_eq!(stands(&mut streams, 2, Access::Write), 0);
@@ -345,15 +347,15 @@ mod tests {
             memory: 1,
             number: 2,
         };
-        assert_eq!(streams.stands(other, Access::Read, false).pages, 0);
+        assert_eq!(streams.on_fault(other, Access::Read, false).pages, 0);
         assert_eq!(stands(&mut streams, 2, Access::Read), 2);
     }
 
-    /// Bands are known when they were used twice, each as long as it was at least; now and
-    /// then they are looked at anew.
+    /// Bands are remembered after two uses, with the shorter length; from time to time
+    /// they are observed again.
     #[test]
-    fn what_was_a_piece_twice_is_one_the_third_time() {
-        // A band, one and what follows by one thread, a shorter one.
+    fn runs_are_remembered_after_two_uses() {
+        // A band, a band with what follows it in one thread, and a shorter one.
         for (access, first, more, less) in [
             (Access::Write, 3, &[100, 101, 102, 103][..], 2),
             (Access::Read, 11, &[100, 101, 104, 109, 118], 10),
@@ -361,7 +363,7 @@ mod tests {
             let mut streams = StreamPrefetcher::default();
             let mut uses = |pages: u32| {
                 let stood = through(&mut streams, 100..100 + pages, access);
-                // (Somewhere else, so that the next band begins a run.)
+                // Elsewhere, so that the next band begins a run.
                 for other in 0..STREAMS_MAX as u32 {
                     stands(&mut streams, 1_000_000 + 50 * other, access);
                 }
@@ -372,13 +374,13 @@ mod tests {
             for _ in 0..7 {
                 assert_eq!(uses(less), [100], "{access:?}");
             }
-            // It is shorter now, and that is seen.
+            // A shorter run is detected.
             assert!(uses(less).len() > 1, "{access:?}");
             for _ in 0..7 {
                 assert_eq!(uses(less), [100], "{access:?}");
             }
         }
-        // What is short is read without.
+        // Short runs of reads are not remembered.
         let mut streams = StreamPrefetcher::default();
         for _ in 0..5 {
             assert_eq!(through(&mut streams, 100..103, Access::Read), [100, 101]);
@@ -386,11 +388,10 @@ mod tests {
         }
     }
 
-    /// A thread goes through the same pages again and again: the most that are asked for
-    /// at once come to be asked for at once, and when nothing is, to see what follows, it
-    /// stands as seldom as the first time.
+    /// A thread accesses the same pages repeatedly: the requests grow to the maximum, and
+    /// while runs are observed it faults as rarely as the first time.
     #[test]
-    fn a_long_piece_is_one_and_what_was_asked_for_before_is_not_on_its_way() {
+    fn long_runs_are_requested_at_once() {
         for access in [Access::Read, Access::Write] {
             let mut streams = StreamPrefetcher::default();
             let mut uses = || through(&mut streams, 1000..1000 + KNOWN_PAGES_MAX + 1, access).len();
@@ -406,39 +407,39 @@ mod tests {
         }
     }
 
-    /// What is known is not asked for further than it went.
+    /// A remembered run is not prefetched beyond its end.
     #[test]
-    fn what_is_known_ends_where_it_ended() {
+    fn remembered_runs_end_where_they_ended() {
         let mut streams = StreamPrefetcher::default();
         for _ in 0..2 {
             through(&mut streams, 100..110, Access::Read);
             through(&mut streams, 50_000..50_001, Access::Read);
         }
-        let ahead = streams.stands(page(100), Access::Read, false);
+        let ahead = streams.on_fault(page(100), Access::Read, false);
         assert!(0 < ahead.pages && ahead.pages < 10, "{ahead:?}");
         assert_eq!(ahead.among, ahead.pages);
     }
 
-    /// All was asked for in an earlier turn, and is elsewhere again: who begins in the middle
-    /// of it is read ahead for as if nothing had been.
+    /// All pages were requested in an earlier iteration and have left again: a run that
+    /// begins in the middle is prefetched as a new one.
     #[test]
-    fn what_came_and_went_is_not_on_its_way() {
+    fn pages_that_left_are_requested_again() {
         for access in [Access::Read, Access::Write] {
             let mut streams = StreamPrefetcher::default();
-            streams.stands(page(1000), access, false);
-            streams.asked(page(1000), access, 1256);
-            // (While it is on its way nothing more is asked for.)
+            streams.on_fault(page(1000), access, false);
+            streams.on_requested(page(1000), access, 1256);
+            // While a page is in transit nothing more is requested.
             for number in [1003, 1100] {
-                assert_eq!(streams.stands(page(number), access, true).pages, 0);
+                assert_eq!(streams.on_fault(page(number), access, true).pages, 0);
             }
             assert!(through(&mut streams, 1120..1250, access).len() < 10);
         }
     }
 
-    /// Pieces that one thread happened to take in a row are none; those that it takes in a
-    /// row each time are.
+    /// Pieces that one thread took in a row by chance stay separate; those that it takes
+    /// in a row each time are joined.
     #[test]
-    fn pieces_are_one_when_they_follow_each_other_twice() {
+    fn adjacent_runs_are_joined_after_two_times() {
         let mut followed = RunHistory {
             last: 9,
             before: 9,
@@ -457,27 +458,27 @@ mod tests {
     }
 
     #[test]
-    fn several_threads_have_streams_of_their_own_and_gaps_are_passed() {
+    fn threads_have_separate_streams_and_gaps_are_passed() {
         let mut streams = StreamPrefetcher::default();
         for step in 0..3 {
             for thread in 0..8 {
                 let at = page(thread * 1000 + step);
-                let ahead = streams.stands(at, Access::Read, false).pages;
+                let ahead = streams.on_fault(at, Access::Read, false).pages;
                 assert_eq!(ahead > 0, step == 1, "{thread} {step}");
-                streams.asked(at, Access::Read, at.number + ahead);
+                streams.on_requested(at, Access::Read, at.number + ahead);
             }
         }
-        // Pages 4 to 11 are here.
+        // Pages 4 to 11 are present.
         let mut streams = StreamPrefetcher::default();
         assert_eq!(stands(&mut streams, 2, Access::Read), 0);
         assert_eq!(stands(&mut streams, 3, Access::Read), 2);
-        streams.asked(page(3), Access::Read, 13);
-        assert_eq!(streams.stands(page(12), Access::Read, true).pages, 0);
+        streams.on_requested(page(3), Access::Read, 13);
+        assert_eq!(streams.on_fault(page(12), Access::Read, true).pages, 0);
         assert_eq!(stands(&mut streams, 14, Access::Read), 4);
-        // The last page of all.
+        // The last possible page.
         let last = page(u32::MAX);
         assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
-        streams.asked(last, Access::Read, u32::MAX);
+        streams.on_requested(last, Access::Read, u32::MAX);
         assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
     }
 }

@@ -1,5 +1,5 @@
-//! What the parts of a machine say to each other, byte by byte: frames of a class of
-//! their own over TLS with pinned certificates.
+//! The messages between the parts of a machine and their encoding: frames of their own
+//! class over TLS with pinned certificates.
 //!
 //! ```text
 //!   who dials                                   who listens
@@ -7,24 +7,22 @@
 //!     │ MESSAGES, PAGES, NOTE … ──────────────────▶│      one way only
 //! ```
 //!
-//! What is said of pages is in MESSAGEs, one behind the other; pages that come are PAGES: some
-//! in a row, without those that have nothing in them, and behind them what is said of them. A
-//! NOTE is what home and members say of threads
-//! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
-//! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
-//! more, SUCCEEDED that the part is the home now. SETTLE is about that nothing is on its
-//! way, ASK and ANSWER (to and from members) about what they are the directory of. CUT, CUT_PAGES and CUT_SAME are about the memory
-//! of the whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
-//! guest's clock at the part that says it, so that no part's clock is behind what it has
-//! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
-//! 1978). GOODBYE is the last that a part says which
-//! cannot go on: which part is to blame, and why, since the others will all be lost to
-//! each other in a moment.
+//! MESSAGES has one or more messages about pages; PAGES has a run of pages, without zero
+//! pages, followed by the message about them. A NOTE is a message about threads between
+//! home and members ([`keel_wasm::runtime::parts`]), of any length: all pieces but the
+//! last are BEGUN frames, and other frames may come between them. MEMORY reports the
+//! memory of a part. LIMIT, from the home, sets the limit of parts; GONE, from the home
+//! too, removes a part. SUCCEEDED announces a new home. QUIESCENCE is about quiescence, ASK
+//! and ANSWER (to and from members) about directories. CUT, CUT_PAGES and UNCHANGED_PAGES are
+//! about a consistent cut ([`super::pages::Cut`]). TIME is the first frame of each batch:
+//! the guest's clock at the sender, so that no part's clock is behind a message that it
+//! has received (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed
+//! System", 1978). GOODBYE is the last message of a part that cannot go on: it names the
+//! part to blame and the reason, because the parts will lose each other a moment later.
 //!
-//! Of two parts each dials the other, so that no thread reads and writes a connection at
-//! once. A connection belongs to an epoch, that of the machine when it was made: what
-//! comes under another one is refused with its hello.
+//! Of two parts each dials the other, so that no connection is read and written by the
+//! same thread. A connection belongs to an epoch, that of the machine when it was made: a
+//! hello with another epoch is refused.
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
@@ -42,7 +40,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Version of these messages.
 pub(super) const VERSION: u32 = 10;
-/// Whole pages of a segment's directory are the most that is said at once.
+/// The largest message has the pages of a directory segment.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
     version: 1,
@@ -65,33 +63,32 @@ const KIND_QUIESCENCE: u16 = 14;
 const KIND_ASK: u16 = 15;
 const KIND_ANSWER: u16 = 16;
 const KIND_UNCHANGED_PAGES: u16 = 17;
-/// Bytes of a note in one frame, so that pages need not wait for long ones.
+/// Bytes of a note per frame, so that pages need not wait for long notes.
 const PIECE_BYTES: usize = 128 << 10;
-/// The longest note: a thread that called itself as deep as it may.
+/// The longest note: a thread with the deepest permitted stack.
 const NOTE_BYTES_MAX: usize = 512 << 20;
 const PAGE: usize = PAGE_BYTES as usize;
-/// Bytes of messages in one frame, and of the last of them.
+/// Bytes of messages in one frame; the last message may exceed it.
 const MESSAGES_BYTES: usize = 32 << 10;
-/// Compared with pages, so many bytes at once.
+/// Chunk that pages are compared with.
 const ZEROS: [u8; 128] = [0; 128];
 
-/// The first word on a connection.
+/// The first message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Version of the messages.
     pub(super) version: u32,
-    /// The machine.
     pub machine: MachineName,
-    /// Under which it spans these parts.
+    /// The epoch under which it spans these parts.
     pub epoch: Epoch,
-    /// Who dials.
+    /// The part that dials.
     pub from: PartId,
-    /// Whom.
+    /// The part that is dialled.
     pub to: PartId,
 }
 
 impl Hello {
-    /// Of a part to another.
+    /// A hello of one part to another.
     pub fn new(machine: MachineName, epoch: Epoch, from: PartId, to: PartId) -> Self {
         Hello {
             version: VERSION,
@@ -103,17 +100,17 @@ impl Hello {
     }
 }
 
-/// Pages in a row that come with a message.
+/// A run of pages that accompanies a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PageBytes {
-    /// Those that have something in them, one behind the other.
+    /// Content of the pages that are not zero.
     bytes: Bytes,
-    /// Those that have nothing in them, bit by bit.
+    /// Zero pages, as a bit set.
     zeros: u64,
     pages: usize,
 }
 
-/// The most pages that come in a row.
+/// The longest run of pages.
 pub(super) const ROW_PAGES_MAX: usize = 64;
 
 impl PageBytes {
@@ -125,13 +122,13 @@ impl PageBytes {
         self.zeros & 1 << at != 0
     }
 
-    /// Where the bytes of a page are, or would be.
+    /// Offset of a page's content, were it not zero.
     fn start(&self, at: usize) -> usize {
         let zeros_before = self.zeros & ((1 << at) - 1);
         (at - zeros_before.count_ones() as usize) * PAGE
     }
 
-    /// One of them.
+    /// One page of the run.
     pub(super) fn page(&self, at: usize) -> PageBytes {
         let (start, is_zero) = (self.start(at), self.is_zero(at));
         let length = if is_zero { 0 } else { PAGE };
@@ -142,7 +139,7 @@ impl PageBytes {
         }
     }
 
-    /// How many follow each other that have something in them, or nothing, and their bytes.
+    /// Sub-runs that are zero or not, with their lengths and contents.
     pub(super) fn pieces(&self) -> impl Iterator<Item = (usize, Option<&[u8]>)> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -158,100 +155,95 @@ impl PageBytes {
     }
 }
 
-/// What comes on a connection.
+/// A message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum PeerMessage {
     Coherence(Message),
-    /// [`Message::Data`], and the pages.
+    /// [`Message::Data`] and its pages.
     Pages(Message, PageBytes),
-    /// About threads.
+    /// A message about threads.
     Note(Vec<u8>),
-    /// What the part has of the memory.
+    /// The memory of the sending part.
     Memory(PartMemory),
-    /// The guest's clock where the rest comes from, in nanoseconds.
+    /// The guest's clock at the sender, in nanoseconds.
     Time(u64),
-    /// From the home: what a part keeps at most, in bytes.
+    /// From the home: the limit of a part, in bytes.
     Limit(Option<u64>),
-    /// About the memory of the whole as it is at an instant.
+    /// A message about a consistent cut.
     Cut {
-        /// Which of them.
+        /// Number of the cut.
         number: u64,
-        /// What.
         word: CutMessage,
     },
-    /// About that nothing is on its way.
+    /// A message about quiescence.
     Quiescence {
-        /// Which time.
+        /// Number of the quiescence.
         number: u64,
-        /// What.
         word: QuiescenceMessage,
     },
-    /// From the home: something is to be said of what a part is the directory of.
+    /// From the home: a numbered query.
     Ask(u64, Question),
-    /// To the home: that.
+    /// To the home: the answer to that query.
     Answer(u64, Answer),
-    /// To the home: pages as they were then.
+    /// To the home: pages as of a cut.
     CutPages {
-        /// Of which of them.
+        /// Number of the cut.
         number: u64,
-        /// The pages.
         pages: CutPages,
     },
-    /// To the home: such as are as they were at the cut before.
+    /// To the home: pages that are unchanged since the previous cut.
     UnchangedPages(u64, UnchangedPages),
-    /// From the home: a part is none any more, maybe who hears it.
+    /// From the home: a part has left; possibly the receiver.
     Gone(PartId),
-    /// The part is the home from now on; or, to such a home, the part knows it.
+    /// The sender is the home from now on; sent to the new home, an acknowledgement.
     Succeeded,
-    /// The part cannot go on.
+    /// The sender cannot go on.
     Goodbye {
-        /// Who is to blame.
+        /// The part to blame.
         part: PartId,
-        /// Why.
         reason: String,
     },
 }
 
-/// Why what came cannot be.
+/// Why received bytes are invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// It is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// It is no message.
-    #[error("what it says is not understood ({0})")]
+    /// A frame's payload cannot be decoded.
+    #[error("a message cannot be decoded ({0})")]
     Message(#[from] postcard::Error),
-    /// A page without its message, or the other way round.
+    /// A message without its pages, or pages without a message.
     #[error("a page and its message do not belong together")]
     Page,
-    /// No reading of a clock.
-    #[error("a time of another length than 8 bytes")]
+    /// A TIME frame of another length.
+    #[error("a time that does not have 8 bytes")]
     Time,
-    /// A thread cannot be so large.
+    /// A note longer than that of the largest thread.
     #[error("a note of more than {NOTE_BYTES_MAX} bytes")]
     Long,
-    /// It said something else before.
-    #[error("it did not say who it is")]
+    /// The first frame is not a hello.
+    #[error("the first frame is not a hello")]
     Nameless,
-    /// No kind of frame.
-    #[error("frames of kind {0} are not known")]
+    /// An unknown kind of frame.
+    #[error("frames of kind {0} are unknown")]
     Kind(u16),
 }
 
-/// The bytes of the first frame.
+/// Encodes the first frame.
 ///
 /// # Errors
-/// [`WireError`]; none of a hello that was made by [`Hello::new`].
+/// [`WireError`]; does not occur for a hello from [`Hello::new`].
 pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, WireError> {
     let mut frame = Vec::new();
     frame_of(KIND_HELLO, &postcard::to_stdvec(hello)?, &[], &mut frame)?;
     Ok(frame)
 }
 
-/// Puts a frame behind others.
+/// Appends a frame.
 ///
 /// # Errors
-/// [`WireError`], if it is longer than a frame may be; nothing is put then.
+/// [`WireError`] if the frame would be too long; nothing is appended then.
 pub(super) fn encode(parcel: &PeerMessage, frames: &mut Vec<u8>) -> Result<(), WireError> {
     match parcel {
         PeerMessage::Coherence(message) => {
@@ -310,7 +302,7 @@ pub(super) fn encode(parcel: &PeerMessage, frames: &mut Vec<u8>) -> Result<(), W
     }
 }
 
-/// As [`encode`], of a note.
+/// As [`encode`], for a note.
 ///
 /// # Errors
 /// As there; [`WireError::Long`].
@@ -328,11 +320,11 @@ pub(super) fn encode_note(note: &[u8], frames: &mut Vec<u8>) -> Result<(), WireE
     frame_of(KIND_NOTE, &[], rest, frames)
 }
 
-/// Puts pages in a row and what is said of them, [`Message::Data`], behind other frames.
-/// `read` puts so many pages there.
+/// Appends a run of pages and their message, [`Message::Data`]. `read` appends the
+/// content of this many pages.
 ///
 /// # Errors
-/// [`WireError`], or that of `read`; nothing is put then.
+/// [`WireError`], or that of `read`; nothing is appended then.
 pub(super) fn encode_pages<E: From<WireError>>(
     message: &Message,
     frames: &mut Vec<u8>,
@@ -346,7 +338,7 @@ pub(super) fn encode_pages<E: From<WireError>>(
     put
 }
 
-/// How many pages come with a message, if any may.
+/// The number of pages that accompany a message.
 fn pages_with(message: &Message) -> Result<usize, WireError> {
     match (message, message.row()) {
         (Message::Data { .. }, Some((_, count))) if count <= ROW_PAGES_MAX => Ok(count),
@@ -362,7 +354,7 @@ fn put_pages<E: From<WireError>>(
     let count = pages_with(message)?;
     let start = frames.len();
     let first = start + HEADER_BYTES;
-    // (The header says how long all is.)
+    // The length in the header is known only afterwards.
     frames.resize(first, 0);
     read(count, frames)?;
     if frames.len() != first + count * PAGE {
@@ -393,30 +385,30 @@ fn put_pages<E: From<WireError>>(
     Ok(encoded.map_err(WireError::from)?)
 }
 
-/// (Most pages that are not zero say so in their first words.)
+/// Most pages that are not zero differ in their first words.
 fn is_zero(page: &[u8]) -> bool {
     let mut words = page.chunks(ZEROS.len());
     words.all(|words| *words == ZEROS[..words.len()])
 }
 
-/// What is said to a part at once: whole frames, the first of which is [`PeerMessage::Time`].
+/// A batch of frames for a part; the first is [`PeerMessage::Time`].
 #[derive(Debug)]
 pub(super) struct FrameWriter {
     bytes: Vec<u8>,
-    /// What is said of pages, and not in a frame yet.
+    /// Messages about pages that are not in a frame yet.
     messages: Vec<u8>,
 }
 
-/// Buffers in which something was said: the next that is as long need not be had from the
-/// kernel.
+/// Buffers of written batches, for reuse: new ones of this size would be mapped by the
+/// kernel each time.
 static SAID: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-/// How many are kept, and how long they are: pages of one step, and what is said of them.
+/// The number of buffers kept, and their sizes: the pages of one step with their message.
 const SAID_MAX: usize = 8;
 const SAID_BYTES: Range<usize> = 640 << 10..2 << 20;
-/// What is shorter is not worth it.
+/// Shorter batches start with small buffers.
 const SHORT_BYTES: usize = 64 << 10;
 
-/// What was said was written.
+/// Returns a buffer for reuse after it was written.
 pub(super) fn was_said(mut frames: Vec<u8>) {
     if SAID_BYTES.contains(&frames.capacity()) {
         frames.clear();
@@ -428,10 +420,10 @@ pub(super) fn was_said(mut frames: Vec<u8>) {
 }
 
 impl FrameWriter {
-    /// Nothing is said yet.
+    /// An empty batch.
     ///
     /// # Errors
-    /// [`WireError`]; none that there is.
+    /// [`WireError`]; does not occur.
     pub(super) fn new() -> Result<Self, WireError> {
         let mut bytes = Vec::new();
         encode(&PeerMessage::Time(0), &mut bytes)?;
@@ -441,7 +433,7 @@ impl FrameWriter {
         })
     }
 
-    /// So many bytes are about to be said.
+    /// Reserves room for this many bytes.
     pub(super) fn reserve(&mut self, bytes: usize) {
         if bytes <= SHORT_BYTES || self.bytes.capacity() >= SAID_BYTES.start {
             return;
@@ -452,7 +444,7 @@ impl FrameWriter {
         self.bytes = longer;
     }
 
-    /// Says one thing more.
+    /// Appends a message.
     ///
     /// # Errors
     /// As [`encode`].
@@ -499,10 +491,10 @@ impl FrameWriter {
         Ok(())
     }
 
-    /// All of it, with the guest's clock, in nanoseconds.
+    /// The encoded batch, with the guest's clock in nanoseconds.
     ///
     /// # Errors
-    /// [`WireError`]; none that there is.
+    /// [`WireError`]; does not occur.
     pub(super) fn finish(mut self, guest_ns: u64) -> Result<Vec<u8>, WireError> {
         self.end_messages()?;
         if let Some(time) = self.bytes.get_mut(HEADER_BYTES..HEADER_BYTES + 8) {
@@ -526,26 +518,26 @@ fn frame_of(kind: u16, message: &[u8], page: &[u8], frames: &mut Vec<u8>) -> Res
     Ok(())
 }
 
-/// Buffers of a connection on which much comes: pages in them are put in place before more
-/// is taken, so they are used again, and need not be had from the kernel.
+/// Buffer size for busy connections: pages in a buffer are installed before more is read,
+/// so buffers are reused.
 const BUFFER_BYTES: usize = 512 << 10;
-/// Those of a connection on which little comes.
+/// Buffer size for quiet connections.
 const SMALL_BYTES: usize = 4 << 10;
 
-/// Makes parcels of the bytes of a connection.
+/// Decodes the messages of a connection.
 #[derive(Debug, Default)]
 pub(super) struct FrameReader {
-    /// What has come and is not unpacked: nothing, or the beginning of a frame.
+    /// Received bytes that are not decoded: the beginning of a frame.
     begun: BytesMut,
-    /// The buffer before, of which parcels may still have something.
+    /// The previous buffer, which decoded messages may still refer to.
     before: BytesMut,
-    /// Pieces of a note whose end has not come.
+    /// Pieces of an incomplete note.
     note: Vec<u8>,
 }
 
 impl FrameReader {
-    /// Takes bytes until the first frame is whole, which must be a hello; what came with
-    /// it is fed next.
+    /// Reads bytes until the first frame is complete, which must be a hello; further
+    /// bytes are decoded by the next call.
     ///
     /// # Errors
     /// [`WireError`].
@@ -584,10 +576,10 @@ impl FrameReader {
         self.begun.extend_from_slice(bytes);
     }
 
-    /// Takes bytes, and gives on what is whole.
+    /// Reads bytes and appends the messages that are complete.
     ///
     /// # Errors
-    /// [`WireError`]; the connection is of no use then.
+    /// [`WireError`]; the connection is unusable then.
     pub(super) fn feed(
         &mut self,
         bytes: &[u8],
@@ -619,7 +611,7 @@ impl FrameReader {
     }
 }
 
-/// One or more messages.
+/// Decodes one or more messages.
 fn messages_of(mut payload: &[u8], parcels: &mut Vec<PeerMessage>) -> Result<(), WireError> {
     loop {
         let (message, rest) = postcard::take_from_bytes(payload)?;
@@ -634,7 +626,7 @@ fn messages_of(mut payload: &[u8], parcels: &mut Vec<PeerMessage>) -> Result<(),
     }
 }
 
-/// Pages in a row, and what is said of them, which is shorter than a page.
+/// Decodes a run of pages and its message, which is shorter than a page.
 fn pages_of(payload: Bytes) -> Result<PeerMessage, WireError> {
     let length = payload.len() / PAGE * PAGE;
     let ((message, zeros), rest): ((Message, u64), &[u8]) =
@@ -877,7 +869,7 @@ mod tests {
     }
 
     #[test]
-    fn who_it_is_comes_first() {
+    fn the_hello_comes_first() {
         let hello = Hello::new(
             "m".parse().unwrap(),
             Epoch::default(),
@@ -901,7 +893,7 @@ mod tests {
         }
         let nameless = FrameReader::default().feed_hello(&stream());
         assert!(matches!(nameless, Err(WireError::Nameless)), "{nameless:?}");
-        // A second time it is no message.
+        // A second hello is not a message.
         assert!(
             FrameReader::default()
                 .feed(&bytes, &mut Vec::new())
@@ -910,7 +902,7 @@ mod tests {
     }
 
     #[test]
-    fn comes_as_it_was_said_in_whatever_pieces() {
+    fn messages_are_decoded_from_pieces_of_any_size() {
         let bytes = stream();
         for piece in [1, 2, 19, 20, 21, 4096, bytes.len()] {
             let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
@@ -923,7 +915,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_belong_together_is_refused() {
+    fn inconsistent_frames_are_refused() {
         let [_, zeros, page, ..] = &samples()[..] else {
             unreachable!("seven of them");
         };
@@ -935,7 +927,8 @@ mod tests {
             let mut parcels = Vec::new();
             FrameReader::default().feed(&frame, &mut parcels)
         };
-        // Data without a page, a page without bytes, pages of others, no such kind.
+        // Data without a page, a page without content, pages of other messages, unknown
+        // kinds.
         for (frame, kind) in [
             (&zeros, KIND_MESSAGES),
             (&page, KIND_MESSAGES),
@@ -969,10 +962,10 @@ mod tests {
         }
     }
 
-    /// Pages in a row are said at once, and those of them that follow each other where they
-    /// come are put in place at once; messages are said together.
+    /// A run of pages is one message, and its adjacent pages are installed together;
+    /// other messages share a frame.
     #[test]
-    fn pages_come_in_rows_and_messages_together() {
+    fn pages_are_sent_in_runs_and_messages_in_batches() {
         let mut bytes = vec![0; ROW_PAGES_MAX * PAGE];
         for at in (0..ROW_PAGES_MAX).filter(|at| ![1, 5, 6].contains(at)) {
             bytes[at * PAGE + 4000] = at as u8 + 1;
@@ -988,7 +981,7 @@ mod tests {
         for parcel in [gather(), gather(), PeerMessage::Succeeded, gather()] {
             frames.put(&parcel).unwrap();
         }
-        // What is too long, or has other pages, is not said at all.
+        // A message that is too long or has other pages is not encoded.
         let long = data(0, vec![1; ROW_PAGES_MAX]);
         assert!(frames.put_pages(&long, read).is_err());
         let none = |_: usize, _: &mut Vec<u8>| Ok::<(), WireError>(());
@@ -999,7 +992,7 @@ mod tests {
         assert_eq!(parcels.remove(0), PeerMessage::Time(77));
         let rest = parcels.split_off(1);
         assert_eq!(rest, [gather(), gather(), PeerMessage::Succeeded, gather()]);
-        // (Time, a row, two messages at once, and what follows.)
+        // Time, a run, two messages in one frame, and the rest.
         let ours = said.windows(4).filter(|it| *it == b"KSPN");
         assert_eq!(ours.count(), 5);
         let Some(PeerMessage::Pages(found, pages)) = parcels.pop() else {
@@ -1025,7 +1018,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_as_long_as_they_say() {
+    fn runs_have_the_stated_length() {
         let row = |message: Message, zeros: u64, pages: usize| {
             let said = postcard::to_stdvec(&(message, zeros)).unwrap();
             let mut payload = vec![1; pages * PAGE];
@@ -1040,7 +1033,7 @@ mod tests {
         for (message, zeros, pages) in [
             (data(7, vec![3; 2]), 0b010, 3),
             (data(7, vec![3; 2]), 0b010, 1),
-            // More than it has, pages or zeros; no page.
+            // More pages or zero pages than the message has; no page.
             (data(7, vec![3; 64]), u64::MAX, 1),
             (data(7, vec![3; 2]), 0b1010, 1),
             (data(7, vec![3; 2]), 0b1000, 3),
@@ -1051,10 +1044,10 @@ mod tests {
         }
     }
 
-    /// Anything may come; nothing but parcels and errors comes of it.
+    /// Arbitrary bytes are decoded or refused.
     #[test]
-    fn damaged_bytes_are_errors_or_parcels() {
-        // (Damage in a long note hurts nobody.)
+    fn damaged_bytes_are_errors_or_messages() {
+        // Damage in a long note has no effect.
         let samples: Vec<PeerMessage> = samples()
             .into_iter()
             .filter(|it| frame(it).len() < 9000)
@@ -1065,7 +1058,7 @@ mod tests {
         for _ in 0..20_000 {
             let mut damaged = bytes.clone();
             for _ in 0..rng.random_range(1..4) {
-                // Mostly where it hurts: headers and messages, not pages.
+                // Mostly headers and messages are damaged, not pages.
                 let at = rng.random_range(0..bytes.len());
                 damaged[at] = rng.random();
             }

@@ -1,7 +1,7 @@
 //! What the machine does with its memory, looked at for a moment: what a move of
 //! it would have to carry.
 
-use crate::checkpoint::Taker;
+use crate::checkpoint::Checkpointer;
 use crate::moves::prediction::{Activity, Written};
 use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use std::collections::HashSet;
@@ -17,7 +17,7 @@ const LOOKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(6
 /// have any, else by some of its own.
 pub(super) fn sample(
     memories: &[Arc<GuestMemory>],
-    taker: Option<&mut Taker>,
+    taker: Option<&mut Checkpointer>,
     volume_bytes: u64,
 ) -> Result<Activity, MemoryError> {
     let mut own = Vec::new();

@@ -1,9 +1,9 @@
-//! The keepers of a machine's cluster volumes in its worker, by the numbers of the
-//! volumes in the spec. What a keeper does is `cluster_volume`'s business; here it
-//! is said when.
+//! The cluster volumes of a machine in its worker, by their numbers in the spec.
+//! `cluster_volume` implements their backends; this module sequences them with the
+//! machine's life.
 
 use crate::checkpoint::CheckpointId;
-use crate::cluster_volume::{Keeper, KeeperOptions, VolumeError, VolumeStore, WriterEpoch};
+use crate::cluster_volume::{BackendOptions, VolumeBackend, VolumeError, VolumeStore, WriterEpoch};
 use crate::spec::{Spec, VolumeKind};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasi::Wasi;
@@ -17,23 +17,23 @@ use tokio::runtime::Handle;
 /// How long a move waits for a volume that is being claimed.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
 
-/// All of a machine.
+/// All cluster volumes of a machine.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Keepers(Vec<Kept>);
+pub(super) struct ClusterVolumes(Vec<ClusterVolume>);
 
 #[derive(Debug, Clone)]
-struct Kept {
+struct ClusterVolume {
     number: u32,
-    /// Which holder of the volume this machine is.
+    /// Number of this machine in the sequence of the volume's holders.
     holding: u64,
-    keeper: Keeper,
+    keeper: VolumeBackend,
     record: Option<VolumeRecord>,
     local: LocalBlocks,
 }
 
-impl Keepers {
-    /// Opens the places of a machine's volumes, and looks whether the volumes are
-    /// there; nothing is claimed yet. Blocking.
+impl ClusterVolumes {
+    /// Opens the stores of a machine's volumes and checks that the volumes exist; nothing
+    /// is claimed yet. Blocking.
     pub(super) fn open(
         spec: &Spec,
         worker: &Path,
@@ -55,7 +55,7 @@ impl Keepers {
                 continue;
             };
             let folder = super::volumes::folder(worker).join(number.to_string());
-            let keeper = Keeper::new(KeeperOptions {
+            let keeper = VolumeBackend::new(BackendOptions {
                 store: VolumeStore::open(name, *id, place)?,
                 runtime: runtime.clone(),
                 stalls: stalls.clone(),
@@ -63,7 +63,7 @@ impl Keepers {
                 lost: Box::new(lost.clone()),
                 damaged: Box::new(damaged.clone()),
             });
-            all.push(Kept {
+            all.push(ClusterVolume {
                 number,
                 holding: *holding,
                 keeper,
@@ -71,10 +71,10 @@ impl Keepers {
                 local: LocalBlocks::default(),
             });
         }
-        Ok(Keepers(all))
+        Ok(ClusterVolumes(all))
     }
 
-    /// Refuses a node that does not see the volumes where they are. Blocking.
+    /// Fails on a node that cannot reach the volumes. Blocking.
     pub(super) fn probe(spec: &Spec, runtime: &Handle) -> Result<(), VolumeError> {
         for (_, kind) in spec.cluster_volumes() {
             if let VolumeKind::Cluster {
@@ -88,7 +88,7 @@ impl Keepers {
         Ok(())
     }
 
-    /// Claims all for a machine that begins. Blocking.
+    /// Claims all volumes for a machine that starts. Blocking.
     pub(super) fn begin(&mut self, epoch: Epoch) -> Result<(), VolumeError> {
         for kept in &mut self.0 {
             let epoch = WriterEpoch::of(epoch, kept.holding);
@@ -97,8 +97,8 @@ impl Keepers {
         Ok(())
     }
 
-    /// Claims all for a machine that is made of a checkpoint, and makes them what
-    /// they were then. Blocking.
+    /// Claims all volumes for a machine restored from a checkpoint, and restores their
+    /// snapshots. Blocking.
     pub(super) fn roll_back(
         &mut self,
         epoch: Epoch,
@@ -113,7 +113,7 @@ impl Keepers {
         Ok(())
     }
 
-    /// With what came of them by a move.
+    /// Adds the blocks that arrived with a move.
     pub(super) fn with_local(mut self, local: Vec<(u32, LocalBlocks)>) -> Self {
         for (number, local) in local {
             let kept = self.0.iter_mut().find(|kept| kept.number == number);
@@ -124,7 +124,7 @@ impl Keepers {
         self
     }
 
-    /// What a volume is made of.
+    /// Backing of a volume.
     pub(super) fn backed(&self, number: u32) -> Option<Backed> {
         let kept = self.0.iter().find(|kept| kept.number == number)?;
         Some(Backed {
@@ -134,7 +134,7 @@ impl Keepers {
         })
     }
 
-    /// From now on they are kept. Before the guest runs.
+    /// Starts to commit changes. Called before the guest runs.
     pub(super) fn attach(&self, wasi: &Wasi) {
         for (number, volume) in wasi.volumes() {
             let kept = self.0.iter().find(|kept| kept.number == number);
@@ -152,25 +152,25 @@ impl Keepers {
         }
     }
 
-    /// The machine is being frozen to be given away.
+    /// The machine is being frozen for a move.
     pub(super) fn rest(&self) {
         self.0.iter().for_each(|kept| kept.keeper.rest());
     }
 
-    /// What a move gives away must be this machine's. Blocking.
+    /// Waits until all volumes are claimed by this machine, before it moves. Blocking.
     pub(super) fn wait_claimed(&self) -> Result<(), String> {
         let mut all = self.0.iter();
         all.try_for_each(|kept| kept.keeper.wait_claimed(CLAIM_PATIENCE))
     }
 
-    /// Blocks of a volume that are in no segment for certain.
+    /// Blocks of a volume that are not known to be in a segment.
     pub(super) fn uncommitted(&self, number: u32) -> Vec<(u64, Range<u64>)> {
         let kept = self.0.iter().find(|kept| kept.number == number);
         kept.map_or_else(Vec::new, |kept| kept.keeper.uncommitted())
     }
 
-    /// All, for a checkpoint.
-    pub(super) fn all(&self) -> Vec<Keeper> {
+    /// The backends of all volumes, for a checkpoint.
+    pub(super) fn all(&self) -> Vec<VolumeBackend> {
         self.0.iter().map(|kept| kept.keeper.clone()).collect()
     }
 
@@ -179,7 +179,7 @@ impl Keepers {
         self.0.iter().for_each(|kept| kept.keeper.finish());
     }
 
-    /// Checkpoints were deleted: their snapshots go, too. Blocking.
+    /// Deletes the snapshots of deleted checkpoints. Blocking.
     pub(super) fn forget_checkpoints(&self, machine: &MachineName, gone: &[CheckpointId]) {
         let names = gone
             .iter()
@@ -187,7 +187,7 @@ impl Keepers {
         let names = names.collect::<Vec<_>>();
         for kept in &self.0 {
             if let Err(error) = kept.keeper.delete_snapshots(&names) {
-                tracing::warn!(%error, "snapshots of deleted checkpoints stay");
+                tracing::warn!(%error, "cannot delete snapshots of deleted checkpoints");
             }
         }
     }

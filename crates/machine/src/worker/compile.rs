@@ -7,7 +7,7 @@
 //! takes longer gets only what guests leave of the processors, until a line on standard
 //! input says that a move waits for it.
 
-use crate::cgroup::{CompilePriority, set_compile_priority, spend_worker};
+use crate::cgroup::{CompilePriority, expose_worker_to_oom, set_compile_priority};
 use keel_wasm::runtime::{Engine, Options};
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -35,7 +35,7 @@ struct State {
 /// If the module cannot be read or compiled, or the cache cannot be used.
 pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String> {
     // Nobody's machine is lost with it: the kernel is to take its memory first.
-    spend_worker();
+    expose_worker_to_oom();
     set_compile_priority(CompilePriority::First);
     let engine = Engine::with_cache(Options::default(), cache).map_err(|e| e.to_string())?;
     let bytes =

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 pub mod kind {
     /// [`super::Start`] → `()`.
     pub const START: u16 = 0x0401;
-    /// [`super::Receive`] → [`super::Receiving`].
+    /// [`super::Receive`] → [`super::MoveEndpoint`].
     pub const RECEIVE: u16 = 0x0402;
     /// `()` → [`super::Report`].
     pub const REPORT: u16 = 0x0403;
@@ -55,17 +55,17 @@ pub mod kind {
     /// `(name, order)` → `()`: an order for a failpoint, or none.
     #[cfg(feature = "failpoints")]
     pub const FAILPOINT: u16 = 0x04ff;
-    /// [`super::Checkpoint`] → [`super::Checkpointed`].
+    /// [`super::Checkpoint`] → [`super::CheckpointReport`].
     pub const CHECKPOINT: u16 = 0x040e;
     /// `()` → [`crate::moves::prediction::Activity`]: what it does with its memory.
     pub const ACTIVITY: u16 = 0x0415;
     /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
     /// else of the spec matters here. Nothing changes where it is refused.
     pub const SET: u16 = 0x0412;
-    /// [`super::MeetParts`] → [`crate::span::PartAddress`]: the worker is to be the home.
+    /// [`super::ConnectParts`] → [`crate::span::PartAddress`]: the worker is to be the home.
     pub const SPAN_READY: u16 = 0x0420;
-    /// [`super::ReadyPart`] → [`crate::span::PartAddress`]: an empty worker is to be a member.
-    pub const PART_READY: u16 = 0x0421;
+    /// [`super::PrepareMember`] → [`crate::span::PartAddress`]: an empty worker is to be a member.
+    pub const PREPARE_MEMBER: u16 = 0x0421;
     /// [`super::Span`] → `u64`, microseconds that the machine stood still: it spans.
     pub const SPAN: u16 = 0x0422;
     /// [`super::Join`] → `()`: the member begins.
@@ -74,16 +74,16 @@ pub mod kind {
     pub const UNSPAN: u16 = 0x0424;
     /// `()` → `u64`, bytes that came: the memory of a machine that is held comes to its
     /// parts, and it runs.
-    pub const BRING: u16 = 0x042a;
-    /// [`super::MeetNew`] → [`crate::span::PartAddress`]: a part, the home or a member, is to meet
+    pub const RESTORE_SPANNING: u16 = 0x042a;
+    /// [`super::ConnectNewPart`] → [`crate::span::PartAddress`]: a part, the home or a member, is to meet
     /// one more.
-    pub const MEET_NEW: u16 = 0x042b;
-    /// [`super::JoinNew`] → `u64`, microseconds that the machine stood still: it is one of
+    pub const CONNECT_NEW_PART: u16 = 0x042b;
+    /// [`super::AddPart`] → `u64`, microseconds that the machine stood still: it is one of
     /// them. The home is the last that is told.
-    pub const JOIN_NEW: u16 = 0x042c;
-    /// [`super::PartWith`] → `u64`, microseconds that the machine stood still: a member is
+    pub const ADD_PART: u16 = 0x042c;
+    /// [`super::RemovePart`] → `u64`, microseconds that the machine stood still: a member is
     /// none any more. Of the home.
-    pub const PART_WITH: u16 = 0x042d;
+    pub const REMOVE_PART: u16 = 0x042d;
     /// [`super::CopyHome`] → stream of [`super::CopyEvent`]: as [`COPY`], of a machine that
     /// spans, whose other parts stay.
     pub const COPY_HOME: u16 = 0x042e;
@@ -107,7 +107,7 @@ pub mod kind {
     pub const ROOM: u16 = 0x0429;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
-    pub const PAUSES: u16 = 0x0410;
+    pub const STALLS: u16 = 0x0410;
 }
 
 /// Where a worker is.
@@ -205,7 +205,7 @@ pub enum StartFrom {
     Checkpoint(Origin),
     /// As [`StartFrom::Module`], but it stands at its beginning, for it is to have parts
     /// first.
-    Apart(PathBuf),
+    HeldModule(PathBuf),
 }
 
 /// Makes a checkpoint of the machine.
@@ -221,7 +221,7 @@ pub struct Checkpoint {
 
 /// A checkpoint that was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checkpointed {
+pub struct CheckpointReport {
     /// Its name.
     pub id: CheckpointId,
     /// The one that it stands on.
@@ -262,7 +262,7 @@ pub struct Receive {
 
 /// Where a worker waits for the source.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Receiving {
+pub struct MoveEndpoint {
     /// `address:port`.
     pub address: String,
     /// Its certificate.
@@ -273,7 +273,7 @@ pub struct Receiving {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Copy {
     /// Where the target's worker listens.
-    pub target: Receiving,
+    pub target: MoveEndpoint,
     /// Whether memory comes after the machine (post-copy).
     pub post_copy: bool,
     /// How long sending what is left may take while it stands still, in
@@ -294,7 +294,7 @@ pub struct CopyHome {
 
 /// What the home of a machine that spans leaves to its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Succession {
+pub struct HomeHandover {
     /// To the part.
     pub legacy: HomeState,
     /// The node of each part that stays, and of the successor under the home's number.
@@ -517,7 +517,7 @@ pub enum FileDone {
     /// The bytes.
     Bytes(Vec<u8>),
     /// Nothing was done: the machine is moving, or being kept.
-    Later,
+    Busy,
 }
 
 /// Reads output.
@@ -541,7 +541,7 @@ pub struct LogChunk {
 
 /// The parts that a machine is to have.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MeetParts {
+pub struct ConnectParts {
     /// All, this one too.
     pub parts: PartSet,
     /// Address to listen on (without port).
@@ -550,7 +550,7 @@ pub struct MeetParts {
 
 /// What a member is to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ReadyPart {
+pub struct PrepareMember {
     /// The machine.
     pub machine: MachineName,
     /// What was asked for.
@@ -561,7 +561,7 @@ pub struct ReadyPart {
     /// Which of its parts.
     pub me: PartId,
     /// All, and where to listen.
-    pub meet: MeetParts,
+    pub meet: ConnectParts,
     /// What its host has room for, in bytes, if that is less than the machine may have.
     pub room_bytes: Option<u64>,
 }
@@ -577,7 +577,7 @@ pub struct Join {
 
 /// A part of a machine is to meet one more.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MeetNew {
+pub struct ConnectNewPart {
     /// The machine.
     pub machine: MachineName,
     /// Who is to meet it.
@@ -590,7 +590,7 @@ pub struct MeetNew {
 
 /// One more part is to be one of those that another one knows.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct JoinNew {
+pub struct AddPart {
     /// The machine.
     pub machine: MachineName,
     /// Who is to know it.
@@ -605,7 +605,7 @@ pub struct JoinNew {
 
 /// A member is to be none any more.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct PartWith {
+pub struct RemovePart {
     /// Which.
     pub part: PartId,
     /// Where its threads go on.
@@ -773,7 +773,7 @@ mod tests {
             pages,
             holders: Holders::Owner(part(1)),
         };
-        let succession = Succession {
+        let succession = HomeHandover {
             legacy: HomeState {
                 successor: part(2),
                 members: [part(1), part(3)].into_iter().collect(),
@@ -793,11 +793,11 @@ mod tests {
             nodes: BTreeMap::from([(part(0), NodeName::new("a").unwrap())]),
         };
         let bytes = postcard::to_stdvec(&succession).unwrap();
-        let again: Succession = postcard::from_bytes(&bytes).unwrap();
+        let again: HomeHandover = postcard::from_bytes(&bytes).unwrap();
         assert_eq!(again.legacy, succession.legacy);
         let mut refused = 0;
         for end in 0..bytes.len() {
-            refused += u32::from(postcard::from_bytes::<Succession>(&bytes[..end]).is_err());
+            refused += u32::from(postcard::from_bytes::<HomeHandover>(&bytes[..end]).is_err());
         }
         assert_eq!(refused as usize, bytes.len());
         for at in 0..bytes.len() {
@@ -805,7 +805,7 @@ mod tests {
                 let mut other = bytes.clone();
                 other[at] = value;
                 // (It may be another one.)
-                drop(postcard::from_bytes::<Succession>(&other));
+                drop(postcard::from_bytes::<HomeHandover>(&other));
             }
         }
     }
@@ -847,7 +847,7 @@ mod tests {
         }
         #[derive(serde::Deserialize)]
         struct OldCopy {
-            target: Receiving,
+            target: MoveEndpoint,
             post_copy: bool,
         }
         let old = OldCheckpoint {
@@ -858,7 +858,7 @@ mod tests {
         let new: Checkpoint = unpack(&pack(&old).unwrap()).unwrap();
         assert_eq!((new.keep.newest, new.keep.for_s), (Some(3), None));
         let copy = Copy {
-            target: Receiving {
+            target: MoveEndpoint {
                 address: "127.0.0.1:1".into(),
                 fingerprint: Fingerprint([7; 32]),
             },

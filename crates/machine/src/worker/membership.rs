@@ -1,23 +1,24 @@
-//! A worker as a part of a machine whose set of parts changes while it runs: one comes, or
-//! goes. Who is asked in which order the owner's agent knows (`keel_node`'s `spanning`).
+//! Changes of the set of parts, at the worker of a part: adding and removing parts while
+//! the machine runs. The owner's agent (`keel_node`'s `spanning`) determines the order.
 
-use super::control::{JoinNew, MeetNew, PartWith};
+use super::control::{AddPart, ConnectNewPart, RemovePart};
 use super::process::Worker;
-use super::spanning::{FREEZE_PATIENCE, HOME_PATIENCE, MEET_PATIENCE, Parts, failed};
+use super::spanning::{FREEZE_PATIENCE, HOME_PATIENCE, MEET_PATIENCE, SpanState, failed};
 use crate::failpoint;
 use crate::span::{MeshListener, PartAddress, PartId, PartSet};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::RpcError;
 use std::time::Duration;
 
-impl Parts {
-    /// Whether a part of a machine is here.
+impl SpanState {
+    /// Whether a part of a machine is at this worker.
     fn is(&self, own: Option<&MachineName>, machine: &MachineName, part: PartId) -> bool {
         match part {
             PartId::HOME => own == Some(machine) && self.home.is_some(),
             _ => {
                 let member = self.member.as_ref();
-                // (One that is about to end is none; another one may have its number.)
+                // A part that is about to end does not count; another one may have its
+                // number.
                 member.is_some_and(|(of, me, member)| {
                     of == machine && *me == part && !member.pages().is_over()
                 })
@@ -31,11 +32,11 @@ fn micros(time: Duration) -> u64 {
 }
 
 impl Worker {
-    /// A part that is here is to meet one more.
-    pub(super) fn meet_new(&self, meet: &MeetNew) -> Result<PartAddress, RpcError> {
+    /// Prepares to connect this part with a new one.
+    pub(super) fn connect_new_part(&self, meet: &ConnectNewPart) -> Result<PartAddress, RpcError> {
         let mut inner = self.inner();
         if !inner.parts.is(inner.name.as_ref(), &meet.machine, meet.me) {
-            return Err(RpcError::refused("that part is not here"));
+            return Err(RpcError::refused("that part is not at this worker"));
         }
         let others = PartSet::default().with(meet.new);
         let (meeting, place) =
@@ -44,15 +45,17 @@ impl Worker {
         Ok(place)
     }
 
-    /// It meets it, and both are parts of one machine. Microseconds that that stood still.
-    pub(super) fn join_new(&self, new: JoinNew) -> Result<u64, RpcError> {
+    /// Connects this part with the new one, which joins the machine. Returns the downtime
+    /// in microseconds.
+    pub(super) fn add_part(&self, new: AddPart) -> Result<u64, RpcError> {
         let (home, member, meeting, epoch) = {
             let mut inner = self.inner();
             if !inner.parts.is(inner.name.as_ref(), &new.machine, new.me) {
-                return Err(RpcError::refused("that part is not here"));
+                return Err(RpcError::refused("that part is not at this worker"));
             }
             let meeting = inner.parts.meeting.take();
-            let meeting = meeting.ok_or_else(|| failed("it is not to meet anybody"))?;
+            let meeting =
+                meeting.ok_or_else(|| failed("no connection to a new part was prepared"))?;
             let member = inner.parts.member.as_ref();
             let member = member.map(|(_, _, member)| member.clone());
             (inner.parts.home.clone(), member, meeting, inner.epoch)
@@ -61,7 +64,7 @@ impl Worker {
             let places = &new.join.places;
             let ends = meeting.meet(&new.machine, epoch, places, MEET_PATIENCE);
             let ends = ends.map_err(failed)?.remove(&new.new);
-            ends.ok_or_else(|| failed("it meets somebody else"))
+            ends.ok_or_else(|| failed("a connection to another part was prepared"))
         };
         if let Some(member) = member {
             let ends = meet(new.join.epoch)?;
@@ -71,7 +74,7 @@ impl Worker {
         let Some(home) = home else {
             return Err(failed("the machine is on one node (`keel span`)"));
         };
-        // Neither a move nor a checkpoint begins meanwhile, and none is being made.
+        // Excludes moves and checkpoints meanwhile, both starting and running.
         let _freezing = self
             .freezing
             .lock()
@@ -79,7 +82,7 @@ impl Worker {
         let Ok(_tracking) = self.tracking.try_lock() else {
             return Err(failed("a checkpoint of it is being made; try again"));
         };
-        self.stays()?;
+        self.check_not_moving()?;
         if epoch != new.join.epoch {
             return Err(failed("the machine changed meanwhile; try again"));
         }
@@ -92,18 +95,18 @@ impl Worker {
         joined.map(micros).map_err(failed)
     }
 
-    /// A member is none any more. Microseconds that the machine stood still.
-    pub(super) fn part_with(&self, with: PartWith) -> Result<u64, RpcError> {
-        // (In the order in which a checkpoint takes both.)
+    /// Removes a member. Returns the downtime of the machine in microseconds.
+    pub(super) fn remove_part(&self, with: RemovePart) -> Result<u64, RpcError> {
+        // In the order in which a checkpoint locks both.
         let _tracking = self.without_checkpoint().map_err(failed)?;
         let _freezing = self
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
-        self.stays()?;
+        self.check_not_moving()?;
         let home = self.inner().parts.home.clone();
         let home = home.ok_or_else(|| failed("the machine is on one node (`keel span`)"))?;
-        let parted = home.part_with(with.part, with.threads_to, HOME_PATIENCE);
+        let parted = home.remove_part(with.part, with.threads_to, HOME_PATIENCE);
         if parted.is_ok() {
             self.inner().parts.nodes.remove(&with.part);
             failpoint::pass("parts.gone").map_err(failed)?;
@@ -112,8 +115,8 @@ impl Worker {
         parted.map(micros).map_err(failed)
     }
 
-    /// Its home does not move just now.
-    pub(super) fn stays(&self) -> Result<(), RpcError> {
+    /// Fails while the home is moving.
+    pub(super) fn check_not_moving(&self) -> Result<(), RpcError> {
         match self.inner().giving_away {
             true => Err(failed("the machine is moving; try again")),
             false => Ok(()),

@@ -1,4 +1,4 @@
-//! Post-copy: the machine runs at the target before all of its memory is there.
+//! Post-copy: the machine runs at the target before all of its memory has arrived.
 //!
 //! ```text
 //!   source                                            target
@@ -12,20 +12,20 @@
 //!     │◀────────────────────────────────────── FILLED ──│ all is there
 //! ```
 //!
-//! A page is shown to the guest only when its newest content is in place: the
-//! target's file holds what earlier rounds copied, but the guest's mapping shows
-//! nothing at first, so every first access is a minor or missing fault, and only
-//! this module answers those. Whichever connection brings a page first counts;
-//! what comes later is older than what the guest may have written, and is dropped.
+//! A page becomes visible to the guest only once its newest content is in place. The
+//! target's file holds what earlier rounds copied, but the guest's mapping is empty at
+//! first, so every first access is a minor or missing fault, and only this module
+//! resolves those. The first copy of a page to arrive is installed; later copies are
+//! older than what the guest may have written, and are dropped.
 //!
-//! What was written last is named while the store commits. If those names do not
-//! come, and the machine was committed, every page counts as named.
+//! Pages written last are named while the store commits. If the names do not arrive and
+//! the move was committed, every page counts as named.
 //!
-//! When a connection is lost, threads that need a page wait, the others run on;
-//! the source connects anew and is told what is still wanted. A source that is
-//! gone for good is the agents' business: the machine cannot go on.
+//! When a connection is lost, threads that need a page wait and the others run on; the
+//! source reconnects and is told which pages are still wanted. If the source is lost for
+//! good, the agents decide: the machine cannot go on.
 
-use super::source::Way;
+use super::source::TargetEndpoint;
 use crate::link::{Hello, Link, LinkError, Message, Purpose, WritePages};
 use crate::moves::FillReport;
 use keel_net::ServerTls;
@@ -38,30 +38,30 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Pages that are sent for one that is waited for: it, and those behind it.
+/// Pages sent for a faulting page: itself and those behind it.
 const PULL_PAGES: u64 = 8;
-/// Pages of one message when they are sent unasked.
+/// Pages per message of the background transfer.
 const PUSH_PAGES: u64 = 16;
-/// Pages that are shown at a time.
+/// Bytes mapped for the guest by one call.
 const SHOW_BYTES: u64 = 1 << 20;
-/// How long a thread of this module waits before it looks whether all is done.
+/// Interval at which threads of this module check whether the transfer is complete.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Pause before a source connects anew.
+/// Pause before the source reconnects.
 const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// How long a machine may run without its source being connected until that is
-/// said.
+/// How long the source may be disconnected while the machine runs until this is reported.
 const ALONE_PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of a set of pages in one message; those without any page are not sent.
+/// Bytes of a page set in one message; messages without any page are not sent.
 const SET_BYTES: usize = 2 << 10;
-/// How long a machine has the processors for itself before what is there already is
-/// shown unasked, and how much less threads get that work unasked.
+/// How long the machine has the processors to itself before pages that are present are
+/// mapped in the background, and the nice value of background work relative to the
+/// guest's.
 const SHOW_AFTER: Duration = Duration::from_millis(5);
 const UNASKED_NICE: i32 = 10;
-/// How long a committed machine waits for the last names of pages, before it asks for
-/// all.
+/// How long a committed machine waits for the last page names before it requests all
+/// pages.
 const NAMES_PATIENCE: Duration = Duration::from_millis(200);
 
-/// A set of the pages of one memory.
+/// A set of pages of one memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct PageSet {
     words: Vec<u64>,
@@ -75,7 +75,7 @@ impl PageSet {
             .is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
-    /// False if it was in already.
+    /// False if the page was in the set already.
     fn insert(&mut self, page: u64) -> bool {
         let at = (page / 64) as usize;
         if at >= self.words.len() {
@@ -88,7 +88,7 @@ impl PageSet {
         new
     }
 
-    /// False if it was not in.
+    /// False if the page was not in the set.
     fn remove(&mut self, page: u64) -> bool {
         let was = self.contains(page);
         if was {
@@ -104,7 +104,7 @@ impl PageSet {
         }
     }
 
-    /// The first page at or behind `from`, and how many follow it, at most `max`.
+    /// The first run at or behind `from`, limited to `max` pages.
     fn run(&self, from: u64, max: u64) -> Option<Range<u64>> {
         let mut at = (from / 64) as usize;
         let mut word = *self.words.get(at)? & (u64::MAX << (from % 64));
@@ -120,7 +120,7 @@ impl PageSet {
         Some(first..end)
     }
 
-    /// As messages.
+    /// Encodes the set as messages.
     pub(super) fn messages(&self, memory: u32) -> Vec<Message> {
         let bytes: Vec<u8> = self
             .words
@@ -139,12 +139,12 @@ impl PageSet {
             .collect()
     }
 
-    /// Adds what a message says.
+    /// Adds the pages of a message.
     fn add_message(&mut self, first_page: u64, bits: &[u8]) {
         let first = (first_page / 64) as usize;
         let (words, rest) = bits.as_chunks::<8>();
         if !first_page.is_multiple_of(64) || !rest.is_empty() {
-            // Nobody sends such; page by page they are right all the same.
+            // No peer sends unaligned bits; they are handled page by page.
             for (at, byte) in bits.iter().enumerate() {
                 for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
                     self.insert(first_page + at as u64 * 8 + bit);
@@ -177,13 +177,13 @@ fn micros(duration: Duration) -> u64 {
 
 // ── target ──────────────────────────────────────────────────────────────
 
-/// The target's side.
+/// The target's side of post-copy.
 #[derive(Clone)]
-pub(super) struct Filler {
+pub(super) struct PostCopyTarget {
     shared: Arc<Shared>,
 }
 
-impl std::fmt::Debug for Filler {
+impl std::fmt::Debug for PostCopyTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Filler").finish_non_exhaustive()
     }
@@ -195,8 +195,9 @@ struct Shared {
     pages: Mutex<Pages>,
     changed: Condvar,
     done: AtomicBool,
-    /// What ends the connections in use, for pages unasked and asked for: a newer
-    /// one of the source means that they are dead, whatever this side sees.
+    /// Handles that close the connections in use (background transfer and requested
+    /// pages): a new connection of the source means that the old one is dead, whatever
+    /// this side observes.
     closers: Mutex<[Option<TcpStream>; 2]>,
 }
 
@@ -207,8 +208,8 @@ struct Pages {
     /// Whether the source has named all of them, or never will.
     all_named: bool,
     names_lost: bool,
-    /// Set before the guest may run. From then on `remote` is complete, and a name
-    /// that comes late would undo what the guest wrote.
+    /// Set before the guest may run. From then on `remote` is complete, and a late name
+    /// would discard guest writes.
     sealed: bool,
     /// When the guest began to run.
     begun: Option<Instant>,
@@ -217,26 +218,26 @@ struct Pages {
     report: FillReport,
 }
 
-/// What becomes of filling, for whoever shows it.
+/// Progress of post-copy, for reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Filling {
-    /// Pages come.
-    Comes,
-    /// The source is not connected.
-    Waits,
-    /// All is there.
+pub(super) enum PostCopyStatus {
+    /// Pages are arriving.
+    Receiving,
+    /// The source is disconnected.
+    SourceLost,
+    /// All pages have arrived.
     Done,
 }
 
-impl Filler {
-    /// From now on every access of a guest to these memories is answered here.
+impl PostCopyTarget {
+    /// From now on guest accesses to these memories are resolved here.
     pub(super) fn new(memories: Arc<[Arc<GuestMemory>]>) -> Result<Self, Unavailable> {
         let mut faults = Vec::with_capacity(memories.len());
         for memory in memories.iter() {
             faults.push(PageFaults::start(memory.clone(), true)?);
         }
         let remote = vec![PageSet::default(); memories.len()];
-        Ok(Filler {
+        Ok(PostCopyTarget {
             shared: Arc::new(Shared {
                 memories,
                 faults,
@@ -251,7 +252,7 @@ impl Filler {
         })
     }
 
-    /// Pages that the source keeps for now.
+    /// Adds pages that the source has kept.
     pub(super) fn remote(
         &self,
         memory: u32,
@@ -261,7 +262,7 @@ impl Filler {
         let mut pages = locked(&self.shared.pages);
         let size = self.shared.memories.get(memory as usize);
         let last = first_page.saturating_add(bits.len() as u64 * 8);
-        // (Sets are sent in whole words: 64 pages.)
+        // Sets are sent in whole words of 64 pages.
         if size.is_none_or(|size| last > size.limit_bytes() / PAGE_BYTES + 64) {
             return Err(LinkError::Message(format!(
                 "pages {first_page} to {last} of memory {memory} are outside of it"
@@ -276,20 +277,20 @@ impl Filler {
         Ok(())
     }
 
-    /// The source has named all that it keeps.
+    /// The source has named all pages that it keeps.
     pub(super) fn all_named(&self) {
         locked(&self.shared.pages).all_named = true;
         self.shared.changed.notify_all();
     }
 
-    /// The source names nothing any more.
+    /// The source will name no further pages.
     pub(super) fn names_lost(&self) {
         locked(&self.shared.pages).names_lost = true;
         self.shared.changed.notify_all();
     }
 
-    /// Waits a moment for the last names: the store may tell this node earlier than
-    /// the source does that the machine is its own.
+    /// Waits a moment for the last names: the store may tell this node that it owns the
+    /// machine earlier than the source does.
     pub(super) fn wait_named(&self) {
         let pages = locked(&self.shared.pages);
         let waiting = |pages: &mut Pages| !(pages.all_named || pages.names_lost || pages.sealed);
@@ -300,33 +301,32 @@ impl Filler {
         );
     }
 
-    /// The guest is about to run: what it has not, it has to ask for.
+    /// The guest is about to run: from now on absent pages are requested.
     pub(super) fn seal(&self) {
         let mut pages = locked(&self.shared.pages);
         if std::mem::replace(&mut pages.sealed, true) || pages.all_named {
             return;
         }
-        tracing::warn!("not all pages that its source keeps were named: all are asked for");
+        tracing::warn!("the source did not name all pages that it kept: all are requested");
         for (set, memory) in pages.remote.iter_mut().zip(self.shared.memories.iter()) {
             set.add_bytes(&(0..memory.size_bytes()));
         }
     }
 
     /// The guest runs from now on.
-    pub(super) fn go_on(&self) {
+    pub(super) fn start_running(&self) {
         let mut pages = locked(&self.shared.pages);
         pages.begun.get_or_insert_with(Instant::now);
         self.shared.changed.notify_all();
     }
 
-    /// Begins to answer accesses. `listener` takes the source's further
-    /// connections.
+    /// Starts to resolve accesses. `listener` accepts further connections of the source.
     pub(super) fn begin(
         &self,
         listener: TcpListener,
         tls: ServerTls,
         expected: Hello,
-        tell: impl Fn(Filling) + Send + Sync + 'static,
+        tell: impl Fn(PostCopyStatus) + Send + Sync + 'static,
     ) -> std::io::Result<Sender<Link>> {
         let (push, pushes) = channel();
         let (pull, pulls) = channel();
@@ -352,9 +352,9 @@ impl Filler {
         }
         spawn(
             "fill-pull",
-            Box::new(move |shared| shared.pull(&wants, &pulls)),
+            Box::new(move |shared| shared.request_pages(&wants, &pulls)),
         )?;
-        spawn("fill-show", Box::new(|shared| shared.show_all()))?;
+        spawn("fill-show", Box::new(|shared| shared.map_all()))?;
         spawn(
             "fill-push",
             Box::new(move |shared| shared.receive(&pushes, &tell)),
@@ -368,7 +368,7 @@ impl Shared {
         self.done.load(Ordering::Acquire)
     }
 
-    /// Takes connections that the source makes.
+    /// Accepts connections of the source.
     fn accept(
         &self,
         listener: &TcpListener,
@@ -386,12 +386,12 @@ impl Shared {
                         tv_sec: 0,
                         tv_nsec: LOOK_EVERY.subsec_nanos().into(),
                     };
-                    // Whatever it answers, the listener is asked again.
+                    // The listener is polled again, whatever the result.
                     let _ = poll(&mut ready, Some(&patience));
                     continue;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "no connection for pages");
+                    tracing::warn!(%error, "cannot accept a connection for pages");
                     std::thread::sleep(LOOK_EVERY);
                     continue;
                 }
@@ -415,7 +415,7 @@ impl Shared {
                 }
                 Ok((_, Purpose::Move)) => true,
                 Err(error) => {
-                    tracing::warn!(%peer, %error, "turned a peer away");
+                    tracing::warn!(%peer, %error, "rejected a peer");
                     true
                 }
             };
@@ -425,32 +425,32 @@ impl Shared {
         }
     }
 
-    /// Ends the connection that a new one takes the place of.
+    /// Closes the connection that a new one replaces.
     fn replace(&self, number: usize, link: &Link) {
         self.end(number);
         locked(&self.closers)[number] = link.closer().ok();
     }
 
-    /// Ends a connection, so that the source makes another.
+    /// Closes a connection, so that the source reconnects.
     fn end(&self, number: usize) {
         shut(locked(&self.closers)[number].take());
     }
 
-    /// Answers the accesses to one memory.
+    /// Resolves the faults of one memory.
     fn answer(&self, memory: usize, want: &Sender<(u32, u64)>) {
         while !self.is_done() {
             let fault = match self.faults[memory].wait(LOOK_EVERY) {
                 Ok(Some(fault)) => fault,
                 Ok(None) => continue,
                 Err(error) => {
-                    tracing::error!(%error, "accesses to memory are not answered");
+                    tracing::error!(%error, "cannot resolve accesses to memory");
                     return;
                 }
             };
             let page = fault.page / PAGE_BYTES;
             let mut pages = locked(&self.pages);
             if pages.remote[memory].contains(page) {
-                // Whoever waits for it a second time is woken with the first.
+                // A second thread that waits for the page is woken with the first.
                 pages.waited.push((memory as u32, page, Instant::now()));
                 drop(pages);
                 if want.send((memory as u32, page)).is_err() {
@@ -462,26 +462,26 @@ impl Shared {
             drop(pages);
             let answered = match fault.kind {
                 FaultKind::Minor => self.faults[memory].map(fault.page, PAGE_BYTES),
-                // Not in the file: untouched so far, or just arrived.
+                // Not in the file: never written, or arrived just now.
                 FaultKind::Missing => match self.has(memory, fault.page) {
                     true => self.faults[memory].map(fault.page, PAGE_BYTES),
                     false => self.faults[memory].provide_zeros(fault.page, PAGE_BYTES),
                 },
             };
             if let Err(error) = answered {
-                tracing::error!(%error, page, "a page cannot be shown");
+                tracing::error!(%error, page, "cannot map a page");
             }
         }
     }
 
-    /// Whether the file has a page.
+    /// Whether the file contains a page.
     fn has(&self, memory: usize, at: u64) -> bool {
         self.memories[memory]
             .populated_from(at)
             .is_ok_and(|first| first == Some(at))
     }
 
-    /// Puts pages in place that were not there; answers how many.
+    /// Installs pages that are still wanted; returns their number.
     fn install(&self, memory: u32, offset: u64, bytes: &[u8]) -> Result<u64, LinkError> {
         passed("fill.page")?;
         let number = memory as usize;
@@ -505,8 +505,8 @@ impl Shared {
             }
             let from = offset + at * PAGE_BYTES;
             let piece = &bytes[(at * PAGE_BYTES) as usize..(end * PAGE_BYTES) as usize];
-            // Under the lock: nobody else writes them, and no access is answered
-            // as if they were not to come, before they are in place.
+            // Under the lock: no other thread writes these pages, and no access is
+            // resolved as if they were absent before they are in place.
             of.write(from, piece)?;
             for page in first + at..first + end {
                 pages.remote[number].remove(page);
@@ -530,8 +530,8 @@ impl Shared {
         Ok(new)
     }
 
-    /// Brings what threads wait for.
-    fn pull(&self, wants: &Receiver<(u32, u64)>, links: &Receiver<Link>) {
+    /// Requests the pages that threads wait for.
+    fn request_pages(&self, wants: &Receiver<(u32, u64)>, links: &Receiver<Link>) {
         let mut link: Option<Link> = None;
         let mut open: Vec<(u32, u64)> = Vec::new();
         while !self.is_done() {
@@ -548,7 +548,7 @@ impl Shared {
                 let pages = locked(&self.pages);
                 open.retain(|(memory, page)| pages.remote[*memory as usize].contains(*page));
             }
-            // A newer connection replaces one that may be dead.
+            // A new connection replaces one that may be dead.
             if let Some(newer) = links.try_iter().last() {
                 link = Some(newer);
             }
@@ -560,13 +560,13 @@ impl Shared {
                 }
                 continue;
             };
-            match self.pull_once(now, &open) {
+            match self.request_once(now, &open) {
                 Ok(new) => {
                     locked(&self.pages).report.pulled_pages += new;
                     open.clear();
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "pages that threads wait for do not come");
+                    tracing::warn!(%error, "requested pages do not arrive");
                     self.end(1);
                     link = None;
                 }
@@ -574,7 +574,7 @@ impl Shared {
         }
     }
 
-    fn pull_once(&self, link: &mut Link, wanted: &[(u32, u64)]) -> Result<u64, LinkError> {
+    fn request_once(&self, link: &mut Link, wanted: &[(u32, u64)]) -> Result<u64, LinkError> {
         if wanted.is_empty() {
             return Ok(0);
         }
@@ -602,28 +602,28 @@ impl Shared {
         Ok(new)
     }
 
-    /// Takes what comes unasked, over as many connections as it takes.
-    fn receive(&self, links: &Receiver<Link>, tell: &dyn Fn(Filling)) {
-        step_back();
+    /// Receives the background transfer, over as many connections as needed.
+    fn receive(&self, links: &Receiver<Link>, tell: &dyn Fn(PostCopyStatus)) {
+        lower_priority();
         let mut first = true;
         let mut alone_since = None;
         loop {
             let mut link = match links.recv_timeout(LOOK_EVERY) {
                 Ok(link) => link,
                 Err(RecvTimeoutError::Timeout) => {
-                    // One whose source died before it said go has no connection
-                    // to lose.
+                    // If the source died before it sent the go message, no connection was
+                    // lost.
                     if locked(&self.pages).begun.is_some()
                         && alone_since.get_or_insert_with(Instant::now).elapsed() > ALONE_PATIENCE
                     {
-                        tell(Filling::Waits);
+                        tell(PostCopyStatus::SourceLost);
                     }
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             alone_since = None;
-            tell(Filling::Comes);
+            tell(PostCopyStatus::Receiving);
             if std::mem::take(&mut first) {
                 locked(&self.closers)[0] = link.closer().ok();
             } else {
@@ -631,22 +631,22 @@ impl Shared {
             }
             match self.receive_from(&mut link) {
                 Ok(()) => break,
-                // Nothing is missing: the source need not live to say so.
+                // Nothing is missing, so the source is not needed to confirm it.
                 Err(_) if locked(&self.pages).remote.iter().all(|set| set.count == 0) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "pages do not come any more; waiting for the source");
-                    // A connection ends only with its last handle.
+                    tracing::warn!(%error, "the connection for pages is lost; waiting for the source");
+                    // A connection closes only with its last handle.
                     self.end(0);
-                    tell(Filling::Waits);
+                    tell(PostCopyStatus::SourceLost);
                 }
             }
         }
         self.done.store(true, Ordering::Release);
-        tell(Filling::Done);
+        tell(PostCopyStatus::Done);
     }
 
     fn receive_from(&self, link: &mut Link) -> Result<(), LinkError> {
-        // What is wanted now: after a lost connection it is less than at first.
+        // Pages wanted now: after a lost connection fewer than at first.
         let sets = locked(&self.pages).remote.clone();
         for (memory, set) in (0u32..).zip(&sets) {
             for message in set.messages(memory) {
@@ -676,7 +676,7 @@ impl Shared {
                 .unwrap_or_else(|error| error.into_inner());
             pages = rest;
             if waited.timed_out() {
-                return Err(LinkError::Message("some pages did not come".into()));
+                return Err(LinkError::Message("some pages did not arrive".into()));
             }
         }
         let begun = pages.begun;
@@ -684,16 +684,17 @@ impl Shared {
         let report = pages.report.clone();
         drop(pages);
         passed("fill.all")?;
-        // The source is let go when all is shown too: nothing waits then.
+        // The source may end once all pages are mapped: then no access can fail.
         link.send(&Message::Filled(report))?;
         link.flush()
     }
 
-    /// Shows what earlier rounds brought, so that accesses to it need not wait.
-    fn show_all(&self) {
-        step_back();
+    /// Maps the pages of earlier rounds in the background, so that accesses to them do
+    /// not fault.
+    fn map_all(&self) {
+        lower_priority();
         {
-            // Not while the machine stands still for its move.
+            // Not while the machine is stopped for its move.
             let mut pages = locked(&self.pages);
             while pages.begun.is_none() && !self.is_done() {
                 pages = self
@@ -712,8 +713,8 @@ impl Shared {
                 let mut at = range.start;
                 while at < range.end && !self.is_done() {
                     let end = (at + SHOW_BYTES).min(range.end);
-                    if let Err(error) = self.show(number, faults, at..end) {
-                        tracing::debug!(%error, "pages are shown when they are used");
+                    if let Err(error) = self.map_pages(number, faults, at..end) {
+                        tracing::debug!(%error, "pages are mapped on first access");
                     }
                     at = end;
                 }
@@ -721,7 +722,7 @@ impl Shared {
         }
     }
 
-    fn show(
+    fn map_pages(
         &self,
         number: usize,
         faults: &PageFaults,
@@ -730,7 +731,7 @@ impl Shared {
         let mut at = range.start / PAGE_BYTES;
         let last = range.end / PAGE_BYTES;
         while at < last {
-            // Under the lock: what is still to come must not be shown.
+            // Under the lock: pages that are still to arrive must not be mapped.
             let pages = locked(&self.pages);
             let remote = pages.remote[number].run(at, u64::MAX);
             let until = remote.as_ref().map_or(last, |run| run.start.min(last));
@@ -743,7 +744,7 @@ impl Shared {
     }
 }
 
-/// Puts pieces of pages together.
+/// Assembles whole pages from pieces.
 #[derive(Debug, Default)]
 struct WholePages {
     memory: u32,
@@ -752,7 +753,7 @@ struct WholePages {
 }
 
 impl WholePages {
-    /// Takes a piece; gives whole pages on.
+    /// Adds a piece; passes on the pages that are complete.
     fn add(
         &mut self,
         memory: u32,
@@ -794,16 +795,16 @@ impl WholePages {
 
 // ── source ──────────────────────────────────────────────────────────────
 
-/// The source's side: sends all that the target lacks, until it has everything.
-/// `first` is the connection of the move, if it still stands; `unsent` is told
-/// how many bytes are left.
+/// The source's side of post-copy: sends all pages that the target lacks, until it has
+/// them. `first` is the connection of the move, if it is intact; `unsent` is set to the
+/// number of bytes left.
 pub(super) fn serve(
-    way: &Way,
+    way: &TargetEndpoint,
     memories: &[Arc<GuestMemory>],
     first: Option<Link>,
     unsent: &AtomicU64,
 ) -> FillReport {
-    step_back();
+    lower_priority();
     let mut first = first;
     loop {
         let served = first
@@ -813,7 +814,7 @@ pub(super) fn serve(
         match served {
             Ok(report) => return report,
             Err(error) => {
-                tracing::warn!(%error, "pages are not sent; trying again");
+                tracing::warn!(%error, "cannot send pages; retrying");
                 std::thread::sleep(CONNECT_AGAIN_AFTER);
             }
         }
@@ -821,7 +822,7 @@ pub(super) fn serve(
 }
 
 fn serve_once(
-    way: &Way,
+    way: &TargetEndpoint,
     memories: &[Arc<GuestMemory>],
     mut push: Link,
     unsent: &AtomicU64,
@@ -835,7 +836,7 @@ fn serve_once(
             let report = std::thread::Builder::new()
                 .name("fill-pull".into())
                 .spawn_scoped(scope, move || {
-                    serve_pulls(way, pull, memories, done, closer)
+                    serve_requests(way, pull, memories, done, closer)
                 })
                 .map_err(LinkError::from)
                 .and_then(|_| push_all(&mut push, memories, unsent));
@@ -845,35 +846,35 @@ fn serve_once(
         })
     });
     if report.is_err() {
-        // The target may hold on to it.
+        // The target may hold the connection open.
         shut(push.closer().ok());
     }
     report
 }
 
-/// Lets guests and what they wait for go first.
-fn step_back() {
-    // (On Linux that of a thread.)
+/// Lowers the thread's priority below that of guests.
+fn lower_priority() {
+    // On Linux this affects the thread.
     let guests = crate::cgroup::guest_nice().map_or_else(
         || rustix::process::nice(UNASKED_NICE).map(drop),
         |guests| rustix::process::setpriority_process(None, guests + UNASKED_NICE),
     );
     if let Err(error) = guests {
-        tracing::debug!(%error, "pages that nobody waits for are as important as those");
+        tracing::debug!(%error, "cannot lower the priority of the background transfer");
     }
 }
 
 fn shut(socket: Option<TcpStream>) {
     if let Some(socket) = socket {
-        // It may be closed already.
+        // The socket may be closed already.
         let _ = socket.shutdown(std::net::Shutdown::Both);
     }
 }
 
-/// Sends what is waited for, over as many connections as it takes, until all is
-/// done.
-fn serve_pulls(
-    way: &Way,
+/// Sends requested pages, over as many connections as needed, until the transfer is
+/// complete.
+fn serve_requests(
+    way: &TargetEndpoint,
     first: Link,
     memories: &[Arc<GuestMemory>],
     done: &AtomicBool,
@@ -888,13 +889,13 @@ fn serve_pulls(
         match connected {
             Ok(now) => {
                 *locked(closer) = now.closer().ok();
-                // It may have been done before that was there to be closed.
+                // The transfer may have completed before this handle existed.
                 if !done.load(Ordering::Acquire) {
-                    answer_pulls(now, memories);
+                    answer_requests(now, memories);
                 }
             }
             Err(error) => {
-                tracing::debug!(%error, "pages that are waited for come with the others");
+                tracing::debug!(%error, "no connection for requested pages");
                 std::thread::sleep(CONNECT_AGAIN_AFTER);
             }
         }
@@ -905,10 +906,10 @@ fn read(memory: &GuestMemory) -> impl Fn(u64, &mut [u8]) -> Result<(), MemoryErr
     |at, bytes| memory.read(at, bytes)
 }
 
-/// Sends what is waited for, until the connection ends.
-fn answer_pulls(mut link: Link, memories: &[Arc<GuestMemory>]) {
-    if let Err(error) = link.be_patient() {
-        tracing::debug!(%error, "a target that is silent is not waited for");
+/// Sends requested pages until the connection closes.
+fn answer_requests(mut link: Link, memories: &[Arc<GuestMemory>]) {
+    if let Err(error) = link.wait_without_timeout() {
+        tracing::debug!(%error, "cannot set a time limit on the connection");
     }
     loop {
         let answered = link.receive().and_then(|message| {
@@ -926,7 +927,7 @@ fn answer_pulls(mut link: Link, memories: &[Arc<GuestMemory>]) {
             link.flush()
         });
         if let Err(error) = answered {
-            tracing::debug!(%error, "nobody waits for pages any more");
+            tracing::debug!(%error, "the connection for requested pages is closed");
             return;
         }
     }
@@ -998,7 +999,7 @@ mod tests {
             other.add_message(first_page, &bits);
         }
         assert_eq!(other, set);
-        // In any pieces, and more than once.
+        // In pieces of any size, and repeatedly.
         let mut odd = PageSet::default();
         for (first, bits) in [
             (3, [3u8].as_slice()),
@@ -1015,7 +1016,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_put_together_however_they_are_cut() {
+    fn pages_are_assembled_from_any_pieces() {
         let content: Vec<u8> = (0..5 * PAGE_BYTES).map(|at| (at % 251) as u8).collect();
         for size in [1, 7, 4095, 4096, 4097, 9000, 20480] {
             let mut whole = WholePages::default();

@@ -1,11 +1,11 @@
-//! What was written last by a machine that stands: found while the target makes the
-//! machine and the store commits, so that nobody waits for it.
+//! Finds the pages that a frozen machine wrote last, while the target builds the machine
+//! and the store commits, so that the scan adds no downtime.
 //!
-//! Its processors are needed: where there are only two, the target of a move between
-//! neighbours, the agents and the store want the other one. So the thread of the move
-//! looks piece by piece, only after all is sent that the target needs, and stops as soon
-//! as the target answers; a thread of its own does what is left then, and names it. Further threads
-//! help where there are processors for them, and memory enough.
+//! Processors are scarce: where there are only two, the target of a move between
+//! neighbours, the agents and the store need the other one. So the move's thread scans
+//! piece by piece, only after it has sent all that the target needs, and stops when the
+//! target answers; a thread of its own scans the rest and names the pages. Further
+//! threads help where processors and memory size justify them.
 
 use keel_wasm::memory::{DirtyTracker, MemoryError, Method};
 use std::ops::Range;
@@ -13,65 +13,67 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-/// Pieces that are worth a further thread: about 256 MiB of memory.
+/// Pieces that justify a further thread: about 256 MiB of memory.
 const PIECES_A_THREAD: usize = 8;
-/// Further threads at most.
+/// The most further threads.
 const HELPERS_MAX: usize = 8;
-/// Processors that are left to others.
-const LEFT: usize = 2;
+/// Processors left to other work.
+const PROCESSORS_RESERVED: usize = 2;
 
 /// Byte ranges of a memory, by its number.
-type Ranges = (usize, Vec<Range<u64>>);
-/// Those of all.
-pub(super) type Written = Vec<Ranges>;
+type MemoryRanges = (usize, Vec<Range<u64>>);
+/// Ranges of all memories.
+pub(super) type DirtyRanges = Vec<MemoryRanges>;
 
 struct Pieces {
     trackers: Vec<DirtyTracker>,
     pieces: Vec<(usize, Range<u64>)>,
-    /// The first piece that nobody looks at yet.
+    /// The first piece that no thread scans yet.
     next: AtomicUsize,
 }
 
 impl Pieces {
-    /// Looks at the next piece; `None` if there is none left.
-    fn look(&self) -> Option<Result<Ranges, MemoryError>> {
+    /// Scans the next piece; `None` if none is left.
+    fn scan_piece(&self) -> Option<Result<MemoryRanges, MemoryError>> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (memory, piece) = self.pieces.get(number)?;
         let found = self.trackers[*memory].take_piece(piece.clone());
         Some(found.map(|ranges| (*memory, ranges)))
     }
 
-    fn look_at_all(&self) -> Result<Written, MemoryError> {
-        std::iter::from_fn(|| self.look()).collect()
+    fn scan_all(&self) -> Result<DirtyRanges, MemoryError> {
+        std::iter::from_fn(|| self.scan_piece()).collect()
     }
 }
 
-/// The looking.
-pub(super) struct Looking {
+/// A scan in progress.
+pub(super) struct ResidualDirtyScan {
     pieces: Arc<Pieces>,
-    found: Result<Written, MemoryError>,
-    helpers: Vec<JoinHandle<Result<Written, MemoryError>>>,
+    found: Result<DirtyRanges, MemoryError>,
+    helpers: Vec<JoinHandle<Result<DirtyRanges, MemoryError>>>,
 }
 
-impl Looking {
-    /// Begins. Nothing may write to these memories any more.
+impl ResidualDirtyScan {
+    /// Starts the scan. Nothing may write to these memories any more.
     pub(super) fn begin(mut trackers: Vec<DirtyTracker>) -> Self {
         let mut found = Ok(Vec::new());
         let mut pieces = Vec::new();
         for (number, tracker) in trackers.iter_mut().enumerate() {
             pieces.extend(tracker.pieces().into_iter().map(|piece| (number, piece)));
-            // (That is slow in any case.)
+            // Hashing is slow in any case.
             if tracker.method() == Method::Hash {
-                found = found.and_then(|mut all: Written| {
+                found = found.and_then(|mut all: DirtyRanges| {
                     all.push((number, tracker.take()?));
                     Ok(all)
                 });
             }
         }
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let helpers = processors.saturating_sub(LEFT).min(HELPERS_MAX);
+        let helpers = processors
+            .saturating_sub(PROCESSORS_RESERVED)
+            .min(HELPERS_MAX);
         let helpers = helpers.min(pieces.len() / PIECES_A_THREAD);
-        let mut looking = Looking {
+        let mut looking = ResidualDirtyScan {
             pieces: Arc::new(Pieces {
                 trackers,
                 pieces,
@@ -81,22 +83,21 @@ impl Looking {
             helpers: Vec::new(),
         };
         for _ in 0..helpers {
-            looking.help();
+            looking.start_helper();
         }
         looking
     }
 
-    /// A thread more; where there are no more threads, whoever waits does all.
-    fn help(&mut self) {
+    /// Starts a further thread; if that fails, the caller scans the rest itself.
+    fn start_helper(&mut self) {
         let pieces = self.pieces.clone();
         let helper = std::thread::Builder::new().name("look".into());
-        self.helpers
-            .extend(helper.spawn(move || pieces.look_at_all()));
+        self.helpers.extend(helper.spawn(move || pieces.scan_all()));
     }
 
-    /// Looks at a piece; false if there is none left.
-    pub(super) fn look(&mut self) -> bool {
-        let looked = self.pieces.look();
+    /// Scans a piece; false if none is left.
+    pub(super) fn scan_piece(&mut self) -> bool {
+        let looked = self.pieces.scan_piece();
         let more = looked.is_some();
         if let Some(looked) = looked
             && let Ok(found) = &mut self.found
@@ -109,12 +110,12 @@ impl Looking {
         more
     }
 
-    /// Waits for all of it.
+    /// Completes the scan.
     ///
     /// # Errors
-    /// [`MemoryError`] if a piece could not be looked at: nothing is known then.
-    pub(super) fn end(&mut self) -> Result<Written, MemoryError> {
-        while self.look() {}
+    /// [`MemoryError`] if a piece could not be scanned: the result is unknown then.
+    pub(super) fn end(&mut self) -> Result<DirtyRanges, MemoryError> {
+        while self.scan_piece() {}
         let mut all = std::mem::replace(&mut self.found, Ok(Vec::new()));
         for helper in self.helpers.drain(..) {
             let found = helper
@@ -140,19 +141,19 @@ mod tests {
     }
 
     #[test]
-    fn whoever_looks_each_piece_is_looked_at_once() {
+    fn each_piece_is_scanned_once() {
         let memory = memory();
         for begin_with in [0, 3, 1000] {
             let tracker = DirtyTracker::start(memory.clone()).unwrap();
             if tracker.method() == Method::Hash {
-                println!("skipped: written pages are found by hashing here");
+                println!("skipped: dirty pages are found by hashing here");
                 return;
             }
-            let mut looking = Looking::begin(vec![tracker]);
+            let mut looking = ResidualDirtyScan::begin(vec![tracker]);
             let pieces = looking.pieces.pieces.len();
             assert_eq!(pieces, 32);
             for _ in 0..begin_with {
-                looking.look();
+                looking.scan_piece();
             }
             assert_eq!(looking.end().unwrap().len(), pieces, "{begin_with}");
             assert_eq!(looking.end().unwrap(), []);
@@ -160,12 +161,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_hashed_is_found_at_once() {
+    fn hashed_memory_is_scanned_at_once() {
         let memory = memory();
         let tracker = DirtyTracker::start_hashing(memory.clone()).unwrap();
         memory.write(5 << 20, &[7]).unwrap();
-        let mut looking = Looking::begin(vec![tracker]);
-        assert!(!looking.look());
+        let mut looking = ResidualDirtyScan::begin(vec![tracker]);
+        assert!(!looking.scan_piece());
         let page = 5 << 20..(5 << 20) + 4096;
         assert_eq!(looking.end().unwrap(), [(0, vec![page])]);
     }

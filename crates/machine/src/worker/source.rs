@@ -1,18 +1,17 @@
-//! Gives the machine away: copies memory while the machine runs, freezes it,
-//! sends the rest, and tells the target to go on. Blocking; has a thread of its
-//! own.
+//! The source's side of a move: copies memory while the machine runs, freezes it, sends
+//! the rest, and tells the target to resume. Blocking; runs on a thread of its own.
 
-use super::cluster_volumes::Keepers;
-use super::control::{Copy, CopyEvent, Frozen, Succession};
+use super::cluster_volumes::ClusterVolumes;
+use super::control::{Copy, CopyEvent, Frozen, HomeHandover};
 use super::log_transfer::LogSource;
 use super::post_copy::{self, PageSet};
-use super::residual_dirty_scan::{Looking, Written};
-use super::volumes::{OutgoingVolumes, VolumeError};
-use crate::cgroup::Courtesy;
+use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
+use super::volumes::{SourceVolumes, VolumeError};
+use crate::cgroup::YieldPolicy;
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
-use crate::moves::convergence::{self, Next, best_rate};
+use crate::moves::convergence::{self, CopyDecision, best_rate};
 use crate::moves::{FillReport, Phase, Progress, Round};
 use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -26,27 +25,28 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Bytes of pages between two looks at what else wants the processors.
+/// Bytes of pages sent between two checks for starvation by other threads.
 const PIECE_BYTES: u64 = 1 << 20;
-/// Rounds of catching up just before the freeze, and what is little enough.
+/// Rounds of catching up just before the freeze, and the number of bytes at which they
+/// end.
 const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
-/// How long the threads and pages of a home may take elsewhere while the machine runs, and
-/// its last pages while it stands.
+/// Time limits for moving a home's threads and pages elsewhere while the machine runs,
+/// and for its last pages while it is stopped.
 const WAY_PATIENCE: Duration = Duration::from_secs(120);
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
-/// How often the target hears meanwhile that there is more to come.
+/// Interval of keep-alive messages to the target meanwhile.
 const STILL_THERE: Duration = Duration::from_secs(2);
-/// How long threads may take to their safepoints.
+/// Time limit for threads to reach a safepoint.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-/// Period of slowing a guest down, and the largest share of it, in percent, in
-/// which the guest stands.
+/// Period of throttling a guest, and the largest share of it, in percent, for which the
+/// guest is stopped.
 const SLOW_PERIOD: Duration = Duration::from_millis(4);
 const SLOW_PERCENT_MAX: u32 = 97;
 
-/// Why the machine could not be given away. It runs on here, unless it ended.
+/// Why the machine was not moved. It runs on here, unless it ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum OutgoingError {
+pub(super) enum SourceError {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -57,36 +57,36 @@ pub(super) enum OutgoingError {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Program(#[from] ProgramError),
-    #[error("its output cannot be read, or there is no thread for its move: {0}")]
+    #[error("its output cannot be read, or no thread can be started for its move: {0}")]
     Log(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
     #[error(transparent)]
     Spanning(#[from] SpanningError),
-    #[error("what its home leaves cannot be written down: {0}")]
+    #[error("the state of its home cannot be encoded: {0}")]
     HomeState(#[from] postcard::Error),
     #[error(transparent)]
     Injected(#[from] Injected),
 }
 
 /// The home of a machine that spans, whose other parts stay where they are.
-pub(super) struct HomeParts {
+pub(super) struct SpanningSource {
     pub(super) home: Arc<Home>,
     pub(super) successor: PartId,
     pub(super) threads_to: PartId,
     /// The node of each part.
     pub(super) nodes: BTreeMap<PartId, NodeName>,
-    /// Set when nobody wants it to move any more.
-    pub(super) gives_up: Arc<AtomicBool>,
-    /// Since its threads and pages leave.
+    /// Set to give the move up.
+    pub(super) give_up: Arc<AtomicBool>,
+    /// Set once its threads and pages are leaving.
     pub(super) leaving: Option<HomeMigration>,
 }
 
-impl HomeParts {
-    /// The machine does not move: it may be thawed.
+impl SpanningSource {
+    /// Cancels the home migration: the machine may be thawed.
     ///
     /// # Errors
-    /// [`SpanError`], if a part was lost.
+    /// [`SpanError`] if a part was lost.
     fn stay(&mut self) -> Result<(), SpanError> {
         match self.leaving.take() {
             Some(mut leaving) => leaving.stay(),
@@ -94,25 +94,25 @@ impl HomeParts {
         }
     }
 
-    /// Whether what is left of it can leave while the machine stands.
+    /// Whether the remaining pages can move while the machine is stopped.
     fn check(&self) -> Result<(), SpanningError> {
         self.leaving.as_ref().map_or(Ok(()), HomeMigration::check)
     }
 
-    /// What the successor has to know.
-    fn succession(&mut self) -> Result<Vec<u8>, OutgoingError> {
+    /// The encoded state for the successor.
+    fn succession(&mut self) -> Result<Vec<u8>, SourceError> {
         let leaving = self.leaving.as_mut();
-        let leaving = leaving.ok_or(LinkError::Aborted("its home stays".into()))?;
+        let leaving = leaving.ok_or(LinkError::Aborted("its home does not move".into()))?;
         let legacy = leaving.leave(LEAVE_PATIENCE)?;
         let mut nodes = self.nodes.clone();
         if let Some(node) = nodes.remove(&self.successor) {
             nodes.insert(PartId::HOME, node);
         }
-        Ok(postcard::to_stdvec(&Succession { legacy, nodes })?)
+        Ok(postcard::to_stdvec(&HomeHandover { legacy, nodes })?)
     }
 }
 
-impl Drop for HomeParts {
+impl Drop for SpanningSource {
     fn drop(&mut self) {
         if let Err(error) = self.stay() {
             tracing::warn!(%error, "a machine whose home was to move has lost a part");
@@ -120,15 +120,15 @@ impl Drop for HomeParts {
     }
 }
 
-/// How the target's worker is reached.
-pub(super) struct Way {
+/// Address and credentials of the target's worker.
+pub(super) struct TargetEndpoint {
     address: String,
     tls: ClientTls,
     hello: Hello,
 }
 
-impl Way {
-    /// Connects, and says what for.
+impl TargetEndpoint {
+    /// Connects and sends the purpose of the connection.
     pub(super) fn connect(&self, purpose: Purpose) -> Result<Link, LinkError> {
         let mut link = Link::connect(&self.address, &self.tls)?;
         let hello = Hello {
@@ -141,32 +141,33 @@ impl Way {
     }
 }
 
-/// One attempt to give a machine away.
-pub(super) struct Outgoing {
+/// One attempt to move the machine away.
+pub(super) struct SourceSession {
     machine: Machine,
     log: LogSource,
     link: Link,
-    way: Way,
+    way: TargetEndpoint,
     trackers: Vec<DirtyTracker>,
-    /// Of a machine that spans.
-    parts: Option<HomeParts>,
-    volumes: OutgoingVolumes,
-    slowdown: Slowdown,
-    /// For each memory, pages that were found written and not sent.
+    /// For a machine that spans.
+    parts: Option<SpanningSource>,
+    volumes: SourceVolumes,
+    throttle: Throttle,
+    /// For each memory, dirty pages that were found and not sent.
     unsent: Vec<PageSet>,
-    /// In a post-copy move: what finds the last of them, since the machine stands.
-    looking: Option<Looking>,
-    /// What found them, whose end takes a while.
-    looked: Option<Looking>,
-    /// What became of naming them.
-    named: Result<(), OutgoingError>,
-    /// While it copies.
-    courtesy: Option<Courtesy>,
-    /// What is left at the freeze may take this long to send.
+    /// In a post-copy move: the scan for the last dirty pages, once the machine is
+    /// stopped.
+    scan: Option<ResidualDirtyScan>,
+    /// The finished scan, which takes a while to drop.
+    finished_scan: Option<ResidualDirtyScan>,
+    /// Result of naming pages.
+    named: Result<(), SourceError>,
+    /// While memory is copied.
+    yielding: Option<YieldPolicy>,
+    /// Time limit for sending what is left at the freeze.
     budget: Duration,
 }
 
-impl Outgoing {
+impl SourceSession {
     /// Connects to the target.
     pub(super) fn connect(
         name: &MachineName,
@@ -175,11 +176,11 @@ impl Outgoing {
         log: Arc<Log>,
         identity: &PinnedIdentity,
         copy: &Copy,
-        parts: Option<HomeParts>,
-    ) -> Result<Self, OutgoingError> {
+        parts: Option<SpanningSource>,
+    ) -> Result<Self, SourceError> {
         failpoint::pass("out.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let way = Way {
+        let way = TargetEndpoint {
             address: copy.target.address.clone(),
             tls,
             hello: Hello {
@@ -193,41 +194,42 @@ impl Outgoing {
             },
         };
         let link = way.connect(Purpose::Move)?;
-        Ok(Outgoing {
+        Ok(SourceSession {
             way,
-            slowdown: Slowdown::new(machine.clone()),
+            throttle: Throttle::new(machine.clone()),
             unsent: vec![PageSet::default(); machine.memories().len()],
-            looking: None,
-            looked: None,
+            scan: None,
+            finished_scan: None,
             named: Ok(()),
-            courtesy: None,
+            yielding: None,
             machine,
             log: LogSource::new(log),
             link,
             trackers: Vec::new(),
             parts,
-            volumes: OutgoingVolumes::default(),
+            volumes: SourceVolumes::default(),
             budget: Duration::from_micros(copy.budget_micros),
         })
     }
 
-    /// A handle that breaks the connection from another thread.
-    pub(super) fn closer(&self) -> Result<std::net::TcpStream, OutgoingError> {
+    /// A handle that closes the connection from another thread.
+    pub(super) fn closer(&self) -> Result<std::net::TcpStream, SourceError> {
         Ok(self.link.closer()?)
     }
 
-    /// Copies memory until little is left; of cluster volumes what is in no segment.
+    /// Copies memory until little is left; of cluster volumes, the blocks that are in no
+    /// segment.
     pub(super) fn copy(
         &mut self,
-        keepers: &Keepers,
+        keepers: &ClusterVolumes,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
-    ) -> Result<(), OutgoingError> {
+    ) -> Result<(), SourceError> {
         keepers.wait_claimed().map_err(VolumeError::NotClaimed)?;
-        // Threads must be able to go on here if the move fails; what that
-        // needs is compiled now, while they run.
+        // Threads must be able to resume here if the move fails; the code for that is
+        // compiled now, while they run.
         self.machine.program().prepare_resume()?;
         failpoint::pass("out.hello")?;
-        // (Of one that spans all memory stays with its parts.)
+        // Memory of a machine that spans stays with its parts.
         let memories = match self.parts {
             Some(_) => Arc::default(),
             None => self.machine.memories().clone(),
@@ -239,9 +241,9 @@ impl Outgoing {
             }
             self.trackers.push(tracker);
         }
-        self.volumes = OutgoingVolumes::start(self.machine.wasi(), keepers);
-        self.courtesy = Courtesy::begin();
-        self.make_way(tell)?;
+        self.volumes = SourceVolumes::start(self.machine.wasi(), keepers);
+        self.yielding = YieldPolicy::begin();
+        self.drain_home(tell)?;
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
             ranges.push(memory.populated()?);
@@ -281,11 +283,11 @@ impl Outgoing {
                 ..Progress::of(Phase::Copy)
             }));
             if !goes_on {
-                return Err(LinkError::Aborted("nobody waits for it".into()).into());
+                return Err(LinkError::Aborted("the caller is gone".into()).into());
             }
             if self.way.hello.post_copy {
-                // One round; what was written since comes behind the machine.
-                // Files do not: nobody waits for a block that is not there.
+                // A single round; pages written since are sent by post-copy. Blocks of
+                // files are not: the target cannot request a missing block.
                 self.volumes.catch_up(&mut self.link)?;
                 for (set, ranges) in self.unsent.iter_mut().zip(&ranges) {
                     ranges.iter().for_each(|range| set.add_bytes(range));
@@ -293,35 +295,35 @@ impl Outgoing {
                 break;
             }
             match convergence::next(&rounds, left, self.budget) {
-                Next::Freeze => {
-                    // What was found dirty is sent with the rest.
+                CopyDecision::Freeze => {
+                    // Dirty pages that were found are sent with the rest.
                     self.send_ranges(&ranges, false)?;
                     self.volumes.send(&mut self.link)?;
                     break;
                 }
-                Next::Slower => self.slowdown.more(),
-                Next::Round => {}
+                CopyDecision::Slower => self.throttle.more(),
+                CopyDecision::Round => {}
             }
         }
-        self.courtesy = None;
+        self.yielding = None;
         failpoint::pass("out.converged")?;
         tell(CopyEvent::Converged {
             rounds,
-            slowed: self.slowdown.is_on(),
+            slowed: self.throttle.is_on(),
         });
         Ok(())
     }
 
-    /// Of a machine that spans: the home's threads and pages leave while it runs.
-    fn make_way(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), OutgoingError> {
+    /// Moves the threads and pages of a home to other parts while the machine runs.
+    fn drain_home(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), SourceError> {
         let (Some(parts), link) = (&mut self.parts, &mut self.link) else {
             return Ok(());
         };
         let mut told = Instant::now();
         let mut lost = None;
-        let gives_up = parts.gives_up.clone();
+        let give_up = parts.give_up.clone();
         let mut goes_on = |left: u64| {
-            if gives_up.load(Ordering::Acquire) {
+            if give_up.load(Ordering::Acquire) {
                 lost = Some(LinkError::Aborted("the move was given up".into()).into());
                 return false;
             }
@@ -329,7 +331,7 @@ impl Outgoing {
                 return true;
             }
             told = Instant::now();
-            // (The target waits for a word, and not for ever.)
+            // The target waits for a message, but not for ever.
             let heard = link
                 .send(&Message::RoundEnd)
                 .and_then(|()| link.flush())
@@ -360,10 +362,10 @@ impl Outgoing {
         Ok(failpoint::pass("home.way")?)
     }
 
-    /// The machine does not move, and may be thawed: its home stays.
+    /// Cancels the move of the home; the machine may be thawed.
     ///
     /// # Errors
-    /// [`SpanError`], if it lost a part: then it has ended.
+    /// [`SpanError`] if a part was lost: the machine has ended then.
     pub(super) fn stay(&mut self) -> Result<(), SpanError> {
         match &mut self.parts {
             Some(parts) => parts.stay(),
@@ -371,14 +373,14 @@ impl Outgoing {
         }
     }
 
-    /// Freezes the machine and sends all that the target lacks; returns when
-    /// the target is ready to go on.
-    pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
+    /// Freezes the machine and sends all that the target lacks; returns when the target
+    /// is ready to resume it.
+    pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, SourceError> {
         let post_copy = self.way.hello.post_copy;
         match post_copy {
             true => {
                 self.volumes.catch_up(&mut self.link)?;
-                // Named while it runs; what is written from now on is little.
+                // Named while the machine runs, so that few pages are left to name.
                 for number in 0..self.trackers.len() {
                     let ranges = self.trackers[number].take()?;
                     self.keep_pages(number as u32, &ranges)?;
@@ -390,16 +392,16 @@ impl Outgoing {
         if let Some(parts) = &self.parts {
             parts.check()?;
         }
-        // A guest that had to be slowed down is kept slow up to here; if it
-        // stands still just now, its downtime has begun.
-        let begun = self.slowdown.stop().unwrap_or_else(Instant::now);
-        self.link.be_quick()?;
+        // A throttled guest stays throttled until here; if it is stopped just now, its
+        // downtime has begun.
+        let begun = self.throttle.stop().unwrap_or_else(Instant::now);
+        self.link.use_frozen_timeout()?;
         failpoint::pass("out.freeze")?;
         self.machine.freeze(FREEZE_PATIENCE)?;
-        self.slowdown.release();
+        self.throttle.release();
         failpoint::pass("out.frozen")?;
         let frozen = Instant::now();
-        self.link.send(&Message::Stands)?;
+        self.link.send(&Message::Frozen)?;
         let mut last_bytes = 0;
         if let Some(parts) = &mut self.parts {
             let succession = parts.succession()?;
@@ -418,19 +420,20 @@ impl Outgoing {
         let pages_sent = self.send_state(&mut last_bytes)?;
         failpoint::pass("out.image")?;
         if post_copy {
-            // Pages are only named, and before it goes on there: they are looked for
-            // while the target makes the machine of its state and the store commits.
-            let mut looking = Looking::begin(std::mem::take(&mut self.trackers));
-            while !self.link.has_input()? && looking.look() {
-                // The target's thread may be on this very processor.
+            // In post-copy, dirty pages are only named, before the machine resumes at the
+            // target: the scan runs while the target builds the machine and the store
+            // commits.
+            let mut scan = ResidualDirtyScan::begin(std::mem::take(&mut self.trackers));
+            while !self.link.has_input()? && scan.scan_piece() {
+                // The target's thread may need this processor.
                 std::thread::yield_now();
             }
-            self.looking = Some(looking);
+            self.scan = Some(scan);
         }
         loop {
             match self.link.receive()? {
                 Message::Prepared => break,
-                Message::LogAgain { offset } => {
+                Message::LogResend { offset } => {
                     self.log.again(offset);
                     self.send_log()?;
                     self.link.send(&Message::ImageEnd)?;
@@ -441,7 +444,7 @@ impl Outgoing {
         }
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
-        self.link.be_patient()?;
+        self.link.wait_without_timeout()?;
         Ok(Frozen {
             freeze_micros: micros(frozen - begun),
             last_pages_micros: micros(pages_sent - frozen),
@@ -451,9 +454,9 @@ impl Outgoing {
         })
     }
 
-    /// Sends what the target needs beside memory; when it began to send threads
-    /// and WASI state.
-    fn send_state(&mut self, last_bytes: &mut u64) -> Result<Instant, OutgoingError> {
+    /// Sends everything but memory; returns when the transfer of threads and WASI state
+    /// began.
+    fn send_state(&mut self, last_bytes: &mut u64) -> Result<Instant, SourceError> {
         *last_bytes += self.volumes.send_all(&mut self.link)?;
         self.send_log()?;
         let pages_sent = Instant::now();
@@ -467,9 +470,9 @@ impl Outgoing {
         Ok(pages_sent)
     }
 
-    /// Sends what was written since the last round, which was before the store
-    /// was asked: every millisecond of that is pages less to send while frozen.
-    fn catch_up(&mut self) -> Result<(), OutgoingError> {
+    /// Sends pages written since the last round, which preceded the store's check: every
+    /// millisecond of that means fewer pages to send while frozen.
+    fn catch_up(&mut self) -> Result<(), SourceError> {
         for _ in 0..CATCH_UP_ROUNDS_MAX {
             let mut ranges = Vec::with_capacity(self.trackers.len());
             for tracker in &mut self.trackers {
@@ -485,23 +488,22 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Tells the target that the commit won; returns when the machine runs
-    /// there.
-    pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
+    /// Tells the target that the commit was applied; returns when the machine runs there.
+    pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), SourceError> {
         let told = self.tell(epoch);
-        // The target may be told by its agent, and then waits for what else is said
-        // here, while this side waits to hear which pages are wanted.
+        // The target may have been told by its agent; it then waits for further messages
+        // on this connection, while this side waits for page requests.
         if told.is_err()
             && self.way.hello.post_copy
             && let Ok(closer) = self.link.closer()
         {
-            // It may be closed already.
+            // The socket may be closed already.
             let _ = closer.shutdown(std::net::Shutdown::Both);
         }
         told
     }
 
-    fn tell(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
+    fn tell(&mut self, epoch: Epoch) -> Result<(), SourceError> {
         failpoint::pass("out.go")?;
         if self.way.hello.post_copy {
             failpoint::pass("fill.name")?;
@@ -515,34 +517,34 @@ impl Outgoing {
         }
     }
 
-    /// Nothing is sent through it for now.
-    pub(super) fn rests(self) -> Leaving {
-        Leaving::Rests(Box::new(self))
+    /// The session is not in use for now.
+    pub(super) fn into_idle(self) -> SourceTask {
+        SourceTask::Idle(Box::new(self))
     }
 
-    /// Whether there are pages to be named, which may take a while.
+    /// Whether there are pages to name, which may take a while.
     pub(super) fn has_names(&self) -> bool {
-        self.looking.is_some()
+        self.scan.is_some()
     }
 
-    /// Finds what was written last and names it, while the store commits; how that
-    /// ended is said by [`Self::go`].
+    /// Finds the pages written last and names them, while the store commits; [`Self::go`]
+    /// returns the result.
     pub(super) fn name(&mut self) {
-        let Some(mut looking) = self.looking.take() else {
+        let Some(mut scan) = self.scan.take() else {
             return;
         };
-        let looked = looking.end();
-        self.looked = Some(looking);
-        match looked {
+        let finished_scan = scan.end();
+        self.finished_scan = Some(scan);
+        match finished_scan {
             Ok(written) => self.named = self.send_names(written),
-            // If the target gets it, it takes every page for written.
+            // If the target receives the go message, it treats every page as written.
             Err(error) => {
-                tracing::warn!(%error, "what was written last is not known: all of it is sent");
+                tracing::warn!(%error, "cannot determine the pages written last: all are sent");
             }
         }
     }
 
-    fn send_names(&mut self, written: Written) -> Result<(), OutgoingError> {
+    fn send_names(&mut self, written: DirtyRanges) -> Result<(), SourceError> {
         let mut by_memory = vec![Vec::new(); self.unsent.len()];
         for (number, ranges) in written {
             by_memory[number].extend(ranges);
@@ -554,8 +556,8 @@ impl Outgoing {
         Ok(self.link.flush()?)
     }
 
-    /// Says which pages the target does not get yet.
-    fn keep_pages(&mut self, number: u32, ranges: &[Range<u64>]) -> Result<(), OutgoingError> {
+    /// Names the pages that the target does not get yet.
+    fn keep_pages(&mut self, number: u32, ranges: &[Range<u64>]) -> Result<(), SourceError> {
         let memory = self.machine.memories()[number as usize].clone();
         self.link.send(&Message::Size {
             memory: number,
@@ -571,14 +573,14 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Sends all pages that were kept, for as long as it takes.
+    /// Sends all kept pages, for as long as it takes.
     pub(super) fn serve(self, unsent: &std::sync::atomic::AtomicU64) -> FillReport {
         post_copy::serve(&self.way, self.machine.memories(), Some(self.link), unsent)
     }
 
-    /// Gives up. The machine is not thawed here.
+    /// Gives the move up. Does not thaw the machine.
     pub(super) fn abort(mut self, reason: &str) {
-        // The target finds out in any case, when the connection ends.
+        // The target notices in any case when the connection closes.
         let _ = self.link.send(&Message::Abort(reason.to_owned()));
         let _ = self.link.flush();
     }
@@ -587,7 +589,7 @@ impl Outgoing {
         &mut self,
         ranges: &[Vec<Range<u64>>],
         skip_zero: bool,
-    ) -> Result<u64, OutgoingError> {
+    ) -> Result<u64, SourceError> {
         let mut bytes = 0;
         for (number, ranges) in ranges.iter().enumerate() {
             bytes += self.send_memory(number as u32, ranges, skip_zero)?;
@@ -600,7 +602,7 @@ impl Outgoing {
         number: u32,
         ranges: &[Range<u64>],
         skip_zero: bool,
-    ) -> Result<u64, OutgoingError> {
+    ) -> Result<u64, SourceError> {
         let memory = self.machine.memories()[number as usize].clone();
         self.link.send(&Message::Size {
             memory: number,
@@ -612,33 +614,33 @@ impl Outgoing {
             for start in (range.start..range.end).step_by(PIECE_BYTES as usize) {
                 let piece = start..range.end.min(start + PIECE_BYTES);
                 sent += self.link.send_pages(number, piece, skip_zero, &read)?;
-                if let Some(courtesy) = &mut self.courtesy {
-                    courtesy.look();
+                if let Some(yielding) = &mut self.yielding {
+                    yielding.look();
                 }
             }
         }
         Ok(sent)
     }
 
-    fn send_log(&mut self) -> Result<(), OutgoingError> {
+    fn send_log(&mut self) -> Result<(), SourceError> {
         while let Some(message) = self.log.next()? {
             self.link.send(&message)?;
         }
         Ok(())
     }
 
-    /// What the target says to a round; what it lacks of the output is in the next.
-    fn answer(&mut self) -> Result<Message, OutgoingError> {
+    /// The target's answer to a round; missing output is sent in the next round.
+    fn answer(&mut self) -> Result<Message, SourceError> {
         loop {
             match self.link.receive()? {
-                Message::LogAgain { offset } => self.log.again(offset),
+                Message::LogResend { offset } => self.log.again(offset),
                 other => return Ok(other),
             }
         }
     }
 }
 
-fn unexpected(message: &Message) -> OutgoingError {
+fn unexpected(message: &Message) -> SourceError {
     LinkError::Message(format!("{message:?} out of turn")).into()
 }
 
@@ -646,76 +648,77 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// An [`Outgoing`] that is not spoken through just now.
-pub(super) enum Leaving {
-    /// Nothing is sent.
-    Rests(Box<Outgoing>),
+/// A [`SourceSession`] that is not in use by its move.
+pub(super) enum SourceTask {
+    /// Idle.
+    Idle(Box<SourceSession>),
     /// A thread names pages.
-    Names(JoinHandle<Outgoing>),
+    NamingPages(JoinHandle<SourceSession>),
 }
 
-impl Leaving {
-    /// Names what was written last, if that is still to be done.
+impl SourceTask {
+    /// Starts to name the pages written last, if needed.
     ///
     /// # Errors
-    /// Where there is no thread for it: the connection is lost then.
-    pub(super) fn after_freeze(mut outgoing: Outgoing) -> std::io::Result<Self> {
+    /// If no thread can be started: the connection is lost then.
+    pub(super) fn after_freeze(mut outgoing: SourceSession) -> std::io::Result<Self> {
         if !outgoing.has_names() {
-            return Ok(outgoing.rests());
+            return Ok(outgoing.into_idle());
         }
         let thread = std::thread::Builder::new().name("name".into());
         let name = move || {
             outgoing.name();
             outgoing
         };
-        Ok(Leaving::Names(thread.spawn(name)?))
+        Ok(SourceTask::NamingPages(thread.spawn(name)?))
     }
 
-    /// The machine does not move, and may be thawed.
+    /// Cancels the move; the machine may be thawed.
     ///
     /// # Errors
-    /// [`SpanError`], if it lost a part: then it has ended.
+    /// [`SpanError`] if a part was lost: the machine has ended then.
     pub(super) fn stay(&mut self) -> Result<(), SpanError> {
         match self {
-            Leaving::Rests(outgoing) => outgoing.stay(),
-            // (Memory that comes after it only what is on one node has.)
-            Leaving::Names(_) => Ok(()),
+            SourceTask::Idle(outgoing) => outgoing.stay(),
+            // Post-copy exists only for machines on one node.
+            SourceTask::NamingPages(_) => Ok(()),
         }
     }
 
-    /// It, once it is not spoken through.
-    pub(super) fn wait(self) -> Outgoing {
+    /// Waits until the session is idle.
+    pub(super) fn wait(self) -> SourceSession {
         match self {
-            Leaving::Rests(outgoing) => *outgoing,
-            Leaving::Names(thread) => thread
+            SourceTask::Idle(outgoing) => *outgoing,
+            SourceTask::NamingPages(thread) => thread
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
         }
     }
 }
 
-/// Slows a guest down: its threads stand at safepoints for a share of the time.
-struct Slowdown {
+/// Throttles a guest: its threads are stopped at safepoints for a share of the time.
+struct Throttle {
     machine: Machine,
-    shared: Arc<Pace>,
+    shared: Arc<ThrottleState>,
     thread: Option<JoinHandle<Option<Instant>>>,
 }
 
 #[derive(Default)]
-struct Pace {
-    /// Share of the time in which it stands, in percent; `None` at the end.
+struct ThrottleState {
+    /// Share of the time in which the guest is stopped, in percent; `None` ends the
+    /// throttling.
     percent: Mutex<Option<u32>>,
     changed: Condvar,
 }
 
-impl Pace {
+impl ThrottleState {
     fn locked(&self) -> MutexGuard<'_, Option<u32>> {
         self.percent
             .lock()
             .unwrap_or_else(|error| error.into_inner())
     }
 
-    /// Sleeps; `false` if it was woken since the end has come.
+    /// Sleeps; `false` if the end was signalled.
     fn sleep(&self, time: Duration) -> bool {
         let (percent, _) = self
             .changed
@@ -724,13 +727,14 @@ impl Pace {
         percent.is_some()
     }
 
-    /// Holds and releases until the end; since when it is held then.
+    /// Stops and releases the guest periodically until the end; returns since when it is
+    /// stopped then.
     fn keep(&self, machine: &Machine) -> Option<Instant> {
         loop {
             let percent = (*self.locked())?;
             let begun = Instant::now();
             if let Err(error) = machine.hold(Hold::Slowdown, None) {
-                tracing::warn!(%error, "the machine cannot be slowed down");
+                tracing::warn!(%error, "cannot throttle the machine");
                 return None;
             }
             if !self.sleep(SLOW_PERIOD * percent / 100) {
@@ -744,9 +748,9 @@ impl Pace {
     }
 }
 
-impl Slowdown {
+impl Throttle {
     fn new(machine: Machine) -> Self {
-        Slowdown {
+        Throttle {
             machine,
             shared: Arc::default(),
             thread: None,
@@ -769,17 +773,17 @@ impl Slowdown {
         }
         let (machine, pace) = (self.machine.clone(), self.shared.clone());
         self.thread = std::thread::Builder::new()
-            .name("slowdown".into())
+            .name("throttle".into())
             .spawn(move || pace.keep(&machine))
             .ok();
     }
 
-    /// Ends; threads that are held just now stay so, and the answer is since
-    /// when.
+    /// Ends the throttling; threads that are stopped stay so, and the time since then is
+    /// returned.
     fn stop(&mut self) -> Option<Instant> {
         *self.shared.locked() = None;
         self.shared.changed.notify_all();
-        // It only sleeps, holds and releases.
+        // The thread only sleeps, stops and releases.
         self.thread.take()?.join().unwrap_or_default()
     }
 
@@ -788,7 +792,7 @@ impl Slowdown {
     }
 }
 
-impl Drop for Slowdown {
+impl Drop for Throttle {
     fn drop(&mut self) {
         self.stop();
         self.release();

@@ -7,12 +7,12 @@
 //! home to it, it ends.
 
 use super::control::{
-    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
-    Succession, ThreadReport,
+    ConnectParts, HomeHandover, Join, MoveObject, MoveThread, ObjectReport, PartsReport,
+    PrepareMember, Span, State, ThreadReport,
 };
 use super::process::Worker;
-use super::source::HomeParts;
-use crate::checkpoint::{Later, VaultError};
+use super::source::SpanningSource;
+use crate::checkpoint::{RepositoryError, SpanningRestore};
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
@@ -51,7 +51,7 @@ const END_AFTER: Duration = Duration::from_millis(20);
 
 /// What a worker knows of parts.
 #[derive(Default)]
-pub(super) struct Parts {
+pub(super) struct SpanState {
     /// Listens for the others.
     pub(super) meeting: Option<MeshListener>,
     /// As the home.
@@ -59,16 +59,16 @@ pub(super) struct Parts {
     /// The node of each part, at the home.
     pub(super) nodes: BTreeMap<PartId, NodeName>,
     /// What a member is to be.
-    ready: Option<Ready>,
+    ready: Option<PendingMember>,
     /// As a member: of which machine, and which of its parts.
     pub(super) member: Option<(MachineName, PartId, Arc<MemberPart>)>,
 }
 
 /// Why the memory of a machine does not come.
 #[derive(Debug, thiserror::Error)]
-enum BringError {
+enum SpanningRestoreError {
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    Vault(#[from] RepositoryError),
     #[error(transparent)]
     Span(#[from] SpanError),
     #[error("it was ended while its memory came")]
@@ -87,7 +87,7 @@ fn lost(
     }
 }
 
-struct Ready {
+struct PendingMember {
     machine: MachineName,
     program: Arc<Program>,
     memory_bytes: u64,
@@ -95,7 +95,7 @@ struct Ready {
     me: PartId,
 }
 
-impl Parts {
+impl SpanState {
     /// How many the machine spans; 0 while it is alone.
     pub(super) fn count(&self) -> u32 {
         let members = self.home.as_ref().map(|home| home.members());
@@ -135,11 +135,11 @@ impl Parts {
     pub(super) fn leaving(
         &self,
         to: Option<(PartId, PartId)>,
-    ) -> Result<Option<HomeParts>, String> {
+    ) -> Result<Option<SpanningSource>, String> {
         match (&self.home, to) {
             (None, None) => Ok(None),
-            (Some(home), Some((successor, threads_to))) => Ok(Some(HomeParts {
-                gives_up: Arc::default(),
+            (Some(home), Some((successor, threads_to))) => Ok(Some(SpanningSource {
+                give_up: Arc::default(),
                 home: home.clone(),
                 successor,
                 threads_to,
@@ -184,7 +184,7 @@ pub(super) fn failed(error: impl std::fmt::Display) -> RpcError {
 
 impl Worker {
     /// The home is to meet members.
-    pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<PartAddress, RpcError> {
+    pub(super) fn span_ready(&self, meet: &ConnectParts) -> Result<PartAddress, RpcError> {
         // What lets threads go on elsewhere is compiled before anybody waits for it.
         let machine = self.inner().machine.clone();
         if let Some(machine) = machine {
@@ -302,13 +302,13 @@ impl Worker {
         Ok(bytes)
     }
 
-    fn bring_later(&self, machine: &Machine, later: Later) -> Result<u64, RpcError> {
+    fn bring_later(&self, machine: &Machine, later: SpanningRestore) -> Result<u64, RpcError> {
         let pages = self.pages()?;
         let nodes = self.inner().parts.nodes.clone();
-        let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), BringError> {
+        let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), SpanningRestoreError> {
             // It may have been stopped.
             if machine.wait(Some(Duration::ZERO)).is_some() && pages.failure().is_none() {
-                return Err(BringError::Ended);
+                return Err(SpanningRestoreError::Ended);
             }
             pages.await_room()?;
             // (A program has few memories.)
@@ -318,7 +318,9 @@ impl Worker {
         let bytes = later.bytes();
         later.let_go();
         brought.map_err(|error| match &error {
-            BringError::Span(SpanError::Lost { part, .. }) => failed(lost(&nodes, *part, &error)),
+            SpanningRestoreError::Span(SpanError::Lost { part, .. }) => {
+                failed(lost(&nodes, *part, &error))
+            }
             _ => failed(error),
         })?;
         Ok(bytes)
@@ -337,7 +339,7 @@ impl Worker {
         if matches!(*self.state.borrow(), State::Held { .. }) {
             return Err(failed("its memory is still to come; try again"));
         }
-        self.stays()?;
+        self.check_not_moving()?;
         let (home, machine) = {
             let inner = self.inner();
             (inner.parts.home.clone(), inner.machine.clone())
@@ -516,7 +518,10 @@ impl Worker {
     }
 
     /// An empty worker is to be a member: compiles, and listens for the others.
-    pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<PartAddress, RpcError> {
+    pub(super) fn part_ready(
+        self: &Arc<Self>,
+        ready: &PrepareMember,
+    ) -> Result<PartAddress, RpcError> {
         // (Or it is the one to which the machine moves.)
         let arrives = {
             let inner = self.inner();
@@ -535,7 +540,7 @@ impl Worker {
         let (meeting, place) = open(ready.me, &ready.meet).map_err(failed)?;
         let mut inner = self.inner();
         inner.parts.meeting = Some(meeting);
-        inner.parts.ready = Some(Ready {
+        inner.parts.ready = Some(PendingMember {
             machine: ready.machine.clone(),
             program,
             memory_bytes: ready.spec.memory_bytes,
@@ -621,7 +626,7 @@ impl Worker {
         &self,
         machine: Option<Machine>,
         part: &MemberPart,
-        succession: Succession,
+        succession: HomeHandover,
     ) {
         let Some(machine) = machine else { return };
         let legacy = &succession.legacy;
@@ -650,7 +655,7 @@ impl Worker {
     }
 }
 
-fn open(me: PartId, meet: &MeetParts) -> Result<(MeshListener, PartAddress), MeshError> {
+fn open(me: PartId, meet: &ConnectParts) -> Result<(MeshListener, PartAddress), MeshError> {
     MeshListener::open(me, meet.parts.without(me), &meet.address)
 }
 

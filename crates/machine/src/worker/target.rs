@@ -1,11 +1,11 @@
-//! Receives a machine: pages, output, then threads and WASI state, from which
-//! it makes a machine that stands ready. Blocking; has a thread of its own.
+//! The target's side of a move: receives pages, output, then threads and WASI state, and
+//! builds a machine that is ready to resume. Blocking; runs on a thread of its own.
 
-use super::control::{Receive, Succession};
+use super::control::{HomeHandover, Receive};
 use super::log_transfer::LogTarget;
-use super::post_copy::Filler;
-use super::volumes::{IncomingVolumes, VolumeError};
-use crate::cgroup::Courtesy;
+use super::post_copy::PostCopyTarget;
+use super::volumes::{TargetVolumes, VolumeError};
+use crate::cgroup::YieldPolicy;
 use crate::failpoint::{self, Injected};
 use crate::link::{HELLO_BEFORE, Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
@@ -21,11 +21,11 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-/// How long the source has to connect.
+/// Time limit for the source to connect.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum IncomingError {
+pub(super) enum TargetError {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -38,98 +38,98 @@ pub(super) enum IncomingError {
     Log(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
-    #[error("its surroundings cannot be had here: {0}")]
+    #[error("its environment cannot be created here: {0}")]
     Wasi(#[from] keel_wasi::Error),
     #[error("{0}")]
-    Keepers(#[from] keel_net::RpcError),
+    ClusterVolumes(#[from] keel_net::RpcError),
     #[error(transparent)]
     Faults(#[from] Unavailable),
-    #[error("what brings its memory behind it does not start: {0}")]
-    Fill(std::io::Error),
+    #[error("post-copy cannot start: {0}")]
+    StartPostCopy(std::io::Error),
     #[error(transparent)]
     Injected(#[from] Injected),
     #[error(transparent)]
     Span(#[from] SpanError),
-    #[error("what its home leaves cannot be read: {0}")]
-    Legacy(#[from] postcard::Error),
+    #[error("the state of its home cannot be decoded: {0}")]
+    HomeState(#[from] postcard::Error),
     #[error("the source did not connect in time")]
-    NobodyCame,
-    #[error("the source says {0}, which was not agreed")]
+    Timeout,
+    #[error("the source identifies itself as {0}, which was not agreed")]
     Other(String),
 }
 
-/// A machine that has arrived and stands ready, with the way to its source.
-pub(super) struct Arrived {
+/// A machine that has arrived and is ready to resume, with the connection to its source.
+pub(super) struct ReceivedMachine {
     pub(super) machine: Machine,
     pub(super) log: Arc<Log>,
     pub(super) link: Link,
-    /// In a post-copy move: what brings the rest of its memory, and who takes the
-    /// connection over which it comes.
-    pub(super) filler: Option<(Filler, Sender<Link>)>,
-    /// Of one that spans: the part that is to be its home, and what that is told.
-    pub(super) succession: Option<(Arc<MemberPart>, Succession)>,
+    /// In a post-copy move: the receiver of the remaining pages, and the channel for its
+    /// first connection.
+    pub(super) filler: Option<(PostCopyTarget, Sender<Link>)>,
+    /// For a machine that spans: the part that becomes its home, and the state for it.
+    pub(super) succession: Option<(Arc<MemberPart>, HomeHandover)>,
 }
 
-/// What a move needs of the worker that it comes to.
-pub(super) struct Surroundings<'a> {
-    pub(super) restore: &'a Restore<'a>,
-    pub(super) fill: &'a Fill<'a>,
-    /// The part of the machine that is here, once its source has connected.
+/// What a move needs of the target's worker.
+pub(super) struct TargetEnvironment<'a> {
+    pub(super) restore: &'a RestoreWasi<'a>,
+    pub(super) fill: &'a StartPostCopy<'a>,
+    /// The part of the machine that is at this node, once the source has connected.
     pub(super) part: &'a dyn Fn() -> Option<Arc<MemberPart>>,
 }
 
-/// Begins to answer accesses to memory, with what tells the source's further
-/// connections from others'.
-pub(super) type Fill<'a> =
-    dyn Fn(&Filler, TcpListener, ServerTls, Hello) -> std::io::Result<Sender<Link>> + 'a;
+/// Starts to resolve accesses to memory; the hello authenticates further connections of
+/// the source.
+pub(super) type StartPostCopy<'a> =
+    dyn Fn(&PostCopyTarget, TcpListener, ServerTls, Hello) -> std::io::Result<Sender<Link>> + 'a;
 
-/// Makes WASI state out of a snapshot, with this node's resources, a log, and what
-/// came of cluster volumes.
-pub(super) type Restore<'a> = dyn Fn(
+/// Restores WASI state from a snapshot, with this node's resources, a log, and the blocks
+/// of cluster volumes that arrived.
+pub(super) type RestoreWasi<'a> = dyn Fn(
         keel_wasi::Snapshot,
         Arc<Log>,
         Vec<(u32, LocalBlocks)>,
-    ) -> Result<keel_wasi::Wasi, IncomingError>
+    ) -> Result<keel_wasi::Wasi, TargetError>
     + 'a;
 
-/// Waits for the source and takes the machine in.
+/// Waits for the source and receives the machine.
 pub(super) fn receive(
     listener: &TcpListener,
     identity: &PinnedIdentity,
     request: &Receive,
     program: Arc<Program>,
     folder: &std::path::Path,
-    mut volumes: IncomingVolumes,
-    surroundings: &Surroundings<'_>,
-) -> Result<Arrived, IncomingError> {
+    mut volumes: TargetVolumes,
+    surroundings: &TargetEnvironment<'_>,
+) -> Result<ReceivedMachine, TargetError> {
     let tls = ServerTls::pinned(identity, request.source)?;
     let (mut link, hello) = accept(listener, &tls, request, &program)?;
     failpoint::pass("in.greeted")?;
     let limits = request.spec.limits();
     let part = (surroundings.part)();
     let memories = match &part {
-        // (What is in it came on other ways.)
+        // Its content arrived by other connections.
         Some(part) => part.memories().clone(),
         None => make_memories(program.meta(), limits.memory_bytes)?,
     };
     let log = Arc::new(Log::open(folder, hello.log_base)?);
     let mut output = LogTarget::new(log.clone());
     let filler = match hello.post_copy {
-        true => Some(Filler::new(memories.clone())?),
+        true => Some(PostCopyTarget::new(memories.clone())?),
         false => None,
     };
-    // Its threads are made before the machine stands still.
+    // Its threads are started before the machine is stopped.
     let push = match &filler {
         Some(filler) => {
             let begin = |listener| (surroundings.fill)(filler, listener, tls, hello.clone());
             let begun = listener.try_clone().and_then(begin);
-            Some(begun.map_err(IncomingError::Fill)?)
+            Some(begun.map_err(TargetError::StartPostCopy)?)
         }
         None => None,
     };
     let (mut image, mut succession) = (ImageBytes::default(), ImageBytes::default());
-    // (A source of the version before does not say when its machine stands.)
-    let begun = (hello.version > HELLO_BEFORE).then(Courtesy::begin);
+    // A source of the previous version does not report the freeze.
+    let begun = (hello.version > HELLO_BEFORE).then(YieldPolicy::begin);
     let courtesy = RefCell::new(begun.flatten());
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
         if let Some(courtesy) = &mut *courtesy.borrow_mut() {
@@ -143,17 +143,17 @@ pub(super) fn receive(
     };
     loop {
         match link.receive_pages(&mut write)? {
-            Message::Stands => {
+            Message::Frozen => {
                 courtesy.take();
             }
             Message::Size { memory, pages } => {
                 let memory = memories
                     .get(memory as usize)
                     .filter(|_| part.is_none())
-                    .ok_or_else(|| IncomingError::Other(format!("memory {memory}")))?;
+                    .ok_or_else(|| TargetError::Other(format!("memory {memory}")))?;
                 let missing = pages.saturating_sub(memory.size_bytes() >> 16);
                 if memory.grow(missing).is_none() {
-                    return Err(IncomingError::Other(format!(
+                    return Err(TargetError::Other(format!(
                         "{pages} pages of memory (the limit is {} bytes)",
                         memory.limit_bytes()
                     )));
@@ -186,7 +186,7 @@ pub(super) fn receive(
                 bits,
             } => match &filler {
                 Some(filler) => filler.remote(memory, first_page, &bits)?,
-                None => return Err(IncomingError::Other("memory that comes later".into())),
+                None => return Err(TargetError::Other("remaining memory out of turn".into())),
             },
             Message::Parts(bytes) if part.is_some() => succession.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
@@ -197,21 +197,21 @@ pub(super) fn receive(
                 }
                 None => break,
             },
-            other => return Err(IncomingError::Other(format!("{other:?}"))),
+            other => return Err(TargetError::Other(format!("{other:?}"))),
         }
     }
-    // What was reserved is here, or was not needed.
+    // The reserved bytes were used, or were not needed.
     let local = volumes.finish();
     failpoint::pass("in.image")?;
     let succession = match part {
         Some(part) => {
-            let succession: Succession = postcard::from_bytes(&succession.take())?;
+            let succession: HomeHandover = postcard::from_bytes(&succession.take())?;
             part.can_succeed(&succession.legacy)?;
             Some((part, succession))
         }
         None => None,
     };
-    let make = || -> Result<Machine, IncomingError> {
+    let make = || -> Result<Machine, TargetError> {
         let image = Image::decode(&image.take(), &program)?;
         let wasi = (surroundings.restore)(image.wasi.clone(), log.clone(), local)?;
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
@@ -220,10 +220,10 @@ pub(super) fn receive(
     if let Some(filler) = &filler
         && hello.version <= HELLO_BEFORE
     {
-        while !hear_names(link.receive()?, filler)? {}
+        while !handle_page_names(link.receive()?, filler)? {}
     }
     failpoint::pass("in.ready")?;
-    Ok(Arrived {
+    Ok(ReceivedMachine {
         machine,
         log,
         link,
@@ -232,14 +232,17 @@ pub(super) fn receive(
     })
 }
 
-/// Hears which pages were written last, while the machine stood already; true at the
-/// end of them.
+/// Handles a message that names pages written last, after the freeze; true at the last
+/// one.
 ///
 /// # Errors
-/// [`LinkError::Message`] for anything else.
-pub(super) fn hear_names(message: Message, filler: &Filler) -> Result<bool, LinkError> {
+/// [`LinkError::Message`] for any other message.
+pub(super) fn handle_page_names(
+    message: Message,
+    filler: &PostCopyTarget,
+) -> Result<bool, LinkError> {
     match message {
-        // (It cannot have grown since its threads stand.)
+        // Memory cannot have grown after the freeze.
         Message::Size { .. } => {}
         Message::Remote {
             memory,
@@ -255,14 +258,14 @@ pub(super) fn hear_names(message: Message, filler: &Filler) -> Result<bool, Link
     Ok(false)
 }
 
-/// Waits for a peer that has the agreed certificate and says the agreed hello.
-/// Others are turned away and do not end the move.
+/// Waits for a peer with the agreed certificate and hello. Other peers are rejected and
+/// do not end the move.
 fn accept(
     listener: &TcpListener,
     tls: &ServerTls,
     request: &Receive,
     program: &Program,
-) -> Result<(Link, Hello), IncomingError> {
+) -> Result<(Link, Hello), TargetError> {
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + CONNECT_PATIENCE;
     loop {
@@ -271,13 +274,13 @@ fn accept(
                 socket.set_nonblocking(false)?;
                 match greet(socket, tls, request, program) {
                     Ok(link) => return Ok(link),
-                    Err(error) => tracing::warn!(%peer, %error, "turned a peer away"),
+                    Err(error) => tracing::warn!(%peer, %error, "rejected a peer"),
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 let rest = deadline.saturating_duration_since(Instant::now());
                 if rest.is_zero() {
-                    return Err(IncomingError::NobodyCame);
+                    return Err(TargetError::Timeout);
                 }
                 let mut wait = [rustix::event::PollFd::new(
                     listener,
@@ -299,16 +302,16 @@ fn greet(
     tls: &ServerTls,
     request: &Receive,
     program: &Program,
-) -> Result<(Link, Hello), IncomingError> {
+) -> Result<(Link, Hello), TargetError> {
     let mut link = Link::accept(socket, tls)?;
     let Message::Hello(hello) = link.receive()? else {
-        return Err(IncomingError::Other("no hello".into()));
+        return Err(TargetError::Other("no hello".into()));
     };
     if hello.machine != request.machine
         || hello.epoch != request.offered
         || hello.program != *program.hash()
     {
-        return Err(IncomingError::Other(format!(
+        return Err(TargetError::Other(format!(
             "machine {} under epoch {}",
             hello.machine, hello.epoch
         )));
@@ -316,17 +319,17 @@ fn greet(
     Ok((link, hello))
 }
 
-impl Arrived {
-    /// Tells the source that all is ready.
-    pub(super) fn say_prepared(&mut self) -> Result<(), LinkError> {
+impl ReceivedMachine {
+    /// Tells the source that the machine is ready.
+    pub(super) fn send_prepared(&mut self) -> Result<(), LinkError> {
         self.link.send(&Message::Prepared)?;
         self.link.flush()?;
-        self.link.be_patient()
+        self.link.wait_without_timeout()
     }
 }
 
 /// Tells the source that the machine runs here.
-pub(super) fn say_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
+pub(super) fn send_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
     link.send(&Message::Resumed(epoch))?;
     link.flush()
 }

@@ -5,7 +5,7 @@
 //! folder. Names and sizes travel in the machine's image; until that is there,
 //! a target only knows numbers of files.
 
-use super::cluster_volumes::Keepers;
+use super::cluster_volumes::ClusterVolumes;
 use crate::link::{Link, LinkError, Message};
 use crate::spec::{Spec, VolumeKind};
 use keel_net::Bytes;
@@ -59,7 +59,7 @@ pub(super) fn preopens(
     spec: &Spec,
     worker: &Path,
     stalls: &Arc<Stalls>,
-    keepers: &Keepers,
+    keepers: &ClusterVolumes,
 ) -> Result<Vec<Preopen>, VolumeError> {
     let source = |number: u32, kind: &VolumeKind| {
         let folder = folder(worker).join(number.to_string());
@@ -115,11 +115,11 @@ pub fn remove(worker: &Path) {
 
 /// Copies a machine's volumes to a target.
 #[derive(Default)]
-pub(super) struct OutgoingVolumes {
-    volumes: Vec<OutgoingVolume>,
+pub(super) struct SourceVolumes {
+    volumes: Vec<SourceVolume>,
 }
 
-struct OutgoingVolume {
+struct SourceVolume {
     number: u32,
     /// The target fetches blocks that it does not get: those that it gets must be
     /// whole.
@@ -137,12 +137,12 @@ fn noted(tracker: &Tracker, whole_blocks: bool) -> Changes {
     }
 }
 
-impl OutgoingVolumes {
+impl SourceVolumes {
     /// Begins to note what is written. All that is there counts, but of cluster
     /// volumes only what is in no segment for certain.
-    pub(super) fn start(wasi: &Wasi, keepers: &Keepers) -> Self {
+    pub(super) fn start(wasi: &Wasi, keepers: &ClusterVolumes) -> Self {
         let volumes = wasi.volumes().into_iter();
-        OutgoingVolumes {
+        SourceVolumes {
             volumes: volumes
                 .map(|(number, volume)| {
                     let is_kept = volume.backing().is_some();
@@ -155,7 +155,7 @@ impl OutgoingVolumes {
                         }
                         false => volume.track(),
                     };
-                    OutgoingVolume {
+                    SourceVolume {
                         number,
                         is_kept,
                         pending: noted(&tracker, is_kept),
@@ -242,7 +242,7 @@ impl OutgoingVolumes {
 /// Room on the disk for what is to arrive: a file that becomes smaller as it
 /// does.
 #[derive(Debug)]
-struct Ballast {
+struct DiskReservation {
     file: File,
     path: PathBuf,
     bytes: u64,
@@ -251,9 +251,9 @@ struct Ballast {
 }
 
 /// Given back at a time: each time costs a system call.
-const BALLAST_STEP_BYTES: u64 = 16 << 20;
+const RESERVATION_STEP_BYTES: u64 = 16 << 20;
 
-impl Ballast {
+impl DiskReservation {
     fn new(folder: &Path, bytes: u64) -> Result<Option<Self>, String> {
         if bytes == 0 {
             return Ok(None);
@@ -276,7 +276,7 @@ impl Ballast {
                 return Err(named(error.into()));
             }
         }
-        Ok(Some(Ballast {
+        Ok(Some(DiskReservation {
             file,
             path,
             bytes,
@@ -287,7 +287,7 @@ impl Ballast {
     /// Makes sure that there is room for so many bytes.
     fn give(&mut self, bytes: u64) -> std::io::Result<()> {
         if self.given < bytes && self.bytes > 0 {
-            let step = BALLAST_STEP_BYTES.max(bytes).min(self.bytes);
+            let step = RESERVATION_STEP_BYTES.max(bytes).min(self.bytes);
             self.bytes -= step;
             self.given += step;
             self.file.set_len(self.bytes)?;
@@ -297,7 +297,7 @@ impl Ballast {
     }
 }
 
-impl Drop for Ballast {
+impl Drop for DiskReservation {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(%error, path = %self.path.display(), "reserved room stays");
@@ -318,19 +318,19 @@ pub fn no_room(wanted: u64, free: u64, folder: &Path) -> String {
 
 /// Takes in a machine's volumes.
 #[derive(Debug)]
-pub(super) struct IncomingVolumes {
+pub(super) struct TargetVolumes {
     /// By their numbers; none for directories of the host.
     writers: Vec<Option<BlockWriter>>,
     /// What came of cluster volumes, by their numbers.
     local: BTreeMap<u32, LocalBlocks>,
-    ballast: Option<Ballast>,
+    ballast: Option<DiskReservation>,
 }
 
-impl IncomingVolumes {
+impl TargetVolumes {
     /// Makes the folders, and reserves room for `bytes`.
     pub(super) fn new(spec: &Spec, worker: &Path, bytes: u64) -> Result<Self, String> {
         let folder = folder(worker);
-        let ballast = Ballast::new(&folder, bytes)?;
+        let ballast = DiskReservation::new(&folder, bytes)?;
         let mut writers = Vec::with_capacity(spec.volumes.len());
         for (number, volume) in spec.volumes.iter().enumerate() {
             writers.push(match volume.kind {
@@ -343,7 +343,7 @@ impl IncomingVolumes {
         }
         let local = spec.cluster_volumes().into_iter();
         let local = local.map(|(number, _)| (number, LocalBlocks::default()));
-        Ok(IncomingVolumes {
+        Ok(TargetVolumes {
             writers,
             local: local.collect(),
             ballast,

@@ -5,7 +5,7 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{KeyValue, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership::{
-    self, ArrivalVerdict, EndEffect, Found, Settlement, Transfer,
+    self, ArrivalVerdict, EndEffect, Settlement, Transfer, VersionedRecord,
 };
 use keel_machine::moves::{
     SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
@@ -297,8 +297,8 @@ impl World {
         self.store.get(&self.record_key())
     }
 
-    fn found(&self) -> Option<Found> {
-        Some(Found::read(self.record_entry()?).unwrap())
+    fn found(&self) -> Option<VersionedRecord> {
+        Some(VersionedRecord::read(self.record_entry()?).unwrap())
     }
 
     /// Runs a transaction; `None` if its answer is lost.
@@ -441,7 +441,7 @@ impl World {
 
     /// `set`, whose check passed before the move began.
     fn set(&mut self) {
-        let Some(Found { mut record, .. }) = self.found() else {
+        let Some(VersionedRecord { mut record, .. }) = self.found() else {
             return;
         };
         record.spec.threads_max += 1;
@@ -486,7 +486,7 @@ impl World {
         let commands = self.step_arrival(TargetEvent::Go(epoch));
         commands
             .iter()
-            .any(|it| matches!(it, TargetCommand::SayResumed(_)))
+            .any(|it| matches!(it, TargetCommand::SendResumed(_)))
     }
 
     /// Lets the process of the move go on at its source, if it is there.
@@ -875,7 +875,9 @@ impl World {
                     }
                 }
             },
-            SourceCommand::AskStore if self.fault(10) => SourceEvent::StoreAway("away".into()),
+            SourceCommand::AskStore if self.fault(10) => {
+                SourceEvent::StoreUnavailable("away".into())
+            }
             SourceCommand::AskStore => SourceEvent::StoreAnswered,
             SourceCommand::FreezeAndSend => self.freeze_and_send(),
             SourceCommand::Commit { .. } => self.commit(),
@@ -1050,7 +1052,7 @@ impl World {
             .as_ref()
             .and_then(Process::arrival)
         else {
-            return SourceEvent::TargetWithout;
+            return SourceEvent::TargetNotRunning;
         };
         match state {
             TargetState::Running { .. } => SourceEvent::TargetResumed,
@@ -1067,14 +1069,14 @@ impl World {
                     }
                     ArrivalVerdict::Never => {
                         self.processes[B as usize] = None;
-                        SourceEvent::TargetWithout
+                        SourceEvent::TargetNotRunning
                     }
                     _ => SourceEvent::PeerLost("it was not given".into()),
                 }
             }
             _ => {
                 self.processes[B as usize] = None;
-                SourceEvent::TargetWithout
+                SourceEvent::TargetNotRunning
             }
         }
     }

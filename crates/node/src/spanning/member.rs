@@ -6,7 +6,7 @@ use crate::agent::Agent;
 use crate::workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::span::PartId;
-use keel_machine::worker::control::{MeetParts, ReadyPart, State, kind};
+use keel_machine::worker::control::{ConnectParts, PrepareMember, State, kind};
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,14 +44,14 @@ fn ready_part(
     offer: PartOffer,
     program: std::path::PathBuf,
     room_bytes: Option<u64>,
-) -> ReadyPart {
-    ReadyPart {
+) -> PrepareMember {
+    PrepareMember {
         machine: offer.machine,
         room_bytes,
         spec: offer.spec,
         program,
         me: offer.me,
-        meet: MeetParts {
+        meet: ConnectParts {
             parts: offer.parts,
             address: agent.settings.listen.ip().to_string(),
         },
@@ -79,7 +79,10 @@ pub(crate) async fn ready(
         }
     };
     let ready = ready_part(agent, offer, program, room_bytes);
-    match worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await {
+    match worker
+        .ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE)
+        .await
+    {
         Ok(place) => {
             clear_at_end(agent, &name, worker);
             Ok(ReadyMember {
@@ -106,7 +109,9 @@ pub(crate) async fn ready_arriving(
     let program = crate::service::find_program(agent, owner, &offer.program).await?;
     let name = offer.machine.clone();
     let ready = ready_part(agent, offer, program, room_bytes);
-    let place = worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await;
+    let place = worker
+        .ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE)
+        .await;
     Ok(ReadyMember {
         worker: name,
         place: place.map_err(text)?,

@@ -18,7 +18,7 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
-    Join, MeetParts, PartsReport, Report, Span, State, kind, pack, unpack,
+    ConnectParts, Join, PartsReport, Report, Span, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use std::collections::BTreeMap;
@@ -344,7 +344,7 @@ async fn meet(
     let own: PartAddress = ask(
         worker,
         kind::SPAN_READY,
-        &MeetParts { parts, address },
+        &ConnectParts { parts, address },
         COMPILE_PATIENCE,
     )
     .await

@@ -105,7 +105,7 @@ struct Bench {
     runtime: Runtime,
     gate: Gate,
     store: VolumeStore,
-    keeper: Keeper,
+    keeper: VolumeBackend,
     folder: tempfile::TempDir,
 }
 
@@ -121,7 +121,7 @@ impl Bench {
         let place = StorageLocation::of(Arc::new(gate.clone()), Path::default(), "memory");
         let store = VolumeStore::new("data".parse().unwrap(), [7; 16], place);
         runtime.block_on(store.create(limits())).unwrap();
-        let keeper = Keeper::new(KeeperOptions {
+        let keeper = VolumeBackend::new(BackendOptions {
             store: store.clone(),
             runtime: runtime.handle().clone(),
             stalls: Arc::default(),

@@ -1,6 +1,6 @@
-//! Looks which of a part's pages are used ([`super::super::idle_pages`] says why, and remembers):
-//! a few milliseconds every five seconds, whatever the memory. What cannot be seen is not
-//! known; nothing ends for it.
+//! Scans which of a part's pages are accessed ([`super::super::idle_pages`] keeps the
+//! results and explains why): a few milliseconds every five seconds, for any size of
+//! memory. Where accesses cannot be observed, nothing is recorded and nothing fails.
 
 use super::super::idle_pages::LOOKED_BYTES;
 use super::{Shared, locked};
@@ -8,49 +8,49 @@ use keel_wasm::memory::{MemoryError, Spanning};
 use rand::RngExt;
 use std::time::{Duration, Instant};
 
-/// Between two looks.
+/// Interval between two passes.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// Regions that are looked at by one: 64 MiB of a memory that is not large. What is left is
-/// for the next.
+/// Regions scanned per pass: 64 MiB of a memory that is not large. The next pass
+/// continues.
 const REGIONS: usize = 1024;
 
-/// Where a look goes on.
+/// Position of the scan.
 #[derive(Debug, Default)]
 pub(super) struct AccessScan {
     memory: u32,
-    /// End of the last region that was looked at.
+    /// End of the last region scanned.
     at: u64,
     last: Option<Instant>,
 }
 
 impl Shared {
-    /// Looks at some memory, if it is time.
-    pub(super) fn look_at_uses(&self, looking: &mut AccessScan) {
-        if looking.last.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
+    /// Scans a batch of regions, if a pass is due.
+    pub(super) fn scan_accesses(&self, scan: &mut AccessScan) {
+        if scan.last.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
             return;
         }
-        looking.last = Some(Instant::now());
+        scan.last = Some(Instant::now());
         for _ in 0..REGIONS {
-            let Some(spanning) = self.memories.get(looking.memory as usize) else {
-                // All of it was looked at.
-                (looking.memory, looking.at) = (0, 0);
+            let Some(spanning) = self.memories.get(scan.memory as usize) else {
+                // The end of the last memory.
+                (scan.memory, scan.at) = (0, 0);
                 return;
             };
-            match self.look_at_region(spanning, looking.memory, looking.at) {
-                Ok(Some(end)) => looking.at = end,
-                Ok(None) => (looking.memory, looking.at) = (looking.memory + 1, 0),
+            match self.scan_region(spanning, scan.memory, scan.at) {
+                Ok(Some(end)) => scan.at = end,
+                Ok(None) => (scan.memory, scan.at) = (scan.memory + 1, 0),
                 Err(error) => {
-                    tracing::debug!(%error, at = looking.at, "which of its memory is used");
-                    // (What was known of the rest would never change.)
-                    locked(&self.idle).is_not_here(looking.memory, looking.at..u64::MAX);
-                    (looking.memory, looking.at) = (looking.memory + 1, 0);
+                    tracing::debug!(%error, at = scan.at, "cannot read accessed bits");
+                    // Outdated results would stay otherwise.
+                    locked(&self.idle).is_not_here(scan.memory, scan.at..u64::MAX);
+                    (scan.memory, scan.at) = (scan.memory + 1, 0);
                 }
             }
         }
     }
 
-    /// Looks at the first region from a byte on of which something is here; its end.
-    fn look_at_region(
+    /// Scans the first populated region at or behind `from`; returns its end.
+    fn scan_region(
         &self,
         spanning: &Spanning,
         number: u32,
@@ -58,14 +58,15 @@ impl Shared {
     ) -> Result<Option<u64>, MemoryError> {
         let memory = spanning.memory();
         let here = memory.populated_from(from)?;
-        // (After it: memories grow.)
+        // Read after `populated_from`, because memories grow.
         let size = memory.size_bytes();
         let Some(here) = here.filter(|here| *here < size) else {
             locked(&self.idle).is_not_here(number, from..size);
             return Ok(None);
         };
         let (region, known) = locked(&self.idle).region(number, size, here);
-        // (It may leave while it is looked at: then it is not used, and another is next.)
+        // The page may leave during the scan: then it counts as not accessed, and another
+        // is sampled next.
         let is_used = |start: u64| -> Result<bool, MemoryError> {
             let end = start.saturating_add(LOOKED_BYTES).min(size);
             let used = spanning.uses().take(start, end.saturating_sub(start))?;
@@ -78,7 +79,7 @@ impl Shared {
         let next = next.filter(|next| *next < region.end.min(size));
         let next = next.unwrap_or(here) / LOOKED_BYTES * LOOKED_BYTES;
         if Some(next) != known {
-            // (What was done to it before says nothing of what comes.)
+            // Accesses before this sample do not count.
             is_used(next)?;
         }
         let gap = from.min(region.start)..region.start;

@@ -1,29 +1,29 @@
-//! The memory of the whole as it is at one instant, read while its threads go on: what a
-//! checkpoint keeps of a machine with several parts.
+//! The machine's memory at one instant, read while its threads run: the memory in a
+//! checkpoint of a machine with several parts.
 //!
 //! ```text
 //!   home                                   member
-//!   what pages there are
-//!     │─── Prepare ─────────────────────▶│ protects what it owns; whoever writes a page
-//!     │◀─────────────────────── Prepared ─│ goes on at once, and it counts as another one
-//!     │            all threads stand
-//!   nothing is on its way ([`super::quiescence`]): the cut
-//!     │─── Mark ────────────────────────▶│ protects what was written since, or came
+//!   determines the pages that exist
+//!     │─── Prepare ─────────────────────▶│ protects the pages that it owns; a page that
+//!     │◀─────────────────────── Prepared ─│ is written meanwhile is protected again later
+//!     │            all threads are stopped
+//!   no message is in flight ([`super::quiescence`]): the cut
+//!     │─── Mark ────────────────────────▶│ protects pages written or received since
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
-//!     │─── More ────────────────────────▶│ may send so much, and give away again
-//!     │◀────────────────────────── pages ─│ as they were; of those that are as they were at
-//!     │                                   │ an earlier cut, only that ([`known`])
+//!     │─── More ────────────────────────▶│ may send so many bytes, and move pages again
+//!     │◀────────────────────────── pages ─│ as of the cut; for pages unchanged since an
+//!     │                                   │ earlier cut, only that ([`page_digests`])
 //!     │◀─────────────────────────── Done ─│
 //!     │─── End ─────────────────────────▶│
 //! ```
 //!
-//! While nothing is on its way each page has exactly one owner, so each is kept once. What
-//! is protected is copied before somebody writes it or gets it; the rest follows piece by
-//! piece (Li, Naughton and Plank, "Low-Latency, Concurrent Checkpointing for Parallel
-//! Programs", 1994). Threads stand for two round trips and the protecting of what was
-//! written since it was prepared. Members send as much as the home has asked for, so a slow
-//! store fills no memory.
+//! While no message is in flight each page has exactly one owner, so each page is stored
+//! once. A protected page is copied before it is written or moved; the rest is read batch
+//! by batch (Li, Naughton and Plank, "Low-Latency, Concurrent Checkpointing for Parallel
+//! Programs", 1994). Threads are stopped for two round trips and for protecting the pages
+//! written since the preparation. Members send as many bytes as the home has requested,
+//! so a slow store fills no memory.
 
 use super::super::page_digests::{self, PageDigests};
 use super::super::wire::PeerMessage;
@@ -39,86 +39,81 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
-/// Pages that are read at once: what waits for the lock meanwhile waits some microseconds.
+/// Pages read while holding the lock once: other users of the lock wait for some
+/// microseconds.
 const PIECE_PAGES: u32 = 16;
-/// The most of them that come at once.
+/// The most pages in one message.
 const PIECE_PAGES_MAX: usize = 64;
-/// Bytes that a member may send before it is asked for more.
+/// Bytes that a member may send ahead of the home's requests.
 const AHEAD_BYTES: u32 = 1 << 20;
-/// As so many bytes counts that some pages are as they were.
+/// Bytes that a message about unchanged pages counts as.
 const SAME_BYTES: u32 = 4096;
-/// Pages that are protected, or let go, at once.
+/// Pages that one call protects or releases.
 const AT_ONCE_PAGES: u32 = 512;
-/// When no more are left to be protected it is prepared.
+/// The preparation ends when at most this many pages are unprotected.
 const LEFT_PAGES: u64 = 512;
-/// Faults are slowed down while so many bytes that were copied before they changed wait
-/// here to be kept; and with so many it is given up: the store is too slow, or hangs.
+/// Faults are slowed down while more than this many bytes of copied pages are buffered;
+/// at the maximum the cut is given up, because the store is too slow or hangs.
 const COPIED_MANY: usize = 32 << 20;
 const COPIED_MAX: usize = 256 << 20;
-/// Between two looks.
+/// Polling interval.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// What home and members say to each other of a cut.
+/// Messages about a cut between home and members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CutMessage {
-    /// To members: there will be a cut. Of pages that they gave at this earlier one, and that
-    /// are as they were, it is enough to say so.
-    Prepare {
-        /// Its number.
-        since: Option<u64>,
-    },
-    /// To the home: almost all that is here is protected.
+    /// To members: a cut is prepared. Pages that they sent at the earlier cut `since` and
+    /// that are unchanged need not be sent again.
+    Prepare { since: Option<u64> },
+    /// To the home: almost all owned pages are protected.
     Prepared,
-    /// To members: the cut is now; nothing is on its way.
+    /// To members: this is the instant of the cut; no message is in flight.
     Mark,
-    /// To the home: it is.
+    /// To the home: the cut is marked.
     Marked,
-    /// To members: so many bytes more may be sent; it is marked everywhere.
+    /// To members: this many further bytes may be sent; all parts have marked.
     More(u32),
-    /// To the home: that was all.
+    /// To the home: all pages were sent.
     Done,
-    /// To the home: what changed is too much to be kept here until it is asked for.
+    /// To the home: too many pages changed before they were requested.
     GaveUp,
-    /// To members: what was not sent is not wanted any more.
+    /// To members: the cut is over; pages not sent are not needed.
     End,
 }
 
-/// Pages in a row, as they were at a cut.
+/// A run of pages as of a cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CutPages {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
     pub first: u32,
-    /// Whole pages.
+    /// Content of whole pages.
     pub bytes: Bytes,
 }
 
-/// Pages in a row that are as they were at the cut before.
+/// A run of pages that are unchanged since the previous cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnchangedPages {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
     pub first: u32,
-    /// How many there are.
     pub pages: u32,
-    /// Of what they hold, page by page: whoever takes them to be
-    /// something else finds out.
+    /// Digest over the hashes of the pages: a receiver with other content detects the
+    /// difference.
     pub digest: u128,
 }
 
-/// Some of a cut.
+/// An element of a cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CutPiece {
-    /// As they were at the cut.
+    /// Content as of the cut.
     Pages(CutPages),
-    /// As they were at the cut before.
+    /// Unchanged since the previous cut.
     Unchanged(UnchangedPages),
 }
 
 impl CutPages {
-    /// Whether they are what can be sent at once.
+    /// Whether the content has a valid length for one message.
     pub(in super::super) fn is_whole(&self) -> bool {
         let pages = self.bytes.len() / PAGE;
         self.bytes.len().is_multiple_of(PAGE) && (1..=PIECE_PAGES_MAX).contains(&pages)
@@ -127,38 +122,39 @@ impl CutPages {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// What there is is found out and protected.
+    /// Owned pages are determined and protected.
     Preparing,
-    /// The cut was.
+    /// The instant of the cut has passed.
     Marked,
 }
 
-/// What a part knows of a cut.
+/// State of a cut at one part.
 #[derive(Debug)]
 pub(super) struct CutState {
     number: u64,
-    /// Which it is of all that this part has heard of: another home counts anew.
+    /// Counts the cuts that this part has taken part in; unlike `number` it does not
+    /// restart with another home.
     heard: u64,
-    /// An earlier cut of which all was taken, and kept.
+    /// An earlier cut whose pages were all read and stored.
     since: Option<u64>,
     stage: Stage,
-    /// Of each memory the pages that are protected for it; once marked those of which nobody
-    /// has read yet what they were.
+    /// For each memory, the pages protected for the cut; once marked, those that are not
+    /// read yet.
     pages: Vec<RoaringBitmap>,
-    /// Before it is marked: pages that this part may own, and that are not protected for it.
+    /// Before the mark: pages that this part may own and that are not protected yet.
     wanted: Vec<RoaringBitmap>,
-    /// At a member: up to which page it was looked what this part owns; `None`: all.
+    /// At a member: where the scan for owned pages continues; `None` once it is complete.
     looked: Option<PageId>,
-    /// Pages that changed since, as they were.
+    /// Old content of pages that changed since.
     copied: VecDeque<CutPages>,
-    /// At a member: bytes that the home waits for, whether it was told that it is prepared,
-    /// or, once marked, that there are no more, and whether it wants none.
+    /// At a member: bytes that the home has requested; whether the member reported that
+    /// it is prepared or, once marked, done; whether the cut is over.
     asked: i64,
     is_done: bool,
     is_over: bool,
-    /// Too much changed before it was read.
+    /// Too many pages changed before they were read.
     gave_up: bool,
-    /// At the home: who said what, and what came.
+    /// At the home: the members that have answered, and the elements received.
     prepared: PartSet,
     marked: PartSet,
     done: PartSet,
@@ -191,21 +187,21 @@ impl CutState {
     }
 }
 
-/// What is known of cuts without the lock.
+/// Cut state that is read without the lock.
 #[derive(Debug, Default)]
 pub(super) struct CutStatus {
-    /// Numbers of those that there were, at the home.
+    /// At the home: number of cuts so far.
     count: AtomicU64,
-    /// How many a member has heard of.
+    /// At a member: number of cuts so far.
     heard: AtomicU64,
-    /// There is one.
+    /// A cut is in progress.
     is_on: AtomicBool,
     copied_bytes: AtomicUsize,
     pub(super) changed: Condvar,
 }
 
 impl CutStatus {
-    /// Whether so much was copied that whoever writes waits for a moment.
+    /// Whether so many bytes are buffered that writers must wait.
     pub(super) fn are_behind(&self) -> bool {
         self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
     }
@@ -215,7 +211,7 @@ fn failed(error: MemoryError) -> SpanError {
     SpanError::Memory(error.to_string())
 }
 
-/// The pages that the set begins with, in a row, at most so many.
+/// The first run of pages in the set, limited to `most`.
 fn first_run(set: &RoaringBitmap, most: u32) -> Option<(u32, u32)> {
     let mut pages = set.iter();
     let first = pages.next()?;
@@ -228,7 +224,7 @@ fn first_run(set: &RoaringBitmap, most: u32) -> Option<(u32, u32)> {
     Some((first, count))
 }
 
-/// Of so many pages from one on those for which it is so, in rows.
+/// Runs of the pages in a range that satisfy a predicate.
 fn runs_of((first, count): (u32, u32), is_so: impl Fn(u32) -> bool) -> Vec<(u32, u32)> {
     let mut runs: Vec<(u32, u32)> = Vec::new();
     for number in (first..first + count).filter(|number| is_so(*number)) {
@@ -240,8 +236,8 @@ fn runs_of((first, count): (u32, u32), is_so: impl Fn(u32) -> bool) -> Vec<(u32,
     runs
 }
 
-/// Lets those of some pages be written that this part may write.
-fn let_go(
+/// Makes those of some pages writable that this part may write.
+fn unprotect(
     memory: &Spanning,
     copy: impl Fn(u32) -> Copy,
     pages: (u32, u32),
@@ -258,18 +254,18 @@ impl Shared {
         self.me() == PartId::HOME
     }
 
-    pub(super) fn tell_part(&self, to: PartId, parcel: &PeerMessage) -> Result<(), SpanError> {
+    pub(super) fn send_to(&self, to: PartId, message: &PeerMessage) -> Result<(), SpanError> {
         let mut work = Effects::default();
-        work.put(to, parcel)?;
-        self.say(Ok(()), work);
+        work.put(to, message)?;
+        self.dispatch(Ok(()), work);
         Ok(())
     }
 
-    /// Takes note of a word about a cut; one about an earlier one counts no more.
+    /// Handles a message about a cut; messages about an earlier cut are ignored.
     ///
     /// # Errors
-    /// [`SpanError::Lost`], of a part that cannot say that; others, of this one.
-    pub(super) fn hear_cut(
+    /// [`SpanError::Lost`] if the sender may not send it; other errors concern this part.
+    pub(super) fn handle_cut_message(
         &self,
         from: PartId,
         number: u64,
@@ -280,18 +276,23 @@ impl Shared {
             CutMessage::Prepared | CutMessage::Marked | CutMessage::Done | CutMessage::GaveUp
         );
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
-            let reason = "it says of a cut what only another part can say".into();
+            let reason = "it sent a message about a cut that only another part may send".into();
             return Err(SpanError::Lost { part: from, reason });
         }
-        self.note_cut(from, number, word)
+        self.apply_cut_message(from, number, word)
     }
 
-    fn note_cut(&self, from: PartId, number: u64, word: CutMessage) -> Result<(), SpanError> {
+    fn apply_cut_message(
+        &self,
+        from: PartId,
+        number: u64,
+        word: CutMessage,
+    ) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
         if let CutMessage::Prepare { since } = word {
-            // (Of an earlier one there may be something left.)
-            while self.let_some_go(state)? {}
+            // An earlier cut may not be released yet.
+            while self.release_batch(state)? {}
             let heard = self.cuts.heard.fetch_add(1, Ordering::Relaxed);
             let cutting = CutState::new((number, heard), since, self.memories.len());
             state.cutting = Some(cutting);
@@ -312,18 +313,18 @@ impl Shared {
                 self.mark(state)?;
                 drop(guard);
                 let word = CutMessage::Marked;
-                self.tell_part(from, &PeerMessage::Cut { number, word })?;
+                self.send_to(from, &PeerMessage::Cut { number, word })?;
             }
         }
         self.cuts.changed.notify_all();
         Ok(())
     }
 
-    /// Takes note of pages that a member had at a cut.
+    /// Handles pages of a cut from a member.
     ///
     /// # Errors
-    /// As [`Self::hear_cut`].
-    pub(super) fn hear_cut_pages(
+    /// As [`Self::handle_cut_message`].
+    pub(super) fn handle_cut_pages(
         &self,
         from: PartId,
         number: u64,
@@ -335,7 +336,7 @@ impl Shared {
             number,
         });
         if !self.is_home() || !last.is_some_and(|last| self.has(last)) {
-            let reason = "it sends pages of a cut that cannot be".into();
+            let reason = "it sent invalid pages of a cut".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
@@ -346,11 +347,11 @@ impl Shared {
         Ok(())
     }
 
-    /// As [`Self::hear_cut_pages`], of such as are as they were.
+    /// As [`Self::handle_cut_pages`], for unchanged pages.
     ///
     /// # Errors
     /// As there.
-    pub(super) fn hear_cut_same(
+    pub(super) fn handle_unchanged_pages(
         &self,
         from: PartId,
         number: u64,
@@ -365,7 +366,7 @@ impl Shared {
         let cutting = state.cutting.as_mut().filter(|it| it.number == number);
         let since = cutting.as_ref().is_none_or(|it| it.since.is_some());
         if !self.is_home() || !can_be || !since {
-            let reason = "it says of a cut before what cannot be".into();
+            let reason = "it sent invalid unchanged pages of a cut".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         if let Some(cutting) = cutting {
@@ -375,25 +376,25 @@ impl Shared {
         Ok(())
     }
 
-    /// Whoever wanted a cut does not want it any more, nor that nothing is on its way.
+    /// Ends the cut and the quiescence.
     pub(super) fn end_cut(&self) {
         let mut state = locked(&self.state);
         if let Some(cutting) = &mut state.cutting {
             cutting.is_over = true;
         }
-        self.no_longer_settle(&mut state);
+        self.end_quiescence(&mut state);
     }
 
-    /// The cut is now: all that this part owns is protected.
+    /// Marks the cut: all pages that this part owns are protected.
     fn mark(&self, state: &mut State) -> Result<(), SpanError> {
         let is_prepared = state.cutting.as_ref().map(|it| it.stage) == Some(Stage::Preparing);
         if !is_prepared || state.settling.is_none() {
             return Err(SpanError::Inconsistent(
-                "a cut that nothing is ready for".into(),
+                "a cut was marked before it was prepared".into(),
             ));
         }
-        while self.look_at_some(state) {}
-        while self.protect_some(state)? {}
+        while self.scan_owned_batch(state) {}
+        while self.protect_batch(state)? {}
         if let Some(cutting) = &mut state.cutting {
             cutting.stage = Stage::Marked;
             cutting.is_done = false;
@@ -401,9 +402,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Looks what a member owns, some of it; false when it has. (The home has what nobody
-    /// else has, and asks its memories.)
-    fn look_at_some(&self, state: &mut State) -> bool {
+    /// Scans some of a member's pages for owned ones; false once the scan is complete.
+    /// The home determines its pages from its memories.
+    fn scan_owned_batch(&self, state: &mut State) -> bool {
         let State {
             cutting, coherence, ..
         } = state;
@@ -426,14 +427,14 @@ impl Shared {
         cutting.looked.is_some()
     }
 
-    /// Whether more is to be protected than is little enough.
+    /// Whether too many pages are unprotected to end the preparation.
     fn is_much_left(&self, state: &State) -> bool {
         let wanted = state.cutting.iter().flat_map(|it| &it.wanted);
         wanted.map(RoaringBitmap::len).sum::<u64>() > LEFT_PAGES
     }
 
-    /// Protects some of what is not protected yet; false if there is no more.
-    fn protect_some(&self, state: &mut State) -> Result<bool, SpanError> {
+    /// Protects a batch of the remaining pages; false if none remain.
+    fn protect_batch(&self, state: &mut State) -> Result<bool, SpanError> {
         let State {
             cutting, coherence, ..
         } = state;
@@ -465,9 +466,9 @@ impl Shared {
         Ok(false)
     }
 
-    /// A page is about to change, or to leave, or has just come: what it was is copied if
-    /// that is still wanted. Before a cut it is to be looked at once more.
-    pub(super) fn changes(&self, state: &mut State, page: PageId) -> Result<(), SpanError> {
+    /// Called before a page changes or leaves, and after it arrives: copies the old
+    /// content if the cut still needs it. Before the mark the page is scanned once more.
+    pub(super) fn before_change(&self, state: &mut State, page: PageId) -> Result<(), SpanError> {
         if !self.cuts.is_on.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -508,32 +509,32 @@ impl Shared {
             self.cuts.changed.notify_all();
         }
         let copy = |number| coherence.copy(PageId { number, ..page });
-        let_go(memory, copy, (page.number, 1))
+        unprotect(memory, copy, (page.number, 1))
     }
 
-    /// The host writes a page that is pinned.
-    pub(super) fn host_writes(
+    /// Called before the host writes to a pinned page.
+    pub(super) fn before_host_write(
         &self,
         page: PageId,
         write: impl FnOnce() -> Result<(), MemoryError>,
     ) -> Result<(), SpanError> {
         if self.cuts.is_on.load(Ordering::Acquire) {
-            self.changes(&mut locked(&self.state), page)?;
+            self.before_change(&mut locked(&self.state), page)?;
         }
         write().map_err(failed)?;
-        // It may be the first time that anybody touches it: no fault tells of that.
+        // The first access to the page may be this one, and host accesses cause no fault.
         if self.limits.is_set() {
             let mut state = locked(&self.state);
             let access = state.coherence.access(page);
             if let (Some(keep), Some(access)) = (&mut state.keep, access)
                 && !keep.knows(page)
             {
-                keep.came(page, access);
+                keep.arrived(page, access);
             }
         }
         if self.cuts.is_on.load(Ordering::Acquire) {
-            // There may have been no such page when it was looked what there are, and a cut
-            // no sooner than that.
+            // The page may not have existed during the scan. The cut is not marked while
+            // this lock is held.
             let mut state = locked(&self.state);
             let preparing = state.cutting.as_mut();
             let preparing = preparing.filter(|it| it.stage != Stage::Marked);
@@ -545,8 +546,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Some of this part's pages as they were at the cut; `None` if there are no more.
-    fn take_piece(&self, state: &mut State) -> Result<Option<CutPages>, SpanError> {
+    /// Reads a batch of this part's pages as of the cut; `None` if none remain.
+    fn read_cut_batch(&self, state: &mut State) -> Result<Option<CutPages>, SpanError> {
         let State {
             cutting, coherence, ..
         } = state;
@@ -572,7 +573,7 @@ impl Shared {
                     number: page,
                 })
             };
-            let_go(memory, copy, (first, count))?;
+            unprotect(memory, copy, (first, count))?;
             return Ok(Some(CutPages {
                 memory: number,
                 first,
@@ -582,8 +583,9 @@ impl Shared {
         Ok(None)
     }
 
-    /// Lets some of the pages go that nobody wants any more; false when the cut is over.
-    pub(super) fn let_some_go(&self, state: &mut State) -> Result<bool, SpanError> {
+    /// Releases a batch of protected pages that are no longer needed; false once the cut
+    /// is over.
+    pub(super) fn release_batch(&self, state: &mut State) -> Result<bool, SpanError> {
         let State {
             cutting, coherence, ..
         } = state;
@@ -599,7 +601,7 @@ impl Shared {
                     number: page,
                 })
             };
-            let_go(self.memory(number)?, copy, (first, count))?;
+            unprotect(self.memory(number)?, copy, (first, count))?;
             return Ok(true);
         }
         if cutting.is_none() {
@@ -608,27 +610,27 @@ impl Shared {
         *cutting = None;
         self.cuts.copied_bytes.store(0, Ordering::Relaxed);
         self.cuts.is_on.store(false, Ordering::Release);
-        // (Who moves pages may wait for it.)
+        // A move of pages may wait for it.
         self.cuts.changed.notify_all();
         Ok(false)
     }
 
-    /// A member's thread that sends what there was at cuts, until the end.
-    pub(super) fn give_cuts(&self) {
+    /// A member's thread that sends the pages of cuts, until the end.
+    pub(super) fn send_cuts(&self) {
         let mut given = DigestHistory::default();
-        // (A home gives none: whoever takes one does.)
+        // A home sends none: it reads its own cut.
         while !self.over.load(Ordering::Acquire) && !self.is_home() {
-            if let Err(error) = self.give_some(&mut given) {
+            if let Err(error) = self.send_cut_batch(&mut given) {
                 return self.end(error);
             }
         }
     }
 
-    fn give_some(&self, given: &mut DigestHistory) -> Result<(), SpanError> {
+    fn send_cut_batch(&self, given: &mut DigestHistory) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
-        let parcel = match &state.cutting {
-            Some(cutting) if cutting.is_over => return self.let_some_go(state).map(drop),
+        let message = match &state.cutting {
+            Some(cutting) if cutting.is_over => return self.release_batch(state).map(drop),
             Some(cutting) if cutting.gave_up => {
                 let (number, word) = (cutting.number, CutMessage::GaveUp);
                 if let Some(cutting) = &mut state.cutting {
@@ -638,8 +640,8 @@ impl Shared {
             }
             Some(cutting) if cutting.stage == Stage::Preparing && !cutting.is_done => {
                 let number = cutting.number;
-                if self.look_at_some(state) || self.is_much_left(state) {
-                    return self.protect_some(state).map(drop);
+                if self.scan_owned_batch(state) || self.is_much_left(state) {
+                    return self.protect_batch(state).map(drop);
                 }
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_done = true;
@@ -651,26 +653,27 @@ impl Shared {
                 if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
             {
                 let (number, heard, since) = (cutting.number, cutting.heard, cutting.since);
-                if let Some(pages) = self.take_piece(state)? {
+                if let Some(pages) = self.read_cut_batch(state)? {
                     drop(guard);
-                    return self.give(number, given.split_unchanged(heard, since, &pages));
+                    return self
+                        .send_cut_pieces(number, given.split_unchanged(heard, since, &pages));
                 }
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_done = true;
                 }
-                given.all_is(number, heard);
+                given.complete(number, heard);
                 let word = CutMessage::Done;
                 Some(PeerMessage::Cut { number, word })
             }
             _ => None,
         };
-        match parcel {
-            Some(parcel) => {
+        match message {
+            Some(message) => {
                 drop(guard);
-                self.tell_part(PartId::HOME, &parcel)
+                self.send_to(PartId::HOME, &message)
             }
             None => {
-                // (Whoever ends it rings; a lost ring costs a second.)
+                // Ending the cut wakes this thread; a missed wake-up costs a second.
                 let rest = super::SLEEP_MAX;
                 drop(self.cuts.changed.wait_timeout(guard, rest));
                 Ok(())
@@ -679,17 +682,17 @@ impl Shared {
     }
 }
 
-/// What a member gave.
+/// Page digests of the cuts that a member has sent.
 #[derive(Debug, Default)]
 struct DigestHistory {
-    /// At the last cut of which it gave all; its number, at the home of then.
+    /// The last cut that was sent completely, by its number at the home of that time.
     before: Option<(u64, PageDigests)>,
-    /// At the one that it gives, and which that is of those it has heard of.
+    /// The cut being sent, by its count at this part.
     now: Option<(u64, PageDigests)>,
 }
 
 impl DigestHistory {
-    /// What of some pages is as it was at an earlier cut.
+    /// Splits pages into those unchanged since an earlier cut and the others.
     fn split_unchanged(
         &mut self,
         heard: u64,
@@ -708,10 +711,10 @@ impl DigestHistory {
         })
     }
 
-    /// All of a cut was given.
-    fn all_is(&mut self, number: u64, heard: u64) {
+    /// Records that a cut was sent completely.
+    fn complete(&mut self, number: u64, heard: u64) {
         let now = self.now.take();
-        // (It may have had nothing.)
+        // The member may have had no pages.
         let known = now.filter(|(now, _)| *now == heard);
         let known = known.map_or_else(PageDigests::default, |(_, known)| known);
         self.before = Some((number, known));
@@ -719,7 +722,7 @@ impl DigestHistory {
 }
 
 impl Shared {
-    fn give(&self, number: u64, pieces: Vec<CutPiece>) -> Result<(), SpanError> {
+    fn send_cut_pieces(&self, number: u64, pieces: Vec<CutPiece>) -> Result<(), SpanError> {
         let mut bytes = 0;
         let mut parcels = Vec::new();
         for piece in pieces {
@@ -741,15 +744,15 @@ impl Shared {
                 cutting.asked -= bytes as i64;
             }
         }
-        for parcel in parcels {
-            self.tell_part(PartId::HOME, &parcel)?;
+        for message in parcels {
+            self.send_to(PartId::HOME, &message)?;
         }
         Ok(())
     }
 }
 
-/// A cut through the memory of a machine, at its home. Dropping it ends it: what was not
-/// taken is not to be had any more.
+/// A cut through the memory of a machine, at its home. Dropping it ends the cut; pages
+/// that were not read are then unavailable.
 pub struct Cut {
     shared: Arc<Shared>,
     number: u64,
@@ -763,7 +766,7 @@ impl std::fmt::Debug for Cut {
 }
 
 impl Pages {
-    /// A cut of which nothing is prepared yet.
+    /// Creates a cut with nothing prepared.
     fn open_cut(&self, since: Option<u64>) -> Result<Cut, SpanError> {
         let shared = self.shared.clone();
         let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
@@ -784,18 +787,18 @@ impl Pages {
         Ok(Cut { shared, number })
     }
 
-    /// Prepares a cut while threads run: finds out what pages there are, and has them
-    /// protected. Only at the home, which was the origin; one at a time. Of pages that members
-    /// gave at an earlier one ([`Cut::number`]), of which all was taken, they say only that
-    /// they are as they were, where that is so.
+    /// Prepares a cut while threads run: determines the pages of all parts and protects
+    /// them. Called at the home; one cut at a time. For pages that members sent at the
+    /// cut `since` ([`Cut::number`]), all of which was read, they report only that they
+    /// are unchanged, where that is so.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::CutUnavailable`] if there is one already, or parts leave;
-    /// [`SpanError::NotQuiescent`] if that takes longer.
+    /// [`SpanError`]; [`SpanError::CutUnavailable`] if a cut is in progress or parts
+    /// leave; [`SpanError::NotQuiescent`] at the deadline.
     pub fn prepare_cut(&self, since: Option<u64>, patience: Duration) -> Result<Cut, SpanError> {
         let cut = self.open_cut(since)?;
         for (at, memory) in cut.shared.memories.iter().enumerate() {
-            // It takes long; what comes to be meanwhile is noted.
+            // Takes long; pages that appear meanwhile are recorded.
             let here = memory.memory().populated().map_err(failed)?;
             let mut guard = locked(&cut.shared.state);
             let State { cutting, woken, .. } = &mut *guard;
@@ -812,14 +815,14 @@ impl Pages {
         let deadline = Instant::now() + patience;
         loop {
             let state = &mut *locked(&cut.shared.state);
-            if !cut.shared.is_much_left(state) || !cut.shared.protect_some(state)? {
+            if !cut.shared.is_much_left(state) || !cut.shared.protect_batch(state)? {
                 break;
             }
             if Instant::now() >= deadline {
                 return Err(SpanError::NotQuiescent { patience });
             }
         }
-        let others = cut.shared.others.count();
+        let others = cut.shared.peers.count();
         cut.await_all(deadline, patience, |cutting| {
             cutting.prepared.len() == others
         })?;
@@ -828,25 +831,24 @@ impl Pages {
 }
 
 impl Cut {
-    /// Its number, of those that there were.
+    /// Its number among all cuts.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// The cut is now. All threads stand, and nobody writes for the host; when this returns
-    /// they may go on.
+    /// Marks the instant of the cut. All threads must be stopped and the host must not
+    /// write; both may go on when this returns.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer. There is no cut then.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] at the deadline. There is no cut then.
     pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
-        // (Nobody moves anything before all have marked: a page could come where it is not,
-        // and be at neither.)
-        let settled = shared.settle(patience)?;
+        // No page may move before all parts have marked: it could be missed at both.
+        let settled = shared.quiesce(patience)?;
         self.tell_all(CutMessage::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
-        let others = shared.others.count();
+        let others = shared.peers.count();
         self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
         drop(settled);
         self.tell_all(CutMessage::More(AHEAD_BYTES))
@@ -854,9 +856,9 @@ impl Cut {
 
     fn tell_all(&self, word: CutMessage) -> Result<(), SpanError> {
         let number = self.number;
-        for part in self.shared.others.parts().iter() {
+        for part in self.shared.peers.parts().iter() {
             self.shared
-                .tell_part(part, &PeerMessage::Cut { number, word })?;
+                .send_to(part, &PeerMessage::Cut { number, word })?;
         }
         Ok(())
     }
@@ -882,12 +884,12 @@ impl Cut {
         }
     }
 
-    /// Pages of the machine as they were at the cut, each once; `None` when all were taken.
-    /// What is not among them was zero. What this part has it gives in any case.
+    /// The next pages of the machine as of the cut, each once; `None` at the end. Pages
+    /// that never appear are zero. This part's own pages are always sent with content.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if nothing comes for so long,
-    /// [`SpanError::CutTooSlow`] if too much changed before it was taken.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if nothing arrives in time,
+    /// [`SpanError::CutTooSlow`] if too many pages changed before they were read.
     pub fn next(&self, patience: Duration) -> Result<Option<CutPiece>, SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
@@ -912,13 +914,13 @@ impl Cut {
                     CutPiece::Unchanged(_) => SAME_BYTES,
                 };
                 let (number, word) = (self.number, CutMessage::More(more));
-                shared.tell_part(from, &PeerMessage::Cut { number, word })?;
+                shared.send_to(from, &PeerMessage::Cut { number, word })?;
                 return Ok(Some(piece));
             }
-            if let Some(pages) = shared.take_piece(state)? {
+            if let Some(pages) = shared.read_cut_batch(state)? {
                 return Ok(Some(CutPiece::Pages(pages)));
             }
-            let others = shared.others.count();
+            let others = shared.peers.count();
             let done = state.cutting.as_ref().map(|cutting| cutting.done.len());
             if done == Some(others) {
                 return Ok(None);
@@ -940,7 +942,7 @@ impl Drop for Cut {
         };
         let ended = told.and_then(|()| {
             while !over.load(Ordering::Acquire)
-                && self.shared.let_some_go(&mut locked(&self.shared.state))?
+                && self.shared.release_batch(&mut locked(&self.shared.state))?
             {}
             Ok(())
         });
@@ -954,10 +956,10 @@ impl Drop for Cut {
 mod tests {
     use super::*;
 
-    /// Of a cut that was given up nothing is left, also where the next one, of another home,
-    /// has the same number.
+    /// An abandoned cut leaves nothing behind, even if the next cut, of another home, has
+    /// the same number.
     #[test]
-    fn what_was_given_before_is_of_one_cut() {
+    fn digests_belong_to_one_cut() {
         let pages = |byte: u8| CutPages {
             memory: 0,
             first: 7,
@@ -966,15 +968,15 @@ mod tests {
         let is_same = |pieces: Vec<CutPiece>| matches!(pieces[..], [CutPiece::Unchanged(_)]);
         let mut given = DigestHistory::default();
         assert!(!is_same(given.split_unchanged(0, None, &pages(1))));
-        // The first of another home, which takes the page from elsewhere.
-        given.all_is(1, 1);
+        // The first cut of another home, which takes the page from another part.
+        given.complete(1, 1);
         assert!(!is_same(given.split_unchanged(2, Some(1), &pages(1))));
-        given.all_is(2, 2);
-        // The one before, and only that.
+        given.complete(2, 2);
+        // Only the previous cut counts.
         assert!(is_same(given.split_unchanged(3, Some(2), &pages(1))));
-        given.all_is(3, 3);
+        given.complete(3, 3);
         assert!(!is_same(given.split_unchanged(4, Some(2), &pages(1))));
-        given.all_is(4, 4);
+        given.complete(4, 4);
         assert!(!is_same(given.split_unchanged(5, Some(4), &pages(2))));
         assert!(!is_same(given.split_unchanged(6, None, &pages(2))));
     }

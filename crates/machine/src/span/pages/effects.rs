@@ -1,5 +1,5 @@
-//! What follows from events: what the protocol decides is done to memory, pages in a row
-//! at once, and then said.
+//! Effects of events: the decisions of the protocol are applied to memory, a run of pages
+//! by one call, and then its messages are sent.
 
 use super::super::wire::{FrameWriter, PageBytes, PeerMessage, WireError};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
@@ -10,38 +10,38 @@ use std::collections::btree_map::Entry;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-/// Pages that are said in a row where a thread may wait for them: a record of TLS; and
-/// where none does, or only for those before them.
+/// Pages per message: where a thread may wait for them (one TLS record), and where none
+/// waits, or only for the page before them.
 const ROW_ANSWERED: usize = 4;
 const ROW_MOVED: usize = 16;
 
-/// Pages of events of which what follows is done and said at once.
+/// Pages whose events are applied in one step.
 const AT_ONCE_PAGES: usize = 128;
-/// Of those for whose first somebody waits; then more and more.
+/// The same for a batch whose first page a thread waits for, and the factor by which
+/// later steps grow.
 const AT_ONCE_FIRST: usize = 8;
 const AT_ONCE_GROWS: usize = 4;
 
-/// What comes beside an event.
+/// Data that accompanies an event.
 #[derive(Debug)]
 pub(super) enum EventContext {
     Nothing,
-    /// Nobody stands there.
+    /// A prefetch: no thread waits for the page.
     Ahead,
-    /// The pages that a message brings.
+    /// The pages that a message carries.
     Pages(PageBytes),
-    /// Who stands.
+    /// A faulting thread.
     Thread {
-        /// The OS thread.
         thread: u32,
-        /// What of the page it wants: the first byte's place in it.
+        /// Offset of the accessed byte within the page.
         byte: u64,
     },
 }
 
-/// An event, and what comes beside it.
+/// An event with its context.
 pub(super) type PendingEvent = (Event, EventContext);
 
-/// How many pages an event is about.
+/// Number of pages that an event concerns.
 fn pages_of(event: &Event) -> usize {
     match event {
         Event::Message { message, .. } => message.row().map_or(1, |(_, pages)| pages),
@@ -50,7 +50,7 @@ fn pages_of(event: &Event) -> usize {
     }
 }
 
-/// Whether somebody waits for what follows, here or at another part.
+/// Whether a thread waits for the effects of an event, here or at another part.
 fn is_waited_for(event: &Event) -> bool {
     match event {
         Event::Fault { .. } => true,
@@ -63,18 +63,18 @@ fn is_waited_for(event: &Event) -> bool {
     }
 }
 
-/// Pages that came with the event that is looked at.
+/// Pages that arrived with the current event.
 #[derive(Debug)]
 struct ReceivedPages {
     from: PartId,
     first: PageId,
     pages: PageBytes,
-    /// Those that are of no more use, bit by bit.
+    /// Pages that need not be kept any longer, as a bit set.
     used: u64,
 }
 
 impl ReceivedPages {
-    /// Where a page is among them, if it is.
+    /// Index of a page among them.
     fn index(&self, page: PageId) -> Option<usize> {
         let at = page.number.checked_sub(self.first.number)? as usize;
         (page.memory == self.first.memory && at < self.pages.pages()).then_some(at)
@@ -86,7 +86,7 @@ impl ReceivedPages {
         Some(at)
     }
 
-    /// All of them, if that is what is wanted, or one.
+    /// Takes all pages if exactly those are wanted, or a single page.
     fn take(&mut self, page: PageId, pages: u32) -> Option<PageBytes> {
         if page == self.first && pages as usize == self.pages.pages() {
             self.used = u64::MAX;
@@ -96,11 +96,11 @@ impl ReceivedPages {
         Some(self.pages.page(at))
     }
 
-    /// Those that may be of use later.
+    /// Pages that may be needed later.
     fn left(&self) -> impl Iterator<Item = (PageId, PageBytes)> {
         let left = (0..self.pages.pages()).filter(|at| self.used & 1 << at == 0);
         left.map(|at| {
-            // (Of a row, which there can be.)
+            // A run's page numbers do not overflow.
             let number = self.first.number + at as u32;
             let page = PageId {
                 number,
@@ -111,13 +111,13 @@ impl ReceivedPages {
     }
 }
 
-/// What is to be done to a page.
+/// An operation on a page.
 #[derive(Debug)]
 enum PageAction {
     Protect,
     Send(PartId, Message),
     Discard,
-    /// With what is allowed, and from whom it came.
+    /// Access to grant, the content, and its sender.
     Install(Access, PageBytes, PartId),
     Allow,
     Wake,
@@ -127,7 +127,7 @@ impl PageAction {
     const SEND: u8 = 1;
     const INSTALL: u8 = 3;
 
-    /// Of one page they are done in this order.
+    /// The order in which operations on one page are applied.
     fn rank(&self) -> u8 {
         match self {
             PageAction::Protect => 0,
@@ -140,65 +140,65 @@ impl PageAction {
     }
 }
 
-/// What follows from events.
+/// Effects of events that are still to be applied or sent.
 #[derive(Debug, Default)]
 pub(super) struct Effects {
-    /// With the first page, and how many they are.
-    deeds: Vec<(PageId, u32, PageAction)>,
-    /// Of pages in a row, by the first, how many they are, and the rank of the last. None is
-    /// in two of them.
+    /// Operations, each with its first page and the number of pages.
+    actions: Vec<(PageId, u32, PageAction)>,
+    /// For each run, by its first page: its length, and the rank of its last operation.
+    /// Runs do not overlap.
     ranks: BTreeMap<PageId, (u32, u8)>,
     came: Option<ReceivedPages>,
-    /// What is said, to whom.
+    /// Messages by receiver.
     frames: BTreeMap<PartId, FrameWriter>,
-    /// There is a new time to wait for.
+    /// A new deadline is set.
     is_due: bool,
-    /// Steps of which it is said what follows.
+    /// Steps whose messages are in `frames`.
     steps: u32,
-    /// It is of pages that were asked for behind one at which somebody stands.
+    /// The events are prefetches.
     is_behind: bool,
-    /// More is to be asked for, as nobody stands there.
+    /// Further prefetches are queued.
     pub(super) is_ahead: bool,
 }
 
 impl Effects {
-    /// What is said to a part.
+    /// The messages to a part.
     ///
     /// # Errors
-    /// [`SpanError::Inconsistent`]; none that there is.
+    /// [`SpanError::Inconsistent`] if a frame cannot be encoded, which does not occur.
     pub(super) fn to(&mut self, part: PartId) -> Result<&mut FrameWriter, SpanError> {
         Ok(match self.frames.entry(part) {
             Entry::Occupied(frames) => frames.into_mut(),
-            Entry::Vacant(none) => none.insert(FrameWriter::new().map_err(unsayable)?),
+            Entry::Vacant(none) => none.insert(FrameWriter::new().map_err(encode_error)?),
         })
     }
 
-    /// Says something to a part.
+    /// Adds a message to a part.
     ///
     /// # Errors
-    /// [`SpanError::Inconsistent`], of what cannot be said.
-    pub(super) fn put(&mut self, part: PartId, parcel: &PeerMessage) -> Result<(), SpanError> {
-        self.to(part)?.put(parcel).map_err(unsayable)
+    /// [`SpanError::Inconsistent`] for a message that cannot be encoded.
+    pub(super) fn put(&mut self, part: PartId, message: &PeerMessage) -> Result<(), SpanError> {
+        self.to(part)?.put(message).map_err(encode_error)
     }
 
-    /// Says something of threads to a part.
+    /// Adds a note about threads to a part.
     ///
     /// # Errors
     /// As [`Self::put`].
     pub(super) fn put_note(&mut self, part: PartId, note: &[u8]) -> Result<(), SpanError> {
-        self.to(part)?.put_note(note).map_err(unsayable)
+        self.to(part)?.put_note(note).map_err(encode_error)
     }
 }
 
-fn unsayable(error: WireError) -> SpanError {
+fn encode_error(error: WireError) -> SpanError {
     SpanError::Inconsistent(error.to_string())
 }
 
-/// Pages in a row with which the same is done.
+/// A run of pages with the same operation.
 struct PageRun<'a> {
     first: PageId,
     pages: u32,
-    deeds: Vec<&'a PageAction>,
+    actions: Vec<&'a PageAction>,
 }
 
 impl PageRun<'_> {
@@ -211,34 +211,34 @@ impl PageRun<'_> {
     }
 }
 
-/// Of pages in rising order.
-fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, PageAction)>) -> Vec<PageRun<'a>> {
+/// Joins adjacent pages to runs; the input is sorted.
+fn runs<'a>(actions: impl Iterator<Item = &'a (PageId, u32, PageAction)>) -> Vec<PageRun<'a>> {
     let mut rows: Vec<PageRun<'a>> = Vec::new();
-    for (page, pages, deed) in deeds {
+    for (page, pages, action) in actions {
         match rows.last_mut() {
             Some(row)
                 if row.first.memory == page.memory
                     && row.first.number + row.pages == page.number =>
             {
                 row.pages += pages;
-                row.deeds.push(deed);
+                row.actions.push(action);
             }
             _ => rows.push(PageRun {
                 first: *page,
                 pages: *pages,
-                deeds: vec![deed],
+                actions: vec![action],
             }),
         }
     }
     rows
 }
 
-/// What is said of pages in a row, each as long as it is said at once.
-fn said_of(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, Message)> {
-    // As messages that differ only in which pages they are about, and all their numbers.
+/// The data messages for a run of pages, split into messages of the permitted length.
+fn messages_for(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, Message)> {
+    // Joined first: messages that differ only in page and transaction number.
     let mut long: Vec<(PartId, Message, Vec<u64>)> = Vec::new();
-    for deed in &row.deeds {
-        let PageAction::Send(to, message) = deed else {
+    for action in &row.actions {
+        let PageAction::Send(to, message) = action else {
             continue;
         };
         let mut alike = message.clone();
@@ -292,13 +292,13 @@ fn said_of(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<(Part
     said
 }
 
-/// Pages in a row, which there can be.
-fn row_of(first: PageId, pages: u32) -> impl Iterator<Item = PageId> {
+/// The pages of a run; their numbers do not overflow.
+fn pages_in_run(first: PageId, pages: u32) -> impl Iterator<Item = PageId> {
     let numbers = first.number..first.number + pages;
     numbers.map(move |number| PageId { number, ..first })
 }
 
-/// So many bytes that are zero.
+/// This many zero bytes.
 fn zeros(zeros: &mut Vec<u8>, bytes: usize) -> &[u8] {
     if zeros.len() < bytes {
         zeros.resize(bytes, 0);
@@ -306,7 +306,7 @@ fn zeros(zeros: &mut Vec<u8>, bytes: usize) -> &[u8] {
     &zeros[..bytes]
 }
 
-/// Why pages are not said.
+/// Why pages cannot be sent.
 enum SendError {
     Memory(SpanError),
     Wire(WireError),
@@ -318,8 +318,9 @@ impl From<WireError> for SendError {
     }
 }
 
-/// How many such pages are said in a row at most: who waits for one waits for all of them.
-fn together(message: &Message, is_behind: bool) -> usize {
+/// The most pages per message: a thread that waits for one page waits for the whole
+/// message.
+fn run_pages_max(message: &Message, is_behind: bool) -> usize {
     match message {
         Message::Data { txn, .. } if txn.is_answer && !is_behind => ROW_ANSWERED,
         _ => ROW_MOVED,
@@ -327,9 +328,9 @@ fn together(message: &Message, is_behind: bool) -> usize {
 }
 
 impl Shared {
-    /// Takes note of events, and does what follows. Of many, some after the other: what
-    /// follows of the first is under way while others are looked at, and sooner where
-    /// somebody waits for it.
+    /// Processes events and applies their effects. A large batch is split, so that the
+    /// effects of the first events are under way while the rest is processed; the first
+    /// pieces are smaller where a thread waits.
     pub(super) fn step(&self, events: Vec<PendingEvent>) {
         let is_waited_for = events
             .first()
@@ -352,9 +353,9 @@ impl Shared {
             };
             let done = {
                 let mut state = locked(&self.state);
-                self.step_in(&mut state, some, &mut work)
+                self.step_locked(&mut state, some, &mut work)
             };
-            self.say(done, work);
+            self.dispatch(done, work);
             if events.peek().is_none() {
                 return;
             }
@@ -363,10 +364,9 @@ impl Shared {
         }
     }
 
-    /// Asks for pages at which nobody stands, some of those that are to be asked for; whether
-    /// there were any. Only of the thread that hears others: what it hears meanwhile comes
-    /// first.
-    pub(super) fn ask_ahead(&self) -> bool {
+    /// Requests some of the queued prefetches; false if there were none. Called only by
+    /// the serving thread, so that incoming messages take precedence.
+    pub(super) fn prefetch_some(&self) -> bool {
         let mut work = Effects::default();
         let done = {
             let mut state = locked(&self.state);
@@ -383,46 +383,46 @@ impl Shared {
             let events = some.into_iter();
             let events = events.map(|(page, access)| Event::Fault { page, access });
             let events = events.map(|event| (event, EventContext::Ahead));
-            self.step_in(&mut state, events.collect(), &mut work)
+            self.step_locked(&mut state, events.collect(), &mut work)
         };
-        self.say(done, work);
+        self.dispatch(done, work);
         true
     }
 
-    /// Says what is to be said after a step, or how it failed.
-    pub(super) fn say(&self, done: Result<(), SpanError>, work: Effects) {
+    /// Sends the messages of a step, or ends the part if the step failed.
+    pub(super) fn dispatch(&self, done: Result<(), SpanError>, work: Effects) {
         let mut done = done;
         for (to, frames) in work.frames {
-            // Whatever is in it has happened.
+            // Every effect contained in it has been applied.
             match frames.finish(self.listener().time()) {
                 Ok(frames) => {
-                    if let Some(told) = self.others.told(to)
+                    if let Some(told) = self.peers.outbound(to)
                         && let Err(error) = told.tell(frames)
                     {
                         self.lost_by(&told, error.to_string());
                     }
                 }
-                Err(error) => done = done.and(Err(unsayable(error))),
+                Err(error) => done = done.and(Err(encode_error(error))),
             }
         }
         if work.steps > 0 {
             self.unsaid.fetch_sub(work.steps, Ordering::SeqCst);
         }
-        // (Whoever waits for all to be said looks when that thread has looked.)
+        // The serving thread checks for quiescence whenever all messages are sent.
         if work.is_due || self.is_settling.load(Ordering::SeqCst) {
             self.ring();
         }
         if let Err(error) = done
             && !self.over.load(Ordering::Acquire)
         {
-            tracing::error!(%error, "a part of a machine cannot go on");
+            tracing::error!(%error, "a part of a machine failed");
             self.end(error);
         }
     }
 
-    /// As [`Self::step`], under the lock. After an error nothing is said any more: what was
-    /// to be done before it is said may not have been done.
-    pub(super) fn step_in(
+    /// As [`Self::step`], with the lock held. After an error no messages are sent,
+    /// because an operation that must precede them may be missing.
+    pub(super) fn step_locked(
         &self,
         state: &mut State,
         events: Vec<PendingEvent>,
@@ -464,14 +464,14 @@ impl Shared {
             match (&event, beside) {
                 (Event::Fault { .. }, EventContext::Ahead) => {}
                 (Event::Fault { page, access }, beside) => {
-                    // (Of many at one page one alone says what follows it.)
+                    // Of several accesses to one page only the first triggers a prefetch.
                     if !state.since.contains_key(page) {
                         let is_asked = state.is_asked(*page);
                         stood = Some((*page, *access, is_asked));
                     }
                     let thread = match beside {
                         EventContext::Thread { thread, byte } => {
-                            // (What nobody touched yet may be here all the same.)
+                            // A page may be present although no thread accessed it yet.
                             if !state.is_here(*page, *access) {
                                 state.standing.waits(*page, byte, *access, self.now());
                             }
@@ -513,21 +513,21 @@ impl Shared {
                 state.arrived.extend(left);
             }
             if let Some((page, access, is_asked)) = stood {
-                self.look_ahead(state, (page, access, is_asked), work)?;
+                self.plan_prefetch(state, (page, access, is_asked), work)?;
             }
         }
         self.finish(state, work)
     }
 
-    /// What follows a page at which somebody stands is asked for next, where memory is gone
-    /// through in order.
-    fn look_ahead(
+    /// Queues the pages behind a faulting page for prefetching, where memory is accessed
+    /// sequentially.
+    fn plan_prefetch(
         &self,
         state: &mut State,
         (page, access, is_asked): (PageId, Access, bool),
         work: &mut Effects,
     ) -> Result<(), SpanError> {
-        let ahead = state.streams.stands(page, access, is_asked);
+        let ahead = state.streams.on_fault(page, access, is_asked);
         let asked = u32::try_from(state.ahead.len()).unwrap_or(u32::MAX);
         let most = self.limits.ahead_max().saturating_sub(asked);
         let mut wanted = ahead.pages.min(most);
@@ -547,13 +547,13 @@ impl Shared {
                 missing.push((next, access));
             }
         }
-        state.streams.asked(page, access, until);
+        state.streams.on_requested(page, access, until);
         if missing.len() > ROW_ANSWERED {
             state.ahead.extend(missing);
             work.is_ahead = true;
             return Ok(());
         }
-        // So few are said with it.
+        // The first of them are requested in the same message.
         let now = self.now();
         for (page, access) in missing {
             let event = Event::Fault { page, access };
@@ -564,15 +564,15 @@ impl Shared {
         Ok(())
     }
 
-    /// Notes what is to be done; does what was noted before where the order counts: of
-    /// one page.
+    /// Records an operation. Earlier operations are applied first where they concern the
+    /// same page and the order matters.
     fn note(
         &self,
         state: &mut State,
         command: Command,
         work: &mut Effects,
     ) -> Result<(), SpanError> {
-        let (page, pages, deed) = match command {
+        let (page, pages, action) = match command {
             Command::Send { to, message } => {
                 state.traffic.said(to);
                 return work.put(to, &PeerMessage::Coherence(message));
@@ -595,7 +595,7 @@ impl Shared {
                 let Some((page, pages)) = message.row() else {
                     return Err(SpanError::Inconsistent(format!("{message:?} has no pages")));
                 };
-                // (As many as a row has.)
+                // No more than a message contains.
                 (page, pages as u32, PageAction::Send(to, message))
             }
             Command::Install {
@@ -608,7 +608,7 @@ impl Shared {
                 let came = came.or_else(|| state.arrived.remove(&page).filter(|_| pages == 1));
                 let Some((from, bytes)) = came else {
                     let what =
-                        format!("{pages} pages from {page:?} on are to be used, and have not come");
+                        format!("{pages} pages from {page:?} on were used before they arrived");
                     return Err(SpanError::Inconsistent(what));
                 };
                 (page, pages, PageAction::Install(access, bytes, from))
@@ -633,16 +633,16 @@ impl Shared {
             Command::Discard { page, pages } => (page, pages, PageAction::Discard),
         };
         let lets_go_on = matches!(
-            deed,
+            action,
             PageAction::Install(..) | PageAction::Allow | PageAction::Wake
         );
         if lets_go_on && !state.waiting.is_empty() {
-            for page in row_of(page, pages) {
+            for page in pages_in_run(page, pages) {
                 self.grant(state, page);
             }
         }
-        // In one step a page is protected, sent and discarded, or something is done with
-        // it that lets somebody go on. Rarely both.
+        // One step usually protects, sends and discards a page, or makes it accessible;
+        // both rarely occur.
         let last = PageId {
             number: page.number + (pages - 1),
             ..page
@@ -652,32 +652,32 @@ impl Shared {
             first.memory == page.memory && first.number + count > page.number
         });
         if before.is_some_and(|(first, (count, rank))| {
-            (*first, *count) != (page, pages) || *rank >= deed.rank()
+            (*first, *count) != (page, pages) || *rank >= action.rank()
         }) {
             self.finish(state, work)?;
         }
-        work.ranks.insert(page, (pages, deed.rank()));
-        work.deeds.push((page, pages, deed));
+        work.ranks.insert(page, (pages, action.rank()));
+        work.actions.push((page, pages, action));
         Ok(())
     }
 
-    /// Does what was noted, pages in a row at once.
+    /// Applies the recorded operations, a run of pages by one call.
     fn finish(&self, state: &mut State, work: &mut Effects) -> Result<(), SpanError> {
         let failed = |error: MemoryError| SpanError::Memory(error.to_string());
-        let mut deeds = std::mem::take(&mut work.deeds);
+        let mut actions = std::mem::take(&mut work.actions);
         work.ranks.clear();
-        for (page, pages, deed) in &deeds {
-            if !matches!(deed, PageAction::Protect | PageAction::Send(..)) {
-                for page in row_of(*page, *pages) {
-                    self.changes(state, page)?;
+        for (page, pages, action) in &actions {
+            if !matches!(action, PageAction::Protect | PageAction::Send(..)) {
+                for page in pages_in_run(*page, *pages) {
+                    self.before_change(state, page)?;
                 }
             }
         }
-        deeds.sort_by_key(|(page, _, deed)| (deed.rank(), *page));
+        actions.sort_by_key(|(page, _, action)| (action.rank(), *page));
         let with = |rank: u8| {
-            let first = deeds.partition_point(|(_, _, deed)| deed.rank() < rank);
-            let those = deeds[first..].iter();
-            those.take_while(move |(_, _, deed)| deed.rank() == rank)
+            let first = actions.partition_point(|(_, _, action)| action.rank() < rank);
+            let those = actions[first..].iter();
+            those.take_while(move |(_, _, action)| action.rank() == rank)
         };
         for run in runs(with(PageAction::Protect.rank())) {
             let memory = self.memory(run.first.memory)?;
@@ -685,13 +685,13 @@ impl Shared {
         }
         for run in runs(with(PageAction::SEND)) {
             let memory = self.memory(run.first.memory)?.memory();
-            if let Some(PageAction::Send(to, _)) = run.deeds.first() {
-                // (Mostly all go there.)
+            if let Some(PageAction::Send(to, _)) = run.actions.first() {
+                // Usually all pages go to this part.
                 work.to(*to)?.reserve(run.pages as usize * PAGE);
             }
             let mut offset = run.offset();
-            let together = |message: &Message| together(message, work.is_behind);
-            for (to, message) in said_of(&run, together) {
+            let together = |message: &Message| run_pages_max(message, work.is_behind);
+            for (to, message) in messages_for(&run, together) {
                 let read = |pages: usize, bytes: &mut Vec<u8>| {
                     let read = memory.append(offset, pages * PAGE, bytes);
                     offset += pages as u64 * PAGE_BYTES;
@@ -700,7 +700,7 @@ impl Shared {
                 let said = work.to(to)?.put_pages(&message, read);
                 said.map_err(|error| match error {
                     SendError::Memory(error) => error,
-                    SendError::Wire(error) => unsayable(error),
+                    SendError::Wire(error) => encode_error(error),
                 })?;
                 state.traffic.said(to);
             }
@@ -709,8 +709,8 @@ impl Shared {
             let memory = self.memory(run.first.memory)?;
             memory.discard(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for (page, _, deed) in with(PageAction::INSTALL) {
-            let PageAction::Install(access, pages, _) = deed else {
+        for (page, _, action) in with(PageAction::INSTALL) {
+            let PageAction::Install(access, pages, _) = action else {
                 continue;
             };
             let memory = self.memory(page.memory)?;
@@ -733,41 +733,41 @@ impl Shared {
             let memory = self.memory(run.first.memory)?;
             memory.wake(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for (page, pages, deed) in &deeds {
-            match deed {
+        for (page, pages, action) in &actions {
+            match action {
                 PageAction::Install(access, _, from) => {
-                    self.tell_waiting(state);
-                    for page in row_of(*page, *pages) {
+                    self.notify_waiters(state);
+                    for page in pages_in_run(*page, *pages) {
                         if let Some(keep) = &mut state.keep {
-                            keep.came(page, *access);
+                            keep.arrived(page, *access);
                         }
                         self.came(state, page, Some(*from));
                     }
                 }
                 PageAction::Allow => {
                     if let Some(keep) = &mut state.keep {
-                        keep.came(*page, Access::Write);
+                        keep.arrived(*page, Access::Write);
                     }
-                    self.tell_waiting(state);
+                    self.notify_waiters(state);
                     self.came(state, *page, None);
                 }
                 PageAction::Wake => {
                     if let Some(woken) = state.woken.get_mut(page.memory as usize) {
                         woken.insert(page.number);
                     }
-                    // It may be the first time that anybody touches it.
+                    // The first access to the page may be this one.
                     let access = state.coherence.access(*page);
                     if let (Some(keep), Some(access)) = (&mut state.keep, access)
                         && !keep.knows(*page)
                     {
-                        keep.came(*page, access);
+                        keep.arrived(*page, access);
                     }
                     state.since.remove(page);
-                    self.tell_waiting(state);
+                    self.notify_waiters(state);
                 }
                 PageAction::Discard => {
                     if let Some(keep) = &mut state.keep {
-                        row_of(*page, *pages).for_each(|page| keep.left(page));
+                        pages_in_run(*page, *pages).for_each(|page| keep.departed(page));
                     }
                 }
                 PageAction::Protect | PageAction::Send(..) => {}
@@ -776,22 +776,22 @@ impl Shared {
         Ok(())
     }
 
-    /// A page has come, or who waits for it has: the host's accesses that wait look. (Where
-    /// none does that is not said: it is a call of the kernel.)
-    fn tell_waiting(&self, state: &State) {
+    /// Wakes host accesses after a page arrived. Skipped where none waits, because it is
+    /// a system call.
+    fn notify_waiters(&self, state: &State) {
         if !state.waiting.is_empty() || !state.granted.is_empty() {
             self.changed.notify_all();
         }
     }
 
-    /// A page is there: who waits for it goes on.
+    /// Records that a page has arrived and its waiters go on.
     fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
         let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };
         let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         if let (Some(thread), Some(from)) = (thread, from) {
-            // (Of threads that ended nobody asks; there are not many of them.)
+            // Entries of ended threads are never read; there are few.
             if state.stood_at.len() >= WAITED_MAX {
                 state.stood_at.clear();
             }

@@ -1,17 +1,17 @@
-//! What a part keeps of a machine's memory, at most: a thread of its own gives away what
-//! is too much. Copies that others have, too, are dropped first; then pages go to the part
-//! with most room ([`super::super::eviction`] says which).
+//! Keeps a part's memory within its limit: a thread of its own evicts the excess. Copies
+//! that other parts hold, too, are dropped first; then pages move to the part with most
+//! room ([`super::super::eviction`] selects them).
 //!
 //! ```text
 //!   limit of all parts ── from the home ──▶ own limit ◀── what this host has room for
 //!                                             │
-//!   memory of others ── told as it changes ──▶ gives away ◀── more is here than that
+//!   memory of others ── reported ────▶ evicts ◀── resident memory exceeds the limit
 //!                                             │
-//!   faults ◀── wait for a moment ─────────────┘   while it is far over, and others have room
+//!   faults ◀── wait for a moment ─────────────┘   while far above it, if others have room
 //! ```
 //!
-//! Where no part has room, it keeps what it has: nothing that the guest wrote is ever
-//! lost for it. How much memory the machine may have in all, its own limit says.
+//! Where no part has room, the pages stay: the limit never causes data loss. The
+//! machine's own limit bounds its memory in total.
 
 use super::super::eviction::EvictionPolicy;
 use super::super::wire::PeerMessage;
@@ -28,100 +28,101 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// The least that a part keeps, whatever it is told: below that it does not get on.
+/// The smallest limit of a part, in bytes: with less it makes no progress.
 pub const PART_BYTES_MIN: u64 = 1 << 20;
-/// No limit.
+/// Stands for no limit.
 const NONE: u64 = u64::MAX;
-/// When there is too much, one in so many of what may stay goes, too: so it is not begun
-/// anew with each page.
+/// Once the limit is exceeded, this fraction (1/n) below it is evicted as well, so that
+/// eviction does not restart with each page.
 const BELOW_PART: u64 = 32;
-/// Faults wait when so much of the limit is there beyond it; so much room another part has
-/// at least that gets something, or [`PART_BYTES_MIN`] where that is less.
+/// Faults wait when memory exceeds the limit by this fraction (1/n). A part receives
+/// evicted pages only if it has that much room, or [`PART_BYTES_MIN`] where that is less.
 const FAR_PART: u64 = 16;
-/// So much of what may be here is asked for ahead of a thread at most.
+/// Prefetches in flight are bounded by this fraction (1/n) of the limit.
 const AHEAD_PART: u64 = 64;
-/// How much what is there changes before others are told at once.
+/// Other parts are informed at once when resident memory changes by this fraction (1/n).
 const TOLD_PART: u64 = 64;
-/// How long faults wait, at most, for room to be made.
+/// How long faults wait for eviction, at most.
 pub(super) const FAULTS_WAIT: Duration = Duration::from_millis(20);
-/// Between two looks while something is given away, while there is a limit, and else.
+/// Intervals of the evictor: while it evicts, while there is a limit, and otherwise.
 const GIVING: Duration = Duration::from_millis(1);
 const LIMITED: Duration = Duration::from_millis(50);
 const UNLIMITED: Duration = Duration::from_secs(1);
-/// A part gets nothing while so much is not written to it yet: what threads wait for there
-/// would come behind it.
+/// A part receives no evicted pages while this many bytes to it are unwritten: pages that
+/// threads wait for would queue behind them.
 const UNWRITTEN_MAX: usize = 1 << 20;
-/// Pages that were asked away from here and have not left, at most.
+/// Evicted pages in flight, at most.
 const GOING_MAX: usize = 1024;
-/// Pages that are looked at, whether they are used, before some are given away: a
-/// millisecond.
+/// Pages examined per pass: about a millisecond.
 const LOOKS_MAX: usize = 256;
-/// Bytes of which it is forgotten at once that they were used.
+/// Bytes whose accessed bits are cleared by one call.
 const TAKEN_BYTES: u64 = 4 << 20;
-/// How long a part that has too much from the beginning looks what it uses of it.
+/// How long accesses are observed before a part evicts from memory that it had when the
+/// limit was set.
 const ADOPTED_RESTS: Duration = Duration::from_millis(100);
-/// How long a page that was chosen may take to leave before it is one as others again.
+/// How long an evicted page may be in flight before it is a candidate again.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long nothing may leave while the host waits for room.
+/// How long [`Pages::await_room`] waits without progress.
 const ROOM_WITHIN: Duration = Duration::from_secs(20);
 
-/// Room that a part has at least which gets something of one with such a limit.
-fn least_room(limit: u64) -> u64 {
+/// The room that a part must have to receive pages from a part with this limit.
+fn room_min_bytes(limit: u64) -> u64 {
     (limit / FAR_PART).min(PART_BYTES_MIN)
 }
 
-/// What a part has of a machine's memory.
+/// Memory of a machine at one part.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartMemory {
-    /// Bytes that are there, with copies of what others have.
+    /// Resident bytes, with read copies.
     pub resident_bytes: u64,
-    /// What it keeps at most, while others have room; `None`: whatever is there.
+    /// The limit, which is exceeded where no other part has room; `None` for no limit.
     pub limit_bytes: Option<u64>,
-    /// Bytes that it gave away so far because they were too much.
+    /// Bytes moved away so far because of the limit.
     pub given_bytes: u64,
-    /// Bytes of copies that it dropped for the same reason.
+    /// Bytes of read copies dropped for the same reason.
     pub dropped_bytes: u64,
 }
 
 impl PartMemory {
-    /// Bytes that it can take. (Of two without limits, the one with less has more room.)
+    /// Bytes that the part can take. Of two parts without limits the one with fewer
+    /// resident bytes has more room.
     fn room(&self) -> u64 {
         let limit = self.limit_bytes.unwrap_or(NONE);
         limit.saturating_sub(self.resident_bytes)
     }
 }
 
-/// What is known of limits.
+/// Limits of this part and the reported memory of the others.
 #[derive(Debug)]
 pub(super) struct Limits {
-    /// What this host has room for.
+    /// Bytes for which this host has room.
     room: u64,
-    /// What may be here; [`NONE`], as it is before the first word of it.
+    /// The limit in force; [`NONE`] before the home announces one.
     limit: AtomicU64,
-    /// What the home said last, if this is the home and it said something.
+    /// At the home: the limit announced last.
     pub(super) of_parts: Mutex<Option<Option<u64>>>,
-    /// Others are told what is here: not before the home has said what a part keeps, as
-    /// they do not all know this part until then.
+    /// Whether this part reports its memory. It does once the home has announced a limit:
+    /// before, not all parts may know it.
     tells: AtomicBool,
-    /// They are told once more, whatever they were told.
+    /// Report again, even if nothing changed.
     again: AtomicBool,
-    /// All that comes stays, whatever is said.
+    /// No limit is in force, whatever is announced.
     keeps_all: AtomicBool,
-    /// What others believe to be here.
+    /// Resident bytes as reported last.
     told_bytes: AtomicU64,
     given: AtomicU64,
     dropped: AtomicU64,
-    pub(super) others: Mutex<BTreeMap<PartId, PartMemory>>,
-    /// There is something to do.
+    pub(super) peers: Mutex<BTreeMap<PartId, PartMemory>>,
+    /// The evictor has work.
     wanted: Mutex<bool>,
     bell: Condvar,
-    /// It has been asked to look, and did not yet.
+    /// A wake-up is pending.
     is_rung: AtomicBool,
 }
 
 impl Limits {
-    /// Of a part whose host has room for so many bytes.
+    /// Limits of a part whose host has room for this many bytes.
     pub(super) fn new(room_bytes: Option<u64>) -> Self {
         let room = room_bytes.map_or(NONE, |room| room.max(PART_BYTES_MIN));
         Limits {
@@ -134,7 +135,7 @@ impl Limits {
             told_bytes: AtomicU64::new(0),
             given: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
-            others: Mutex::default(),
+            peers: Mutex::default(),
             wanted: Mutex::new(false),
             bell: Condvar::new(),
             is_rung: AtomicBool::new(false),
@@ -146,19 +147,17 @@ impl Limits {
         (limit != NONE).then_some(limit)
     }
 
-    /// Pages that are asked for ahead at most: what comes so is to drive out little.
+    /// The most pages to prefetch: they should evict little.
     pub(super) fn ahead_max(&self) -> u32 {
         let most = self.get().unwrap_or(NONE) / PAGE_BYTES / AHEAD_PART;
         u32::try_from(most).unwrap_or(u32::MAX)
     }
 
-    /// Whether there is a limit.
     pub(super) fn is_set(&self) -> bool {
         self.get().is_some()
     }
 
-    /// The most that a part may have, as the home says, and what its host has room for, from
-    /// now on.
+    /// Applies the limit announced by the home, bounded by the host's room.
     pub(super) fn set(&self, of_parts: Option<u64>) {
         let told = of_parts.map_or(NONE, |limit| limit.max(PART_BYTES_MIN));
         let limit = match self.keeps_all.load(Ordering::Acquire) {
@@ -169,43 +168,43 @@ impl Limits {
         self.ring();
     }
 
-    /// The home says what a part keeps: this one is one of them.
-    pub(super) fn told(&self, of_parts: Option<u64>) {
+    /// Applies a limit announced by the home, which makes this part a member.
+    pub(super) fn announce(&self, of_parts: Option<u64>) {
         self.tells.store(true, Ordering::Release);
         self.set(of_parts);
     }
 
-    /// Whether the home has said that this part is one of them.
-    pub(super) fn are_told(&self) -> bool {
+    /// Whether the home has announced a limit to this part.
+    pub(super) fn is_announced(&self) -> bool {
         self.tells.load(Ordering::Acquire)
     }
 
-    /// Somebody has come who knows nothing of what is here.
-    pub(super) fn tell_again(&self) {
+    /// A part has joined that does not know this part's memory.
+    pub(super) fn report_again(&self) {
         self.again.store(true, Ordering::Release);
         self.ring();
     }
 
-    /// A part is none any more.
+    /// Forgets a part that has left.
     pub(super) fn forget(&self, part: PartId) {
-        locked(&self.others).remove(&part);
+        locked(&self.peers).remove(&part);
     }
 
-    /// A part has another number from now on.
+    /// Renumbers a part.
     pub(super) fn rename(&self, from: PartId, to: PartId) {
-        let mut others = locked(&self.others);
+        let mut others = locked(&self.peers);
         others.remove(&to);
         if let Some(memory) = others.remove(&from) {
             others.insert(to, memory);
         }
     }
 
-    /// Another part tells what it has.
-    pub(super) fn heard(&self, from: PartId, memory: PartMemory) {
-        locked(&self.others).insert(from, memory);
+    /// Records the memory that another part reports.
+    pub(super) fn record_peer(&self, from: PartId, memory: PartMemory) {
+        locked(&self.peers).insert(from, memory);
     }
 
-    /// Has the thread that gives away look at once.
+    /// Wakes the evictor.
     pub(super) fn ring(&self) {
         if !self.is_rung.swap(true, Ordering::AcqRel) {
             *locked(&self.wanted) = true;
@@ -231,10 +230,10 @@ impl Limits {
         self.is_rung.store(false, Ordering::Release);
     }
 
-    /// Of those that may get something the part with most room, if it has enough of it; it
-    /// has a page less from now on, as far as is known here.
+    /// The permitted part with most room, if it has at least `least`; one page is
+    /// deducted from its recorded room.
     fn take_room(&self, least: u64, may: impl Fn(PartId) -> bool) -> Option<PartId> {
-        let mut others = locked(&self.others);
+        let mut others = locked(&self.peers);
         let most = others
             .iter_mut()
             .filter(|(part, _)| may(**part))
@@ -245,24 +244,24 @@ impl Limits {
     }
 
     fn has_room(&self, least: u64) -> bool {
-        locked(&self.others)
+        locked(&self.peers)
             .values()
             .any(|memory| memory.room() >= least)
     }
 }
 
-/// Between two looks of the thread that gives away.
+/// State of the evictor between passes.
 #[derive(Debug)]
 struct EvictorState {
     told: Option<(PartMemory, Instant)>,
-    /// Pages on their way, since when they are so many.
+    /// Pages in flight, and since when the number is unchanged.
     going: (usize, Instant),
-    /// Since when it is seen which pages are used, and bytes that were here then.
+    /// Since when accesses are observed, and the resident bytes then.
     adopted: (Instant, u64),
 }
 
 impl Shared {
-    /// Bytes of the machine's memory that are here.
+    /// Resident bytes of the machine's memory.
     pub(super) fn resident(&self) -> Result<u64, SpanError> {
         let mut bytes = 0;
         for memory in &self.memories {
@@ -281,8 +280,8 @@ impl Shared {
         })
     }
 
-    /// Whether there is so much too much here that nothing more is to come for a moment.
-    /// Who gives away, and tells others, is woken where it has something to do.
+    /// Whether the limit is exceeded so far that faults should wait. Wakes the evictor
+    /// where it has work.
     pub(super) fn is_full(&self) -> bool {
         let Some(limit) = self.limits.get() else {
             return false;
@@ -292,11 +291,13 @@ impl Shared {
         if resident > limit || resident.abs_diff(told) > limit / TOLD_PART {
             self.limits.ring();
         }
-        resident > limit.saturating_add(limit / FAR_PART) && self.limits.has_room(least_room(limit))
+        resident > limit.saturating_add(limit / FAR_PART)
+            && self.limits.has_room(room_min_bytes(limit))
     }
 
-    /// Until the end: gives away what is too much here, and tells others what there is.
-    pub(super) fn keep_within(&self) {
+    /// The evictor's thread: evicts the excess and reports this part's memory, until the
+    /// end.
+    pub(super) fn run_evictor(&self) {
         let mut seen = EvictorState {
             told: None,
             going: (0, Instant::now()),
@@ -304,15 +305,15 @@ impl Shared {
         };
         let mut looking = AccessScan::default();
         while !self.over.load(Ordering::Acquire) {
-            self.look_at_uses(&mut looking);
+            self.scan_accesses(&mut looking);
             let gives = match self.limits.get() {
-                Some(limit) => self.give_away(limit, &mut seen),
+                Some(limit) => self.evict_some(limit, &mut seen),
                 None => {
                     locked(&self.state).keep = None;
                     Ok(false)
                 }
             };
-            let told = gives.and_then(|gives| self.tell_memory(&mut seen).map(|()| gives));
+            let told = gives.and_then(|gives| self.report_memory(&mut seen).map(|()| gives));
             let pause = match told {
                 Ok(true) => GIVING,
                 Ok(false) if self.limits.get().is_some() => LIMITED,
@@ -323,9 +324,9 @@ impl Shared {
         }
     }
 
-    /// Tells the others what is here, if that is news.
-    fn tell_memory(&self, seen: &mut EvictorState) -> Result<(), SpanError> {
-        if !self.limits.are_told() {
+    /// Reports this part's memory to the others, if it changed.
+    fn report_memory(&self, seen: &mut EvictorState) -> Result<(), SpanError> {
+        if !self.limits.is_announced() {
             return Ok(());
         }
         if self.limits.again.swap(false, Ordering::AcqRel) {
@@ -334,7 +335,7 @@ impl Shared {
         let now = self.own_memory()?;
         let is_news = match &seen.told {
             None => true,
-            // (They counted what was to come, and may be wrong.)
+            // The others have counted pages in flight and may be wrong.
             Some((told, at)) if *told == now => {
                 now.limit_bytes.is_some() && at.elapsed() >= UNLIMITED
             }
@@ -352,20 +353,21 @@ impl Shared {
         self.limits
             .told_bytes
             .store(now.resident_bytes, Ordering::Relaxed);
-        self.tell_all(&PeerMessage::Memory(now))
+        self.broadcast(&PeerMessage::Memory(now))
     }
 
-    pub(super) fn tell_all(&self, parcel: &PeerMessage) -> Result<(), SpanError> {
+    pub(super) fn broadcast(&self, message: &PeerMessage) -> Result<(), SpanError> {
         let mut work = Effects::default();
-        for part in self.others.parts().iter() {
-            work.put(part, parcel)?;
+        for part in self.peers.parts().iter() {
+            work.put(part, message)?;
         }
-        self.say(Ok(()), work);
+        self.dispatch(Ok(()), work);
         Ok(())
     }
 
-    /// From now on [`Self::is_used`] is of what the guest does from now on.
-    fn take_all_uses(&self) {
+    /// Clears the accessed bits, so that [`Self::was_accessed`] reports later accesses
+    /// only.
+    fn clear_accessed_bits(&self) {
         for memory in &self.memories {
             let here = memory.memory().populated().unwrap_or_default();
             for range in here {
@@ -377,16 +379,16 @@ impl Shared {
                     let bytes = TAKEN_BYTES.min(range.end - start);
                     let whole = bytes.next_multiple_of(PAGE_BYTES);
                     if let Err(error) = memory.uses().take(start, whole) {
-                        tracing::debug!(%error, start, "which of its memory is used");
+                        tracing::debug!(%error, start, "cannot read accessed bits");
                     }
                 }
             }
         }
     }
 
-    /// Whether the guest used a page since this was asked of it last, or it came. (Of one of
-    /// which that cannot be seen it is not known, and it goes in its turn.)
-    fn is_used(&self, page: PageId) -> bool {
+    /// Whether the guest accessed a page since the last query, or since it arrived. A
+    /// page whose accesses cannot be observed counts as not accessed.
+    fn was_accessed(&self, page: PageId) -> bool {
         let memory = self.memories.get(page.memory as usize);
         let used = memory.map(|it| it.uses().take(offset(page), PAGE_BYTES));
         let used = matches!(used, Some(Ok(used)) if used == [true]);
@@ -394,20 +396,20 @@ impl Shared {
         used || locked(&self.idle).was_just_used(memory, at, self.now())
     }
 
-    /// Gives away some of what is too much; whether there is more to do at once.
-    fn give_away(&self, limit: u64, seen: &mut EvictorState) -> Result<bool, SpanError> {
+    /// Evicts part of the excess; whether to go on at once.
+    fn evict_some(&self, limit: u64, seen: &mut EvictorState) -> Result<bool, SpanError> {
         let resident = self.resident()?;
         let begins = {
             let state = locked(&self.state);
-            state.keep.is_none() && state.failure.is_none() && !self.must_rest(&state)
+            state.keep.is_none() && state.failure.is_none() && !self.is_paused(&state)
         };
         if begins {
-            // (What was used before counts no more. It takes a while, of much memory.)
-            self.take_all_uses();
+            // Earlier accesses do not count. This takes a while with much memory.
+            self.clear_accessed_bits();
             seen.adopted = (Instant::now(), resident);
         }
         let mut guard = locked(&self.state);
-        let rests = self.must_rest(&guard);
+        let rests = self.is_paused(&guard);
         if guard.failure.is_some() || rests {
             return Ok(rests);
         }
@@ -415,25 +417,25 @@ impl Shared {
         let keep = match &mut state.keep {
             Some(keep) => keep,
             none => {
-                // What was here at its beginning, or before there was a limit.
+                // Pages that were present at the start, or before there was a limit.
                 let keep = none.insert(EvictionPolicy::default());
                 adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
                 keep
             }
         };
-        let given = keep.take_given();
+        let given = keep.take_evicted();
         self.limits
             .given
             .fetch_add(given * PAGE_BYTES, Ordering::Relaxed);
-        if seen.going.0 != keep.going() || given > 0 {
-            seen.going = (keep.going(), Instant::now());
-        } else if keep.going() > 0 && seen.going.1.elapsed() > LEAVES_WITHIN {
-            keep.give_up_waiting();
+        if seen.going.0 != keep.departing() || given > 0 {
+            seen.going = (keep.departing(), Instant::now());
+        } else if keep.departing() > 0 && seen.going.1.elapsed() > LEAVES_WITHIN {
+            keep.reconsider_departing();
         }
-        if resident <= limit && keep.going() == 0 {
+        if resident <= limit && keep.departing() == 0 {
             return Ok(false);
         }
-        // (Before, nobody knows what of it is used. No more is to come for that.)
+        // Before that, accesses are unknown. Memory must not grow meanwhile.
         let (adopted, bytes) = seen.adopted;
         let rests_below = bytes.max(limit).saturating_add(limit / FAR_PART);
         if adopted.elapsed() < ADOPTED_RESTS && resident <= rests_below {
@@ -441,7 +443,7 @@ impl Shared {
         }
         let goal = limit - limit / BELOW_PART;
         let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
-        let mut excess = too_much.saturating_sub(keep.going());
+        let mut excess = too_much.saturating_sub(keep.departing());
         let mut events: Vec<PendingEvent> = Vec::new();
         let coherence = &state.coherence;
         let copies = keep.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
@@ -452,22 +454,22 @@ impl Shared {
         events.extend(drops.map(|event| (event, EventContext::Nothing)));
         let may_keep = limit / PAGE_BYTES;
         let may = |part: PartId| {
-            let told = self.others.told(part);
+            let told = self.peers.outbound(part);
             told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
         };
-        // (Who waits for a page meanwhile waits for this.)
+        // Faults wait for the lock meanwhile.
         let looks = Cell::new(0);
         let is_used = |page: PageId| {
             looks.set(looks.get() + 1);
-            self.is_used(page)
+            self.was_accessed(page)
         };
         let mut count = events.len();
-        while excess > 0 && count < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0 {
-            // (The rest has its turn in a moment.)
+        while excess > 0 && count < MOVES_MAX && keep.departing() < GOING_MAX && keep.owned() > 0 {
+            // The next pass continues.
             if looks.get() >= LOOKS_MAX {
                 break;
             }
-            let Some(to) = self.limits.take_room(least_room(limit), may) else {
+            let Some(to) = self.limits.take_room(room_min_bytes(limit), may) else {
                 break;
             };
             let Some(page) = keep.next(may_keep, is_used) else {
@@ -477,16 +479,16 @@ impl Shared {
             count += 1;
             excess -= 1;
         }
-        let goes_on = !events.is_empty() || keep.going() > 0;
+        let goes_on = !events.is_empty() || keep.departing() > 0;
         let mut work = Effects::default();
-        let done = self.step_in(&mut guard, events, &mut work);
+        let done = self.step_locked(&mut guard, events, &mut work);
         drop(guard);
-        self.say(done, work);
+        self.dispatch(done, work);
         Ok(goes_on)
     }
 }
 
-/// Takes note of all pages that are here.
+/// Adds all present pages.
 fn adopt(
     memories: &[keel_wasm::memory::Spanning],
     keep: &mut EvictionPolicy,
@@ -496,14 +498,14 @@ fn adopt(
         let here = memory.memory().populated();
         for range in here.map_err(|error| SpanError::Memory(error.to_string()))? {
             for at in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
-                // (A memory of 64 GiB has 16 million.)
+                // A memory of 64 GiB has 16 Mi pages.
                 let page = PageId {
                     memory: number,
                     number: at as u32,
                 };
                 match copy(page) {
-                    Copy::Shared => keep.came(page, Access::Read),
-                    Copy::Kept | Copy::Modified => keep.is_here(page),
+                    Copy::Shared => keep.arrived(page, Access::Read),
+                    Copy::Kept | Copy::Modified => keep.adopt(page),
                     Copy::Invalid => {}
                 }
             }
@@ -513,13 +515,13 @@ fn adopt(
 }
 
 impl Pages {
-    /// Waits until what the host writes next has room here, as pages that are too much
-    /// leave for other parts. Where none has room for them it is as while the machine runs:
-    /// they stay, whatever a part is to keep; but never more than this host has room for.
+    /// Waits until this part has room for what the host writes next, while the excess
+    /// moves to other parts. Where no part has room, the pages stay, as while the machine
+    /// runs; but never more than this host has room for.
     ///
     /// # Errors
-    /// [`SpanError::NoRoom`], [`SpanError::NotQuiescent`] where nothing leaves for long, and
-    /// [`SpanError`] where it is over.
+    /// [`SpanError::NoRoom`], [`SpanError::NotQuiescent`] without progress, and
+    /// [`SpanError`] if the part has ended.
     pub fn await_room(&self) -> Result<(), SpanError> {
         let shared = &self.shared;
         let limits = &shared.limits;
@@ -536,8 +538,8 @@ impl Pages {
             if resident_bytes <= limit.saturating_add(limit / FAR_PART).min(room_bytes) {
                 return Ok(());
             }
-            let all_told = locked(&limits.others).len() == usize::from(shared.others.count());
-            if all_told && !limits.has_room(least_room(limit)) {
+            let all_told = locked(&limits.peers).len() == usize::from(shared.peers.count());
+            if all_told && !limits.has_room(room_min_bytes(limit)) {
                 return match resident_bytes <= room_bytes {
                     true => Ok(()),
                     false => Err(SpanError::NoRoom {
@@ -557,44 +559,44 @@ impl Pages {
         }
     }
 
-    /// The most that each part may keep from now on, in bytes, while others have room for
-    /// what is beyond; at least [`PART_BYTES_MIN`]. Only of the home, which gives nothing
-    /// away before this is said: not before the machine depends on its members.
+    /// Sets the limit of each part in bytes, at least [`PART_BYTES_MIN`]; a part may
+    /// exceed it where no other has room. Called at the home, which evicts nothing
+    /// before: the machine must depend on its members by then.
     ///
     /// # Errors
     /// [`SpanError`].
     pub fn limit_parts(&self, limit_bytes: Option<u64>) -> Result<(), SpanError> {
-        // (Two do not contradict each other: who holds this tells.)
+        // Held while announcing, so that two limits are not announced out of order.
         let mut told = locked(&self.shared.limits.of_parts);
         if *told == Some(limit_bytes) {
             return Ok(());
         }
         *told = Some(limit_bytes);
-        self.shared.limits.told(limit_bytes);
-        self.shared.tell_all(&PeerMessage::Limit(limit_bytes))
+        self.shared.limits.announce(limit_bytes);
+        self.shared.broadcast(&PeerMessage::Limit(limit_bytes))
     }
 
-    /// What [`Self::limit_parts`] said last.
+    /// The limit set by [`Self::limit_parts`].
     pub fn part_limit(&self) -> Option<u64> {
         locked(&self.shared.limits.of_parts).flatten()
     }
 
-    /// Whether this host has room for so much more, whatever a part is to keep.
+    /// Whether this host has room for this many more bytes, whatever the limit.
     pub fn has_room_for(&self, bytes: u64) -> bool {
         let resident = self.shared.resident().unwrap_or(u64::MAX);
         resident.saturating_add(bytes) <= self.shared.limits.room
     }
 
-    /// This part keeps all that comes from now on.
+    /// Removes the limit of this part.
     pub fn keep_all(&self) {
         let limits = &self.shared.limits;
         limits.keeps_all.store(true, Ordering::Release);
         limits.set(None);
     }
 
-    /// What each part has of the memory, as it told last.
+    /// The memory of each part, as reported last.
     pub fn memory_of_parts(&self) -> BTreeMap<PartId, PartMemory> {
-        let mut memory = locked(&self.shared.limits.others).clone();
+        let mut memory = locked(&self.shared.limits.peers).clone();
         if let Ok(own) = self.shared.own_memory() {
             memory.insert(self.shared.me(), own);
         }

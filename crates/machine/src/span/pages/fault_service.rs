@@ -1,4 +1,5 @@
-//! The thread of a part that serves faults, and hears all other parts.
+//! The serving thread of a part: serves page faults and reads the connections of all
+//! other parts.
 
 use super::super::adaptive_polling::AdaptivePoller;
 use super::super::peer::Inbound;
@@ -12,23 +13,23 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long a part that is none any more waits for others to end what they have with it.
+/// How long a part that has left waits for the others to close its connections.
 const LEAVES_WITHIN: Duration = Duration::from_secs(60);
-/// Between two looks whether there is room.
+/// Interval at which waiting faults check for room.
 const FULL_SLEEP: Duration = Duration::from_micros(500);
 
 impl Shared {
-    /// Serves faults, and hears all others, until the end.
+    /// Serves faults and processes messages until the part ends.
     pub(super) fn serve(&self, mut hearing: Vec<Inbound>) {
-        let mut spin = AdaptivePoller::default();
+        let mut poller = AdaptivePoller::default();
         let mut events = Vec::new();
         // Since when faults wait for room.
         let mut full_since = None;
-        // Since when it waits for others to end what they have with it.
+        // Since when this part waits for its connections to be closed.
         let mut left_since = None;
         while !self.over.load(Ordering::Acquire) {
-            for part in self.others.take_turns(&mut hearing).iter() {
-                // (It may have told something until now.)
+            for part in self.peers.apply_changes(&mut hearing).iter() {
+                // It may have reported its memory until now.
                 self.limits.forget(part);
             }
             let waits = (self.is_full() || self.cuts.are_behind())
@@ -48,7 +49,7 @@ impl Shared {
             for heard in &mut hearing {
                 let mut from = heard.part();
                 if succeeded && from == PartId::HOME {
-                    // (That it ends is no loss any more.)
+                    // The end of the former home is not a loss any more.
                     continue;
                 }
                 let parcels = heard.read().map(std::mem::take);
@@ -56,8 +57,8 @@ impl Shared {
                     Ok(mut parcels) => {
                         heard_some |= !parcels.is_empty();
                         let mut counts = !parcels.is_empty();
-                        for parcel in parcels.drain(..) {
-                            match parcel {
+                        for message in parcels.drain(..) {
+                            match message {
                                 PeerMessage::Coherence(message) => {
                                     let event = Event::Message { from, message };
                                     events.push((event, EventContext::Nothing));
@@ -67,57 +68,64 @@ impl Shared {
                                     events.push((event, EventContext::Pages(pages)));
                                 }
                                 PeerMessage::Time(guest_ns) => self.listener().saw(guest_ns),
-                                PeerMessage::Memory(memory) => self.limits.heard(from, memory),
+                                PeerMessage::Memory(memory) => {
+                                    self.limits.record_peer(from, memory)
+                                }
                                 PeerMessage::Limit(limit) if from == PartId::HOME => {
-                                    // (A new home says it when all know that it is one.)
+                                    // A new home announces the limit when all parts know
+                                    // it.
                                     self.is_succeeding.store(false, Ordering::Release);
-                                    self.limits.told(limit);
+                                    self.limits.announce(limit);
                                 }
                                 PeerMessage::Limit(_) => {
-                                    let reason = "only the home says what parts keep".into();
+                                    let reason = "only the home may announce a limit".into();
                                     return self.end(SpanError::Lost { part: from, reason });
                                 }
                                 PeerMessage::Cut { number, word } => {
-                                    if let Err(error) = self.hear_cut(from, number, word) {
+                                    if let Err(error) = self.handle_cut_message(from, number, word)
+                                    {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::Ask(number, question) => {
-                                    // (It is about what was said before it.)
+                                    // The query refers to the messages before it.
                                     self.step(std::mem::take(&mut events));
-                                    if let Err(error) = self.hear_question(from, number, question) {
+                                    if let Err(error) = self.handle_question(from, number, question)
+                                    {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::Answer(number, answer) => {
-                                    if let Err(error) = self.hear_answer(from, number, answer) {
+                                    if let Err(error) = self.handle_answer(from, number, answer) {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::Quiescence { number, word } => {
-                                    if let Err(error) = self.hear_settle(from, number, word) {
+                                    if let Err(error) = self.handle_quiescence(from, number, word) {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::UnchangedPages(number, same) => {
-                                    if let Err(error) = self.hear_cut_same(from, number, same) {
+                                    if let Err(error) =
+                                        self.handle_unchanged_pages(from, number, same)
+                                    {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::CutPages { number, pages } => {
-                                    let came = self.hear_cut_pages(from, number, pages);
+                                    let came = self.handle_cut_pages(from, number, pages);
                                     if let Err(error) = came {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::Gone(part) => {
                                     counts = false;
-                                    if let Err(error) = self.hear_gone(from, part) {
+                                    if let Err(error) = self.handle_gone(from, part) {
                                         return self.end(error);
                                     }
                                 }
                                 PeerMessage::Succeeded => {
-                                    if let Err(error) = self.hear_succeeded(heard) {
+                                    if let Err(error) = self.handle_new_home(heard) {
                                         return self.end(error);
                                     }
                                     succeeded |= heard.part() != from;
@@ -125,7 +133,7 @@ impl Shared {
                                 }
                                 PeerMessage::Goodbye { part, reason } => {
                                     (counts, ended) = (false, ended.with(from));
-                                    self.hear_goodbye(from, part, reason);
+                                    self.handle_goodbye(from, part, reason);
                                 }
                                 PeerMessage::Note(note) => {
                                     noted = true;
@@ -136,7 +144,7 @@ impl Shared {
                             }
                         }
                         if counts {
-                            self.others.counts(from);
+                            self.peers.counts(from);
                         }
                         heard.keep(parcels);
                     }
@@ -149,9 +157,9 @@ impl Shared {
             if let Some(home) = home.filter(|_| succeeded) {
                 hearing.remove(home);
             }
-            // (Of those that may end.)
+            // Connections of parts that ended as expected.
             hearing.retain(|heard| !ended.contains(heard.part()));
-            if self.others.leaves() {
+            if self.peers.leaves() {
                 let since = left_since.get_or_insert_with(Instant::now);
                 if hearing.is_empty() || since.elapsed() > LEAVES_WITHIN {
                     return self.end(SpanError::Ended);
@@ -166,22 +174,23 @@ impl Shared {
             if !idle {
                 self.step(std::mem::take(&mut events));
             }
-            idle &= !self.ask_ahead();
+            idle &= !self.prefetch_some();
             if !idle {
-                spin.worked();
+                poller.reset();
             }
-            if let Err(error) = self.settle_some() {
+            if let Err(error) = self.check_quiescence() {
                 return self.end(error);
             }
             if !idle {
             } else if heard_some {
                 if noted {
-                    // (Most likely it was that which is waited for.)
+                    // Probably the answer that was awaited.
                     self.awaited.store(0, Ordering::Release);
                 }
-                // More may have been decrypted with it, for which no socket wakes anybody.
-                spin.worked();
-            } else if !spin.again(self.awaited.load(Ordering::Acquire) > self.now())
+                // More data may be decrypted already, for which no socket becomes
+                // readable.
+                poller.reset();
+            } else if !poller.should_poll(self.awaited.load(Ordering::Acquire) > self.now())
                 && let Err(error) = self.sleep(&hearing, due, waits)
             {
                 return self.end(SpanError::Memory(error.to_string()));
@@ -197,7 +206,7 @@ impl Shared {
                 };
                 let page = PageId {
                     memory: number,
-                    // (A memory of 64 GiB has 16 million.)
+                    // A memory of 64 GiB has 16 Mi pages.
                     number: (touch.page / PAGE_BYTES) as u32,
                 };
                 let access = match touch.write {
@@ -214,7 +223,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Sleeps until there is something to do; a moment only where faults wait for room.
+    /// Sleeps until there is work; only for a moment while faults wait for room.
     fn sleep(&self, hearing: &[Inbound], due: Option<u64>, waits: bool) -> std::io::Result<()> {
         let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.bell, PollFlags::IN)];
         let faults = self.memories.iter().map(Spanning::descriptor);
@@ -238,7 +247,7 @@ impl Shared {
             Err(errno) => return Err(errno.into()),
         }
         let mut rung = [0; 8];
-        // (Mostly it did not ring.)
+        // Usually there is nothing to read.
         let _ = rustix::io::read(&self.bell, &mut rung);
         Ok(())
     }

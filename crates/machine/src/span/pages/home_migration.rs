@@ -1,20 +1,22 @@
-//! Another part becomes the home, while all threads stand.
+//! Home migration at the level of pages: another part becomes the home while all threads
+//! are stopped.
 //!
 //! ```text
 //!   home                            successor                        others
-//!     what is here goes there
-//!     it is the directory of all, and nothing is on its way ([`super::quiescence`])
-//!     │─── who holds what (not here) ──▶│                             │                    │
-//!     │    … it is decided …            │ is the home                 │                    │
+//!     sends its pages away
+//!     is the directory of all pages; no message is in flight ([`super::quiescence`])
+//!     │─── directory (not here) ───────▶│                             │                    │
+//!     │    … commit …                   │ is the home                 │                    │
 //!     │                                 │─── Succeeded ──────────────▶│ its number is the
 //!     │◀─────────── closed ─────────────│◀── Succeeded ───────────────│ home's
 //! ```
 //!
-//! Until the successor says so nothing has changed, and the home may go on
-//! ([`DrainedHome::stay`]). Who has heard of it forgets the home that was; so a home that goes on
-//! all the same has lost a part, and ends: never do two of them go on.
+//! Until the successor announces itself nothing has changed, and the home may resume
+//! ([`DrainedHome::stay`]). A part that has heard the announcement forgets the former
+//! home; a home that resumes nevertheless has lost a part and ends. So two homes never
+//! run.
 //!
-//! How it is decided, and how the rest of the machine comes to the successor, is not here.
+//! The decision and the transfer of the machine's image happen elsewhere.
 
 use super::super::peer::Inbound;
 use super::super::wire::PeerMessage;
@@ -29,13 +31,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What was sent away has left within that, or is sent again.
+/// Pages that were sent away have left within this time, or are sent again.
 const SENT_WITHIN: Duration = Duration::from_millis(50);
-/// Between two looks.
+/// Polling interval.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
 
-/// A home that has nothing any more, and where nothing is on its way. Dropping it lets
-/// everything go on.
+/// A home that holds no pages, with no message in flight. Dropping it lets all parts go
+/// on.
 pub struct DrainedHome {
     shared: Arc<Shared>,
     _settled: QuiescenceGuard,
@@ -52,21 +54,22 @@ impl std::fmt::Debug for DrainedHome {
 }
 
 impl DrainedHome {
-    /// Who holds what: for the successor; once.
-    pub fn take_legacy(&mut self) -> Holdings {
+    /// The directory state for the successor; can be taken once.
+    pub fn take_holdings(&mut self) -> Holdings {
         std::mem::take(&mut self.legacy)
     }
 
-    /// Another part may be the home from now on: that others end what they have with this
-    /// one is no loss, until it is to [`Self::stay`].
-    pub fn let_go(&self) {
+    /// Another part may become the home from now on: closed connections are not a loss
+    /// unless [`Self::stay`] is called.
+    pub fn release(&self) {
         self.shared.is_alone.store(true, Ordering::Release);
     }
 
-    /// No other part is the home, nor ever will be: it goes on here.
+    /// Cancels the migration: no other part is the home or will be, and this part goes
+    /// on.
     ///
     /// # Errors
-    /// [`SpanError`], if a part was lost meanwhile, or another one is the home.
+    /// [`SpanError`] if a part was lost meanwhile, or another part is the home.
     pub fn stay(self) -> Result<(), SpanError> {
         let shared = &self.shared;
         let missed = {
@@ -79,19 +82,19 @@ impl DrainedHome {
             return Ok(());
         };
         shared.end(failure.clone());
-        // (It may have been over already, when nobody was told.)
+        // The part may have ended earlier, when the listener was not told.
         shared.listener().over(&failure);
         Err(failure)
     }
 }
 
 impl Pages {
-    /// What is here goes to a part, and nothing is on its way any more when this returns.
-    /// All threads stand, and nobody reads or writes for the host. Only of the home.
+    /// Moves all pages to a part and waits for quiescence. All threads must be stopped,
+    /// and the host must not access memory. Called at the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer. It goes on as before
-    /// then.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] at the deadline. The home then goes on
+    /// as before.
     pub fn leave(&self, to: PartId, patience: Duration) -> Result<DrainedHome, SpanError> {
         let shared = &self.shared;
         if !self.others().contains(to) {
@@ -99,7 +102,7 @@ impl Pages {
         }
         let deadline = Instant::now() + patience;
         loop {
-            let (mut rest, mut sent) = (shared.send_rest(to)?, Instant::now());
+            let (mut rest, mut sent) = (shared.send_remaining(to)?, Instant::now());
             while !rest.is_empty() {
                 if let Some(failure) = self.failure() {
                     return Err(failure);
@@ -108,19 +111,19 @@ impl Pages {
                     return Err(SpanError::NotQuiescent { patience });
                 }
                 std::thread::sleep(LOOK_AGAIN);
-                // (To look at all that there is takes a while.)
+                // Enumerating all pages takes a while.
                 let state = locked(&shared.state);
                 let coherence = &state.coherence;
                 rest.retain(|page| coherence.copy(*page) != Copy::Invalid);
                 if rest.is_empty() || sent.elapsed() > SENT_WITHIN {
-                    // (Somebody may have sent one here again.)
+                    // A page may have been sent back here.
                     drop(state);
-                    (rest, sent) = (shared.send_rest(to)?, Instant::now());
+                    (rest, sent) = (shared.send_remaining(to)?, Instant::now());
                 }
             }
-            let settled =
-                shared.settle_with_all(deadline.saturating_duration_since(Instant::now()))?;
-            // (Others may have sent something here before they heard of it.)
+            let settled = shared
+                .quiesce_with_directories(deadline.saturating_duration_since(Instant::now()))?;
+            // Other parts may have sent pages here before they knew.
             let legacy = {
                 let state = locked(&shared.state);
                 if state.cutting.is_some() {
@@ -143,14 +146,14 @@ impl Pages {
         }
     }
 
-    /// This part gives away what it has, to those with most room, or keeps again what parts
-    /// keep. Only of the home.
-    pub fn give_up_own(&self, gives_up: bool) {
+    /// Makes this part move its pages to the parts with most room, or restores its limit.
+    /// Called at the home.
+    pub fn drain_self(&self, gives_up: bool) {
         let keeps = if gives_up { Some(0) } else { self.part_limit() };
         self.shared.limits.set(keeps);
     }
 
-    /// Bytes that are here, with copies of what others have.
+    /// Resident bytes, with read copies.
     ///
     /// # Errors
     /// [`SpanError::Memory`].
@@ -158,12 +161,12 @@ impl Pages {
         self.shared.resident()
     }
 
-    /// This part is the home from now on, and this hears what others say to it; all
-    /// threads stand, and the home has [left](Self::leave) with this legacy. Returns when
-    /// all others know it.
+    /// Makes this part the home, with `listener` for its messages. All threads are
+    /// stopped, and the home has [left](Self::leave) with this directory state. Returns
+    /// when all other parts know.
     ///
     /// # Errors
-    /// [`SpanError`]; it has ended then.
+    /// [`SpanError`]; the part has ended then.
     pub fn succeed(
         &self,
         legacy: &Holdings,
@@ -201,14 +204,14 @@ impl Pages {
                 ));
             }
             shared.is_succeeding.store(true, Ordering::Release);
-            while shared.let_some_go(state)? {}
-            shared.no_longer_settle(state);
+            while shared.release_batch(state)? {}
+            shared.end_quiescence(state);
             state.traffic.forget(PartId::HOME);
             state
                 .coherence
                 .succeed(legacy)
                 .map_err(SpanError::Inconsistent)?;
-            // (What may leave from now on is looked up anew: it has more than it had.)
+            // Eviction starts anew: this part holds more pages than before.
             state.keep = None;
             *shared
                 .listener
@@ -218,19 +221,19 @@ impl Pages {
                 .me
                 .store(PartId::HOME.number() as u8, Ordering::Release);
         }
-        // (Its thread that gave cuts ends.)
+        // Its thread that sent cuts ends.
         shared.cuts.changed.notify_all();
-        shared.others.forget_home();
+        shared.peers.forget_home();
         shared.limits.forget(PartId::HOME);
         shared.ring();
-        shared.tell_all(&PeerMessage::Succeeded)?;
+        shared.broadcast(&PeerMessage::Succeeded)?;
         let others = self.others();
         let deadline = Instant::now() + patience;
         loop {
             if let Some(failure) = self.failure() {
                 return Err(failure);
             }
-            let heard = shared.others.heard_of_succession();
+            let heard = shared.peers.acknowledged_home();
             let Some(part) = others.iter().find(|part| !heard.contains(*part)) else {
                 shared.is_succeeding.store(false, Ordering::Release);
                 return Ok(());
@@ -244,9 +247,9 @@ impl Pages {
 }
 
 impl Shared {
-    /// Pages of which something is here, or is said to be: of what nobody has written there
-    /// may be nothing in memory.
-    fn pages_here(&self) -> Result<BTreeMap<PageId, Copy>, SpanError> {
+    /// Pages that this part holds or is recorded to hold: pages that were never written
+    /// may not be populated.
+    fn resident_pages(&self) -> Result<BTreeMap<PageId, Copy>, SpanError> {
         let mut here = self.populated()?;
         let coherence = &locked(&self.state).coherence;
         let own = coherence.own();
@@ -254,7 +257,7 @@ impl Shared {
         Ok(here)
     }
 
-    /// Pages that are here, and in memory.
+    /// Pages that this part holds and that are populated.
     fn populated(&self) -> Result<BTreeMap<PageId, Copy>, SpanError> {
         let mut here = BTreeMap::new();
         for (memory, of) in (0..).zip(&self.memories) {
@@ -264,7 +267,7 @@ impl Shared {
             for range in ranges {
                 let numbers = range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES);
                 for number in numbers {
-                    // (A memory of 64 GiB has 16 million.)
+                    // A memory of 64 GiB has 16 Mi pages.
                     let number = number as u32;
                     let page = PageId { memory, number };
                     match state.coherence.copy(page) {
@@ -277,14 +280,14 @@ impl Shared {
         Ok(here)
     }
 
-    /// What is still here goes to a part; which pages those are.
-    fn send_rest(&self, to: PartId) -> Result<Vec<PageId>, SpanError> {
-        let here: Vec<(PageId, Copy)> = self.pages_here()?.into_iter().collect();
+    /// Sends the remaining pages to a part; returns them.
+    fn send_remaining(&self, to: PartId) -> Result<Vec<PageId>, SpanError> {
+        let here: Vec<(PageId, Copy)> = self.resident_pages()?.into_iter().collect();
         for some in here.chunks(MOVES_MAX) {
             let mut events = Vec::new();
             for (page, copy) in some {
                 match copy {
-                    // (Others have it.)
+                    // Other parts hold them.
                     Copy::Shared => {
                         let page = *page;
                         events.push((Event::Drop { page }, EventContext::Nothing));
@@ -297,27 +300,27 @@ impl Shared {
         Ok(here.into_iter().map(|(page, _)| page).collect())
     }
 
-    /// A part says that it is the home; or, to the home, that it knows it is. Who was it is
-    /// not heard any more.
-    pub(super) fn hear_succeeded(&self, heard: &mut Inbound) -> Result<(), SpanError> {
+    /// Handles the announcement of a new home or, at the new home, its acknowledgement.
+    /// The former home's messages are ignored from now on.
+    pub(super) fn handle_new_home(&self, heard: &mut Inbound) -> Result<(), SpanError> {
         let from = heard.part();
         if self.is_home() {
-            self.others.knows_succession(from);
+            self.peers.acknowledge_home(from);
             return Ok(());
         }
         if from == PartId::HOME {
-            let reason = "it says that it succeeds itself".into();
+            let reason = "it announced itself as its own successor".into();
             return Err(SpanError::Lost { part: from, reason });
         }
-        // (Until the new home says what parts keep: others may not have heard of it.)
+        // Until the new home announces limits: other parts may not know it yet.
         self.is_succeeding.store(true, Ordering::Release);
         self.step(vec![(Event::Succeeded { by: from }, EventContext::Nothing)]);
-        self.others.succeed_home(from);
+        self.peers.replace_home(from);
         self.end_cut();
         heard.is_now(PartId::HOME);
         self.limits.rename(from, PartId::HOME);
-        // (It does not know what is here.)
-        self.limits.tell_again();
-        self.tell_part(PartId::HOME, &PeerMessage::Succeeded)
+        // It does not know the memory of this part.
+        self.limits.report_again();
+        self.send_to(PartId::HOME, &PeerMessage::Succeeded)
     }
 }

@@ -1,4 +1,4 @@
-//! The host's own accesses to a machine's memory: a page stays here while it is copied.
+//! Accesses of the host to a machine's memory: a page stays present while it is copied.
 
 use super::effects::{Effects, EventContext};
 use super::{ASK_AGAIN, PAGE, Shared, SpanError, State, locked};
@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Parts of a range that lie in one page each: where, and where of the buffer.
+/// Splits a range at page boundaries: the offset in memory, and the range of the buffer.
 pub(super) fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -30,8 +30,8 @@ pub(super) fn page_of(memory: u32, offset: u64) -> Result<PageId, SpanError> {
 }
 
 impl Shared {
-    /// Pins a page that has come for the host's accesses that wait for it: until their
-    /// threads run it may have left again otherwise, over and over.
+    /// Pins a page that has arrived for waiting host accesses. Otherwise it could leave
+    /// again before their threads run, repeatedly.
     pub(super) fn grant(&self, state: &mut State, page: PageId) {
         let has = state.coherence.access(page);
         if state.coherence.is_put_off(page) {
@@ -45,14 +45,14 @@ impl Shared {
                 continue;
             };
             for _ in 0..count {
-                // (Pinning is followed by nothing.)
+                // Pinning has no effects to apply.
                 state.coherence.step(Event::Pin { page }, self.now());
             }
             *state.granted.entry((page, access)).or_default() += count;
         }
     }
 
-    /// Does something while a page is here and stays.
+    /// Runs a function while a page is present and pinned.
     pub(super) fn with_page(
         &self,
         page: PageId,
@@ -62,7 +62,7 @@ impl Shared {
     ) -> Result<(), SpanError> {
         self.pin(page, access, patience)?;
         let result = match access {
-            Access::Write => self.host_writes(page, run),
+            Access::Write => self.before_host_write(page, run),
             Access::Read => run().map_err(|error| SpanError::Memory(error.to_string())),
         };
         self.step(vec![(Event::Unpin { page }, EventContext::Nothing)]);
@@ -70,7 +70,7 @@ impl Shared {
     }
 
     fn pin(&self, page: PageId, access: Access, patience: Duration) -> Result<(), SpanError> {
-        // (Nobody waits for longer than the clock goes.)
+        // A patience beyond the clock's range means no deadline.
         let deadline = Instant::now().checked_add(patience);
         let key = (page, access);
         let mut state = locked(&self.state);
@@ -94,13 +94,13 @@ impl Shared {
                 take_one(&mut state.waiting, key);
                 return Err(SpanError::Late { page, patience });
             }
-            // Asked again each time: what was asked for may have come and gone.
+            // Requested again in each iteration: the page may have arrived and left.
             let mut work = Effects::default();
             let event = (Event::Fault { page, access }, EventContext::Nothing);
-            let done = self.step_in(&mut state, vec![event], &mut work);
+            let done = self.step_locked(&mut state, vec![event], &mut work);
             drop(state);
             let is_ahead = work.is_ahead;
-            self.say(done, work);
+            self.dispatch(done, work);
             if is_ahead {
                 self.ring();
             }
@@ -116,7 +116,7 @@ impl Shared {
     }
 }
 
-/// Takes one away; false if there is none.
+/// Decrements a count; false if it was zero.
 fn take_one(counts: &mut HashMap<(PageId, Access), u32>, key: (PageId, Access)) -> bool {
     let Some(count) = counts.get_mut(&key) else {
         return false;

@@ -1,21 +1,22 @@
-//! The other parts, which come and go while this one runs.
+//! The other parts, which join and leave while this one runs.
 //!
 //! ```text
-//!   the other one          this one                        home
+//!   other part             joining part                    home
 //!        │◀── both dial ──▶│ knows it, hears it             │
-//!        │◀─────────────────────────── both dial ──────────▶│ the last that knows it
-//!        │◀──────────────────────────────────────── Limit ──│ it is one of them:
-//!        │─── Memory ─────▶│                                │ may get threads and pages
+//!        │◀─────────────────────────── both dial ──────────▶│ knows it last
+//!        │◀──────────────────────────────────────── Limit ──│ member: it may
+//!        │─── Memory ─────▶│                                │ get threads and pages
 //!        ┊                 ┊                                ┊
-//!        │                 │                 has all of its pages: nothing concerns it
+//!   leaving part         remaining part      has all its pages
 //!        │◀────────────────┼───────────────────────── Gone ─│
-//!        │─── Gone ────────┼───────────────────────────────▶│ it takes nobody for lost
+//!        │─── Gone ────────┼───────────────────────────────▶│ it ignores closed connections
 //!        │◀── closed ──────│◀───────────────────────── Gone ─│
 //!        │                 │─── Gone ───────────────────────▶│ all know
 //! ```
 //!
-//! Until it is heard it is no loss, whatever it says last: what was begun with it may be
-//! undone by its end. Who is gone waits until all have closed its connections, and ends then.
+//! The end of a part is not a loss before its first message: whatever was begun with it
+//! can be undone. A part that leaves waits until all others have closed its connections,
+//! and then ends.
 
 use super::super::peer::{Inbound, Outbound, PeerConnections};
 use super::super::wire::PeerMessage;
@@ -28,12 +29,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-/// How long an earlier part of the same number may take to be heard out, and the pause
-/// between two looks.
+/// How long the connection of an earlier part with the same number may take to drain, and
+/// the polling interval.
 const HEARD_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 
-/// What the thread that hears them is to do, in order.
+/// Changes of the connections that the serving thread reads, in order.
 pub(super) enum ConnectionChange {
     Hear(Box<Inbound>),
     Forget(PartId),
@@ -42,29 +43,29 @@ pub(super) enum ConnectionChange {
 #[derive(Default)]
 pub(super) struct Peers {
     told: RwLock<BTreeMap<PartId, Arc<Outbound>>>,
-    /// Broken at the end, so that nobody waits on them.
+    /// Shut down at the end, so that no thread blocks on them.
     sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
     turns: Mutex<Vec<ConnectionChange>>,
     has_turns: AtomicBool,
-    /// Those that joined, and of which nothing was heard.
+    /// Parts that joined and have not sent a message yet.
     new: Mutex<PartSet>,
-    /// At the home: those that joined and that the machine has not for sure: nothing is
-    /// moved there.
+    /// At the home: parts that are joining and may still be removed; no pages are moved
+    /// there.
     joining: Mutex<PartSet>,
-    /// This part is none any more: others end what they have with it.
+    /// This part has left: the others close its connections.
     leaves: AtomicBool,
-    /// At the home: those that know that they are none any more.
+    /// At the home: parts that know that they have left.
     parting: Mutex<PartSet>,
-    /// At the home: who knows of a part that it is none any more.
+    /// At the home: the parts that know which part has left.
     know_gone: Mutex<(Option<PartId>, PartSet)>,
-    /// At a home that succeeded another one: those that know it.
+    /// At a new home: the parts that know that it is the home.
     know: Mutex<PartSet>,
-    /// It is over: nobody joins any more. Changes under the lock of `told`.
+    /// The part has ended and accepts no further ones. Changes under the lock of `told`.
     closed: AtomicBool,
 }
 
 impl Peers {
-    /// One more; who is heard on its connection.
+    /// Adds a part; returns its inbound connection.
     pub(super) fn add(&self, part: PartId, ends: PeerConnections) -> Result<Inbound, BeginError> {
         let sockets = [
             ends.out.socket().try_clone()?,
@@ -81,17 +82,16 @@ impl Peers {
         Ok(heard)
     }
 
-    pub(super) fn told(&self, part: PartId) -> Option<Arc<Outbound>> {
+    pub(super) fn outbound(&self, part: PartId) -> Option<Arc<Outbound>> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         all.get(&part).cloned()
     }
 
-    pub(super) fn all_told(&self) -> Vec<Arc<Outbound>> {
+    pub(super) fn all_outbound(&self) -> Vec<Arc<Outbound>> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         all.values().cloned().collect()
     }
 
-    /// Which they are.
     pub(super) fn parts(&self) -> PartSet {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         all.keys().copied().collect()
@@ -111,8 +111,8 @@ impl Peers {
         all.remove(&part)
     }
 
-    /// The home is another part from now on, which was told under its own number.
-    pub(super) fn succeed_home(&self, by: PartId) {
+    /// Another part has become the home; its connections had its own number before.
+    pub(super) fn replace_home(&self, by: PartId) {
         let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
         let mut sockets = locked(&self.sockets);
         let before = all.remove(&by);
@@ -125,7 +125,7 @@ impl Peers {
         }
     }
 
-    /// This part is the home from now on: who was it is none of the others.
+    /// This part has become the home: the former one is no longer a peer.
     pub(super) fn forget_home(&self) {
         self.turn(ConnectionChange::Forget(PartId::HOME));
         if let Some(told) = self.remove(PartId::HOME) {
@@ -133,13 +133,13 @@ impl Peers {
         }
     }
 
-    /// A part knows that this one is the home.
-    pub(super) fn knows_succession(&self, part: PartId) {
+    /// Records that a part knows this home.
+    pub(super) fn acknowledge_home(&self, part: PartId) {
         let mut know = locked(&self.know);
         *know = know.with(part);
     }
 
-    pub(super) fn heard_of_succession(&self) -> PartSet {
+    pub(super) fn acknowledged_home(&self) -> PartSet {
         *locked(&self.know)
     }
 
@@ -148,13 +148,14 @@ impl Peers {
         self.has_turns.store(true, Ordering::Release);
     }
 
-    /// Hears those that have come, and no more those that are gone; which those are.
-    pub(super) fn take_turns(&self, hearing: &mut Vec<Inbound>) -> PartSet {
+    /// Applies the queued changes to the connections that are read; returns the parts
+    /// that were removed.
+    pub(super) fn apply_changes(&self, hearing: &mut Vec<Inbound>) -> PartSet {
         let mut gone = PartSet::default();
         if !self.has_turns.swap(false, Ordering::AcqRel) {
             return gone;
         }
-        // (Under the lock: who waits for one to be forgotten looks there.)
+        // Under the lock: the removal of a part is awaited by looking at the queue.
         for turn in locked(&self.turns).drain(..) {
             match turn {
                 ConnectionChange::Hear(heard) => {
@@ -170,16 +171,16 @@ impl Peers {
         gone
     }
 
-    /// Whether what an earlier part of that number said may still be taken note of.
-    fn is_heard_out(&self, part: PartId) -> bool {
+    /// Whether no message of an earlier part with this number can still be processed.
+    fn is_drained(&self, part: PartId) -> bool {
         let turns = locked(&self.turns);
         !turns
             .iter()
             .any(|turn| matches!(turn, ConnectionChange::Forget(it) if *it == part))
     }
 
-    /// The part that is told so now, by its number of today.
-    fn told_by(&self, told: &Arc<Outbound>) -> Option<PartId> {
+    /// The present number of the part behind an outbound connection.
+    fn part_of_outbound(&self, told: &Arc<Outbound>) -> Option<PartId> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, told));
         found.map(|(part, _)| *part)
@@ -198,13 +199,13 @@ impl Peers {
         locked(&self.new).contains(part)
     }
 
-    /// Something was heard of a part: its end is a loss from now on.
+    /// Records a message of a part: its end is a loss from now on.
     pub(super) fn counts(&self, part: PartId) {
         let mut new = locked(&self.new);
         *new = new.without(part);
     }
 
-    /// Whether this part is none any more.
+    /// Whether this part has left the machine.
     pub(super) fn leaves(&self) -> bool {
         self.leaves.load(Ordering::Acquire)
     }
@@ -218,73 +219,74 @@ impl Peers {
             }
         }
         for socket in locked(&self.sockets).values().flatten() {
-            // It may be closed already.
+            // The socket may be closed already.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }
 
 impl Shared {
-    /// A part is not heard, or cannot be told anything, any more.
+    /// Handles a broken connection to a part.
     pub(super) fn lost(&self, part: PartId, reason: String) {
-        // (It may have been forgotten since it was looked at.)
-        let is_one = self.others.parts().contains(part);
-        if self.over.load(Ordering::Acquire) || self.others.leaves() || !is_one {
+        // It may have been removed meanwhile.
+        let is_one = self.peers.parts().contains(part);
+        if self.over.load(Ordering::Acquire) || self.peers.leaves() || !is_one {
             return;
         }
         {
             let mut missed = locked(&self.missed);
             if self.is_alone.load(Ordering::Acquire) {
-                // It was let go: others that have not heard of who is the home now must not
-                // take this one for lost. Should it stay after all, it has lost a part.
+                // This part was released: others that do not know the new home yet must
+                // not report this part as lost. If the migration is cancelled, this part
+                // has lost a part.
                 missed.get_or_insert(SpanError::Lost { part, reason });
                 return;
             }
         }
-        match self.others.is_new(part) {
+        match self.peers.is_new(part) {
             true => {
-                tracing::info!(%part, reason, "a part that was about to join does not");
+                tracing::info!(%part, reason, "a joining part was lost");
                 self.forget(part);
             }
             false => self.end(SpanError::Lost { part, reason }),
         }
     }
 
-    /// A part cannot be told anything, if it is still told so.
+    /// Handles a failed write to a part, if it still has that connection.
     pub(super) fn lost_by(&self, told: &Arc<Outbound>, reason: String) {
-        if let Some(part) = self.others.told_by(told) {
+        if let Some(part) = self.peers.part_of_outbound(told) {
             self.lost(part, reason);
         }
     }
 
-    /// A part cannot go on, as it says, and who is to blame.
-    pub(super) fn hear_goodbye(&self, from: PartId, part: PartId, reason: String) {
-        match self.others.is_new(from) || self.others.leaves() {
+    /// Handles a part's message that it cannot go on, and which part is to blame.
+    pub(super) fn handle_goodbye(&self, from: PartId, part: PartId, reason: String) {
+        match self.peers.is_new(from) || self.peers.leaves() {
             true => self.lost(from, reason),
             false => self.end(SpanError::Lost { part, reason }),
         }
     }
 
-    /// A part is none any more, as the home says; of this one that was its last word. Or, to
-    /// the home, as the part itself says, which knows it now.
-    pub(super) fn hear_gone(&self, from: PartId, part: PartId) -> Result<(), SpanError> {
+    /// Handles the removal of a part, announced by the home. For the removed part this is
+    /// the last message; its answer tells the home that it knows.
+    pub(super) fn handle_gone(&self, from: PartId, part: PartId) -> Result<(), SpanError> {
         match (from, part) {
             (PartId::HOME, PartId::HOME) => {}
             (PartId::HOME, part) if part == self.me() => {
-                self.others.leaves.store(true, Ordering::Release);
-                return self.tell_part(PartId::HOME, &PeerMessage::Gone(part));
+                self.peers.leaves.store(true, Ordering::Release);
+                return self.send_to(PartId::HOME, &PeerMessage::Gone(part));
             }
             (PartId::HOME, part) => {
                 self.forget(part);
-                return self.tell_part(PartId::HOME, &PeerMessage::Gone(part));
+                return self.send_to(PartId::HOME, &PeerMessage::Gone(part));
             }
             (from, part) if from == part && self.me() == PartId::HOME => {
-                let mut parting = locked(&self.others.parting);
+                let mut parting = locked(&self.peers.parting);
                 *parting = parting.with(part);
                 return Ok(());
             }
             (from, part) if self.me() == PartId::HOME => {
-                let mut know = locked(&self.others.know_gone);
+                let mut know = locked(&self.peers.know_gone);
                 if know.0 == Some(part) {
                     know.1 = know.1.with(from);
                 }
@@ -292,18 +294,19 @@ impl Shared {
             }
             _ => {}
         }
-        let reason = "it says of who is gone what only another part can say".into();
+        let reason = "it announced a removal that only another part may announce".into();
         Err(SpanError::Lost { part: from, reason })
     }
 
-    /// Nothing is said to a part any more, and nothing heard.
+    /// Closes the connections to a part.
     fn forget(&self, part: PartId) {
-        if self.others.told(part).is_none() {
+        if self.peers.outbound(part).is_none() {
             return;
         }
-        // (First: no other part takes its number before nothing of it is heard any more.)
-        self.others.turn(ConnectionChange::Forget(part));
-        if let Some(told) = self.others.remove(part) {
+        // First, so that no other part takes its number while its messages may still be
+        // processed.
+        self.peers.turn(ConnectionChange::Forget(part));
+        if let Some(told) = self.peers.remove(part) {
             told.finish();
             self.limits.forget(part);
             self.step(vec![(Event::Gone { part }, EventContext::Nothing)]);
@@ -313,70 +316,73 @@ impl Shared {
 }
 
 impl Pages {
-    /// Whether this part is one of its machine's no more, or is about to be none.
+    /// Whether this part has left its machine or is about to.
     pub fn is_over(&self) -> bool {
-        self.shared.over.load(Ordering::Acquire) || self.shared.others.leaves()
+        self.shared.over.load(Ordering::Acquire) || self.shared.peers.leaves()
     }
 
     /// The other parts.
     pub fn others(&self) -> PartSet {
-        self.shared.others.parts()
+        self.shared.peers.parts()
     }
 
-    /// A part that has nothing is one of them; it has begun, or does so at this time. The
-    /// home is the last that is told: then [`Self::welcome`] says to it that it is one.
+    /// Adds an empty part, which starts at the same time or has started. The home adds it
+    /// last; [`Self::welcome`] then tells it that it is a member.
     ///
     /// # Errors
     /// [`BeginError`]; nothing has changed then.
     pub fn join(&self, part: PartId, ends: PeerConnections) -> Result<(), BeginError> {
         let shared = &self.shared;
-        if part == shared.me() || shared.others.told(part).is_some() {
-            return Err(BeginError::Setup("it is one of them already"));
+        if part == shared.me() || shared.peers.outbound(part).is_some() {
+            return Err(BeginError::Setup("the part has joined already"));
         }
         let deadline = Instant::now() + HEARD_WITHIN;
-        while !shared.others.is_heard_out(part) {
+        while !shared.peers.is_drained(part) {
             if shared.over.load(Ordering::Acquire) || Instant::now() > deadline {
-                return Err(BeginError::Setup("one of its number is not forgotten yet"));
+                return Err(BeginError::Setup(
+                    "an earlier part with its number is not removed yet",
+                ));
             }
             shared.ring();
             std::thread::sleep(LOOK_AGAIN);
         }
         {
-            let mut new = locked(&shared.others.new);
+            let mut new = locked(&shared.peers.new);
             *new = new.with(part);
         }
         if shared.is_home() {
-            let mut joining = locked(&shared.others.joining);
+            let mut joining = locked(&shared.peers.joining);
             *joining = joining.with(part);
         }
         let mut work = Effects::default();
         let (heard, done) = {
-            // At once: what is said to it from then on is counted, and so must be told.
+            // Under one lock: messages to it are counted from now on, so they must be
+            // sent.
             let mut state = locked(&shared.state);
-            let heard = shared.others.add(part, ends);
+            let heard = shared.peers.add(part, ends);
             let joins = heard
                 .iter()
                 .map(|_| (Event::Join { part }, EventContext::Nothing));
-            let done = shared.step_in(&mut state, joins.collect(), &mut work);
+            let done = shared.step_locked(&mut state, joins.collect(), &mut work);
             (heard, done)
         };
-        shared.say(done, work);
+        shared.dispatch(done, work);
         let joined = heard.and_then(|heard| {
-            shared.others.turn(ConnectionChange::Hear(Box::new(heard)));
+            shared.peers.turn(ConnectionChange::Hear(Box::new(heard)));
             Ok(self.spawn_tell(part)?)
         });
         if let Err(error) = joined {
-            match shared.others.told(part) {
+            match shared.peers.outbound(part) {
                 Some(_) => shared.forget(part),
                 None => {
-                    shared.others.counts(part);
-                    shared.others.has_joined(part);
+                    shared.peers.counts(part);
+                    shared.peers.has_joined(part);
                 }
             }
             return Err(error);
         }
-        // What is here it does not know.
-        shared.limits.tell_again();
+        // It does not know the memory of this part.
+        shared.limits.report_again();
         shared.ring();
         match self.failure() {
             None => Ok(()),
@@ -384,111 +390,112 @@ impl Pages {
         }
     }
 
-    /// Waits until a part that joined has said something: it has begun, and its end is a loss
+    /// Waits for the first message of a part that joined: it runs, and its end is a loss
     /// from now on.
     ///
     /// # Errors
-    /// [`SpanError::Lost`], if it ended instead, or says nothing.
-    pub fn await_begun(&self, part: PartId, patience: Duration) -> Result<(), SpanError> {
+    /// [`SpanError::Lost`] if it ended instead or sends nothing in time.
+    pub fn await_started(&self, part: PartId, patience: Duration) -> Result<(), SpanError> {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(failure) = self.failure() {
                 return Err(failure);
             }
             let is_one = self.others().contains(part);
-            if is_one && !self.shared.others.is_new(part) {
+            if is_one && !self.shared.peers.is_new(part) {
                 return Ok(());
             }
             if !is_one || Instant::now() >= deadline {
-                let reason = "it did not begin".into();
+                let reason = "it did not start".into();
                 return Err(SpanError::Lost { part, reason });
             }
             std::thread::sleep(LOOK_AGAIN);
         }
     }
 
-    /// All parts know a part that joined, and the machine has it: it may have pages, as any.
-    /// Or it does not go after all. Only of the home.
+    /// Completes a join, or cancels a removal: all parts know the part, which may hold
+    /// pages from now on. Called at the home.
     ///
     /// # Errors
     /// [`SpanError`].
     pub fn welcome(&self, part: PartId) -> Result<(), SpanError> {
         let shared = &self.shared;
-        shared.others.has_joined(part);
-        // (Who holds this tells.)
+        shared.peers.has_joined(part);
+        // Held while sending, so that limits stay in order.
         let limit = locked(&shared.limits.of_parts);
-        shared.tell_part(part, &PeerMessage::Limit(limit.flatten()))
+        shared.send_to(part, &PeerMessage::Limit(limit.flatten()))
     }
 
-    /// A part is to give away what it has, to those with most room; what they do not take
-    /// stays there. Only of the home.
+    /// Asks a part to move its pages to the parts with most room; pages without room
+    /// stay. Called at the home.
     ///
     /// # Errors
     /// [`SpanError`].
     pub fn give_up(&self, part: PartId) -> Result<(), SpanError> {
-        self.shared.tell_part(part, &PeerMessage::Limit(Some(0)))
+        self.shared.send_to(part, &PeerMessage::Limit(Some(0)))
     }
 
-    /// Bytes that a part has which is to give away what it has; `None` before it heard that.
+    /// Resident bytes of a part that is moving its pages away; `None` before it has
+    /// started to.
     pub fn resident_of(&self, part: PartId) -> Option<u64> {
-        let others = locked(&self.shared.limits.others);
+        let others = locked(&self.shared.limits.peers);
         let of = others.get(&part)?;
         let heard = of.limit_bytes.is_some_and(|limit| limit <= PART_BYTES_MIN);
         heard.then_some(of.resident_bytes)
     }
 
-    /// A part joins no more, or has given up all its pages ([`Self::empty`]): all others
-    /// forget it, and it ends. When they have, directories need not stay any more
-    /// ([`Self::keep_directories`]): nobody wants anything to be there. Only of the home.
+    /// Removes a part that has not completed its join, or that holds no pages any more
+    /// ([`Self::empty`]): all others forget it, and it ends. Directories need not be
+    /// pinned afterwards ([`Self::pin_directories`]). Called at the home.
     ///
     /// # Errors
     /// [`SpanError`].
-    pub fn part_with(&self, part: PartId) -> Result<(), SpanError> {
+    pub fn remove_part(&self, part: PartId) -> Result<(), SpanError> {
         let shared = &self.shared;
         let mut work = Effects::default();
-        // (Before anybody forgets it: what it said counts no more.)
+        // Before any part forgets it: its counted messages are excluded.
         let event = (Event::Gone { part }, EventContext::Nothing);
-        let done = shared.step_in(&mut locked(&shared.state), vec![event], &mut work);
+        let done = shared.step_locked(&mut locked(&shared.state), vec![event], &mut work);
         let failed = done.clone().err();
-        shared.say(done, work);
+        shared.dispatch(done, work);
         if let Some(failed) = failed {
             return Err(failed);
         }
-        // It first, as it would take who closes its connections for lost. Its own end is no
-        // loss from here on.
+        // The part itself is told first, because it would report closed connections as a
+        // loss. Its own end is not a loss from here on.
         {
-            let mut new = locked(&shared.others.new);
+            let mut new = locked(&shared.peers.new);
             *new = new.with(part);
         }
-        shared.tell_part(part, &PeerMessage::Gone(part))?;
+        shared.send_to(part, &PeerMessage::Gone(part))?;
         let deadline = Instant::now() + HEARD_WITHIN;
-        while !locked(&shared.others.parting).contains(part)
-            && shared.others.told(part).is_some()
+        while !locked(&shared.peers.parting).contains(part)
+            && shared.peers.outbound(part).is_some()
             && Instant::now() < deadline
         {
             std::thread::sleep(LOOK_AGAIN);
         }
-        *locked(&shared.others.know_gone) = (Some(part), PartSet::default());
+        *locked(&shared.peers.know_gone) = (Some(part), PartSet::default());
         for other in self.others().without(part).iter() {
-            shared.tell_part(other, &PeerMessage::Gone(part))?;
+            shared.send_to(other, &PeerMessage::Gone(part))?;
         }
         let all_know = || {
             let others = self.others().without(part);
-            let know = locked(&shared.others.know_gone).1;
+            let know = locked(&shared.peers.know_gone).1;
             others.iter().all(|other| know.contains(other))
         };
         while !all_know() && self.failure().is_none() && Instant::now() < deadline {
             std::thread::sleep(LOOK_AGAIN);
         }
         if all_know() {
-            self.keep_directories(false);
+            self.pin_directories(false);
         }
-        if shared.others.told(part).is_none() {
-            // It ended before it heard that, and is forgotten.
+        if shared.peers.outbound(part).is_none() {
+            // It ended before it was told, and is forgotten.
             return Ok(());
         }
-        shared.others.turn(ConnectionChange::Forget(part));
-        if let Some(told) = shared.others.remove(part) {
+        shared.peers.turn(ConnectionChange::Forget(part));
+        if let Some(told) = shared.peers.remove(part) {
             told.finish();
         }
         shared.limits.forget(part);

@@ -1,12 +1,12 @@
-//! That nothing is on its way between parts, while all threads stand: what a cut, a home
-//! that moves and a part that goes begin with.
+//! Quiescence: no message is in flight between parts while all threads are stopped. A
+//! cut, a home migration and the removal of a part start from it.
 //!
 //! ```text
 //!   home                                   member
-//!     │─── Begin ───────────────────────▶│ moves nothing by itself any more
-//!     │◀─────────────── Quiet, with counts ─│ nothing is under way there: what it said to
-//!     │◀─────────────── Quiet, with counts ─│ each other, and heard (again, if it hears more)
-//!   all agree: nothing is on its way ([`Traffic`])
+//!     │─── Begin ───────────────────────▶│ starts no background moves
+//!     │◀─────────────── Quiet, with counts ─│ no transaction in progress; messages sent to
+//!     │◀─────────────── Quiet, with counts ─│ and received from each part (again on change)
+//!   all counts agree: no message is in flight ([`Traffic`])
 //!     ┊
 //!     │─── Over ────────────────────────▶│
 //! ```
@@ -21,30 +21,31 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Directories that were called have come within that, or are called again: they may have
-/// been on their way elsewhere.
+/// Recalled directories arrive within this time or are recalled again: they may have been
+/// in transit to another part.
 const CALLED_WITHIN: Duration = Duration::from_millis(100);
-/// Between two looks.
+/// Polling interval.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// What home and members say to each other of it.
+/// Messages about quiescence between home and members.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in super::super) enum QuiescenceMessage {
-    /// To members: all threads stand.
+    /// To members: all threads are stopped.
     Begin,
-    /// To the home: nothing is under way at this part, which said and heard so much.
+    /// To the home: no transaction is in progress at this part, whose message counts
+    /// these are.
     Quiet(Traffic),
     /// To members: threads go on.
     Over,
 }
 
-/// What a part knows of it.
+/// State of a quiescence at one part.
 #[derive(Debug)]
 pub(super) struct QuiescenceState {
     number: u64,
-    /// At a member: what it said last.
+    /// At a member: the counts reported last.
     told: Option<Traffic>,
-    /// At the home: what the others said last.
+    /// At the home: the counts that the others reported last.
     reports: BTreeMap<PartId, Traffic>,
     is_settled: bool,
 }
@@ -61,11 +62,11 @@ impl QuiescenceState {
 }
 
 impl Shared {
-    /// Takes note of a word about it; one about an earlier time counts no more.
+    /// Handles a message about quiescence; messages about an earlier one are ignored.
     ///
     /// # Errors
-    /// [`SpanError::Lost`], of a part that cannot say that.
-    pub(super) fn hear_settle(
+    /// [`SpanError::Lost`] if the sender may not send it.
+    pub(super) fn handle_quiescence(
         &self,
         from: PartId,
         number: u64,
@@ -73,13 +74,14 @@ impl Shared {
     ) -> Result<(), SpanError> {
         let to_home = matches!(word, QuiescenceMessage::Quiet(_));
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
-            let reason = "it says what only another part can say of what is on its way".into();
+            let reason =
+                "it sent a message about quiescence that only another part may send".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
         match word {
             QuiescenceMessage::Begin => {
-                self.settles(&mut state, Some(QuiescenceState::new(number)))
+                self.set_quiescence(&mut state, Some(QuiescenceState::new(number)))
             }
             QuiescenceMessage::Over
                 if state
@@ -87,7 +89,7 @@ impl Shared {
                     .as_ref()
                     .is_some_and(|it| it.number == number) =>
             {
-                self.settles(&mut state, None);
+                self.set_quiescence(&mut state, None);
             }
             QuiescenceMessage::Over => {}
             QuiescenceMessage::Quiet(traffic) => {
@@ -100,26 +102,26 @@ impl Shared {
         Ok(())
     }
 
-    fn settles(&self, state: &mut State, settling: Option<QuiescenceState>) {
+    fn set_quiescence(&self, state: &mut State, settling: Option<QuiescenceState>) {
         self.is_settling.store(settling.is_some(), Ordering::SeqCst);
         state.settling = settling;
         self.changed.notify_all();
-        // (Who moves pages may wait for it.)
+        // A move of pages may wait for it.
         self.cuts.changed.notify_all();
     }
 
-    /// Nobody waits for that any more.
-    pub(super) fn no_longer_settle(&self, state: &mut State) {
-        self.settles(state, None);
+    /// Ends the quiescence.
+    pub(super) fn end_quiescence(&self, state: &mut State) {
+        self.set_quiescence(state, None);
     }
 
-    /// Says so when nothing is under way here, if that is waited for; at the home, takes note
-    /// of it when that is so everywhere. On the thread that serves: it has done all that it
-    /// has heard.
+    /// A member reports its counts once no transaction is in progress; the home checks
+    /// whether all counts agree. Runs on the serving thread, which has processed all
+    /// messages that it read.
     ///
     /// # Errors
-    /// [`SpanError`]; none that there is.
-    pub(super) fn settle_some(&self) -> Result<(), SpanError> {
+    /// [`SpanError::Inconsistent`] if the report cannot be encoded, which does not occur.
+    pub(super) fn check_quiescence(&self) -> Result<(), SpanError> {
         if !self.is_settling.load(Ordering::SeqCst) {
             return Ok(());
         }
@@ -134,13 +136,13 @@ impl Shared {
             let Some(settling) = settling.as_mut().filter(|it| !it.is_settled) else {
                 return Ok(());
             };
-            // (What another thread is about to say is counted, and not said.)
+            // Messages that another thread is about to send are counted already.
             if self.unsaid.load(Ordering::SeqCst) != 0 || !coherence.is_quiet() {
                 return Ok(());
             }
             if self.is_home() {
                 settling.reports.insert(PartId::HOME, traffic.clone());
-                let all = self.others.parts().with(PartId::HOME);
+                let all = self.peers.parts().with(PartId::HOME);
                 settling.reports.retain(|part, _| all.contains(*part));
                 settling.is_settled = settling.reports.len() == usize::from(all.len())
                     && Traffic::rests(&settling.reports);
@@ -154,11 +156,11 @@ impl Shared {
             (settling.number, traffic.clone())
         };
         let word = QuiescenceMessage::Quiet(traffic);
-        self.tell_part(PartId::HOME, &PeerMessage::Quiescence { number, word })
+        self.send_to(PartId::HOME, &PeerMessage::Quiescence { number, word })
     }
 }
 
-/// Nothing is on its way, and nothing moves by itself, until it is dropped.
+/// A guard: no message is in flight and no background move starts until it is dropped.
 pub(super) struct QuiescenceGuard {
     shared: Arc<Shared>,
     number: u64,
@@ -176,11 +178,11 @@ impl Drop for QuiescenceGuard {
             {
                 return;
             }
-            shared.no_longer_settle(&mut state);
+            shared.end_quiescence(&mut state);
         }
         let (number, word) = (self.number, QuiescenceMessage::Over);
         if !shared.over.load(Ordering::Acquire)
-            && let Err(error) = shared.tell_all(&PeerMessage::Quiescence { number, word })
+            && let Err(error) = shared.broadcast(&PeerMessage::Quiescence { number, word })
         {
             shared.end(error);
         }
@@ -188,12 +190,12 @@ impl Drop for QuiescenceGuard {
 }
 
 impl Shared {
-    /// Waits until nothing is on its way, and lets nothing begin. All threads stand, and
-    /// nobody writes for the host. Only of the home.
+    /// Waits for quiescence and keeps it. All threads must be stopped and the host must
+    /// not write. Called at the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
-    pub(super) fn settle(
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] at the deadline.
+    pub(super) fn quiesce(
         self: &Arc<Self>,
         patience: Duration,
     ) -> Result<QuiescenceGuard, SpanError> {
@@ -209,10 +211,10 @@ impl Shared {
             if state.settling.is_none() {
                 state.settled += 1;
                 let number = state.settled;
-                self.settles(&mut state, Some(QuiescenceState::new(number)));
+                self.set_quiescence(&mut state, Some(QuiescenceState::new(number)));
                 break number;
             }
-            // (Another one is at it.)
+            // Another quiescence is in progress.
             if Instant::now() >= deadline {
                 return Err(SpanError::NotQuiescent { patience });
             }
@@ -224,9 +226,9 @@ impl Shared {
             number,
         };
         let word = QuiescenceMessage::Begin;
-        self.tell_all(&PeerMessage::Quiescence { number, word })?;
+        self.broadcast(&PeerMessage::Quiescence { number, word })?;
         loop {
-            // (What it has heard and not done yet only the thread that serves knows.)
+            // Only the serving thread knows whether it has processed what it read.
             self.ring();
             let state = locked(&self.state);
             if let Some(failure) = &state.failure {
@@ -246,11 +248,11 @@ impl Shared {
         locked(&self.state).coherence.directories().collect()
     }
 
-    /// As [`Self::settle`], and this part is the directory of all pages then.
+    /// As [`Self::quiesce`], after which this part is the directory of all pages.
     ///
     /// # Errors
     /// As there.
-    pub(super) fn settle_with_all(
+    pub(super) fn quiesce_with_directories(
         self: &Arc<Self>,
         patience: Duration,
     ) -> Result<QuiescenceGuard, SpanError> {
@@ -263,8 +265,8 @@ impl Shared {
             if moved {
                 self.step(vec![(Event::Gather, EventContext::Nothing)]);
             }
-            let settled = self.settle(deadline.saturating_duration_since(Instant::now()))?;
-            // (One may have been on its way elsewhere.)
+            let settled = self.quiesce(deadline.saturating_duration_since(Instant::now()))?;
+            // One may have been in transit to another part.
             let mut state = locked(&self.state);
             if state.coherence.directories().next().is_none() {
                 state.directories_moved = false;
@@ -275,26 +277,26 @@ impl Shared {
 }
 
 impl Pages {
-    /// Of which segments another part is the directory, as far as this one knows.
+    /// Segments whose directory is at another part, as far as this one knows.
     pub fn directories(&self) -> Vec<(Segment, PartId)> {
         self.shared.directories()
     }
 
-    /// Directories stay where they are from now on, or need not any more; whether any moved
-    /// since all were brought here ([`Self::bring_directories`]). Only of the home.
-    pub fn keep_directories(&self, stay: bool) -> bool {
+    /// Pins directories where they are, or lets them move again; whether any moved since
+    /// all were last collected ([`Self::collect_directories`]). Called at the home.
+    pub fn pin_directories(&self, stay: bool) -> bool {
         let mut state = locked(&self.shared.state);
         state.directories_stay = stay;
         state.directories_moved
     }
 
-    /// Directories come here, some at a time while threads run: what is to be brought
-    /// ([`Self::bring_directories`]) is little when this returns. They stay
-    /// ([`Self::keep_directories`]). Only of the home.
+    /// Recalls directories in batches while threads run, so that little is left to
+    /// collect ([`Self::collect_directories`]). They are pinned
+    /// ([`Self::pin_directories`]). Called at the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
-    pub fn call_directories(&self, patience: Duration) -> Result<(), SpanError> {
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] at the deadline.
+    pub fn recall_directories(&self, patience: Duration) -> Result<(), SpanError> {
         let deadline = Instant::now() + patience;
         loop {
             let elsewhere = self.directories();
@@ -321,12 +323,12 @@ impl Pages {
         }
     }
 
-    /// This part is the directory of all pages when this returns, and all others know; all
-    /// threads stand, and nobody reads or writes for the host. Only of the home.
+    /// Makes this part the directory of all pages, known to all others. All threads must
+    /// be stopped, and the host must not access memory. Called at the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
-    pub fn bring_directories(&self, patience: Duration) -> Result<(), SpanError> {
-        self.shared.settle_with_all(patience).map(drop)
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] at the deadline.
+    pub fn collect_directories(&self, patience: Duration) -> Result<(), SpanError> {
+        self.shared.quiesce_with_directories(patience).map(drop)
     }
 }

@@ -1,8 +1,8 @@
 //! Checkpoints of the machine: taken, and given up where a move wants it.
 
-use super::super::control::{Checkpoint, Checkpointed, State};
+use super::super::control::{Checkpoint, CheckpointReport, State};
 use super::Worker;
-use crate::checkpoint::{Destination, Subject, Vault};
+use crate::checkpoint::{Destination, Repository, Subject};
 use keel_cluster::clock::unix_ms;
 use keel_net::RpcError;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,8 +18,8 @@ impl Worker {
         &self,
         request: &Checkpoint,
         runtime: &Handle,
-    ) -> Result<Checkpointed, RpcError> {
-        let vault = Vault::create(&request.vault).map_err(RpcError::failed)?;
+    ) -> Result<CheckpointReport, RpcError> {
+        let vault = Repository::create(&request.vault).map_err(RpcError::failed)?;
         self.await_memory().map_err(RpcError::failed)?;
         let give_up = Arc::new(AtomicBool::new(false));
         let tracking = match self.tracking.try_lock() {
@@ -92,7 +92,7 @@ impl Worker {
             some => vault.keep(runtime, &name, some, unix_ms()),
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        Ok(Checkpointed {
+        Ok(CheckpointReport {
             stored_bytes: taken.manifest.stored_bytes(),
             id: taken.manifest.id,
             parent: taken.manifest.parent,

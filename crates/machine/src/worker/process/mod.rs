@@ -13,18 +13,18 @@ mod target;
 
 use super::SOCKET;
 use super::activity;
-use super::cluster_volumes::Keepers;
+use super::cluster_volumes::ClusterVolumes;
 use super::control::{
-    Checkpoint, Copy, CopyHome, FileDone, FileRequest, LogChunk, ReadLog, Receive, Report, Start,
-    StartPhase, StartProgress, State, Succession, VolumeReport, kind, pack, unpack,
+    Checkpoint, Copy, CopyHome, FileDone, FileRequest, HomeHandover, LogChunk, ReadLog, Receive,
+    Report, Start, StartPhase, StartProgress, State, VolumeReport, kind, pack, unpack,
 };
 use super::files;
-use super::post_copy::Filler;
-use super::source::Leaving;
-use super::spanning::Parts;
+use super::post_copy::PostCopyTarget;
+use super::source::SourceTask;
+use super::spanning::SpanState;
 use super::volumes;
 use crate::cgroup::{self, Group};
-use crate::checkpoint::{Behind, Later, Taker};
+use crate::checkpoint::{Checkpointer, LazyRestore, SpanningRestore};
 use crate::log::{Log, StreamKind};
 use crate::moves::prediction::Activity;
 use crate::moves::{FillReport, TargetMove};
@@ -80,20 +80,20 @@ pub(super) struct Inner {
     pub(super) epoch: Epoch,
     pub(super) spec: Option<Spec>,
     /// Makes checkpoints; not here while it does.
-    pub(super) taker: Option<Taker>,
+    pub(super) taker: Option<Checkpointer>,
     /// Set while one is being made; ends it early.
     pub(super) taking: Option<Arc<AtomicBool>>,
     /// The parts of the machine, if it spans, or the one that this process is.
-    pub(super) parts: Parts,
+    pub(super) parts: SpanState,
     identity: Option<PinnedIdentity>,
-    outgoing: Option<Leaving>,
+    outgoing: Option<SourceTask>,
     /// From the first page sent until the machine goes on here.
     pub(super) giving_away: bool,
     /// A thread copies, or tells the target to go on: it has what is known of the move.
     copying: bool,
     going: bool,
     /// Ends the copying of a machine that spans.
-    gives_up: Option<Arc<AtomicBool>>,
+    give_up: Option<Arc<AtomicBool>>,
     /// Counts what was begun of giving the machine away: a thread of an attempt that
     /// was given up may wake late, and must leave the next one alone.
     attempt: u64,
@@ -104,15 +104,15 @@ pub(super) struct Inner {
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
     /// Of a machine that spans and stands ready here: the part that is to be its home.
-    succession: Option<(Arc<MemberPart>, Succession)>,
+    succession: Option<(Arc<MemberPart>, HomeHandover)>,
     /// Why what arrived was dropped, where this is a part of the machine, and stays one.
     pub(super) dropped_for: Option<String>,
     /// Brings the memory of a machine that arrived, while it runs.
-    pub(super) filler: Option<Filler>,
+    pub(super) filler: Option<PostCopyTarget>,
     /// Brings that of a machine made of a checkpoint, while it runs.
-    pub(super) behind: Option<Arc<Behind>>,
+    pub(super) behind: Option<Arc<LazyRestore>>,
     /// All of that, where it is to come once the machine has parts.
-    pub(super) later: Option<Later>,
+    pub(super) later: Option<SpanningRestore>,
     /// Set from the first page that is sent behind the machine on.
     serving: bool,
     post_copy: bool,
@@ -121,7 +121,7 @@ pub(super) struct Inner {
     /// How that went.
     fill: Option<FillReport>,
     /// Of its cluster volumes.
-    keepers: Keepers,
+    keepers: ClusterVolumes,
     /// Why it had to be ended.
     pub(super) ended_for: Option<String>,
     /// What is done before the machine runs, and since when.
@@ -144,7 +144,7 @@ impl Inner {
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     #[cfg(feature = "failpoints")]
     crate::failpoint::set_from_environment();
-    cgroup::spend_worker();
+    cgroup::expose_worker_to_oom();
     // First: what is allocated from here on is counted there.
     let group = Group::load(folder).filter(|group| {
         let joined = group.join();
@@ -158,7 +158,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     // Compiling uses all processors; running guests come first.
     rayon::ThreadPoolBuilder::new()
         .thread_name(|number| format!("compile-{number}"))
-        .start_handler(|_| cgroup::compile_beside_guests())
+        .start_handler(|_| cgroup::yield_compile_thread())
         .build_global()
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
@@ -264,7 +264,7 @@ impl Worker {
                 Ok(pack(&report)?.into())
             }
             kind::STATES => Ok(Reply::Stream(follow(self.state.subscribe()))),
-            kind::PAUSES => Ok(Reply::Stream(follow(self.paused.subscribe()))),
+            kind::STALLS => Ok(Reply::Stream(follow(self.paused.subscribe()))),
             kind::IDENTITY => {
                 let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
                 let fingerprint = identity.fingerprint;
@@ -339,7 +339,7 @@ impl Worker {
                 let place = blocking(move || self.span_ready(&meet)).await?;
                 Ok(pack(&place)?.into())
             }
-            kind::PART_READY => {
+            kind::PREPARE_MEMBER => {
                 let ready = unpack(&payload)?;
                 let place = blocking(move || self.part_ready(&ready)).await?;
                 Ok(pack(&place)?.into())
@@ -358,23 +358,23 @@ impl Worker {
                 let micros = blocking(move || self.unspan()).await?;
                 Ok(pack(&micros)?.into())
             }
-            kind::BRING => {
+            kind::RESTORE_SPANNING => {
                 let bytes = blocking(move || self.bring_apart()).await?;
                 Ok(pack(&bytes)?.into())
             }
-            kind::MEET_NEW => {
+            kind::CONNECT_NEW_PART => {
                 let meet = unpack(&payload)?;
-                let place = blocking(move || self.meet_new(&meet)).await?;
+                let place = blocking(move || self.connect_new_part(&meet)).await?;
                 Ok(pack(&place)?.into())
             }
-            kind::JOIN_NEW => {
+            kind::ADD_PART => {
                 let join = unpack(&payload)?;
-                let micros = blocking(move || self.join_new(join)).await?;
+                let micros = blocking(move || self.add_part(join)).await?;
                 Ok(pack(&micros)?.into())
             }
-            kind::PART_WITH => {
+            kind::REMOVE_PART => {
                 let part = unpack(&payload)?;
-                let micros = blocking(move || self.part_with(part)).await?;
+                let micros = blocking(move || self.remove_part(part)).await?;
                 Ok(pack(&micros)?.into())
             }
             kind::PARTS => {
@@ -645,7 +645,7 @@ impl Worker {
         // What is written while the machine stands still would be in no move and no
         // checkpoint, or in half of one: freezing waits for this, and this for that.
         let Some(machine) = self.inner().machine.clone() else {
-            return Ok(FileDone::Later);
+            return Ok(FileDone::Busy);
         };
         let volumes = machine.wasi().volumes().into_iter();
         let mut volumes = volumes.filter(|(number, _)| *number == request.volume);
@@ -665,7 +665,7 @@ impl Worker {
         {
             let inner = self.inner();
             if inner.giving_away || inner.taking.is_some() || inner.machine.is_none() {
-                return Ok(FileDone::Later);
+                return Ok(FileDone::Busy);
             }
         }
         files::act(&files, request.op).map_err(RpcError::failed)

@@ -1,7 +1,7 @@
 //! The machine is given away: copied, frozen, and gone, or thawed again.
 
 use super::super::control::{Copy, CopyEvent, CopyHome, Frozen, State, pack};
-use super::super::source::{Leaving, Outgoing};
+use super::super::source::{SourceSession, SourceTask};
 use super::{Worker, goes_on, say};
 use crate::failpoint;
 use crate::link::LinkError;
@@ -43,7 +43,7 @@ impl Worker {
                 return;
             }
         };
-        let gives_up = parts.as_ref().map(|it| it.gives_up.clone());
+        let give_up = parts.as_ref().map(|it| it.give_up.clone());
         let prepared = {
             let mut inner = self.inner();
             match (&inner.machine, &inner.log, &inner.name) {
@@ -60,7 +60,7 @@ impl Worker {
                     inner.giving_away = identity.is_some();
                     inner.copying = identity.is_some();
                     inner.given_up = false;
-                    inner.gives_up = gives_up;
+                    inner.give_up = give_up;
                     inner.attempt += 1;
                     inner.post_copy = copy.post_copy;
                     // What was known of an earlier move does not count.
@@ -85,7 +85,9 @@ impl Worker {
             .end_checkpoints()
             .and_then(|()| self.await_memory())
             .map_err(|reason| aborted(&reason).into())
-            .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy, parts));
+            .and_then(|()| {
+                SourceSession::connect(&name, epoch, machine, log, &identity, copy, parts)
+            });
         let result = result.and_then(|mut outgoing| {
             {
                 let mut inner = self.inner();
@@ -113,10 +115,10 @@ impl Worker {
             inner.giving_away &= !inner.given_up;
         }
         match result {
-            Ok(outgoing) if current => inner.outgoing = Some(outgoing.rests()),
+            Ok(outgoing) if current => inner.outgoing = Some(outgoing.into_idle()),
             Ok(outgoing) => {
                 drop(inner);
-                abort_apart(Some(outgoing.rests()), "the move was given up".into());
+                abort_apart(Some(outgoing.into_idle()), "the move was given up".into());
             }
             Err(error) => {
                 if inner.attempt == attempt {
@@ -156,8 +158,8 @@ impl Worker {
         keepers.rest();
         let result = outgoing.freeze_and_send();
         let leaving = match &result {
-            Ok(_) => Leaving::after_freeze(outgoing).map_err(RpcError::failed)?,
-            Err(_) => outgoing.rests(),
+            Ok(_) => SourceTask::after_freeze(outgoing).map_err(RpcError::failed)?,
+            Err(_) => outgoing.into_idle(),
         };
         self.inner().outgoing = Some(leaving);
         result.map_err(RpcError::failed)
@@ -198,7 +200,7 @@ impl Worker {
         let result = outgoing.go(epoch);
         {
             let mut inner = self.inner();
-            inner.outgoing = Some(outgoing.rests());
+            inner.outgoing = Some(outgoing.into_idle());
             inner.going = false;
         }
         result.map_err(RpcError::unknown)?;
@@ -299,8 +301,8 @@ impl Worker {
     fn give_up(&self) {
         let mut inner = self.inner();
         inner.given_up = true;
-        if let Some(gives_up) = &inner.gives_up {
-            gives_up.store(true, Ordering::Release);
+        if let Some(give_up) = &inner.give_up {
+            give_up.store(true, Ordering::Release);
         }
         // Where the connection is another thread's, it is broken.
         if inner.outgoing.is_none()
@@ -335,7 +337,7 @@ impl Worker {
 
 /// Tells the target that the move is given up, on a thread of its own: a target
 /// that does not listen is waited for.
-fn abort_apart(outgoing: Option<Leaving>, reason: String) {
+fn abort_apart(outgoing: Option<SourceTask>, reason: String) {
     let Some(outgoing) = outgoing else { return };
     let thread = std::thread::Builder::new()
         .name("goodbye".into())

@@ -1,10 +1,10 @@
 //! How a machine begins: anew, from a checkpoint, with memory that is brought later.
 
-use super::super::cluster_volumes::Keepers;
+use super::super::cluster_volumes::ClusterVolumes;
 use super::super::control::{Start, StartFrom, StartPhase, State};
 use super::super::volumes;
 use super::{Worker, say};
-use crate::checkpoint::{self, Behind, Origin, Rest, Vault};
+use crate::checkpoint::{self, LazyRestore, Origin, RemainingMemory, Repository};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::spec::{Spec, Status, VolumeKind};
 use keel_cluster::Epoch;
@@ -22,12 +22,12 @@ impl Worker {
             return Err(RpcError::refused("this worker has a machine already"));
         }
         let phase = match &start.from {
-            StartFrom::Module(_) | StartFrom::Apart(_) => StartPhase::Prepare,
+            StartFrom::Module(_) | StartFrom::HeldModule(_) => StartPhase::Prepare,
             StartFrom::Checkpoint(_) => StartPhase::Restore,
         };
         self.inner().starting = Some((phase, Instant::now()));
         let (machine, log, keepers) = match &start.from {
-            StartFrom::Module(module) | StartFrom::Apart(module) => {
+            StartFrom::Module(module) | StartFrom::HeldModule(module) => {
                 self.begin(module, &start, runtime)?
             }
             StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
@@ -41,7 +41,7 @@ impl Worker {
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
         let epoch = start.epoch;
-        let is_held = inner.later.is_some() || matches!(start.from, StartFrom::Apart(_));
+        let is_held = inner.later.is_some() || matches!(start.from, StartFrom::HeldModule(_));
         let next = match is_held {
             true => State::Held { epoch },
             false => State::Running { epoch },
@@ -64,7 +64,7 @@ impl Worker {
         module: &Path,
         start: &Start,
         runtime: &Handle,
-    ) -> Result<(Machine, Arc<Log>, Keepers), RpcError> {
+    ) -> Result<(Machine, Arc<Log>, ClusterVolumes), RpcError> {
         let spec = &start.spec;
         let bytes = std::fs::read(module)
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
@@ -95,9 +95,9 @@ impl Worker {
         origin: &Origin,
         start: &Start,
         runtime: &Handle,
-    ) -> Result<(Machine, Arc<Log>, Keepers), RpcError> {
+    ) -> Result<(Machine, Arc<Log>, ClusterVolumes), RpcError> {
         let spec = &start.spec;
-        let vault = Vault::open(&origin.vault).map_err(RpcError::failed)?;
+        let vault = Repository::open(&origin.vault).map_err(RpcError::failed)?;
         let folder = volumes::folder(&self.folder);
         let (engine, limits) = (&self.engine, spec.limits());
         let restored = checkpoint::restore(origin, &vault, engine, limits, runtime, &folder)
@@ -145,9 +145,9 @@ impl Worker {
             Wasi::restore(restored.image.wasi.clone(), resources).map_err(RpcError::failed)?;
         keepers.attach(&wasi);
         let stands = match restored.rest {
-            Rest::Nothing => false,
-            Rest::Behind(behind) => self.bring(behind, start.epoch).map(|()| false)?,
-            Rest::Later(later) => {
+            RemainingMemory::Complete => false,
+            RemainingMemory::Lazy(behind) => self.bring(behind, start.epoch).map(|()| false)?,
+            RemainingMemory::Spanning(later) => {
                 self.inner().later = Some(later);
                 true
             }
@@ -169,7 +169,7 @@ impl Worker {
 
     /// Lets the memory of a machine come while it runs. What is damaged is found
     /// only then, and is the machine's end.
-    fn bring(self: &Arc<Self>, behind: Behind, epoch: Epoch) -> Result<(), RpcError> {
+    fn bring(self: &Arc<Self>, behind: LazyRestore, epoch: Epoch) -> Result<(), RpcError> {
         let behind = Arc::new(behind);
         self.inner().behind = Some(behind.clone());
         let worker = self.clone();
@@ -206,7 +206,12 @@ impl Worker {
         (sink(StreamKind::Output), sink(StreamKind::Error))
     }
 
-    fn config(&self, spec: &Spec, log: &Arc<Log>, keepers: &Keepers) -> Result<Config, RpcError> {
+    fn config(
+        &self,
+        spec: &Spec,
+        log: &Arc<Log>,
+        keepers: &ClusterVolumes,
+    ) -> Result<Config, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
         Ok(Config {
             args: spec.args.clone(),
@@ -222,7 +227,7 @@ impl Worker {
         &self,
         spec: &Spec,
         log: &Arc<Log>,
-        keepers: &Keepers,
+        keepers: &ClusterVolumes,
     ) -> Result<Resources, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
         let preopens = self.preopens(spec, keepers)?;
@@ -234,7 +239,7 @@ impl Worker {
         })
     }
 
-    fn preopens(&self, spec: &Spec, keepers: &Keepers) -> Result<Vec<Preopen>, RpcError> {
+    fn preopens(&self, spec: &Spec, keepers: &ClusterVolumes) -> Result<Vec<Preopen>, RpcError> {
         volumes::preopens(spec, &self.folder, &self.stalls, keepers).map_err(RpcError::failed)
     }
 }
@@ -247,7 +252,7 @@ impl Worker {
         spec: &Spec,
         log: &Arc<Log>,
         runtime: &Handle,
-    ) -> Result<Keepers, RpcError> {
+    ) -> Result<ClusterVolumes, RpcError> {
         let (worker, output) = (Arc::downgrade(self), log.clone());
         let lost = move |reason: &str| {
             say(&output, &format!("the machine is ended: {reason}"));
@@ -265,7 +270,7 @@ impl Worker {
         };
         let output = log.clone();
         let damaged = move |what: &str| say(&output, what);
-        Keepers::open(spec, &self.folder, &self.stalls, runtime, lost, damaged)
+        ClusterVolumes::open(spec, &self.folder, &self.stalls, runtime, lost, damaged)
             .map_err(RpcError::failed)
     }
 }

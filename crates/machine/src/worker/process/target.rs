@@ -1,10 +1,10 @@
 //! The machine comes from another worker, and is this one's when the store says so.
 
-use super::super::cluster_volumes::Keepers;
-use super::super::control::{Receive, Receiving, State};
-use super::super::post_copy::{Filler, Filling};
-use super::super::target::{self, IncomingError};
-use super::super::volumes::IncomingVolumes;
+use super::super::cluster_volumes::ClusterVolumes;
+use super::super::control::{MoveEndpoint, Receive, State};
+use super::super::post_copy::{PostCopyStatus, PostCopyTarget};
+use super::super::target::{self, TargetError};
+use super::super::volumes::TargetVolumes;
 use super::{Worker, goes_on};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
@@ -21,13 +21,13 @@ impl Worker {
         self: &Arc<Self>,
         request: Receive,
         runtime: &Handle,
-    ) -> Result<Receiving, RpcError> {
+    ) -> Result<MoveEndpoint, RpcError> {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
         self.bound(request.memory_pages.len(), &request.spec);
-        Keepers::probe(&request.spec, runtime).map_err(RpcError::failed)?;
-        let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
+        ClusterVolumes::probe(&request.spec, runtime).map_err(RpcError::failed)?;
+        let volumes = TargetVolumes::new(&request.spec, &self.folder, request.volume_bytes)
             .map_err(RpcError::failed)?;
         let bytes = std::fs::read(&request.program)
             .map_err(|error| RpcError::failed(format!("{}: {error}", request.program.display())))?;
@@ -39,7 +39,7 @@ impl Worker {
         let listener = std::net::TcpListener::bind((request.address.as_str(), 0))
             .map_err(|error| RpcError::failed(format!("{}: {error}", request.address)))?;
         let address = listener.local_addr().map_err(RpcError::failed)?;
-        let receiving = Receiving {
+        let receiving = MoveEndpoint {
             address: address.to_string(),
             fingerprint: identity.fingerprint,
         };
@@ -67,7 +67,7 @@ impl Worker {
                     Ok(wasi)
                 };
                 let telling = worker.clone();
-                let fill = move |filler: &Filler, listener, tls, hello| {
+                let fill = move |filler: &PostCopyTarget, listener, tls, hello| {
                     let worker = telling.clone();
                     filler.begin(listener, tls, hello, move |it| worker.filling(it))
                 };
@@ -79,7 +79,7 @@ impl Worker {
                     program,
                     &worker.folder,
                     volumes,
-                    &target::Surroundings {
+                    &target::TargetEnvironment {
                         restore: &restore,
                         fill: &fill,
                         part: &part,
@@ -91,7 +91,11 @@ impl Worker {
         Ok(receiving)
     }
 
-    fn arrived(self: &Arc<Self>, arrived: Result<target::Arrived, IncomingError>, offered: Epoch) {
+    fn arrived(
+        self: &Arc<Self>,
+        arrived: Result<target::ReceivedMachine, TargetError>,
+        offered: Epoch,
+    ) {
         let mut arrived = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
@@ -112,7 +116,7 @@ impl Worker {
         }
         self.step_target(TargetEvent::StateArrived);
         let commands = self.step_target(TargetEvent::InstancesMade);
-        if !commands.contains(&TargetCommand::SayPrepared) {
+        if !commands.contains(&TargetCommand::SendPrepared) {
             return;
         }
         {
@@ -127,7 +131,7 @@ impl Worker {
                 source_lost: false,
             });
         }
-        let said = arrived.say_prepared();
+        let said = arrived.send_prepared();
         let passed = failpoint::pass("in.prepared");
         if let Some(error) = said
             .err()
@@ -148,7 +152,7 @@ impl Worker {
     }
 
     /// Shows how the rest of the memory comes.
-    fn filling(&self, filling: Filling) {
+    fn filling(&self, filling: PostCopyStatus) {
         self.state.send_if_modified(|state| {
             let State::Filling { epoch, source_lost } = state else {
                 return false;
@@ -156,17 +160,18 @@ impl Worker {
             let epoch = *epoch;
             let was_lost = *source_lost;
             let now = match filling {
-                Filling::Done => State::Running { epoch },
-                Filling::Comes | Filling::Waits => State::Filling {
+                PostCopyStatus::Done => State::Running { epoch },
+                PostCopyStatus::Receiving | PostCopyStatus::SourceLost => State::Filling {
                     epoch,
-                    source_lost: filling == Filling::Waits,
+                    source_lost: filling == PostCopyStatus::SourceLost,
                 },
             };
-            let changes = filling == Filling::Done || was_lost != (filling == Filling::Waits);
+            let changes = filling == PostCopyStatus::Done
+                || was_lost != (filling == PostCopyStatus::SourceLost);
             *state = now;
             changes
         });
-        if filling == Filling::Done {
+        if filling == PostCopyStatus::Done {
             // (Its threads have ended, or are about to.)
             self.inner().filler = None;
         }
@@ -179,7 +184,7 @@ impl Worker {
         loop {
             let event = match link.receive() {
                 Ok(message) if message.names_pages() && naming.is_some() => {
-                    match naming.map(|filler| target::hear_names(message, filler)) {
+                    match naming.map(|filler| target::handle_page_names(message, filler)) {
                         Some(Ok(true)) => naming = None,
                         Some(Err(error)) => {
                             return self.source_lost(error.to_string(), offered);
@@ -201,7 +206,7 @@ impl Worker {
             self.step_target_and(event, &mut |epoch| {
                 if let Err(error) = failpoint::pass("in.gone")
                     .map_err(|error| LinkError::Aborted(error.to_string()))
-                    .and_then(|()| target::say_resumed(link, epoch))
+                    .and_then(|()| target::send_resumed(link, epoch))
                 {
                     // The source asks again over the agents.
                     tracing::info!(%error, "the source did not hear that the machine runs");
@@ -279,7 +284,7 @@ impl Worker {
                         }
                     }
                 }
-                TargetCommand::SayResumed(epoch) => say_resumed(*epoch),
+                TargetCommand::SendResumed(epoch) => say_resumed(*epoch),
                 TargetCommand::Drop(reason) => {
                     if let Some(machine) = inner.machine.take() {
                         machine.stop();
@@ -302,12 +307,12 @@ impl Worker {
                         })),
                     }
                 }
-                TargetCommand::Prepare | TargetCommand::SayPrepared | TargetCommand::AskAgent => {}
+                TargetCommand::Prepare | TargetCommand::SendPrepared | TargetCommand::AskAgent => {}
             }
         }
         if let Some(machine) = thawed {
             if let Some(filler) = &inner.filler {
-                filler.go_on();
+                filler.start_running();
             }
             if let Err(error) = self.watch_end(machine) {
                 tracing::error!(%error, "its end will not be noticed");
