@@ -86,8 +86,8 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let how = SpanConfig {
         spawning: Spawning::Here,
         patience: PATIENCE,
-        keeps: PartLimits::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
     let parts = InProcess::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
     let pages = parts.home().pages();
@@ -191,7 +191,7 @@ impl Bench {
         Ok(bench)
     }
 
-    fn vault(&self) -> Result<Repository> {
+    fn repository(&self) -> Result<Repository> {
         let place = std::path::absolute(&self.place)?;
         Ok(Repository::create(&place.display().to_string())?)
     }
@@ -207,13 +207,13 @@ impl Bench {
         apart: Option<&Pages>,
         taker: &mut Checkpointer,
     ) -> Result<(CreatedCheckpoint, f64)> {
-        let vault = self.vault()?;
+        let repository = self.repository()?;
         let destination = Destination {
-            vault: &vault,
+            repository: &repository,
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         let subject = Subject {
             name: "m".parse().map_err(anyhow::Error::msg)?,
@@ -227,9 +227,9 @@ impl Bench {
 
     fn restore(&self) -> Result<f64> {
         let bytes = drop_from_cache(&self.place)?;
-        let vault = self.vault()?;
+        let repository = self.repository()?;
         let origin = Origin {
-            vault: vault.url().to_owned(),
+            repository: repository.url().to_owned(),
             machine: "m".parse().map_err(anyhow::Error::msg)?,
             id: None,
             is_clone: false,
@@ -239,7 +239,14 @@ impl Bench {
         let begun = Instant::now();
         let volumes = self.place.with_extension("volumes");
         let runtime = self.runtime.handle();
-        let restored = restore(&origin, &vault, &self.engine, limits, runtime, &volumes)?;
+        let restored = restore(
+            &origin,
+            &repository,
+            &self.engine,
+            limits,
+            runtime,
+            &volumes,
+        )?;
         let took = begun.elapsed();
         drop(restored);
         Ok(bytes as f64 / took.as_micros() as f64)

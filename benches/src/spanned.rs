@@ -22,7 +22,7 @@ impl Spanned {
         text: &str,
         parts: usize,
         spawning: Spawning,
-        keeps: PartLimits,
+        limits: PartLimits,
     ) -> Result<Self> {
         let program = Engine::new(Options::default())?.load(&wat::parse_str(text)?)?;
         let limits = Limits::default();
@@ -30,8 +30,8 @@ impl Spanned {
         let how = SpanConfig {
             spawning,
             patience: LIMIT,
-            keeps,
-            stands: false,
+            limits: keeps,
+            stays_stopped: false,
         };
         let parts = InProcess::begin(&machine, parts, limits.memory_bytes, how)?;
         Ok(Spanned { machine, parts })

@@ -133,11 +133,11 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                 let how = SpanConfig {
                     spawning: Spawning::Even,
                     patience: PATIENCE,
-                    keeps: PartLimits {
+                    limits: PartLimits {
                         part_bytes: args.part_memory,
                         room_bytes: None,
                     },
-                    stands: false,
+                    stays_stopped: false,
                 };
                 InProcess::begin(&machine, count.into(), args.memory, how)
                     .with_context(|| format!("{name} cannot run as {count} parts"))

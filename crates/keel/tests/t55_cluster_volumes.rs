@@ -637,7 +637,7 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
         bench.status(&machine, "running").await;
         let source = bench.inspect(&machine).await.node;
         let target = if source == "b" { "c" } else { "b" };
-        let at = match failpoint.place.is_target() {
+        let at = match failpoint.site.is_target() {
             true => target,
             false => &source,
         };

@@ -403,7 +403,7 @@ impl Record {
         postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|error| error.to_string())
     }
 
-    /// Reads the stored form; [`VersionedRecord::read`](crate::moves::ownership::Found::read) gives
+    /// Reads the stored form; [`VersionedRecord::read`](crate::moves::ownership::VersionedRecord::read) gives
     /// its epoch, too.
     ///
     /// # Errors

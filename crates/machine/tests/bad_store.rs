@@ -223,7 +223,7 @@ struct Running {
     taker: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
-    vault: Repository,
+    repository: Repository,
     spec: Spec,
 }
 
@@ -276,7 +276,8 @@ impl Running {
                 .build()
                 .unwrap(),
             folder,
-            vault: Repository::open_with("s3://kept", settings, Duration::from_secs(3)).unwrap(),
+            repository: Repository::open_with("s3://kept", settings, Duration::from_secs(3))
+                .unwrap(),
             spec,
         }
     }
@@ -288,11 +289,11 @@ impl Running {
             epoch: Epoch::default(),
         };
         let destination = Destination {
-            vault: &self.vault,
+            repository: &self.repository,
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         self.taker
             .take(&self.machine, None, subject, &self.log, destination)
@@ -302,7 +303,7 @@ impl Running {
     /// The id of what is restored, and a hash of its memory.
     fn restore(&self, warm: bool) -> Result<(String, blake3::Hash), String> {
         let origin = Origin {
-            vault: "s3://kept".into(),
+            repository: "s3://kept".into(),
             machine: "m".parse().unwrap(),
             id: None,
             is_clone: false,
@@ -312,9 +313,9 @@ impl Running {
             },
         };
         let folder = self.folder.path().join("volumes");
-        let (vault, limits) = (&self.vault, self.spec.limits());
+        let (repository, limits) = (&self.repository, self.spec.limits());
         let runtime = self.runtime.handle();
-        let restored = restore(&origin, vault, &self.engine, limits, runtime, &folder)
+        let restored = restore(&origin, repository, &self.engine, limits, runtime, &folder)
             .map_err(|error| error.to_string())?;
         if let RemainingMemory::Lazy(behind) = &restored.rest {
             behind.begin(|_| {}).map_err(|error| error.to_string())?;
@@ -350,7 +351,7 @@ fn errors_and_slowness_are_waited_out() {
     assert_eq!(running.restore(true).unwrap(), (id, cold));
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
     assert!(
-        compact(&running.vault, &runtime, &name, &newest.id)
+        compact(&running.repository, &runtime, &name, &newest.id)
             .unwrap()
             .is_some()
     );
@@ -381,7 +382,7 @@ fn old_lists_do_no_harm() {
         for_s: None,
     };
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
-    let kept = running.vault.keep(&runtime, &name, one, unix_ms());
+    let kept = running.repository.keep(&runtime, &name, one, unix_ms());
     assert_eq!(kept.unwrap(), []);
     let then = bad.objects.lock().unwrap().clone();
     *bad.listed.lock().unwrap() = None;
@@ -390,20 +391,25 @@ fn old_lists_do_no_harm() {
     assert_eq!(running.restore(true).unwrap(), (id, cold));
     // A list that still shows what is gone.
     assert!(
-        compact(&running.vault, &runtime, &name, &third.id)
+        compact(&running.repository, &runtime, &name, &third.id)
             .unwrap()
             .is_some()
     );
     assert_eq!(
         running
-            .vault
+            .repository
             .keep(&runtime, &name, one, unix_ms())
             .unwrap()
             .len(),
         2
     );
     *bad.listed.lock().unwrap() = Some(then);
-    assert!(running.vault.keep(&runtime, &name, one, unix_ms()).is_ok());
+    assert!(
+        running
+            .repository
+            .keep(&runtime, &name, one, unix_ms())
+            .is_ok()
+    );
     assert_eq!(
         running.restore(false).unwrap(),
         (third.id.to_string(), cold)
@@ -448,7 +454,7 @@ fn what_is_needed_is_not_deleted_unread() {
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
     let before = bad.objects.lock().unwrap().len();
     bad.unreadable.store(true, Ordering::Relaxed);
-    let kept = running.vault.keep(&runtime, &name, one, unix_ms());
+    let kept = running.repository.keep(&runtime, &name, one, unix_ms());
     assert!(kept.is_err());
     bad.unreadable.store(false, Ordering::Relaxed);
     assert_eq!(bad.objects.lock().unwrap().len(), before);

@@ -126,7 +126,7 @@ impl Running {
         }
     }
 
-    fn vault(&self) -> Repository {
+    fn repository(&self) -> Repository {
         Repository::create(&self.place().display().to_string()).unwrap()
     }
 
@@ -163,13 +163,13 @@ impl Running {
             spec: spec(),
             epoch: Epoch::default(),
         };
-        let vault = self.vault();
+        let repository = self.repository();
         let destination = Destination {
-            vault: &vault,
+            repository: &repository,
             runtime: self.runtime.handle(),
             full,
             give_up,
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         self.taker
             .take(&self.machine, apart, subject, &self.log, destination)
@@ -185,7 +185,7 @@ impl Running {
         memory: MemoryRestore,
     ) -> Result<Restored, RestoreError> {
         let origin = Origin {
-            vault: self.place().display().to_string(),
+            repository: self.place().display().to_string(),
             machine: "m".parse().unwrap(),
             id: id.cloned(),
             is_clone: false,
@@ -194,7 +194,7 @@ impl Running {
         let limits = spec().limits();
         restore(
             &origin,
-            &self.vault(),
+            &self.repository(),
             &self.engine,
             limits,
             self.runtime.handle(),
@@ -343,11 +343,11 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
         let how = SpanConfig {
             spawning: Spawning::Even,
             patience: LIMIT,
-            keeps: PartLimits {
+            limits: PartLimits {
                 part_bytes: Some(4 << 20),
                 room_bytes: None,
             },
-            stands: false,
+            stays_stopped: false,
         };
         let apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
         let mut taken = Vec::new();
@@ -398,8 +398,8 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
     let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: PartLimits::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
     let mut apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
     running.wait_lines(2);
@@ -453,8 +453,8 @@ fn alone_again_a_full_one_comes_first() {
     let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: PartLimits::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
     let apart = InProcess::begin(&running.machine, 2, 256 << 20, how).unwrap();
     running.wait_lines(2);
@@ -501,11 +501,11 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: PartLimits {
+        limits: PartLimits {
             part_bytes: Some(MOST),
             room_bytes: Some(MOST),
         },
-        stands: true,
+        stays_stopped: true,
     };
     let begin = |id: Option<&CheckpointId>, parts, how| {
         let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
@@ -527,14 +527,14 @@ fn what_is_larger_than_a_part_comes_to_several() {
             most.fetch_max(here, Ordering::Relaxed);
             written.map_err(BringError::Span)
         };
-        later.bring(&write).map(|()| most.into_inner())
+        later.read_pages(&write).map(|()| most.into_inner())
     };
     // The newest that is whole is read before; one that is named is not.
     // (What the others may keep is not bounded, either.)
     let only_here = SpanConfig {
-        keeps: PartLimits {
+        limits: PartLimits {
             part_bytes: None,
-            ..how.keeps
+            ..how.limits
         },
         ..how
     };
@@ -542,7 +542,7 @@ fn what_is_larger_than_a_part_comes_to_several() {
         let (machine, output, later, apart) = begin(named, 4, how);
         let pages = apart.home().pages();
         let most = bring(&later, pages).unwrap();
-        later.let_go();
+        later.release();
         // (Four threads read a MiB each.)
         assert!(most <= MOST + (5 << 20), "{most} bytes");
         machine.thaw().unwrap();
@@ -557,7 +557,7 @@ fn what_is_larger_than_a_part_comes_to_several() {
         matches!(error, BringError::Span(SpanError::NoRoom { .. })),
         "{error:?}"
     );
-    later.let_go();
+    later.release();
     drop(apart);
     // What is damaged is found, and the machine has not run.
     let pack = files(&running.place().join("machines/m"), ".0.pack").remove(0);
@@ -576,7 +576,7 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let error = running.restore_as(None, comes).err().unwrap();
     assert!(matches!(error, RestoreError::NoneWhole { .. }), "{error}");
     // Nobody reads it any more.
-    later.let_go();
+    later.release();
     let reading = files(&running.place().join("machines/m"), ".reading");
     assert!(reading.is_empty(), "{reading:?}");
 }
@@ -778,19 +778,19 @@ fn old_ones_go_and_what_others_stand_on_stays() {
         ids.push(running.take(round == 3).manifest.id);
         running.wait_lines(running.lines() + 1);
     }
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let keep = |count| {
         let retention = Retention {
             newest: Some(count),
             for_s: None,
         };
         let runtime = running.runtime.handle();
-        vault
+        repository
             .keep(runtime, &name, retention, unix_ms())
             .unwrap()
             .len()
     };
-    let list = || running.runtime.block_on(vault.list(&name)).unwrap();
+    let list = || running.runtime.block_on(repository.list(&name)).unwrap();
     assert_eq!(keep(3), 0);
     assert_eq!(list().len(), 5);
     assert_eq!(keep(1), 3);
@@ -801,7 +801,7 @@ fn old_ones_go_and_what_others_stand_on_stays() {
         pack.contains(&ids[4].to_string()) || pack.contains(&ids[3].to_string())
     }));
     assert!(running.restore(None).is_ok());
-    let all = running.runtime.block_on(vault.machines()).unwrap();
+    let all = running.runtime.block_on(repository.machines()).unwrap();
     assert_eq!(all, [name]);
 }
 
@@ -818,7 +818,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     }
     // On a slow disk it would have ended before this has looked at all of them.
     running.machine.freeze(LIMIT).unwrap();
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle().clone();
     let state = |id: &CheckpointId| {
         let restored = running.restore(Some(id)).unwrap();
@@ -842,7 +842,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     };
     let before: Vec<_> = taken.iter().map(|it| state(&it.id)).collect();
     assert!(!before[2].1.is_empty() && !before[2].2);
-    let bytes = compact(&vault, &runtime, &name, &taken[2].id).unwrap();
+    let bytes = compact(&repository, &runtime, &name, &taken[2].id).unwrap();
     let all: u64 = taken[..3].iter().map(|it| it.stored_bytes()).sum();
     assert!(bytes.is_some_and(|bytes| bytes < all), "{bytes:?} of {all}");
     let after = state(&taken[2].id);
@@ -851,7 +851,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     assert_eq!(state(&taken[3].id), before[3]);
     // It is full: there is nothing more to do.
     assert_eq!(
-        compact(&vault, &runtime, &name, &taken[2].id).unwrap(),
+        compact(&repository, &runtime, &name, &taken[2].id).unwrap(),
         None
     );
     // What it stood on can go now, with its own old packs; and again.
@@ -860,7 +860,10 @@ fn chains_are_made_full_ones_and_nothing_changes() {
         for_s: None,
     };
     assert_eq!(
-        vault.keep(&runtime, &name, two, unix_ms()).unwrap().len(),
+        repository
+            .keep(&runtime, &name, two, unix_ms())
+            .unwrap()
+            .len(),
         2
     );
     assert_eq!(state(&taken[3].id), before[3]);
@@ -897,9 +900,9 @@ fn later_ones_are_greater_whatever_the_clock_says() {
         newest: Some(1),
         for_s: None,
     };
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle();
-    let gone = vault.keep(runtime, &name, one, unix_ms()).unwrap();
+    let gone = repository.keep(runtime, &name, one, unix_ms()).unwrap();
     assert_eq!(gone, [first.id, ahead, second.id]);
     assert_eq!(running.restore(None).unwrap().manifest.id, third.id);
 }
@@ -911,15 +914,15 @@ fn what_is_being_read_is_not_deleted() {
     running.wait_lines(1);
     let first = running.take(false).manifest;
     let second = running.take(false).manifest;
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle().clone();
-    let reading = runtime.block_on(vault.begin_reading(&second)).unwrap();
+    let reading = runtime.block_on(repository.begin_reading(&second)).unwrap();
     let third = running.take(true).manifest;
     let one = Retention {
         newest: Some(1),
         for_s: None,
     };
-    let keep = |now| vault.keep(&runtime, &name, one, now).unwrap();
+    let keep = |now| repository.keep(&runtime, &name, one, now).unwrap();
     assert_eq!(keep(unix_ms()), []);
     let restored = running
         .restore_as(Some(&second.id), MemoryRestore::Lazy)
@@ -928,7 +931,7 @@ fn what_is_being_read_is_not_deleted() {
         panic!("it is not warm");
     };
     runtime
-        .block_on(vault.end_reading(&second, &reading))
+        .block_on(repository.end_reading(&second, &reading))
         .unwrap();
     // The machine's own word counts as well, until it has all.
     assert_eq!(keep(unix_ms()), []);
@@ -939,7 +942,7 @@ fn what_is_being_read_is_not_deleted() {
     assert_eq!(told.recv_timeout(LIMIT).unwrap(), Ok(()));
     assert_eq!(keep(unix_ms()), [first.id, second.id]);
     // One that was forgotten counts for an hour.
-    runtime.block_on(vault.begin_reading(&third)).unwrap();
+    runtime.block_on(repository.begin_reading(&third)).unwrap();
     let fourth = running.take(true).manifest;
     assert_eq!(keep(unix_ms()), []);
     assert_eq!(keep(unix_ms() + 3_700_000), [third.id]);
@@ -962,13 +965,16 @@ fn old_ones_are_kept_for_a_time_and_superseded_bytes_are_not() {
         running.wait_lines(running.lines() + 2);
     }
     running.machine.stop();
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle();
-    let list = || runtime.block_on(vault.list(&name)).unwrap();
+    let list = || runtime.block_on(repository.list(&name)).unwrap();
     let now = ids[4].unix_ms() + 1000;
     let keep = |newest, for_s| {
         let retention = Retention { newest, for_s };
-        vault.keep(runtime, &name, retention, now).unwrap().len()
+        repository
+            .keep(runtime, &name, retention, now)
+            .unwrap()
+            .len()
     };
     assert!(Retention::default().is_all());
     assert_eq!(keep(None, None), 0);
@@ -1009,7 +1015,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
     running.wait_lines(1);
     running.take(false);
     let origin = Origin {
-        vault: String::new(),
+        repository: String::new(),
         machine: "m".parse().unwrap(),
         id: None,
         is_clone: false,
@@ -1019,10 +1025,10 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
         memory_bytes: 20 << 20,
         ..Limits::default()
     };
-    let vault = running.vault();
+    let repository = running.repository();
     let result = restore(
         &origin,
-        &vault,
+        &repository,
         &running.engine,
         limits,
         running.runtime.handle(),
@@ -1043,8 +1049,8 @@ fn places_that_cannot_be_are_named() {
         ("relative/path", "neither a directory nor s3://"),
         ("/dev/null/no", "Not a directory"),
     ] {
-        for vault in [Repository::open(url), Repository::create(url)] {
-            let error = vault.unwrap_err().to_string();
+        for repository in [Repository::open(url), Repository::create(url)] {
+            let error = repository.unwrap_err().to_string();
             assert!(error.contains(part) && error.contains(url), "{error}");
         }
     }

@@ -409,7 +409,7 @@ async fn crashes_lose_nothing_that_was_committed() {
                 }
             };
             if let Err(error) = &outcome {
-                assert!(error.is_away(), "seed {seed}: {error}");
+                assert!(error.is_temporary(), "seed {seed}: {error}");
             }
             // It tries again, or its process ends.
             if outcome.is_err() && random.random() {
@@ -450,7 +450,7 @@ async fn crashes_lose_nothing_that_was_committed() {
         faulty.plan(Plan::Works);
         commit(&mut writer, &mut model).await.unwrap();
         writer.compact().await.unwrap();
-        writer.forget_found();
+        writer.forget_claimed_content();
         writer.collect().await.unwrap();
         let last = Writer::claim(store.clone(), epoch(counter + 1), None)
             .await
@@ -672,7 +672,7 @@ async fn a_place_that_vanishes_in_a_commit_is_waited_for() {
         for outcome in [first, commit(&mut writer, &mut model).await] {
             if let Err(error) = outcome {
                 let is_named = matches!(error, VolumeError::Vanished { .. });
-                assert!(is_named && error.is_away(), "after {after}: {error}");
+                assert!(is_named && error.is_temporary(), "after {after}: {error}");
                 vanished += 1;
             }
         }
@@ -695,7 +695,7 @@ async fn what_nobody_needs_is_deleted() {
         model.dirty.insert((2, 0));
         commit(&mut writer, &mut model).await.unwrap();
     }
-    assert!(!writer.is_littered());
+    assert!(!writer.needs_collection());
     // The first block of the snapshot has the same bytes as one of those.
     assert_eq!(chunks().await, 11);
     assert_eq!(writer.collect().await.unwrap(), 9);
@@ -723,11 +723,11 @@ async fn what_nobody_needs_is_deleted() {
     let found = model.clone();
     last.collect().await.unwrap();
     for number in 0..1100_u32 {
-        assert!(!last.is_littered());
+        assert!(!last.needs_collection());
         model.files.insert(2, number.to_be_bytes().to_vec());
         model.dirty.insert((2, 0));
         commit(&mut last, &mut model).await.unwrap();
-        if last.is_littered() {
+        if last.needs_collection() {
             assert!(number >= 1024 && last.collect().await.unwrap() > 1000);
             break;
         }
@@ -739,7 +739,7 @@ async fn what_nobody_needs_is_deleted() {
         .await
         .unwrap();
     assert_eq!(files_of(&store, first.state()).await, found.files);
-    last.forget_found();
+    last.forget_claimed_content();
 }
 
 /// One that stood still while another claimed the volume deletes nothing of it, nor
@@ -761,7 +761,7 @@ async fn a_writer_deletes_nothing_of_newer_ones() {
     assert!(by_second, "{error}");
     assert_eq!(objects(&faulty, "").await, before);
     // Nobody has claimed it as far as this one sees, and what is no chunk stays, too.
-    second.forget_found();
+    second.forget_claimed_content();
     let folder = before[0].as_ref().split_once("/log/");
     let folder = folder
         .or_else(|| before[0].as_ref().split_once("/chunks/"))

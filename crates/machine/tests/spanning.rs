@@ -93,8 +93,8 @@ impl Running {
         let how = SpanConfig {
             spawning: Spawning::Even,
             patience: LONG,
-            keeps: PartLimits::default(),
-            stands: false,
+            limits: PartLimits::default(),
+            stays_stopped: false,
         };
         InProcess::begin(&self.machine, count, member_bytes, how).unwrap()
     }

@@ -132,7 +132,7 @@ pub(crate) async fn spread_over(agent: &Arc<Agent>, record: &Record) -> Vec<Node
 /// bytes; `None` also where there is no such checkpoint, or no whole one, as its worker
 /// will say.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
-    let url = origin.vault.clone();
+    let url = origin.repository.clone();
     let vault = keep::opened(move || Repository::open(&url)).await;
     let vault = vault.map_err(|error| error.to_string())?;
     match checkpoint::memory_bytes(&vault, origin, most).await {

@@ -57,7 +57,7 @@ pub(crate) async fn order(
         .map(str::parse)
         .transpose()
         .map_err(|error: failpoint::InvalidInjection| OperateError::Bad(error.to_string()))?;
-    if !failpoint.place.is_worker() {
+    if !failpoint.site.is_worker() {
         failpoint::set(failpoint.name, order);
         return Ok(());
     }

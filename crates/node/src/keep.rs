@@ -90,7 +90,7 @@ async fn make(
         ))
     })?;
     let question = Checkpoint {
-        vault: vault.clone(),
+        repository: vault.clone(),
         full: request.full,
         keep: retention,
     };
@@ -162,7 +162,7 @@ pub(crate) async fn newest_ms(
 /// from when it is lost.
 async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
     let origin = Origin {
-        vault: vault.to_owned(),
+        repository: vault.to_owned(),
         machine: machine.clone(),
         id: None,
         is_clone: false,
@@ -342,7 +342,7 @@ pub(crate) async fn restore(
         created_unix_ms: unix_ms(),
         paused: None,
         origin: Some(Origin {
-            vault: vault.url().to_owned(),
+            repository: vault.url().to_owned(),
             machine,
             id,
             is_clone,

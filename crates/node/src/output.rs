@@ -6,7 +6,7 @@
 
 use crate::agent::Agent;
 use crate::operate::OperateError;
-use crate::record::{self, Found, RecordError};
+use crate::record::{self, RecordError, VersionedRecord};
 use crate::service::kind as node_kind;
 use crate::workers::PROMPT;
 use keel_cluster::MachineName;
@@ -178,7 +178,7 @@ pub(crate) async fn anywhere(
 }
 
 /// Whether a machine is still where it was found, or is no more.
-async fn is_there(agent: &Agent, found: &Found) -> bool {
+async fn is_there(agent: &Agent, found: &VersionedRecord) -> bool {
     match record::get(&*agent.store, &found.record.name).await {
         Ok(now) => now.record.owner == found.record.owner,
         Err(error) => matches!(error, RecordError::NoMachine(_)),
@@ -187,7 +187,7 @@ async fn is_there(agent: &Agent, found: &Found) -> bool {
 
 /// Returns when a machine's record names another owner. Never, if the store does
 /// not tell: then the end of the old owner's stream does.
-async fn owner_changes(agent: &Agent, found: &Found) {
+async fn owner_changes(agent: &Agent, found: &VersionedRecord) {
     let key = Key::Machine(found.record.name.clone()).to_string();
     let Ok(mut watch) = agent.store.watch(&key, found.revision + 1).await else {
         return std::future::pending().await;
@@ -199,7 +199,7 @@ async fn owner_changes(agent: &Agent, found: &Found) {
             if entry.key != key {
                 continue;
             }
-            let owner = Found::read(&entry).map(|found| found.record.owner);
+            let owner = VersionedRecord::read(&entry).map(|found| found.record.owner);
             if owner.is_ok_and(|owner| owner != found.record.owner) {
                 return;
             }

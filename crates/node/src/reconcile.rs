@@ -547,7 +547,7 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
         return;
     };
     // What moves it, ends it or starts it anew waits: its epoch is about to be raised.
-    if worker.report().await.is_ok_and(|report| report.giving_away)
+    if worker.report().await.is_ok_and(|report| report.moving_away)
         && let Some(held) = crate::moving::hold(agent, machine)
     {
         settle_after_move(agent, machine).await;
@@ -562,7 +562,7 @@ async fn settle_after_move(agent: &Arc<Agent>, machine: &MachineName) {
             return;
         };
         match worker.report().await {
-            Ok(report) if report.giving_away => {}
+            Ok(report) if report.moving_away => {}
             _ => return,
         }
         let mut mine = false;
@@ -589,7 +589,7 @@ async fn settle_after_move(agent: &Arc<Agent>, machine: &MachineName) {
                 match thawed {
                     Ok(()) => return,
                     // It ended, or its worker is lost: others see to that.
-                    Err(error) if !worker.report().await.is_ok_and(|it| it.giving_away) => {
+                    Err(error) if !worker.report().await.is_ok_and(|it| it.moving_away) => {
                         tracing::warn!(%machine, %error, "it does not go on");
                         return;
                     }
@@ -640,7 +640,7 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
     // In this order: what runs before its entry is looked for, and has none
     // then, is not to run.
     let report = worker.report().await;
-    let giving_away = report.as_ref().is_ok_and(|report| report.giving_away);
+    let giving_away = report.as_ref().is_ok_and(|report| report.moving_away);
     let state = report.map(|report| report.state);
     let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
     match agent.store.get(&entry).await {

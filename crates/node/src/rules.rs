@@ -444,7 +444,7 @@ pub(crate) fn check_label(label: &str, value: &str) -> Result<(), OperateError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Found;
+    use crate::record::VersionedRecord;
     use crate::record::tests::record;
     use keel_balance::rules::{Domain, Says, Selector};
     use keel_cluster::store::{Change, RedbOptions, RedbStore};
@@ -581,7 +581,7 @@ mod tests {
             for change in changes.changes {
                 match change {
                     Change::Put(entry) if entry.key.starts_with(keys::MACHINES) => {
-                        let record = Found::read(&entry).unwrap().record;
+                        let record = VersionedRecord::read(&entry).unwrap().record;
                         let drained = book.drains.contains_key(record.owner.as_str());
                         assert!(!drained, "revision {seen}: {} came", entry.key);
                         at.insert(entry.key, record);

@@ -142,7 +142,7 @@ impl Service {
                 let held = match agent.workers.get(&machine).filter(|it| !it.is_lost()) {
                     Some(worker) => match worker.report().await {
                         // (Else it is another life of that name.)
-                        Ok(report) => report.giving_away,
+                        Ok(report) => report.moving_away,
                         // It may have the copy as long as its process is there.
                         Err(_) => !worker.gone_within(Duration::ZERO).await,
                     },

@@ -226,7 +226,7 @@ impl Drill<'_> {
         let mut given = Vec::new();
         for (name, order) in &orders {
             let place = keel_machine::failpoint::find(name).context("an unknown failpoint")?;
-            let node = self.place(place.place, &source).to_owned();
+            let node = self.place(place.site, &source).to_owned();
             self.order(&node, name, Some(order)).await?;
             given.push((node, *name));
         }

@@ -149,7 +149,7 @@ impl Fault {
             Fault::KillWorker(..) | Fault::KillInDoubt(..) | Fault::PowerOff(_) => true,
             Fault::Failpoint(_, name, order) => {
                 order.action == Action::Kill
-                    && keel_machine::failpoint::find(name).is_some_and(|it| it.place.is_worker())
+                    && keel_machine::failpoint::find(name).is_some_and(|it| it.site.is_worker())
             }
             Fault::Nothing
             | Fault::KillAgent(_)

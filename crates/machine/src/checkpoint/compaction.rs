@@ -1,11 +1,10 @@
-//! Makes an incremental checkpoint a full one, within the store: what it stands
-//! on need not be kept any longer. The machine has no part in it.
+//! Compaction: turns an incremental checkpoint into a full one within the store, so that
+//! its ancestors need not be kept. The machine is not involved.
 //!
-//! Only bytes that count are copied: of a page or a file's bytes that were stored
-//! several times, the newest. The checkpoint keeps its name, so that later ones
-//! go on standing on it: its packs are written under names of a new generation,
-//! then its manifest is replaced in one step. Whoever read the old manifest and
-//! misses a pack reads the manifest again.
+//! Only live bytes are copied: the newest copy of each page and of each byte of a file.
+//! The checkpoint keeps its name, so later ones still refer to it: its packs are written
+//! under names of a new generation, then its manifest is replaced atomically. A reader of
+//! the old manifest that misses a pack reads the manifest again.
 
 use super::create::{CreateError, Packer, note_page};
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest};
@@ -17,25 +16,25 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::AtomicBool;
 use tokio::runtime::Handle;
 
-/// Makes one checkpoint a full one. Bytes that it has now; `None` if it was full.
+/// Compacts one checkpoint; returns its new size in bytes, or `None` if it was full.
 /// Blocking, outside of the runtime.
 ///
 /// # Errors
-/// [`CreateError`]; the checkpoint is then as it was.
+/// [`CreateError`]; the checkpoint is unchanged then.
 pub fn compact(
-    vault: &Repository,
+    repository: &Repository,
     runtime: &Handle,
     machine: &MachineName,
     id: &CheckpointId,
 ) -> Result<Option<u64>, CreateError> {
-    let chain = runtime.block_on(vault.chain(machine, id))?;
+    let chain = runtime.block_on(repository.chain(machine, id))?;
     match chain.last() {
-        Some(newest) if chain.len() > 1 => rewrite(vault, runtime, &chain, newest).map(Some),
+        Some(newest) if chain.len() > 1 => rewrite(repository, runtime, &chain, newest).map(Some),
         _ => Ok(None),
     }
 }
 
-/// Bytes of a chain, and how many of them count.
+/// Bytes of a chain, and how many of them are live.
 pub(super) fn bytes_of(chain: &[Manifest]) -> Result<(u64, u64), &'static str> {
     let stored = chain.iter().map(Manifest::stored_bytes).sum();
     let of_files: u64 = newest_of_files(chain).iter().map(|piece| piece.bytes).sum();
@@ -43,7 +42,7 @@ pub(super) fn bytes_of(chain: &[Manifest]) -> Result<(u64, u64), &'static str> {
 }
 
 fn rewrite(
-    vault: &Repository,
+    repository: &Repository,
     runtime: &Handle,
     chain: &[Manifest],
     newest: &Manifest,
@@ -65,9 +64,9 @@ fn rewrite(
     let packer = |piece: fn(usize) -> PackName| {
         let name = manifest.machine.clone();
         let at = (manifest.id.clone(), manifest.generation);
-        Packer::new(vault.clone(), name, at, runtime.clone(), piece)
+        Packer::new(repository.clone(), name, at, runtime.clone(), piece)
     };
-    // It is given up by nobody: the machine is not held by it.
+    // Compaction is never given up: it does not stop the machine.
     let go_on = AtomicBool::new(false);
     let mut pages = packer(PackName::Pages);
     for (number, at) in layout.packs().iter().enumerate() {
@@ -76,7 +75,7 @@ fn rewrite(
             pack: number,
             number: of_pack,
         };
-        vault.read_blocks::<CreateError>(
+        repository.read_blocks::<CreateError>(
             runtime,
             (of, PackName::Pages(at.number)),
             &of.packs[at.number],
@@ -105,7 +104,7 @@ fn rewrite(
     let mut files = packer(PackName::Blocks);
     let wanted = newest_of_files(chain);
     let mut wanted = wanted.iter().peekable();
-    // Where the pack that is read begins, over all packs of the chain.
+    // Position of the present pack, over all packs of the chain.
     let mut before = 0;
     for of in chain {
         for (number, pack) in of.block_packs.iter().enumerate() {
@@ -114,7 +113,7 @@ fn rewrite(
                 before = end;
                 continue;
             }
-            vault.read_blocks::<CreateError>(
+            repository.read_blocks::<CreateError>(
                 runtime,
                 (of, PackName::Blocks(number)),
                 pack,
@@ -148,11 +147,11 @@ fn rewrite(
         }
     }
     manifest.block_packs = files.finish()?;
-    runtime.block_on(vault.put_manifest(&manifest))?;
+    runtime.block_on(repository.put_manifest(&manifest))?;
     Ok(manifest.stored_bytes())
 }
 
-/// Bytes of a file that count, and where they lie, over all packs of a chain.
+/// Live bytes of a file, and their location over all packs of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FilePiece {
     stored: u64,
@@ -162,9 +161,9 @@ struct FilePiece {
     offset: u64,
 }
 
-/// What counts of all files of a chain, in the order in which it was stored.
+/// Live bytes of all files of a chain, in the order of storing.
 fn newest_of_files(chain: &[Manifest]) -> Vec<FilePiece> {
-    // Of each file, by where they end in it: where they begin, and lie.
+    // For each file, by end offset: start offset and location.
     type Pieces = BTreeMap<u64, (u64, u64)>;
     let mut files: HashMap<(u32, u64), Pieces> = HashMap::new();
     let mut stored = 0;
@@ -210,7 +209,7 @@ fn newest_of_files(chain: &[Manifest]) -> Vec<FilePiece> {
     found
 }
 
-/// Takes a range out of a file's pieces.
+/// Removes a range from a file's live bytes.
 fn remove(pieces: &mut BTreeMap<u64, (u64, u64)>, from: u64, to: u64) {
     let touched: Vec<u64> = pieces
         .range(from + 1..)
@@ -235,9 +234,9 @@ mod tests {
     use super::*;
     use crate::checkpoint::format::tests::example;
 
-    /// Random writes and cuts, beside a file of which each byte is remembered.
+    /// Random writes and truncations, compared with a file in memory.
     #[test]
-    fn of_each_byte_of_a_file_the_newest_counts() {
+    fn the_newest_copy_of_each_byte_is_live() {
         let mut random = 11u64;
         let mut below = move |limit: u64| {
             random = random.wrapping_mul(6364136223846793005).wrapping_add(1);

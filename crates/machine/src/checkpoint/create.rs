@@ -1,6 +1,6 @@
-//! Makes a checkpoint while the machine runs: copies memory to the store round
-//! by round, freezes the machine for what was written last, and lets it go on
-//! before any of that is stored. Blocking; has a thread of its own.
+//! Makes a checkpoint while the machine runs: copies memory to the store in rounds,
+//! freezes the machine to copy the pages written last, and resumes it before those are
+//! stored. Blocking; runs on a thread of its own.
 
 use super::CHAIN_MAX;
 use super::folder::AlignedBuffer;
@@ -27,131 +27,121 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
-/// Bytes of one stored piece.
+/// Bytes of a pack.
 const PACK_BYTES: usize = 16 << 20;
-/// Pieces that are being stored at a time.
+/// Packs stored concurrently.
 const IN_FLIGHT_MAX: usize = 4;
-/// Bytes of one read of a memory.
+/// Bytes per read of a memory.
 const READ_BYTES: u64 = 256 << 10;
-/// What may be left when the machine is frozen: copying so much takes about
-/// 2 ms.
+/// Bytes left at which the machine is frozen: copying this much takes about 2 ms.
 const LAST_BYTES: u64 = 4 << 20;
-/// Room that is made ready for all that is copied after the last storing.
+/// Space reserved for what is copied after the last pack is stored.
 const LAST_ROOM_BYTES: usize = 16 << 20;
-/// Rounds of catching up just before the freeze, and what is little enough.
+/// Rounds of catching up just before the freeze, and the number of bytes at which they
+/// end.
 const CATCH_UP_ROUNDS_MAX: u32 = 8;
 const CATCH_UP_BYTES: u64 = 256 << 10;
-/// Rounds after which it is frozen whatever is left.
+/// Rounds after which the machine is frozen in any case.
 const ROUNDS_MAX: u32 = 8;
-/// How long threads may take to their safepoints.
+/// Time limit for threads to reach a safepoint.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long what is on its way between parts may take to arrive, while the machine is
-/// frozen; and, later, for how long nothing may come of what there was then.
+/// Time limit for messages in flight between parts, while the machine is frozen, and
+/// later for pauses between the pages of the cut.
 const CUT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long parts may take to protect what there is, while the machine runs.
+/// Time limit for parts to protect their pages, while the machine runs.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why there is no checkpoint. The machine runs on.
+/// Why no checkpoint was made. The machine runs on.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
-    /// The store.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
-    /// The memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The machine ended, or a thread was late.
+    /// The machine ended, or a thread did not reach a safepoint.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// Its own volumes.
     #[error("a file of its volumes cannot be read: {0}")]
     Volume(#[from] std::io::Error),
-    /// Its parts.
     #[error(transparent)]
     Span(#[from] SpanError),
-    /// A cluster volume.
     #[error(transparent)]
     ClusterVolume(#[from] VolumeError),
     /// It cannot be frozen.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// Something more important came.
-    #[error("the checkpoint was given up: the machine is to move, or to be brought together")]
+    /// A move or another operation takes precedence.
+    #[error("the checkpoint was given up: the machine is to move, or to be reduced to one part")]
     GivenUp,
-    /// A test wanted it to fail.
     #[error(transparent)]
     Injected(#[from] Injected),
-    /// A task of this process died.
-    #[error("storing was cut off")]
+    /// A task of this process panicked.
+    #[error("storing was interrupted")]
     CutOff,
 }
 
 /// A checkpoint that was made.
 #[derive(Debug, Clone)]
 pub struct CreatedCheckpoint {
-    /// What was stored.
     pub manifest: Manifest,
-    /// How long the machine stood still.
+    /// Downtime of the machine.
     pub pause: Duration,
-    /// How long all of it took.
+    /// Total time.
     pub total: Duration,
 }
 
-/// Whose checkpoint it is.
+/// The machine of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct Subject {
-    /// The machine's name.
     pub name: MachineName,
-    /// What was asked for.
     pub spec: Spec,
     /// The epoch under which it runs.
     pub epoch: Epoch,
 }
 
-/// Where a checkpoint goes, and how.
+/// Where and how a checkpoint is stored.
 #[derive(Debug)]
 pub struct Destination<'a> {
-    /// The store.
-    pub vault: &'a Repository,
-    /// Where its requests run.
+    pub repository: &'a Repository,
+    /// Runtime for the store's requests.
     pub runtime: &'a Handle,
-    /// Whether a full one is wanted in any case.
+    /// Whether a full checkpoint is made in any case.
     pub full: bool,
     /// Set by others to end it early.
     pub give_up: &'a AtomicBool,
-    /// Those of its cluster volumes.
-    pub keepers: Vec<VolumeBackend>,
+    /// Backends of the machine's cluster volumes.
+    pub cluster_volumes: Vec<VolumeBackend>,
 }
 
-/// Makes the checkpoints of one machine, and knows what was written since the
-/// last one.
+/// Makes the checkpoints of one machine, and tracks its writes in between.
 #[derive(Debug, Default)]
 pub struct Checkpointer {
     trackers: Vec<DirtyTracker>,
-    /// For each of them, what was found already and is in no checkpoint.
+    /// For each tracker, dirty ranges that were found and are in no checkpoint.
     seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
     last: Option<PreviousCheckpoint>,
-    /// Of a machine with several parts: the cut that the last one is of, and what was in it.
+    /// For a machine with several parts: number and page digests of the cut behind the
+    /// last checkpoint.
     last_cut: Option<(u64, PageDigests)>,
 }
 
-/// What there was when the machine stood.
+/// The machine's state at the freeze.
 struct Snapshot {
     image: Vec<u8>,
-    /// The memory of one with several parts, which is still to be read.
+    /// The memory of a machine with several parts, which is still to be read.
     cut: Option<Cut>,
     /// End of its output.
     log_end: u64,
     /// Sizes of its memories.
     memory_pages: Vec<u64>,
-    /// For how long it stood.
+    /// Downtime.
     pause: Duration,
 }
 
-/// What is collected on the way.
+/// What a checkpoint collects.
 struct Collector {
     pages: Packer,
     runs: Vec<Run>,
@@ -161,35 +151,38 @@ struct Collector {
 
 #[derive(Debug)]
 struct PreviousCheckpoint {
-    vault: String,
+    repository: String,
     id: CheckpointId,
-    /// Its chain, the full one first.
+    /// Its chain, the full checkpoint first.
     chain: Vec<Outline>,
 }
 
 impl PreviousCheckpoint {
-    /// Itself, if all that a further one would stand on is still there, by names
-    /// and sizes: somebody may have deleted it.
-    async fn if_whole(
+    /// The previous checkpoint, if its whole chain still exists, by names and sizes: it
+    /// may have been deleted.
+    async fn if_intact(
         self,
-        vault: &Repository,
+        repository: &Repository,
         machine: &MachineName,
     ) -> Result<Option<Self>, RepositoryError> {
-        if vault.check_parts(machine, &self.chain).await.is_ok() {
+        if repository.check_parts(machine, &self.chain).await.is_ok() {
             return Ok(Some(self));
         }
-        // It may have been made a full one since, and be whole all the same.
-        let chain = match vault.chain(machine, &self.id).await {
+        // It may have been compacted since and still be intact.
+        let chain = match repository.chain(machine, &self.id).await {
             Ok(chain) => {
                 let chain: Vec<Outline> = chain.iter().map(Manifest::outline).collect();
-                vault.check_parts(machine, &chain).await.map(|()| chain)
+                repository
+                    .check_parts(machine, &chain)
+                    .await
+                    .map(|()| chain)
             }
             Err(error) => Err(error),
         };
         match chain {
             Ok(chain) => Ok(Some(PreviousCheckpoint { chain, ..self })),
             Err(error @ RepositoryError::Part { .. }) => {
-                tracing::warn!(%error, "the next checkpoint is a full one");
+                tracing::warn!(%error, "cannot continue the chain: the next checkpoint is a full one");
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -197,7 +190,7 @@ impl PreviousCheckpoint {
     }
 }
 
-/// Ranges in order, none of which overlaps another.
+/// Sorts ranges and joins those that overlap.
 fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
@@ -211,13 +204,13 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 impl Checkpointer {
-    /// Whether it knows what was written since a checkpoint.
+    /// Whether writes since a checkpoint are tracked.
     pub fn tracks(&self) -> bool {
         !self.trackers.is_empty()
     }
 
-    /// What was written since it was looked at last, for each memory. It counts
-    /// for the next checkpoint all the same.
+    /// Ranges written since the last call, for each memory. They still count for the next
+    /// checkpoint.
     ///
     /// # Errors
     /// [`MemoryError`].
@@ -233,37 +226,37 @@ impl Checkpointer {
         Ok(found)
     }
 
-    /// Makes a checkpoint: a full one, if it is the first there, or wanted, or
-    /// the chain has become long. The memory of a machine with several parts (`apart`, its
-    /// pages) is read where it is, after it was frozen; nobody tracks writes of it, so its
-    /// pages are compared with what they were, where they are.
+    /// Makes a checkpoint: a full one if it is the first, requested, or the chain is
+    /// long. The memory of a machine with several parts (`spanning_pages`) is read at
+    /// its parts after the freeze; its writes are not tracked, so parts compare its pages
+    /// with their digests.
     ///
     /// # Errors
-    /// [`CreateError`]; the machine runs on, and nothing counts that was stored.
+    /// [`CreateError`]; the machine runs on, and stored packs are void.
     pub fn take(
         &mut self,
         machine: &Machine,
-        apart: Option<&Pages>,
+        spanning_pages: Option<&Pages>,
         subject: Subject,
         log: &Log,
         destination: Destination<'_>,
     ) -> Result<CreatedCheckpoint, CreateError> {
         let Destination {
-            vault,
+            repository,
             runtime,
             full,
             give_up,
-            keepers,
+            cluster_volumes,
         } = destination;
         let begun = Instant::now();
         let last_cut = self.last_cut.take();
         let parent = self
             .last
             .take()
-            .filter(|last| last.vault == vault.url() && last.chain.len() < CHAIN_MAX)
-            .filter(|_| !full && apart.is_some() == last_cut.is_some());
+            .filter(|last| last.repository == repository.url() && last.chain.len() < CHAIN_MAX)
+            .filter(|_| !full && spanning_pages.is_some() == last_cut.is_some());
         let parent = match parent {
-            Some(parent) => runtime.block_on(parent.if_whole(vault, &subject.name))?,
+            Some(parent) => runtime.block_on(parent.if_intact(repository, &subject.name))?,
             None => None,
         };
         let (since, mut known) = match last_cut.filter(|_| parent.is_some()) {
@@ -271,8 +264,8 @@ impl Checkpointer {
             None => (None, PageDigests::default()),
         };
         machine.program().prepare_resume()?;
-        // Later ones are greater, whatever the clocks of the nodes say that made them.
-        let newest = runtime.block_on(vault.list(&subject.name))?;
+        // Ids increase, whatever the clocks of the nodes show.
+        let newest = runtime.block_on(repository.list(&subject.name))?;
         let newest = newest
             .iter()
             .chain(parent.as_ref().map(|last| &last.id))
@@ -281,7 +274,13 @@ impl Checkpointer {
         let id = CheckpointId::new(unix_ms().max(after));
         let packer = |piece: fn(usize) -> PackName| {
             let name = subject.name.clone();
-            Packer::new(vault.clone(), name, (id.clone(), 0), runtime.clone(), piece)
+            Packer::new(
+                repository.clone(),
+                name,
+                (id.clone(), 0),
+                runtime.clone(),
+                piece,
+            )
         };
         let mut collected = Collector {
             pages: packer(PackName::Pages),
@@ -297,22 +296,22 @@ impl Checkpointer {
             memory_pages,
             pause,
         } = self.copy(
-            (machine, apart.map(|pages| (pages, since))),
+            (machine, spanning_pages.map(|pages| (pages, since))),
             log,
             parent.is_some(),
             &mut collected,
-            (&keepers, &mut held),
+            (&cluster_volumes, &mut held),
             give_up,
         )?;
         let created_unix_ms = unix_ms();
-        // First: while they are held nothing of them is committed.
+        // First: while they are held their changes are not committed.
         let snapshot = super::snapshot_name(&subject.name, &id);
-        let snapshots = UnfinishedSnapshots::new(keepers, snapshot.clone());
+        let snapshots = UnfinishedSnapshots::new(cluster_volumes, snapshot.clone());
         for volume in held {
             volume.keep(&snapshot)?;
         }
         let cut_number = match cut {
-            // (It ends with that: parts need not keep anything for it while it is stored.)
+            // The cut ends here: parts need not keep pages while the rest is stored.
             Some(cut) => {
                 collected.add_cut(&cut, &mut known, since.is_some(), give_up)?;
                 Some(cut.number())
@@ -324,7 +323,7 @@ impl Checkpointer {
         let block_packs = collected.blocks.finish()?;
         let program = *machine.program().hash();
         let bytes = Bytes::copy_from_slice(machine.program().bytes());
-        runtime.block_on(vault.put_program(&program, bytes))?;
+        runtime.block_on(repository.put_program(&program, bytes))?;
         let manifest = Manifest {
             id: id.clone(),
             machine: subject.name,
@@ -343,14 +342,14 @@ impl Checkpointer {
             image,
         };
         failpoint::pass("take.manifest")?;
-        // If that has no answer, the checkpoint may be there all the same.
+        // If storing the manifest has no answer, the checkpoint may exist nevertheless.
         snapshots.done();
-        runtime.block_on(vault.put_manifest(&manifest))?;
+        runtime.block_on(repository.put_manifest(&manifest))?;
         failpoint::pass("take.stored")?;
         let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
         chain.push(manifest.outline());
         let last = PreviousCheckpoint {
-            vault: vault.url().to_owned(),
+            repository: repository.url().to_owned(),
             id,
             chain,
         };
@@ -363,23 +362,23 @@ impl Checkpointer {
         })
     }
 
-    /// Copies until little is left, then freezes for the rest.
+    /// Copies until little is left, then freezes and copies the rest.
     fn copy(
         &mut self,
-        (machine, apart): (&Machine, Option<(&Pages, Option<u64>)>),
+        (machine, spanning_pages): (&Machine, Option<(&Pages, Option<u64>)>),
         log: &Log,
         incremental: bool,
         collected: &mut Collector,
-        (keepers, held): (&[VolumeBackend], &mut Vec<CommitHold>),
+        (cluster_volumes, held): (&[VolumeBackend], &mut Vec<CommitHold>),
         give_up: &AtomicBool,
     ) -> Result<Snapshot, CreateError> {
-        // Memory with several owners is read from the cut, and in the other mode.
-        let memories: &[Arc<GuestMemory>] = match apart {
+        // Memory with several owners is read from the cut, and is in the other mode.
+        let memories: &[Arc<GuestMemory>] = match spanning_pages {
             Some(_) => &[],
             None => machine.memories(),
         };
         if !incremental {
-            // What was known of an earlier checkpoint no longer counts.
+            // Trackers of an earlier checkpoint are void.
             self.trackers.clear();
             self.seen.clear();
             for memory in memories {
@@ -411,27 +410,26 @@ impl Checkpointer {
                 *ranges = tracker.take()?;
                 left += bytes_of(ranges);
             }
-            // Half of it again would not be worth a round.
+            // Halving it again would not be worth a round.
             if left <= LAST_BYTES || round >= ROUNDS_MAX || left > before / 2 {
                 break;
             }
             before = left;
         }
-        // All that was copied is stored first: hashing and storing would take
-        // the processors from the guest and from the last copying. From then on
-        // nothing is stored and no store is waited for; rounds within memory
-        // catch up with what was written meanwhile.
+        // All copied data is stored first: hashing and storing would compete with the
+        // guest and the last copying for processors. From then on nothing is stored;
+        // rounds within memory catch up with what was written meanwhile.
         collected.add_pages(memories, &ranges, Some(give_up))?;
         self.add_blocks(blocks, collected, Some(give_up))?;
         collected.pages.settle()?;
         if !self.volumes.is_empty() {
             collected.blocks.settle()?;
         }
-        let cut = match apart {
+        let cut = match spanning_pages {
             Some((pages, since)) => Some(pages.prepare_cut(since, PREPARE_PATIENCE)?),
             None => None,
         };
-        for keeper in keepers {
+        for keeper in cluster_volumes {
             held.push(keeper.hold()?);
         }
         for _ in 0..CATCH_UP_ROUNDS_MAX {
@@ -505,39 +503,38 @@ fn bytes_of(ranges: &[Range<u64>]) -> u64 {
 
 /// Collects bytes into packs and stores them meanwhile.
 pub(super) struct Packer {
-    vault: Repository,
+    repository: Repository,
     machine: MachineName,
     /// The checkpoint and its generation.
     of: (CheckpointId, u32),
     runtime: Handle,
     piece: fn(usize) -> PackName,
     buffer: Buffer,
-    /// Buffers of packs that are stored: fresh ones would cost a page fault for
-    /// each of their pages.
+    /// Buffers of stored packs, for reuse: new ones would cost a page fault per page.
     spare: Spare,
     packs: Vec<Pack>,
     storing: VecDeque<JoinHandle<Result<(), RepositoryError>>>,
-    /// Packs begun so far.
+    /// Number of packs begun.
     count: usize,
 }
 
 type Spare = Arc<Mutex<Vec<AlignedBuffer>>>;
 
-/// A pack in the making.
+/// A pack being filled.
 #[derive(Default)]
 struct Buffer {
-    /// As long as it ever was: what is behind `used` counts no more.
+    /// Never shrinks; only the first `used` bytes are valid.
     bytes: AlignedBuffer,
     used: usize,
-    /// Checksums of the blocks that are full, as far as there was time for them.
+    /// Checksums of full blocks, as far as they are computed.
     hashed: Vec<[u8; 32]>,
 }
 
 impl Buffer {
-    /// Room for so many more.
+    /// Space for this many further bytes.
     fn room(&mut self, count: usize) -> &mut [u8] {
         let end = self.used + count;
-        // (A pack that is long already becomes longer in large steps.)
+        // A large pack grows in large steps.
         if self.bytes.len() < end {
             let length = end.max(PACK_BYTES).next_multiple_of(PACK_BYTES);
             self.bytes.grow(length, self.used);
@@ -545,7 +542,7 @@ impl Buffer {
         &mut self.bytes[self.used..end]
     }
 
-    /// Hashes full blocks, which are still in the processor's cache then.
+    /// Hashes full blocks, which are still in the processor's cache.
     fn hash_full(&mut self) {
         while (self.hashed.len() + 1) * BLOCK_BYTES <= self.used {
             let at = self.hashed.len() * BLOCK_BYTES;
@@ -554,7 +551,7 @@ impl Buffer {
         }
     }
 
-    /// What describes it; all of it is hashed.
+    /// The pack's description; hashes the rest.
     fn describe(&mut self) -> Pack {
         self.hash_full();
         let rest = self.hashed.len() * BLOCK_BYTES;
@@ -569,7 +566,7 @@ impl Buffer {
     }
 }
 
-/// A pack's bytes while they are stored; its buffer is used again then.
+/// A pack's bytes while they are stored; the buffer is returned for reuse afterwards.
 struct LentBuffer {
     buffer: AlignedBuffer,
     used: usize,
@@ -591,8 +588,8 @@ impl Drop for LentBuffer {
 }
 
 impl Collector {
-    /// Adds pages. With `give_up` it stores full packs, and waits where the store
-    /// is behind; without, it does neither: the last pack becomes longer.
+    /// Adds pages. With `give_up`, full packs are stored, and the call waits for a slow
+    /// store; without, neither happens, and the last pack grows.
     fn add_pages(
         &mut self,
         memories: &[Arc<GuestMemory>],
@@ -617,8 +614,7 @@ impl Collector {
 }
 
 impl Collector {
-    /// Adds all pages of a cut, or those that are not as they were known to be, and stores
-    /// full packs meanwhile.
+    /// Adds the pages of a cut, except unchanged ones, and stores full packs meanwhile.
     fn add_cut(
         &mut self,
         cut: &Cut,
@@ -636,7 +632,7 @@ impl Collector {
             let new = there[memory].insert_range(first..first + pages);
             match !incremental || new == u64::from(pages) {
                 true => Ok(()),
-                false => Err(disagree("parts give a page twice")),
+                false => Err(disagree("parts sent a page twice")),
             }
         };
         while let Some(piece) = cut.next(CUT_PATIENCE)? {
@@ -653,7 +649,7 @@ impl Collector {
                 match piece {
                     CutPiece::Unchanged(same) => {
                         if !known.agrees(&same) {
-                            let what = "a part says that pages are as they were, and they were not";
+                            let what = "a part reported unchanged pages with other content";
                             return Err(disagree(what));
                         }
                         are_there(same.memory, same.first, same.pages)?;
@@ -669,7 +665,7 @@ impl Collector {
                 }
             }
         }
-        // What was there and is not any more is zero.
+        // Pages that no longer exist are zero.
         let is_gone = |memory: u32, number: u32| {
             let there = there.get(memory as usize);
             !there.is_some_and(|there| there.contains(number))
@@ -692,7 +688,7 @@ fn disagree(what: &str) -> CreateError {
     SpanError::Inconsistent(what.into()).into()
 }
 
-/// Notes pages that were put into a pack.
+/// Records pages that were added to a pack.
 pub(super) fn note_page(runs: &mut Vec<Run>, memory: u32, at: u64, bytes: u64) {
     // Memories have at most 64 GiB, which is 2^24 pages.
     let (first, pages) = ((at / PAGE_BYTES) as u32, (bytes / PAGE_BYTES) as u32);
@@ -709,16 +705,16 @@ pub(super) fn note_page(runs: &mut Vec<Run>, memory: u32, at: u64, bytes: u64) {
 }
 
 impl Packer {
-    /// Without anything in it.
+    /// An empty packer.
     pub(super) fn new(
-        vault: Repository,
+        repository: Repository,
         machine: MachineName,
         of: (CheckpointId, u32),
         runtime: Handle,
         piece: fn(usize) -> PackName,
     ) -> Self {
         Packer {
-            vault,
+            repository,
             machine,
             of,
             runtime,
@@ -740,7 +736,7 @@ impl Packer {
         self.add_bytes(bytes.len(), Some(give_up), copy).map(drop)
     }
 
-    /// Adds up to `count` bytes that `read` puts into a buffer; how many it put.
+    /// Adds up to `count` bytes that `read` writes into a buffer; returns their number.
     pub(super) fn add_bytes<E>(
         &mut self,
         count: usize,
@@ -773,14 +769,14 @@ impl Packer {
         spare.pop().unwrap_or_default()
     }
 
-    /// Stores what there is, and makes room for the last pages, so that nothing
-    /// is allocated for them.
+    /// Stores all that was collected, and reserves space for the last pages, so that they
+    /// need no allocation.
     fn settle(&mut self) -> Result<(), CreateError> {
         self.store_pack();
         self.wait_below(1)?;
         self.buffer.bytes = self.spare_buffer();
         self.buffer.bytes.grow(LAST_ROOM_BYTES, 0);
-        // The host gives room only when it is written to.
+        // The kernel allocates memory only when it is written.
         self.buffer.bytes[..LAST_ROOM_BYTES].fill(0);
         Ok(())
     }
@@ -798,10 +794,10 @@ impl Packer {
         });
         let piece = (self.piece)(self.count);
         self.count += 1;
-        let (vault, machine) = (self.vault.clone(), self.machine.clone());
+        let (repository, machine) = (self.repository.clone(), self.machine.clone());
         let (id, generation) = self.of.clone();
         let store = async move {
-            vault
+            repository
                 .put_pack(&machine, (&id, generation), piece, lent)
                 .await
         };
@@ -819,7 +815,7 @@ impl Packer {
         Ok(())
     }
 
-    /// Stores the rest; all of it is stored then.
+    /// Stores the rest and waits until all packs are stored.
     pub(super) fn finish(mut self) -> Result<Vec<Pack>, CreateError> {
         self.store_pack();
         self.wait_below(1)?;
@@ -829,7 +825,7 @@ impl Packer {
 
 impl Drop for Packer {
     fn drop(&mut self) {
-        // Of a checkpoint that was given up nothing more need be stored.
+        // Packs of a checkpoint that was given up need not be stored.
         for task in &self.storing {
             task.abort();
         }

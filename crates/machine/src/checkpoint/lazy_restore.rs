@@ -1,16 +1,15 @@
-//! A machine that runs before the pages of its checkpoint are in memory: a page
-//! is read when a thread first touches it, the others behind it.
+//! Runs a machine before the pages of its checkpoint are in memory: a page is read when a
+//! thread first accesses it, and the others in the background.
 //!
 //! ```text
-//!   guest thread ── touches ──▶ fault ──▶ its MiB: read, checked, shown ──▶ goes on
-//!                                 all other MiBs, in order, meanwhile ──▶ done: as if it
-//!                                                                         had never been
+//!   guest thread ── touches ──▶ fault ──▶ its MiB: read, verified, mapped ──▶ resumes
+//!                                 all other MiBs, in order, meanwhile ──▶ complete
 //! ```
 //!
-//! Of each MiB the checksum is right before a page of it is seen. A store that
-//! does not answer is asked again for as long as it takes: threads that need a
-//! page wait. Damage is found while the machine runs already, so whoever starts
-//! a machine so must be able to end it then: [`LazyRestore::begin`] tells.
+//! Each MiB is verified by its checksum before a page of it becomes visible. Failed
+//! requests to the store are repeated for as long as it takes: threads that need a page
+//! wait. Damage is found while the machine runs, so the caller must be able to end the
+//! machine then: [`LazyRestore::begin`] reports it.
 
 use super::format::{Manifest, Pack};
 use super::layout::{Block, Layout};
@@ -24,14 +23,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Threads that answer accesses to one memory: each reads one MiB at a time.
+/// Threads that resolve faults of one memory: each reads one MiB at a time.
 const ANSWERING: usize = 2;
-/// How long they wait before they look whether all is done.
+/// Interval at which they check whether all pages are read.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Pause before a store that did not answer is asked again.
+/// Pause before a failed request is repeated.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// Why a pack is not read.
+/// Why a pack cannot be read.
 #[derive(Debug, thiserror::Error)]
 enum PackError {
     #[error(transparent)]
@@ -40,7 +39,7 @@ enum PackError {
     Memory(#[from] MemoryError),
 }
 
-/// What is still to come of a machine's memory.
+/// Pages of a machine's memory that are still to be read.
 pub struct LazyRestore {
     shared: Arc<Shared>,
 }
@@ -52,16 +51,16 @@ impl std::fmt::Debug for LazyRestore {
 }
 
 struct Shared {
-    vault: Repository,
+    repository: Repository,
     runtime: Handle,
     chain: Vec<Manifest>,
-    /// Says in the store that the chain is being read.
+    /// Name of the mark in the store that protects the chain from deletion.
     reading: String,
     layout: Layout,
     faults: Vec<PageFaults>,
-    /// Blocks that somebody reads, or has read.
+    /// Blocks that a thread reads or has read.
     claimed: Mutex<HashSet<Block>>,
-    /// Blocks that are not there yet.
+    /// Number of blocks that are not read.
     left: AtomicUsize,
     ended: Mutex<Option<Result<(), String>>>,
     changed: Condvar,
@@ -75,7 +74,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl LazyRestore {
     /// From now on accesses to these memories wait until [`Self::begin`].
     pub(super) fn new(
-        vault: Repository,
+        repository: Repository,
         runtime: Handle,
         chain: Vec<Manifest>,
         reading: String,
@@ -91,7 +90,7 @@ impl LazyRestore {
         Ok(LazyRestore {
             shared: Arc::new(Shared {
                 left: AtomicUsize::new(blocks),
-                vault,
+                repository,
                 runtime,
                 chain,
                 reading,
@@ -105,11 +104,11 @@ impl LazyRestore {
         })
     }
 
-    /// Brings the pages from now on. `tell` hears once how that ended: with an
-    /// error pages are lost, and threads may wait for them for ever.
+    /// Starts to read the pages. `tell` receives the result once: after an error pages
+    /// are missing, and threads may wait for them for ever.
     ///
     /// # Errors
-    /// Where the host has no more threads.
+    /// If no thread can be started.
     pub fn begin(
         &self,
         tell: impl FnOnce(Result<(), String>) + Send + 'static,
@@ -133,13 +132,13 @@ impl LazyRestore {
                     shared.read(pack);
                 }
                 let result = shared.wait();
-                shared.let_go();
+                shared.release();
                 tell(result);
             })
             .map(drop)
     }
 
-    /// Waits until all is there.
+    /// Waits until all pages are read.
     ///
     /// # Errors
     /// What is damaged; the machine cannot go on.
@@ -153,7 +152,7 @@ impl Shared {
         self.done.load(Ordering::Acquire)
     }
 
-    /// Answers the accesses to one memory.
+    /// Resolves the faults of one memory.
     fn answer(&self, memory: usize) {
         let faults = &self.faults[memory];
         while !self.is_done() {
@@ -164,7 +163,7 @@ impl Shared {
             };
             let brought = match self.layout.find(memory, fault.page / PAGE_BYTES) {
                 None => faults.provide_zeros(fault.page, PAGE_BYTES).map(drop),
-                // Whoever reads it already brings this page too.
+                // The thread that reads the block installs this page, too.
                 Some(block) if !self.claim(block) => continue,
                 Some(block) => match self.fetch(block) {
                     Some(bytes) => self.provide(block, &bytes),
@@ -191,11 +190,11 @@ impl Shared {
         )
     }
 
-    /// Reads one block; `None` once nothing more is to be brought.
+    /// Reads one block; `None` once the restore has ended.
     fn fetch(&self, block: Block) -> Option<Bytes> {
         let (manifest, piece, pack) = self.manifest_of(block);
         while !self.is_done() {
-            let read = self.vault.block(manifest, piece, pack, block.number);
+            let read = self.repository.block(manifest, piece, pack, block.number);
             match self.runtime.block_on(read) {
                 Ok(bytes) => return Some(bytes),
                 Err(error) => self.failed(error),
@@ -204,13 +203,13 @@ impl Shared {
         None
     }
 
-    /// Reads all of a pack that nobody has read yet.
+    /// Reads all blocks of a pack that no thread has read yet.
     fn read(&self, number: usize) {
         let at = self.layout.packs()[number];
         let manifest = &self.chain[at.checkpoint];
         while !self.is_done() {
             let reading = Cell::new(None);
-            let result = self.vault.read_blocks::<PackError>(
+            let result = self.repository.read_blocks::<PackError>(
                 &self.runtime,
                 (manifest, PackName::Pages(at.number)),
                 &manifest.packs[at.number],
@@ -243,25 +242,25 @@ impl Shared {
         }
     }
 
-    /// Waits a moment where another try may help.
+    /// Waits for a moment if a retry may help.
     fn failed(&self, error: RepositoryError) {
         let RepositoryError::Store(error) = &error else {
             return self.end(Err(error.to_string()));
         };
-        // A part that was cut since is no part any more, however often it is read.
+        // A truncated part stays invalid, however often it is read.
         let machine = self.chain.last().map(|manifest| &manifest.machine);
         if let Some(machine) = machine {
             let chain: Vec<_> = self.chain.iter().map(Manifest::outline).collect();
-            let checked = self.vault.check_parts(machine, &chain);
+            let checked = self.repository.check_parts(machine, &chain);
             if let Err(part @ RepositoryError::Part { .. }) = self.runtime.block_on(checked) {
                 return self.end(Err(part.to_string()));
             }
         }
-        tracing::warn!(%error, "pages of a checkpoint do not come; trying again");
+        tracing::warn!(%error, "cannot read pages of a checkpoint; retrying");
         std::thread::sleep(RETRY_AFTER);
     }
 
-    /// Puts what counts of a block in place.
+    /// Installs the newest pages of a block.
     fn provide(&self, block: Block, bytes: &[u8]) -> Result<(), MemoryError> {
         for piece in self.layout.pieces(block) {
             let faults = &self.faults[piece.memory];
@@ -269,7 +268,7 @@ impl Shared {
             if faults.provide(piece.offset, bytes)? {
                 continue;
             }
-            // A part of it came before a failure: the guest may have changed it.
+            // Pages installed before a failure may have been changed by the guest.
             for (page, bytes) in (0..).zip(bytes.chunks(PAGE_BYTES as usize)) {
                 faults.provide(piece.offset + page * PAGE_BYTES, bytes)?;
             }
@@ -280,30 +279,30 @@ impl Shared {
         Ok(())
     }
 
-    /// What is read need not be kept any longer for this.
-    fn let_go(&self) {
+    /// Removes the mark that protects the checkpoint from deletion.
+    fn release(&self) {
         if let Some(manifest) = self.chain.last() {
-            let ended = self.vault.end_reading(manifest, &self.reading);
+            let ended = self.repository.end_reading(manifest, &self.reading);
             if let Err(error) = self.runtime.block_on(ended) {
-                tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
+                tracing::debug!(%error, "cannot remove the read mark of a checkpoint: it is kept for an hour");
             }
         }
     }
 
-    /// The first end counts.
+    /// Only the first result is kept.
     fn end(&self, result: Result<(), String>) {
         if self.done.swap(true, Ordering::AcqRel) {
             return;
         }
         if result.is_ok() {
-            // The rest is zero, as the kernel has it anyway.
+            // All other pages are zero, which the kernel provides.
             for faults in &self.faults {
                 if let Err(error) = faults.stop() {
-                    tracing::debug!(%error, "first accesses wait until the last thread is gone");
+                    tracing::debug!(%error, "cannot release the memory from fault handling before the last thread ends");
                 }
             }
         }
-        // Whoever waits for this may track writes at once.
+        // After this wait the caller may track writes at once.
         *locked(&self.ended) = Some(result);
         self.changed.notify_all();
     }

@@ -1,8 +1,8 @@
-//! Where checkpoints are stored: a directory, or an S3-compatible store.
+//! Repositories of checkpoints: a directory, or an S3-compatible store.
 //!
-//! Names are made of machine names and checkpoint ids only, which have no
-//! separators. Async; for a worker's own runtime, never for an agent's hot
-//! paths: stores may be slow.
+//! Object names consist of machine names and checkpoint ids, which contain no separators.
+//! Async; for a worker's own runtime, not for an agent's latency-critical tasks: stores
+//! may be slow.
 
 use super::compaction::compact;
 use super::create::CreateError;
@@ -19,38 +19,32 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Ending of the names that say that a checkpoint is being read, and for how long
-/// that counts, in milliseconds.
+/// Name suffix of the marks of checkpoints being read, and how long a mark is valid, in
+/// milliseconds.
 const READING: &str = "reading";
 const READ_MS: u64 = 3_600_000;
 
-/// Why a vault cannot be used.
+/// Why a repository cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RepositoryError {
-    /// The URL names no store.
     #[error(transparent)]
     Url(#[from] StorageLocationError),
-    /// The store failed.
     #[error("checkpoint store: {0}")]
     Store(#[from] object_store::Error),
-    /// Something stored is not what it should be.
+    /// An object is missing or damaged.
     #[error("checkpoint {id} of machine {machine:?} cannot be used: {part}: {reason}")]
     Part {
-        /// The machine.
         machine: MachineName,
-        /// The checkpoint.
         id: CheckpointId,
-        /// Which part of it.
         part: String,
-        /// What is wrong.
         reason: String,
     },
-    /// There is none.
+    /// The machine has no checkpoint.
     #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
     None(MachineName),
 }
 
-/// Which pack of a checkpoint.
+/// Names a pack of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PackName {
     /// Pages of memory.
@@ -68,32 +62,30 @@ impl std::fmt::Display for PackName {
     }
 }
 
-/// What is to be in the store of a checkpoint beside its manifest.
+/// The objects that a checkpoint consists of, beside its manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outline {
-    /// The checkpoint.
     pub id: CheckpointId,
-    /// How often it was made a full one.
+    /// Number of compactions.
     pub generation: u32,
-    /// Its packs, with their bytes.
+    /// Its packs, with their sizes in bytes.
     pub packs: Vec<(PackName, u64)>,
 }
 
-/// A store of checkpoints.
+/// A repository of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Repository {
     place: StorageLocation,
 }
 
-/// What becomes of a block, by its number.
+/// Receives a verified block with its number.
 pub type BlockSink<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
 
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
 
 impl Repository {
-    /// Opens a vault and makes its directory where it is missing: for storing.
-    /// Reading makes nothing.
+    /// Opens a repository for writing; creates its directory if it is missing.
     ///
     /// # Errors
     /// [`RepositoryError::Url`].
@@ -102,7 +94,7 @@ impl Repository {
         Ok(Repository { place })
     }
 
-    /// Opens a vault in a [`StorageLocation`].
+    /// Opens the repository in a [`StorageLocation`].
     ///
     /// # Errors
     /// [`RepositoryError::Url`].
@@ -111,8 +103,8 @@ impl Repository {
         Ok(Repository { place })
     }
 
-    /// As [`Self::open`], with these in place of the environment's variables, and so
-    /// long for one request to be repeated.
+    /// As [`Self::open`], with these settings in place of environment variables, and this
+    /// time limit for the retries of a request.
     ///
     /// # Errors
     /// [`RepositoryError::Url`].
@@ -125,7 +117,7 @@ impl Repository {
         Ok(Repository { place })
     }
 
-    /// Its URL, as it was given.
+    /// Its URL, as given.
     pub fn url(&self) -> &str {
         self.place.url()
     }
@@ -176,12 +168,11 @@ impl Repository {
         Ok(())
     }
 
-    /// Reads the blocks of a pack that are wanted, one at a time and in order,
-    /// and gives on those whose checksum is right. Blocking, outside of the
-    /// runtime.
+    /// Reads the wanted blocks of a pack in order, one at a time, and passes on those
+    /// whose checksum is correct. Blocking, outside of the runtime.
     ///
     /// # Errors
-    /// [`RepositoryError`], or what `take` answers; blocks that came before were whole.
+    /// [`RepositoryError`], or the error of `take`; earlier blocks were intact.
     pub fn read_blocks<E: From<RepositoryError>>(
         &self,
         runtime: &Handle,
@@ -262,11 +253,11 @@ impl Repository {
         Ok(())
     }
 
-    /// Whether all parts of these checkpoints of a machine are there, by name and
-    /// size.
+    /// Checks that all parts of a machine's checkpoints exist, by name and size.
     ///
     /// # Errors
-    /// [`RepositoryError::Part`] for what is missing or cut, [`RepositoryError::Store`].
+    /// [`RepositoryError::Part`] for a missing or truncated part,
+    /// [`RepositoryError::Store`].
     pub async fn check_parts(
         &self,
         machine: &MachineName,
@@ -296,7 +287,7 @@ impl Repository {
                 if there.get(&place) == Some(expected) {
                     continue;
                 }
-                // Lists may be of a while ago: the object itself counts.
+                // Listings may be outdated: the object itself decides.
                 let reason = match self.size(&place).await? {
                     Some(bytes) if bytes == *expected => continue,
                     Some(bytes) => {
@@ -310,7 +301,7 @@ impl Repository {
         Ok(())
     }
 
-    /// Bytes of an object; `None` if it is not there.
+    /// Size of an object in bytes; `None` if it is missing.
     async fn size(&self, place: &Path) -> Result<Option<u64>, RepositoryError> {
         match self.store().head(place).await {
             Ok(meta) => Ok(Some(meta.size)),
@@ -319,7 +310,7 @@ impl Repository {
         }
     }
 
-    /// Reads one block of a pack and checks it.
+    /// Reads one block of a pack and verifies it.
     ///
     /// # Errors
     /// [`RepositoryError`].
@@ -360,7 +351,7 @@ impl Repository {
         }
     }
 
-    /// Stores a manifest: from now on the checkpoint is there.
+    /// Stores a manifest, which completes the checkpoint.
     ///
     /// # Errors
     /// [`RepositoryError`].
@@ -372,12 +363,12 @@ impl Repository {
             reason: error.to_string(),
         })?;
         let place = self.manifest_place(&manifest.machine, &manifest.id);
-        // The names of its packs are on the disk before it is.
+        // The names of its packs must be durable before it is.
         let folder = self.place.file(&place)?;
         let folder = folder.as_deref().and_then(std::path::Path::parent);
         if let Some(folder) = folder.map(std::path::Path::to_owned) {
             in_folder(move || match folder::sync(&folder) {
-                // It has none.
+                // It has no packs.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
                 synced => synced,
             })
@@ -387,8 +378,8 @@ impl Repository {
         Ok(())
     }
 
-    /// Says that a checkpoint is being read, so that it is not deleted meanwhile, for
-    /// an hour at the most. The name of that.
+    /// Marks a checkpoint as being read, so that it is not deleted for at most an hour;
+    /// returns the name of the mark.
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
@@ -401,7 +392,7 @@ impl Repository {
         Ok(name)
     }
 
-    /// Takes that back.
+    /// Removes such a mark.
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
@@ -416,7 +407,7 @@ impl Repository {
         Ok(self.store().delete(&place).await?)
     }
 
-    /// Reads a manifest and checks it.
+    /// Reads a manifest and validates it.
     ///
     /// # Errors
     /// [`RepositoryError`].
@@ -447,10 +438,10 @@ impl Repository {
         Ok(manifest)
     }
 
-    /// A checkpoint and those that it stands on, the full one first.
+    /// A checkpoint and its ancestors, the full one first.
     ///
     /// # Errors
-    /// [`RepositoryError`], also where a chain is longer than it can be.
+    /// [`RepositoryError`], also if the chain is too long.
     pub async fn chain(
         &self,
         machine: &MachineName,
@@ -494,7 +485,7 @@ impl Repository {
         Ok(found)
     }
 
-    /// Machines that have something here, by name.
+    /// Names of machines that have objects here.
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
@@ -510,7 +501,7 @@ impl Repository {
         Ok(names)
     }
 
-    /// Stores an instrumented module, unless it is there.
+    /// Stores an instrumented module, unless it exists.
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
@@ -525,7 +516,7 @@ impl Repository {
         Ok(())
     }
 
-    /// Reads a checkpoint's instrumented module and checks it.
+    /// Reads a checkpoint's instrumented module and verifies it.
     ///
     /// # Errors
     /// [`RepositoryError`].
@@ -552,15 +543,14 @@ impl Repository {
         }
     }
 
-    /// Deletes a machine's checkpoints but those that are to be kept and those that
-    /// they stand on, and pieces of checkpoints that were never finished. Where
-    /// what is kept only for the sake of others is mostly superseded, the oldest
-    /// that is wanted is made a full one first. Which checkpoints went. Blocking,
-    /// outside of the runtime.
+    /// Applies a retention policy: deletes a machine's checkpoints except those to keep
+    /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
+    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
+    /// deleted checkpoints. Blocking, outside of the runtime.
     ///
     /// # Errors
-    /// [`CreateError`], also where it is not known what is needed; nothing of that is
-    /// gone then.
+    /// [`CreateError`], also if the required objects cannot be determined; none of them
+    /// is deleted then.
     pub fn keep(
         &self,
         runtime: &Handle,
@@ -575,7 +565,7 @@ impl Repository {
             .map(|(_, id)| id)
             .collect();
         if let Some(oldest) = wanted.last() {
-            // One that cannot be read is kept as it is: it may be readable tomorrow.
+            // An unreadable checkpoint is kept: it may be readable later.
             let chain = runtime.block_on(self.chain(machine, oldest));
             if let Ok(chain) = chain
                 && chain.len() > 1
@@ -583,7 +573,7 @@ impl Repository {
                 && stored - counts >= counts
             {
                 let bytes = compact(self, runtime, machine, oldest)?;
-                tracing::info!(%machine, %oldest, stored, ?bytes, "made a full checkpoint of it");
+                tracing::info!(%machine, %oldest, stored, ?bytes, "compacted a checkpoint");
             }
         }
         Ok(runtime.block_on(self.delete_others(machine, &all, &wanted, now_unix_ms))?)
@@ -603,7 +593,7 @@ impl Repository {
             .map_ok(|object| (object.location, object.last_modified.timestamp_millis()))
             .try_collect()
             .await?;
-        // What is just being read stays, as it is: generations and all.
+        // Checkpoints being read are kept with their generations.
         let mut read = BTreeSet::new();
         let mut over = Vec::new();
         for (place, since) in &objects {
@@ -616,9 +606,9 @@ impl Repository {
                 None => over.push(Ok(place.clone())),
             }
         }
-        // With the generation of each, where its manifest can be read.
+        // With its generation, if its manifest can be read.
         let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
-        // What is not newer than one that cannot be read may belong to it.
+        // Objects not newer than an unreadable checkpoint may belong to it.
         let mut below = None;
         for id in wanted.iter().copied().chain(&read) {
             needed.entry(id.clone()).or_insert(None);
@@ -650,13 +640,13 @@ impl Repository {
             if below.as_ref().is_some_and(|below| id <= *below) {
                 continue;
             }
-            // What is newer than the newest may just be in the making.
+            // Objects newer than the newest checkpoint may belong to one in progress.
             if newest.is_none_or(|newest| id > *newest) {
                 continue;
             }
             let is_manifest = place.extension() == Some("manifest");
             match needed.get(&id) {
-                // Before it was made a full one it had others.
+                // Packs of earlier generations.
                 Some(Some(now)) if !is_manifest && generation < *now => packs.push(Ok(place)),
                 Some(_) => {}
                 None if newest == Some(&id) => {}
@@ -667,7 +657,7 @@ impl Repository {
                 None => packs.push(Ok(place)),
             }
         }
-        // Without its manifest a checkpoint is not there: it never lacks a part.
+        // Manifests first: a checkpoint never lacks a part while its manifest exists.
         for places in [manifests, packs, over] {
             let places = futures::stream::iter(places).boxed();
             self.store()
@@ -679,7 +669,7 @@ impl Repository {
     }
 }
 
-/// Works on files, beside the runtime's own threads.
+/// Runs file operations on threads beside the runtime's own.
 async fn in_folder(
     work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
 ) -> Result<(), RepositoryError> {
@@ -691,7 +681,7 @@ async fn in_folder(
     })?)
 }
 
-/// The checkpoint and the generation that an object is of.
+/// The checkpoint and generation that an object belongs to.
 fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
     let (id, rest) = name.split_once('.')?;
     let generation = rest
@@ -700,18 +690,18 @@ fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
     Some((id.parse().ok()?, generation.unwrap_or(0)))
 }
 
-/// Which of a machine's checkpoints are kept: those that any of these names. The
-/// newest always is.
+/// Which of a machine's checkpoints are kept: those selected by any of these criteria,
+/// and always the newest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retention {
-    /// So many of the newest.
+    /// The number of newest ones to keep.
     pub newest: Option<u32>,
-    /// Those that are not older, in seconds.
+    /// The maximum age of those to keep, in seconds.
     pub for_s: Option<u64>,
 }
 
 impl Retention {
-    /// Whether everything is kept.
+    /// Whether all are kept.
     pub fn is_all(&self) -> bool {
         *self == Retention::default()
     }

@@ -1,20 +1,20 @@
-//! The memory of a machine made of a checkpoint that comes when it has parts, before it
-//! runs: what is larger than a node never is on one. Who has it read says where it goes;
-//! each piece goes on from there as the parts' limits have it.
+//! Restores the memory of a machine once it has parts, before it runs: a machine larger
+//! than a node is never on one. The caller determines where each piece is written; it
+//! moves on according to the parts' limits.
 
 use super::format::Manifest;
 use super::layout::Layout;
 use super::repository::{Repository, RepositoryError};
-use super::restore::{Write, bring};
+use super::restore::{Write, read_pages};
 use tokio::runtime::Handle;
 
-/// What is to come. Until it is let go ([`Self::let_go`]), or for an hour, nobody deletes
-/// what it is made of.
+/// Memory that is still to be read. Until it is released ([`Self::release`]), or for an
+/// hour, its checkpoints are not deleted.
 pub struct SpanningRestore {
-    pub(super) vault: Repository,
+    pub(super) repository: Repository,
     pub(super) runtime: Handle,
     pub(super) chain: Vec<Manifest>,
-    /// Says in the store that the chain is being read.
+    /// Name of the mark in the store that protects the chain from deletion.
     pub(super) reading: String,
     pub(super) layout: Layout,
 }
@@ -26,29 +26,39 @@ impl std::fmt::Debug for SpanningRestore {
 }
 
 impl SpanningRestore {
-    /// Bytes of it; all else is zero.
+    /// Bytes of its pages that are not zero.
     pub fn bytes(&self) -> u64 {
         self.layout.bytes()
     }
 
-    /// Reads it, and has each piece written: the number of its memory, where, and its
-    /// bytes, from several threads at once. Blocking, outside of the runtime.
+    /// Reads the memory and passes each piece to `write`, from several threads at once:
+    /// the number of the memory, the offset, and the bytes. Blocking, outside of the
+    /// runtime.
     ///
     /// # Errors
-    /// [`RepositoryError`], or the first that `write` answers; some of it is written then.
-    pub fn bring<E: From<RepositoryError> + Send>(&self, write: &Write<'_, E>) -> Result<(), E> {
-        bring(&self.layout, &self.chain, &self.vault, &self.runtime, write)
+    /// [`RepositoryError`], or the first error of `write`; some pieces are written then.
+    pub fn read_pages<E: From<RepositoryError> + Send>(
+        &self,
+        write: &Write<'_, E>,
+    ) -> Result<(), E> {
+        read_pages(
+            &self.layout,
+            &self.chain,
+            &self.repository,
+            &self.runtime,
+            write,
+        )
     }
 
-    /// What it is made of need not be kept any longer for this. Blocking, outside of the
-    /// runtime.
-    pub fn let_go(self) {
+    /// Removes the mark that protects the checkpoints from deletion. Blocking, outside of
+    /// the runtime.
+    pub fn release(self) {
         let Some(manifest) = self.chain.last() else {
             return;
         };
-        let ended = self.vault.end_reading(manifest, &self.reading);
+        let ended = self.repository.end_reading(manifest, &self.reading);
         if let Err(error) = self.runtime.block_on(ended) {
-            tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
+            tracing::debug!(%error, "cannot remove the read mark of a checkpoint: it is kept for an hour");
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Between a volume of `keel-wasi` in a worker and its writer: brings blocks when
-//! the guest needs them, commits what it wrote, and says when it may not any more.
+//! Connects a volume of `keel-wasi` in a worker with its writer: fetches blocks when the
+//! guest needs them, commits changes, and reports the loss of the volume.
 //!
-//! One task commits: whenever a program syncs, else about each second. What it
-//! commits it copies at one instant, while nothing in the volume changes. Blocks
-//! that it took and could not commit are noted again.
+//! A single task commits: after each sync of a program, otherwise about once a second. It
+//! copies the changes at one instant, while nothing in the volume changes. Blocks that
+//! could not be committed are recorded again.
 
 use super::format::WriterEpoch;
 use super::state::VolumeState;
@@ -21,18 +21,18 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedMutexGuard, watch};
 
-/// How long what was written may stay uncommitted where nobody syncs.
+/// How long changes may stay uncommitted without a sync.
 const COMMIT_EVERY: Duration = Duration::from_secs(1);
-/// Pause after the store did not answer.
+/// Pause after a failed request to the store.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// Written and not committed; a program that is faster than its store waits.
+/// Limit of uncommitted bytes; a program that writes faster than the store waits.
 const DIRTY_BYTES_MAX: u64 = 16 << 20;
-/// Blocks that are fetched at a time, and ahead of one that reads in order.
+/// Blocks fetched concurrently, and read-ahead for sequential access.
 const FETCHES_MAX: usize = 8;
 const READ_AHEAD_BLOCKS: u64 = 15;
-/// How long after a claim a machine may still be taken back to where it came from.
+/// How long after a claim the machine may still be taken back by its source.
 const TAKEN_BACK_WITHIN: Duration = Duration::from_secs(600);
-/// Old segments that are deleted after a commit.
+/// Old segments deleted after a commit.
 const TIDY_SEGMENTS: usize = 4;
 /// How long a checkpoint waits for the store.
 const HOLD_PATIENCE: Duration = Duration::from_secs(60);
@@ -40,19 +40,19 @@ const HOLD_PATIENCE: Duration = Duration::from_secs(60);
 type Ranges = Vec<(u64, Range<u64>)>;
 type Result<T, E = VolumeError> = std::result::Result<T, E>;
 
-/// What a keeper needs, and whom it tells.
+/// Configuration of a backend.
 pub struct BackendOptions {
     /// The volume's objects.
     pub store: VolumeStore,
-    /// Where its tasks run.
+    /// Runtime for its tasks.
     pub runtime: Handle,
-    /// Is told while the machine's end waits for the store.
+    /// Informed while the end of the machine waits for the store.
     pub stalls: Arc<Stalls>,
-    /// The folder of the volume, by which `stalls` knows it.
+    /// The volume's folder, which identifies it in `stalls`.
     pub folder: String,
-    /// Is told once why the volume is lost to this machine.
+    /// Called once with the reason when this machine loses the volume.
     pub lost: Box<dyn Fn(&str) + Send + Sync>,
-    /// Is told of what is damaged.
+    /// Called with a description of damage.
     pub damaged: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -65,7 +65,7 @@ impl std::fmt::Debug for BackendOptions {
     }
 }
 
-/// Keeps one cluster volume for the machine of this process.
+/// Backend of one cluster volume for the machine of this process.
 #[derive(Debug, Clone)]
 pub struct VolumeBackend(Arc<Shared>);
 
@@ -75,10 +75,10 @@ struct Shared {
     attached: OnceLock<Attached>,
     inner: Mutex<Inner>,
     standing: watch::Sender<ClaimState>,
-    /// The machine is frozen to be given away: it may be another's to write.
-    resting: watch::Sender<bool>,
+    /// Whether the machine is frozen for a move: another machine may write the volume.
+    paused: watch::Sender<bool>,
     wake: Notify,
-    /// Held over each commit.
+    /// Held during each commit.
     writer: Arc<tokio::sync::Mutex<Option<Writer>>>,
 }
 
@@ -88,35 +88,35 @@ struct Attached {
     tracker: Tracker,
 }
 
-/// Whether it may read and write.
+/// Whether the volume may be read and written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum ClaimState {
-    /// It is to claim the volume, or tries; why it has not yet, if that is known.
+    /// The claim is pending; with the reason for the delay, if known.
     Opening(Option<String>),
     Claimed,
-    /// Not any more.
+    /// The volume is lost.
     Lost(String),
 }
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// Under which it writes.
+    /// The epoch under which it writes.
     epoch: Option<WriterEpoch>,
-    /// What was committed last.
+    /// The state committed last.
     known: Option<Arc<VolumeState>>,
     waiters: Vec<Promise>,
     /// Taken from the tracker and not committed yet.
     taken: Ranges,
-    /// Changes of the volume when it was committed last.
+    /// The volume's change count at the last commit.
     seen: Option<u64>,
-    /// The last commit failed for now.
+    /// The last commit failed temporarily.
     away: bool,
-    /// File and block after the last one that was fetched.
+    /// File and block behind the last one fetched.
     last_fetch: (u64, u64),
     closed: bool,
 }
 
-/// All that is to be committed, of one instant.
+/// Changes to commit, as of one instant.
 #[derive(Debug)]
 struct Capture {
     record: VolumeRecord,
@@ -126,20 +126,20 @@ struct Capture {
 }
 
 impl VolumeBackend {
-    /// A keeper that has claimed nothing yet.
+    /// A backend without a claim.
     pub fn new(options: BackendOptions) -> Self {
         VolumeBackend(Arc::new(Shared {
             options,
             attached: OnceLock::new(),
             inner: Mutex::default(),
             standing: watch::Sender::new(ClaimState::Opening(None)),
-            resting: watch::Sender::new(false),
+            paused: watch::Sender::new(false),
             wake: Notify::new(),
             writer: Arc::default(),
         }))
     }
 
-    /// Whether the volume can be read from here. Blocking.
+    /// Checks that the volume can be read from here. Blocking.
     ///
     /// # Errors
     /// [`VolumeError`].
@@ -148,7 +148,7 @@ impl VolumeBackend {
         options.runtime.block_on(options.store.load()).map(drop)
     }
 
-    /// Claims the volume for a machine that begins; what it holds. Blocking.
+    /// Claims the volume for a machine that starts; returns its content. Blocking.
     ///
     /// # Errors
     /// [`VolumeError`].
@@ -156,8 +156,7 @@ impl VolumeBackend {
         self.claim_now(epoch, None)
     }
 
-    /// Claims the volume for a machine that is made of a checkpoint, and makes it
-    /// what it was then. Blocking.
+    /// Claims the volume for a restored machine and resets it to a snapshot. Blocking.
     ///
     /// # Errors
     /// [`VolumeError`].
@@ -184,8 +183,8 @@ impl VolumeBackend {
         })
     }
 
-    /// Begins to keep a volume, of which these blocks are here and not committed.
-    /// Before the guest runs.
+    /// Attaches a volume, some of whose blocks are present and uncommitted. Called before
+    /// the guest runs.
     pub fn attach(&self, volume: &Arc<Volume>, local: &LocalBlocks) {
         let tracker = volume.track_changes();
         tracker.note(&local.bytes());
@@ -202,11 +201,11 @@ impl VolumeBackend {
         }
     }
 
-    /// The machine goes on under another epoch: claims the volume under it, in the
-    /// background. Where it was claimed before, it is made what it was then.
+    /// Claims the volume under another epoch of the machine, in the background. A volume
+    /// that was claimed before gets its content of then.
     pub fn claim_under(&self, epoch: WriterEpoch) {
         let mut inner = self.0.inner();
-        self.0.resting.send_replace(false);
+        self.0.paused.send_replace(false);
         if inner.epoch == Some(epoch) {
             return;
         }
@@ -222,17 +221,17 @@ impl VolumeBackend {
         self.0.wake.notify_one();
     }
 
-    /// The machine is being frozen to be given away: nothing is committed nor deleted
-    /// until it goes on here ([`Self::claim_under`]), and that somebody else has
-    /// claimed the volume is no reason to end it.
-    pub fn rest(&self) {
-        self.0.resting.send_replace(true);
+    /// Pauses for a move, when the machine is frozen: nothing is committed or deleted
+    /// until the machine resumes here ([`Self::claim_under`]), and a claim by another
+    /// machine does not end this one.
+    pub fn pause(&self) {
+        self.0.paused.send_replace(true);
     }
 
     /// Waits until the volume is claimed. Blocking.
     ///
     /// # Errors
-    /// Why it is not.
+    /// The reason why it is not.
     pub fn wait_claimed(&self, patience: Duration) -> Result<(), String> {
         let mut standing = self.0.standing.subscribe();
         let wait = async {
@@ -253,31 +252,31 @@ impl VolumeBackend {
         }
     }
 
-    /// Whole blocks that are here and in no segment for certain.
+    /// Present whole blocks that are not known to be in a segment.
     pub fn uncommitted(&self) -> Ranges {
         let Some(attached) = self.0.attached.get() else {
             return Vec::new();
         };
-        // In this order, and under this lock: what is being taken is in one of them.
+        // In this order and under this lock: blocks being taken are in one of them.
         let inner = self.0.inner();
         let mut changes = attached.tracker.peek();
         changes.bytes.extend(inner.taken.iter().cloned());
         changes.whole_blocks().bytes
     }
 
-    /// Commits all that the machine wrote, however long that takes; its end must not
-    /// be told before. Blocking.
+    /// Commits all changes, however long that takes; must precede the report of the
+    /// machine's end. Blocking.
     pub fn finish(&self) {
         let options = &self.0.options;
         loop {
             match options.runtime.block_on(self.0.flush()) {
                 Ok(()) => break,
-                Err(error) if error.is_away() => {
+                Err(error) if error.is_temporary() => {
                     options.stalls.begin(&options.folder, &error.to_string());
                     std::thread::sleep(RETRY_AFTER);
                 }
                 Err(error) => {
-                    self.0.lose(&error);
+                    self.0.declare_lost(&error);
                     break;
                 }
             }
@@ -287,7 +286,7 @@ impl VolumeBackend {
         self.0.wake.notify_one();
     }
 
-    /// For a checkpoint: commits what there is, and nothing more until the answer is
+    /// For a checkpoint: commits all changes, and no further ones until the guard is
     /// dropped. Blocking.
     ///
     /// # Errors
@@ -310,10 +309,10 @@ impl VolumeBackend {
         }
     }
 
-    /// Deletes snapshots of checkpoints that are gone. Blocking.
+    /// Deletes snapshots of deleted checkpoints. Blocking.
     ///
     /// # Errors
-    /// The store's.
+    /// That of the store.
     pub fn delete_snapshots(&self, names: &[String]) -> Result<()> {
         let options = &self.0.options;
         options
@@ -322,7 +321,7 @@ impl VolumeBackend {
     }
 }
 
-/// A volume that is not committed meanwhile.
+/// A guard that suspends the commits of a volume.
 #[derive(Debug)]
 pub struct CommitHold {
     shared: Arc<Shared>,
@@ -330,22 +329,21 @@ pub struct CommitHold {
     frozen: Option<Frozen>,
 }
 
-/// What a volume was while its machine stood still.
+/// The changes of a volume as of a freeze.
 #[derive(Debug)]
 pub struct Frozen(Capture);
 
 impl CommitHold {
-    /// Copies what is not committed yet; the machine stands still.
+    /// Copies the uncommitted changes; the machine is frozen.
     ///
     /// # Errors
-    /// The host's.
+    /// That of the host.
     pub fn freeze(&mut self) -> std::io::Result<()> {
         self.frozen = self.shared.capture()?.map(Frozen);
         Ok(())
     }
 
-    /// Commits what was copied, and keeps the volume as it was then under a name.
-    /// Blocking.
+    /// Commits the copied changes and stores the state as a snapshot. Blocking.
     ///
     /// # Errors
     /// [`VolumeError`]; nothing is lost.
@@ -368,7 +366,7 @@ impl CommitHold {
 impl Drop for CommitHold {
     fn drop(&mut self) {
         if self.frozen.take().is_some() {
-            self.shared.untake();
+            self.shared.restore_taken();
         }
     }
 }
@@ -389,11 +387,11 @@ impl Shared {
 
     // ── committing ──────────────────────────────────────────────────────
 
-    /// Commits whenever there is something, until the volume is gone.
+    /// Commits changes until the volume is dropped.
     async fn run(&self) {
         let mut claimed: Option<(WriterEpoch, Instant)> = None;
         loop {
-            // (A permit that was given before counts.)
+            // An earlier wake-up counts.
             let _ = tokio::time::timeout(COMMIT_EVERY, self.wake.notified()).await;
             let Some(volume) = self.volume() else { return };
             let (waiters, idle) = {
@@ -401,13 +399,13 @@ impl Shared {
                 if inner.closed {
                     return;
                 }
-                // Nobody's yet, or maybe not any more.
-                if inner.epoch.is_none() || self.is_resting() {
+                // The volume is not claimed, or may be claimed by another machine.
+                if inner.epoch.is_none() || self.is_paused() {
                     continue;
                 }
                 let waiters = std::mem::take(&mut inner.waiters);
                 let same = inner.seen == Some(volume.changes()) && inner.taken.is_empty();
-                let idle = waiters.is_empty() && same && !self.has_noted();
+                let idle = waiters.is_empty() && same && !self.has_changes();
                 (waiters, idle)
             };
             drop(volume);
@@ -421,42 +419,42 @@ impl Shared {
                 continue;
             }
             let outcome = self.flush().await;
-            self.inner().away = matches!(&outcome, Err(error) if error.is_away());
+            self.inner().away = matches!(&outcome, Err(error) if error.is_temporary());
             let fault = match &outcome {
                 Ok(()) => Ok(()),
-                Err(error) if error.is_away() => Err(Fault::Away(error.to_string())),
+                Err(error) if error.is_temporary() => Err(Fault::Away(error.to_string())),
                 Err(error) => {
-                    self.lose(error);
+                    self.declare_lost(error);
                     Err(Fault::Lost)
                 }
             };
             waiters.into_iter().for_each(|it| it.settle(fault.clone()));
             if let Err(error) = outcome {
-                tracing::warn!(%error, "a volume is not committed");
+                tracing::warn!(%error, "cannot commit a volume");
                 tokio::time::sleep(RETRY_AFTER).await;
                 continue;
             }
-            // Nobody waits for that; and what somebody else may have now is not this
-            // one's to delete.
-            let mut resting = self.resting.subscribe();
+            // Cleaning up delays nothing; and objects that another writer may have must
+            // not be deleted.
+            let mut paused = self.paused.subscribe();
             tokio::select! {
                 biased;
-                _ = resting.wait_for(|resting| *resting) => {}
+                _ = paused.wait_for(|paused| *paused) => {}
                 () = self.tidy(&mut claimed) => {}
             }
         }
     }
 
-    fn is_resting(&self) -> bool {
-        *self.resting.borrow()
+    fn is_paused(&self) -> bool {
+        *self.paused.borrow()
     }
 
-    fn has_noted(&self) -> bool {
+    fn has_changes(&self) -> bool {
         let attached = self.attached.get();
         attached.is_some_and(|attached| attached.tracker.noted_bytes() > 0)
     }
 
-    /// Claims the volume where that is to be done, and commits what there is.
+    /// Claims the volume if necessary, and commits the changes.
     async fn flush(&self) -> Result<()> {
         let mut writer = self.writer.lock().await;
         if let Err(error) = self.ensure_claimed(&mut writer).await {
@@ -469,7 +467,7 @@ impl Shared {
             });
             return Err(error);
         }
-        // Copying reads files: not on a thread that others need.
+        // Copying reads files, which must not block a runtime thread.
         let captured = tokio::task::block_in_place(|| self.capture());
         let captured = captured.map_err(|error| self.options.store.unreadable(&error))?;
         match captured {
@@ -490,7 +488,7 @@ impl Shared {
         }
         let wanted = writer.as_ref().map(|writer| writer.state().clone());
         let claimed = Writer::claim(self.options.store.clone(), epoch, wanted).await?;
-        // It may be another one's turn already.
+        // Another epoch may have been requested meanwhile.
         if self.inner().epoch == Some(epoch) {
             self.claimed(&claimed);
         }
@@ -498,7 +496,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Takes what is to be committed, as it is at one instant.
+    /// Takes the changes to commit, as of one instant.
     fn capture(&self) -> std::io::Result<Option<Capture>> {
         let (Some(attached), Some(volume)) = (self.attached.get(), self.volume()) else {
             return Ok(None);
@@ -508,7 +506,7 @@ impl Shared {
             let runs = {
                 let mut inner = self.inner();
                 let mut taken = attached.tracker.take();
-                // What was taken in vain before comes again.
+                // Changes of failed commits are included.
                 taken.bytes.append(&mut inner.taken);
                 let taken = taken.whole_blocks();
                 inner.taken.clone_from(&taken.bytes);
@@ -531,13 +529,13 @@ impl Shared {
             })
         });
         if captured.is_err() {
-            self.untake();
+            self.restore_taken();
         }
         captured.map(Some)
     }
 
-    /// Notes again what was taken.
-    fn untake(&self) {
+    /// Records the changes of a failed commit again.
+    fn restore_taken(&self) {
         if let Some(attached) = self.attached.get() {
             let mut inner = self.inner();
             attached.tracker.note(&inner.taken);
@@ -551,7 +549,7 @@ impl Shared {
             blocks,
             changes,
         } = captured;
-        // Neither is hashing for such a thread.
+        // Hashing must not block a runtime thread either.
         let dirty = tokio::task::block_in_place(|| {
             let dirty = blocks.into_iter();
             let dirty = dirty.map(|(inode, block, bytes)| DirtyBlock::new(inode, block, bytes));
@@ -562,7 +560,7 @@ impl Shared {
             None => Err(self.options.store.silent()),
         };
         if let Some(writer) = writer {
-            // Of a commit that failed later, too.
+            // Also after a commit that failed later.
             self.inner().known = Some(writer.state().clone());
         }
         match committed {
@@ -573,14 +571,13 @@ impl Shared {
                 Ok(())
             }
             Err(error) => {
-                self.untake();
+                self.restore_taken();
                 Err(error)
             }
         }
     }
 
-    /// Deletes what nobody needs, some at a time. Remembers since when the volume is
-    /// claimed.
+    /// Deletes unused objects in batches. `claimed` keeps the time of the claim.
     async fn tidy(&self, claimed: &mut Option<(WriterEpoch, Instant)>) {
         let mut writer = self.writer.lock().await;
         let epoch = self.inner().epoch;
@@ -588,29 +585,29 @@ impl Shared {
             return;
         };
         if let Err(error) = writer.tidy(TIDY_SEGMENTS).await {
-            tracing::warn!(%error, "segments that nobody needs stay");
+            tracing::warn!(%error, "cannot delete unused segments");
         }
         let now = Instant::now();
         match claimed {
             Some((epoch, since)) if *epoch == writer.epoch() => {
                 if now - *since > TAKEN_BACK_WITHIN {
-                    writer.forget_found();
+                    writer.forget_claimed_content();
                 }
             }
             _ => *claimed = Some((writer.epoch(), now)),
         }
-        if !writer.is_littered() {
+        if !writer.needs_collection() {
             return;
         }
         match writer.collect().await {
-            Ok(count) => tracing::debug!(count, "chunks that nobody needs are deleted"),
-            Err(error) => tracing::warn!(%error, "chunks that nobody needs stay"),
+            Ok(count) => tracing::debug!(count, "deleted unused chunks"),
+            Err(error) => tracing::warn!(%error, "cannot delete unused chunks"),
         }
     }
 
-    /// Nothing can be done with the volume any more.
-    fn lose(&self, error: &VolumeError) {
-        if self.is_resting() {
+    /// Declares the volume lost.
+    fn declare_lost(&self, error: &VolumeError) {
+        if self.is_paused() {
             return;
         }
         let reason = error.to_string();
@@ -622,7 +619,7 @@ impl Shared {
             first
         });
         if first {
-            tracing::error!(reason, "a volume is lost to its machine");
+            tracing::error!(reason, "a machine lost a volume");
             (self.options.lost)(&reason);
         }
     }
@@ -636,7 +633,7 @@ impl Shared {
         blocks: Range<u64>,
     ) -> Result<(), Fault> {
         let mut standing = self.standing.subscribe();
-        // After a move it may take a moment.
+        // After a move the claim may take a moment.
         let known = standing
             .wait_for(|standing| !matches!(standing, ClaimState::Opening(None)))
             .await
@@ -660,7 +657,7 @@ impl Shared {
                 (self.options.damaged)(&format!("volume {name:?} has no room here: {error}"));
                 Err(Fault::Lost)
             }
-            Err(FetchError::Volume(error)) if error.is_away() => {
+            Err(FetchError::Volume(error)) if error.is_temporary() => {
                 Err(Fault::Away(error.to_string()))
             }
             Err(FetchError::Volume(error)) => {
@@ -689,7 +686,7 @@ impl Shared {
                     return filled.map_err(FetchError::Disk);
                 }
             }
-            // Overwritten or cut away meanwhile, it is not needed any more.
+            // Blocks that were overwritten or truncated meanwhile are not needed.
             if volume.absent(inode, block..block + 1).is_empty() {
                 return Ok(());
             }

@@ -35,14 +35,14 @@ use serde::{Deserialize, Serialize};
 
 /// A machine's record and the revision of its last change.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Found {
+pub struct VersionedRecord {
     /// The record; the epoch of one that was just created counts from its revision.
     pub record: Record,
     /// The store's revision that put it.
     pub revision: Revision,
 }
 
-impl Found {
+impl VersionedRecord {
     /// Reads an entry of the store.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ impl Found {
     pub fn read(entry: &KeyValue) -> Result<Self, String> {
         let mut record = Record::decode(&entry.value)?;
         record.epoch = epoch_of(record.epoch, entry);
-        Ok(Found {
+        Ok(VersionedRecord {
             record,
             revision: entry.modified,
         })
@@ -199,8 +199,8 @@ impl Transfer {
     ///
     /// # Errors
     /// If the record cannot be encoded.
-    pub fn settle(&self, found: Option<&Found>) -> Result<Settlement, String> {
-        let Some(Found { record, revision }) = found else {
+    pub fn settle(&self, found: Option<&VersionedRecord>) -> Result<Settlement, String> {
+        let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
         let kept = self.epoch.next();
@@ -237,8 +237,12 @@ impl Transfer {
     ///
     /// # Errors
     /// If the record cannot be encoded.
-    pub fn take_back(&self, found: Option<&Found>, now_unix_ms: u64) -> Result<Settlement, String> {
-        let Some(Found { record, revision }) = found else {
+    pub fn take_back(
+        &self,
+        found: Option<&VersionedRecord>,
+        now_unix_ms: u64,
+    ) -> Result<Settlement, String> {
+        let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
         let back = self.committed_epoch().next();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 const LONGEST: Duration = Duration::from_micros(80);
 const SHORTEST: Duration = Duration::from_micros(10);
 /// The host's load is read again after this time.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Polling state of one thread.
 #[derive(Debug)]
@@ -50,7 +50,10 @@ impl AdaptivePoller {
         if now - idle >= self.span && !awaited {
             return false;
         }
-        if self.looked.is_none_or(|looked| now - looked > LOOK_AGAIN) {
+        if self
+            .looked
+            .is_none_or(|looked| now - looked > POLL_INTERVAL)
+        {
             self.looked = Some(now);
             let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
             self.is_wanted = runnable(&load).is_none_or(|threads| threads > self.processors);

@@ -77,7 +77,7 @@ impl FaultHistory {
         if !self.now.contains_key(&page) {
             if self.now.len() >= PAGES_MAX && !self.is_full {
                 // Pages with one wait are mostly part of a scan.
-                self.now.retain(|_, stood| stood.waits >= WAITS_MIN);
+                self.now.retain(|_, footprint| footprint.waits >= WAITS_MIN);
                 self.is_full = self.now.len() > PAGES_MAX / 2;
             }
             if self.is_full && self.now.len() >= PAGES_MAX {
@@ -89,8 +89,8 @@ impl FaultHistory {
             Access::Read => (line, 0),
             Access::Write => (0, line),
         };
-        let stood = self.now.entry(page).or_default();
-        *stood = stood.with(FaultFootprint {
+        let footprint = self.now.entry(page).or_default();
+        *footprint = footprint.with(FaultFootprint {
             read,
             written,
             waits: 1,
@@ -107,13 +107,13 @@ impl FaultHistory {
     ) -> (Vec<(PageId, FaultFootprint)>, Option<PageId>) {
         self.go_to(now_micros);
         let mut all: BTreeMap<PageId, FaultFootprint> = BTreeMap::new();
-        for (page, stood) in self.now.iter().chain(&self.before) {
+        for (page, footprint) in self.now.iter().chain(&self.before) {
             if *page >= from {
                 let known = all.entry(*page).or_default();
-                *known = known.with(*stood);
+                *known = known.with(*footprint);
             }
         }
-        all.retain(|_, stood| stood.waits >= WAITS_MIN);
+        all.retain(|_, footprint| footprint.waits >= WAITS_MIN);
         let next = all.keys().nth(most).copied();
         (all.into_iter().take(most).collect(), next)
     }
@@ -155,36 +155,44 @@ pub enum Sharing {
 
 /// Merges the reports of all parts, in rising order.
 pub(super) fn merged(
-    told: impl IntoIterator<Item = (PartId, PageId, FaultFootprint)>,
+    reports: impl IntoIterator<Item = (PartId, PageId, FaultFootprint)>,
 ) -> Vec<HotPage> {
     let mut pages: BTreeMap<PageId, Vec<(PartId, FaultFootprint)>> = BTreeMap::new();
-    for (part, page, stood) in told {
-        pages.entry(page).or_default().push((part, stood));
+    for (part, page, footprint) in reports {
+        pages.entry(page).or_default().push((part, footprint));
     }
-    let hot = pages.into_iter().map(|(page, stood)| {
-        let waits = stood.iter().map(|(_, stood)| u64::from(stood.waits));
+    let hot = pages.into_iter().map(|(page, footprint)| {
+        let waits = footprint
+            .iter()
+            .map(|(_, footprint)| u64::from(footprint.waits));
         HotPage {
             memory: page.memory,
             number: page.number,
             waits: waits.sum(),
-            parts: stood.iter().map(|(part, _)| *part).collect(),
-            sharing: sharing(&stood),
+            parts: footprint.iter().map(|(part, _)| *part).collect(),
+            sharing: sharing(&footprint),
         }
     });
     hot.collect()
 }
 
-fn sharing(stood: &[(PartId, FaultFootprint)]) -> Sharing {
-    let writers = stood.iter().filter(|(_, stood)| stood.written != 0).count();
-    if stood.len() < 2 || writers == 0 {
+fn sharing(footprint: &[(PartId, FaultFootprint)]) -> Sharing {
+    let writers = footprint
+        .iter()
+        .filter(|(_, footprint)| footprint.written != 0)
+        .count();
+    if footprint.len() < 2 || writers == 0 {
         return Sharing::Unshared;
     }
     let meets = |(one, (_, writer)): (usize, &(PartId, FaultFootprint))| {
-        let others = stood.iter().enumerate().filter(|(other, _)| *other != one);
+        let others = footprint
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != one);
         let used = others.fold(0, |all, (_, (_, it))| all | it.read | it.written);
         writer.written & used != 0
     };
-    match stood.iter().enumerate().any(meets) {
+    match footprint.iter().enumerate().any(meets) {
         true => Sharing::True,
         false if writers == 1 => Sharing::Unclear,
         false => Sharing::False,
@@ -204,20 +212,20 @@ mod tests {
     }
 
     /// Reports of parts with these waits: part, page, byte, access.
-    fn told(waits: &[(usize, u32, u64, Access)]) -> Vec<HotPage> {
+    fn reports(waits: &[(usize, u32, u64, Access)]) -> Vec<HotPage> {
         let mut parts: BTreeMap<usize, FaultHistory> = BTreeMap::new();
         for (at, number, byte, access) in waits {
             // Twice: single waits are not reported.
             for _ in 0..2 {
-                let standing = parts.entry(*at).or_default();
-                standing.waits(page(*number), *byte, *access, 5);
+                let history = parts.entry(*at).or_default();
+                history.waits(page(*number), *byte, *access, 5);
             }
         }
-        let all = parts.into_iter().flat_map(|(at, mut standing)| {
-            let (pages, rest) = standing.pages(page(0), 100, 6);
+        let all = parts.into_iter().flat_map(|(at, mut history)| {
+            let (pages, rest) = history.pages(page(0), 100, 6);
             assert_eq!(rest, None);
             let rows = pages.into_iter();
-            rows.map(move |(page, stood)| (part(at), page, stood))
+            rows.map(move |(page, footprint)| (part(at), page, footprint))
         });
         merged(all)
     }
@@ -225,7 +233,7 @@ mod tests {
     #[test]
     fn true_and_false_sharing_are_distinguished() {
         use Access::{Read, Write};
-        let hot = told(&[
+        let hot = reports(&[
             // Two counters in one page; one part also accesses its end.
             (0, 1, 0, Write),
             (1, 1, 64, Write),
@@ -250,15 +258,14 @@ mod tests {
             (2, 6, 0, Write),
         ]);
         let sharing: Vec<_> = hot.iter().map(|it| (it.number, it.sharing)).collect();
-        use Sharing::{Bytes, Nothing, PageOnly, Unclear};
         let expected = [
-            (1, PageOnly),
-            (2, Bytes),
-            (3, Bytes),
-            (4, Unclear),
-            (5, Nothing),
-            (6, Nothing),
-            (7, PageOnly),
+            (1, Sharing::False),
+            (2, Sharing::True),
+            (3, Sharing::True),
+            (4, Sharing::Unclear),
+            (5, Sharing::Unshared),
+            (6, Sharing::Unshared),
+            (7, Sharing::False),
         ];
         assert_eq!(sharing, expected);
         assert_eq!((hot[0].waits, hot[0].parts.len()), (6, 2));
@@ -266,44 +273,44 @@ mod tests {
 
     #[test]
     fn reports_are_paged_and_expire() {
-        let mut standing = FaultHistory::default();
+        let mut history = FaultHistory::default();
         for number in 0..10 {
             for _ in 0..=number {
-                standing.waits(page(number), 0, Access::Read, 0);
+                history.waits(page(number), 0, Access::Read, 0);
             }
         }
-        let (some, next) = standing.pages(page(0), 4, 1);
+        let (some, next) = history.pages(page(0), 4, 1);
         let numbers: Vec<u32> = some.iter().map(|(page, _)| page.number).collect();
         assert_eq!(
             (numbers, next),
             (vec![1, 2, 3, 4], Some(page(5))),
-            "once is nothing"
+            "a single wait was reported"
         );
-        assert_eq!(standing.pages(page(5), 9, 1).0.len(), 5);
+        assert_eq!(history.pages(page(5), 9, 1).0.len(), 5);
         // Waits of the previous period are added.
-        standing.waits(page(0), 0, Access::Read, PERIOD_MICROS);
-        assert_eq!(standing.pages(page(0), 9, PERIOD_MICROS).0[0].1.waits, 2);
-        assert!(standing.pages(page(0), 9, 3 * PERIOD_MICROS).0.is_empty());
+        history.waits(page(0), 0, Access::Read, PERIOD_MICROS);
+        assert_eq!(history.pages(page(0), 9, PERIOD_MICROS).0[0].1.waits, 2);
+        assert!(history.pages(page(0), 9, 3 * PERIOD_MICROS).0.is_empty());
     }
 
     #[test]
     fn the_number_of_pages_is_bounded() {
-        let mut standing = FaultHistory::default();
+        let mut history = FaultHistory::default();
         let most = PAGES_MAX as u32;
         // Pages with one wait make room.
         for number in 0..3 * most {
-            standing.waits(page(number), 0, Access::Read, 0);
-            standing.waits(page(number % 10), 0, Access::Write, 0);
+            history.waits(page(number), 0, Access::Read, 0);
+            history.waits(page(number % 10), 0, Access::Write, 0);
         }
-        assert!(standing.now.len() <= PAGES_MAX && standing.now.len() > 10);
-        assert_eq!(standing.pages(page(0), 100, 0).0.len(), 10);
+        assert!(history.now.len() <= PAGES_MAX && history.now.len() > 10);
+        assert_eq!(history.pages(page(0), 100, 0).0.len(), 10);
         // Where all pages have many waits, those already recorded stay.
         for number in 0..2 * most {
-            standing.waits(page(number), 0, Access::Read, 0);
-            standing.waits(page(number), 0, Access::Read, 0);
+            history.waits(page(number), 0, Access::Read, 0);
+            history.waits(page(number), 0, Access::Read, 0);
         }
-        assert_eq!(standing.now.len(), PAGES_MAX);
-        standing.waits(page(3), 0, Access::Read, 0);
-        assert_eq!(standing.now.len(), PAGES_MAX);
+        assert_eq!(history.now.len(), PAGES_MAX);
+        history.waits(page(3), 0, Access::Read, 0);
+        assert_eq!(history.now.len(), PAGES_MAX);
     }
 }

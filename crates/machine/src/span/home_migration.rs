@@ -15,7 +15,7 @@
 //! move. The transfer of the image and the decision happen elsewhere.
 
 use super::pages::{DrainedHome, PART_BYTES_MIN, SpanError};
-use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberChannel, MemberPart, SpanningError};
+use super::threads::{Home, HomeListener, MemberChannel, MemberPart, POLL_INTERVAL, SpanningError};
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
@@ -30,9 +30,9 @@ const LAST_BYTES: u64 = PART_BYTES_MIN + (256 << 10);
 const LAST_BYTES_MAX: u64 = 64 << 20;
 /// How long no progress may be made before the rest is moved while the machine is
 /// stopped, or the migration is given up because the rest is too much.
-const STILL: Duration = Duration::from_secs(2);
+const NO_PROGRESS_MAX: Duration = Duration::from_secs(2);
 /// Minimum time limit for collecting directories.
-const CALL_WITHIN: Duration = Duration::from_secs(10);
+const COLLECT_TIMEOUT_MIN: Duration = Duration::from_secs(10);
 
 /// A thread and the parts that it is at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,7 +137,7 @@ impl HomeMigration {
             }
             if bytes < last.0 {
                 last = (bytes, now);
-            } else if now >= deadline || now.duration_since(last.1) > STILL {
+            } else if now >= deadline || now.duration_since(last.1) > NO_PROGRESS_MAX {
                 // No other part takes it.
                 if bytes <= LAST_BYTES_MAX && self.has_room(bytes) {
                     break;
@@ -145,12 +145,14 @@ impl HomeMigration {
                 let part = PartId::HOME;
                 return Err(SpanError::Full { part, bytes }.into());
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
         // They move with the home.
         home.pages().pin_directories(true);
         let rest = deadline.saturating_duration_since(Instant::now());
-        Ok(home.pages().recall_directories(rest.max(CALL_WITHIN))?)
+        Ok(home
+            .pages()
+            .recall_directories(rest.max(COLLECT_TIMEOUT_MIN))?)
     }
 
     /// Whether the remaining pages can move while the machine is stopped: more may have

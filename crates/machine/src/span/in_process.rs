@@ -91,12 +91,12 @@ impl InProcess {
     /// [`InProcessError`]; the parts are then as before.
     pub fn join(&mut self) -> Result<(PartId, Duration), InProcessError> {
         let (new, member, mut home) = self.meet_new()?;
-        let mut stood = Duration::ZERO;
+        let mut downtime = Duration::ZERO;
         if let Some(ends) = home.remove(&new) {
-            stood = self.home.join(new, ends, PATIENCE)?;
+            downtime = self.home.join(new, ends, PATIENCE)?;
         }
         self.members.insert(new, member);
-        Ok((new, stood))
+        Ok((new, downtime))
     }
 
     /// Lets a part join and ends it when all but the home know it.
@@ -144,11 +144,11 @@ impl InProcess {
         threads_to: PartId,
         patience: Duration,
     ) -> Result<Duration, InProcessError> {
-        let stood = self.home.remove_part(part, threads_to, patience)?;
+        let downtime = self.home.remove_part(part, threads_to, patience)?;
         if let Some(member) = self.members.remove(&part) {
             member.wait();
         }
-        Ok(stood)
+        Ok(downtime)
     }
 
     /// Moves the home: a new part joins, takes all that the home holds, and becomes the
@@ -220,7 +220,7 @@ impl InProcess {
     /// As there.
     pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, InProcessError)> {
         match self.home.alone(patience) {
-            Ok(stood) => Ok(stood),
+            Ok(downtime) => Ok(downtime),
             Err(error) => Err((Box::new(self), error.into())),
         }
     }

@@ -10,7 +10,7 @@
 
 use super::pages::SpanError;
 use super::peer::PeerConnections;
-use super::threads::{Home, LOOK_AGAIN, SpanningError, locked};
+use super::threads::{Home, POLL_INTERVAL, SpanningError, locked};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::MachineError;
 use std::time::{Duration, Instant};
@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 const LAST_BYTES: u64 = 4 << 20;
 /// How long a leaving part may make no progress before the rest is brought home, or the
 /// part stays because the rest is too much.
-const STILL: Duration = Duration::from_secs(2);
+const NO_PROGRESS_MAX: Duration = Duration::from_secs(2);
 /// Minimum time limit for its last pages.
-const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+const EMPTY_TIMEOUT_MIN: Duration = Duration::from_secs(10);
 /// Time limit for threads to reach a safepoint.
-const STAND_WITHIN: Duration = Duration::from_secs(5);
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Home {
     /// Adds a part that all other members know already; `ends` has the connections to it.
@@ -46,9 +46,9 @@ impl Home {
             .map_err(SpanningError::from)
             .and_then(|()| self.set_members(with, patience));
         match joined {
-            Ok(stood) => {
+            Ok(downtime) => {
                 self.pages().welcome(part)?;
-                Ok(stood)
+                Ok(downtime)
             }
             Err(error) if self.pages().others().contains(part) => {
                 self.pages().remove_part(part)?;
@@ -88,13 +88,13 @@ impl Home {
             return Err(error);
         }
         let rest = deadline.saturating_duration_since(Instant::now());
-        self.empty(part, rest.max(EMPTY_WITHIN))?;
-        let stood = self.set_members(self.members().without(part), STAND_WITHIN)?;
+        self.empty(part, rest.max(EMPTY_TIMEOUT_MIN))?;
+        let downtime = self.set_members(self.members().without(part), FREEZE_TIMEOUT)?;
         self.set_leaving(part, false);
         self.pages().remove_part(part)?;
         let mut emptied = locked(&self.emptied);
         *emptied = emptied.without(part);
-        Ok(stood)
+        Ok(downtime)
     }
 
     /// Brings a part's pages home. This cannot be undone: the part's requests for pages
@@ -121,8 +121,8 @@ impl Home {
             return Ok(());
         }
         self.pages().recall_directories(patience)?;
-        self.machine().freeze(patience.min(STAND_WITHIN))?;
-        let brought = self.pages().collect_directories(STAND_WITHIN);
+        self.machine().freeze(patience.min(FREEZE_TIMEOUT))?;
+        let brought = self.pages().collect_directories(FREEZE_TIMEOUT);
         if let Err(error) = self.machine().thaw() {
             // A thread could not be started, or the machine was ended: then it ends with
             // this error.
@@ -153,7 +153,7 @@ impl Home {
                     let patience = now.duration_since(last.1);
                     return Err(SpanError::Slow { part, patience }.into());
                 }
-                std::thread::sleep(LOOK_AGAIN);
+                std::thread::sleep(POLL_INTERVAL);
                 continue;
             };
             if bytes <= LAST_BYTES {
@@ -161,14 +161,14 @@ impl Home {
             }
             if bytes < last.0 {
                 last = (bytes, now);
-            } else if now >= deadline || now.duration_since(last.1) > STILL {
+            } else if now >= deadline || now.duration_since(last.1) > NO_PROGRESS_MAX {
                 // No other part takes it. Read copies need no room at home.
                 return match self.pages().has_room_for(bytes) {
                     true => Ok(()),
                     false => Err(SpanError::Full { part, bytes }.into()),
                 };
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -207,7 +207,7 @@ impl Home {
                     Err(error) => return Err(error.into()),
                 }
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }

@@ -26,7 +26,7 @@ const SEGMENT_PAGES: u32 = 16;
 /// The least time that a page stays where it arrived: about the time of the transfer.
 const HOLD: Duration = Duration::from_micros(100);
 /// Polling interval while threads move home.
-pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Why a machine does not start or stop to span. It goes on as before, unless a part was
 /// lost.
@@ -53,9 +53,9 @@ pub struct SpanConfig {
     /// Time limit for threads to reach a safepoint.
     pub patience: Duration,
     /// Memory limits of its parts.
-    pub keeps: PartLimits,
+    pub limits: PartLimits,
     /// The machine is stopped and stays so; the caller resumes it.
-    pub stands: bool,
+    pub stays_stopped: bool,
 }
 
 /// Memory limits of a machine's parts, which apply while other parts have room; none by
@@ -146,7 +146,7 @@ impl Members for MemberChannel {
     }
 
     fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
-        self.0.stood_at(os_thread)
+        self.0.wait_micros(os_thread)
     }
 }
 
@@ -163,7 +163,7 @@ impl ToHome for HomeChannel {
 
     fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let teller = self.0.get();
-        teller.map_or_else(BTreeMap::new, |teller| teller.stood_at(os_thread))
+        teller.map_or_else(BTreeMap::new, |teller| teller.wait_micros(os_thread))
     }
 }
 
@@ -179,7 +179,7 @@ pub struct Home {
     pub(super) emptied: Mutex<PartSet>,
     spawning: Spawning,
     failure: Arc<Mutex<Option<SpanError>>>,
-    stood: Duration,
+    downtime: Duration,
 }
 
 impl Home {
@@ -198,7 +198,7 @@ impl Home {
         let failure = Arc::default();
         let depends = Arc::new(AtomicBool::new(false));
         machine.freeze(how.patience)?;
-        let goes_on = || match how.stands {
+        let goes_on = || match how.stays_stopped {
             true => Ok(()),
             false => machine.thaw(),
         };
@@ -209,7 +209,7 @@ impl Home {
             depends: depends.clone(),
         };
         let setup = PartConfig {
-            room_bytes: how.keeps.room_bytes,
+            room_bytes: how.limits.room_bytes,
             ..setup(PartId::HOME, members, machine.memories())
         };
         let spans = Pages::begin(setup, ends, Arc::new(listener))
@@ -221,7 +221,7 @@ impl Home {
                 match (set, pages.failure()) {
                     (Ok(()), None) => {
                         // No page leaves before the machine depends on its members.
-                        pages.limit_parts(how.keeps.part_bytes)?;
+                        pages.limit_parts(how.limits.part_bytes)?;
                         Ok(pages)
                     }
                     (set, lost) => {
@@ -258,7 +258,7 @@ impl Home {
             emptied: Mutex::default(),
             spawning: how.spawning,
             failure,
-            stood: begun.elapsed(),
+            downtime: begun.elapsed(),
         })
     }
 
@@ -269,7 +269,7 @@ impl Home {
         members: PartSet,
         spawning: Spawning,
         failure: Arc<Mutex<Option<SpanError>>>,
-        stood: Duration,
+        downtime: Duration,
     ) -> Self {
         Home {
             machine: machine.clone(),
@@ -279,7 +279,7 @@ impl Home {
             emptied: Mutex::default(),
             spawning,
             failure,
-            stood,
+            downtime,
         }
     }
 
@@ -288,8 +288,8 @@ impl Home {
     }
 
     /// Downtime of the start, or of the takeover.
-    pub fn stood(&self) -> Duration {
-        self.stood
+    pub fn downtime(&self) -> Duration {
+        self.downtime
     }
 
     pub fn pages(&self) -> &Arc<Pages> {

@@ -26,7 +26,7 @@ struct ClusterVolume {
     number: u32,
     /// Number of this machine in the sequence of the volume's holders.
     holding: u64,
-    keeper: VolumeBackend,
+    backend: VolumeBackend,
     record: Option<VolumeRecord>,
     local: LocalBlocks,
 }
@@ -55,7 +55,7 @@ impl ClusterVolumes {
                 continue;
             };
             let folder = super::volumes::folder(worker).join(number.to_string());
-            let keeper = VolumeBackend::new(BackendOptions {
+            let backend = VolumeBackend::new(BackendOptions {
                 store: VolumeStore::open(name, *id, place)?,
                 runtime: runtime.clone(),
                 stalls: stalls.clone(),
@@ -66,7 +66,7 @@ impl ClusterVolumes {
             all.push(ClusterVolume {
                 number,
                 holding: *holding,
-                keeper,
+                backend,
                 record: None,
                 local: LocalBlocks::default(),
             });
@@ -90,9 +90,9 @@ impl ClusterVolumes {
 
     /// Claims all volumes for a machine that starts. Blocking.
     pub(super) fn begin(&mut self, epoch: Epoch) -> Result<(), VolumeError> {
-        for kept in &mut self.0 {
-            let epoch = WriterEpoch::of(epoch, kept.holding);
-            kept.record = Some(kept.keeper.begin(epoch)?);
+        for entry in &mut self.0 {
+            let epoch = WriterEpoch::of(epoch, entry.holding);
+            entry.record = Some(entry.backend.begin(epoch)?);
         }
         Ok(())
     }
@@ -105,10 +105,10 @@ impl ClusterVolumes {
         machine: &MachineName,
         id: &CheckpointId,
     ) -> Result<(), VolumeError> {
-        for kept in &mut self.0 {
-            let epoch = WriterEpoch::of(epoch, kept.holding);
+        for entry in &mut self.0 {
+            let epoch = WriterEpoch::of(epoch, entry.holding);
             let snapshot = crate::checkpoint::snapshot_name(machine, id);
-            kept.record = Some(kept.keeper.roll_back(epoch, &snapshot)?);
+            entry.record = Some(entry.backend.roll_back(epoch, &snapshot)?);
         }
         Ok(())
     }
@@ -116,9 +116,9 @@ impl ClusterVolumes {
     /// Adds the blocks that arrived with a move.
     pub(super) fn with_local(mut self, local: Vec<(u32, LocalBlocks)>) -> Self {
         for (number, local) in local {
-            let kept = self.0.iter_mut().find(|kept| kept.number == number);
-            if let Some(kept) = kept {
-                kept.local = local;
+            let entry = self.0.iter_mut().find(|entry| entry.number == number);
+            if let Some(entry) = entry {
+                entry.local = local;
             }
         }
         self
@@ -126,57 +126,57 @@ impl ClusterVolumes {
 
     /// Backing of a volume.
     pub(super) fn backed(&self, number: u32) -> Option<Backed> {
-        let kept = self.0.iter().find(|kept| kept.number == number)?;
+        let entry = self.0.iter().find(|entry| entry.number == number)?;
         Some(Backed {
-            backing: Arc::new(kept.keeper.clone()),
-            record: kept.record.clone(),
-            local: kept.local.clone(),
+            backing: Arc::new(entry.backend.clone()),
+            record: entry.record.clone(),
+            local: entry.local.clone(),
         })
     }
 
     /// Starts to commit changes. Called before the guest runs.
     pub(super) fn attach(&self, wasi: &Wasi) {
         for (number, volume) in wasi.volumes() {
-            let kept = self.0.iter().find(|kept| kept.number == number);
-            if let Some(kept) = kept {
-                kept.keeper.attach(&volume, &kept.local);
+            let entry = self.0.iter().find(|entry| entry.number == number);
+            if let Some(entry) = entry {
+                entry.backend.attach(&volume, &entry.local);
             }
         }
     }
 
     /// The machine goes on under another epoch.
     pub(super) fn claim_under(&self, epoch: Epoch) {
-        for kept in &self.0 {
-            let epoch = WriterEpoch::of(epoch, kept.holding);
-            kept.keeper.claim_under(epoch);
+        for entry in &self.0 {
+            let epoch = WriterEpoch::of(epoch, entry.holding);
+            entry.backend.claim_under(epoch);
         }
     }
 
     /// The machine is being frozen for a move.
-    pub(super) fn rest(&self) {
-        self.0.iter().for_each(|kept| kept.keeper.rest());
+    pub(super) fn pause(&self) {
+        self.0.iter().for_each(|entry| entry.backend.pause());
     }
 
     /// Waits until all volumes are claimed by this machine, before it moves. Blocking.
     pub(super) fn wait_claimed(&self) -> Result<(), String> {
         let mut all = self.0.iter();
-        all.try_for_each(|kept| kept.keeper.wait_claimed(CLAIM_PATIENCE))
+        all.try_for_each(|entry| entry.backend.wait_claimed(CLAIM_PATIENCE))
     }
 
     /// Blocks of a volume that are not known to be in a segment.
     pub(super) fn uncommitted(&self, number: u32) -> Vec<(u64, Range<u64>)> {
-        let kept = self.0.iter().find(|kept| kept.number == number);
-        kept.map_or_else(Vec::new, |kept| kept.keeper.uncommitted())
+        let entry = self.0.iter().find(|entry| entry.number == number);
+        entry.map_or_else(Vec::new, |entry| entry.backend.uncommitted())
     }
 
     /// The backends of all volumes, for a checkpoint.
     pub(super) fn all(&self) -> Vec<VolumeBackend> {
-        self.0.iter().map(|kept| kept.keeper.clone()).collect()
+        self.0.iter().map(|entry| entry.backend.clone()).collect()
     }
 
     /// Commits all that the machine wrote before its end. Blocking.
     pub(super) fn finish(&self) {
-        self.0.iter().for_each(|kept| kept.keeper.finish());
+        self.0.iter().for_each(|entry| entry.backend.finish());
     }
 
     /// Deletes the snapshots of deleted checkpoints. Blocking.
@@ -185,8 +185,8 @@ impl ClusterVolumes {
             .iter()
             .map(|id| crate::checkpoint::snapshot_name(machine, id));
         let names = names.collect::<Vec<_>>();
-        for kept in &self.0 {
-            if let Err(error) = kept.keeper.delete_snapshots(&names) {
+        for entry in &self.0 {
+            if let Err(error) = entry.backend.delete_snapshots(&names) {
                 tracing::warn!(%error, "cannot delete snapshots of deleted checkpoints");
             }
         }

@@ -117,7 +117,7 @@ impl Worker {
 
     /// Fails while the home is moving.
     pub(super) fn check_not_moving(&self) -> Result<(), RpcError> {
-        match self.inner().giving_away {
+        match self.inner().moving_away {
             true => Err(failed("the machine is moving; try again")),
             false => Ok(()),
         }
@@ -126,7 +126,7 @@ impl Worker {
     fn end_if_ended(&self) -> Result<(), RpcError> {
         let machine = self.inner().machine.clone();
         match machine {
-            Some(machine) => self.end_parts_of_ended(&machine),
+            Some(machine) => self.end_orphaned_members(&machine),
             None => Ok(()),
         }
     }

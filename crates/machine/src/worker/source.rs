@@ -221,10 +221,12 @@ impl SourceSession {
     /// segment.
     pub(super) fn copy(
         &mut self,
-        keepers: &ClusterVolumes,
+        cluster_volumes: &ClusterVolumes,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<(), SourceError> {
-        keepers.wait_claimed().map_err(VolumeError::NotClaimed)?;
+        cluster_volumes
+            .wait_claimed()
+            .map_err(VolumeError::NotClaimed)?;
         // Threads must be able to resume here if the move fails; the code for that is
         // compiled now, while they run.
         self.machine.program().prepare_resume()?;
@@ -241,7 +243,7 @@ impl SourceSession {
             }
             self.trackers.push(tracker);
         }
-        self.volumes = SourceVolumes::start(self.machine.wasi(), keepers);
+        self.volumes = SourceVolumes::start(self.machine.wasi(), cluster_volumes);
         self.yielding = YieldPolicy::begin();
         self.drain_home(tell)?;
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
@@ -267,7 +269,7 @@ impl SourceSession {
                 bytes,
                 micros: micros(took),
             });
-            let mut left = self.volumes.look();
+            let mut left = self.volumes.record_changes();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
                 left += ranges
@@ -615,7 +617,7 @@ impl SourceSession {
                 let piece = start..range.end.min(start + PIECE_BYTES);
                 sent += self.link.send_pages(number, piece, skip_zero, &read)?;
                 if let Some(yielding) = &mut self.yielding {
-                    yielding.look();
+                    yielding.check();
                 }
             }
         }

@@ -65,7 +65,7 @@ pub(super) struct ReceivedMachine {
     pub(super) link: Link,
     /// In a post-copy move: the receiver of the remaining pages, and the channel for its
     /// first connection.
-    pub(super) filler: Option<(PostCopyTarget, Sender<Link>)>,
+    pub(super) post_copy_target: Option<(PostCopyTarget, Sender<Link>)>,
     /// For a machine that spans: the part that becomes its home, and the state for it.
     pub(super) succession: Option<(Arc<MemberPart>, HomeHandover)>,
 }
@@ -114,14 +114,15 @@ pub(super) fn receive(
     };
     let log = Arc::new(Log::open(folder, hello.log_base)?);
     let mut output = LogTarget::new(log.clone());
-    let filler = match hello.post_copy {
+    let post_copy_target = match hello.post_copy {
         true => Some(PostCopyTarget::new(memories.clone())?),
         false => None,
     };
     // Its threads are started before the machine is stopped.
-    let push = match &filler {
-        Some(filler) => {
-            let begin = |listener| (surroundings.fill)(filler, listener, tls, hello.clone());
+    let push = match &post_copy_target {
+        Some(post_copy_target) => {
+            let begin =
+                |listener| (surroundings.fill)(post_copy_target, listener, tls, hello.clone());
             let begun = listener.try_clone().and_then(begin);
             Some(begun.map_err(TargetError::StartPostCopy)?)
         }
@@ -130,10 +131,10 @@ pub(super) fn receive(
     let (mut image, mut succession) = (ImageBytes::default(), ImageBytes::default());
     // A source of the previous version does not report the freeze.
     let begun = (hello.version > HELLO_BEFORE).then(YieldPolicy::begin);
-    let courtesy = RefCell::new(begun.flatten());
+    let yielding = RefCell::new(begun.flatten());
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
-        if let Some(courtesy) = &mut *courtesy.borrow_mut() {
-            courtesy.look();
+        if let Some(yielding) = &mut *yielding.borrow_mut() {
+            yielding.check();
         }
         let memory = memories
             .get(memory as usize)
@@ -144,7 +145,7 @@ pub(super) fn receive(
     loop {
         match link.receive_pages(&mut write)? {
             Message::Frozen => {
-                courtesy.take();
+                yielding.take();
             }
             Message::Size { memory, pages } => {
                 let memory = memories
@@ -184,8 +185,8 @@ pub(super) fn receive(
                 memory,
                 first_page,
                 bits,
-            } => match &filler {
-                Some(filler) => filler.remote(memory, first_page, &bits)?,
+            } => match &post_copy_target {
+                Some(post_copy_target) => post_copy_target.remote(memory, first_page, &bits)?,
                 None => return Err(TargetError::Other("remaining memory out of turn".into())),
             },
             Message::Parts(bytes) if part.is_some() => succession.add(&bytes)?,
@@ -217,17 +218,17 @@ pub(super) fn receive(
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
     let machine = make()?;
-    if let Some(filler) = &filler
+    if let Some(post_copy_target) = &post_copy_target
         && hello.version <= HELLO_BEFORE
     {
-        while !handle_page_names(link.receive()?, filler)? {}
+        while !handle_page_names(link.receive()?, post_copy_target)? {}
     }
     failpoint::pass("in.ready")?;
     Ok(ReceivedMachine {
         machine,
         log,
         link,
-        filler: filler.zip(push),
+        post_copy_target: post_copy_target.zip(push),
         succession,
     })
 }
@@ -239,7 +240,7 @@ pub(super) fn receive(
 /// [`LinkError::Message`] for any other message.
 pub(super) fn handle_page_names(
     message: Message,
-    filler: &PostCopyTarget,
+    post_copy_target: &PostCopyTarget,
 ) -> Result<bool, LinkError> {
     match message {
         // Memory cannot have grown after the freeze.
@@ -248,9 +249,9 @@ pub(super) fn handle_page_names(
             memory,
             first_page,
             bits,
-        } => filler.remote(memory, first_page, &bits)?,
+        } => post_copy_target.remote(memory, first_page, &bits)?,
         Message::RoundEnd => {
-            filler.all_named();
+            post_copy_target.all_named();
             return Ok(true);
         }
         other => return Err(LinkError::Message(format!("{other:?} out of turn"))),

@@ -1,4 +1,4 @@
-//! A keeper whose store is held back at a chosen step.
+//! A backend whose store is blocked at a chosen step.
 
 use super::*;
 use crate::cluster_volume::UnfinishedSnapshots;
@@ -16,13 +16,13 @@ use tokio::runtime::Runtime;
 
 type Answer<T> = object_store::Result<T>;
 
-/// A store in memory that lets puts and lists wait.
+/// An in-memory store that blocks puts and lists.
 #[derive(Debug, Clone)]
 struct Gate {
     inner: Arc<InMemory>,
-    /// Part of the paths that wait.
+    /// Part of the paths that are blocked.
     held: watch::Sender<Option<&'static str>>,
-    /// Something waits, or did.
+    /// A request is or was blocked.
     reached: watch::Sender<bool>,
 }
 
@@ -105,7 +105,7 @@ struct Bench {
     runtime: Runtime,
     gate: Gate,
     store: VolumeStore,
-    keeper: VolumeBackend,
+    backend: VolumeBackend,
     folder: tempfile::TempDir,
 }
 
@@ -114,14 +114,14 @@ fn limits() -> VolumeLimits {
 }
 
 impl Bench {
-    /// A volume that was claimed, and a keeper to which none is attached.
+    /// A claimed volume, and a backend without an attached volume.
     fn new() -> Self {
         let runtime = Runtime::new().unwrap();
         let gate = Gate::new();
         let place = StorageLocation::of(Arc::new(gate.clone()), Path::default(), "memory");
         let store = VolumeStore::new("data".parse().unwrap(), [7; 16], place);
         runtime.block_on(store.create(limits())).unwrap();
-        let keeper = VolumeBackend::new(BackendOptions {
+        let backend = VolumeBackend::new(BackendOptions {
             store: store.clone(),
             runtime: runtime.handle().clone(),
             stalls: Arc::default(),
@@ -134,12 +134,12 @@ impl Bench {
             holding: 1,
             counter: 1,
         };
-        keeper.begin(epoch).unwrap();
+        backend.begin(epoch).unwrap();
         Bench {
             runtime,
             gate,
             store,
-            keeper,
+            backend,
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -148,7 +148,7 @@ impl Bench {
         Volume::new(&self.folder.path().join("v"), limits(), Arc::default(), 1).unwrap()
     }
 
-    /// Waits until something waits at the gate.
+    /// Waits until a request is blocked.
     fn reached(&self) {
         let mut reached = self.gate.reached.subscribe();
         let reached = reached.wait_for(|reached| *reached);
@@ -156,10 +156,10 @@ impl Bench {
     }
 }
 
-/// What a commit has taken, and was not put yet, is not in the store: a move takes it
-/// along, whatever is written meanwhile.
+/// Blocks taken by a commit that is not stored are uncommitted: a move transfers them,
+/// whatever is written meanwhile.
 #[test]
-fn what_is_being_committed_is_uncommitted() {
+fn blocks_of_a_pending_commit_are_uncommitted() {
     let bench = Bench::new();
     let bytes = |blocks: Range<u64>| blocks.start * BLOCK_BYTES..blocks.end * BLOCK_BYTES;
     let from = bench.folder.path().join("from");
@@ -170,25 +170,25 @@ fn what_is_being_committed_is_uncommitted() {
     let mut local = LocalBlocks::default();
     local.insert(2, bytes(0..10));
     bench.gate.held.send_replace(Some("/log/"));
-    bench.keeper.attach(&volume, &local);
-    let _synced = bench.keeper.sync();
+    bench.backend.attach(&volume, &local);
+    let _synced = bench.backend.sync();
     bench.reached();
-    assert_eq!(bench.keeper.uncommitted(), [(2, bytes(0..10))]);
+    assert_eq!(bench.backend.uncommitted(), [(2, bytes(0..10))]);
     // As if the guest appended.
-    let tracker = &bench.keeper.0.attached.get().unwrap().tracker;
+    let tracker = &bench.backend.0.attached.get().unwrap().tracker;
     tracker.note(&[(2, bytes(10..11))]);
-    assert_eq!(bench.keeper.uncommitted(), [(2, bytes(0..11))]);
+    assert_eq!(bench.backend.uncommitted(), [(2, bytes(0..11))]);
     bench.gate.held.send_replace(None);
-    bench.keeper.finish();
-    assert_eq!(bench.keeper.uncommitted(), []);
+    bench.backend.finish();
+    assert_eq!(bench.backend.uncommitted(), []);
     let state = bench.runtime.block_on(bench.store.load()).unwrap().state;
     assert_eq!(state.map.get(&2).unwrap().len(), 10);
 }
 
-/// A machine that is frozen to be given away deletes nothing more: the volume may be
-/// another's already.
+/// After the freeze for a move no object is deleted: the volume may belong to another
+/// machine.
 #[test]
-fn one_that_rests_deletes_nothing() {
+fn a_paused_backend_deletes_nothing() {
     const FILES: u64 = 1100;
     let bench = Bench::new();
     let file = |inode: u64| NodeRecord {
@@ -209,7 +209,7 @@ fn one_that_rests_deletes_nothing() {
         DirtyBlock::new(inode, 0, bytes)
     });
     let dirty = dirty.collect();
-    let shared = bench.keeper.0.clone();
+    let shared = bench.backend.0.clone();
     bench.runtime.block_on(async {
         let mut writer = shared.writer.lock().await;
         let writer = writer.as_mut().unwrap();
@@ -218,34 +218,34 @@ fn one_that_rests_deletes_nothing() {
     let chunks = || bench.runtime.block_on(bench.gate.chunks());
     assert_eq!(chunks(), FILES as usize);
     bench.gate.held.send_replace(Some("/chunks"));
-    // It is empty: with the first commit nobody needs those any more.
+    // The volume is empty: the first commit makes those chunks unused.
     let volume = bench.volume();
-    bench.keeper.attach(&volume, &LocalBlocks::default());
-    let _synced = bench.keeper.sync();
+    bench.backend.attach(&volume, &LocalBlocks::default());
+    let _synced = bench.backend.sync();
     bench.reached();
-    bench.keeper.rest();
-    // Nothing is under way any more, though the store has not answered.
+    bench.backend.pause();
+    // No operation is in progress any more, though the store has not answered.
     drop(bench.runtime.block_on(shared.writer.lock()));
     bench.gate.held.send_replace(None);
     assert_eq!(chunks(), FILES as usize);
-    // It goes on here.
-    bench.keeper.claim_under(WriterEpoch {
+    // The machine resumes here.
+    bench.backend.claim_under(WriterEpoch {
         incarnation: 1,
         holding: 1,
         counter: 3,
     });
-    bench.keeper.wait_claimed(Duration::from_secs(60)).unwrap();
+    bench.backend.wait_claimed(Duration::from_secs(60)).unwrap();
 }
 
 #[test]
-fn snapshots_of_what_was_not_made_are_deleted() {
+fn snapshots_of_failed_checkpoints_are_deleted() {
     let bench = Bench::new();
     let volume = bench.volume();
-    bench.keeper.attach(&volume, &LocalBlocks::default());
+    bench.backend.attach(&volume, &LocalBlocks::default());
     let snapshots = || bench.runtime.block_on(bench.store.snapshots()).unwrap();
     let keep = |name: &str| {
-        let unfinished = UnfinishedSnapshots::new(vec![bench.keeper.clone()], name.to_owned());
-        bench.keeper.hold().unwrap().keep(name).unwrap();
+        let unfinished = UnfinishedSnapshots::new(vec![bench.backend.clone()], name.to_owned());
+        bench.backend.hold().unwrap().keep(name).unwrap();
         unfinished
     };
     keep("m.1").done();
@@ -256,12 +256,12 @@ fn snapshots_of_what_was_not_made_are_deleted() {
 }
 
 #[test]
-fn a_store_that_hangs_is_named() {
+fn a_hanging_store_is_reported() {
     let bench = Bench::new();
     bench.gate.held.send_replace(Some("/log"));
     let mut store = bench.store.clone();
     store.patience = Duration::from_millis(20);
     let error = bench.runtime.block_on(store.destroy()).unwrap_err();
-    assert!(error.is_away(), "{error}");
+    assert!(error.is_temporary(), "{error}");
     assert!(error.to_string().contains("does not answer"), "{error}");
 }

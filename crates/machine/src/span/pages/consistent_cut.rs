@@ -49,15 +49,15 @@ const AHEAD_BYTES: u32 = 1 << 20;
 /// Bytes that a message about unchanged pages counts as.
 const SAME_BYTES: u32 = 4096;
 /// Pages that one call protects or releases.
-const AT_ONCE_PAGES: u32 = 512;
+const BATCH_PAGES: u32 = 512;
 /// The preparation ends when at most this many pages are unprotected.
-const LEFT_PAGES: u64 = 512;
+const UNPROTECTED_PAGES_MAX: u64 = 512;
 /// Faults are slowed down while more than this many bytes of copied pages are buffered;
 /// at the maximum the cut is given up, because the store is too slow or hangs.
-const COPIED_MANY: usize = 32 << 20;
-const COPIED_MAX: usize = 256 << 20;
+const COPIED_BYTES_SLOW: usize = 32 << 20;
+const COPIED_BYTES_MAX: usize = 256 << 20;
 /// Polling interval.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Messages about a cut between home and members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -203,7 +203,7 @@ pub(super) struct CutStatus {
 impl CutStatus {
     /// Whether so many bytes are buffered that writers must wait.
     pub(super) fn are_behind(&self) -> bool {
-        self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
+        self.copied_bytes.load(Ordering::Relaxed) > COPIED_BYTES_SLOW
     }
 }
 
@@ -294,21 +294,23 @@ impl Shared {
             // An earlier cut may not be released yet.
             while self.release_batch(state)? {}
             let heard = self.cuts.heard.fetch_add(1, Ordering::Relaxed);
-            let cutting = CutState::new((number, heard), since, self.memories.len());
-            state.cutting = Some(cutting);
+            let cut_state = CutState::new((number, heard), since, self.memories.len());
+            state.cut_state = Some(cut_state);
             self.cuts.is_on.store(true, Ordering::Release);
         }
-        let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) else {
+        let Some(cut_state) = state.cut_state.as_mut().filter(|it| it.number == number) else {
             return Ok(());
         };
         match word {
             CutMessage::Prepare { .. } => {}
-            CutMessage::Prepared => cutting.prepared = cutting.prepared.with(from),
-            CutMessage::Marked => cutting.marked = cutting.marked.with(from),
-            CutMessage::Done => cutting.done = cutting.done.with(from),
-            CutMessage::More(bytes) => cutting.asked = cutting.asked.saturating_add(bytes.into()),
-            CutMessage::GaveUp => cutting.gave_up = true,
-            CutMessage::End => cutting.is_over = true,
+            CutMessage::Prepared => cut_state.prepared = cut_state.prepared.with(from),
+            CutMessage::Marked => cut_state.marked = cut_state.marked.with(from),
+            CutMessage::Done => cut_state.done = cut_state.done.with(from),
+            CutMessage::More(bytes) => {
+                cut_state.asked = cut_state.asked.saturating_add(bytes.into())
+            }
+            CutMessage::GaveUp => cut_state.gave_up = true,
+            CutMessage::End => cut_state.is_over = true,
             CutMessage::Mark => {
                 self.mark(state)?;
                 drop(guard);
@@ -340,8 +342,8 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
-        if let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) {
-            cutting.came.push_back((from, CutPiece::Pages(pages)));
+        if let Some(cut_state) = state.cut_state.as_mut().filter(|it| it.number == number) {
+            cut_state.came.push_back((from, CutPiece::Pages(pages)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -363,14 +365,14 @@ impl Shared {
         let can_be = last.is_some_and(|number| self.has(PageId { memory, number }))
             && same.pages as usize <= PIECE_PAGES_MAX;
         let mut state = locked(&self.state);
-        let cutting = state.cutting.as_mut().filter(|it| it.number == number);
-        let since = cutting.as_ref().is_none_or(|it| it.since.is_some());
+        let cut_state = state.cut_state.as_mut().filter(|it| it.number == number);
+        let since = cut_state.as_ref().is_none_or(|it| it.since.is_some());
         if !self.is_home() || !can_be || !since {
             let reason = "it sent invalid unchanged pages of a cut".into();
             return Err(SpanError::Lost { part: from, reason });
         }
-        if let Some(cutting) = cutting {
-            cutting.came.push_back((from, CutPiece::Unchanged(same)));
+        if let Some(cut_state) = cut_state {
+            cut_state.came.push_back((from, CutPiece::Unchanged(same)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -379,25 +381,25 @@ impl Shared {
     /// Ends the cut and the quiescence.
     pub(super) fn end_cut(&self) {
         let mut state = locked(&self.state);
-        if let Some(cutting) = &mut state.cutting {
-            cutting.is_over = true;
+        if let Some(cut_state) = &mut state.cut_state {
+            cut_state.is_over = true;
         }
         self.end_quiescence(&mut state);
     }
 
     /// Marks the cut: all pages that this part owns are protected.
     fn mark(&self, state: &mut State) -> Result<(), SpanError> {
-        let is_prepared = state.cutting.as_ref().map(|it| it.stage) == Some(Stage::Preparing);
-        if !is_prepared || state.settling.is_none() {
+        let is_prepared = state.cut_state.as_ref().map(|it| it.stage) == Some(Stage::Preparing);
+        if !is_prepared || state.quiescence.is_none() {
             return Err(SpanError::Inconsistent(
                 "a cut was marked before it was prepared".into(),
             ));
         }
         while self.scan_owned_batch(state) {}
         while self.protect_batch(state)? {}
-        if let Some(cutting) = &mut state.cutting {
-            cutting.stage = Stage::Marked;
-            cutting.is_done = false;
+        if let Some(cut_state) = &mut state.cut_state {
+            cut_state.stage = Stage::Marked;
+            cut_state.is_done = false;
         }
         Ok(())
     }
@@ -406,44 +408,48 @@ impl Shared {
     /// The home determines its pages from its memories.
     fn scan_owned_batch(&self, state: &mut State) -> bool {
         let State {
-            cutting, coherence, ..
+            cut_state,
+            coherence,
+            ..
         } = state;
-        let from = cutting.as_ref().and_then(|it| it.looked);
-        let (Some(cutting), Some(from), false) = (cutting, from, self.is_home()) else {
+        let from = cut_state.as_ref().and_then(|it| it.looked);
+        let (Some(cut_state), Some(from), false) = (cut_state, from, self.is_home()) else {
             return false;
         };
-        cutting.looked = None;
+        cut_state.looked = None;
         for (count, (page, copy)) in (0..).zip(coherence.changed_from(from)) {
-            if count == AT_ONCE_PAGES {
-                cutting.looked = Some(page);
+            if count == BATCH_PAGES {
+                cut_state.looked = Some(page);
                 break;
             }
             if let (Copy::Kept | Copy::Modified, Some(wanted)) =
-                (copy, cutting.wanted.get_mut(page.memory as usize))
+                (copy, cut_state.wanted.get_mut(page.memory as usize))
             {
                 wanted.insert(page.number);
             }
         }
-        cutting.looked.is_some()
+        cut_state.looked.is_some()
     }
 
     /// Whether too many pages are unprotected to end the preparation.
     fn is_much_left(&self, state: &State) -> bool {
-        let wanted = state.cutting.iter().flat_map(|it| &it.wanted);
-        wanted.map(RoaringBitmap::len).sum::<u64>() > LEFT_PAGES
+        let wanted = state.cut_state.iter().flat_map(|it| &it.wanted);
+        wanted.map(RoaringBitmap::len).sum::<u64>() > UNPROTECTED_PAGES_MAX
     }
 
     /// Protects a batch of the remaining pages; false if none remain.
     fn protect_batch(&self, state: &mut State) -> Result<bool, SpanError> {
         let State {
-            cutting, coherence, ..
+            cut_state,
+            coherence,
+            ..
         } = state;
-        let Some(cutting) = cutting else {
+        let Some(cut_state) = cut_state else {
             return Ok(false);
         };
-        let all = cutting.wanted.iter_mut().zip(&mut cutting.pages);
+        let all = cut_state.wanted.iter_mut().zip(&mut cut_state.pages);
         for (number, (wanted, pages)) in (0..).zip(all) {
-            let Some((first, count)) = first_run(wanted, AT_ONCE_PAGES) else {
+            let Some((first, count)) = first_run(wanted, BATCH_PAGES) else {
                 continue;
             };
             wanted.remove_range(first..first + count);
@@ -473,37 +479,39 @@ impl Shared {
             return Ok(());
         }
         let State {
-            cutting, coherence, ..
+            cut_state,
+            coherence,
+            ..
         } = state;
-        let Some(cutting) = cutting else {
+        let Some(cut_state) = cut_state else {
             return Ok(());
         };
         let at = page.memory as usize;
-        let Some(pages) = cutting.pages.get_mut(at) else {
+        let Some(pages) = cut_state.pages.get_mut(at) else {
             return Ok(());
         };
         let was_protected = pages.remove(page.number);
-        let is_marked = cutting.stage == Stage::Marked;
-        if let (false, Some(wanted)) = (is_marked, cutting.wanted.get_mut(at)) {
+        let is_marked = cut_state.stage == Stage::Marked;
+        if let (false, Some(wanted)) = (is_marked, cut_state.wanted.get_mut(at)) {
             wanted.insert(page.number);
         }
         if !was_protected {
             return Ok(());
         }
         let memory = self.memory(page.memory)?;
-        if is_marked && !cutting.is_over && !cutting.gave_up {
+        if is_marked && !cut_state.is_over && !cut_state.gave_up {
             let mut bytes = vec![0; PAGE];
             let at = u64::from(page.number) * PAGE_BYTES;
             memory.memory().read(at, &mut bytes).map_err(failed)?;
-            cutting.copied.push_back(CutPages {
+            cut_state.copied.push_back(CutPages {
                 memory: page.memory,
                 first: page.number,
                 bytes: bytes.into(),
             });
             let before = self.cuts.copied_bytes.fetch_add(PAGE, Ordering::Relaxed);
-            if before >= COPIED_MAX {
-                cutting.gave_up = true;
-                cutting.copied.clear();
+            if before >= COPIED_BYTES_MAX {
+                cut_state.gave_up = true;
+                cut_state.copied.clear();
                 self.cuts.copied_bytes.store(0, Ordering::Relaxed);
             }
             self.cuts.changed.notify_all();
@@ -526,7 +534,7 @@ impl Shared {
         if self.limits.is_set() {
             let mut state = locked(&self.state);
             let access = state.coherence.access(page);
-            if let (Some(keep), Some(access)) = (&mut state.keep, access)
+            if let (Some(keep), Some(access)) = (&mut state.eviction, access)
                 && !keep.knows(page)
             {
                 keep.arrived(page, access);
@@ -536,7 +544,7 @@ impl Shared {
             // The page may not have existed during the scan. The cut is not marked while
             // this lock is held.
             let mut state = locked(&self.state);
-            let preparing = state.cutting.as_mut();
+            let preparing = state.cut_state.as_mut();
             let preparing = preparing.filter(|it| it.stage != Stage::Marked);
             let wanted = preparing.and_then(|it| it.wanted.get_mut(page.memory as usize));
             if let Some(wanted) = wanted {
@@ -549,16 +557,18 @@ impl Shared {
     /// Reads a batch of this part's pages as of the cut; `None` if none remain.
     fn read_cut_batch(&self, state: &mut State) -> Result<Option<CutPages>, SpanError> {
         let State {
-            cutting, coherence, ..
+            cut_state,
+            coherence,
+            ..
         } = state;
-        let Some(cutting) = cutting.as_mut().filter(|it| it.stage == Stage::Marked) else {
+        let Some(cut_state) = cut_state.as_mut().filter(|it| it.stage == Stage::Marked) else {
             return Ok(None);
         };
-        if let Some(copied) = cutting.copied.pop_front() {
+        if let Some(copied) = cut_state.copied.pop_front() {
             self.cuts.copied_bytes.fetch_sub(PAGE, Ordering::Relaxed);
             return Ok(Some(copied));
         }
-        for (number, pages) in (0..).zip(&mut cutting.pages) {
+        for (number, pages) in (0..).zip(&mut cut_state.pages) {
             let Some((first, count)) = first_run(pages, PIECE_PAGES) else {
                 continue;
             };
@@ -587,11 +597,13 @@ impl Shared {
     /// is over.
     pub(super) fn release_batch(&self, state: &mut State) -> Result<bool, SpanError> {
         let State {
-            cutting, coherence, ..
+            cut_state,
+            coherence,
+            ..
         } = state;
-        let pages = cutting.iter_mut().flat_map(|it| &mut it.pages);
+        let pages = cut_state.iter_mut().flat_map(|it| &mut it.pages);
         for (number, pages) in (0..).zip(pages) {
-            let Some((first, count)) = first_run(pages, AT_ONCE_PAGES) else {
+            let Some((first, count)) = first_run(pages, BATCH_PAGES) else {
                 continue;
             };
             pages.remove_range(first..first + count);
@@ -604,10 +616,10 @@ impl Shared {
             unprotect(self.memory(number)?, copy, (first, count))?;
             return Ok(true);
         }
-        if cutting.is_none() {
+        if cut_state.is_none() {
             return Ok(false);
         }
-        *cutting = None;
+        *cut_state = None;
         self.cuts.copied_bytes.store(0, Ordering::Relaxed);
         self.cuts.is_on.store(false, Ordering::Release);
         // A move of pages may wait for it.
@@ -629,37 +641,39 @@ impl Shared {
     fn send_cut_batch(&self, given: &mut DigestHistory) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
-        let message = match &state.cutting {
-            Some(cutting) if cutting.is_over => return self.release_batch(state).map(drop),
-            Some(cutting) if cutting.gave_up => {
-                let (number, word) = (cutting.number, CutMessage::GaveUp);
-                if let Some(cutting) = &mut state.cutting {
-                    cutting.is_over = true;
+        let message = match &state.cut_state {
+            Some(cut_state) if cut_state.is_over => return self.release_batch(state).map(drop),
+            Some(cut_state) if cut_state.gave_up => {
+                let (number, word) = (cut_state.number, CutMessage::GaveUp);
+                if let Some(cut_state) = &mut state.cut_state {
+                    cut_state.is_over = true;
                 }
                 Some(PeerMessage::Cut { number, word })
             }
-            Some(cutting) if cutting.stage == Stage::Preparing && !cutting.is_done => {
-                let number = cutting.number;
+            Some(cut_state) if cut_state.stage == Stage::Preparing && !cut_state.is_done => {
+                let number = cut_state.number;
                 if self.scan_owned_batch(state) || self.is_much_left(state) {
                     return self.protect_batch(state).map(drop);
                 }
-                if let Some(cutting) = &mut state.cutting {
-                    cutting.is_done = true;
+                if let Some(cut_state) = &mut state.cut_state {
+                    cut_state.is_done = true;
                 }
                 let word = CutMessage::Prepared;
                 Some(PeerMessage::Cut { number, word })
             }
-            Some(cutting)
-                if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
+            Some(cut_state)
+                if cut_state.stage == Stage::Marked
+                    && !cut_state.is_done
+                    && cut_state.asked > 0 =>
             {
-                let (number, heard, since) = (cutting.number, cutting.heard, cutting.since);
+                let (number, heard, since) = (cut_state.number, cut_state.heard, cut_state.since);
                 if let Some(pages) = self.read_cut_batch(state)? {
                     drop(guard);
                     return self
                         .send_cut_pieces(number, given.split_unchanged(heard, since, &pages));
                 }
-                if let Some(cutting) = &mut state.cutting {
-                    cutting.is_done = true;
+                if let Some(cut_state) = &mut state.cut_state {
+                    cut_state.is_done = true;
                 }
                 given.complete(number, heard);
                 let word = CutMessage::Done;
@@ -739,9 +753,9 @@ impl Shared {
         }
         {
             let mut state = locked(&self.state);
-            let cutting = state.cutting.as_mut().filter(|it| it.number == number);
-            if let Some(cutting) = cutting {
-                cutting.asked -= bytes as i64;
+            let cut_state = state.cut_state.as_mut().filter(|it| it.number == number);
+            if let Some(cut_state) = cut_state {
+                cut_state.asked -= bytes as i64;
             }
         }
         for message in parcels {
@@ -776,12 +790,12 @@ impl Pages {
                 return Err(failure.clone());
             }
             let leave = state.coherence.are_leaving();
-            let is_taken = state.cutting.is_some() || state.settling.is_some();
+            let is_taken = state.cut_state.is_some() || state.quiescence.is_some();
             if is_taken || leave || !shared.is_home() {
                 return Err(SpanError::CutUnavailable);
             }
-            let cutting = CutState::new((number, 0), since, shared.memories.len());
-            state.cutting = Some(cutting);
+            let cut_state = CutState::new((number, 0), since, shared.memories.len());
+            state.cut_state = Some(cut_state);
             shared.cuts.is_on.store(true, Ordering::Release);
         }
         Ok(Cut { shared, number })
@@ -801,8 +815,10 @@ impl Pages {
             // Takes long; pages that appear meanwhile are recorded.
             let here = memory.memory().populated().map_err(failed)?;
             let mut guard = locked(&cut.shared.state);
-            let State { cutting, woken, .. } = &mut *guard;
-            let wanted = cutting.as_mut().and_then(|it| it.wanted.get_mut(at));
+            let State {
+                cut_state, woken, ..
+            } = &mut *guard;
+            let wanted = cut_state.as_mut().and_then(|it| it.wanted.get_mut(at));
             if let (Some(wanted), Some(woken)) = (wanted, woken.get(at)) {
                 *wanted |= woken;
                 for range in here {
@@ -823,8 +839,8 @@ impl Pages {
             }
         }
         let others = cut.shared.peers.count();
-        cut.await_all(deadline, patience, |cutting| {
-            cutting.prepared.len() == others
+        cut.await_all(deadline, patience, |cut_state| {
+            cut_state.prepared.len() == others
         })?;
         Ok(cut)
     }
@@ -849,7 +865,9 @@ impl Cut {
         self.tell_all(CutMessage::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
         let others = shared.peers.count();
-        self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
+        self.await_all(deadline, patience, |cut_state| {
+            cut_state.marked.len() == others
+        })?;
         drop(settled);
         self.tell_all(CutMessage::More(AHEAD_BYTES))
     }
@@ -874,13 +892,13 @@ impl Cut {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            match &state.cutting {
-                Some(cutting) if is_so(cutting) => return Ok(()),
+            match &state.cut_state {
+                Some(cut_state) if is_so(cut_state) => return Ok(()),
                 Some(_) if Instant::now() < deadline => {}
                 Some(_) => return Err(SpanError::NotQuiescent { patience }),
                 None => return Err(SpanError::Ended),
             }
-            drop(self.shared.cuts.changed.wait_timeout(state, LOOK_AGAIN));
+            drop(self.shared.cuts.changed.wait_timeout(state, POLL_INTERVAL));
         }
     }
 
@@ -899,13 +917,13 @@ impl Cut {
                 return Err(failure.clone());
             }
             let state = &mut *guard;
-            let Some(cutting) = &mut state.cutting else {
+            let Some(cut_state) = &mut state.cut_state else {
                 return Err(SpanError::Ended);
             };
-            if cutting.gave_up {
+            if cut_state.gave_up {
                 return Err(SpanError::CutTooSlow);
             }
-            if let Some((from, piece)) = cutting.came.pop_front() {
+            if let Some((from, piece)) = cut_state.came.pop_front() {
                 drop(guard);
                 let more = match &piece {
                     CutPiece::Pages(pages) => {
@@ -921,14 +939,17 @@ impl Cut {
                 return Ok(Some(CutPiece::Pages(pages)));
             }
             let others = shared.peers.count();
-            let done = state.cutting.as_ref().map(|cutting| cutting.done.len());
+            let done = state
+                .cut_state
+                .as_ref()
+                .map(|cut_state| cut_state.done.len());
             if done == Some(others) {
                 return Ok(None);
             }
             if Instant::now() >= deadline {
                 return Err(SpanError::NotQuiescent { patience });
             }
-            drop(shared.cuts.changed.wait_timeout(guard, LOOK_AGAIN * 50));
+            drop(shared.cuts.changed.wait_timeout(guard, POLL_INTERVAL * 50));
         }
     }
 }

@@ -370,15 +370,15 @@ impl Shared {
         let mut work = Effects::default();
         let done = {
             let mut state = locked(&self.state);
-            if state.ahead.is_empty() {
+            if state.prefetches.is_empty() {
                 return false;
             }
-            if self.is_settling.load(Ordering::SeqCst) {
-                state.ahead.clear();
+            if self.is_quiescing.load(Ordering::SeqCst) {
+                state.prefetches.clear();
                 return false;
             }
-            let some = state.ahead.len().min(AT_ONCE_PAGES);
-            let mut some: Vec<(PageId, Access)> = state.ahead.drain(..some).collect();
+            let some = state.prefetches.len().min(AT_ONCE_PAGES);
+            let mut some: Vec<(PageId, Access)> = state.prefetches.drain(..some).collect();
             some.retain(|(page, access)| !state.is_here(*page, *access));
             let events = some.into_iter();
             let events = events.map(|(page, access)| Event::Fault { page, access });
@@ -406,10 +406,10 @@ impl Shared {
             }
         }
         if work.steps > 0 {
-            self.unsaid.fetch_sub(work.steps, Ordering::SeqCst);
+            self.unsent_steps.fetch_sub(work.steps, Ordering::SeqCst);
         }
         // The serving thread checks for quiescence whenever all messages are sent.
-        if work.is_due || self.is_settling.load(Ordering::SeqCst) {
+        if work.is_due || self.is_quiescing.load(Ordering::SeqCst) {
             self.ring();
         }
         if let Err(error) = done
@@ -432,7 +432,7 @@ impl Shared {
             return Err(failure.clone());
         }
         work.steps += 1;
-        self.unsaid.fetch_add(1, Ordering::Relaxed);
+        self.unsent_steps.fetch_add(1, Ordering::Relaxed);
         let done = self.try_step(state, events, work);
         if let Err(error) = &done {
             work.frames.clear();
@@ -473,7 +473,7 @@ impl Shared {
                         EventContext::Thread { thread, byte } => {
                             // A page may be present although no thread accessed it yet.
                             if !state.is_here(*page, *access) {
-                                state.standing.waits(*page, byte, *access, self.now());
+                                state.fault_history.waits(*page, byte, *access, self.now());
                             }
                             Some(thread)
                         }
@@ -528,7 +528,7 @@ impl Shared {
         work: &mut Effects,
     ) -> Result<(), SpanError> {
         let ahead = state.streams.on_fault(page, access, is_asked);
-        let asked = u32::try_from(state.ahead.len()).unwrap_or(u32::MAX);
+        let asked = u32::try_from(state.prefetches.len()).unwrap_or(u32::MAX);
         let most = self.limits.ahead_max().saturating_sub(asked);
         let mut wanted = ahead.pages.min(most);
         if wanted == 0 {
@@ -549,7 +549,7 @@ impl Shared {
         }
         state.streams.on_requested(page, access, until);
         if missing.len() > ROW_ANSWERED {
-            state.ahead.extend(missing);
+            state.prefetches.extend(missing);
             work.is_ahead = true;
             return Ok(());
         }
@@ -738,14 +738,14 @@ impl Shared {
                 PageAction::Install(access, _, from) => {
                     self.notify_waiters(state);
                     for page in pages_in_run(*page, *pages) {
-                        if let Some(keep) = &mut state.keep {
+                        if let Some(keep) = &mut state.eviction {
                             keep.arrived(page, *access);
                         }
                         self.came(state, page, Some(*from));
                     }
                 }
                 PageAction::Allow => {
-                    if let Some(keep) = &mut state.keep {
+                    if let Some(keep) = &mut state.eviction {
                         keep.arrived(*page, Access::Write);
                     }
                     self.notify_waiters(state);
@@ -757,7 +757,7 @@ impl Shared {
                     }
                     // The first access to the page may be this one.
                     let access = state.coherence.access(*page);
-                    if let (Some(keep), Some(access)) = (&mut state.keep, access)
+                    if let (Some(keep), Some(access)) = (&mut state.eviction, access)
                         && !keep.knows(*page)
                     {
                         keep.arrived(*page, access);
@@ -766,7 +766,7 @@ impl Shared {
                     self.notify_waiters(state);
                 }
                 PageAction::Discard => {
-                    if let Some(keep) = &mut state.keep {
+                    if let Some(keep) = &mut state.eviction {
                         pages_in_run(*page, *pages).for_each(|page| keep.departed(page));
                     }
                 }
@@ -792,10 +792,10 @@ impl Shared {
         let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         if let (Some(thread), Some(from)) = (thread, from) {
             // Entries of ended threads are never read; there are few.
-            if state.stood_at.len() >= WAITED_MAX {
-                state.stood_at.clear();
+            if state.wait_micros.len() >= WAITED_MAX {
+                state.wait_micros.clear();
             }
-            let of = state.stood_at.entry(thread).or_default();
+            let of = state.wait_micros.entry(thread).or_default();
             let of = of.entry(from).or_default();
             *of = of.saturating_add(micros);
         }

@@ -34,41 +34,41 @@ pub const PART_BYTES_MIN: u64 = 1 << 20;
 const NONE: u64 = u64::MAX;
 /// Once the limit is exceeded, this fraction (1/n) below it is evicted as well, so that
 /// eviction does not restart with each page.
-const BELOW_PART: u64 = 32;
+const HYSTERESIS_DIVISOR: u64 = 32;
 /// Faults wait when memory exceeds the limit by this fraction (1/n). A part receives
 /// evicted pages only if it has that much room, or [`PART_BYTES_MIN`] where that is less.
-const FAR_PART: u64 = 16;
+const OVERRUN_DIVISOR: u64 = 16;
 /// Prefetches in flight are bounded by this fraction (1/n) of the limit.
-const AHEAD_PART: u64 = 64;
+const PREFETCH_DIVISOR: u64 = 64;
 /// Other parts are informed at once when resident memory changes by this fraction (1/n).
-const TOLD_PART: u64 = 64;
+const REPORT_DIVISOR: u64 = 64;
 /// How long faults wait for eviction, at most.
-pub(super) const FAULTS_WAIT: Duration = Duration::from_millis(20);
+pub(super) const FAULT_WAIT_MAX: Duration = Duration::from_millis(20);
 /// Intervals of the evictor: while it evicts, while there is a limit, and otherwise.
-const GIVING: Duration = Duration::from_millis(1);
-const LIMITED: Duration = Duration::from_millis(50);
-const UNLIMITED: Duration = Duration::from_secs(1);
+const EVICTING_INTERVAL: Duration = Duration::from_millis(1);
+const LIMITED_INTERVAL: Duration = Duration::from_millis(50);
+const UNLIMITED_INTERVAL: Duration = Duration::from_secs(1);
 /// A part receives no evicted pages while this many bytes to it are unwritten: pages that
 /// threads wait for would queue behind them.
 const UNWRITTEN_MAX: usize = 1 << 20;
 /// Evicted pages in flight, at most.
-const GOING_MAX: usize = 1024;
+const IN_TRANSIT_MAX: usize = 1024;
 /// Pages examined per pass: about a millisecond.
-const LOOKS_MAX: usize = 256;
+const EXAMINED_MAX: usize = 256;
 /// Bytes whose accessed bits are cleared by one call.
-const TAKEN_BYTES: u64 = 4 << 20;
+const CLEAR_BATCH_BYTES: u64 = 4 << 20;
 /// How long accesses are observed before a part evicts from memory that it had when the
 /// limit was set.
-const ADOPTED_RESTS: Duration = Duration::from_millis(100);
+const OBSERVE_FIRST: Duration = Duration::from_millis(100);
 /// How long an evicted page may be in flight before it is a candidate again.
-const LEAVES_WITHIN: Duration = Duration::from_secs(1);
+const IN_TRANSIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long [`Pages::await_room`] waits without progress.
-const ROOM_WITHIN: Duration = Duration::from_secs(20);
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The room that a part must have to receive pages from a part with this limit.
 fn room_min_bytes(limit: u64) -> u64 {
-    (limit / FAR_PART).min(PART_BYTES_MIN)
+    (limit / OVERRUN_DIVISOR).min(PART_BYTES_MIN)
 }
 
 /// Memory of a machine at one part.
@@ -104,13 +104,13 @@ pub(super) struct Limits {
     pub(super) of_parts: Mutex<Option<Option<u64>>>,
     /// Whether this part reports its memory. It does once the home has announced a limit:
     /// before, not all parts may know it.
-    tells: AtomicBool,
+    is_member: AtomicBool,
     /// Report again, even if nothing changed.
     again: AtomicBool,
     /// No limit is in force, whatever is announced.
     keeps_all: AtomicBool,
     /// Resident bytes as reported last.
-    told_bytes: AtomicU64,
+    reported_bytes: AtomicU64,
     given: AtomicU64,
     dropped: AtomicU64,
     pub(super) peers: Mutex<BTreeMap<PartId, PartMemory>>,
@@ -129,10 +129,10 @@ impl Limits {
             room,
             limit: AtomicU64::new(NONE),
             of_parts: Mutex::new(None),
-            tells: AtomicBool::new(false),
+            is_member: AtomicBool::new(false),
             again: AtomicBool::new(false),
             keeps_all: AtomicBool::new(false),
-            told_bytes: AtomicU64::new(0),
+            reported_bytes: AtomicU64::new(0),
             given: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             peers: Mutex::default(),
@@ -149,7 +149,7 @@ impl Limits {
 
     /// The most pages to prefetch: they should evict little.
     pub(super) fn ahead_max(&self) -> u32 {
-        let most = self.get().unwrap_or(NONE) / PAGE_BYTES / AHEAD_PART;
+        let most = self.get().unwrap_or(NONE) / PAGE_BYTES / PREFETCH_DIVISOR;
         u32::try_from(most).unwrap_or(u32::MAX)
     }
 
@@ -170,13 +170,13 @@ impl Limits {
 
     /// Applies a limit announced by the home, which makes this part a member.
     pub(super) fn announce(&self, of_parts: Option<u64>) {
-        self.tells.store(true, Ordering::Release);
+        self.is_member.store(true, Ordering::Release);
         self.set(of_parts);
     }
 
     /// Whether the home has announced a limit to this part.
     pub(super) fn is_announced(&self) -> bool {
-        self.tells.load(Ordering::Acquire)
+        self.is_member.load(Ordering::Acquire)
     }
 
     /// A part has joined that does not know this part's memory.
@@ -287,11 +287,11 @@ impl Shared {
             return false;
         };
         let resident = self.resident().unwrap_or(0);
-        let told = self.limits.told_bytes.load(Ordering::Relaxed);
-        if resident > limit || resident.abs_diff(told) > limit / TOLD_PART {
+        let told = self.limits.reported_bytes.load(Ordering::Relaxed);
+        if resident > limit || resident.abs_diff(told) > limit / REPORT_DIVISOR {
             self.limits.ring();
         }
-        resident > limit.saturating_add(limit / FAR_PART)
+        resident > limit.saturating_add(limit / OVERRUN_DIVISOR)
             && self.limits.has_room(room_min_bytes(limit))
     }
 
@@ -309,15 +309,15 @@ impl Shared {
             let gives = match self.limits.get() {
                 Some(limit) => self.evict_some(limit, &mut seen),
                 None => {
-                    locked(&self.state).keep = None;
+                    locked(&self.state).eviction = None;
                     Ok(false)
                 }
             };
             let told = gives.and_then(|gives| self.report_memory(&mut seen).map(|()| gives));
             let pause = match told {
-                Ok(true) => GIVING,
-                Ok(false) if self.limits.get().is_some() => LIMITED,
-                Ok(false) => UNLIMITED,
+                Ok(true) => EVICTING_INTERVAL,
+                Ok(false) if self.limits.get().is_some() => LIMITED_INTERVAL,
+                Ok(false) => UNLIMITED_INTERVAL,
                 Err(error) => return self.end(error),
             };
             self.limits.sleep(pause);
@@ -337,13 +337,13 @@ impl Shared {
             None => true,
             // The others have counted pages in flight and may be wrong.
             Some((told, at)) if *told == now => {
-                now.limit_bytes.is_some() && at.elapsed() >= UNLIMITED
+                now.limit_bytes.is_some() && at.elapsed() >= UNLIMITED_INTERVAL
             }
             Some((told, at)) => {
                 let most = now.limit_bytes.unwrap_or(told.resident_bytes);
                 told.limit_bytes != now.limit_bytes
-                    || told.resident_bytes.abs_diff(now.resident_bytes) > most / TOLD_PART
-                    || at.elapsed() >= UNLIMITED
+                    || told.resident_bytes.abs_diff(now.resident_bytes) > most / REPORT_DIVISOR
+                    || at.elapsed() >= UNLIMITED_INTERVAL
             }
         };
         if !is_news {
@@ -351,7 +351,7 @@ impl Shared {
         }
         seen.told = Some((now, Instant::now()));
         self.limits
-            .told_bytes
+            .reported_bytes
             .store(now.resident_bytes, Ordering::Relaxed);
         self.broadcast(&PeerMessage::Memory(now))
     }
@@ -371,12 +371,12 @@ impl Shared {
         for memory in &self.memories {
             let here = memory.memory().populated().unwrap_or_default();
             for range in here {
-                let pieces = (range.start..range.end).step_by(TAKEN_BYTES as usize);
+                let pieces = (range.start..range.end).step_by(CLEAR_BATCH_BYTES as usize);
                 for start in pieces {
                     if self.over.load(Ordering::Acquire) {
                         return;
                     }
-                    let bytes = TAKEN_BYTES.min(range.end - start);
+                    let bytes = CLEAR_BATCH_BYTES.min(range.end - start);
                     let whole = bytes.next_multiple_of(PAGE_BYTES);
                     if let Err(error) = memory.uses().take(start, whole) {
                         tracing::debug!(%error, start, "cannot read accessed bits");
@@ -401,7 +401,7 @@ impl Shared {
         let resident = self.resident()?;
         let begins = {
             let state = locked(&self.state);
-            state.keep.is_none() && state.failure.is_none() && !self.is_paused(&state)
+            state.eviction.is_none() && state.failure.is_none() && !self.is_paused(&state)
         };
         if begins {
             // Earlier accesses do not count. This takes a while with much memory.
@@ -414,39 +414,39 @@ impl Shared {
             return Ok(rests);
         }
         let state = &mut *guard;
-        let keep = match &mut state.keep {
-            Some(keep) => keep,
+        let policy = match &mut state.eviction {
+            Some(policy) => policy,
             none => {
                 // Pages that were present at the start, or before there was a limit.
-                let keep = none.insert(EvictionPolicy::default());
-                adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
-                keep
+                let policy = none.insert(EvictionPolicy::default());
+                adopt(&self.memories, policy, |page| state.coherence.copy(page))?;
+                policy
             }
         };
-        let given = keep.take_evicted();
+        let given = policy.take_evicted();
         self.limits
             .given
             .fetch_add(given * PAGE_BYTES, Ordering::Relaxed);
-        if seen.going.0 != keep.departing() || given > 0 {
-            seen.going = (keep.departing(), Instant::now());
-        } else if keep.departing() > 0 && seen.going.1.elapsed() > LEAVES_WITHIN {
-            keep.reconsider_departing();
+        if seen.going.0 != policy.departing() || given > 0 {
+            seen.going = (policy.departing(), Instant::now());
+        } else if policy.departing() > 0 && seen.going.1.elapsed() > IN_TRANSIT_TIMEOUT {
+            policy.reconsider_departing();
         }
-        if resident <= limit && keep.departing() == 0 {
+        if resident <= limit && policy.departing() == 0 {
             return Ok(false);
         }
         // Before that, accesses are unknown. Memory must not grow meanwhile.
         let (adopted, bytes) = seen.adopted;
-        let rests_below = bytes.max(limit).saturating_add(limit / FAR_PART);
-        if adopted.elapsed() < ADOPTED_RESTS && resident <= rests_below {
+        let rests_below = bytes.max(limit).saturating_add(limit / OVERRUN_DIVISOR);
+        if adopted.elapsed() < OBSERVE_FIRST && resident <= rests_below {
             return Ok(false);
         }
-        let goal = limit - limit / BELOW_PART;
+        let goal = limit - limit / HYSTERESIS_DIVISOR;
         let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
-        let mut excess = too_much.saturating_sub(keep.departing());
+        let mut excess = too_much.saturating_sub(policy.departing());
         let mut events: Vec<PendingEvent> = Vec::new();
         let coherence = &state.coherence;
-        let copies = keep.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
+        let copies = policy.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
         excess -= copies.len();
         let bytes = (copies.len() * PAGE) as u64;
         self.limits.dropped.fetch_add(bytes, Ordering::Relaxed);
@@ -464,22 +464,26 @@ impl Shared {
             self.was_accessed(page)
         };
         let mut count = events.len();
-        while excess > 0 && count < MOVES_MAX && keep.departing() < GOING_MAX && keep.owned() > 0 {
+        while excess > 0
+            && count < MOVES_MAX
+            && policy.departing() < IN_TRANSIT_MAX
+            && policy.owned() > 0
+        {
             // The next pass continues.
-            if looks.get() >= LOOKS_MAX {
+            if looks.get() >= EXAMINED_MAX {
                 break;
             }
             let Some(to) = self.limits.take_room(room_min_bytes(limit), may) else {
                 break;
             };
-            let Some(page) = keep.next(may_keep, is_used) else {
+            let Some(page) = policy.next(may_keep, is_used) else {
                 break;
             };
             push_move(&mut events, page, to);
             count += 1;
             excess -= 1;
         }
-        let goes_on = !events.is_empty() || keep.departing() > 0;
+        let goes_on = !events.is_empty() || policy.departing() > 0;
         let mut work = Effects::default();
         let done = self.step_locked(&mut guard, events, &mut work);
         drop(guard);
@@ -491,7 +495,7 @@ impl Shared {
 /// Adds all present pages.
 fn adopt(
     memories: &[keel_wasm::memory::Spanning],
-    keep: &mut EvictionPolicy,
+    policy: &mut EvictionPolicy,
     copy: impl Fn(PageId) -> Copy,
 ) -> Result<(), SpanError> {
     for (number, memory) in (0..).zip(memories) {
@@ -504,8 +508,8 @@ fn adopt(
                     number: at as u32,
                 };
                 match copy(page) {
-                    Copy::Shared => keep.arrived(page, Access::Read),
-                    Copy::Kept | Copy::Modified => keep.adopt(page),
+                    Copy::Shared => policy.arrived(page, Access::Read),
+                    Copy::Kept | Copy::Modified => policy.adopt(page),
                     Copy::Invalid => {}
                 }
             }
@@ -535,7 +539,11 @@ impl Pages {
             };
             let resident_bytes = shared.resident()?;
             let room_bytes = limits.room;
-            if resident_bytes <= limit.saturating_add(limit / FAR_PART).min(room_bytes) {
+            if resident_bytes
+                <= limit
+                    .saturating_add(limit / OVERRUN_DIVISOR)
+                    .min(room_bytes)
+            {
                 return Ok(());
             }
             let all_told = locked(&limits.peers).len() == usize::from(shared.peers.count());
@@ -550,12 +558,12 @@ impl Pages {
             }
             if resident_bytes != last.0 {
                 last = (resident_bytes, Instant::now());
-            } else if last.1.elapsed() > ROOM_WITHIN {
-                let patience = ROOM_WITHIN;
+            } else if last.1.elapsed() > PROGRESS_TIMEOUT {
+                let patience = PROGRESS_TIMEOUT;
                 return Err(SpanError::NotQuiescent { patience });
             }
             limits.ring();
-            std::thread::sleep(GIVING);
+            std::thread::sleep(EVICTING_INTERVAL);
         }
     }
 

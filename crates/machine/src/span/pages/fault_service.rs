@@ -5,7 +5,7 @@ use super::super::adaptive_polling::AdaptivePoller;
 use super::super::peer::Inbound;
 use super::super::wire::PeerMessage;
 use super::effects::{EventContext, PendingEvent};
-use super::evictor::FAULTS_WAIT;
+use super::evictor::FAULT_WAIT_MAX;
 use super::{FAULTS_MAX, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Access, Event, PageId, PartId, PartSet};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};
@@ -14,9 +14,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long a part that has left waits for the others to close its connections.
-const LEAVES_WITHIN: Duration = Duration::from_secs(60);
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Interval at which waiting faults check for room.
-const FULL_SLEEP: Duration = Duration::from_micros(500);
+const FULL_POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 impl Shared {
     /// Serves faults and processes messages until the part ends.
@@ -33,7 +33,7 @@ impl Shared {
                 self.limits.forget(part);
             }
             let waits = (self.is_full() || self.cuts.are_behind())
-                && full_since.get_or_insert_with(Instant::now).elapsed() < FAULTS_WAIT;
+                && full_since.get_or_insert_with(Instant::now).elapsed() < FAULT_WAIT_MAX;
             if !waits {
                 full_since = None;
                 if let Err(error) = self.take_faults(&mut events) {
@@ -74,7 +74,7 @@ impl Shared {
                                 PeerMessage::Limit(limit) if from == PartId::HOME => {
                                     // A new home announces the limit when all parts know
                                     // it.
-                                    self.is_succeeding.store(false, Ordering::Release);
+                                    self.is_changing_home.store(false, Ordering::Release);
                                     self.limits.announce(limit);
                                 }
                                 PeerMessage::Limit(_) => {
@@ -161,7 +161,7 @@ impl Shared {
             hearing.retain(|heard| !ended.contains(heard.part()));
             if self.peers.leaves() {
                 let since = left_since.get_or_insert_with(Instant::now);
-                if hearing.is_empty() || since.elapsed() > LEAVES_WITHIN {
+                if hearing.is_empty() || since.elapsed() > LEAVE_TIMEOUT {
                     return self.end(SpanError::Ended);
                 }
             }
@@ -184,13 +184,14 @@ impl Shared {
             if !idle {
             } else if heard_some {
                 if noted {
-                    // Probably the answer that was awaited.
-                    self.awaited.store(0, Ordering::Release);
+                    // Probably the answer that was answer_expected_until.
+                    self.answer_expected_until.store(0, Ordering::Release);
                 }
                 // More data may be decrypted already, for which no socket becomes
                 // readable.
                 poller.reset();
-            } else if !poller.should_poll(self.awaited.load(Ordering::Acquire) > self.now())
+            } else if !poller
+                .should_poll(self.answer_expected_until.load(Ordering::Acquire) > self.now())
                 && let Err(error) = self.sleep(&hearing, due, waits)
             {
                 return self.end(SpanError::Memory(error.to_string()));
@@ -234,7 +235,7 @@ impl Shared {
                 .iter()
                 .map(|it| PollFd::new(it.socket(), PollFlags::IN)),
         );
-        let most = if waits { FULL_SLEEP } else { SLEEP_MAX };
+        let most = if waits { FULL_POLL_INTERVAL } else { SLEEP_MAX };
         let rest = due.map_or(most, |due| {
             Duration::from_micros(due.saturating_sub(self.now())).min(most)
         });

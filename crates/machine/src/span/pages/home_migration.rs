@@ -32,9 +32,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Pages that were sent away have left within this time, or are sent again.
-const SENT_WITHIN: Duration = Duration::from_millis(50);
+const SEND_TIMEOUT: Duration = Duration::from_millis(50);
 /// Polling interval.
-const LOOK_AGAIN: Duration = Duration::from_micros(500);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
 /// A home that holds no pages, with no message in flight. Dropping it lets all parts go
 /// on.
@@ -72,12 +72,12 @@ impl DrainedHome {
     /// [`SpanError`] if a part was lost meanwhile, or another part is the home.
     pub fn stay(self) -> Result<(), SpanError> {
         let shared = &self.shared;
-        let missed = {
-            let mut missed = locked(&shared.missed);
+        let ignored_loss = {
+            let mut ignored_loss = locked(&shared.ignored_loss);
             shared.is_alone.store(false, Ordering::Release);
-            missed.take()
+            ignored_loss.take()
         };
-        let failure = locked(&shared.state).failure.clone().or(missed);
+        let failure = locked(&shared.state).failure.clone().or(ignored_loss);
         let Some(failure) = failure else {
             return Ok(());
         };
@@ -110,12 +110,12 @@ impl Pages {
                 if Instant::now() >= deadline {
                     return Err(SpanError::NotQuiescent { patience });
                 }
-                std::thread::sleep(LOOK_AGAIN);
+                std::thread::sleep(POLL_INTERVAL);
                 // Enumerating all pages takes a while.
                 let state = locked(&shared.state);
                 let coherence = &state.coherence;
                 rest.retain(|page| coherence.copy(*page) != Copy::Invalid);
-                if rest.is_empty() || sent.elapsed() > SENT_WITHIN {
+                if rest.is_empty() || sent.elapsed() > SEND_TIMEOUT {
                     // A page may have been sent back here.
                     drop(state);
                     (rest, sent) = (shared.send_remaining(to)?, Instant::now());
@@ -126,7 +126,7 @@ impl Pages {
             // Other parts may have sent pages here before they knew.
             let legacy = {
                 let state = locked(&shared.state);
-                if state.cutting.is_some() {
+                if state.cut_state.is_some() {
                     return Err(SpanError::CutUnavailable);
                 }
                 state.coherence.legacy()
@@ -203,7 +203,7 @@ impl Pages {
                     "there are no such pages here".into(),
                 ));
             }
-            shared.is_succeeding.store(true, Ordering::Release);
+            shared.is_changing_home.store(true, Ordering::Release);
             while shared.release_batch(state)? {}
             shared.end_quiescence(state);
             state.traffic.forget(PartId::HOME);
@@ -212,7 +212,7 @@ impl Pages {
                 .succeed(legacy)
                 .map_err(SpanError::Inconsistent)?;
             // Eviction starts anew: this part holds more pages than before.
-            state.keep = None;
+            state.eviction = None;
             *shared
                 .listener
                 .write()
@@ -235,13 +235,13 @@ impl Pages {
             }
             let heard = shared.peers.acknowledged_home();
             let Some(part) = others.iter().find(|part| !heard.contains(*part)) else {
-                shared.is_succeeding.store(false, Ordering::Release);
+                shared.is_changing_home.store(false, Ordering::Release);
                 return Ok(());
             };
             if Instant::now() >= deadline {
                 return Err(SpanError::Slow { part, patience });
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }
@@ -313,7 +313,7 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         // Until the new home announces limits: other parts may not know it yet.
-        self.is_succeeding.store(true, Ordering::Release);
+        self.is_changing_home.store(true, Ordering::Release);
         self.step(vec![(Event::Succeeded { by: from }, EventContext::Nothing)]);
         self.peers.replace_home(from);
         self.end_cut();

@@ -1,7 +1,7 @@
 //! Accesses of the host to a machine's memory: a page stays present while it is copied.
 
 use super::effects::{Effects, EventContext};
-use super::{ASK_AGAIN, PAGE, Shared, SpanError, State, locked};
+use super::{PAGE, REQUEST_INTERVAL, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Access, Event, PageId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
 use std::collections::HashMap;
@@ -108,7 +108,7 @@ impl Shared {
             if state.failure.is_none() && !state.granted.contains_key(&key) {
                 state = self
                     .changed
-                    .wait_timeout(state, ASK_AGAIN.min(patience))
+                    .wait_timeout(state, REQUEST_INTERVAL.min(patience))
                     .unwrap_or_else(|error| error.into_inner())
                     .0;
             }

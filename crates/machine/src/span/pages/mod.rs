@@ -72,9 +72,9 @@ const PAGE: usize = PAGE_BYTES as usize;
 /// The longest sleep of the serving thread.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 /// How often a host access requests its page again, unless something arrives earlier.
-const ASK_AGAIN: Duration = Duration::from_millis(5);
+const REQUEST_INTERVAL: Duration = Duration::from_millis(5);
 /// How long the serving thread polls for the answer to a note.
-const ANSWER_MICROS: u64 = 300;
+const ANSWER_POLL_MICROS: u64 = 300;
 /// Faults read from one memory in one pass.
 const FAULTS_MAX: usize = 64;
 /// Moves of pages or directories requested in one step.
@@ -206,7 +206,7 @@ struct State {
     /// When the first thread began to wait for a page.
     since: FxHashMap<PageId, (Instant, Option<u32>)>,
     /// Microseconds that each OS thread waited, by the part that sent the page.
-    stood_at: HashMap<u32, BTreeMap<PartId, u64>>,
+    wait_micros: HashMap<u32, BTreeMap<PartId, u64>>,
     /// Host accesses that wait, by page and access.
     waiting: HashMap<(PageId, Access), u32>,
     /// Host accesses whose page is present and pinned.
@@ -216,24 +216,24 @@ struct State {
     due: Option<u64>,
     streams: StreamPrefetcher,
     /// Pages behind a faulting page that are to be prefetched next.
-    ahead: VecDeque<(PageId, Access)>,
-    standing: FaultHistory,
+    prefetches: VecDeque<(PageId, Access)>,
+    fault_history: FaultHistory,
     /// Candidates for eviction, while there is a limit.
-    keep: Option<EvictionPolicy>,
+    eviction: Option<EvictionPolicy>,
     /// For each memory, present pages whose waiting threads were woken: until they run,
     /// the kernel may not have mapped such a page.
     woken: Vec<RoaringBitmap>,
     /// State of the cut in progress.
-    cutting: Option<CutState>,
+    cut_state: Option<CutState>,
     /// State of the quiescence in progress, and how many there have been.
-    settling: Option<QuiescenceState>,
-    settled: u64,
+    quiescence: Option<QuiescenceState>,
+    quiescence_count: u64,
     traffic: Traffic,
     /// Queries in flight with their answers, and how many there have been.
-    asked: BTreeMap<u64, (PartId, Option<Answer>)>,
-    questions: u64,
+    queries: BTreeMap<u64, (PartId, Option<Answer>)>,
+    query_count: u64,
     /// Directories are pinned because parts leave.
-    directories_stay: bool,
+    directories_pinned: bool,
     /// At the home: a directory has moved since all were last collected.
     directories_moved: bool,
     /// A buffer of zeros that stands for zero pages.
@@ -249,7 +249,7 @@ impl State {
 
     /// Whether a page is requested or about to be requested.
     fn is_asked(&self, page: PageId) -> bool {
-        self.coherence.is_wanted(page) || self.ahead.iter().any(|(ahead, _)| *ahead == page)
+        self.coherence.is_wanted(page) || self.prefetches.iter().any(|(ahead, _)| *ahead == page)
     }
 }
 
@@ -271,18 +271,18 @@ struct Shared {
     idle: Mutex<IdlePages>,
     cuts: CutStatus,
     /// A quiescence is in progress.
-    is_settling: AtomicBool,
+    is_quiescing: AtomicBool,
     /// Another part has become the home and not all parts may know: no background move
     /// starts.
-    is_succeeding: AtomicBool,
+    is_changing_home: AtomicBool,
     /// Until when an answer is expected, on the clock of `now`.
-    awaited: AtomicU64,
+    answer_expected_until: AtomicU64,
     /// The machine goes on without this part when the part ends.
     is_alone: AtomicBool,
     /// A part that was lost in that state; held while such a loss is recorded.
-    missed: Mutex<Option<SpanError>>,
+    ignored_loss: Mutex<Option<SpanError>>,
     /// Steps applied under the lock whose messages are not all sent.
-    unsaid: AtomicU32,
+    unsent_steps: AtomicU32,
     buckets: [AtomicU64; BUCKETS],
     listener: RwLock<Arc<dyn Listener>>,
 }
@@ -323,8 +323,8 @@ impl Notifier {
         if is_answered {
             // The serving thread polls for the answer: waking it would take longer than
             // the answer.
-            let until = shared.now() + ANSWER_MICROS;
-            if shared.awaited.swap(until, Ordering::AcqRel) < shared.now() {
+            let until = shared.now() + ANSWER_POLL_MICROS;
+            if shared.answer_expected_until.swap(until, Ordering::AcqRel) < shared.now() {
                 shared.ring();
             }
         }
@@ -332,13 +332,13 @@ impl Notifier {
     }
 
     /// Microseconds that an OS thread has waited for pages, by the part that sent them.
-    pub fn stood_at(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    pub fn wait_micros(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let shared = self.0.upgrade();
-        let stood_at = shared.and_then(|shared| {
+        let wait_micros = shared.and_then(|shared| {
             let state = locked(&shared.state);
-            state.stood_at.get(&os_thread).cloned()
+            state.wait_micros.get(&os_thread).cloned()
         });
-        stood_at.unwrap_or_default()
+        wait_micros.unwrap_or_default()
     }
 }
 
@@ -437,23 +437,23 @@ impl Pages {
                 coherence: Coherence::new(config),
                 arrived: FxHashMap::default(),
                 since: FxHashMap::default(),
-                stood_at: HashMap::new(),
+                wait_micros: HashMap::new(),
                 waiting: HashMap::new(),
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
                 due: None,
                 streams: StreamPrefetcher::default(),
-                ahead: VecDeque::new(),
-                standing: FaultHistory::default(),
-                keep: None,
+                prefetches: VecDeque::new(),
+                fault_history: FaultHistory::default(),
+                eviction: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],
-                cutting: None,
-                settling: None,
-                settled: 0,
+                cut_state: None,
+                quiescence: None,
+                quiescence_count: 0,
                 traffic: Traffic::default(),
-                asked: BTreeMap::new(),
-                questions: 0,
-                directories_stay: false,
+                queries: BTreeMap::new(),
+                query_count: 0,
+                directories_pinned: false,
                 directories_moved: false,
                 zeros: Vec::new(),
                 failure: None,
@@ -467,12 +467,12 @@ impl Pages {
             limits: Limits::new(setup.room_bytes),
             idle: Mutex::default(),
             cuts: CutStatus::default(),
-            is_settling: AtomicBool::new(false),
-            is_succeeding: AtomicBool::new(false),
-            awaited: AtomicU64::new(0),
+            is_quiescing: AtomicBool::new(false),
+            is_changing_home: AtomicBool::new(false),
+            answer_expected_until: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
-            missed: Mutex::default(),
-            unsaid: AtomicU32::new(0),
+            ignored_loss: Mutex::default(),
+            unsent_steps: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             listener: RwLock::new(listener),
         });
@@ -673,7 +673,7 @@ impl Shared {
 
     /// Whether background moves must not start now.
     fn is_paused(&self, state: &State) -> bool {
-        state.settling.is_some() || self.is_succeeding.load(Ordering::Acquire)
+        state.quiescence.is_some() || self.is_changing_home.load(Ordering::Acquire)
     }
 
     /// Waits until something arrives, for at most this long.

@@ -25,29 +25,29 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Pages examined for one answer: about a millisecond.
-const LOOKED_MAX: usize = 8192;
+const EXAMINED_MAX: usize = 8192;
 /// Pages with waits, or idle ranges, in one answer.
-const STOOD_MAX: usize = 2048;
+const ENTRIES_MAX: usize = 2048;
 /// The time limit for answers that are useful but not required.
-const HEAT_WITHIN: Duration = Duration::from_secs(4);
+const HEAT_TIMEOUT: Duration = Duration::from_secs(4);
 /// Answers requested from one part for one report.
 const PIECES_MAX: usize = 64;
 /// The time limit for a required answer.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the placements are read again while directories move.
 const PLACEMENTS_TRIES: u32 = 3;
 /// Pages of a moving object in flight, at most: they occupy memory until they are
 /// written, and pages that threads wait for queue behind them.
-const AHEAD_PAGES: u32 = 2048;
+const IN_TRANSIT_PAGES: u32 = 2048;
 /// Polling interval.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A query of the home about a part's directory or its threads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in super::super) enum Question {
     /// Placements of pages, from this page on.
     Placements(PageId),
-    /// The first page of a range, of [`LOOKED_MAX`] at most, that is in transit to a part
+    /// The first page of a range, of [`EXAMINED_MAX`] at most, that is in transit to a part
     /// or whose directory is elsewhere.
     InTransit {
         memory: u32,
@@ -162,12 +162,12 @@ impl Shared {
         let answer = match question {
             Question::Placements(from) => {
                 let state = locked(&self.state);
-                let (placements, next) = state.coherence.placements(from, LOOKED_MAX);
+                let (placements, next) = state.coherence.placements(from, EXAMINED_MAX);
                 Answer::Placements(placements, next)
             }
             Question::InTransit { memory, pages, to } => {
                 let coherence = &locked(&self.state).coherence;
-                let mut pages = pages.take(LOOKED_MAX);
+                let mut pages = pages.take(EXAMINED_MAX);
                 let going = pages.find(|number| {
                     let number = *number;
                     let page = PageId { memory, number };
@@ -177,11 +177,11 @@ impl Shared {
             }
             Question::FaultWaits(from) => {
                 let mut state = locked(&self.state);
-                let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
-                Answer::FaultWaits(stood, next)
+                let (waits, next) = state.fault_history.pages(from, ENTRIES_MAX, self.now());
+                Answer::FaultWaits(waits, next)
             }
             Question::Idle(memory, from) => {
-                let (ranges, next) = locked(&self.idle).ranges((memory, from), STOOD_MAX);
+                let (ranges, next) = locked(&self.idle).ranges((memory, from), ENTRIES_MAX);
                 Answer::Idle(ranges, next)
             }
         };
@@ -203,7 +203,7 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
-        if let Some((part, room)) = state.asked.get_mut(&number)
+        if let Some((part, room)) = state.queries.get_mut(&number)
             && *part == from
         {
             *room = Some(answer);
@@ -214,7 +214,7 @@ impl Shared {
 
     /// Queries a part; `None` if it has left.
     fn query(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
-        self.query_until(part, question, Instant::now() + ANSWERS_WITHIN)
+        self.query_until(part, question, Instant::now() + ANSWER_TIMEOUT)
     }
 
     fn query_until(
@@ -226,17 +226,17 @@ impl Shared {
         let patience = deadline.saturating_duration_since(Instant::now());
         let number = {
             let mut state = locked(&self.state);
-            state.questions += 1;
-            let number = state.questions;
-            state.asked.insert(number, (part, None));
+            state.query_count += 1;
+            let number = state.query_count;
+            state.queries.insert(number, (part, None));
             number
         };
-        let told = self.send_to(part, &PeerMessage::Ask(number, question));
+        let reports = self.send_to(part, &PeerMessage::Ask(number, question));
         let mut state = locked(&self.state);
         loop {
-            let failure = told.clone().err().or_else(|| state.failure.clone());
+            let failure = reports.clone().err().or_else(|| state.failure.clone());
             let has_answered = state
-                .asked
+                .queries
                 .get(&number)
                 .is_none_or(|(_, answer)| answer.is_some());
             let is_late = Instant::now() >= deadline;
@@ -245,7 +245,7 @@ impl Shared {
                 state = self.wait_changed(state, SLEEP_MAX);
                 continue;
             }
-            let answer = state.asked.remove(&number).and_then(|(_, answer)| answer);
+            let answer = state.queries.remove(&number).and_then(|(_, answer)| answer);
             return match (failure, answer) {
                 (Some(failure), _) => Err(failure),
                 (None, None) if !is_gone => Err(SpanError::NoAnswer { part, patience }),
@@ -273,7 +273,7 @@ impl Shared {
     ) -> Result<Vec<Placement>, SpanError> {
         let (mut all, mut next) = (Vec::new(), Some(PageId::default()));
         while let Some(from) = next {
-            let some = locked(&self.state).coherence.placements(from, LOOKED_MAX);
+            let some = locked(&self.state).coherence.placements(from, EXAMINED_MAX);
             all.extend(some.0);
             next = some.1;
         }
@@ -295,12 +295,12 @@ impl Shared {
 
     /// Recent use of memory; parts that do not answer are left out.
     fn heat(&self) -> Result<Heat, SpanError> {
-        let deadline = Instant::now() + HEAT_WITHIN;
-        let (mut told, mut idle) = (Vec::new(), BTreeMap::new());
+        let deadline = Instant::now() + HEAT_TIMEOUT;
+        let (mut reports, mut idle) = (Vec::new(), BTreeMap::new());
         for part in self.peers.parts().with(self.me()).iter() {
             let heard = self
-                .stood_at(part, deadline, &mut told)
-                .and_then(|()| self.idle_at(part, deadline));
+                .wait_reports(part, deadline, &mut reports)
+                .and_then(|()| self.idle_ranges_at(part, deadline));
             match heard {
                 Ok(ranges) => drop(idle.insert(part, ranges)),
                 Err(SpanError::NoAnswer { part, patience }) => {
@@ -309,41 +309,41 @@ impl Shared {
                 Err(error) => return Err(error),
             }
         }
-        let hot = false_sharing::merged(told);
+        let hot = false_sharing::merged(reports);
         Ok(Heat { hot, idle })
     }
 
-    fn stood_at(
+    fn wait_reports(
         &self,
         part: PartId,
         deadline: Instant,
-        told: &mut Vec<(PartId, PageId, FaultFootprint)>,
+        reports: &mut Vec<(PartId, PageId, FaultFootprint)>,
     ) -> Result<(), SpanError> {
         let mut next = Some(PageId::default());
         for _ in 0..PIECES_MAX {
             let Some(from) = next else { break };
-            let (stood, rest) = if part == self.me() {
+            let (waits, rest) = if part == self.me() {
                 let mut state = locked(&self.state);
-                state.standing.pages(from, STOOD_MAX, self.now())
+                state.fault_history.pages(from, ENTRIES_MAX, self.now())
             } else {
                 match self.query_until(part, Question::FaultWaits(from), deadline)? {
-                    Some(Answer::FaultWaits(stood, rest)) => (stood, rest),
+                    Some(Answer::FaultWaits(waits, rest)) => (waits, rest),
                     _ => break,
                 }
             };
-            told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
+            reports.extend(waits.into_iter().map(|(page, waits)| (part, page, waits)));
             next = rest.filter(|rest| *rest > from);
         }
         Ok(())
     }
 
-    fn idle_at(&self, part: PartId, deadline: Instant) -> Result<Vec<IdleRange>, SpanError> {
+    fn idle_ranges_at(&self, part: PartId, deadline: Instant) -> Result<Vec<IdleRange>, SpanError> {
         let mut ranges: Vec<IdleRange> = Vec::new();
         let mut next = Some((0, 0));
         for _ in 0..PIECES_MAX {
             let Some(from) = next else { break };
             let (some, rest) = if part == self.me() {
-                locked(&self.idle).ranges(from, STOOD_MAX)
+                locked(&self.idle).ranges(from, ENTRIES_MAX)
             } else {
                 match self.query_until(part, Question::Idle(from.0, from.1), deadline)? {
                     Some(Answer::Idle(some, rest)) => (some, rest),
@@ -385,12 +385,12 @@ impl Shared {
                 Some((part, there)) => (Some(part), there),
                 None => (None, pages.end..pages.end),
             };
-            let mut own = (pages.start..there.start).take(LOOKED_MAX);
+            let mut own = (pages.start..there.start).take(EXAMINED_MAX);
             let going = own.find(|number| {
                 let number = *number;
                 coherence.is_going(PageId { memory, number }, to)
             });
-            let looked = pages.start.saturating_add(LOOKED_MAX as u32);
+            let looked = pages.start.saturating_add(EXAMINED_MAX as u32);
             match (going, part) {
                 (Some(number), _) => return Ok(number),
                 (None, None) => return Ok(looked.min(pages.end)),
@@ -400,7 +400,7 @@ impl Shared {
                     let rest = elsewhere.take_while(|(at, _)| *at == part);
                     let mut there = there;
                     for (_, next) in rest {
-                        if next.start != there.end || there.len() > LOOKED_MAX / 2 {
+                        if next.start != there.end || there.len() > EXAMINED_MAX / 2 {
                             break;
                         }
                         there.end = next.end;
@@ -486,7 +486,7 @@ impl Pages {
         let (mut number, mut asked) = (first, first);
         let deadline = Instant::now().checked_add(patience);
         while number < last && deadline.is_none_or(|deadline| Instant::now() < deadline) {
-            let ahead = number.saturating_add(AHEAD_PAGES).min(last);
+            let ahead = number.saturating_add(IN_TRANSIT_PAGES).min(last);
             let more = u64::from(asked) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
             self.move_pages(memory, more, to)?;
             asked = ahead;
@@ -495,7 +495,7 @@ impl Pages {
             // time would delay the transfer.
             number = self.shared.first_in_transit(memory, number..asked, to)?;
             if number < asked {
-                std::thread::sleep(LOOK_AGAIN);
+                std::thread::sleep(POLL_INTERVAL);
             }
         }
         if number == last {
@@ -593,7 +593,7 @@ impl Pages {
                 .unwrap_or_else(|error| error.into_inner())
                 .0;
         }
-        if state.directories_stay {
+        if state.directories_pinned {
             events.retain(|(event, _)| !matches!(event, Event::MoveDirectory { .. }));
         }
         let mut all = events.iter();
@@ -655,7 +655,7 @@ mod tests {
         // Pages of another part are not populated here.
         let here = [at(0)..at(2), at(4)..at(6), at(9)..at(12)];
         let objects = objects_of(0, &here, placed.iter());
-        let told: Vec<_> = objects
+        let reports: Vec<_> = objects
             .iter()
             .map(|it| {
                 let pages = it.range.start / PAGE_BYTES..it.range.end / PAGE_BYTES;
@@ -669,7 +669,7 @@ mod tests {
             (9..10, 0, 1, 1),
             (10..12, 0, 0, 0),
         ];
-        assert_eq!(told, expected);
+        assert_eq!(reports, expected);
         assert_eq!(objects_of(0, &[], [].iter()), []);
     }
 }

@@ -31,8 +31,8 @@ use std::time::{Duration, Instant};
 
 /// How long the connection of an earlier part with the same number may take to drain, and
 /// the polling interval.
-const HEARD_WITHIN: Duration = Duration::from_secs(5);
-const LOOK_AGAIN: Duration = Duration::from_micros(200);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// Changes of the connections that the serving thread reads, in order.
 pub(super) enum ConnectionChange {
@@ -234,12 +234,12 @@ impl Shared {
             return;
         }
         {
-            let mut missed = locked(&self.missed);
+            let mut ignored_loss = locked(&self.ignored_loss);
             if self.is_alone.load(Ordering::Acquire) {
                 // This part was released: others that do not know the new home yet must
                 // not report this part as lost. If the migration is cancelled, this part
                 // has lost a part.
-                missed.get_or_insert(SpanError::Lost { part, reason });
+                ignored_loss.get_or_insert(SpanError::Lost { part, reason });
                 return;
             }
         }
@@ -336,7 +336,7 @@ impl Pages {
         if part == shared.me() || shared.peers.outbound(part).is_some() {
             return Err(BeginError::Setup("the part has joined already"));
         }
-        let deadline = Instant::now() + HEARD_WITHIN;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         while !shared.peers.is_drained(part) {
             if shared.over.load(Ordering::Acquire) || Instant::now() > deadline {
                 return Err(BeginError::Setup(
@@ -344,7 +344,7 @@ impl Pages {
                 ));
             }
             shared.ring();
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
         {
             let mut new = locked(&shared.peers.new);
@@ -409,7 +409,7 @@ impl Pages {
                 let reason = "it did not start".into();
                 return Err(SpanError::Lost { part, reason });
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -468,12 +468,12 @@ impl Pages {
             *new = new.with(part);
         }
         shared.send_to(part, &PeerMessage::Gone(part))?;
-        let deadline = Instant::now() + HEARD_WITHIN;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         while !locked(&shared.peers.parting).contains(part)
             && shared.peers.outbound(part).is_some()
             && Instant::now() < deadline
         {
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
         *locked(&shared.peers.know_gone) = (Some(part), PartSet::default());
         for other in self.others().without(part).iter() {
@@ -485,7 +485,7 @@ impl Pages {
             others.iter().all(|other| know.contains(other))
         };
         while !all_know() && self.failure().is_none() && Instant::now() < deadline {
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
         }
         if all_know() {
             self.pin_directories(false);

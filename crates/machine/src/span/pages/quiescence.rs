@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 
 /// Recalled directories arrive within this time or are recalled again: they may have been
 /// in transit to another part.
-const CALLED_WITHIN: Duration = Duration::from_millis(100);
+const RECALL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Polling interval.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Messages about quiescence between home and members.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,7 +85,7 @@ impl Shared {
             }
             QuiescenceMessage::Over
                 if state
-                    .settling
+                    .quiescence
                     .as_ref()
                     .is_some_and(|it| it.number == number) =>
             {
@@ -93,18 +93,19 @@ impl Shared {
             }
             QuiescenceMessage::Over => {}
             QuiescenceMessage::Quiet(traffic) => {
-                let settling = state.settling.as_mut();
-                if let Some(settling) = settling.filter(|it| it.number == number) {
-                    settling.reports.insert(from, traffic);
+                let quiescence = state.quiescence.as_mut();
+                if let Some(quiescence) = quiescence.filter(|it| it.number == number) {
+                    quiescence.reports.insert(from, traffic);
                 }
             }
         }
         Ok(())
     }
 
-    fn set_quiescence(&self, state: &mut State, settling: Option<QuiescenceState>) {
-        self.is_settling.store(settling.is_some(), Ordering::SeqCst);
-        state.settling = settling;
+    fn set_quiescence(&self, state: &mut State, quiescence: Option<QuiescenceState>) {
+        self.is_quiescing
+            .store(quiescence.is_some(), Ordering::SeqCst);
+        state.quiescence = quiescence;
         self.changed.notify_all();
         // A move of pages may wait for it.
         self.cuts.changed.notify_all();
@@ -122,38 +123,38 @@ impl Shared {
     /// # Errors
     /// [`SpanError::Inconsistent`] if the report cannot be encoded, which does not occur.
     pub(super) fn check_quiescence(&self) -> Result<(), SpanError> {
-        if !self.is_settling.load(Ordering::SeqCst) {
+        if !self.is_quiescing.load(Ordering::SeqCst) {
             return Ok(());
         }
         let (number, traffic) = {
             let mut state = locked(&self.state);
             let State {
-                settling,
+                quiescence,
                 coherence,
                 traffic,
                 ..
             } = &mut *state;
-            let Some(settling) = settling.as_mut().filter(|it| !it.is_settled) else {
+            let Some(quiescence) = quiescence.as_mut().filter(|it| !it.is_settled) else {
                 return Ok(());
             };
             // Messages that another thread is about to send are counted already.
-            if self.unsaid.load(Ordering::SeqCst) != 0 || !coherence.is_quiet() {
+            if self.unsent_steps.load(Ordering::SeqCst) != 0 || !coherence.is_quiet() {
                 return Ok(());
             }
             if self.is_home() {
-                settling.reports.insert(PartId::HOME, traffic.clone());
+                quiescence.reports.insert(PartId::HOME, traffic.clone());
                 let all = self.peers.parts().with(PartId::HOME);
-                settling.reports.retain(|part, _| all.contains(*part));
-                settling.is_settled = settling.reports.len() == usize::from(all.len())
-                    && Traffic::rests(&settling.reports);
+                quiescence.reports.retain(|part, _| all.contains(*part));
+                quiescence.is_settled = quiescence.reports.len() == usize::from(all.len())
+                    && Traffic::rests(&quiescence.reports);
                 self.changed.notify_all();
                 return Ok(());
             }
-            if settling.told.as_ref() == Some(&*traffic) {
+            if quiescence.told.as_ref() == Some(&*traffic) {
                 return Ok(());
             }
-            settling.told = Some(traffic.clone());
-            (settling.number, traffic.clone())
+            quiescence.told = Some(traffic.clone());
+            (quiescence.number, traffic.clone())
         };
         let word = QuiescenceMessage::Quiet(traffic);
         self.send_to(PartId::HOME, &PeerMessage::Quiescence { number, word })
@@ -172,7 +173,7 @@ impl Drop for QuiescenceGuard {
         {
             let mut state = locked(&shared.state);
             if state
-                .settling
+                .quiescence
                 .as_ref()
                 .is_none_or(|it| it.number != self.number)
             {
@@ -208,9 +209,9 @@ impl Shared {
             if !self.is_home() {
                 return Err(SpanError::CutUnavailable);
             }
-            if state.settling.is_none() {
-                state.settled += 1;
-                let number = state.settled;
+            if state.quiescence.is_none() {
+                state.quiescence_count += 1;
+                let number = state.quiescence_count;
                 self.set_quiescence(&mut state, Some(QuiescenceState::new(number)));
                 break number;
             }
@@ -218,7 +219,7 @@ impl Shared {
             if Instant::now() >= deadline {
                 return Err(SpanError::NotQuiescent { patience });
             }
-            state = self.wait_changed(state, LOOK_AGAIN);
+            state = self.wait_changed(state, POLL_INTERVAL);
         };
         drop(state);
         let settled = QuiescenceGuard {
@@ -234,13 +235,13 @@ impl Shared {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            if state.settling.as_ref().is_some_and(|it| it.is_settled) {
+            if state.quiescence.as_ref().is_some_and(|it| it.is_settled) {
                 return Ok(settled);
             }
             if Instant::now() >= deadline {
                 return Err(SpanError::NotQuiescent { patience });
             }
-            drop(self.wait_changed(state, LOOK_AGAIN));
+            drop(self.wait_changed(state, POLL_INTERVAL));
         }
     }
 
@@ -286,7 +287,7 @@ impl Pages {
     /// all were last collected ([`Self::collect_directories`]). Called at the home.
     pub fn pin_directories(&self, stay: bool) -> bool {
         let mut state = locked(&self.shared.state);
-        state.directories_stay = stay;
+        state.directories_pinned = stay;
         state.directories_moved
     }
 
@@ -311,14 +312,14 @@ impl Pages {
                 self.shared.step(events.collect());
             }
             let sent = Instant::now();
-            while sent.elapsed() < CALLED_WITHIN && !self.directories().is_empty() {
+            while sent.elapsed() < RECALL_TIMEOUT && !self.directories().is_empty() {
                 if let Some(failure) = self.failure() {
                     return Err(failure);
                 }
                 if Instant::now() >= deadline {
                     return Err(SpanError::NotQuiescent { patience });
                 }
-                std::thread::sleep(LOOK_AGAIN);
+                std::thread::sleep(POLL_INTERVAL);
             }
         }
     }

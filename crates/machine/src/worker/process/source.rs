@@ -1,8 +1,8 @@
-//! The machine is given away: copied, frozen, and gone, or thawed again.
+//! Moving the machine away: copying, freezing, handing over, or thawing.
 
 use super::super::control::{Copy, CopyEvent, CopyHome, Frozen, State, pack};
 use super::super::source::{SourceSession, SourceTask};
-use super::{Worker, goes_on, say};
+use super::{Worker, publish_resumed, write_notice};
 use crate::failpoint;
 use crate::link::LinkError;
 use crate::moves::{TargetEvent, TargetState};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 impl Worker {
-    /// As [`Self::copy`], of a machine that spans.
+    /// As [`Self::copy`], for a machine that spans.
     pub(super) fn copy_home(&self, copy: &CopyHome, events: &mpsc::Sender<Bytes>) {
         self.copy(&copy.copy, Some((copy.successor, copy.threads_to)), events);
     }
@@ -30,7 +30,7 @@ impl Worker {
             Ok(bytes) => events.blocking_send(bytes).is_ok(),
             Err(_) => false,
         };
-        // (Whoever makes it span holds this, and looks whether it is given away.)
+        // Making the machine span takes this lock and checks whether it is moving.
         let freezing = self
             .freezing
             .lock()
@@ -48,22 +48,22 @@ impl Worker {
             let mut inner = self.inner();
             match (&inner.machine, &inner.log, &inner.name) {
                 (Some(machine), Some(log), Some(name)) if inner.outgoing.is_none() => {
-                    let keepers = inner.keepers.clone();
+                    let cluster_volumes = inner.cluster_volumes.clone();
                     let parts = (
                         machine.clone(),
                         log.clone(),
                         name.clone(),
                         inner.epoch,
-                        keepers,
+                        cluster_volumes,
                     );
                     let identity = inner.identity.take();
-                    inner.giving_away = identity.is_some();
+                    inner.moving_away = identity.is_some();
                     inner.copying = identity.is_some();
                     inner.given_up = false;
                     inner.give_up = give_up;
                     inner.attempt += 1;
                     inner.post_copy = copy.post_copy;
-                    // What was known of an earlier move does not count.
+                    // State of an earlier move does not count.
                     inner.serving = false;
                     inner.fill = None;
                     inner.unsent = Arc::default();
@@ -72,9 +72,9 @@ impl Worker {
                 _ => None,
             }
         };
-        let Some((identity, (machine, log, name, epoch, keepers))) = prepared else {
+        let Some((identity, (machine, log, name, epoch, cluster_volumes))) = prepared else {
             tell(CopyEvent::Lost {
-                reason: "this worker has no machine to give away".into(),
+                reason: "this worker has no machine to move".into(),
             });
             return;
         };
@@ -96,13 +96,15 @@ impl Worker {
                 }
                 inner.closer = Some(outgoing.closer()?);
             }
-            outgoing.copy(&keepers, &mut tell).map(|()| outgoing)
+            outgoing
+                .copy(&cluster_volumes, &mut tell)
+                .map(|()| outgoing)
         });
         let mut result = result;
         let mut inner = self.inner();
         let current = inner.is_attempt(attempt);
         if !current && let Ok(outgoing) = &mut result {
-            // Before anybody else changes its parts.
+            // Before its parts can change.
             drop(inner);
             if let Err(error) = outgoing.stay() {
                 tracing::warn!(%error, "a machine whose home was to move has lost a part");
@@ -111,18 +113,18 @@ impl Worker {
         }
         if inner.attempt == attempt {
             inner.copying = false;
-            // (Whoever gave it up left that to this thread.)
-            inner.giving_away &= !inner.given_up;
+            // The request to give up left this to the copying thread.
+            inner.moving_away &= !inner.given_up;
         }
         match result {
             Ok(outgoing) if current => inner.outgoing = Some(outgoing.into_idle()),
             Ok(outgoing) => {
                 drop(inner);
-                abort_apart(Some(outgoing.into_idle()), "the move was given up".into());
+                abort_in_background(Some(outgoing.into_idle()), "the move was given up".into());
             }
             Err(error) => {
                 if inner.attempt == attempt {
-                    inner.giving_away = false;
+                    inner.moving_away = false;
                 }
                 drop(inner);
                 tell(CopyEvent::Lost {
@@ -133,7 +135,7 @@ impl Worker {
     }
 
     pub(super) fn freeze(&self) -> Result<Frozen, RpcError> {
-        // `copy` says that it converged a moment before it puts this back.
+        // `copy` reports convergence a moment before it puts the session back.
         let deadline = Instant::now() + Duration::from_secs(1);
         let _freezing = self
             .freezing
@@ -154,8 +156,8 @@ impl Worker {
             }
             std::thread::yield_now();
         };
-        let keepers = self.inner().keepers.clone();
-        keepers.rest();
+        let cluster_volumes = self.inner().cluster_volumes.clone();
+        cluster_volumes.pause();
         let result = outgoing.freeze_and_send();
         let leaving = match &result {
             Ok(_) => SourceTask::after_freeze(outgoing).map_err(RpcError::failed)?,
@@ -165,11 +167,11 @@ impl Worker {
         result.map_err(RpcError::failed)
     }
 
-    /// Source: tells the target to go on. Target: goes on.
+    /// At the source: tells the target to resume. At the target: resumes.
     pub(super) fn go(self: &Arc<Self>, epoch: Epoch) -> Result<u64, RpcError> {
         let begun = Instant::now();
-        // A machine that came by a move may be on its next: what it gives away
-        // counts, not how it came.
+        // A machine that arrived by a move may be in its next move already: the outgoing
+        // one counts.
         let outgoing = {
             let mut inner = self.inner();
             let outgoing = inner.outgoing.take();
@@ -177,17 +179,17 @@ impl Worker {
             outgoing
         };
         let Some(outgoing) = outgoing else {
-            if self.inner().giving_away {
-                // Said already, or being said: only the target knows.
+            if self.inner().moving_away {
+                // Already told, or being told: only the target knows.
                 return Err(RpcError::unknown("the target is being told"));
             }
             if self.inner().target.is_none() {
                 return Err(RpcError::refused("no move is under way"));
             }
             failpoint::pass("in.go").map_err(RpcError::unknown)?;
-            let filler = self.inner().filler.clone();
-            if let Some(filler) = filler {
-                filler.wait_named();
+            let post_copy_target = self.inner().post_copy_target.clone();
+            if let Some(post_copy_target) = post_copy_target {
+                post_copy_target.wait_named();
             }
             return match self.step_target(TargetEvent::Go(epoch)) {
                 commands if commands.is_empty() => {
@@ -205,18 +207,19 @@ impl Worker {
         }
         result.map_err(RpcError::unknown)?;
         let took = begun.elapsed().as_micros() as u64;
-        // Whoever reads its output goes on there.
+        // Readers of its output continue at the target.
         if let Some(log) = &self.inner().log {
             log.close();
         }
         if self.inner().post_copy {
-            // At once: threads there wait.
+            // At once: threads wait there.
             self.serve()?;
         }
         Ok(took)
     }
 
-    /// Source of a post-copy move: sends the rest, for as long as it takes.
+    /// At the source of a post-copy move: sends the remaining pages, for as long as it
+    /// takes.
     pub(super) fn serve(self: &Arc<Self>) -> Result<(), RpcError> {
         let outgoing = {
             let mut inner = self.inner();
@@ -228,7 +231,7 @@ impl Worker {
                 .take()
                 .ok_or_else(|| RpcError::refused("no move is under way"))?;
             inner.serving = true;
-            // Nothing gives this move up any more; and a connection ends only with
+            // This move cannot be given up any more; and a connection closes only with
             // its last handle.
             inner.closer = None;
             outgoing
@@ -238,7 +241,7 @@ impl Worker {
         std::thread::Builder::new()
             .name("fill-push".into())
             .spawn(move || {
-                // The agent ends this process when nobody needs it any more.
+                // The agent ends this process when it is not needed any more.
                 let fill = outgoing.wait().serve(&unsent);
                 worker.inner().fill = Some(fill);
             })
@@ -258,57 +261,57 @@ impl Worker {
             if inner.going {
                 return Err(RpcError::unknown("the target is being told"));
             }
-            // Its own epoch, or the one after it, was never another's.
+            // Only this node can have used its own epoch and the one after it.
             let taken_back = epoch > inner.epoch.next();
             inner.epoch = epoch;
             let outgoing = inner.outgoing.take();
             (inner.machine.clone(), outgoing, taken_back)
         };
         if taken_back && let Some(log) = &self.inner().log {
-            say(
+            write_notice(
                 log,
                 &format!(
-                    "the target of its move was lost; it goes on here under epoch {epoch}, and what it may have done there is undone"
+                    "the target of its move was lost; it goes on here under epoch {epoch}, and what it may have done there is discarded"
                 ),
             );
         }
         let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
         machine.set_epoch(epoch.token());
-        let keepers = self.inner().keepers.clone();
-        keepers.claim_under(epoch);
+        let cluster_volumes = self.inner().cluster_volumes.clone();
+        cluster_volumes.claim_under(epoch);
         let mut outgoing = outgoing;
         if let Some(outgoing) = &mut outgoing {
             let stays = outgoing.stay();
             if stays.is_err() {
-                // (It ends, and moves nowhere.)
-                self.inner().giving_away = false;
+                // It ends, and does not move.
+                self.inner().moving_away = false;
             }
             stays.map_err(RpcError::failed)?;
         }
         machine.thaw().map_err(RpcError::failed)?;
         let log = {
             let mut inner = self.inner();
-            inner.giving_away = inner.copying;
+            inner.moving_away = inner.copying;
             inner.log.clone()
         };
-        goes_on(&self.state, log.as_deref(), State::Running { epoch });
-        // It runs: saying goodbye may take its time.
-        abort_apart(outgoing, "the machine stays at its source".into());
+        publish_resumed(&self.state, log.as_deref(), State::Running { epoch });
+        // The machine runs: notifying the target may take its time.
+        abort_in_background(outgoing, "the machine stays at its source".into());
         Ok(())
     }
 
-    /// Ends what is under way of a move from here, wherever it is.
+    /// Gives up the move that is in progress, in any phase.
     fn give_up(&self) {
         let mut inner = self.inner();
         inner.given_up = true;
         if let Some(give_up) = &inner.give_up {
             give_up.store(true, Ordering::Release);
         }
-        // Where the connection is another thread's, it is broken.
+        // A connection that another thread uses is closed.
         if inner.outgoing.is_none()
             && let Some(closer) = inner.closer.take()
         {
-            // It may be gone already.
+            // The socket may be closed already.
             let _ = closer.shutdown(std::net::Shutdown::Both);
         }
     }
@@ -327,23 +330,23 @@ impl Worker {
         self.give_up();
         let outgoing = {
             let mut inner = self.inner();
-            // (A machine that was frozen for it is thawed first.)
-            inner.giving_away = inner.copying;
+            // A machine that was frozen for the move is thawed first.
+            inner.moving_away = inner.copying;
             inner.outgoing.take()
         };
-        abort_apart(outgoing, reason);
+        abort_in_background(outgoing, reason);
     }
 }
 
-/// Tells the target that the move is given up, on a thread of its own: a target
-/// that does not listen is waited for.
-fn abort_apart(outgoing: Option<SourceTask>, reason: String) {
+/// Tells the target that the move is given up, on a thread of its own, because an
+/// unresponsive target blocks it.
+fn abort_in_background(outgoing: Option<SourceTask>, reason: String) {
     let Some(outgoing) = outgoing else { return };
     let thread = std::thread::Builder::new()
         .name("goodbye".into())
         .spawn(move || outgoing.wait().abort(&reason));
     if let Err(error) = thread {
-        // The connection ends with it, which says the same.
-        tracing::debug!(%error, "the target is not told why");
+        // The connection closes, which tells the target as well.
+        tracing::debug!(%error, "cannot tell the target why the move was given up");
     }
 }

@@ -1,9 +1,10 @@
-//! How a machine begins: anew, from a checkpoint, with memory that is brought later.
+//! Starting a machine: from its module, or from a checkpoint, whose memory may be read
+//! later.
 
 use super::super::cluster_volumes::ClusterVolumes;
 use super::super::control::{Start, StartFrom, StartPhase, State};
 use super::super::volumes;
-use super::{Worker, say};
+use super::{Worker, write_notice};
 use crate::checkpoint::{self, LazyRestore, Origin, RemainingMemory, Repository};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::spec::{Spec, Status, VolumeKind};
@@ -26,7 +27,7 @@ impl Worker {
             StartFrom::Checkpoint(_) => StartPhase::Restore,
         };
         self.inner().starting = Some((phase, Instant::now()));
-        let (machine, log, keepers) = match &start.from {
+        let (machine, log, cluster_volumes) = match &start.from {
             StartFrom::Module(module) | StartFrom::HeldModule(module) => {
                 self.begin(module, &start, runtime)?
             }
@@ -34,14 +35,15 @@ impl Worker {
         };
         let mut inner = self.inner();
         inner.starting = None;
-        inner.keepers = keepers;
+        inner.cluster_volumes = cluster_volumes;
         inner.name = Some(start.machine);
         inner.spec = Some(start.spec);
         inner.log = Some(log);
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
         let epoch = start.epoch;
-        let is_held = inner.later.is_some() || matches!(start.from, StartFrom::HeldModule(_));
+        let is_held =
+            inner.spanning_restore.is_some() || matches!(start.from, StartFrom::HeldModule(_));
         let next = match is_held {
             true => State::Held { epoch },
             false => State::Running { epoch },
@@ -58,7 +60,7 @@ impl Worker {
         self.watch_end(machine)
     }
 
-    /// A machine at its beginning; it runs, if it is not to have parts first.
+    /// Starts a machine from its module; it runs unless it is to have parts first.
     fn begin(
         self: &Arc<Self>,
         module: &Path,
@@ -72,24 +74,27 @@ impl Worker {
         self.keep_program(program.hash(), program.bytes())?;
         let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
         if let Some(notice) = &start.notice {
-            say(&log, &format!("{notice}; it begins anew"));
+            write_notice(&log, &format!("{notice}; it begins anew"));
         }
-        // Those of a worker that was lost, if it is started again.
+        // Remains of a lost worker, if the machine is restarted.
         volumes::remove(&self.folder);
-        let mut keepers = self.keepers(spec, &log, runtime)?;
-        keepers.begin(start.epoch).map_err(RpcError::failed)?;
-        let wasi = Wasi::new(self.config(spec, &log, &keepers)?).map_err(RpcError::failed)?;
-        keepers.attach(&wasi);
-        self.bound(program.meta().memories.len(), spec);
+        let mut cluster_volumes = self.open_cluster_volumes(spec, &log, runtime)?;
+        cluster_volumes
+            .begin(start.epoch)
+            .map_err(RpcError::failed)?;
+        let wasi =
+            Wasi::new(self.config(spec, &log, &cluster_volumes)?).map_err(RpcError::failed)?;
+        cluster_volumes.attach(&wasi);
+        self.limit_memory(program.meta().memories.len(), spec);
         let machine = Machine::ready_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
         if matches!(start.from, StartFrom::Module(_)) {
             machine.thaw().map_err(RpcError::failed)?;
         }
-        Ok((machine, log, keepers))
+        Ok((machine, log, cluster_volumes))
     }
 
-    /// A machine where its checkpoint was; it runs, if it is not to have parts first.
+    /// Restores a machine from a checkpoint; it runs unless it is to have parts first.
     fn restore(
         self: &Arc<Self>,
         origin: &Origin,
@@ -97,58 +102,60 @@ impl Worker {
         runtime: &Handle,
     ) -> Result<(Machine, Arc<Log>, ClusterVolumes), RpcError> {
         let spec = &start.spec;
-        let vault = Repository::open(&origin.vault).map_err(RpcError::failed)?;
+        let repository = Repository::open(&origin.repository).map_err(RpcError::failed)?;
         let folder = volumes::folder(&self.folder);
         let (engine, limits) = (&self.engine, spec.limits());
-        let restored = checkpoint::restore(origin, &vault, engine, limits, runtime, &folder)
+        let restored = checkpoint::restore(origin, &repository, engine, limits, runtime, &folder)
             .map_err(RpcError::failed)?;
         let program = restored.program;
-        self.bound(program.meta().memories.len(), spec);
+        self.limit_memory(program.meta().memories.len(), spec);
         self.keep_program(program.hash(), program.bytes())?;
         let manifest = &restored.manifest;
-        // A clone's output is its own.
+        // A clone has its own output.
         let base = if origin.is_clone { 0 } else { manifest.log_end };
         let log = Arc::new(Log::open(&self.folder, base).map_err(RpcError::failed)?);
         if let Some(notice) = &start.notice {
-            say(&log, notice);
+            write_notice(&log, notice);
         }
         for why in &restored.passed_over {
-            say(&log, &format!("passed over: {why}"));
+            write_notice(&log, &format!("passed over: {why}"));
         }
-        say(
+        write_notice(
             &log,
             &format!(
                 "restored from checkpoint {} of machine {}; what it did after that is undone",
                 manifest.id, manifest.machine
             ),
         );
-        let mut keepers = self.keepers(spec, &log, runtime)?;
-        keepers
+        let mut cluster_volumes = self.open_cluster_volumes(spec, &log, runtime)?;
+        cluster_volumes
             .roll_back(start.epoch, &manifest.machine, &manifest.id)
             .map_err(RpcError::failed)?;
         for volume in &spec.volumes {
             let guest = &volume.guest;
             match &volume.kind {
-                VolumeKind::Host { path } if !volume.read_only => say(
+                VolumeKind::Host { path } if !volume.read_only => write_notice(
                     &log,
                     &format!("files in {guest} are as {path} has them now"),
                 ),
-                VolumeKind::Cluster { name, .. } => say(
+                VolumeKind::Cluster { name, .. } => write_notice(
                     &log,
                     &format!("volume {name} in {guest} is what it was at that checkpoint again"),
                 ),
                 VolumeKind::Host { .. } | VolumeKind::Tmp { .. } => {}
             }
         }
-        let resources = self.resources(spec, &log, &keepers)?;
+        let resources = self.resources(spec, &log, &cluster_volumes)?;
         let wasi =
             Wasi::restore(restored.image.wasi.clone(), resources).map_err(RpcError::failed)?;
-        keepers.attach(&wasi);
+        cluster_volumes.attach(&wasi);
         let stands = match restored.rest {
             RemainingMemory::Complete => false,
-            RemainingMemory::Lazy(behind) => self.bring(behind, start.epoch).map(|()| false)?,
-            RemainingMemory::Spanning(later) => {
-                self.inner().later = Some(later);
+            RemainingMemory::Lazy(lazy_restore) => self
+                .restore_lazily(lazy_restore, start.epoch)
+                .map(|()| false)?,
+            RemainingMemory::Spanning(spanning_restore) => {
+                self.inner().spanning_restore = Some(spanning_restore);
                 true
             }
         };
@@ -164,25 +171,29 @@ impl Worker {
         if !stands {
             machine.thaw().map_err(RpcError::failed)?;
         }
-        Ok((machine, log, keepers))
+        Ok((machine, log, cluster_volumes))
     }
 
-    /// Lets the memory of a machine come while it runs. What is damaged is found
-    /// only then, and is the machine's end.
-    fn bring(self: &Arc<Self>, behind: LazyRestore, epoch: Epoch) -> Result<(), RpcError> {
-        let behind = Arc::new(behind);
-        self.inner().behind = Some(behind.clone());
+    /// Reads the memory of a machine while it runs. Damage is found only then, and ends
+    /// the machine.
+    fn restore_lazily(
+        self: &Arc<Self>,
+        lazy_restore: LazyRestore,
+        epoch: Epoch,
+    ) -> Result<(), RpcError> {
+        let lazy_restore = Arc::new(lazy_restore);
+        self.inner().lazy_restore = Some(lazy_restore.clone());
         let worker = self.clone();
-        behind
+        lazy_restore
             .begin(move |result| {
                 let Err(reason) = result else {
-                    worker.inner().behind = None;
+                    worker.inner().lazy_restore = None;
                     return;
                 };
-                tracing::error!(reason, "the machine cannot go on");
+                tracing::error!(reason, "the machine failed");
                 let log = worker.inner().log.clone();
                 if let Some(log) = &log {
-                    say(log, &format!("it cannot go on: {reason}"));
+                    write_notice(log, &format!("it cannot go on: {reason}"));
                 }
                 let status = Status::Failed { reason };
                 worker.state.send_replace(State::Ended { epoch, status });
@@ -190,10 +201,10 @@ impl Worker {
             .map_err(RpcError::failed)
     }
 
-    /// Waits until all of its memory is here.
+    /// Waits until all memory has been read.
     pub(super) fn await_memory(&self) -> Result<(), String> {
-        let behind = self.inner().behind.clone();
-        behind.map_or(Ok(()), |behind| behind.wait())
+        let lazy_restore = self.inner().lazy_restore.clone();
+        lazy_restore.map_or(Ok(()), |lazy_restore| lazy_restore.wait())
     }
 }
 
@@ -210,13 +221,13 @@ impl Worker {
         &self,
         spec: &Spec,
         log: &Arc<Log>,
-        keepers: &ClusterVolumes,
+        cluster_volumes: &ClusterVolumes,
     ) -> Result<Config, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
         Ok(Config {
             args: spec.args.clone(),
             env: spec.env.clone(),
-            preopens: self.preopens(spec, keepers)?,
+            preopens: self.preopens(spec, cluster_volumes)?,
             stdout,
             stderr,
             ..Config::default()
@@ -227,10 +238,10 @@ impl Worker {
         &self,
         spec: &Spec,
         log: &Arc<Log>,
-        keepers: &ClusterVolumes,
+        cluster_volumes: &ClusterVolumes,
     ) -> Result<Resources, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
-        let preopens = self.preopens(spec, keepers)?;
+        let preopens = self.preopens(spec, cluster_volumes)?;
         Ok(Resources {
             preopens: preopens.into_iter().map(|preopen| preopen.source).collect(),
             stdout,
@@ -239,15 +250,20 @@ impl Worker {
         })
     }
 
-    fn preopens(&self, spec: &Spec, keepers: &ClusterVolumes) -> Result<Vec<Preopen>, RpcError> {
-        volumes::preopens(spec, &self.folder, &self.stalls, keepers).map_err(RpcError::failed)
+    fn preopens(
+        &self,
+        spec: &Spec,
+        cluster_volumes: &ClusterVolumes,
+    ) -> Result<Vec<Preopen>, RpcError> {
+        volumes::preopens(spec, &self.folder, &self.stalls, cluster_volumes)
+            .map_err(RpcError::failed)
     }
 }
 
 impl Worker {
-    /// Keepers of the machine's cluster volumes, which have claimed nothing yet. One
-    /// that loses its volume ends the machine.
-    pub(super) fn keepers(
+    /// Backends of the machine's cluster volumes, with no claims yet. The loss of a
+    /// volume ends the machine.
+    pub(super) fn open_cluster_volumes(
         self: &Arc<Self>,
         spec: &Spec,
         log: &Arc<Log>,
@@ -255,7 +271,7 @@ impl Worker {
     ) -> Result<ClusterVolumes, RpcError> {
         let (worker, output) = (Arc::downgrade(self), log.clone());
         let lost = move |reason: &str| {
-            say(&output, &format!("the machine is ended: {reason}"));
+            write_notice(&output, &format!("the machine is ended: {reason}"));
             let Some(worker) = worker.upgrade() else {
                 return;
             };
@@ -269,7 +285,7 @@ impl Worker {
             }
         };
         let output = log.clone();
-        let damaged = move |what: &str| say(&output, what);
+        let damaged = move |what: &str| write_notice(&output, what);
         ClusterVolumes::open(spec, &self.folder, &self.stalls, runtime, lost, damaged)
             .map_err(RpcError::failed)
     }

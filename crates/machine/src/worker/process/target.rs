@@ -1,11 +1,11 @@
-//! The machine comes from another worker, and is this one's when the store says so.
+//! Receiving a machine from another worker; the store decides when this worker owns it.
 
 use super::super::cluster_volumes::ClusterVolumes;
 use super::super::control::{MoveEndpoint, Receive, State};
 use super::super::post_copy::{PostCopyStatus, PostCopyTarget};
 use super::super::target::{self, TargetError};
 use super::super::volumes::TargetVolumes;
-use super::{Worker, goes_on};
+use super::{Worker, publish_resumed};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::Log;
@@ -25,7 +25,7 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
-        self.bound(request.memory_pages.len(), &request.spec);
+        self.limit_memory(request.memory_pages.len(), &request.spec);
         ClusterVolumes::probe(&request.spec, runtime).map_err(RpcError::failed)?;
         let volumes = TargetVolumes::new(&request.spec, &self.folder, request.volume_bytes)
             .map_err(RpcError::failed)?;
@@ -58,18 +58,20 @@ impl Worker {
             .name("move-in".into())
             .spawn(move || {
                 let restore = |snapshot, log: Arc<Log>, local| {
-                    let keepers = worker.keepers(&request.spec, &log, &runtime)?;
-                    let keepers = keepers.with_local(local);
-                    let resources = worker.resources(&request.spec, &log, &keepers)?;
+                    let cluster_volumes =
+                        worker.open_cluster_volumes(&request.spec, &log, &runtime)?;
+                    let cluster_volumes = cluster_volumes.with_local(local);
+                    let resources = worker.resources(&request.spec, &log, &cluster_volumes)?;
                     let wasi = Wasi::restore(snapshot, resources)?;
-                    keepers.attach(&wasi);
-                    worker.inner().keepers = keepers;
+                    cluster_volumes.attach(&wasi);
+                    worker.inner().cluster_volumes = cluster_volumes;
                     Ok(wasi)
                 };
                 let telling = worker.clone();
-                let fill = move |filler: &PostCopyTarget, listener, tls, hello| {
+                let fill = move |post_copy_target: &PostCopyTarget, listener, tls, hello| {
                     let worker = telling.clone();
-                    filler.begin(listener, tls, hello, move |it| worker.filling(it))
+                    post_copy_target
+                        .begin(listener, tls, hello, move |it| worker.publish_post_copy(it))
                 };
                 let part = || worker.inner().parts.arriving();
                 let arrived = target::receive(
@@ -104,9 +106,9 @@ impl Worker {
             }
         };
         let mut push = None;
-        if let Some((filler, links)) = arrived.filler.take() {
+        if let Some((post_copy_target, links)) = arrived.post_copy_target.take() {
             push = Some(links);
-            self.inner().filler = Some(filler);
+            self.inner().post_copy_target = Some(post_copy_target);
         }
         {
             let mut inner = self.inner();
@@ -120,7 +122,7 @@ impl Worker {
             return;
         }
         {
-            // (It may have been dropped meanwhile.)
+            // It may have been dropped meanwhile.
             let inner = self.inner();
             let target = inner.target.as_ref();
             if target.is_none_or(|target| target.state() != TargetState::Prepared) {
@@ -141,18 +143,18 @@ impl Worker {
             self.source_lost(error, offered);
             return;
         }
-        self.await_word(&mut arrived.link, offered);
-        // The rest of its memory comes the same way.
+        self.read_source(&mut arrived.link, offered);
+        // The remaining memory arrives by the same connection.
         let runs = matches!(*self.state.borrow(), State::Filling { .. });
         if let Some(push) = push.filter(|_| runs)
             && push.send(arrived.link).is_err()
         {
-            tracing::warn!("nobody takes the rest of the memory");
+            tracing::warn!("no receiver for the remaining memory");
         }
     }
 
-    /// Shows how the rest of the memory comes.
-    fn filling(&self, filling: PostCopyStatus) {
+    /// Publishes the progress of post-copy.
+    fn publish_post_copy(&self, filling: PostCopyStatus) {
         self.state.send_if_modified(|state| {
             let State::Filling { epoch, source_lost } = state else {
                 return false;
@@ -172,19 +174,21 @@ impl Worker {
             changes
         });
         if filling == PostCopyStatus::Done {
-            // (Its threads have ended, or are about to.)
-            self.inner().filler = None;
+            // Its threads have ended or are about to.
+            self.inner().post_copy_target = None;
         }
     }
 
-    /// Hears the source out until it is gone.
-    fn await_word(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
-        let filler = self.inner().filler.clone();
-        let mut naming = filler.as_ref();
+    /// Reads messages of the source until it disconnects.
+    fn read_source(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
+        let post_copy_target = self.inner().post_copy_target.clone();
+        let mut naming = post_copy_target.as_ref();
         loop {
             let event = match link.receive() {
                 Ok(message) if message.names_pages() && naming.is_some() => {
-                    match naming.map(|filler| target::handle_page_names(message, filler)) {
+                    match naming.map(|post_copy_target| {
+                        target::handle_page_names(message, post_copy_target)
+                    }) {
                         Some(Ok(true)) => naming = None,
                         Some(Err(error)) => {
                             return self.source_lost(error.to_string(), offered);
@@ -197,19 +201,20 @@ impl Worker {
                     Ok(()) => TargetEvent::Go(epoch),
                     Err(error) => return self.source_lost(error.to_string(), offered),
                 },
-                Ok(_) => TargetEvent::Abort("the source said something out of turn".into()),
+                Ok(_) => TargetEvent::Abort("the source sent a message out of turn".into()),
                 Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
                 Err(error) => return self.source_lost(error.to_string(), offered),
             };
-            let last = !matches!(event, TargetEvent::Go(_)) || self.inner().filler.is_some();
-            // The source counts the time until it hears of it.
+            let last =
+                !matches!(event, TargetEvent::Go(_)) || self.inner().post_copy_target.is_some();
+            // The source measures downtime until this message arrives.
             self.step_target_and(event, &mut |epoch| {
                 if let Err(error) = failpoint::pass("in.gone")
                     .map_err(|error| LinkError::Aborted(error.to_string()))
                     .and_then(|()| target::send_resumed(link, epoch))
                 {
-                    // The source asks again over the agents.
-                    tracing::info!(%error, "the source did not hear that the machine runs");
+                    // The source asks again through the agents.
+                    tracing::info!(%error, "cannot tell the source that the machine runs");
                 }
             });
             if last {
@@ -219,8 +224,8 @@ impl Worker {
     }
 
     fn source_lost(self: &Arc<Self>, reason: String, offered: Epoch) {
-        if let Some(filler) = &self.inner().filler {
-            filler.names_lost();
+        if let Some(post_copy_target) = &self.inner().post_copy_target {
+            post_copy_target.names_lost();
         }
         let commands = self.step_target(TargetEvent::SourceLost(reason));
         if commands.contains(&TargetCommand::AskAgent) {
@@ -231,8 +236,8 @@ impl Worker {
         }
     }
 
-    /// Steps the target's state machine and does what it says, but for
-    /// speaking to the source.
+    /// Steps the target's state machine and carries out its commands, except messages to
+    /// the source.
     pub(in super::super) fn step_target(
         self: &Arc<Self>,
         event: TargetEvent,
@@ -246,7 +251,7 @@ impl Worker {
         event: TargetEvent,
         say_resumed: &mut dyn FnMut(Epoch),
     ) -> Vec<TargetCommand> {
-        // (Who is told to go a second time is answered when it has.)
+        // A repeated request to resume is answered after the first one is carried out.
         let _stepping = self
             .stepping
             .lock()
@@ -271,16 +276,16 @@ impl Worker {
             match command {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
-                    inner.keepers.claim_under(*epoch);
-                    if let Some(filler) = &inner.filler {
-                        filler.seal();
+                    inner.cluster_volumes.claim_under(*epoch);
+                    if let Some(post_copy_target) = &inner.post_copy_target {
+                        post_copy_target.seal();
                     }
                     thawed = inner.machine.clone();
                     if let Some(machine) = &thawed {
                         machine.set_epoch(epoch.token());
-                        // It stands ready; a guest that ended cannot be here.
+                        // The machine is ready; its guest cannot have ended.
                         if let Err(error) = machine.thaw() {
-                            tracing::error!(%error, "an arrived machine does not go on");
+                            tracing::error!(%error, "cannot resume a machine that arrived");
                         }
                     }
                 }
@@ -291,7 +296,7 @@ impl Worker {
                     }
                     inner.succession = None;
                     match inner.parts.is_member() {
-                        // What of the machine is here it needs.
+                        // Needed while a part of the machine is at this worker.
                         true => {
                             inner.dropped_for = Some(reason.clone());
                             self.state.send_if_modified(|state| match *state {
@@ -311,11 +316,11 @@ impl Worker {
             }
         }
         if let Some(machine) = thawed {
-            if let Some(filler) = &inner.filler {
-                filler.start_running();
+            if let Some(post_copy_target) = &inner.post_copy_target {
+                post_copy_target.start_running();
             }
             if let Err(error) = self.watch_end(machine) {
-                tracing::error!(%error, "its end will not be noticed");
+                tracing::error!(%error, "cannot watch for its end");
             }
         }
         if let TargetState::Running { epoch } = state
@@ -323,14 +328,14 @@ impl Worker {
                 .iter()
                 .any(|command| matches!(command, TargetCommand::Thaw(_)))
         {
-            let state = match inner.filler.is_some() {
+            let state = match inner.post_copy_target.is_some() {
                 true => State::Filling {
                     epoch,
                     source_lost: false,
                 },
                 false => State::Running { epoch },
             };
-            goes_on(&self.state, inner.log.as_deref(), state);
+            publish_resumed(&self.state, inner.log.as_deref(), state);
         }
         commands
     }
