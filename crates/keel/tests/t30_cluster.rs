@@ -964,7 +964,7 @@ async fn memory_comes_after_the_machine() {
         ],
     );
     assert_eq!(code, 0, "{err}");
-    assert!(out.contains("memory came behind it"), "{out}");
+    assert!(out.contains("post-copy took"), "{out}");
     let (code, _, err) = keel(
         &bench,
         "a",

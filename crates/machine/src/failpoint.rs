@@ -1,42 +1,42 @@
-//! Named points in the middle of what must not go wrong, at which a test makes
-//! the process die, stand still, wait or fail.
+//! Failpoints: named points in critical operations at which a test makes the process die,
+//! stop, wait or fail.
 //!
-//! They do nothing unless built with the feature `failpoints`, which only tests
-//! ask for. An [`Injection`] is given by name: to an agent over its API (`keel debug
-//! failpoint`), which passes on those of workers, to the ones that run and, by
-//! [`ENVIRONMENT`], to those that it starts later. An order is for one process:
-//! what is started anew after a kill has none.
+//! They have no effect unless built with the feature `failpoints`, which only tests
+//! enable. An [`Injection`] is set by the failpoint's name: through an agent's API (`keel
+//! debug failpoint`), which passes on those for workers to running ones and, by
+//! [`ENVIRONMENT`], to those that it starts later. An injection belongs to one process:
+//! its successor after a kill has none.
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Orders for a new worker: `NAME=ORDER`, separated by `;`.
+/// Injections for a new worker: `NAME=ORDER`, separated by `;`.
 pub const ENVIRONMENT: &str = "KEEL_FAILPOINTS";
-/// A file in which each process notes the failpoints at which something happened.
+/// A file to which each process appends the failpoints that had an effect.
 pub const LOG_ENVIRONMENT: &str = "KEEL_FAILPOINT_LOG";
-/// The longest delay that can be ordered.
+/// The longest delay.
 const DELAY_MS_MAX: u64 = 600_000;
 
-/// Which process passes a failpoint.
+/// The process that passes a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Site {
-    /// The agent of the node that gives a machine away.
+    /// The agent of a move's source.
     SourceAgent,
-    /// That machine's worker.
+    /// The worker at a move's source.
     SourceWorker,
-    /// The agent of the node that takes it.
+    /// The agent of a move's target.
     TargetAgent,
-    /// The worker that takes it.
+    /// The worker at a move's target.
     TargetWorker,
-    /// The agent of a node that starts or keeps a machine.
+    /// The agent of a node that starts or checkpoints a machine.
     Agent,
     /// The worker of that machine.
     Worker,
 }
 
 impl Site {
-    /// Whether it is a machine's worker that passes.
+    /// Whether a worker passes it.
     pub fn is_worker(self) -> bool {
         match self {
             Site::SourceWorker | Site::TargetWorker | Site::Worker => true,
@@ -50,14 +50,13 @@ impl Site {
     }
 }
 
-/// A point that has a name.
+/// A named failpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct Failpoint {
-    /// Its name.
     pub name: &'static str,
-    /// Who passes it.
+    /// The process that passes it.
     pub site: Site,
-    /// When.
+    /// The situation in which it is passed.
     pub when: &'static str,
 }
 
@@ -65,8 +64,8 @@ const fn at(name: &'static str, site: Site, when: &'static str) -> Failpoint {
     Failpoint { name, site, when }
 }
 
-/// All of them, in the order in which a move, a checkpoint, a restore and a
-/// start pass them.
+/// All failpoints, in the order in which a move, a checkpoint, a restore and a start pass
+/// them.
 pub const ALL: &[Failpoint] = &[
     at(
         "move.offer",
@@ -108,7 +107,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "in.greeted",
         Site::TargetWorker,
-        "the source has said who it is",
+        "the source has sent its hello",
     ),
     at(
         "out.hello",
@@ -128,7 +127,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "out.converged",
         Site::SourceWorker,
-        "little is left, not yet said",
+        "few pages are left, not yet reported",
     ),
     at(
         "move.store",
@@ -145,7 +144,7 @@ pub const ALL: &[Failpoint] = &[
         Site::SourceWorker,
         "before the threads are stopped",
     ),
-    at("out.frozen", Site::SourceWorker, "the threads stand"),
+    at("out.frozen", Site::SourceWorker, "the threads are stopped"),
     at(
         "out.last-pages",
         Site::SourceWorker,
@@ -159,17 +158,17 @@ pub const ALL: &[Failpoint] = &[
     at(
         "in.image",
         Site::TargetWorker,
-        "all has arrived, nothing made of it",
+        "all has arrived, nothing restored",
     ),
     at(
         "in.ready",
         Site::TargetWorker,
-        "the machine is made, not yet said",
+        "the machine is restored, not yet reported",
     ),
     at(
         "in.prepared",
         Site::TargetWorker,
-        "it was said that it is ready",
+        "the target was reported as ready",
     ),
     at(
         "out.prepared",
@@ -195,20 +194,20 @@ pub const ALL: &[Failpoint] = &[
     at(
         "move.go",
         Site::SourceAgent,
-        "before the target is told to go on",
+        "before the target is told to resume",
     ),
     at("out.go", Site::SourceWorker, "before its worker is told"),
     at(
         "fill.name",
         Site::SourceWorker,
-        "post-copy: committed, what was written last not named",
+        "post-copy: committed, pages written last not named",
     ),
     at(
         "in.go",
         Site::TargetWorker,
-        "before the machine goes on at the target",
+        "before the machine resumes at the target",
     ),
-    at("in.gone", Site::TargetWorker, "it goes on, not yet said"),
+    at("in.gone", Site::TargetWorker, "it runs, not yet reported"),
     at(
         "out.gone",
         Site::SourceWorker,
@@ -222,7 +221,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "arrival.asked",
         Site::TargetAgent,
-        "the source's agent asks what became of it",
+        "the source's agent asks for the outcome",
     ),
     at(
         "arrival.settle",
@@ -242,7 +241,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "fill.push",
         Site::SourceWorker,
-        "post-copy: some pages were sent unasked",
+        "post-copy: some pages were sent in the background",
     ),
     at(
         "fill.pull",
@@ -252,7 +251,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "fill.page",
         Site::TargetWorker,
-        "post-copy: before what came is put in place",
+        "post-copy: before pages are installed",
     ),
     at(
         "fill.wait",
@@ -262,7 +261,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "fill.all",
         Site::TargetWorker,
-        "post-copy: all is there, not yet said",
+        "post-copy: all pages arrived, not yet reported",
     ),
     at(
         "move.served",
@@ -282,12 +281,12 @@ pub const ALL: &[Failpoint] = &[
     at(
         "move.thaw",
         Site::SourceAgent,
-        "before the worker is asked to go on",
+        "before the worker is asked to resume",
     ),
     at(
         "out.thaw",
         Site::SourceWorker,
-        "before the machine goes on at the source",
+        "before the machine resumes at the source",
     ),
     at(
         "move.abort",
@@ -313,7 +312,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "take.frozen",
         Site::Worker,
-        "the machine stands still for a checkpoint",
+        "the machine is frozen for a checkpoint",
     ),
     at(
         "take.packs",
@@ -328,12 +327,12 @@ pub const ALL: &[Failpoint] = &[
     at(
         "take.stored",
         Site::Worker,
-        "the manifest is stored, nobody knows",
+        "the manifest is stored, not yet reported",
     ),
     at(
         "keep.taken",
         Site::Agent,
-        "the checkpoint is made, not yet said",
+        "the checkpoint is made, not yet reported",
     ),
     at("restore.manifest", Site::Worker, "the manifests are read"),
     at(
@@ -346,15 +345,11 @@ pub const ALL: &[Failpoint] = &[
         Site::Agent,
         "a machine's worker answers, it is not started",
     ),
-    at(
-        "apart.held",
-        Site::Agent,
-        "a machine is held, and has no parts yet",
-    ),
+    at("apart.held", Site::Agent, "a machine is held without parts"),
     at(
         "apart.spans",
         Site::Agent,
-        "its parts have met, its memory is not read",
+        "its parts are connected, its memory is not read",
     ),
     at(
         "apart.brought",
@@ -369,7 +364,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "home.left",
         Site::SourceWorker,
-        "the machine stands, and its home has nothing any more",
+        "the machine is frozen, its home holds no pages",
     ),
     at(
         "home.succeeds",
@@ -384,7 +379,7 @@ pub const ALL: &[Failpoint] = &[
     at(
         "parts.gone",
         Site::Worker,
-        "a part is gone, and nobody is told",
+        "a part is removed, not yet reported",
     ),
     at(
         "start.running",
@@ -403,34 +398,33 @@ pub fn find(name: &str) -> Option<&'static Failpoint> {
     ALL.iter().find(|failpoint| failpoint.name == name)
 }
 
-/// What happens at a failpoint.
+/// The effect of a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The process dies as of SIGKILL.
+    /// The process dies as by SIGKILL.
     Kill,
-    /// It stands still as of SIGSTOP, until somebody sends SIGCONT.
+    /// The process stops as by SIGSTOP, until SIGCONT.
     Stop,
     /// The step fails.
     Error,
-    /// This long passes first.
+    /// The step is delayed.
     Delay(Duration),
 }
 
-/// What is to happen, and when.
+/// An action with its condition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Injection {
-    /// What.
     pub action: Action,
-    /// Passes that go by before it happens.
+    /// Number of passes without effect before.
     pub skip: u32,
-    /// Whether it happens at all later passes too.
+    /// Whether it has an effect at all later passes too.
     pub always: bool,
 }
 
-/// An order that is none.
+/// Text that is not an injection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no order for a failpoint: kill, stop, error or delay(MILLISECONDS), then @N for the N-th pass or * for all"
+    "{0:?} is not an action for a failpoint: kill, stop, error or delay(MILLISECONDS), then @N for the N-th pass or * for all"
 )]
 pub struct InvalidInjection(String);
 
@@ -483,7 +477,7 @@ impl fmt::Display for Injection {
     }
 }
 
-/// A step that failed because a test wanted it to.
+/// A step that a test made fail.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("failpoint {0}")]
 pub struct Injected(&'static str);
@@ -502,7 +496,7 @@ mod on {
         ORDERS.lock().unwrap_or_else(|error| error.into_inner())
     }
 
-    /// Gives this process an order, or takes it back.
+    /// Sets or removes an injection in this process.
     pub fn set(name: &str, order: Option<Injection>) {
         let Some(failpoint) = find(name) else { return };
         match order {
@@ -511,7 +505,7 @@ mod on {
         };
     }
 
-    /// Takes the orders that the environment has for this process.
+    /// Sets the injections of this process's environment.
     pub fn set_from_environment() {
         let text = std::env::var(ENVIRONMENT).unwrap_or_default();
         for (name, order) in text.split(';').filter_map(|part| part.split_once('=')) {
@@ -519,7 +513,7 @@ mod on {
         }
     }
 
-    /// What is to happen now.
+    /// The action that is due at this pass.
     fn due(name: &'static str) -> Option<Action> {
         debug_assert!(find(name).is_some(), "{name}");
         let mut orders = orders();
@@ -535,7 +529,7 @@ mod on {
         Some(action)
     }
 
-    /// Notes for the test that something happens here, before it does.
+    /// Appends a failpoint to the test's log, before its effect.
     fn note(name: &str) {
         use std::io::Write;
         let Some(path) = std::env::var_os(LOG_ENVIRONMENT) else {
@@ -547,7 +541,7 @@ mod on {
             .open(path)
             .and_then(|mut file| writeln!(file, "{name}"));
         if let Err(error) = noted {
-            tracing::warn!(%error, "a failpoint is not noted");
+            tracing::warn!(%error, "cannot log a failpoint");
         }
     }
 
@@ -568,10 +562,10 @@ mod on {
         Ok(None)
     }
 
-    /// Passes a failpoint, on a thread that may block.
+    /// Passes a failpoint on a thread that may block.
     ///
     /// # Errors
-    /// If that was ordered.
+    /// If the injected action is an error.
     pub fn pass(name: &'static str) -> Result<(), Injected> {
         if let Some(time) = act(name)? {
             std::thread::sleep(time);
@@ -582,7 +576,7 @@ mod on {
     /// Passes a failpoint in a task.
     ///
     /// # Errors
-    /// If that was ordered.
+    /// If the injected action is an error.
     pub async fn pass_async(name: &'static str) -> Result<(), Injected> {
         if let Some(time) = act(name)? {
             tokio::time::sleep(time).await;
@@ -595,7 +589,7 @@ mod on {
 mod off {
     use super::Injected;
 
-    /// Passes a failpoint: nothing happens in this build.
+    /// Passes a failpoint: no effect in this build.
     ///
     /// # Errors
     /// None in this build.
@@ -604,7 +598,7 @@ mod off {
         Ok(())
     }
 
-    /// Passes a failpoint: nothing happens in this build.
+    /// Passes a failpoint: no effect in this build.
     ///
     /// # Errors
     /// None in this build.
@@ -624,7 +618,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_are_read_and_shown() {
+    fn injections_are_parsed_and_formatted() {
         for text in [
             "kill",
             "stop",

@@ -1,6 +1,5 @@
-//! Places outside the cluster where things are kept: a directory that all nodes
-//! see, or an S3-compatible store. What is kept there is left to `checkpoint`
-//! and `cluster_volume`.
+//! Storage outside the cluster: a directory that all nodes see, or an S3-compatible
+//! store. `checkpoint` and `cluster_volume` define what is stored.
 
 use keel_net::Bytes;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
@@ -11,42 +10,39 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long one request to a store may be repeated, if nothing else is said.
+/// Default time limit for the retries of one request.
 pub const RETRY_FOR: Duration = Duration::from_secs(30);
-/// The most bytes of one object that is read.
+/// The largest object that is read, in bytes.
 const READ_BYTES_MAX: u64 = 1 << 30;
 
-/// A URL that names no store, or one that cannot be used.
+/// A URL that does not name a store, or a store that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{url:?} is no place for checkpoints or volumes: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
 )]
 pub struct StorageLocationError {
-    /// What was given.
     pub url: String,
-    /// What is wrong with it.
     pub reason: String,
 }
 
-/// A place, open.
+/// An open storage location.
 #[derive(Debug, Clone)]
 pub struct StorageLocation {
     store: Arc<dyn ObjectStore>,
-    /// The same, if it is a directory.
+    /// The same store, if it is a directory.
     folder: Option<Arc<LocalFileSystem>>,
     prefix: Path,
     url: String,
 }
 
-/// The directory that a URL names, if it names one.
+/// The directory that a URL names, if it does.
 fn directory(url: &str) -> Option<&str> {
     let folder = url.strip_prefix("file://").unwrap_or(url);
     folder.starts_with('/').then_some(folder)
 }
 
 impl StorageLocation {
-    /// Opens a place and makes its directory where it is missing: for storing.
-    /// Reading makes nothing. Blocking.
+    /// Opens a location for writing; creates its directory if it is missing. Blocking.
     ///
     /// # Errors
     /// [`StorageLocationError`].
@@ -60,9 +56,9 @@ impl StorageLocation {
         Self::open(url)
     }
 
-    /// Opens a place: `/a/directory`, `file:///a/directory` (which must exist),
-    /// or `s3://bucket/prefix` with the usual `AWS_…` variables
-    /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's). Blocking.
+    /// Opens a location: `/a/directory`, `file:///a/directory` (which must exist), or
+    /// `s3://bucket/prefix` with the usual `AWS_…` variables (`AWS_ENDPOINT_URL` for
+    /// stores other than Amazon's). Blocking.
     ///
     /// # Errors
     /// [`StorageLocationError`].
@@ -71,8 +67,8 @@ impl StorageLocation {
         Self::open_with(url, settings, RETRY_FOR)
     }
 
-    /// As [`Self::open`], with these in place of the environment's variables, and so
-    /// long for one request to be repeated.
+    /// As [`Self::open`], with these settings in place of environment variables, and this
+    /// time limit for the retries of a request.
     ///
     /// # Errors
     /// [`StorageLocationError`].
@@ -86,7 +82,7 @@ impl StorageLocation {
             reason,
         };
         if let Some(folder) = directory(url) {
-            // The store's own error does not say why.
+            // The store's own error does not contain the reason.
             std::fs::metadata(folder).map_err(|error| bad(error.to_string()))?;
             let store = LocalFileSystem::new_with_prefix(folder)
                 .map_err(|error| bad(error.to_string()))?
@@ -100,7 +96,7 @@ impl StorageLocation {
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(bad("neither a directory nor s3://".into()));
         };
-        // Whoever came first has installed the same one.
+        // An installed provider is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let retry = RetryConfig {
@@ -109,7 +105,7 @@ impl StorageLocation {
         };
         let mut builder = AmazonS3Builder::new();
         for (name, value) in settings {
-            // Others are for other programs.
+            // Other settings are for other programs.
             if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
                 builder = builder.with_config(key, value);
             }
@@ -125,7 +121,7 @@ impl StorageLocation {
         Ok(Self::of(Arc::new(store), prefix, url))
     }
 
-    /// A place in any object store, by the name that people know it by.
+    /// A location in any object store; `url` is its name for users.
     pub fn of(store: Arc<dyn ObjectStore>, prefix: Path, url: &str) -> Self {
         StorageLocation {
             store,
@@ -135,17 +131,17 @@ impl StorageLocation {
         }
     }
 
-    /// Its URL, as it was given.
+    /// Its URL, as given.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The store behind it.
+    /// The underlying store.
     pub fn store(&self) -> &Arc<dyn ObjectStore> {
         &self.store
     }
 
-    /// Where a thing is in the store; no part has a separator.
+    /// Path of an object; its components contain no separators.
     pub fn path(&self, parts: &[&str]) -> Path {
         let mut path = self.prefix.clone();
         for part in parts {
@@ -154,7 +150,7 @@ impl StorageLocation {
         path
     }
 
-    /// The file that an object is; `None` if the place is no directory.
+    /// The file of an object; `None` if the location is not a directory.
     ///
     /// # Errors
     /// For names that no file can have.
@@ -165,10 +161,10 @@ impl StorageLocation {
             .transpose()
     }
 
-    /// Reads an object of at most a GiB.
+    /// Reads an object of at most 1 GiB.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn read(&self, path: &Path) -> Result<Bytes, object_store::Error> {
         let got = self.store.get(path).await?;
         if got.meta.size > READ_BYTES_MAX {

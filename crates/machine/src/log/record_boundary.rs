@@ -1,14 +1,14 @@
-//! Where records end in output that comes in pieces of any size: a file of the log
-//! begins with a record, or nothing in it could be found again.
+//! Tracks record ends in output that arrives in pieces of any size: each file of the log
+//! must begin with a record, or its content could not be parsed.
 
 use super::{HEADER_BYTES, RECORD_BYTES_MAX};
 
-/// Follows bytes of records, from the beginning of one.
+/// Follows the bytes of records, from the start of one.
 #[derive(Debug, Default)]
 pub(super) struct Boundary {
-    /// What has come of a record's header.
+    /// Bytes of an incomplete record header.
     header: Vec<u8>,
-    /// Bytes of its text that are still to come.
+    /// Bytes of the record's text that have not arrived.
     text: usize,
 }
 
@@ -18,15 +18,15 @@ impl Boundary {
         self.header.is_empty() && self.text == 0
     }
 
-    /// Goes on behind `bytes`.
-    pub(super) fn pass(&mut self, mut bytes: &[u8]) {
+    /// Advances by `bytes`.
+    pub(super) fn advance(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
-            bytes = self.pass_some(bytes);
+            bytes = self.advance_some(bytes);
         }
     }
 
-    /// How many of `bytes` belong to the record that has begun; all, if it goes on behind
-    /// them. A length that no writer makes ends at once: what it counts is damaged anyway.
+    /// How many of `bytes` belong to the present record; all if it extends beyond them.
+    /// An impossible length ends the record at once: its content is damaged anyway.
     pub(super) fn rest(&self, bytes: &[u8]) -> usize {
         let mut ahead = Boundary {
             header: self.header.clone(),
@@ -34,13 +34,13 @@ impl Boundary {
         };
         let mut left = bytes;
         while !left.is_empty() && !ahead.is_here() {
-            left = ahead.pass_some(left);
+            left = ahead.advance_some(left);
         }
         bytes.len() - left.len()
     }
 
-    /// Passes the rest of a text, or bytes of a header.
-    fn pass_some<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+    /// Consumes the rest of a text, or bytes of a header.
+    fn advance_some<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
         if self.text > 0 {
             let count = self.text.min(bytes.len());
             self.text -= count;
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn records_end_where_they_do_however_they_are_cut() {
+    fn record_ends_are_found_in_any_pieces() {
         let bytes = [record(3), record(0), record(70)].concat();
         let ends = [8, 13, 88];
         for size in 1..=bytes.len() {
@@ -82,7 +82,7 @@ mod tests {
                     assert!(ends.contains(&(passed + rest)), "{size}");
                 }
                 assert!(inside || rest == 0, "{size}");
-                boundary.pass(piece);
+                boundary.advance(piece);
                 passed += piece.len();
                 assert_eq!(boundary.is_here(), ends.contains(&passed), "{size}");
             }
@@ -90,9 +90,9 @@ mod tests {
     }
 
     #[test]
-    fn a_length_that_no_writer_makes_counts_nothing() {
+    fn impossible_lengths_are_ignored() {
         let mut boundary = Boundary::default();
-        boundary.pass(&[1, 255, 255, 255, 255]);
+        boundary.advance(&[1, 255, 255, 255, 255]);
         assert!(boundary.is_here());
     }
 }

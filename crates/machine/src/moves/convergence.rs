@@ -1,35 +1,34 @@
-//! When copying has caught up with a machine: whether another round is worth its
-//! while, or it is time to freeze, or the guest must be slowed down first. Used by
-//! whoever copies, and by whoever foretells how that will go ([`super::prediction`]).
+//! Convergence of pre-copy: whether another round is worthwhile, the machine should be
+//! frozen, or the guest must be throttled first. Used by copying and by its prediction
+//! ([`super::prediction`]).
 
 use super::Round;
 use std::time::Duration;
 
-/// Rounds of copying after which the machine is frozen whatever is left.
+/// Rounds of copying after which the machine is frozen in any case.
 const ROUNDS_MAX: usize = 40;
-/// What is left may take this long to send while the machine stands still, if
-/// nobody says how long it may stand still.
+/// Default time limit for sending what is left while the machine is frozen.
 pub const LAST_PAGES_BUDGET: Duration = Duration::from_millis(2);
-/// This little may always be left (a round costs more than sending it), and at
-/// the most this much, however fast the link, with that budget.
+/// The number of bytes that may always be left (a round costs more than sending them),
+/// and the most that may be left with the default limit, however fast the link.
 const LAST_BYTES_MIN: u64 = 1 << 20;
 const LAST_BYTES_MAX: u64 = 4 << 20;
-/// From this round on a guest that writes faster than can be copied is slowed.
+/// The first round from which a guest that writes faster than the link is throttled.
 const SLOW_FROM_ROUND: usize = 4;
 
 /// What follows a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CopyDecision {
-    /// Another one.
+    /// Another round.
     Round,
-    /// Another one, with the guest slowed down further: the last brought nothing.
+    /// Another round with stronger throttling: the last one made no progress.
     Slower,
-    /// What is left is sent, and the machine frozen.
+    /// The machine is frozen and what is left is sent.
     Freeze,
 }
 
-/// What follows these rounds, if `left` bytes were written since, and what is
-/// left at the freeze may take `budget` to send.
+/// The decision after these rounds, if `left` bytes were written since and what is left
+/// at the freeze may take `budget` to send.
 pub fn next(rounds: &[Round], left: u64, budget: Duration) -> CopyDecision {
     let bytes = rounds.last().map_or(u64::MAX, |round| round.bytes);
     let within = (best_rate(rounds) * budget.as_secs_f64()) as u64;
@@ -42,15 +41,15 @@ pub fn next(rounds: &[Round], left: u64, budget: Duration) -> CopyDecision {
     if small || rounds.len() >= ROUNDS_MAX {
         CopyDecision::Freeze
     } else if rounds.len() >= SLOW_FROM_ROUND && !shrinks {
-        // Only a round in which no progress was made counts: the guest writes as
-        // fast as the link carries.
+        // Only a round without progress counts: the guest writes as fast as the link
+        // carries.
         CopyDecision::Slower
     } else {
         CopyDecision::Round
     }
 }
 
-/// The link's rate, in bytes a second: short rounds say little about it.
+/// The link's rate in bytes per second; short rounds are not representative.
 pub fn best_rate(rounds: &[Round]) -> f64 {
     rounds
         .iter()
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn little_is_sent_while_it_stands() {
+    fn little_is_sent_while_frozen() {
         let once = rounds(&[(100 << 20, 100_000)]);
         // About 1 GB/s: 2 MB in the budget.
         assert_eq!(
@@ -77,14 +76,14 @@ mod tests {
             CopyDecision::Freeze
         );
         assert_eq!(next(&once, 3 << 20, LAST_PAGES_BUDGET), CopyDecision::Round);
-        // Who may stand still for longer is frozen sooner.
+        // With a larger budget the machine is frozen earlier.
         let long = Duration::from_millis(20);
         assert_eq!(next(&once, 20 << 20, long), CopyDecision::Freeze);
         assert_eq!(next(&once, 30 << 20, long), CopyDecision::Round);
     }
 
     #[test]
-    fn who_writes_too_fast_is_slowed_late_and_not_for_ever() {
+    fn fast_writers_are_throttled_late_and_not_for_ever() {
         let mut all = rounds(&[(100 << 20, 100_000)]);
         for round in 2..=40 {
             all.push(Round {
@@ -97,11 +96,11 @@ mod tests {
                 _ => CopyDecision::Slower,
             };
             assert_eq!(next(&all, 90 << 20, LAST_PAGES_BUDGET), expected, "{round}");
-            // A longer stand needs none of that.
+            // A larger budget makes this unnecessary.
             let long = Duration::from_millis(200);
             assert_eq!(next(&all, 90 << 20, long), CopyDecision::Freeze);
         }
-        // One that shrinks is not slowed.
+        // A shrinking remainder causes no throttling.
         assert_eq!(
             next(&all[..10], 50 << 20, LAST_PAGES_BUDGET),
             CopyDecision::Round

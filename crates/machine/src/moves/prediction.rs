@@ -1,64 +1,62 @@
-//! How a move will go: a pure function of what the machine writes, what the link
-//! carries, and how earlier moves went.
+//! Predicts the simulate_copying of a move: a pure function of the machine's writes, the link's
+//! rate, and earlier moves.
 //!
-//! The rounds of pre-copy are gone through with the rule that copying itself
-//! follows ([`super::convergence`]), as in published models of live migration
-//! (Akoush et al., "Predicting the Performance of Virtual Machine Migration",
-//! MASCOTS 2010): a round takes as long as its bytes take on the link, and the
-//! next one has what was written in that time. How much that is was sampled:
-//! bytes that are written again and again count once. What the model does not
-//! know (compiling, the store, a busy host) is learned: each prediction is kept
-//! in its move's report, and how far off earlier ones were corrects the next and
-//! gives its interval.
+//! Simulates the rounds of pre-copy with the rule that copying itself follows
+//! ([`super::convergence`]), as in published models of live migration (Akoush et al.,
+//! "Predicting the Performance of Virtual Machine Migration", MASCOTS 2010): a round
+//! takes as long as its bytes take on the link, and the next one has what was written in
+//! that time. The writes were sampled: bytes that are written repeatedly count once. What
+//! the model does not include (compilation, the store, a busy host) is learned: each
+//! prediction is stored in its move's report, and the errors of earlier ones correct the
+//! next and determine its interval.
 
 use super::convergence::{self, CopyDecision, LAST_PAGES_BUDGET};
 use super::{Ending, MoveReport, Round};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Each round costs this, however little is sent.
+/// Fixed cost of a round.
 const ROUND_OVERHEAD: Duration = Duration::from_micros(500);
-/// What a move costs beside copying, and a machine's standing still beside its
-/// last pages, while nothing is known of earlier moves.
+/// Cost of a move beside copying, and downtime beside the last pages, before any move is
+/// known.
 const OFFER_GUESS: Duration = Duration::from_millis(60);
-const STAND_GUESS: Duration = Duration::from_millis(3);
-/// Just before the freeze, what was written is sent once more: about so long
-/// before it.
+const DOWNTIME_GUESS: Duration = Duration::from_millis(3);
+/// Just before the freeze, written pages are sent once more: about this long before it.
 const CATCH_UP: Duration = Duration::from_micros(700);
-/// Post-copy: naming the pages that come later, for each GiB of memory.
+/// Post-copy: naming pages, per GiB of memory.
 const NAMING_PER_GIB: Duration = Duration::from_millis(1);
-/// Without knowing better, it may be this many times more or less.
+/// Factor of uncertainty without earlier moves.
 const UNKNOWN: f64 = 2.0;
-/// The interval is never closer than this to what is likely.
+/// Minimum factor between the likely value and the bounds of its interval.
 const LEAST: f64 = 1.15;
-/// Earlier moves that count.
+/// Earlier moves that are considered.
 const HISTORY_MAX: usize = 16;
-/// Shares of the time in which a guest that is slowed runs, one after the other.
+/// Shares of time in which a throttled guest runs, in the order of the throttling steps.
 const SLOWED: [f64; 6] = [0.5, 0.25, 0.13, 0.07, 0.04, 0.03];
 
-/// What a machine does with its memory, sampled while it ran.
+/// A machine's use of memory, sampled while it ran.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
-    /// Bytes that it ever touched: what the first round has.
+    /// Bytes populated: the size of the first round.
     pub populated_bytes: u64,
     /// Bytes of its own volumes.
     pub volume_bytes: u64,
-    /// Different bytes that it wrote, from the beginning of the sample on.
+    /// Distinct bytes written since the start of the sample, at several times.
     pub written: Vec<Written>,
 }
 
-/// Different bytes that were written in a time.
+/// Distinct bytes written in a period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
-    /// The time, in microseconds.
+    /// Length of the period in microseconds.
     pub micros: u64,
-    /// The bytes, in whole pages.
+    /// Bytes in whole pages.
     pub bytes: u64,
 }
 
 impl Activity {
-    /// Different bytes that it writes in a time: as sampled, and beyond the sample
-    /// as at its end, up to all that it has.
+    /// Distinct bytes written in a period: as sampled, then extrapolated from the end of
+    /// the sample, up to the populated size.
     fn written_in(&self, time: Duration) -> f64 {
         let wanted = time.as_secs_f64() * 1e6;
         let (mut from, mut to) = ((0.0, 0.0), (0.0, 0.0));
@@ -77,7 +75,7 @@ impl Activity {
         (to.1 + (wanted - to.0) * slope).clamp(0.0, self.populated_bytes as f64)
     }
 
-    /// Bytes a second that it writes, by the shortest look at it.
+    /// Write rate in bytes per second, from the shortest sample.
     pub fn bytes_per_s(&self) -> u64 {
         self.written.first().map_or(0, |first| {
             (first.bytes as f64 / (first.micros.max(1) as f64 / 1e6)) as u64
@@ -85,58 +83,57 @@ impl Activity {
     }
 }
 
-/// A figure that is not certain: in about eight of ten cases it lies between.
+/// An uncertain value with an interval that contains it in about eight of ten cases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Estimate {
-    /// Seldom less.
+    /// Lower bound.
     pub low: u64,
-    /// Half of the time less.
+    /// Median.
     pub likely: u64,
-    /// Seldom more.
+    /// Upper bound.
     pub high: u64,
 }
 
 impl Estimate {
-    /// Whether a figure lies in it.
-    pub fn holds(&self, figure: u64) -> bool {
+    /// Whether a value is within the interval.
+    pub fn contains(&self, figure: u64) -> bool {
         (self.low..=self.high).contains(&figure)
     }
 }
 
-/// How a move will go.
+/// The predicted simulate_copying of a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prediction {
-    /// Whether memory comes after the machine.
+    /// Whether this is a post-copy move.
     pub post_copy: bool,
-    /// From its beginning until all is at the target, in microseconds.
+    /// Duration until all is at the target, in microseconds.
     pub total_micros: Estimate,
-    /// For how long it stands still, in microseconds.
+    /// Downtime in microseconds.
     pub downtime_micros: Estimate,
     /// Bytes sent.
     pub bytes: Estimate,
     /// Rounds of copying.
     pub rounds: u32,
-    /// Share of the time, in percent, in which its threads run at the end of
-    /// copying; 100 if they need not be slowed down.
+    /// Share of time, in percent, in which the guest's threads run at the end of copying;
+    /// 100 without throttling.
     pub speed_percent: u32,
-    /// Bytes a second that it writes.
+    /// Write rate of the machine, in bytes per second.
     pub written_bytes_per_s: u64,
-    /// Bytes a second that the link carries.
+    /// Rate of the link, in bytes per second.
     pub link_bytes_per_s: u64,
-    /// Earlier moves that it was learned from.
+    /// Number of earlier moves considered.
     pub learned_from: u32,
 }
 
-/// What is known before a move.
+/// Input of a prediction.
 #[derive(Debug, Clone, Copy)]
 pub struct PredictionInput<'a> {
-    /// Of the machine.
     pub activity: &'a Activity,
-    /// Bytes a second that the link carried in a trial, where there was one.
+    /// Rate of the link in a trial, in bytes per second, if there was one.
     pub trial_bytes_per_s: Option<u64>,
-    /// Earlier moves over this link, the last ones last.
+    /// Earlier moves over this link, the latest last.
     pub history: &'a [MoveReport],
-    /// How long sending what is left may take while the machine stands still.
+    /// Time limit for sending what is left while the machine is frozen.
     pub budget: Duration,
 }
 
@@ -156,7 +153,7 @@ impl Default for PredictionInput<'_> {
     }
 }
 
-/// Foretells a move; `None` where nothing is known of the link.
+/// Predicts a move; `None` if the link's rate is unknown.
 pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Prediction> {
     let history: Vec<&MoveReport> = known
         .history
@@ -167,9 +164,13 @@ pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Predictio
         .collect();
     let link = link_rate(&history).or(known.trial_bytes_per_s.map(|rate| rate as f64))?;
     let link = link.max(1.0);
-    let course = course(known, link, post_copy);
-    let stand = median(history.iter().map(|report| stand_micros(report) as f64))
-        .unwrap_or(STAND_GUESS.as_secs_f64() * 1e6);
+    let simulate_copying = simulate_copying(known, link, post_copy);
+    let stand = median(
+        history
+            .iter()
+            .map(|report| fixed_downtime_micros(report) as f64),
+    )
+    .unwrap_or(DOWNTIME_GUESS.as_secs_f64() * 1e6);
     let offer = median(history.iter().map(|report| report.offer_micros as f64))
         .unwrap_or(OFFER_GUESS.as_secs_f64() * 1e6);
     let naming = match post_copy {
@@ -179,8 +180,9 @@ pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Predictio
         }
         false => 0.0,
     };
-    let downtime = stand + naming + course.last_bytes / link * 1e6;
-    let total = offer + course.micros + downtime + course.behind_bytes / link * 1e6;
+    let downtime = stand + naming + simulate_copying.last_bytes / link * 1e6;
+    let total =
+        offer + simulate_copying.micros + downtime + simulate_copying.behind_bytes / link * 1e6;
     let errors = |of: fn(&MoveReport, &Prediction) -> (u64, Estimate)| -> Vec<f64> {
         history
             .iter()
@@ -203,34 +205,34 @@ pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Predictio
             &errors(|report, predicted| (report.downtime_micros, predicted.downtime_micros)),
         ),
         bytes: estimate(
-            course.bytes + course.behind_bytes,
+            simulate_copying.bytes + simulate_copying.behind_bytes,
             &errors(|report, predicted| (report.bytes, predicted.bytes)),
         ),
-        rounds: course.rounds,
-        speed_percent: course.speed_percent,
+        rounds: simulate_copying.rounds,
+        speed_percent: simulate_copying.speed_percent,
         written_bytes_per_s: known.activity.bytes_per_s(),
         link_bytes_per_s: link as u64,
         learned_from: history.len() as u32,
     })
 }
 
-/// How copying goes.
+/// The simulated simulate_copying of copying.
 struct CopyModel {
     micros: f64,
     bytes: f64,
     rounds: u32,
     speed_percent: u32,
-    /// Sent while it stands still.
+    /// Sent while the machine is frozen.
     last_bytes: f64,
-    /// Sent when it runs there already.
+    /// Sent by post-copy.
     behind_bytes: f64,
 }
 
-fn course(known: &PredictionInput<'_>, link: f64, post_copy: bool) -> CopyModel {
+fn simulate_copying(known: &PredictionInput<'_>, link: f64, post_copy: bool) -> CopyModel {
     let activity = known.activity;
     let seconds = |bytes: f64| Duration::from_secs_f64((bytes / link).min(1e9));
     let mut left = (activity.populated_bytes + activity.volume_bytes) as f64;
-    let mut course = CopyModel {
+    let mut simulate_copying = CopyModel {
         micros: 0.0,
         bytes: 0.0,
         rounds: 0,
@@ -243,48 +245,48 @@ fn course(known: &PredictionInput<'_>, link: f64, post_copy: bool) -> CopyModel 
     let mut rounds = Vec::new();
     loop {
         let time = seconds(left) + ROUND_OVERHEAD;
-        course.micros += time.as_secs_f64() * 1e6;
-        course.bytes += left;
+        simulate_copying.micros += time.as_secs_f64() * 1e6;
+        simulate_copying.bytes += left;
         rounds.push(Round {
             bytes: left as u64,
             micros: time.as_micros() as u64,
         });
         left = activity.written_in(time.mul_f64(speed));
         if post_copy {
-            course.behind_bytes = left;
+            simulate_copying.behind_bytes = left;
             break;
         }
         match convergence::next(&rounds, left as u64, known.budget) {
             CopyDecision::Freeze => {
-                course.bytes += left;
-                course.micros += left / link * 1e6;
+                simulate_copying.bytes += left;
+                simulate_copying.micros += left / link * 1e6;
                 break;
             }
             CopyDecision::Slower => speed = slower.next().copied().unwrap_or(speed),
             CopyDecision::Round => {}
         }
     }
-    course.rounds = rounds.len() as u32;
-    course.speed_percent = (speed * 100.0) as u32;
+    simulate_copying.rounds = rounds.len() as u32;
+    simulate_copying.speed_percent = (speed * 100.0) as u32;
     if !post_copy {
-        course.last_bytes = activity.written_in(CATCH_UP.mul_f64(speed));
-        course.bytes += course.last_bytes;
+        simulate_copying.last_bytes = activity.written_in(CATCH_UP.mul_f64(speed));
+        simulate_copying.bytes += simulate_copying.last_bytes;
     }
-    course
+    simulate_copying
 }
 
-/// Bytes a second of the largest rounds of earlier moves.
+/// Rate of the largest rounds of earlier moves, in bytes per second.
 fn link_rate(history: &[&MoveReport]) -> Option<f64> {
     median(history.iter().filter_map(|report| {
         let largest = report.rounds.iter().max_by_key(|round| round.bytes)?;
-        // Short ones say more of the overhead.
+        // Short rounds mainly reflect the overhead.
         (largest.bytes >= 1 << 20)
             .then(|| largest.bytes as f64 / (largest.micros.max(1) as f64 / 1e6))
     }))
 }
 
-/// What a machine stood still for beside its last pages.
-fn stand_micros(report: &MoveReport) -> u64 {
+/// Downtime of a move beside its last pages.
+fn fixed_downtime_micros(report: &MoveReport) -> u64 {
     report
         .downtime_micros
         .saturating_sub(report.last_pages_micros)
@@ -296,8 +298,8 @@ fn median(figures: impl Iterator<Item = f64>) -> Option<f64> {
     figures.get(figures.len() / 2).copied()
 }
 
-/// What is likely, corrected by how far off earlier ones were (actual over
-/// predicted), and between what it will lie.
+/// The likely value, corrected by the errors of earlier predictions (actual over
+/// predicted), with its interval.
 fn estimate(likely: f64, errors: &[f64]) -> Estimate {
     let Some(correction) = median(errors.iter().copied()) else {
         return Estimate {
@@ -306,7 +308,8 @@ fn estimate(likely: f64, errors: &[f64]) -> Estimate {
             high: (likely * UNKNOWN) as u64,
         };
     };
-    // A few say little of what is possible: until there are many, it stays wide.
+    // A few samples show little of the spread: the interval stays wide until there are
+    // many.
     let weight = errors.len() as f64 / (errors.len() as f64 + 2.0);
     let correction = correction.powf(weight);
     let likely = likely * correction;
@@ -322,7 +325,7 @@ fn estimate(likely: f64, errors: &[f64]) -> Estimate {
 }
 
 impl Prediction {
-    /// One line for people.
+    /// One line for users.
     pub fn line(&self) -> String {
         let ms = |of: Estimate| {
             let figure = |micros: u64| match micros {
@@ -337,7 +340,7 @@ impl Prediction {
             )
         };
         format!(
-            "{}: {}, {:.1} MB in {} round(s); stands still {}{}",
+            "{}: {}, {:.1} MB in {} round(s); downtime {}{}",
             match self.post_copy {
                 true => "post-copy",
                 false => "pre-copy",
@@ -348,7 +351,7 @@ impl Prediction {
             ms(self.downtime_micros),
             match self.speed_percent {
                 100 => String::new(),
-                percent => format!("; slowed down to {percent} % before"),
+                percent => format!("; throttled to {percent} % before"),
             }
         )
     }
@@ -381,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_machine_takes_its_memory_once() {
+    fn an_idle_machine_is_copied_once() {
         let quiet = activity(1024 * MIB, 0, 0);
         let prediction = predict(&known(&quiet), false).unwrap();
         assert_eq!((prediction.rounds, prediction.speed_percent), (1, 100));
@@ -393,25 +396,25 @@ mod tests {
     }
 
     #[test]
-    fn writers_need_rounds_and_too_fast_ones_are_slowed() {
+    fn writers_need_rounds_and_fast_ones_are_throttled() {
         let some = activity(1024 * MIB, 200 * MIB, 1024 * MIB);
         let some = predict(&known(&some), false).unwrap();
         assert!((3..8).contains(&some.rounds) && some.speed_percent == 100);
         assert!(some.bytes.likely > 1200 * MIB);
-        // It writes 64 MiB over and over: that is all that is ever left.
+        // The machine rewrites 64 MiB: no more is ever left.
         let hot = activity(1024 * MIB, 4000 * MIB, 64 * MIB);
         let hot = predict(&known(&hot), false).unwrap();
         assert!(hot.speed_percent < 100, "{hot:?}");
         let wild = activity(1024 * MIB, 2000 * MIB, 1024 * MIB);
         let slow = predict(&known(&wild), false).unwrap();
         assert!(slow.speed_percent <= 25 && slow.rounds <= 40);
-        // Who may stand still for longer is not slowed.
+        // With a larger budget the guest is not throttled.
         let patient = PredictionInput {
             budget: Duration::from_secs(2),
             ..known(&wild)
         };
         assert_eq!(predict(&patient, false).unwrap().speed_percent, 100);
-        // Post-copy needs one round, whatever it writes.
+        // Post-copy needs a single round.
         let after = predict(&known(&wild), true).unwrap();
         assert_eq!((after.rounds, after.speed_percent), (1, 100));
         assert!(after.bytes.likely > 1024 * MIB && after.downtime_micros.likely < 6000);
@@ -433,8 +436,8 @@ mod tests {
         }
     }
 
-    /// A world in which all takes 1.5 times as long as the model says: predictions
-    /// become right, and surer.
+    /// If everything takes 1.5 times as long as the model says, predictions become
+    /// correct and more certain.
     #[test]
     fn it_learns_from_its_errors() {
         let quiet = activity(1024 * MIB, 0, 0);
@@ -456,7 +459,7 @@ mod tests {
         };
         let last = predict(&known, false).unwrap();
         assert_eq!(last.learned_from, 12);
-        assert!(last.total_micros.holds(truth), "{last:?}, {truth}");
+        assert!(last.total_micros.contains(truth), "{last:?}, {truth}");
         let width = |of: Estimate| of.high as f64 / of.low as f64;
         assert!(width(last.total_micros) < width(first.total_micros));
         let off = |of: Estimate| (of.likely as f64 / truth as f64).ln().abs();
@@ -464,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_figures_do_no_harm() {
+    fn extreme_values_do_not_panic() {
         let odd = Activity {
             populated_bytes: u64::MAX / 4,
             volume_bytes: 0,
@@ -494,7 +497,7 @@ mod tests {
             ..known(&odd)
         };
         assert_eq!(predict(&nothing, false), None);
-        // Reports with zeros everywhere.
+        // Reports of zeros.
         let zeros = [MoveReport::example()];
         let known = PredictionInput {
             history: &zeros,
