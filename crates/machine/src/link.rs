@@ -7,13 +7,13 @@
 //!     │ HELLO (machine, epoch, sizes)                   │
 //!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE     (each round)
 //!     │  freeze                                         │
-//!     │ STANDS, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
+//!     │ FROZEN, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
 //!     │  commit in the store                            │
-//!     │◀─ LOG_AGAIN before ROUND_DONE or PREPARED: see `worker::log_transfer`
+//!     │◀─ LOG_RESEND before ROUND_DONE or PREPARED: see `worker::log_transfer`
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
-//!     │ REMOTE before IMAGE and before GO, and what follows RESUMED, in a post-copy
-//!     │ move: see `worker::filling`
+//!     │ REMOTE before IMAGE and before GO, and the messages after RESUMED, in a post-copy
+//!     │ move: see `worker::post_copy`
 //! ```
 //!
 //! Received pages are written to their memory as they are decrypted, without a buffer;

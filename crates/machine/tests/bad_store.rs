@@ -1,6 +1,5 @@
-//! Checkpoints in a store that is slow, answers with errors, cuts answers off and
-//! lists what was there a while ago. It speaks as much of S3 as is needed for that,
-//! on loopback.
+//! Checkpoints in a store that is slow, fails, truncates answers and returns outdated
+//! listings. It implements the necessary part of S3, on loopback.
 
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
@@ -23,17 +22,17 @@ use std::time::Duration;
 
 type Objects = BTreeMap<String, Vec<u8>>;
 
-/// A bucket that misbehaves as it is told.
+/// A bucket that misbehaves as configured.
 #[derive(Default)]
 struct Bad {
     objects: Mutex<Objects>,
-    /// What lists tell, while they are stale.
+    /// The content of listings, while they are outdated.
     listed: Mutex<Option<Objects>>,
-    /// Of so many requests one fails (0: none does).
+    /// One in this many requests fails (0: none).
     one_fails_of: AtomicU64,
-    /// Milliseconds that each answer takes.
+    /// Delay of each answer in milliseconds.
     slow_ms: AtomicU64,
-    /// No object can be read; lists can.
+    /// Objects cannot be read; listings can.
     unreadable: AtomicBool,
     asked: AtomicU64,
     failed: AtomicU64,
@@ -127,7 +126,7 @@ impl Bad {
                         answer(&mut out, "500 Internal Server Error", "", b"<Error/>");
                         continue;
                     }
-                    // It does what was asked, and the answer is lost.
+                    // The request is executed, and the answer is lost.
                     _ => {
                         self.reply(&request, None);
                         return;
@@ -152,7 +151,7 @@ impl Bad {
                 objects.insert(request.path.clone(), request.body.clone());
                 ("200 OK", String::new(), Vec::new())
             }
-            // Several at once, named in XML.
+            // Several objects at once, named in XML.
             "POST" => {
                 let text = String::from_utf8_lossy(&request.body).into_owned();
                 let mut done = String::new();
@@ -300,7 +299,7 @@ impl Running {
             .map_err(|error| error.to_string())
     }
 
-    /// The id of what is restored, and a hash of its memory.
+    /// The id of the restored checkpoint, and a hash of its memory.
     fn restore(&self, warm: bool) -> Result<(String, blake3::Hash), String> {
         let origin = Origin {
             repository: "s3://kept".into(),
@@ -331,10 +330,10 @@ impl Running {
     }
 }
 
-/// Errors and slowness are waited out, by takers and by both kinds of restore; the
-/// machine has nothing of it.
+/// Errors and slowness are tolerated when checkpoints are made and by both kinds of
+/// restore; the machine is not affected.
 #[test]
-fn errors_and_slowness_are_waited_out() {
+fn errors_and_slowness_are_tolerated() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     bad.one_fails_of.store(3, Ordering::Relaxed);
@@ -362,21 +361,21 @@ fn errors_and_slowness_are_waited_out() {
     assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
 }
 
-/// Lists that are old lead to nothing worse than an older checkpoint: what is whole
-/// is not called damaged, and what is needed is not deleted.
+/// Outdated listings at worst lead to an older checkpoint: intact checkpoints are not
+/// reported as damaged, and required objects are not deleted.
 #[test]
-fn old_lists_do_no_harm() {
+fn outdated_listings_do_no_harm() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     let first = running.take().unwrap().manifest;
     *bad.listed.lock().unwrap() = Some(bad.objects.lock().unwrap().clone());
-    // Built on what the list does not show yet.
+    // Its parent is not in the listing yet.
     let second = running.take().unwrap().manifest;
     assert_eq!(second.parent.as_ref(), Some(&first.id));
     let third = running.take().unwrap().manifest;
     assert_eq!(third.parent.as_ref(), Some(&second.id));
     assert_eq!(running.restore(false).unwrap().0, first.id.to_string());
-    // By a list that shows less than there is nothing newer is deleted.
+    // With an incomplete listing no newer object is deleted.
     let one = Retention {
         newest: Some(1),
         for_s: None,
@@ -389,7 +388,7 @@ fn old_lists_do_no_harm() {
     let (id, cold) = running.restore(false).unwrap();
     assert_eq!(id, third.id.to_string());
     assert_eq!(running.restore(true).unwrap(), (id, cold));
-    // A list that still shows what is gone.
+    // A listing with objects that were deleted.
     assert!(
         compact(&running.repository, &runtime, &name, &third.id)
             .unwrap()
@@ -418,10 +417,10 @@ fn old_lists_do_no_harm() {
     assert_eq!(fourth.parent.as_ref(), Some(&third.id));
 }
 
-/// A store that is gone is named, and the machine runs on; when it is back, so are
-/// checkpoints.
+/// An unreachable store is reported, and the machine runs on; when the store is back,
+/// checkpoints work again.
 #[test]
-fn a_store_that_is_gone_is_named() {
+fn an_unreachable_store_is_reported() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     let first = running.take().unwrap().manifest;
@@ -433,15 +432,15 @@ fn a_store_that_is_gone_is_named() {
     assert!(error.contains("checkpoint store"), "{error}");
     bad.one_fails_of.store(0, Ordering::Relaxed);
     assert_eq!(running.restore(false).unwrap().0, first.id.to_string());
-    // What was written meanwhile is in it: a full one.
+    // It contains the writes made meanwhile: a full one.
     let next = running.take().unwrap().manifest;
     assert!(next.parent.is_none());
     assert_eq!(running.restore(false).unwrap().0, next.id.to_string());
 }
 
-/// Who cannot read what a checkpoint stands on deletes nothing of it.
+/// If the ancestors of a checkpoint cannot be read, none of them is deleted.
 #[test]
-fn what_is_needed_is_not_deleted_unread() {
+fn unread_ancestors_are_not_deleted() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     running.take().unwrap();

@@ -1,5 +1,5 @@
 //! Checkpoints and cluster volumes in an S3-compatible store: that of `moto` (PyPI
-//! `moto[server]`), where it is installed.
+//! `moto[server]`), if it is installed.
 
 use keel_cluster::Epoch;
 use keel_machine::checkpoint::{
@@ -20,9 +20,9 @@ struct Server {
 }
 
 impl Server {
-    /// `None` where there is no such program.
+    /// `None` if the program is missing.
     fn start() -> Option<Self> {
-        // Free a moment ago; nobody else asks for it on loopback.
+        // The port was free a moment ago; no other process requests it on loopback.
         let port = TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
             .unwrap()
@@ -46,7 +46,7 @@ impl Server {
             let ended = lines.read_line(&mut line).unwrap() == 0;
             assert!(!ended && begun.elapsed() < Duration::from_secs(60));
         }
-        // It may say more than a pipe holds.
+        // Its output may exceed a pipe's buffer.
         std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
         Some(server)
     }
@@ -133,7 +133,7 @@ fn a_bucket_keeps_checkpoints() {
             Repository::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30))
                 .unwrap();
         let name = "web-1".parse().unwrap();
-        // There is no bucket yet.
+        // The bucket does not exist yet.
         let error = repository.list(&name).await.unwrap_err();
         assert!(matches!(error, RepositoryError::Store(_)), "{error}");
         server.make_bucket("kept");
@@ -151,7 +151,7 @@ fn a_bucket_keeps_checkpoints() {
                 )
                 .await
                 .unwrap();
-            // Not there before its manifest is.
+            // The checkpoint does not exist before its manifest.
             assert_eq!(repository.list(&name).await.unwrap().len(), ids.len());
             repository.put_manifest(&manifest).await.unwrap();
             let block = repository
@@ -168,7 +168,7 @@ fn a_bucket_keeps_checkpoints() {
         assert_eq!(repository.list(&name).await.unwrap(), newest_first);
         let chain = repository.chain(&name, &ids[2]).await.unwrap();
         assert!(chain.iter().map(|manifest| &manifest.id).eq(&ids));
-        // Another prefix is another vault.
+        // Another prefix is another repository.
         let other =
             Repository::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
         assert!(other.machines().await.unwrap().is_empty());
@@ -190,7 +190,7 @@ fn a_bucket_keeps_checkpoints() {
         assert_eq!(repository.program(&of_it).await.unwrap(), &program[..]);
         let error = repository.program(&full).await.unwrap_err().to_string();
         assert!(error.contains("its program: it is missing"), "{error}");
-        // A full one makes the chain before it superfluous.
+        // A full checkpoint makes the chain before it superfluous.
         repository.put_manifest(&full).await.unwrap();
         let retention = Retention {
             newest: Some(1),
@@ -217,7 +217,7 @@ fn a_bucket_keeps_checkpoints() {
     });
 }
 
-/// Conditional puts decide who writes.
+/// Conditional puts decide which writer succeeds.
 #[test]
 fn a_bucket_keeps_volumes() {
     let Some(server) = Server::start() else {
@@ -279,7 +279,7 @@ fn a_bucket_keeps_volumes() {
         assert!(fenced, "{error}");
         second.commit(record, dirty).await.unwrap();
         second.compact().await.unwrap();
-        // What the first stored and could not commit.
+        // The chunk that the first writer stored and could not commit.
         assert_eq!(second.collect().await.unwrap(), 1);
         let third = Writer::claim(store.clone(), epoch(3), None).await.unwrap();
         let chunk = third.state().chunk(2, 0).unwrap();

@@ -15,8 +15,8 @@
 //!
 //! ```text
 //!   the agent's group/                  (v2: its processes go to keel-agent/ when
-//!     keel-agent/                        the kernel wants groups with controllers
-//!     keel-HASH OF THE NODE'S FOLDER/    to be without processes)
+//!     keel-agent/                        the kernel requires groups with controllers
+//!     keel-HASH OF THE NODE'S FOLDER/    to have no processes)
 //!       MACHINE.RANDOM/                  one worker
 //! ```
 //!

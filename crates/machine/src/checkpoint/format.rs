@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  manifest:  "KCKP" │ version u32 │ body length u64 │ body (postcard) │ BLAKE3 of all before
-//!  pack:      pages without any frame; the manifest has a BLAKE3 of each MiB
+//!  pack:      pages without framing; the manifest has a BLAKE3 of each MiB
 //! ```
 //!
 //! Numbers are little-endian. [`VERSION`] is raised with every change of the body; the

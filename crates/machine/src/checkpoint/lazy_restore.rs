@@ -2,7 +2,7 @@
 //! thread first accesses it, and the others in the background.
 //!
 //! ```text
-//!   guest thread ── touches ──▶ fault ──▶ its MiB: read, verified, mapped ──▶ resumes
+//!   guest thread ── accesses ─▶ fault ──▶ its MiB: read, verified, mapped ──▶ resumes
 //!                                 all other MiBs, in order, meanwhile ──▶ complete
 //! ```
 //!

@@ -3,12 +3,12 @@
 //! ```text
 //!   Offered ──accepted──▶ Copying ──converged, store answers──▶ Freezing ──all arrived──▶ Committing
 //!      │ refused             │ cancelled / peer lost /             │ too late /              │      │
-//!      │                     │ store away                          │ peer lost / cancelled   │      │ answer lost
+//!      │                     │ store down                          │ peer lost / cancelled   │      │ answer lost
 //!      ▼                     ▼                                     ▼                         │      ▼
 //!   Stayed ◀─────────────────┴─────────────────────────────────────┘◀──────── refused ───────┤   InDoubt
 //!      ▲                                                                                     │    │    │
-//!      │ own write won (new epoch)                                                           │won │    │ the record says
-//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ that it had won
+//!      │ own write won (new epoch)                                                           │won │    │ the record shows
+//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ the commit
 //!                                                                                            ▼         ▼
 //!   Gone ◀──────────────────────────── target resumed ─────────────────────────────────── Handed ◀─────┘
 //!      ▲                                                                                     │ target resumed (post-copy)

@@ -12,14 +12,14 @@
 //! arrived.
 //!
 //! ```text
-//!            ┌──────── comes again ◀── ghosts (names of what left) ◀─┐
+//!            ┌──────── returns ◀────── ghosts (names of evicted) ◀───┐
 //!            ▼                                                       │
-//!   used ──▶ old ── while young ones are few, and unused ▶ given away│
+//!   used ──▶ old ── while few are young, and not used ──▶ evicted ─┤
 //!     ▲      └── used ─▶ old                                         │
 //!     └────┐                                                         │
-//!   was here ─▶ young ── while they are many ────▶ given away ───────┘
-//!   comes ─────▶ young
-//!   read ──────▶ copies ─────────────────────────▶ dropped
+//!   present ──▶ young ── while many are young ───────────▶ evicted ─┘
+//!   arrives ──▶ young
+//!   read ─────▶ copies ──────────────────────────────────▶ dropped
 //! ```
 //!
 //! The policy only selects; it accesses neither memory nor a clock.

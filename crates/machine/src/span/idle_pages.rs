@@ -7,8 +7,8 @@
 //! the last scan is idle: moving it to another part makes no thread wait.
 //!
 //! ```text
-//!   first look ──▶ looked at ── some of it was used ──▶ used then
-//!                     └── none at several looks, for half a minute ──▶ idle
+//!   first scan ──▶ scanned ── some of it was accessed ──▶ used at that time
+//!                     └── no access in several scans, for half a minute ──▶ idle
 //! ```
 //!
 //! This module only keeps the records; the caller has the memory and the clock.

@@ -2,10 +2,10 @@
 //! member.
 //!
 //! ```text
-//!            freeze, pages, thaw                      threads home, pages home,
-//!   alone ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ alone
+//!            freeze, pages, thaw                      threads and pages home,
+//!   one part ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ one part
 //!                                  │  ▲  │            freeze, thaw
-//!                a part comes, goes└──┘  │ a part is lost: it ends
+//!                a part joins, leaves└──┘  │ a part is lost: the machine ends
 //! ```
 //!
 //! Starting parts and connecting them happens elsewhere.

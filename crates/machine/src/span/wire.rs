@@ -2,7 +2,7 @@
 //! class over TLS with pinned certificates.
 //!
 //! ```text
-//!   who dials                                   who listens
+//!   dialling part                               listening part
 //!     │ HELLO (version, machine, epoch, from, to)  │
 //!     │ MESSAGES, PAGES, NOTE … ──────────────────▶│      one way only
 //! ```

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   source                                target
-//!     │ LOG (offset, bytes) … ────────────▶│ adds what follows its end
-//!     │ LOG_BEGINS (offset) ──────────────▶│ what was before is kept nowhere any more
-//!     │ ROUND_END, or IMAGE_END ──────────▶│ did some not follow its end?
-//!     │◀──────────────── LOG_AGAIN (offset)│ then from there again
+//!     │ LOG (offset, bytes) … ────────────▶│ appends contiguous output
+//!     │ LOG_BEGINS (offset) ──────────────▶│ earlier output is no longer kept
+//!     │ ROUND_END, or IMAGE_END ──────────▶│ was there a gap?
+//!     │◀─────────────── LOG_RESEND (offset)│ then output from there on
 //!     │ LOG …                              │
 //! ```
 //!

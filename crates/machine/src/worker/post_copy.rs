@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!   source                                            target
-//!     │ REMOTE (which pages it keeps), image ──────────▶│
+//!     │ REMOTE (pages that it keeps), image ────────────▶│
 //!     │  commit in the store                            │
-//!     │ REMOTE (what was written last), ROUND_END, GO ─▶│ runs; an access to such a page waits
-//!     │ pages, in order ───────────────────────────────▶│ written, then shown   (first connection)
-//!     │◀──────────────────────────────────────── PULL ──│ what a thread waits for
+//!     │ REMOTE (pages written last), ROUND_END, GO ────▶│ runs; an access to such a page waits
+//!     │ pages, in order ───────────────────────────────▶│ installed and mapped  (first connection)
+//!     │◀──────────────────────────────────────── PULL ──│ a page that a thread waits for
 //!     │ that page and the next ────────────────────────▶│                       (second connection)
 //!     │ ALL_SENT ──────────────────────────────────────▶│
-//!     │◀────────────────────────────────────── FILLED ──│ all is there
+//!     │◀────────────────────────────────────── FILLED ──│ all pages have arrived
 //! ```
 //!
 //! A page becomes visible to the guest only once its newest content is in place. The

@@ -11,7 +11,7 @@
 //!     │─── Mark ────────────────────────▶│ protects pages written or received since
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
-//!     │─── More ────────────────────────▶│ may send so many bytes, and move pages again
+//!     │─── More ────────────────────────▶│ may send this many bytes, and move pages again
 //!     │◀────────────────────────── pages ─│ as of the cut; for pages unchanged since an
 //!     │                                   │ earlier cut, only that ([`page_digests`])
 //!     │◀─────────────────────────── Done ─│
@@ -201,7 +201,7 @@ pub(super) struct CutStatus {
 }
 
 impl CutStatus {
-    /// Whether so many bytes are buffered that writers must wait.
+    /// Whether the buffered bytes exceed the threshold at which writers wait.
     pub(super) fn are_behind(&self) -> bool {
         self.copied_bytes.load(Ordering::Relaxed) > COPIED_BYTES_SLOW
     }

@@ -3,7 +3,7 @@
 //! room ([`super::super::eviction`] selects them).
 //!
 //! ```text
-//!   limit of all parts ── from the home ──▶ own limit ◀── what this host has room for
+//!   limit of all parts ── from the home ──▶ own limit ◀── room of this host
 //!                                             │
 //!   memory of others ── reported ────▶ evicts ◀── resident memory exceeds the limit
 //!                                             │

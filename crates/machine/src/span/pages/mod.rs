@@ -5,7 +5,7 @@
 //!   faults of memories ─┐
 //!   other parts ────────┼─▶ one thread ─┐                       ┌─▶ install, allow, protect …
 //!   time ───────────────┘               ├─▶ `Coherence` (lock) ─┤
-//!   the host's own accesses ────────────┘                       └─▶ frames, written after it
+//!   accesses by the host ───────────────┘                       └─▶ frames, written after it
 //! ```
 //!
 //! Memory is changed under the lock, in the order that the protocol requires for each

@@ -60,7 +60,7 @@ pub(super) struct Peers {
     know_gone: Mutex<(Option<PartId>, PartSet)>,
     /// At a new home: the parts that know that it is the home.
     know: Mutex<PartSet>,
-    /// The part has ended and accepts no further ones. Changes under the lock of `told`.
+    /// The part has ended and accepts no further ones. Changes under the lock of `outbound`.
     closed: AtomicBool,
 }
 
