@@ -22,7 +22,7 @@ impl Spanned {
         text: &str,
         parts: usize,
         spawning: Spawning,
-        limits: PartLimits,
+        part_limits: PartLimits,
     ) -> Result<Self> {
         let program = Engine::new(Options::default())?.load(&wat::parse_str(text)?)?;
         let limits = Limits::default();
@@ -30,7 +30,7 @@ impl Spanned {
         let how = SpanConfig {
             spawning,
             patience: LIMIT,
-            limits: keeps,
+            limits: part_limits,
             stays_stopped: false,
         };
         let parts = InProcess::begin(&machine, parts, limits.memory_bytes, how)?;

@@ -490,41 +490,41 @@ mod on {
     use std::sync::{Mutex, MutexGuard};
     use std::time::Duration;
 
-    static ORDERS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
+    static INJECTIONS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
 
-    fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
-        ORDERS.lock().unwrap_or_else(|error| error.into_inner())
+    fn injections() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
+        INJECTIONS.lock().unwrap_or_else(|error| error.into_inner())
     }
 
     /// Sets or removes an injection in this process.
-    pub fn set(name: &str, order: Option<Injection>) {
+    pub fn set(name: &str, injection: Option<Injection>) {
         let Some(failpoint) = find(name) else { return };
-        match order {
-            Some(order) => orders().insert(failpoint.name, order),
-            None => orders().remove(failpoint.name),
+        match injection {
+            Some(injection) => injections().insert(failpoint.name, injection),
+            None => injections().remove(failpoint.name),
         };
     }
 
     /// Sets the injections of this process's environment.
     pub fn set_from_environment() {
         let text = std::env::var(ENVIRONMENT).unwrap_or_default();
-        for (name, order) in text.split(';').filter_map(|part| part.split_once('=')) {
-            set(name, order.parse().ok());
+        for (name, injection) in text.split(';').filter_map(|part| part.split_once('=')) {
+            set(name, injection.parse().ok());
         }
     }
 
     /// The action that is due at this pass.
     fn due(name: &'static str) -> Option<Action> {
         debug_assert!(find(name).is_some(), "{name}");
-        let mut orders = orders();
-        let order = orders.get_mut(name)?;
-        if order.skip > 0 {
-            order.skip -= 1;
+        let mut injections = injections();
+        let injection = injections.get_mut(name)?;
+        if injection.skip > 0 {
+            injection.skip -= 1;
             return None;
         }
-        let (action, always) = (order.action, order.always);
+        let (action, always) = (injection.action, injection.always);
         if !always {
-            orders.remove(name);
+            injections.remove(name);
         }
         Some(action)
     }

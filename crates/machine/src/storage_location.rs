@@ -18,7 +18,7 @@ const READ_BYTES_MAX: u64 = 1 << 30;
 /// A URL that does not name a store, or a store that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{url:?} is no place for checkpoints or volumes: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
+    "{url:?} is not a location for checkpoints or volumes: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
 )]
 pub struct StorageLocationError {
     pub url: String,

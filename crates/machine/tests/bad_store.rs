@@ -381,7 +381,9 @@ fn outdated_listings_do_no_harm() {
         for_s: None,
     };
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
-    let kept = running.repository.keep(&runtime, &name, one, unix_ms());
+    let kept = running
+        .repository
+        .apply_retention(&runtime, &name, one, unix_ms());
     assert_eq!(kept.unwrap(), []);
     let then = bad.objects.lock().unwrap().clone();
     *bad.listed.lock().unwrap() = None;
@@ -397,7 +399,7 @@ fn outdated_listings_do_no_harm() {
     assert_eq!(
         running
             .repository
-            .keep(&runtime, &name, one, unix_ms())
+            .apply_retention(&runtime, &name, one, unix_ms())
             .unwrap()
             .len(),
         2
@@ -406,7 +408,7 @@ fn outdated_listings_do_no_harm() {
     assert!(
         running
             .repository
-            .keep(&runtime, &name, one, unix_ms())
+            .apply_retention(&runtime, &name, one, unix_ms())
             .is_ok()
     );
     assert_eq!(
@@ -453,7 +455,9 @@ fn unread_ancestors_are_not_deleted() {
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
     let before = bad.objects.lock().unwrap().len();
     bad.unreadable.store(true, Ordering::Relaxed);
-    let kept = running.repository.keep(&runtime, &name, one, unix_ms());
+    let kept = running
+        .repository
+        .apply_retention(&runtime, &name, one, unix_ms());
     assert!(kept.is_err());
     bad.unreadable.store(false, Ordering::Relaxed);
     assert_eq!(bad.objects.lock().unwrap().len(), before);

@@ -462,7 +462,7 @@ fn a_full_checkpoint_follows_the_return_to_one_part() {
     let pages = apart.home().pages().clone();
     let first = running.try_take_apart(Some(&pages), false, &never).unwrap();
     drop(pages);
-    apart.alone(LIMIT).unwrap();
+    apart.unspan(LIMIT).unwrap();
     running.wait_lines(running.lines() + 2);
     let second = running.take(false);
     running.wait_lines(running.lines() + 2);
@@ -669,7 +669,7 @@ fn the_newest_intact_checkpoint_is_used() {
     std::fs::remove_dir_all(running.place().join("programs")).unwrap();
     let error = running.restore(None).err().unwrap().to_string();
     assert!(
-        error.contains("is whole") && error.contains("its program"),
+        error.contains("is intact") && error.contains("its program"),
         "{error}"
     );
     std::fs::remove_dir_all(&folder).unwrap();
@@ -787,7 +787,7 @@ fn old_checkpoints_are_deleted_and_ancestors_stay() {
         };
         let runtime = running.runtime.handle();
         repository
-            .keep(runtime, &name, retention, unix_ms())
+            .apply_retention(runtime, &name, retention, unix_ms())
             .unwrap()
             .len()
     };
@@ -861,7 +861,7 @@ fn compaction_preserves_the_machine() {
     };
     assert_eq!(
         repository
-            .keep(&runtime, &name, two, unix_ms())
+            .apply_retention(&runtime, &name, two, unix_ms())
             .unwrap()
             .len(),
         2
@@ -902,7 +902,9 @@ fn ids_increase_with_any_clock() {
     };
     let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle();
-    let gone = repository.keep(runtime, &name, one, unix_ms()).unwrap();
+    let gone = repository
+        .apply_retention(runtime, &name, one, unix_ms())
+        .unwrap();
     assert_eq!(gone, [first.id, ahead, second.id]);
     assert_eq!(running.restore(None).unwrap().manifest.id, third.id);
 }
@@ -922,7 +924,11 @@ fn checkpoints_being_read_are_not_deleted() {
         newest: Some(1),
         for_s: None,
     };
-    let keep = |now| repository.keep(&runtime, &name, one, now).unwrap();
+    let keep = |now| {
+        repository
+            .apply_retention(&runtime, &name, one, now)
+            .unwrap()
+    };
     assert_eq!(keep(unix_ms()), []);
     let restored = running
         .restore_as(Some(&second.id), MemoryRestore::Lazy)
@@ -971,7 +977,7 @@ fn checkpoints_are_kept_by_age_and_superseded_bytes_are_not() {
     let keep = |newest, for_s| {
         let retention = Retention { newest, for_s };
         repository
-            .keep(runtime, &name, retention, now)
+            .apply_retention(runtime, &name, retention, now)
             .unwrap()
             .len()
     };

@@ -196,10 +196,11 @@ fn a_bucket_keeps_checkpoints() {
             newest: Some(1),
             for_s: None,
         };
-        let (vault_2, name_2) = (repository.clone(), name.clone());
+        let (repository_2, name_2) = (repository.clone(), name.clone());
         let runtime = tokio::runtime::Handle::current();
-        let kept =
-            tokio::task::spawn_blocking(move || vault_2.keep(&runtime, &name_2, retention, 3000));
+        let kept = tokio::task::spawn_blocking(move || {
+            repository_2.apply_retention(&runtime, &name_2, retention, 3000)
+        });
         assert_eq!(kept.await.unwrap().unwrap().len(), 3);
         assert_eq!(
             repository.list(&name).await.unwrap(),

@@ -205,7 +205,7 @@ fn it_spans_and_returns_to_one_part() {
             drop(parts);
             break outcome;
         }
-        let stood = match parts.alone(LONG) {
+        let stood = match parts.unspan(LONG) {
             Ok(stood) => stood,
             // It ended in the middle.
             Err(_) if running.machine.wait(Some(LONG)).is_some() => break running.outcome(),
@@ -424,7 +424,7 @@ fn returning_to_one_part_can_be_retried() {
         assert!(begun.elapsed() < LONG, "no thread begins elsewhere");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let (parts, error) = parts.alone(Duration::ZERO).unwrap_err();
+    let (parts, error) = parts.unspan(Duration::ZERO).unwrap_err();
     assert!(
         error.to_string().contains("did not move home in time"),
         "{error}"
@@ -435,7 +435,7 @@ fn returning_to_one_part_can_be_retried() {
         "{refused:?}"
     );
     assert_eq!(parts.home().failure(), None);
-    if let Err((_, error)) = parts.alone(LONG) {
+    if let Err((_, error)) = parts.unspan(LONG) {
         panic!("{error}");
     }
     assert!(!away());

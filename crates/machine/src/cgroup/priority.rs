@@ -92,7 +92,7 @@ pub fn guest_nice() -> Option<i32> {
 #[derive(Debug)]
 pub struct YieldPolicy {
     own: i32,
-    looked: Instant,
+    measured_at: Instant,
     /// Nanoseconds that the thread ran, and that it waited for a processor.
     used: (u64, u64),
     on: bool,
@@ -100,8 +100,8 @@ pub struct YieldPolicy {
 
 /// The minimum duration of a measurement, in nanoseconds: several time slices of all
 /// threads.
-const LOOKED_AT_NANOS: u64 = 20_000_000;
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const MEASURED_NANOS_MIN: u64 = 20_000_000;
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 /// The smallest share of its runnable time in which the thread should run.
 const SHARE_MIN: f64 = 0.25;
 
@@ -112,7 +112,7 @@ impl YieldPolicy {
         let used = ran_and_waited()?;
         (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| YieldPolicy {
             own,
-            looked: Instant::now(),
+            measured_at: Instant::now(),
             used,
             on: true,
         })
@@ -120,15 +120,15 @@ impl YieldPolicy {
 
     /// Ends the yielding if the thread gets too little; call often.
     pub fn check(&mut self) {
-        if !self.on || self.looked.elapsed() < LOOK_EVERY {
+        if !self.on || self.measured_at.elapsed() < CHECK_INTERVAL {
             return;
         }
-        self.looked = Instant::now();
+        self.measured_at = Instant::now();
         let Some((ran, waited)) = ran_and_waited() else {
             return;
         };
         let now = (ran - self.used.0, waited - self.used.1);
-        if now.0 + now.1 < LOOKED_AT_NANOS {
+        if now.0 + now.1 < MEASURED_NANOS_MIN {
             return;
         }
         self.used = (ran, waited);

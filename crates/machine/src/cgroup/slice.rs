@@ -32,7 +32,7 @@ impl Slice {
             Err(error) => {
                 return Slice {
                     folders: Vec::new(),
-                    missing: Some(format!("where they would be is not known: {error}")),
+                    missing: Some(format!("their location is unknown: {error}")),
                 };
             }
         };
@@ -61,7 +61,7 @@ impl Slice {
             });
         }
         if missing.is_none() && !folders.iter().any(|folder| folder.memory) {
-            missing = Some("this system has no memory controller where they would be".into());
+            missing = Some("this system has no memory controller for them".into());
         }
         Slice { folders, missing }
     }
@@ -70,7 +70,7 @@ impl Slice {
     pub fn missing(&self) -> Option<String> {
         let missing = self.missing.as_ref()?;
         Some(format!(
-            "Machines' memory is not bounded by cgroups: {missing} (`keel doctor` says what to do)."
+            "Machines' memory is not bounded by cgroups: {missing} (`keel doctor` shows the remedy)."
         ))
     }
 

@@ -77,7 +77,7 @@ impl FromStr for CheckpointId {
             Ok(CheckpointId(text.to_owned()))
         } else {
             Err(format!(
-                "{text:?} is no name of a checkpoint (see `keel checkpoints MACHINE`)"
+                "{text:?} is not the name of a checkpoint (see `keel checkpoints MACHINE`)"
             ))
         }
     }
@@ -275,7 +275,7 @@ impl Manifest {
             VERSION => postcard::from_bytes(body),
             _ => past::decode_checkpoint(body),
         };
-        let manifest = manifest.map_err(|_| damaged("its body is none"))?;
+        let manifest = manifest.map_err(|_| damaged("its body cannot be decoded"))?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -288,7 +288,7 @@ impl Manifest {
             let size = self
                 .memory_pages
                 .get(run.memory as usize)
-                .ok_or(damaged("it has pages of a memory that is not there"))?;
+                .ok_or(damaged("it has pages of a memory that does not exist"))?;
             let end = u64::from(run.first) + u64::from(run.pages);
             if run.pages == 0 || end > size.saturating_mul(16) {
                 return Err(damaged("it has pages outside its memory"));
@@ -326,7 +326,7 @@ impl Manifest {
                 }
             };
             if !own.contains(&volume) || end.is_none() {
-                return Err(damaged("it has blocks of a volume that is not there"));
+                return Err(damaged("it has blocks of a volume that does not exist"));
             }
         }
         if sum_of(&self.block_packs) != Some(stored) {

@@ -88,7 +88,7 @@ impl Layout {
                 let places = newest
                     .get_mut(run.memory as usize)
                     .and_then(|memory| memory.get_mut(from..to))
-                    .ok_or("an older one is of a larger machine")?;
+                    .ok_or("an ancestor belongs to a larger machine")?;
                 for (at, place) in (next..).zip(places) {
                     *place = at;
                 }
@@ -104,7 +104,8 @@ impl Layout {
                 if !pack.bytes.is_multiple_of(PAGE_BYTES) {
                     return Err("a pack ends in the middle of a page");
                 }
-                let pages = u32::try_from(pack.bytes / PAGE_BYTES).map_err(|_| "a pack is huge")?;
+                let pages =
+                    u32::try_from(pack.bytes / PAGE_BYTES).map_err(|_| "a pack is too large")?;
                 packs.push(PackAt {
                     checkpoint,
                     number,

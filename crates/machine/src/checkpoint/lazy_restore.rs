@@ -24,11 +24,11 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Threads that resolve faults of one memory: each reads one MiB at a time.
-const ANSWERING: usize = 2;
+const FAULT_THREADS: usize = 2;
 /// Interval at which they check whether all pages are read.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Pause before a failed request is repeated.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
 /// Why a pack cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +114,7 @@ impl LazyRestore {
         tell: impl FnOnce(Result<(), String>) + Send + 'static,
     ) -> std::io::Result<()> {
         for memory in 0..self.shared.faults.len() {
-            for _ in 0..ANSWERING {
+            for _ in 0..FAULT_THREADS {
                 let shared = self.shared.clone();
                 std::thread::Builder::new()
                     .name("warm-faults".into())
@@ -156,7 +156,7 @@ impl Shared {
     fn answer(&self, memory: usize) {
         let faults = &self.faults[memory];
         while !self.is_done() {
-            let fault = match faults.wait(LOOK_EVERY) {
+            let fault = match faults.wait(POLL_INTERVAL) {
                 Ok(Some(fault)) if fault.kind == FaultKind::Missing => fault,
                 Ok(_) => continue,
                 Err(error) => return self.end(Err(error.to_string())),
@@ -257,7 +257,7 @@ impl Shared {
             }
         }
         tracing::warn!(%error, "cannot read pages of a checkpoint; retrying");
-        std::thread::sleep(RETRY_AFTER);
+        std::thread::sleep(RETRY_DELAY);
     }
 
     /// Installs the newest pages of a block.

@@ -455,7 +455,7 @@ impl Repository {
                     machine: machine.clone(),
                     id: id.clone(),
                     part: "its chain".into(),
-                    reason: "it does not end".into(),
+                    reason: "its chain of ancestors does not end".into(),
                 });
             }
             chain.push(self.manifest(machine, &parent).await?);
@@ -551,7 +551,7 @@ impl Repository {
     /// # Errors
     /// [`CreateError`], also if the required objects cannot be determined; none of them
     /// is deleted then.
-    pub fn keep(
+    pub fn apply_retention(
         &self,
         runtime: &Handle,
         machine: &MachineName,

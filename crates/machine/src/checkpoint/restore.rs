@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 
 /// Threads that read packs, at most.
-const READING_MAX: usize = 4;
+const READERS_MAX: usize = 4;
 
 /// Why a machine was not restored.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +46,7 @@ pub enum RestoreError {
         source: std::io::Error,
     },
     /// All checkpoints are damaged.
-    #[error("no checkpoint of machine {machine:?} is whole: {}", reasons.join("; "))]
+    #[error("no checkpoint of machine {machine:?} is intact: {}", reasons.join("; "))]
     NoneWhole {
         machine: String,
         /// What is wrong with each, newest first.
@@ -361,7 +361,7 @@ pub(super) fn read_pages<E: From<RepositoryError> + Send>(
     };
     // Threads mostly wait for the store, however few processors there are.
     std::thread::scope(|scope| {
-        for _ in 1..READING_MAX.min(layout.packs().len()) {
+        for _ in 1..READERS_MAX.min(layout.packs().len()) {
             scope.spawn(read);
         }
         read();

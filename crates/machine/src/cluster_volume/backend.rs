@@ -110,7 +110,7 @@ struct Inner {
     /// The volume's change count at the last commit.
     seen: Option<u64>,
     /// The last commit failed temporarily.
-    away: bool,
+    unavailable: bool,
     /// File and block behind the last one fetched.
     last_fetch: (u64, u64),
     closed: bool,
@@ -419,7 +419,7 @@ impl Shared {
                 continue;
             }
             let outcome = self.flush().await;
-            self.inner().away = matches!(&outcome, Err(error) if error.is_temporary());
+            self.inner().unavailable = matches!(&outcome, Err(error) if error.is_temporary());
             let fault = match &outcome {
                 Ok(()) => Ok(()),
                 Err(error) if error.is_temporary() => Err(Fault::Away(error.to_string())),
@@ -747,7 +747,7 @@ impl Backing for VolumeBackend {
         let attached = self.0.attached.get()?;
         let lost = matches!(*self.0.standing.borrow(), ClaimState::Lost(_));
         let full = attached.tracker.noted_bytes() > DIRTY_BYTES_MAX;
-        (lost || full || self.0.inner().away).then(|| self.sync())
+        (lost || full || self.0.inner().unavailable).then(|| self.sync())
     }
 }
 

@@ -198,7 +198,7 @@ impl Segment {
         }
         let segment: Segment = match postcard::take_from_bytes(body) {
             Ok((segment, [])) => segment,
-            _ => return Err(damaged("its body is none")),
+            _ => return Err(damaged("its body cannot be decoded")),
         };
         segment.check()?;
         Ok(segment)
@@ -228,11 +228,11 @@ impl Segment {
             let sizes = file.blocks.iter().filter_map(|(_, chunk)| *chunk);
             let mut sizes = sizes.map(|chunk| u64::from(chunk.bytes));
             if !rising(numbers.iter()) || !sizes.all(|bytes| (1..=BLOCK_BYTES).contains(&bytes)) {
-                return Err(FormatError::Damaged("it has blocks that cannot be"));
+                return Err(FormatError::Damaged("it has invalid blocks"));
             }
         }
         if self.is_base && !self.removed.is_empty() {
-            return Err(FormatError::Damaged("it removes what was never there"));
+            return Err(FormatError::Damaged("it removes files that never existed"));
         }
         Ok(())
     }

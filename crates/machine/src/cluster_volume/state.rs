@@ -99,7 +99,7 @@ impl VolumeState {
             let blocks = runs.iter().flat_map(|(first, count)| *first..first + count);
             let map = self.map.get(inode).unwrap_or(&empty);
             if !blocks.eq(map.keys().copied()) {
-                return Err(format!("blocks of file {inode} are not those that it has"));
+                return Err(format!("blocks of file {inode} do not match its size"));
             }
         }
         match self
@@ -107,7 +107,9 @@ impl VolumeState {
             .keys()
             .find(|inode| !self.nodes.contains_key(inode))
         {
-            Some(inode) => Err(format!("there are blocks of file {inode}, which is none")),
+            Some(inode) => Err(format!(
+                "there are blocks of file {inode}, which does not exist"
+            )),
             None => Ok(()),
         }
     }

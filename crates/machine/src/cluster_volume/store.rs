@@ -264,7 +264,7 @@ impl VolumeStore {
         let segment =
             Segment::decode(bytes).map_err(|error: FormatError| self.damaged(path, error))?;
         if segment.volume != self.id {
-            return Err(self.damaged(path, "is of another volume that had its name"));
+            return Err(self.damaged(path, "belongs to another volume of its name"));
         }
         Ok(segment)
     }
@@ -581,7 +581,7 @@ impl VolumeStore {
         };
         let segment = self.decode(&path, &bytes)?;
         if !segment.is_base {
-            return Err(self.damaged(&path, "is no snapshot"));
+            return Err(self.damaged(&path, "is not a snapshot"));
         }
         let mut state = VolumeState::default();
         state.apply(&segment);

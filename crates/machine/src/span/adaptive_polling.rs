@@ -16,7 +16,7 @@ pub(super) struct AdaptivePoller {
     span: Duration,
     /// Since when there has been nothing to do.
     idle: Option<Instant>,
-    looked: Option<Instant>,
+    load_read_at: Option<Instant>,
     /// A runnable thread lacks a processor.
     is_wanted: bool,
     processors: usize,
@@ -27,7 +27,7 @@ impl Default for AdaptivePoller {
         AdaptivePoller {
             span: SHORTEST,
             idle: None,
-            looked: None,
+            load_read_at: None,
             is_wanted: false,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
         }
@@ -44,17 +44,17 @@ impl AdaptivePoller {
 
     /// There is no work: whether to poll again rather than to sleep. `awaited` says that
     /// an answer is expected.
-    pub(super) fn should_poll(&mut self, awaited: bool) -> bool {
+    pub(super) fn should_poll(&mut self, answer_expected: bool) -> bool {
         let now = Instant::now();
         let idle = *self.idle.get_or_insert(now);
-        if now - idle >= self.span && !awaited {
+        if now - idle >= self.span && !answer_expected {
             return false;
         }
         if self
-            .looked
-            .is_none_or(|looked| now - looked > POLL_INTERVAL)
+            .load_read_at
+            .is_none_or(|load_read_at| now - load_read_at > POLL_INTERVAL)
         {
-            self.looked = Some(now);
+            self.load_read_at = Some(now);
             let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
             self.is_wanted = runnable(&load).is_none_or(|threads| threads > self.processors);
         }

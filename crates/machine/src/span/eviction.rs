@@ -14,12 +14,12 @@
 //! ```text
 //!            ┌──────── returns ◀────── ghosts (names of evicted) ◀───┐
 //!            ▼                                                       │
-//!   used ──▶ old ── while few are young, and not used ──▶ evicted ─┤
+//!   used ──▶ old ── while few are young, and not used ──▶ evicted ───┤
 //!     ▲      └── used ─▶ old                                         │
 //!     └────┐                                                         │
-//!   present ──▶ young ── while many are young ───────────▶ evicted ─┘
-//!   arrives ──▶ young
-//!   read ─────▶ copies ──────────────────────────────────▶ dropped
+//!   present ─▶ young ── while many are young ──────────▶ evicted ────┘
+//!   arrives ─▶ young
+//!   read ────▶ copies ─────────────────────────────────▶ dropped
 //! ```
 //!
 //! The policy only selects; it accesses neither memory nor a clock.
@@ -69,9 +69,9 @@ pub(super) struct EvictionPolicy {
     ghosts: VecDeque<(PageId, u64)>,
     remembered: HashMap<PageId, u64>,
     /// Selected for eviction and still present.
-    going: HashSet<PageId>,
+    departing: HashSet<PageId>,
     /// Selected pages that left since the last query.
-    given: u64,
+    evicted: u64,
 }
 
 impl EvictionPolicy {
@@ -85,12 +85,12 @@ impl EvictionPolicy {
 
     /// Whether a present page is in any queue.
     pub(super) fn knows(&self, page: PageId) -> bool {
-        self.at.contains_key(&page) || self.going.contains(&page)
+        self.at.contains_key(&page) || self.departing.contains(&page)
     }
 
     /// Number of pages that were selected and have not left.
     pub(super) fn departing(&self) -> usize {
-        self.going.len()
+        self.departing.len()
     }
 
     /// Number of pages that can be moved away.
@@ -142,7 +142,7 @@ impl EvictionPolicy {
     }
 
     fn remove(&mut self, page: PageId) {
-        self.going.remove(&page);
+        self.departing.remove(&page);
         if let Some((queue, _)) = self.at.remove(&page) {
             self.line(queue).count -= 1;
         }
@@ -150,13 +150,13 @@ impl EvictionPolicy {
 
     /// A page has left.
     pub(super) fn departed(&mut self, page: PageId) {
-        self.given += u64::from(self.going.contains(&page));
+        self.evicted += u64::from(self.departing.contains(&page));
         self.remove(page);
     }
 
     /// Number of selected pages that have left since the last call.
     pub(super) fn take_evicted(&mut self) -> u64 {
-        std::mem::take(&mut self.given)
+        std::mem::take(&mut self.evicted)
     }
 
     /// Removes the first valid page of a queue; returns it with its queue.
@@ -220,7 +220,7 @@ impl EvictionPolicy {
             goes_young = true;
             self.put(page, Queue::Old);
         };
-        self.going.insert(page);
+        self.departing.insert(page);
         self.last += 1;
         self.remembered.insert(page, self.last);
         self.ghosts.push_back((page, self.last));
@@ -238,7 +238,7 @@ impl EvictionPolicy {
 
     /// Makes selected pages that have not left candidates again.
     pub(super) fn reconsider_departing(&mut self) {
-        for page in std::mem::take(&mut self.going) {
+        for page in std::mem::take(&mut self.departing) {
             self.put(page, Queue::Young);
         }
     }
@@ -260,17 +260,17 @@ mod tests {
 
     /// Evicts a number of pages.
     fn give(keep: &mut EvictionPolicy, count: usize) -> Vec<u32> {
-        let given: Vec<PageId> = (0..count)
+        let evicted: Vec<PageId> = (0..count)
             .map_while(|_| keep.next(100, |_| false))
             .collect();
-        for page in &given {
+        for page in &evicted {
             keep.departed(*page);
         }
-        given.iter().map(|page| page.number).collect()
+        evicted.iter().map(|page| page.number).collect()
     }
 
     #[test]
-    fn copies_go_first_and_the_oldest_of_them() {
+    fn copies_are_dropped_oldest_first() {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..4, Access::Write);
         came(&mut keep, 10..16, Access::Read);
@@ -288,7 +288,7 @@ mod tests {
 
     /// The working set stays during a scan.
     #[test]
-    fn what_comes_back_stays() {
+    fn returned_pages_stay() {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..8, Access::Write);
         assert_eq!(give(&mut keep, 4), [0, 1, 2, 3]);
@@ -296,18 +296,18 @@ mod tests {
         came(&mut keep, 0..4, Access::Write);
         for start in (100..1000).step_by(10) {
             came(&mut keep, start..start + 10, Access::Write);
-            let given = give(&mut keep, 10);
-            assert!(given.iter().all(|it| *it >= 4), "{given:?}");
+            let evicted = give(&mut keep, 10);
+            assert!(evicted.iter().all(|it| *it >= 4), "{evicted:?}");
         }
         // Not for ever: where nearly all pages have returned, the oldest are evicted.
-        let given = give(&mut keep, 8);
-        assert!(given.contains(&0), "{given:?}");
+        let evicted = give(&mut keep, 8);
+        assert!(evicted.contains(&0), "{evicted:?}");
     }
 
     /// Used pages stay: those present from the start without being evicted once, others
     /// after they returned.
     #[test]
-    fn what_is_used_stays() {
+    fn used_pages_stay() {
         let mut keep = EvictionPolicy::default();
         (0..100).for_each(|number| keep.adopt(page(number)));
         came(&mut keep, 200..210, Access::Write);
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn where_all_is_used_one_goes_all_the_same() {
+    fn a_used_page_is_evicted_if_all_are_used() {
         let mut keep = EvictionPolicy::default();
         (0..40).for_each(|number| keep.adopt(page(number)));
         for goes in 1..=20 {
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_what_left_are_forgotten_in_time() {
+    fn names_of_evicted_pages_are_forgotten() {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..500, Access::Write);
         give(&mut keep, 300);
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_leave_is_chosen_again() {
+    fn pages_that_do_not_leave_are_candidates_again() {
         let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..2, Access::Write);
         assert_eq!(keep.next(100, |_| false), Some(page(0)));

@@ -59,7 +59,7 @@ pub(super) struct FaultHistory {
 }
 
 impl FaultHistory {
-    fn go_to(&mut self, now_micros: u64) {
+    fn advance_to(&mut self, now_micros: u64) {
         let period = now_micros / PERIOD_MICROS;
         if period > self.period {
             let last = std::mem::take(&mut self.now);
@@ -72,8 +72,8 @@ impl FaultHistory {
     }
 
     /// Records that a thread waits for a page in order to access a byte.
-    pub(super) fn waits(&mut self, page: PageId, byte: u64, access: Access, now_micros: u64) {
-        self.go_to(now_micros);
+    pub(super) fn record_wait(&mut self, page: PageId, byte: u64, access: Access, now_micros: u64) {
+        self.advance_to(now_micros);
         if !self.now.contains_key(&page) {
             if self.now.len() >= PAGES_MAX && !self.is_full {
                 // Pages with one wait are mostly part of a scan.
@@ -105,7 +105,7 @@ impl FaultHistory {
         most: usize,
         now_micros: u64,
     ) -> (Vec<(PageId, FaultFootprint)>, Option<PageId>) {
-        self.go_to(now_micros);
+        self.advance_to(now_micros);
         let mut all: BTreeMap<PageId, FaultFootprint> = BTreeMap::new();
         for (page, footprint) in self.now.iter().chain(&self.before) {
             if *page >= from {
@@ -218,7 +218,7 @@ mod tests {
             // Twice: single waits are not reported.
             for _ in 0..2 {
                 let history = parts.entry(*at).or_default();
-                history.waits(page(*number), *byte, *access, 5);
+                history.record_wait(page(*number), *byte, *access, 5);
             }
         }
         let all = parts.into_iter().flat_map(|(at, mut history)| {
@@ -276,7 +276,7 @@ mod tests {
         let mut history = FaultHistory::default();
         for number in 0..10 {
             for _ in 0..=number {
-                history.waits(page(number), 0, Access::Read, 0);
+                history.record_wait(page(number), 0, Access::Read, 0);
             }
         }
         let (some, next) = history.pages(page(0), 4, 1);
@@ -288,7 +288,7 @@ mod tests {
         );
         assert_eq!(history.pages(page(5), 9, 1).0.len(), 5);
         // Waits of the previous period are added.
-        history.waits(page(0), 0, Access::Read, PERIOD_MICROS);
+        history.record_wait(page(0), 0, Access::Read, PERIOD_MICROS);
         assert_eq!(history.pages(page(0), 9, PERIOD_MICROS).0[0].1.waits, 2);
         assert!(history.pages(page(0), 9, 3 * PERIOD_MICROS).0.is_empty());
     }
@@ -299,18 +299,18 @@ mod tests {
         let most = PAGES_MAX as u32;
         // Pages with one wait make room.
         for number in 0..3 * most {
-            history.waits(page(number), 0, Access::Read, 0);
-            history.waits(page(number % 10), 0, Access::Write, 0);
+            history.record_wait(page(number), 0, Access::Read, 0);
+            history.record_wait(page(number % 10), 0, Access::Write, 0);
         }
         assert!(history.now.len() <= PAGES_MAX && history.now.len() > 10);
         assert_eq!(history.pages(page(0), 100, 0).0.len(), 10);
         // Where all pages have many waits, those already recorded stay.
         for number in 0..2 * most {
-            history.waits(page(number), 0, Access::Read, 0);
-            history.waits(page(number), 0, Access::Read, 0);
+            history.record_wait(page(number), 0, Access::Read, 0);
+            history.record_wait(page(number), 0, Access::Read, 0);
         }
         assert_eq!(history.now.len(), PAGES_MAX);
-        history.waits(page(3), 0, Access::Read, 0);
+        history.record_wait(page(3), 0, Access::Read, 0);
         assert_eq!(history.now.len(), PAGES_MAX);
     }
 }

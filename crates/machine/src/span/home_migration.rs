@@ -7,7 +7,7 @@
 //!     │ … frozen …                     │                            │
 //!     │ the last pages ───────────────▶│                            │   stopped
 //!     │ image, [`HomeState`] ─────────▶│ restores the image         │
-//!     │ … commit …                     │ [`MemberPart::succeed`] ──▶│
+//!     │ … commit …                     │ [`become_home`] ──────────▶│
 //!     ▼ ends                           │ threads ──────────────────▶│   running
 //! ```
 //!
@@ -68,8 +68,8 @@ pub struct HomeMigration {
     home: Arc<Home>,
     successor: PartId,
     /// Threads that were at the home.
-    sent: Vec<u32>,
-    left: Option<DrainedHome>,
+    moved_threads: Vec<u32>,
+    drained: Option<DrainedHome>,
 }
 
 impl HomeMigration {
@@ -94,17 +94,17 @@ impl HomeMigration {
         let places = home.machine().places().into_iter();
         let mut leaving = HomeMigration {
             successor,
-            sent: places
+            moved_threads: places
                 .filter(|(_, at)| *at == PartId::HOME)
                 .map(|(tid, _)| tid)
                 .collect(),
             home,
-            left: None,
+            drained: None,
         };
         match leaving.drain_home(threads_to, Instant::now() + patience, goes_on) {
             Ok(()) => Ok(leaving),
             Err(error) => {
-                leaving.stay()?;
+                leaving.cancel()?;
                 Err(error)
             }
         }
@@ -190,13 +190,13 @@ impl HomeMigration {
         let mut left = home.pages().leave(self.successor, patience)?;
         let places = home.machine().places().into_iter();
         let threads = places.map(|(tid, at)| {
-            let goes_on = match self.sent.contains(&tid) {
+            let goes_on = match self.moved_threads.contains(&tid) {
                 true => PartId::HOME,
                 false => at,
             };
             ThreadLocation { tid, at, goes_on }
         });
-        let legacy = HomeState {
+        let home_state = HomeState {
             successor: self.successor,
             members: home.members().without(self.successor),
             memory_bytes: sizes(home.machine().memories()),
@@ -206,8 +206,8 @@ impl HomeMigration {
             part_bytes: home.pages().part_limit(),
         };
         left.release();
-        self.left = Some(left);
-        Ok(legacy)
+        self.drained = Some(left);
+        Ok(home_state)
     }
 
     /// Cancels the migration: no other part is the home or will be, and the machine may
@@ -215,15 +215,15 @@ impl HomeMigration {
     ///
     /// # Errors
     /// [`SpanError`] if a part was lost: the machine has ended then.
-    pub fn stay(&mut self) -> Result<(), SpanError> {
-        if let Some(left) = self.left.take() {
-            left.stay()?;
+    pub fn cancel(&mut self) -> Result<(), SpanError> {
+        if let Some(left) = self.drained.take() {
+            left.cancel()?;
         }
         let home = &self.home;
         home.pages().drain_self(false);
         home.pages().pin_directories(false);
         home.set_leaving(self.successor, false);
-        for tid in std::mem::take(&mut self.sent) {
+        for tid in std::mem::take(&mut self.moved_threads) {
             // The thread may have ended.
             if let Err(error) = home.machine().move_thread(tid, PartId::HOME) {
                 tracing::debug!(tid, %error, "a thread was not moved back");
@@ -247,12 +247,12 @@ impl MemberPart {
     ///
     /// # Errors
     /// [`SpanError::Inconsistent`].
-    pub fn can_succeed(&self, legacy: &HomeState) -> Result<(), SpanError> {
-        if self.pages().others() != legacy.members.with(PartId::HOME) {
+    pub fn check_successor(&self, home_state: &HomeState) -> Result<(), SpanError> {
+        if self.pages().others() != home_state.members.with(PartId::HOME) {
             let why = "the home and its successor know different parts";
             return Err(SpanError::Inconsistent(why.into()));
         }
-        if sizes(self.memories()) != legacy.memory_bytes {
+        if sizes(self.memories()) != home_state.memory_bytes {
             let why = "the home's memory grew meanwhile, or could not; try again";
             return Err(SpanError::Inconsistent(why.into()));
         }
@@ -266,34 +266,34 @@ impl MemberPart {
     ///
     /// # Errors
     /// [`SpanningError`]; the machine has ended then.
-    pub fn succeed(
+    pub fn become_home(
         &self,
         machine: &Machine,
-        legacy: &HomeState,
+        home_state: &HomeState,
         patience: Duration,
     ) -> Result<Home, SpanningError> {
         let pages = self.pages();
         let begun = Instant::now();
-        self.can_succeed(legacy)?;
+        self.check_successor(home_state)?;
         let (listener, failure) = HomeListener::depending(machine);
-        pages.succeed(&legacy.held, Arc::new(listener), patience)?;
-        let way = Arc::new(MemberChannel::new(pages.teller()));
-        let members = legacy.members.iter().collect();
-        machine.set_members(members, Some(way.clone()), legacy.spawning)?;
-        for ThreadLocation { tid, at, goes_on } in &legacy.threads {
+        pages.become_home(&home_state.held, Arc::new(listener), patience)?;
+        let way = Arc::new(MemberChannel::new(pages.notifier()));
+        let members = home_state.members.iter().collect();
+        machine.set_members(members, Some(way.clone()), home_state.spawning)?;
+        for ThreadLocation { tid, at, goes_on } in &home_state.threads {
             // It is in the image, at the part where it was.
             way.order(*at, &Order::Leave { tid: *tid });
             if *goes_on != PartId::HOME {
                 machine.move_thread(*tid, *goes_on)?;
             }
         }
-        pages.limit_parts(legacy.part_bytes)?;
+        pages.limit_parts(home_state.part_bytes)?;
         self.is_home_now();
         Ok(Home::of(
             machine,
             pages.clone(),
-            legacy.members,
-            legacy.spawning,
+            home_state.members,
+            home_state.spawning,
             failure,
             begun.elapsed(),
         ))

@@ -20,11 +20,11 @@ use std::collections::BTreeMap;
 const IDLE_MICROS: u64 = 30_000_000;
 /// Time after a scan in which a second access to a used region cannot be observed, in
 /// microseconds.
-const JUST_MICROS: u64 = 100_000;
+const RECENT_MICROS: u64 = 100_000;
 /// Minimum number of scans without accesses.
-const LOOKS_MIN: u32 = 3;
+const SCANS_MIN: u32 = 3;
 /// Bytes scanned together, and the minimum size of a region.
-pub(super) const LOOKED_BYTES: u64 = 64 << 10;
+pub(super) const SAMPLE_BYTES: u64 = 64 << 10;
 /// Maximum number of regions in a memory; in larger memories regions are larger.
 const REGIONS_MAX: u64 = 1 << 16;
 
@@ -44,15 +44,15 @@ struct Region {
     /// Time of the last observed access, or of the first scan.
     used_micros: u64,
     /// Time of the last scan.
-    looked_micros: u64,
+    scanned_micros: u64,
     /// Scans since `used_micros`.
-    looks: u32,
+    scans: u32,
 }
 
 impl Region {
     fn is_idle(&self) -> bool {
-        self.looks >= LOOKS_MIN
-            && self.looked_micros.saturating_sub(self.used_micros) >= IDLE_MICROS
+        self.scans >= SCANS_MIN
+            && self.scanned_micros.saturating_sub(self.used_micros) >= IDLE_MICROS
     }
 }
 
@@ -75,7 +75,7 @@ impl IdlePages {
     pub(super) fn was_just_used(&self, memory: u32, at: u64, now_micros: u64) -> bool {
         let regions = self.memories.get(&memory).filter(|it| it.bytes > 0);
         let region = regions.and_then(|it| it.by_number.get(&(at / it.bytes)));
-        region.is_some_and(|it| it.looks == 0 && it.looked_micros + JUST_MICROS > now_micros)
+        region.is_some_and(|it| it.scans == 0 && it.scanned_micros + RECENT_MICROS > now_micros)
     }
 
     /// The region of a byte, in a memory of this size; and the position of its next
@@ -88,7 +88,7 @@ impl IdlePages {
     ) -> (std::ops::Range<u64>, Option<u64>) {
         let wanted = memory_bytes.div_ceil(REGIONS_MAX).next_power_of_two();
         let regions = self.memories.entry(memory).or_default();
-        let bytes = wanted.max(LOOKED_BYTES);
+        let bytes = wanted.max(SAMPLE_BYTES);
         // The memory has grown: records of regions of another size are void.
         if regions.bytes != bytes {
             *regions = Regions {
@@ -106,32 +106,32 @@ impl IdlePages {
 
     /// Records a scan of a region: whether it was accessed, and the next sample. The
     /// range between the previous region and this one is not populated.
-    pub(super) fn looked(
+    pub(super) fn record_scan(
         &mut self,
         memory: u32,
         gap: std::ops::Range<u64>,
         (next, used): (u64, bool),
         now_micros: u64,
     ) {
-        self.is_not_here(memory, gap);
+        self.record_absent(memory, gap);
         let Some(regions) = self.memories.get_mut(&memory) else {
             return;
         };
         let number = next / regions.bytes;
         match regions.by_number.get_mut(&number) {
             Some(region) => {
-                (region.next, region.looked_micros) = (next, now_micros);
-                region.looks = region.looks.saturating_add(1);
+                (region.next, region.scanned_micros) = (next, now_micros);
+                region.scans = region.scans.saturating_add(1);
                 if used {
-                    (region.used_micros, region.looks) = (now_micros, 0);
+                    (region.used_micros, region.scans) = (now_micros, 0);
                 }
             }
             None => {
                 let region = Region {
                     next,
                     used_micros: now_micros,
-                    looked_micros: now_micros,
-                    looks: 0,
+                    scanned_micros: now_micros,
+                    scans: 0,
                 };
                 regions.by_number.insert(number, region);
             }
@@ -139,7 +139,7 @@ impl IdlePages {
     }
 
     /// Records that a range is not populated.
-    pub(super) fn is_not_here(&mut self, memory: u32, range: std::ops::Range<u64>) {
+    pub(super) fn record_absent(&mut self, memory: u32, range: std::ops::Range<u64>) {
         let Some(regions) = self.memories.get_mut(&memory) else {
             return;
         };
@@ -193,7 +193,7 @@ impl IdlePages {
 mod tests {
     use super::*;
 
-    const K64: u64 = LOOKED_BYTES;
+    const K64: u64 = SAMPLE_BYTES;
     const MIB: u64 = 1 << 20;
 
     /// Scans regions of a memory of 16 MiB, given by their numbers, in order; whether
@@ -204,10 +204,10 @@ mod tests {
             let at = number * K64 + 8192;
             let (range, _) = idle.region(0, 16 * MIB, at);
             assert_eq!(range, number * K64..(number + 1) * K64);
-            idle.looked(0, last..range.start, (at, *used), now_micros);
+            idle.record_scan(0, last..range.start, (at, *used), now_micros);
             last = range.end;
         }
-        idle.is_not_here(0, last..16 * MIB);
+        idle.record_absent(0, last..16 * MIB);
     }
 
     fn ranges(idle: &IdlePages) -> Vec<(u64, u64)> {
@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn rarely_scanned_regions_are_not_idle() {
         let mut idle = IdlePages::default();
-        for turn in 0..LOOKS_MIN {
+        for turn in 0..SCANS_MIN {
             look(
                 &mut idle,
                 &[(4, true), (5, false)],
@@ -263,7 +263,7 @@ mod tests {
     fn reports_are_paged() {
         let mut idle = IdlePages::default();
         let all: Vec<(u64, bool)> = (0..100).step_by(2).map(|it| (it, false)).collect();
-        for turn in 0..=LOOKS_MIN {
+        for turn in 0..=SCANS_MIN {
             look(&mut idle, &all, u64::from(turn) * IDLE_MICROS);
         }
         let (mut told, mut next) = (Vec::new(), Some((0, 0)));
@@ -282,9 +282,9 @@ mod tests {
         let mut idle = IdlePages::default();
         let (range, _) = idle.region(2, 64 << 30, 5 << 30);
         assert_eq!(range.end - range.start, MIB);
-        for turn in 0..=u64::from(LOOKS_MIN) {
+        for turn in 0..=u64::from(SCANS_MIN) {
             let next = range.start + turn * K64;
-            idle.looked(2, 0..range.start, (next, false), turn * IDLE_MICROS);
+            idle.record_scan(2, 0..range.start, (next, false), turn * IDLE_MICROS);
         }
         let (ranges, _) = idle.ranges((0, 0), 9);
         assert_eq!((ranges[0].memory, ranges[0].bytes), (2, MIB));

@@ -177,18 +177,18 @@ impl InProcess {
             .map_err(SpanningError::from)
             .and_then(|()| leaving.leave(PATIENCE));
         let successor = self.members.remove(&new);
-        let (legacy, successor) = match (left, successor, goes) {
-            (Ok(legacy), Some(successor), true) => (legacy, successor),
+        let (home_state, successor) = match (left, successor, goes) {
+            (Ok(home_state), Some(successor), true) => (home_state, successor),
             (left, successor, _) => {
                 self.members.extend(successor.map(|member| (new, member)));
-                leaving.stay().map_err(SpanningError::from)?;
+                leaving.cancel().map_err(SpanningError::from)?;
                 before.thaw().map_err(SpanningError::from)?;
                 left?;
                 return Ok(before);
             }
         };
-        let again = postcard::to_stdvec(&legacy).map(|bytes| postcard::from_bytes(&bytes));
-        let legacy: HomeState = again.ok().and_then(Result::ok).unwrap_or(legacy);
+        let again = postcard::to_stdvec(&home_state).map(|bytes| postcard::from_bytes(&bytes));
+        let home_state: HomeState = again.ok().and_then(Result::ok).unwrap_or(home_state);
         let program = before.program();
         let image = before.image().and_then(|image| image.encode());
         let image = image.map_err(SpanningError::from)?;
@@ -197,7 +197,7 @@ impl InProcess {
             SpanningError::from(why)
         })?;
         let machine = make(image, successor.memories().clone());
-        self.home = Arc::new(successor.succeed(&machine, &legacy, PATIENCE)?);
+        self.home = Arc::new(successor.become_home(&machine, &home_state, PATIENCE)?);
         // The former home is usually in another process.
         before.stop();
         drop((leaving, old));
@@ -214,12 +214,12 @@ impl InProcess {
         }
     }
 
-    /// As [`Home::alone`].
+    /// As [`Home::unspan`].
     ///
     /// # Errors
     /// As there.
-    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, InProcessError)> {
-        match self.home.alone(patience) {
+    pub fn unspan(self, patience: Duration) -> Result<Duration, (Box<Self>, InProcessError)> {
+        match self.home.unspan(patience) {
             Ok(downtime) => Ok(downtime),
             Err(error) => Err((Box::new(self), error.into())),
         }

@@ -252,7 +252,7 @@ impl Outbound {
     ///
     /// # Errors
     /// [`BulkError`]: the part is lost.
-    pub(super) fn tell(&self, frame: Vec<u8>) -> Result<(), BulkError> {
+    pub(super) fn send(&self, frame: Vec<u8>) -> Result<(), BulkError> {
         if frame.len() <= AT_ONCE_BYTES
             && let Ok(mut out) = self.out.try_lock()
             && locked(&self.backlog).is_empty()
@@ -302,16 +302,16 @@ impl Outbound {
                     batch.clear();
                 }
                 match batch.is_empty() {
-                    true => wire::was_said(std::mem::replace(&mut batch, frame)),
+                    true => wire::recycle(std::mem::replace(&mut batch, frame)),
                     false => {
                         batch.extend_from_slice(&frame);
-                        wire::was_said(frame);
+                        wire::recycle(frame);
                     }
                 }
             }
             out.write(&batch)?;
             self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
-            wire::was_said(batch);
+            wire::recycle(batch);
         }
     }
 

@@ -188,7 +188,7 @@ impl StreamPrefetcher {
                 self.known.learn(key(first), pages as u16);
             } else {
                 // The requested pages are used up: treated as the start of a run.
-                let (known, learns) = self.known.begins(key(number));
+                let (known, learns) = self.known.begin_run(key(number));
                 stream.learns = learns;
                 let knew = stream.knew.take().filter(|_| follows);
                 if known.pages > 0 {
@@ -207,7 +207,7 @@ impl StreamPrefetcher {
             };
             return PrefetchWindow::window(stream.window);
         }
-        let (known, learns) = self.known.begins(key(number));
+        let (known, learns) = self.known.begin_run(key(number));
         let begun = Stream {
             memory: page.memory,
             access,
@@ -250,7 +250,7 @@ struct RunTable(HashMap<(PageId, Access), RunHistory>);
 impl RunTable {
     /// A run begins at a page: returns the pages to request, and the page whose run is to
     /// be learned if its length is unknown.
-    fn begins(&mut self, first: (PageId, Access)) -> (PrefetchWindow, Option<u32>) {
+    fn begin_run(&mut self, first: (PageId, Access)) -> (PrefetchWindow, Option<u32>) {
         let known = self.0.get_mut(&first).map_or(0, RunHistory::begin);
         match known {
             pages if pages < known_min(first.1) => {
@@ -292,34 +292,34 @@ mod tests {
     }
 
     /// Accesses pages that are all absent; returns the pages that fault.
-    fn through(
+    fn access_range(
         streams: &mut StreamPrefetcher,
         pages: std::ops::Range<u32>,
         access: Access,
     ) -> Vec<u32> {
-        let (mut stood, mut asked) = (Vec::new(), 0);
+        let (mut faulted, mut asked) = (Vec::new(), 0);
         for number in pages {
             if number < asked {
                 continue;
             }
-            stood.push(number);
+            faulted.push(number);
             let ahead = streams.on_fault(page(number), access, false);
             asked = number + 1 + ahead.pages;
             streams.on_requested(page(number), access, number + ahead.pages);
         }
-        stood
+        faulted
     }
 
     /// Number of pages requested.
-    fn stands(streams: &mut StreamPrefetcher, number: u32, access: Access) -> u32 {
+    fn fault(streams: &mut StreamPrefetcher, number: u32, access: Access) -> u32 {
         streams.on_fault(page(number), access, false).pages
     }
 
     #[test]
     fn sequential_access_faults_rarely() {
-        let read = through(&mut StreamPrefetcher::default(), 100..200, Access::Read);
+        let read = access_range(&mut StreamPrefetcher::default(), 100..200, Access::Read);
         assert_eq!(read, [100, 101, 104, 109, 118, 135, 168]);
-        let written = through(&mut StreamPrefetcher::default(), 100..130, Access::Write);
+        let written = access_range(&mut StreamPrefetcher::default(), 100..130, Access::Write);
         assert_eq!(written, [100, 101, 102, 103, 106, 111, 120]);
     }
 
@@ -327,28 +327,31 @@ mod tests {
     fn random_access_is_not_prefetched() {
         let mut streams = StreamPrefetcher::default();
         for number in [5, 900, 30, 31 + 9, 20, 19, 18, 5, 5, 1000] {
-            assert_eq!(stands(&mut streams, number, Access::Read), 0, "{number}");
+            assert_eq!(fault(&mut streams, number, Access::Read), 0, "{number}");
         }
         // Nothing is stored either.
         assert!(streams.known.0.is_empty());
         // Short bands are written, with pages of other threads between them.
         for band in [0, 12, 24, 36] {
             let first = 2000 + band;
-            let stood = through(&mut streams, first..first + 3, Access::Write);
-            assert_eq!(stood.len(), 3);
+            let faulted = access_range(&mut streams, first..first + 3, Access::Write);
+            assert_eq!(faulted.len(), 3);
         }
         // A run seen once may not repeat: two bands of one thread.
-        assert_eq!(through(&mut streams, 2000..2006, Access::Write).len(), 4);
+        assert_eq!(
+            access_range(&mut streams, 2000..2006, Access::Write).len(),
+            4
+        );
         // Reads and writes are separate, and so are memories.
         let mut streams = StreamPrefetcher::default();
-        assert_eq!(stands(&mut streams, 1, Access::Read), 0);
-        assert_eq!(stands(&mut streams, 2, Access::Write), 0);
+        assert_eq!(fault(&mut streams, 1, Access::Read), 0);
+        assert_eq!(fault(&mut streams, 2, Access::Write), 0);
         let other = PageId {
             memory: 1,
             number: 2,
         };
         assert_eq!(streams.on_fault(other, Access::Read, false).pages, 0);
-        assert_eq!(stands(&mut streams, 2, Access::Read), 2);
+        assert_eq!(fault(&mut streams, 2, Access::Read), 2);
     }
 
     /// Bands are remembered after two uses, with the shorter length; from time to time
@@ -362,12 +365,12 @@ mod tests {
         ] {
             let mut streams = StreamPrefetcher::default();
             let mut uses = |pages: u32| {
-                let stood = through(&mut streams, 100..100 + pages, access);
+                let faulted = access_range(&mut streams, 100..100 + pages, access);
                 // Elsewhere, so that the next band begins a run.
                 for other in 0..STREAMS_MAX as u32 {
-                    stands(&mut streams, 1_000_000 + 50 * other, access);
+                    fault(&mut streams, 1_000_000 + 50 * other, access);
                 }
-                stood
+                faulted
             };
             assert!(uses(first).len() > 1, "{access:?}");
             assert_eq!(uses(2 * first), more);
@@ -383,8 +386,11 @@ mod tests {
         // Short runs of reads are not remembered.
         let mut streams = StreamPrefetcher::default();
         for _ in 0..5 {
-            assert_eq!(through(&mut streams, 100..103, Access::Read), [100, 101]);
-            through(&mut streams, 5000..5001, Access::Read);
+            assert_eq!(
+                access_range(&mut streams, 100..103, Access::Read),
+                [100, 101]
+            );
+            access_range(&mut streams, 5000..5001, Access::Read);
         }
     }
 
@@ -394,15 +400,16 @@ mod tests {
     fn long_runs_are_requested_at_once() {
         for access in [Access::Read, Access::Write] {
             let mut streams = StreamPrefetcher::default();
-            let mut uses = || through(&mut streams, 1000..1000 + KNOWN_PAGES_MAX + 1, access).len();
+            let mut uses =
+                || access_range(&mut streams, 1000..1000 + KNOWN_PAGES_MAX + 1, access).len();
             let first = uses();
             assert!(first <= 13, "{access:?}: {first}");
             let turns: Vec<usize> = (0..40).map(|_| uses()).collect();
             assert!(
-                turns.iter().all(|stood| *stood <= first + 1),
+                turns.iter().all(|faulted| *faulted <= first + 1),
                 "{access:?}: {turns:?}"
             );
-            let at_once = turns.iter().filter(|stood| **stood <= 3).count();
+            let at_once = turns.iter().filter(|faulted| **faulted <= 3).count();
             assert!(at_once >= 20, "{access:?}: {turns:?}");
         }
     }
@@ -412,8 +419,8 @@ mod tests {
     fn remembered_runs_end_where_they_ended() {
         let mut streams = StreamPrefetcher::default();
         for _ in 0..2 {
-            through(&mut streams, 100..110, Access::Read);
-            through(&mut streams, 50_000..50_001, Access::Read);
+            access_range(&mut streams, 100..110, Access::Read);
+            access_range(&mut streams, 50_000..50_001, Access::Read);
         }
         let ahead = streams.on_fault(page(100), Access::Read, false);
         assert!(0 < ahead.pages && ahead.pages < 10, "{ahead:?}");
@@ -432,7 +439,7 @@ mod tests {
             for number in [1003, 1100] {
                 assert_eq!(streams.on_fault(page(number), access, true).pages, 0);
             }
-            assert!(through(&mut streams, 1120..1250, access).len() < 10);
+            assert!(access_range(&mut streams, 1120..1250, access).len() < 10);
         }
     }
 
@@ -470,15 +477,15 @@ mod tests {
         }
         // Pages 4 to 11 are present.
         let mut streams = StreamPrefetcher::default();
-        assert_eq!(stands(&mut streams, 2, Access::Read), 0);
-        assert_eq!(stands(&mut streams, 3, Access::Read), 2);
+        assert_eq!(fault(&mut streams, 2, Access::Read), 0);
+        assert_eq!(fault(&mut streams, 3, Access::Read), 2);
         streams.on_requested(page(3), Access::Read, 13);
         assert_eq!(streams.on_fault(page(12), Access::Read, true).pages, 0);
-        assert_eq!(stands(&mut streams, 14, Access::Read), 4);
+        assert_eq!(fault(&mut streams, 14, Access::Read), 4);
         // The last possible page.
         let last = page(u32::MAX);
-        assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
+        assert_eq!(fault(&mut streams, u32::MAX, Access::Read), 0);
         streams.on_requested(last, Access::Read, u32::MAX);
-        assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
+        assert_eq!(fault(&mut streams, u32::MAX, Access::Read), 0);
     }
 }

@@ -131,8 +131,8 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct MemberChannel(Notifier);
 
 impl MemberChannel {
-    pub(super) fn new(teller: Notifier) -> Self {
-        MemberChannel(teller)
+    pub(super) fn new(notifier: Notifier) -> Self {
+        MemberChannel(notifier)
     }
 }
 
@@ -162,8 +162,8 @@ impl ToHome for HomeChannel {
     }
 
     fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
-        let teller = self.0.get();
-        teller.map_or_else(BTreeMap::new, |teller| teller.wait_micros(os_thread))
+        let notifier = self.0.get();
+        notifier.map_or_else(BTreeMap::new, |notifier| notifier.wait_micros(os_thread))
     }
 }
 
@@ -215,7 +215,7 @@ impl Home {
         let spans = Pages::begin(setup, ends, Arc::new(listener))
             .map_err(SpanningError::from)
             .and_then(|pages| {
-                let way = Arc::new(MemberChannel(pages.teller()));
+                let way = Arc::new(MemberChannel(pages.notifier()));
                 let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
                 match (set, pages.failure()) {
@@ -326,7 +326,7 @@ impl Home {
         self.machine.freeze(patience)?;
         let begun = Instant::now();
         let set = |members: PartSet| {
-            let way = Arc::new(MemberChannel(self.pages.teller()));
+            let way = Arc::new(MemberChannel(self.pages.notifier()));
             let members = members.iter().collect();
             self.machine.set_members(members, Some(way), self.spawning)
         };
@@ -360,15 +360,17 @@ impl Home {
     /// # Errors
     /// [`SpanningError`]. The members remain, but nothing moves to them any more, so this
     /// can only be tried again.
-    pub fn alone(&self, patience: Duration) -> Result<Duration, SpanningError> {
+    pub fn unspan(&self, patience: Duration) -> Result<Duration, SpanningError> {
         // All pages move here, whatever the limit, and nothing moves to members any more,
         // even on failure.
         self.pages.keep_all();
-        let begun = self.try_collapse(patience)?;
+        let begun = self.try_unspan(patience)?;
         // First, so that the end of members is not a loss.
-        self.pages.leave_alone();
+        self.pages.detach();
         for part in self.members().iter() {
-            self.pages.teller().note(part, &Order::End.encode(), false);
+            self.pages
+                .notifier()
+                .note(part, &Order::End.encode(), false);
         }
         self.pages.finish();
         if let Err(error) = self.machine.thaw() {
@@ -380,7 +382,7 @@ impl Home {
 
     /// Freezes the machine once nothing is left at members; returns since when it is
     /// stopped.
-    fn try_collapse(&self, patience: Duration) -> Result<Instant, SpanningError> {
+    fn try_unspan(&self, patience: Duration) -> Result<Instant, SpanningError> {
         let deadline = Instant::now() + patience;
         for part in self.members().iter() {
             self.set_leaving(part, true);
@@ -468,8 +470,8 @@ impl MemberPart {
     ) -> Result<Self, SpanningError> {
         program.prepare_resume().map_err(MachineError::from)?;
         let memories = make_memories(program.meta(), limit_bytes)?;
-        let teller: Arc<OnceLock<Notifier>> = Arc::default();
-        let way = HomeChannel(teller.clone());
+        let notifier: Arc<OnceLock<Notifier>> = Arc::default();
+        let way = HomeChannel(notifier.clone());
         let member = Member::new(program, memories.clone(), Box::new(way));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
         let setup = PartConfig {
@@ -479,7 +481,7 @@ impl MemberPart {
         let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))
             .inspect_err(|_| member.end())?;
         // Set only here.
-        let _ = teller.set(pages.teller());
+        let _ = notifier.set(pages.notifier());
         Ok(MemberPart {
             member,
             pages: Arc::new(pages),
@@ -512,7 +514,7 @@ impl MemberPart {
     }
 
     /// Whether it has become the home and is no longer a member.
-    pub fn has_succeeded(&self) -> bool {
+    pub fn has_become_home(&self) -> bool {
         self.is_home.load(Ordering::Acquire)
     }
 

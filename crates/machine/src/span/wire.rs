@@ -214,7 +214,7 @@ pub enum WireError {
     #[error("a message cannot be decoded ({0})")]
     Message(#[from] postcard::Error),
     /// A message without its pages, or pages without a message.
-    #[error("a page and its message do not belong together")]
+    #[error("a page does not match its message")]
     Page,
     /// A TIME frame of another length.
     #[error("a time that does not have 8 bytes")]
@@ -373,8 +373,8 @@ fn put_pages<E: From<WireError>>(
         to += PAGE;
     }
     frames.truncate(to);
-    let said = postcard::to_stdvec(&(message, zeros)).map_err(WireError::from)?;
-    frames.extend_from_slice(&said);
+    let encoded = postcard::to_stdvec(&(message, zeros)).map_err(WireError::from)?;
+    frames.extend_from_slice(&encoded);
     let header = Header {
         kind: KIND_PAGES,
         request: 0,
@@ -401,20 +401,20 @@ pub(super) struct FrameWriter {
 
 /// Buffers of written batches, for reuse: new ones of this size would be mapped by the
 /// kernel each time.
-static SAID: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+static RECYCLED: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 /// The number of buffers kept, and their sizes: the pages of one step with their message.
-const SAID_MAX: usize = 8;
-const SAID_BYTES: Range<usize> = 640 << 10..2 << 20;
+const RECYCLED_MAX: usize = 8;
+const RECYCLED_BYTES: Range<usize> = 640 << 10..2 << 20;
 /// Shorter batches start with small buffers.
 const SHORT_BYTES: usize = 64 << 10;
 
 /// Returns a buffer for reuse after it was written.
-pub(super) fn was_said(mut frames: Vec<u8>) {
-    if SAID_BYTES.contains(&frames.capacity()) {
+pub(super) fn recycle(mut frames: Vec<u8>) {
+    if RECYCLED_BYTES.contains(&frames.capacity()) {
         frames.clear();
-        let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.len() < SAID_MAX {
-            said.push(frames);
+        let mut encoded = RECYCLED.lock().unwrap_or_else(PoisonError::into_inner);
+        if encoded.len() < RECYCLED_MAX {
+            encoded.push(frames);
         }
     }
 }
@@ -435,11 +435,14 @@ impl FrameWriter {
 
     /// Reserves room for this many bytes.
     pub(super) fn reserve(&mut self, bytes: usize) {
-        if bytes <= SHORT_BYTES || self.bytes.capacity() >= SAID_BYTES.start {
+        if bytes <= SHORT_BYTES || self.bytes.capacity() >= RECYCLED_BYTES.start {
             return;
         }
-        let said = SAID.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut longer = said.unwrap_or_else(|| Vec::with_capacity(SAID_BYTES.start));
+        let encoded = RECYCLED
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let mut longer = encoded.unwrap_or_else(|| Vec::with_capacity(RECYCLED_BYTES.start));
         longer.extend_from_slice(&self.bytes);
         self.bytes = longer;
     }
@@ -986,14 +989,14 @@ mod tests {
         assert!(frames.put_pages(&long, read).is_err());
         let none = |_: usize, _: &mut Vec<u8>| Ok::<(), WireError>(());
         assert!(frames.put_pages(&message, none).is_err());
-        let said = frames.finish(77).unwrap();
+        let encoded = frames.finish(77).unwrap();
         let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
-        unpacker.feed(&said, &mut parcels).unwrap();
+        unpacker.feed(&encoded, &mut parcels).unwrap();
         assert_eq!(parcels.remove(0), PeerMessage::Time(77));
         let rest = parcels.split_off(1);
         assert_eq!(rest, [gather(), gather(), PeerMessage::Succeeded, gather()]);
         // Time, a run, two messages in one frame, and the rest.
-        let ours = said.windows(4).filter(|it| *it == b"KSPN");
+        let ours = encoded.windows(4).filter(|it| *it == b"KSPN");
         assert_eq!(ours.count(), 5);
         let Some(PeerMessage::Pages(found, pages)) = parcels.pop() else {
             panic!("{parcels:?}");
@@ -1020,9 +1023,9 @@ mod tests {
     #[test]
     fn runs_have_the_stated_length() {
         let row = |message: Message, zeros: u64, pages: usize| {
-            let said = postcard::to_stdvec(&(message, zeros)).unwrap();
+            let encoded = postcard::to_stdvec(&(message, zeros)).unwrap();
             let mut payload = vec![1; pages * PAGE];
-            payload.extend(said);
+            payload.extend(encoded);
             pages_of(payload.into()).map(|parcel| match parcel {
                 PeerMessage::Pages(_, pages) => pages.pages(),
                 other => panic!("{other:?}"),

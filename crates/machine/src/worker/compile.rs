@@ -71,7 +71,7 @@ fn read_requests(state: &State) {
 /// Prints progress, and yields to guests after a while, until the compilation is
 /// complete.
 fn report_progress(engine: &Engine, state: &State) {
-    let (begun, mut told) = (Instant::now(), None);
+    let (begun, mut printed) = (Instant::now(), None);
     while !state.done.load(Ordering::Acquire) {
         if !state.yields.load(Ordering::Acquire) && begun.elapsed() > SMALL_MAX {
             state.yields.store(true, Ordering::SeqCst);
@@ -84,8 +84,8 @@ fn report_progress(engine: &Engine, state: &State) {
             }
         }
         let percent = engine.compile_progress().map(|it| it.percent());
-        if percent.is_some() && percent != told {
-            told = percent;
+        if percent.is_some() && percent != printed {
+            printed = percent;
             let line = format!("{}\n", percent.unwrap_or_default());
             if std::io::stdout().write_all(line.as_bytes()).is_err() {
                 // The agent is gone; its successor can use the compiled code.

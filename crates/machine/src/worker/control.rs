@@ -166,7 +166,7 @@ impl fmt::Display for State {
             State::Prepared { .. } => f.write_str("it has arrived, and does not run yet"),
             State::Ended { .. } => f.write_str("it has ended"),
             State::Dropped { reason } => write!(f, "it was dropped: {reason}"),
-            State::Held { .. } => f.write_str("it gets parts, and does not run yet"),
+            State::Held { .. } => f.write_str("its parts are being created, it does not run yet"),
         }
     }
 }
@@ -275,7 +275,7 @@ pub struct CopyHome {
 /// State of a home for its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HomeHandover {
-    pub legacy: HomeState,
+    pub home_state: HomeState,
     /// The node of each part that stays, and of the successor under the home's number.
     pub nodes: BTreeMap<PartId, NodeName>,
 }
@@ -715,7 +715,7 @@ mod tests {
             holders: Holders::Owner(part(1)),
         };
         let succession = HomeHandover {
-            legacy: HomeState {
+            home_state: HomeState {
                 successor: part(2),
                 members: [part(1), part(3)].into_iter().collect(),
                 memory_bytes: vec![1 << 20],
@@ -735,7 +735,7 @@ mod tests {
         };
         let bytes = postcard::to_stdvec(&succession).unwrap();
         let again: HomeHandover = postcard::from_bytes(&bytes).unwrap();
-        assert_eq!(again.legacy, succession.legacy);
+        assert_eq!(again.home_state, succession.home_state);
         let mut refused = 0;
         for end in 0..bytes.len() {
             refused += u32::from(postcard::from_bytes::<HomeHandover>(&bytes[..end]).is_err());

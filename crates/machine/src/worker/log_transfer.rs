@@ -58,7 +58,7 @@ impl LogSource {
     }
 
     /// Continues from an offset that the target requests.
-    pub(super) fn again(&mut self, offset: u64) {
+    pub(super) fn resume_from(&mut self, offset: u64) {
         self.next = self.next.min(offset);
     }
 }
@@ -68,7 +68,7 @@ pub(super) struct LogTarget {
     log: Arc<Log>,
     /// Whether a piece did not follow the end of the log.
     lacks: bool,
-    asked: u32,
+    requests: u32,
 }
 
 impl LogTarget {
@@ -76,7 +76,7 @@ impl LogTarget {
         LogTarget {
             log,
             lacks: false,
-            asked: 0,
+            requests: 0,
         }
     }
 
@@ -108,9 +108,9 @@ impl LogTarget {
         if !std::mem::take(&mut self.lacks) {
             return Ok(None);
         }
-        self.asked += 1;
+        self.requests += 1;
         let offset = self.log.end();
-        if self.asked > AGAIN_MAX {
+        if self.requests > AGAIN_MAX {
             return Err(io::Error::other(format!(
                 "output from {offset} on is missing after repeated requests"
             )));
@@ -163,7 +163,7 @@ mod tests {
             let [here, there] = [log(&folders[0]), log(&folders[1])];
             let (mut source, mut target) =
                 (LogSource::new(here.clone()), LogTarget::new(there.clone()));
-            let mut asked = 0;
+            let mut requests = 0;
             for number in 0..12u8 {
                 for _ in 0..random.random_range(0..4) {
                     let text = vec![number; random.random_range(1..60_000)];
@@ -175,8 +175,8 @@ mod tests {
                 });
                 if let Some(Message::LogResend { offset }) = target.missing().unwrap() {
                     assert_eq!(offset, there.end());
-                    source.again(offset);
-                    asked += 1;
+                    source.resume_from(offset);
+                    requests += 1;
                 }
             }
             // The loss of the last piece is noticed only when another follows.
@@ -184,11 +184,11 @@ mod tests {
             for _ in 0..2 {
                 round(&mut source, &mut target, || false);
                 if let Some(Message::LogResend { offset }) = target.missing().unwrap() {
-                    source.again(offset);
+                    source.resume_from(offset);
                 }
             }
             assert_eq!(content(&there), content(&here), "seed {seed}");
-            assert!(asked <= AGAIN_MAX);
+            assert!(requests <= AGAIN_MAX);
         }
     }
 

@@ -43,20 +43,20 @@ const PULL_PAGES: u64 = 8;
 /// Pages per message of the background transfer.
 const PUSH_PAGES: u64 = 16;
 /// Bytes mapped for the guest by one call.
-const SHOW_BYTES: u64 = 1 << 20;
+const MAP_BYTES: u64 = 1 << 20;
 /// Interval at which threads of this module check whether the transfer is complete.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Pause before the source reconnects.
-const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+const RECONNECT_DELAY: Duration = Duration::from_millis(100);
 /// How long the source may be disconnected while the machine runs until this is reported.
-const ALONE_PATIENCE: Duration = Duration::from_secs(1);
+const DISCONNECTED_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes of a page set in one message; messages without any page are not sent.
 const SET_BYTES: usize = 2 << 10;
 /// How long the machine has the processors to itself before pages that are present are
 /// mapped in the background, and the nice value of background work relative to the
 /// guest's.
-const SHOW_AFTER: Duration = Duration::from_millis(5);
-const UNASKED_NICE: i32 = 10;
+const MAP_AFTER: Duration = Duration::from_millis(5);
+const BACKGROUND_NICE: i32 = 10;
 /// How long a committed machine waits for the last page names before it requests all
 /// pages.
 const NAMES_PATIENCE: Duration = Duration::from_millis(200);
@@ -384,7 +384,7 @@ impl Shared {
                     let mut ready = [PollFd::new(listener, PollFlags::IN)];
                     let patience = Timespec {
                         tv_sec: 0,
-                        tv_nsec: LOOK_EVERY.subsec_nanos().into(),
+                        tv_nsec: POLL_INTERVAL.subsec_nanos().into(),
                     };
                     // The listener is polled again, whatever the result.
                     let _ = poll(&mut ready, Some(&patience));
@@ -392,7 +392,7 @@ impl Shared {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection for pages");
-                    std::thread::sleep(LOOK_EVERY);
+                    std::thread::sleep(POLL_INTERVAL);
                     continue;
                 }
             };
@@ -439,7 +439,7 @@ impl Shared {
     /// Resolves the faults of one memory.
     fn answer(&self, memory: usize, want: &Sender<(u32, u64)>) {
         while !self.is_done() {
-            let fault = match self.faults[memory].wait(LOOK_EVERY) {
+            let fault = match self.faults[memory].wait(POLL_INTERVAL) {
                 Ok(Some(fault)) => fault,
                 Ok(None) => continue,
                 Err(error) => {
@@ -486,7 +486,9 @@ impl Shared {
         passed("fill.page")?;
         let number = memory as usize;
         let (Some(of), Some(faults)) = (self.memories.get(number), self.faults.get(number)) else {
-            return Err(LinkError::Message(format!("pages of memory {memory}")));
+            return Err(LinkError::Message(format!(
+                "unexpected pages of memory {memory}"
+            )));
         };
         let first = offset / PAGE_BYTES;
         let count = bytes.len() as u64 / PAGE_BYTES;
@@ -536,7 +538,7 @@ impl Shared {
         let mut open: Vec<(u32, u64)> = Vec::new();
         while !self.is_done() {
             if open.is_empty() {
-                match wants.recv_timeout(LOOK_EVERY) {
+                match wants.recv_timeout(POLL_INTERVAL) {
                     Ok(want) => open.push(want),
                     Err(RecvTimeoutError::Timeout) => continue,
                     Err(RecvTimeoutError::Disconnected) => return,
@@ -553,7 +555,7 @@ impl Shared {
                 link = Some(newer);
             }
             let Some(now) = &mut link else {
-                match links.recv_timeout(LOOK_EVERY) {
+                match links.recv_timeout(POLL_INTERVAL) {
                     Ok(new) => link = Some(new),
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return,
@@ -608,13 +610,14 @@ impl Shared {
         let mut first = true;
         let mut alone_since = None;
         loop {
-            let mut link = match links.recv_timeout(LOOK_EVERY) {
+            let mut link = match links.recv_timeout(POLL_INTERVAL) {
                 Ok(link) => link,
                 Err(RecvTimeoutError::Timeout) => {
                     // If the source died before it sent the go message, no connection was
                     // lost.
                     if locked(&self.pages).begun.is_some()
-                        && alone_since.get_or_insert_with(Instant::now).elapsed() > ALONE_PATIENCE
+                        && alone_since.get_or_insert_with(Instant::now).elapsed()
+                            > DISCONNECTED_PATIENCE
                     {
                         tell(PostCopyStatus::SourceLost);
                     }
@@ -699,12 +702,12 @@ impl Shared {
             while pages.begun.is_none() && !self.is_done() {
                 pages = self
                     .changed
-                    .wait_timeout(pages, LOOK_EVERY)
+                    .wait_timeout(pages, POLL_INTERVAL)
                     .unwrap_or_else(|error| error.into_inner())
                     .0;
             }
         }
-        std::thread::sleep(SHOW_AFTER);
+        std::thread::sleep(MAP_AFTER);
         for ((number, memory), faults) in self.memories.iter().enumerate().zip(&self.faults) {
             let Ok(ranges) = memory.populated() else {
                 continue;
@@ -712,7 +715,7 @@ impl Shared {
             for range in ranges {
                 let mut at = range.start;
                 while at < range.end && !self.is_done() {
-                    let end = (at + SHOW_BYTES).min(range.end);
+                    let end = (at + MAP_BYTES).min(range.end);
                     if let Err(error) = self.map_pages(number, faults, at..end) {
                         tracing::debug!(%error, "pages are mapped on first access");
                     }
@@ -764,11 +767,13 @@ impl WholePages {
         let page = PAGE_BYTES as usize;
         let follows = memory == self.memory && offset == self.offset + self.bytes.len() as u64;
         if !self.bytes.is_empty() && !follows {
-            return Err(LinkError::Message("a page was cut off".into()));
+            return Err(LinkError::Message("a page is incomplete".into()));
         }
         if self.bytes.is_empty() {
             if !offset.is_multiple_of(PAGE_BYTES) {
-                return Err(LinkError::Message("a page begins in its middle".into()));
+                return Err(LinkError::Message(
+                    "a piece does not begin at a page".into(),
+                ));
             }
             (self.memory, self.offset) = (memory, offset);
             let whole = bytes.len() / page * page;
@@ -815,7 +820,7 @@ pub(super) fn serve(
             Ok(report) => return report,
             Err(error) => {
                 tracing::warn!(%error, "cannot send pages; retrying");
-                std::thread::sleep(CONNECT_AGAIN_AFTER);
+                std::thread::sleep(RECONNECT_DELAY);
             }
         }
     }
@@ -856,8 +861,8 @@ fn serve_once(
 fn lower_priority() {
     // On Linux this affects the thread.
     let guests = crate::cgroup::guest_nice().map_or_else(
-        || rustix::process::nice(UNASKED_NICE).map(drop),
-        |guests| rustix::process::setpriority_process(None, guests + UNASKED_NICE),
+        || rustix::process::nice(BACKGROUND_NICE).map(drop),
+        |guests| rustix::process::setpriority_process(None, guests + BACKGROUND_NICE),
     );
     if let Err(error) = guests {
         tracing::debug!(%error, "cannot lower the priority of the background transfer");
@@ -896,7 +901,7 @@ fn serve_requests(
             }
             Err(error) => {
                 tracing::debug!(%error, "no connection for requested pages");
-                std::thread::sleep(CONNECT_AGAIN_AFTER);
+                std::thread::sleep(RECONNECT_DELAY);
             }
         }
     }
@@ -917,9 +922,9 @@ fn answer_requests(mut link: Link, memories: &[Arc<GuestMemory>]) {
             let Message::Pull { memory, page } = message else {
                 return Err(LinkError::Message(format!("{message:?} out of turn")));
             };
-            let of = memories
-                .get(memory as usize)
-                .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
+            let of = memories.get(memory as usize).ok_or_else(|| {
+                LinkError::Message(format!("unexpected pages of memory {memory}"))
+            })?;
             let start = page.saturating_mul(PAGE_BYTES);
             let end = of.size_bytes().min(start + PULL_PAGES * PAGE_BYTES);
             link.send_pages(memory, start..end, false, &read(of))?;
@@ -947,7 +952,11 @@ fn push_all(
                 bits,
             } => match sets.get_mut(memory as usize) {
                 Some(set) => set.add_message(first_page, &bits),
-                None => return Err(LinkError::Message(format!("pages of memory {memory}"))),
+                None => {
+                    return Err(LinkError::Message(format!(
+                        "unexpected pages of memory {memory}"
+                    )));
+                }
             },
             Message::RoundEnd => break,
             other => return Err(LinkError::Message(format!("{other:?} out of turn"))),

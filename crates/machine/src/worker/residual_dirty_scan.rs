@@ -73,7 +73,7 @@ impl ResidualDirtyScan {
             .saturating_sub(PROCESSORS_RESERVED)
             .min(HELPERS_MAX);
         let helpers = helpers.min(pieces.len() / PIECES_A_THREAD);
-        let mut looking = ResidualDirtyScan {
+        let mut scan = ResidualDirtyScan {
             pieces: Arc::new(Pieces {
                 trackers,
                 pieces,
@@ -83,9 +83,9 @@ impl ResidualDirtyScan {
             helpers: Vec::new(),
         };
         for _ in 0..helpers {
-            looking.start_helper();
+            scan.start_helper();
         }
-        looking
+        scan
     }
 
     /// Starts a further thread; if that fails, the caller scans the rest itself.
@@ -97,12 +97,12 @@ impl ResidualDirtyScan {
 
     /// Scans a piece; false if none is left.
     pub(super) fn scan_piece(&mut self) -> bool {
-        let looked = self.pieces.scan_piece();
-        let more = looked.is_some();
-        if let Some(looked) = looked
+        let scanned = self.pieces.scan_piece();
+        let more = scanned.is_some();
+        if let Some(scanned) = scanned
             && let Ok(found) = &mut self.found
         {
-            match looked {
+            match scanned {
                 Ok(written) => found.push(written),
                 Err(error) => self.found = Err(error),
             }
@@ -149,14 +149,14 @@ mod tests {
                 println!("skipped: dirty pages are found by hashing here");
                 return;
             }
-            let mut looking = ResidualDirtyScan::begin(vec![tracker]);
-            let pieces = looking.pieces.pieces.len();
+            let mut scan = ResidualDirtyScan::begin(vec![tracker]);
+            let pieces = scan.pieces.pieces.len();
             assert_eq!(pieces, 32);
             for _ in 0..begin_with {
-                looking.scan_piece();
+                scan.scan_piece();
             }
-            assert_eq!(looking.end().unwrap().len(), pieces, "{begin_with}");
-            assert_eq!(looking.end().unwrap(), []);
+            assert_eq!(scan.end().unwrap().len(), pieces, "{begin_with}");
+            assert_eq!(scan.end().unwrap(), []);
         }
     }
 
@@ -165,9 +165,9 @@ mod tests {
         let memory = memory();
         let tracker = DirtyTracker::start_hashing(memory.clone()).unwrap();
         memory.write(5 << 20, &[7]).unwrap();
-        let mut looking = ResidualDirtyScan::begin(vec![tracker]);
-        assert!(!looking.scan_piece());
+        let mut scan = ResidualDirtyScan::begin(vec![tracker]);
+        assert!(!scan.scan_piece());
         let page = 5 << 20..(5 << 20) + 4096;
-        assert_eq!(looking.end().unwrap(), [(0, vec![page])]);
+        assert_eq!(scan.end().unwrap(), [(0, vec![page])]);
     }
 }

@@ -33,10 +33,10 @@ const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
 /// Time limits for moving a home's threads and pages elsewhere while the machine runs,
 /// and for its last pages while it is stopped.
-const WAY_PATIENCE: Duration = Duration::from_secs(120);
+const DRAIN_PATIENCE: Duration = Duration::from_secs(120);
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// Interval of keep-alive messages to the target meanwhile.
-const STILL_THERE: Duration = Duration::from_secs(2);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Time limit for threads to reach a safepoint.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// Period of throttling a guest, and the largest share of it, in percent, for which the
@@ -87,9 +87,9 @@ impl SpanningSource {
     ///
     /// # Errors
     /// [`SpanError`] if a part was lost.
-    fn stay(&mut self) -> Result<(), SpanError> {
+    fn cancel(&mut self) -> Result<(), SpanError> {
         match self.leaving.take() {
-            Some(mut leaving) => leaving.stay(),
+            Some(mut leaving) => leaving.cancel(),
             None => Ok(()),
         }
     }
@@ -100,22 +100,22 @@ impl SpanningSource {
     }
 
     /// The encoded state for the successor.
-    fn succession(&mut self) -> Result<Vec<u8>, SourceError> {
+    fn handover(&mut self) -> Result<Vec<u8>, SourceError> {
         let leaving = self.leaving.as_mut();
         let leaving = leaving.ok_or(LinkError::Aborted("its home does not move".into()))?;
-        let legacy = leaving.leave(LEAVE_PATIENCE)?;
+        let home_state = leaving.leave(LEAVE_PATIENCE)?;
         let mut nodes = self.nodes.clone();
         if let Some(node) = nodes.remove(&self.successor) {
             nodes.insert(PartId::HOME, node);
         }
-        Ok(postcard::to_stdvec(&HomeHandover { legacy, nodes })?)
+        Ok(postcard::to_stdvec(&HomeHandover { home_state, nodes })?)
     }
 }
 
 impl Drop for SpanningSource {
     fn drop(&mut self) {
-        if let Err(error) = self.stay() {
-            tracing::warn!(%error, "a machine whose home was to move has lost a part");
+        if let Err(error) = self.cancel() {
+            tracing::warn!(%error, "a machine lost a part during the move of its home");
         }
     }
 }
@@ -329,7 +329,7 @@ impl SourceSession {
                 lost = Some(LinkError::Aborted("the move was given up".into()).into());
                 return false;
             }
-            if told.elapsed() < STILL_THERE {
+            if told.elapsed() < KEEPALIVE_INTERVAL {
                 return true;
             }
             told = Instant::now();
@@ -354,7 +354,7 @@ impl SourceSession {
             parts.home.clone(),
             parts.successor,
             parts.threads_to,
-            WAY_PATIENCE,
+            DRAIN_PATIENCE,
             &mut goes_on,
         );
         if let Some(lost) = lost {
@@ -368,9 +368,9 @@ impl SourceSession {
     ///
     /// # Errors
     /// [`SpanError`] if a part was lost: the machine has ended then.
-    pub(super) fn stay(&mut self) -> Result<(), SpanError> {
+    pub(super) fn cancel(&mut self) -> Result<(), SpanError> {
         match &mut self.parts {
-            Some(parts) => parts.stay(),
+            Some(parts) => parts.cancel(),
             None => Ok(()),
         }
     }
@@ -406,10 +406,10 @@ impl SourceSession {
         self.link.send(&Message::Frozen)?;
         let mut last_bytes = 0;
         if let Some(parts) = &mut self.parts {
-            let succession = parts.succession()?;
+            let handover = parts.handover()?;
             failpoint::pass("home.left")?;
-            last_bytes += succession.len() as u64;
-            for piece in succession.chunks(CHUNK_BYTES) {
+            last_bytes += handover.len() as u64;
+            for piece in handover.chunks(CHUNK_BYTES) {
                 self.link.send(&Message::Parts(piece.to_vec().into()))?;
             }
         }
@@ -436,7 +436,7 @@ impl SourceSession {
             match self.link.receive()? {
                 Message::Prepared => break,
                 Message::LogResend { offset } => {
-                    self.log.again(offset);
+                    self.log.resume_from(offset);
                     self.send_log()?;
                     self.link.send(&Message::ImageEnd)?;
                     self.link.flush()?;
@@ -635,7 +635,7 @@ impl SourceSession {
     fn answer(&mut self) -> Result<Message, SourceError> {
         loop {
             match self.link.receive()? {
-                Message::LogResend { offset } => self.log.again(offset),
+                Message::LogResend { offset } => self.log.resume_from(offset),
                 other => return Ok(other),
             }
         }
@@ -679,9 +679,9 @@ impl SourceTask {
     ///
     /// # Errors
     /// [`SpanError`] if a part was lost: the machine has ended then.
-    pub(super) fn stay(&mut self) -> Result<(), SpanError> {
+    pub(super) fn cancel(&mut self) -> Result<(), SpanError> {
         match self {
-            SourceTask::Idle(outgoing) => outgoing.stay(),
+            SourceTask::Idle(outgoing) => outgoing.cancel(),
             // Post-copy exists only for machines on one node.
             SourceTask::NamingPages(_) => Ok(()),
         }

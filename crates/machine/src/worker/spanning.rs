@@ -108,7 +108,7 @@ impl SpanState {
         self.home.as_ref().map(|_| {
             let nodes: Vec<String> = self.nodes.values().map(ToString::to_string).collect();
             format!(
-                "it has parts on {}; `keel unspan` brings them together first",
+                "it has parts on {}; `keel unspan` first reduces it to one part",
                 nodes.join(", ")
             )
         })
@@ -118,7 +118,7 @@ impl SpanState {
     pub(super) fn member(&self) -> Option<PartId> {
         // Until its process has handled its end: others may need it until then.
         let (_, me, member) = self.member.as_ref()?;
-        (!member.has_succeeded()).then_some(*me)
+        (!member.has_become_home()).then_some(*me)
     }
 
     pub(super) fn is_member(&self) -> bool {
@@ -148,7 +148,7 @@ impl SpanState {
                 leaving: None,
             })),
             (Some(_), None) => Err(self.refusal().unwrap_or_default()),
-            (None, Some(_)) => Err("it was brought together meanwhile; try again".into()),
+            (None, Some(_)) => Err("it was reduced to one part meanwhile; try again".into()),
         }
     }
 
@@ -212,7 +212,7 @@ impl Worker {
             .is_some_and(|spec| spec.cpu_limit_millis.is_some())
         {
             return Err(failed(
-                "it has a limit of its CPU time, which is kept on one node only (`keel set M --cpu none` takes it away)",
+                "it has a limit of its CPU time, which applies on one node only (`keel set M --cpu none` removes it)",
             ));
         }
         let (meeting, place) = open(PartId::HOME, meet).map_err(failed)?;
@@ -355,7 +355,7 @@ impl Worker {
         let (Some(home), Some(machine)) = (home, machine) else {
             return Err(failed("the machine is on one node already"));
         };
-        match home.alone(HOME_PATIENCE) {
+        match home.unspan(HOME_PATIENCE) {
             Ok(stood) => {
                 let ended = {
                     let parts = &mut self.inner().parts;
@@ -478,7 +478,7 @@ impl Worker {
             Some(pages) => pages
                 .objects()
                 .map_err(|error| self.failed_naming_silent(error))?,
-            None => alone(machine.memories()).map_err(failed)?,
+            None => objects_on_one_node(machine.memories()).map_err(failed)?,
         };
         let named = machine.named();
         let named = named_pages(&named);
@@ -516,7 +516,7 @@ impl Worker {
     /// Moves an object to a part; returns the bytes that have arrived.
     pub(super) fn move_object(&self, object: MoveObject) -> Result<u64, RpcError> {
         let end = object.start.checked_add(object.bytes);
-        let end = end.ok_or_else(|| failed("that is outside of any memory"))?;
+        let end = end.ok_or_else(|| failed("the range is outside of any memory"))?;
         self.pages()?
             .move_object(object.memory, object.start..end, object.to, OBJECT_PATIENCE)
             .map_err(|error| self.failed_naming_silent(error))
@@ -602,7 +602,7 @@ impl Worker {
             .name("end".into())
             .spawn(move || {
                 member.wait();
-                if member.has_succeeded() {
+                if member.has_become_home() {
                     return;
                 }
                 if *worker.state.borrow() == State::Empty {
@@ -625,7 +625,7 @@ impl Worker {
         match dropped_for {
             Some(reason) => drop(self.state.send_replace(State::Dropped { reason })),
             None => {
-                let reason = "the machine has no part here any more".to_owned();
+                let reason = "the machine's part here was removed".to_owned();
                 self.step_target(TargetEvent::Abort(reason));
             }
         }
@@ -633,31 +633,31 @@ impl Worker {
 
     /// Makes this part the home: the commit was applied. If this fails, the machine has
     /// lost a part and ended.
-    pub(super) fn succeed(
+    pub(super) fn become_home(
         &self,
         machine: Option<Machine>,
         part: &MemberPart,
-        succession: HomeHandover,
+        handover: HomeHandover,
     ) {
         let Some(machine) = machine else { return };
-        let legacy = &succession.legacy;
+        let home_state = &handover.home_state;
         let succeeded = failpoint::pass("home.succeeds")
             .map_err(|injected| injected.to_string())
             .and_then(|()| {
                 // This cannot be undone, so slow parts are waited for.
-                let home = part.succeed(&machine, legacy, HOME_PATIENCE);
+                let home = part.become_home(&machine, home_state, HOME_PATIENCE);
                 home.map_err(|error| error.to_string())
             });
         let mut inner = self.inner();
         match succeeded {
             Ok(home) => {
                 inner.parts.home = Some(Arc::new(home));
-                inner.parts.nodes = succession.nodes;
+                inner.parts.nodes = handover.nodes;
                 inner.parts.member = None;
             }
             Err(reason) => {
                 tracing::error!(reason, "the home of a machine did not arrive");
-                inner.ended_for = Some(format!("its home moved, and lost it: {reason}"));
+                inner.ended_for = Some(format!("it was lost when its home moved: {reason}"));
                 drop(inner);
                 part.end();
                 machine.stop();
@@ -671,7 +671,7 @@ fn open(me: PartId, meet: &ConnectParts) -> Result<(MeshListener, PartAddress), 
 }
 
 /// The memory of a machine with one part, as objects.
-fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
+fn objects_on_one_node(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
     let mut objects = Vec::new();
     for (number, memory) in (0..).zip(memories) {
         let here = memory.populated()?.into_iter();

@@ -34,7 +34,7 @@ pub(super) enum TargetError {
     Volume(#[from] VolumeError),
     #[error(transparent)]
     Machine(#[from] MachineError),
-    #[error("the machine's output cannot be kept: {0}")]
+    #[error("the machine's output cannot be written: {0}")]
     Log(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
@@ -67,7 +67,7 @@ pub(super) struct ReceivedMachine {
     /// first connection.
     pub(super) post_copy_target: Option<(PostCopyTarget, Sender<Link>)>,
     /// For a machine that spans: the part that becomes its home, and the state for it.
-    pub(super) succession: Option<(Arc<MemberPart>, HomeHandover)>,
+    pub(super) handover: Option<(Arc<MemberPart>, HomeHandover)>,
 }
 
 /// What a move needs of the target's worker.
@@ -128,7 +128,7 @@ pub(super) fn receive(
         }
         None => None,
     };
-    let (mut image, mut succession) = (ImageBytes::default(), ImageBytes::default());
+    let (mut image, mut handover) = (ImageBytes::default(), ImageBytes::default());
     // A source of the previous version does not report the freeze.
     let begun = (hello.version > HELLO_BEFORE).then(YieldPolicy::begin);
     let yielding = RefCell::new(begun.flatten());
@@ -139,7 +139,7 @@ pub(super) fn receive(
         let memory = memories
             .get(memory as usize)
             .filter(|_| part.is_none())
-            .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
+            .ok_or_else(|| LinkError::Message(format!("unexpected pages of memory {memory}")))?;
         Ok(memory.write(offset, bytes)?)
     };
     loop {
@@ -189,7 +189,7 @@ pub(super) fn receive(
                 Some(post_copy_target) => post_copy_target.remote(memory, first_page, &bits)?,
                 None => return Err(TargetError::Other("remaining memory out of turn".into())),
             },
-            Message::Parts(bytes) if part.is_some() => succession.add(&bytes)?,
+            Message::Parts(bytes) if part.is_some() => handover.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
             Message::ImageEnd => match output.missing()? {
                 Some(again) => {
@@ -204,11 +204,11 @@ pub(super) fn receive(
     // The reserved bytes were used, or were not needed.
     let local = volumes.finish();
     failpoint::pass("in.image")?;
-    let succession = match part {
+    let handover = match part {
         Some(part) => {
-            let succession: HomeHandover = postcard::from_bytes(&succession.take())?;
-            part.can_succeed(&succession.legacy)?;
-            Some((part, succession))
+            let handover: HomeHandover = postcard::from_bytes(&handover.take())?;
+            part.check_successor(&handover.home_state)?;
+            Some((part, handover))
         }
         None => None,
     };
@@ -229,7 +229,7 @@ pub(super) fn receive(
         log,
         link,
         post_copy_target: post_copy_target.zip(push),
-        succession,
+        handover,
     })
 }
 

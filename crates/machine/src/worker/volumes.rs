@@ -28,7 +28,7 @@ pub(super) enum VolumeError {
     Link(#[from] LinkError),
     #[error("a file of its volumes cannot be read: {0}")]
     Read(std::io::Error),
-    #[error("its volumes cannot be kept here: {0}")]
+    #[error("its volumes cannot be stored here: {0}")]
     Write(std::io::Error),
     #[error("the machine has no volume {0} of its own, or of the cluster")]
     NoVolume(u32),

@@ -134,7 +134,7 @@ pub(super) struct CutState {
     number: u64,
     /// Counts the cuts that this part has taken part in; unlike `number` it does not
     /// restart with another home.
-    heard: u64,
+    sequence: u64,
     /// An earlier cut whose pages were all read and stored.
     since: Option<u64>,
     stage: Stage,
@@ -144,12 +144,12 @@ pub(super) struct CutState {
     /// Before the mark: pages that this part may own and that are not protected yet.
     wanted: Vec<RoaringBitmap>,
     /// At a member: where the scan for owned pages continues; `None` once it is complete.
-    looked: Option<PageId>,
+    scan_position: Option<PageId>,
     /// Old content of pages that changed since.
     copied: VecDeque<CutPages>,
     /// At a member: bytes that the home has requested; whether the member reported that
     /// it is prepared or, once marked, done; whether the cut is over.
-    asked: i64,
+    requested_bytes: i64,
     is_done: bool,
     is_over: bool,
     /// Too many pages changed before they were read.
@@ -158,31 +158,31 @@ pub(super) struct CutState {
     prepared: PartSet,
     marked: PartSet,
     done: PartSet,
-    came: VecDeque<(PartId, CutPiece)>,
+    received: VecDeque<(PartId, CutPiece)>,
 }
 
 impl CutState {
-    fn new((number, heard): (u64, u64), since: Option<u64>, memories: usize) -> Self {
+    fn new((number, sequence): (u64, u64), since: Option<u64>, memories: usize) -> Self {
         CutState {
             number,
-            heard,
+            sequence,
             since,
             stage: Stage::Preparing,
             pages: vec![RoaringBitmap::new(); memories],
             wanted: vec![RoaringBitmap::new(); memories],
-            looked: Some(PageId {
+            scan_position: Some(PageId {
                 memory: 0,
                 number: 0,
             }),
             copied: VecDeque::new(),
-            asked: 0,
+            requested_bytes: 0,
             is_done: false,
             is_over: false,
             gave_up: false,
             prepared: PartSet::default(),
             marked: PartSet::default(),
             done: PartSet::default(),
-            came: VecDeque::new(),
+            received: VecDeque::new(),
         }
     }
 }
@@ -193,7 +193,7 @@ pub(super) struct CutStatus {
     /// At the home: number of cuts so far.
     count: AtomicU64,
     /// At a member: number of cuts so far.
-    heard: AtomicU64,
+    sequence: AtomicU64,
     /// A cut is in progress.
     is_on: AtomicBool,
     copied_bytes: AtomicUsize,
@@ -293,8 +293,8 @@ impl Shared {
         if let CutMessage::Prepare { since } = word {
             // An earlier cut may not be released yet.
             while self.release_batch(state)? {}
-            let heard = self.cuts.heard.fetch_add(1, Ordering::Relaxed);
-            let cut_state = CutState::new((number, heard), since, self.memories.len());
+            let sequence = self.cuts.sequence.fetch_add(1, Ordering::Relaxed);
+            let cut_state = CutState::new((number, sequence), since, self.memories.len());
             state.cut_state = Some(cut_state);
             self.cuts.is_on.store(true, Ordering::Release);
         }
@@ -307,7 +307,7 @@ impl Shared {
             CutMessage::Marked => cut_state.marked = cut_state.marked.with(from),
             CutMessage::Done => cut_state.done = cut_state.done.with(from),
             CutMessage::More(bytes) => {
-                cut_state.asked = cut_state.asked.saturating_add(bytes.into())
+                cut_state.requested_bytes = cut_state.requested_bytes.saturating_add(bytes.into())
             }
             CutMessage::GaveUp => cut_state.gave_up = true,
             CutMessage::End => cut_state.is_over = true,
@@ -343,7 +343,7 @@ impl Shared {
         }
         let mut state = locked(&self.state);
         if let Some(cut_state) = state.cut_state.as_mut().filter(|it| it.number == number) {
-            cut_state.came.push_back((from, CutPiece::Pages(pages)));
+            cut_state.received.push_back((from, CutPiece::Pages(pages)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -372,7 +372,9 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         if let Some(cut_state) = cut_state {
-            cut_state.came.push_back((from, CutPiece::Unchanged(same)));
+            cut_state
+                .received
+                .push_back((from, CutPiece::Unchanged(same)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -412,14 +414,14 @@ impl Shared {
             coherence,
             ..
         } = state;
-        let from = cut_state.as_ref().and_then(|it| it.looked);
+        let from = cut_state.as_ref().and_then(|it| it.scan_position);
         let (Some(cut_state), Some(from), false) = (cut_state, from, self.is_home()) else {
             return false;
         };
-        cut_state.looked = None;
+        cut_state.scan_position = None;
         for (count, (page, copy)) in (0..).zip(coherence.changed_from(from)) {
             if count == BATCH_PAGES {
-                cut_state.looked = Some(page);
+                cut_state.scan_position = Some(page);
                 break;
             }
             if let (Copy::Kept | Copy::Modified, Some(wanted)) =
@@ -428,11 +430,11 @@ impl Shared {
                 wanted.insert(page.number);
             }
         }
-        cut_state.looked.is_some()
+        cut_state.scan_position.is_some()
     }
 
     /// Whether too many pages are unprotected to end the preparation.
-    fn is_much_left(&self, state: &State) -> bool {
+    fn has_many_unprotected(&self, state: &State) -> bool {
         let wanted = state.cut_state.iter().flat_map(|it| &it.wanted);
         wanted.map(RoaringBitmap::len).sum::<u64>() > UNPROTECTED_PAGES_MAX
     }
@@ -629,16 +631,16 @@ impl Shared {
 
     /// A member's thread that sends the pages of cuts, until the end.
     pub(super) fn send_cuts(&self) {
-        let mut given = DigestHistory::default();
+        let mut history = DigestHistory::default();
         // A home sends none: it reads its own cut.
         while !self.over.load(Ordering::Acquire) && !self.is_home() {
-            if let Err(error) = self.send_cut_batch(&mut given) {
+            if let Err(error) = self.send_cut_batch(&mut history) {
                 return self.end(error);
             }
         }
     }
 
-    fn send_cut_batch(&self, given: &mut DigestHistory) -> Result<(), SpanError> {
+    fn send_cut_batch(&self, history: &mut DigestHistory) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
         let message = match &state.cut_state {
@@ -652,7 +654,7 @@ impl Shared {
             }
             Some(cut_state) if cut_state.stage == Stage::Preparing && !cut_state.is_done => {
                 let number = cut_state.number;
-                if self.scan_owned_batch(state) || self.is_much_left(state) {
+                if self.scan_owned_batch(state) || self.has_many_unprotected(state) {
                     return self.protect_batch(state).map(drop);
                 }
                 if let Some(cut_state) = &mut state.cut_state {
@@ -664,18 +666,19 @@ impl Shared {
             Some(cut_state)
                 if cut_state.stage == Stage::Marked
                     && !cut_state.is_done
-                    && cut_state.asked > 0 =>
+                    && cut_state.requested_bytes > 0 =>
             {
-                let (number, heard, since) = (cut_state.number, cut_state.heard, cut_state.since);
+                let (number, sequence, since) =
+                    (cut_state.number, cut_state.sequence, cut_state.since);
                 if let Some(pages) = self.read_cut_batch(state)? {
                     drop(guard);
                     return self
-                        .send_cut_pieces(number, given.split_unchanged(heard, since, &pages));
+                        .send_cut_pieces(number, history.split_unchanged(sequence, since, &pages));
                 }
                 if let Some(cut_state) = &mut state.cut_state {
                     cut_state.is_done = true;
                 }
-                given.complete(number, heard);
+                history.complete(number, sequence);
                 let word = CutMessage::Done;
                 Some(PeerMessage::Cut { number, word })
             }
@@ -709,14 +712,14 @@ impl DigestHistory {
     /// Splits pages into those unchanged since an earlier cut and the others.
     fn split_unchanged(
         &mut self,
-        heard: u64,
+        sequence: u64,
         since: Option<u64>,
         pages: &CutPages,
     ) -> Vec<CutPiece> {
         self.before.take_if(|(number, _)| since != Some(*number));
-        let (_, now) = match self.now.take_if(|(now, _)| *now == heard) {
+        let (_, now) = match self.now.take_if(|(now, _)| *now == sequence) {
             Some(now) => self.now.insert(now),
-            None => self.now.insert((heard, PageDigests::default())),
+            None => self.now.insert((sequence, PageDigests::default())),
         };
         let before = self.before.as_ref().map(|(_, known)| known);
         page_digests::split_unchanged(pages, |memory, number, hash| {
@@ -726,10 +729,10 @@ impl DigestHistory {
     }
 
     /// Records that a cut was sent completely.
-    fn complete(&mut self, number: u64, heard: u64) {
+    fn complete(&mut self, number: u64, sequence: u64) {
         let now = self.now.take();
         // The member may have had no pages.
-        let known = now.filter(|(now, _)| *now == heard);
+        let known = now.filter(|(now, _)| *now == sequence);
         let known = known.map_or_else(PageDigests::default, |(_, known)| known);
         self.before = Some((number, known));
     }
@@ -755,7 +758,7 @@ impl Shared {
             let mut state = locked(&self.state);
             let cut_state = state.cut_state.as_mut().filter(|it| it.number == number);
             if let Some(cut_state) = cut_state {
-                cut_state.asked -= bytes as i64;
+                cut_state.requested_bytes -= bytes as i64;
             }
         }
         for message in parcels {
@@ -831,7 +834,7 @@ impl Pages {
         let deadline = Instant::now() + patience;
         loop {
             let state = &mut *locked(&cut.shared.state);
-            if !cut.shared.is_much_left(state) || !cut.shared.protect_batch(state)? {
+            if !cut.shared.has_many_unprotected(state) || !cut.shared.protect_batch(state)? {
                 break;
             }
             if Instant::now() >= deadline {
@@ -923,7 +926,7 @@ impl Cut {
             if cut_state.gave_up {
                 return Err(SpanError::CutTooSlow);
             }
-            if let Some((from, piece)) = cut_state.came.pop_front() {
+            if let Some((from, piece)) = cut_state.received.pop_front() {
                 drop(guard);
                 let more = match &piece {
                     CutPiece::Pages(pages) => {
@@ -987,19 +990,19 @@ mod tests {
             bytes: vec![byte; PAGE].into(),
         };
         let is_same = |pieces: Vec<CutPiece>| matches!(pieces[..], [CutPiece::Unchanged(_)]);
-        let mut given = DigestHistory::default();
-        assert!(!is_same(given.split_unchanged(0, None, &pages(1))));
+        let mut history = DigestHistory::default();
+        assert!(!is_same(history.split_unchanged(0, None, &pages(1))));
         // The first cut of another home, which takes the page from another part.
-        given.complete(1, 1);
-        assert!(!is_same(given.split_unchanged(2, Some(1), &pages(1))));
-        given.complete(2, 2);
+        history.complete(1, 1);
+        assert!(!is_same(history.split_unchanged(2, Some(1), &pages(1))));
+        history.complete(2, 2);
         // Only the previous cut counts.
-        assert!(is_same(given.split_unchanged(3, Some(2), &pages(1))));
-        given.complete(3, 3);
-        assert!(!is_same(given.split_unchanged(4, Some(2), &pages(1))));
-        given.complete(4, 4);
-        assert!(!is_same(given.split_unchanged(5, Some(4), &pages(2))));
-        assert!(!is_same(given.split_unchanged(6, None, &pages(2))));
+        assert!(is_same(history.split_unchanged(3, Some(2), &pages(1))));
+        history.complete(3, 3);
+        assert!(!is_same(history.split_unchanged(4, Some(2), &pages(1))));
+        history.complete(4, 4);
+        assert!(!is_same(history.split_unchanged(5, Some(4), &pages(2))));
+        assert!(!is_same(history.split_unchanged(6, None, &pages(2))));
     }
 
     #[test]

@@ -148,7 +148,7 @@ pub(super) struct Effects {
     /// For each run, by its first page: its length, and the rank of its last operation.
     /// Runs do not overlap.
     ranks: BTreeMap<PageId, (u32, u8)>,
-    came: Option<ReceivedPages>,
+    received: Option<ReceivedPages>,
     /// Messages by receiver.
     frames: BTreeMap<PartId, FrameWriter>,
     /// A new deadline is set.
@@ -269,7 +269,7 @@ fn messages_for(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<
         }
         long.push((*to, alike, numbers));
     }
-    let mut said = Vec::new();
+    let mut messages = Vec::new();
     for (to, message, numbers) in long {
         let Some((first, _)) = message.row() else {
             continue;
@@ -286,10 +286,10 @@ fn messages_for(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<
                 txn.number = *number;
                 more.extend_from_slice(rest);
             }
-            said.push((to, message));
+            messages.push((to, message));
         }
     }
-    said
+    messages
 }
 
 /// The pages of a run; their numbers do not overflow.
@@ -396,10 +396,10 @@ impl Shared {
             // Every effect contained in it has been applied.
             match frames.finish(self.listener().time()) {
                 Ok(frames) => {
-                    if let Some(told) = self.peers.outbound(to)
-                        && let Err(error) = told.tell(frames)
+                    if let Some(outbound) = self.peers.outbound(to)
+                        && let Err(error) = outbound.send(frames)
                     {
-                        self.lost_by(&told, error.to_string());
+                        self.outbound_lost(&outbound, error.to_string());
                     }
                 }
                 Err(error) => done = done.and(Err(encode_error(error))),
@@ -410,7 +410,7 @@ impl Shared {
         }
         // The serving thread checks for quiescence whenever all messages are sent.
         if work.is_due || self.is_quiescing.load(Ordering::SeqCst) {
-            self.ring();
+            self.wake();
         }
         if let Err(error) = done
             && !self.over.load(Ordering::Acquire)
@@ -447,7 +447,7 @@ impl Shared {
         events: Vec<PendingEvent>,
         work: &mut Effects,
     ) -> Result<(), SpanError> {
-        for (event, beside) in events {
+        for (event, context) in events {
             if let Event::Message { message, .. } = &event {
                 let first = message.segment().map(|segment| PageId {
                     memory: segment.memory,
@@ -461,19 +461,21 @@ impl Shared {
                 }
             }
             let mut stood = None;
-            match (&event, beside) {
+            match (&event, context) {
                 (Event::Fault { .. }, EventContext::Ahead) => {}
-                (Event::Fault { page, access }, beside) => {
+                (Event::Fault { page, access }, context) => {
                     // Of several accesses to one page only the first triggers a prefetch.
                     if !state.since.contains_key(page) {
                         let is_asked = state.is_asked(*page);
                         stood = Some((*page, *access, is_asked));
                     }
-                    let thread = match beside {
+                    let thread = match context {
                         EventContext::Thread { thread, byte } => {
                             // A page may be present although no thread accessed it yet.
                             if !state.is_here(*page, *access) {
-                                state.fault_history.waits(*page, byte, *access, self.now());
+                                state
+                                    .fault_history
+                                    .record_wait(*page, byte, *access, self.now());
                             }
                             Some(thread)
                         }
@@ -489,7 +491,7 @@ impl Shared {
                     },
                     EventContext::Pages(pages),
                 ) => {
-                    work.came = Some(ReceivedPages {
+                    work.received = Some(ReceivedPages {
                         from: *from,
                         first: *page,
                         pages,
@@ -508,8 +510,10 @@ impl Shared {
             for command in state.coherence.step(event, now) {
                 self.note(state, command, work)?;
             }
-            if let Some(came) = work.came.take() {
-                let left = came.left().map(|(page, it)| (page, (came.from, it)));
+            if let Some(received) = work.received.take() {
+                let left = received
+                    .left()
+                    .map(|(page, it)| (page, (received.from, it)));
                 state.arrived.extend(left);
             }
             if let Some((page, access, is_asked)) = stood {
@@ -528,8 +532,8 @@ impl Shared {
         work: &mut Effects,
     ) -> Result<(), SpanError> {
         let ahead = state.streams.on_fault(page, access, is_asked);
-        let asked = u32::try_from(state.prefetches.len()).unwrap_or(u32::MAX);
-        let most = self.limits.ahead_max().saturating_sub(asked);
+        let requested = u32::try_from(state.prefetches.len()).unwrap_or(u32::MAX);
+        let most = self.limits.ahead_max().saturating_sub(requested);
         let mut wanted = ahead.pages.min(most);
         if wanted == 0 {
             return Ok(());
@@ -603,10 +607,12 @@ impl Shared {
                 pages,
                 access,
             } => {
-                let came = work.came.as_mut();
-                let came = came.and_then(|came| Some((came.from, came.take(page, pages)?)));
-                let came = came.or_else(|| state.arrived.remove(&page).filter(|_| pages == 1));
-                let Some((from, bytes)) = came else {
+                let received = work.received.as_mut();
+                let received = received
+                    .and_then(|received| Some((received.from, received.take(page, pages)?)));
+                let received =
+                    received.or_else(|| state.arrived.remove(&page).filter(|_| pages == 1));
+                let Some((from, bytes)) = received else {
                     let what =
                         format!("{pages} pages from {page:?} on were used before they arrived");
                     return Err(SpanError::Inconsistent(what));
@@ -614,8 +620,8 @@ impl Shared {
                 (page, pages, PageAction::Install(access, bytes, from))
             }
             Command::Allow { page } | Command::Wake { page } => {
-                if let Some(came) = &mut work.came {
-                    came.uses(page);
+                if let Some(received) = &mut work.received {
+                    received.uses(page);
                 }
                 state.arrived.remove(&page);
                 let allows = matches!(command, Command::Allow { .. });
@@ -697,8 +703,8 @@ impl Shared {
                     offset += pages as u64 * PAGE_BYTES;
                     read.map_err(|error| SendError::Memory(failed(error)))
                 };
-                let said = work.to(to)?.put_pages(&message, read);
-                said.map_err(|error| match error {
+                let messages = work.to(to)?.put_pages(&message, read);
+                messages.map_err(|error| match error {
                     SendError::Memory(error) => error,
                     SendError::Wire(error) => encode_error(error),
                 })?;
@@ -741,7 +747,7 @@ impl Shared {
                         if let Some(keep) = &mut state.eviction {
                             keep.arrived(page, *access);
                         }
-                        self.came(state, page, Some(*from));
+                        self.page_arrived(state, page, Some(*from));
                     }
                 }
                 PageAction::Allow => {
@@ -749,7 +755,7 @@ impl Shared {
                         keep.arrived(*page, Access::Write);
                     }
                     self.notify_waiters(state);
-                    self.came(state, *page, None);
+                    self.page_arrived(state, *page, None);
                 }
                 PageAction::Wake => {
                     if let Some(woken) = state.woken.get_mut(page.memory as usize) {
@@ -785,7 +791,7 @@ impl Shared {
     }
 
     /// Records that a page has arrived and its waiters go on.
-    fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
+    fn page_arrived(&self, state: &mut State, page: PageId, from: Option<PartId>) {
         let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };

@@ -106,7 +106,7 @@ pub(super) struct Limits {
     /// before, not all parts may know it.
     is_member: AtomicBool,
     /// Report again, even if nothing changed.
-    again: AtomicBool,
+    report_pending: AtomicBool,
     /// No limit is in force, whatever is announced.
     keeps_all: AtomicBool,
     /// Resident bytes as reported last.
@@ -116,9 +116,9 @@ pub(super) struct Limits {
     pub(super) peers: Mutex<BTreeMap<PartId, PartMemory>>,
     /// The evictor has work.
     wanted: Mutex<bool>,
-    bell: Condvar,
+    wake_signal: Condvar,
     /// A wake-up is pending.
-    is_rung: AtomicBool,
+    wake_pending: AtomicBool,
 }
 
 impl Limits {
@@ -130,15 +130,15 @@ impl Limits {
             limit: AtomicU64::new(NONE),
             of_parts: Mutex::new(None),
             is_member: AtomicBool::new(false),
-            again: AtomicBool::new(false),
+            report_pending: AtomicBool::new(false),
             keeps_all: AtomicBool::new(false),
             reported_bytes: AtomicU64::new(0),
             given: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             peers: Mutex::default(),
             wanted: Mutex::new(false),
-            bell: Condvar::new(),
-            is_rung: AtomicBool::new(false),
+            wake_signal: Condvar::new(),
+            wake_pending: AtomicBool::new(false),
         }
     }
 
@@ -159,13 +159,13 @@ impl Limits {
 
     /// Applies the limit announced by the home, bounded by the host's room.
     pub(super) fn set(&self, of_parts: Option<u64>) {
-        let told = of_parts.map_or(NONE, |limit| limit.max(PART_BYTES_MIN));
+        let reported = of_parts.map_or(NONE, |limit| limit.max(PART_BYTES_MIN));
         let limit = match self.keeps_all.load(Ordering::Acquire) {
             true => NONE,
-            false => told.min(self.room),
+            false => reported.min(self.room),
         };
         self.limit.store(limit, Ordering::Release);
-        self.ring();
+        self.wake();
     }
 
     /// Applies a limit announced by the home, which makes this part a member.
@@ -181,8 +181,8 @@ impl Limits {
 
     /// A part has joined that does not know this part's memory.
     pub(super) fn report_again(&self) {
-        self.again.store(true, Ordering::Release);
-        self.ring();
+        self.report_pending.store(true, Ordering::Release);
+        self.wake();
     }
 
     /// Forgets a part that has left.
@@ -205,10 +205,10 @@ impl Limits {
     }
 
     /// Wakes the evictor.
-    pub(super) fn ring(&self) {
-        if !self.is_rung.swap(true, Ordering::AcqRel) {
+    pub(super) fn wake(&self) {
+        if !self.wake_pending.swap(true, Ordering::AcqRel) {
             *locked(&self.wanted) = true;
-            self.bell.notify_all();
+            self.wake_signal.notify_all();
         }
     }
 
@@ -221,13 +221,13 @@ impl Limits {
                 break;
             }
             wanted = self
-                .bell
+                .wake_signal
                 .wait_timeout(wanted, rest)
                 .unwrap_or_else(|error| error.into_inner())
                 .0;
         }
         *wanted = false;
-        self.is_rung.store(false, Ordering::Release);
+        self.wake_pending.store(false, Ordering::Release);
     }
 
     /// The permitted part with most room, if it has at least `least`; one page is
@@ -253,9 +253,9 @@ impl Limits {
 /// State of the evictor between passes.
 #[derive(Debug)]
 struct EvictorState {
-    told: Option<(PartMemory, Instant)>,
+    reported: Option<(PartMemory, Instant)>,
     /// Pages in flight, and since when the number is unchanged.
-    going: (usize, Instant),
+    in_transit: (usize, Instant),
     /// Since when accesses are observed, and the resident bytes then.
     adopted: (Instant, u64),
 }
@@ -287,9 +287,9 @@ impl Shared {
             return false;
         };
         let resident = self.resident().unwrap_or(0);
-        let told = self.limits.reported_bytes.load(Ordering::Relaxed);
-        if resident > limit || resident.abs_diff(told) > limit / REPORT_DIVISOR {
-            self.limits.ring();
+        let reported = self.limits.reported_bytes.load(Ordering::Relaxed);
+        if resident > limit || resident.abs_diff(reported) > limit / REPORT_DIVISOR {
+            self.limits.wake();
         }
         resident > limit.saturating_add(limit / OVERRUN_DIVISOR)
             && self.limits.has_room(room_min_bytes(limit))
@@ -299,8 +299,8 @@ impl Shared {
     /// end.
     pub(super) fn run_evictor(&self) {
         let mut seen = EvictorState {
-            told: None,
-            going: (0, Instant::now()),
+            reported: None,
+            in_transit: (0, Instant::now()),
             adopted: (Instant::now(), 0),
         };
         let mut looking = AccessScan::default();
@@ -313,8 +313,8 @@ impl Shared {
                     Ok(false)
                 }
             };
-            let told = gives.and_then(|gives| self.report_memory(&mut seen).map(|()| gives));
-            let pause = match told {
+            let reported = gives.and_then(|gives| self.report_memory(&mut seen).map(|()| gives));
+            let pause = match reported {
                 Ok(true) => EVICTING_INTERVAL,
                 Ok(false) if self.limits.get().is_some() => LIMITED_INTERVAL,
                 Ok(false) => UNLIMITED_INTERVAL,
@@ -329,27 +329,27 @@ impl Shared {
         if !self.limits.is_announced() {
             return Ok(());
         }
-        if self.limits.again.swap(false, Ordering::AcqRel) {
-            seen.told = None;
+        if self.limits.report_pending.swap(false, Ordering::AcqRel) {
+            seen.reported = None;
         }
         let now = self.own_memory()?;
-        let is_news = match &seen.told {
+        let is_news = match &seen.reported {
             None => true,
             // The others have counted pages in flight and may be wrong.
-            Some((told, at)) if *told == now => {
+            Some((reported, at)) if *reported == now => {
                 now.limit_bytes.is_some() && at.elapsed() >= UNLIMITED_INTERVAL
             }
-            Some((told, at)) => {
-                let most = now.limit_bytes.unwrap_or(told.resident_bytes);
-                told.limit_bytes != now.limit_bytes
-                    || told.resident_bytes.abs_diff(now.resident_bytes) > most / REPORT_DIVISOR
+            Some((reported, at)) => {
+                let most = now.limit_bytes.unwrap_or(reported.resident_bytes);
+                reported.limit_bytes != now.limit_bytes
+                    || reported.resident_bytes.abs_diff(now.resident_bytes) > most / REPORT_DIVISOR
                     || at.elapsed() >= UNLIMITED_INTERVAL
             }
         };
         if !is_news {
             return Ok(());
         }
-        seen.told = Some((now, Instant::now()));
+        seen.reported = Some((now, Instant::now()));
         self.limits
             .reported_bytes
             .store(now.resident_bytes, Ordering::Relaxed);
@@ -423,13 +423,13 @@ impl Shared {
                 policy
             }
         };
-        let given = policy.take_evicted();
+        let evicted_pages = policy.take_evicted();
         self.limits
             .given
-            .fetch_add(given * PAGE_BYTES, Ordering::Relaxed);
-        if seen.going.0 != policy.departing() || given > 0 {
-            seen.going = (policy.departing(), Instant::now());
-        } else if policy.departing() > 0 && seen.going.1.elapsed() > IN_TRANSIT_TIMEOUT {
+            .fetch_add(evicted_pages * PAGE_BYTES, Ordering::Relaxed);
+        if seen.in_transit.0 != policy.departing() || evicted_pages > 0 {
+            seen.in_transit = (policy.departing(), Instant::now());
+        } else if policy.departing() > 0 && seen.in_transit.1.elapsed() > IN_TRANSIT_TIMEOUT {
             policy.reconsider_departing();
         }
         if resident <= limit && policy.departing() == 0 {
@@ -454,8 +454,8 @@ impl Shared {
         events.extend(drops.map(|event| (event, EventContext::Nothing)));
         let may_keep = limit / PAGE_BYTES;
         let may = |part: PartId| {
-            let told = self.peers.outbound(part);
-            told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
+            let reported = self.peers.outbound(part);
+            reported.is_some_and(|reported| reported.unwritten_bytes() <= UNWRITTEN_MAX)
         };
         // Faults wait for the lock meanwhile.
         let looks = Cell::new(0);
@@ -562,7 +562,7 @@ impl Pages {
                 let patience = PROGRESS_TIMEOUT;
                 return Err(SpanError::NotQuiescent { patience });
             }
-            limits.ring();
+            limits.wake();
             std::thread::sleep(EVICTING_INTERVAL);
         }
     }
@@ -575,11 +575,11 @@ impl Pages {
     /// [`SpanError`].
     pub fn limit_parts(&self, limit_bytes: Option<u64>) -> Result<(), SpanError> {
         // Held while announcing, so that two limits are not announced out of order.
-        let mut told = locked(&self.shared.limits.of_parts);
-        if *told == Some(limit_bytes) {
+        let mut reported = locked(&self.shared.limits.of_parts);
+        if *reported == Some(limit_bytes) {
             return Ok(());
         }
-        *told = Some(limit_bytes);
+        *reported = Some(limit_bytes);
         self.shared.limits.announce(limit_bytes);
         self.shared.broadcast(&PeerMessage::Limit(limit_bytes))
     }

@@ -45,14 +45,14 @@ impl Shared {
             let mut succeeded = false;
             let home = hearing
                 .iter()
-                .position(|heard| heard.part() == PartId::HOME);
-            for heard in &mut hearing {
-                let mut from = heard.part();
+                .position(|inbound| inbound.part() == PartId::HOME);
+            for inbound in &mut hearing {
+                let mut from = inbound.part();
                 if succeeded && from == PartId::HOME {
                     // The end of the former home is not a loss any more.
                     continue;
                 }
-                let parcels = heard.read().map(std::mem::take);
+                let parcels = inbound.read().map(std::mem::take);
                 match parcels {
                     Ok(mut parcels) => {
                         heard_some |= !parcels.is_empty();
@@ -125,11 +125,11 @@ impl Shared {
                                     }
                                 }
                                 PeerMessage::Succeeded => {
-                                    if let Err(error) = self.handle_new_home(heard) {
+                                    if let Err(error) = self.handle_new_home(inbound) {
                                         return self.end(error);
                                     }
-                                    succeeded |= heard.part() != from;
-                                    from = heard.part();
+                                    succeeded |= inbound.part() != from;
+                                    from = inbound.part();
                                 }
                                 PeerMessage::Goodbye { part, reason } => {
                                     (counts, ended) = (false, ended.with(from));
@@ -146,7 +146,7 @@ impl Shared {
                         if counts {
                             self.peers.counts(from);
                         }
-                        heard.keep(parcels);
+                        inbound.keep(parcels);
                     }
                     Err(error) => {
                         ended = ended.with(from);
@@ -158,7 +158,7 @@ impl Shared {
                 hearing.remove(home);
             }
             // Connections of parts that ended as expected.
-            hearing.retain(|heard| !ended.contains(heard.part()));
+            hearing.retain(|inbound| !ended.contains(inbound.part()));
             if self.peers.leaves() {
                 let since = left_since.get_or_insert_with(Instant::now);
                 if hearing.is_empty() || since.elapsed() > LEAVE_TIMEOUT {
@@ -214,11 +214,11 @@ impl Shared {
                     true => Access::Write,
                     false => Access::Read,
                 };
-                let stands = EventContext::Thread {
+                let context = EventContext::Thread {
                     thread: touch.thread,
                     byte: touch.byte,
                 };
-                events.push((Event::Fault { page, access }, stands));
+                events.push((Event::Fault { page, access }, context));
             }
         }
         Ok(())
@@ -226,7 +226,7 @@ impl Shared {
 
     /// Sleeps until there is work; only for a moment while faults wait for room.
     fn sleep(&self, hearing: &[Inbound], due: Option<u64>, waits: bool) -> std::io::Result<()> {
-        let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.bell, PollFlags::IN)];
+        let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.wake_signal, PollFlags::IN)];
         let faults = self.memories.iter().map(Spanning::descriptor);
         let faults = faults.take(if waits { 0 } else { usize::MAX });
         wait.extend(faults.map(|fault| PollFd::from_borrowed_fd(fault, PollFlags::IN)));
@@ -247,9 +247,9 @@ impl Shared {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
-        let mut rung = [0; 8];
+        let mut count = [0; 8];
         // Usually there is nothing to read.
-        let _ = rustix::io::read(&self.bell, &mut rung);
+        let _ = rustix::io::read(&self.wake_signal, &mut count);
         Ok(())
     }
 }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Until the successor announces itself nothing has changed, and the home may resume
-//! ([`DrainedHome::stay`]). A part that has heard the announcement forgets the former
+//! ([`DrainedHome::cancel`]). A part that has heard the announcement forgets the former
 //! home; a home that resumes nevertheless has lost a part and ends. So two homes never
 //! run.
 //!
@@ -41,14 +41,14 @@ const POLL_INTERVAL: Duration = Duration::from_micros(500);
 pub struct DrainedHome {
     shared: Arc<Shared>,
     _settled: QuiescenceGuard,
-    legacy: Holdings,
+    holdings: Holdings,
 }
 
 impl std::fmt::Debug for DrainedHome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Left");
         debug
-            .field("rows", &self.legacy.rows.len())
+            .field("rows", &self.holdings.rows.len())
             .finish_non_exhaustive()
     }
 }
@@ -56,11 +56,11 @@ impl std::fmt::Debug for DrainedHome {
 impl DrainedHome {
     /// The directory state for the successor; can be taken once.
     pub fn take_holdings(&mut self) -> Holdings {
-        std::mem::take(&mut self.legacy)
+        std::mem::take(&mut self.holdings)
     }
 
     /// Another part may become the home from now on: closed connections are not a loss
-    /// unless [`Self::stay`] is called.
+    /// unless [`Self::cancel`] is called.
     pub fn release(&self) {
         self.shared.is_alone.store(true, Ordering::Release);
     }
@@ -70,7 +70,7 @@ impl DrainedHome {
     ///
     /// # Errors
     /// [`SpanError`] if a part was lost meanwhile, or another part is the home.
-    pub fn stay(self) -> Result<(), SpanError> {
+    pub fn cancel(self) -> Result<(), SpanError> {
         let shared = &self.shared;
         let ignored_loss = {
             let mut ignored_loss = locked(&shared.ignored_loss);
@@ -124,19 +124,19 @@ impl Pages {
             let settled = shared
                 .quiesce_with_directories(deadline.saturating_duration_since(Instant::now()))?;
             // Other parts may have sent pages here before they knew.
-            let legacy = {
+            let holdings = {
                 let state = locked(&shared.state);
                 if state.cut_state.is_some() {
                     return Err(SpanError::CutUnavailable);
                 }
                 state.coherence.legacy()
             };
-            match legacy {
-                Ok(legacy) if shared.populated()?.is_empty() => {
+            match holdings {
+                Ok(holdings) if shared.populated()?.is_empty() => {
                     return Ok(DrainedHome {
                         shared: shared.clone(),
                         _settled: settled,
-                        legacy,
+                        holdings,
                     });
                 }
                 _ if Instant::now() < deadline => {}
@@ -167,22 +167,22 @@ impl Pages {
     ///
     /// # Errors
     /// [`SpanError`]; the part has ended then.
-    pub fn succeed(
+    pub fn become_home(
         &self,
-        legacy: &Holdings,
+        holdings: &Holdings,
         listener: Arc<dyn Listener>,
         patience: Duration,
     ) -> Result<(), SpanError> {
-        let succeeded = self.try_succeed(legacy, listener, patience);
+        let succeeded = self.try_become_home(holdings, listener, patience);
         if let Err(error) = &succeeded {
             self.shared.end(error.clone());
         }
         succeeded
     }
 
-    fn try_succeed(
+    fn try_become_home(
         &self,
-        legacy: &Holdings,
+        holdings: &Holdings,
         listener: Arc<dyn Listener>,
         patience: Duration,
     ) -> Result<(), SpanError> {
@@ -192,7 +192,7 @@ impl Pages {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            let unknown = legacy.rows.iter().any(|held| {
+            let unknown = holdings.rows.iter().any(|held| {
                 !shared.has(PageId {
                     memory: held.memory,
                     number: held.first.saturating_add(held.pages.saturating_sub(1)),
@@ -209,7 +209,7 @@ impl Pages {
             state.traffic.forget(PartId::HOME);
             state
                 .coherence
-                .succeed(legacy)
+                .succeed(holdings)
                 .map_err(SpanError::Inconsistent)?;
             // Eviction starts anew: this part holds more pages than before.
             state.eviction = None;
@@ -225,7 +225,7 @@ impl Pages {
         shared.cuts.changed.notify_all();
         shared.peers.forget_home();
         shared.limits.forget(PartId::HOME);
-        shared.ring();
+        shared.wake();
         shared.broadcast(&PeerMessage::Succeeded)?;
         let others = self.others();
         let deadline = Instant::now() + patience;

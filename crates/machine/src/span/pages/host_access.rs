@@ -102,7 +102,7 @@ impl Shared {
             let is_ahead = work.is_ahead;
             self.dispatch(done, work);
             if is_ahead {
-                self.ring();
+                self.wake();
             }
             state = locked(&self.state);
             if state.failure.is_none() && !state.granted.contains_key(&key) {

@@ -97,17 +97,17 @@ pub enum SpanError {
     #[error("the machine's memory cannot be served: {0}")]
     Memory(String),
     /// A page did not arrive in time.
-    #[error("page {} of memory {} did not come within {patience:.0?}", page.number, page.memory)]
+    #[error("page {} of memory {} did not arrive within {patience:.0?}", page.number, page.memory)]
     Late { page: PageId, patience: Duration },
     /// A part did not answer a query in time.
-    #[error("part {part} did not say where pages are within {patience:.0?}; try again")]
+    #[error("part {part} did not answer within {patience:.0?}; try again")]
     NoAnswer { part: PartId, patience: Duration },
     /// A part did not send its pages away in time.
-    #[error("part {part} did not give up its pages within {patience:.0?}")]
+    #[error("part {part} did not move its pages away within {patience:.0?}")]
     Slow { part: PartId, patience: Duration },
     /// A part cannot leave: no other part has room for its pages.
     #[error(
-        "part {part} cannot go: no other part has room for the {} MiB that it has; more nodes, or a larger part memory, would have it",
+        "part {part} cannot leave: no other part has room for its {} MiB (add nodes, or raise the part memory)",
         bytes >> 20
     )]
     Full {
@@ -116,17 +116,19 @@ pub enum SpanError {
         bytes: u64,
     },
     /// Messages were still in flight at the deadline, so there is no consistent cut.
-    #[error("pages of the machine were still on their way after {patience:.0?}; try again")]
+    #[error("pages of the machine were still in transit after {patience:.0?}; try again")]
     NotQuiescent { patience: Duration },
     /// A cut is in progress already, parts are leaving, or this part is not the home.
-    #[error("its memory is being kept already, its parts leave, or this is not its home")]
+    #[error(
+        "a checkpoint of its memory is in progress, its parts are leaving, or this is not its home"
+    )]
     CutUnavailable,
     /// The guest changed more pages before they were stored than may be buffered.
     #[error("it writes faster than its memory can be stored")]
     CutTooSlow,
     /// Restored memory exceeds the room of all parts.
     #[error(
-        "no part has room for more of its memory: {} MiB are here, where {} MiB may be; more nodes, or a larger part memory, would have it",
+        "no part has room for more of its memory: this part has {} MiB of at most {} MiB (add nodes, or raise the part memory)",
         resident_bytes >> 20,
         room_bytes >> 20
     )]
@@ -263,7 +265,7 @@ struct Shared {
     /// Signalled when pages arrive or the part fails.
     changed: Condvar,
     /// Wakes the serving thread.
-    bell: OwnedFd,
+    wake_signal: OwnedFd,
     peers: Peers,
     begun: Instant,
     over: AtomicBool,
@@ -325,7 +327,7 @@ impl Notifier {
             // the answer.
             let until = shared.now() + ANSWER_POLL_MICROS;
             if shared.answer_expected_until.swap(until, Ordering::AcqRel) < shared.now() {
-                shared.ring();
+                shared.wake();
             }
         }
         shared.dispatch(done, work);
@@ -378,7 +380,7 @@ pub enum BeginError {
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
     /// The configuration is inconsistent.
-    #[error("a part of a machine cannot begin: {0}")]
+    #[error("a part of a machine cannot start: {0}")]
     Setup(&'static str),
     /// A connection to another part failed.
     #[error(transparent)]
@@ -459,7 +461,7 @@ impl Pages {
                 failure: None,
             }),
             changed: Condvar::new(),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            wake_signal: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(std::io::Error::from)?,
             peers: others,
             begun: Instant::now(),
@@ -481,7 +483,7 @@ impl Pages {
             threads: Mutex::default(),
         };
         for part in shared.peers.parts().iter() {
-            pages.spawn_tell(part)?;
+            pages.spawn_writer(part)?;
         }
         pages.spawn("span-evict", Shared::run_evictor)?;
         if setup.me != PartId::HOME {
@@ -494,20 +496,20 @@ impl Pages {
             pages.shared.limits.set(None);
             // The home waits for a first message of a joining part.
             let mut work = Effects::default();
-            let said = work.to(PartId::HOME).map(drop);
-            pages.shared.dispatch(said, work);
+            let messages = work.to(PartId::HOME).map(drop);
+            pages.shared.dispatch(messages, work);
         }
         Ok(pages)
     }
 
     /// Spawns the thread that writes what a part's socket could not take at once.
-    fn spawn_tell(&self, part: PartId) -> std::io::Result<()> {
-        let Some(told) = self.shared.peers.outbound(part) else {
+    fn spawn_writer(&self, part: PartId) -> std::io::Result<()> {
+        let Some(outbound) = self.shared.peers.outbound(part) else {
             return Ok(());
         };
         self.spawn("span-tell", move |shared| {
-            if let Err(error) = told.write_backlog() {
-                shared.lost_by(&told, error.to_string());
+            if let Err(error) = outbound.write_backlog() {
+                shared.outbound_lost(&outbound, error.to_string());
             }
         })
     }
@@ -529,7 +531,7 @@ impl Pages {
     }
 
     /// A handle that sends notes to other parts.
-    pub fn teller(&self) -> Notifier {
+    pub fn notifier(&self) -> Notifier {
         Notifier(Arc::downgrade(&self.shared))
     }
 
@@ -629,13 +631,13 @@ impl Pages {
 
     /// From now on the listener is not told when this part ends: all pages are here, and
     /// the machine needs no other part.
-    pub fn leave_alone(&self) {
+    pub fn detach(&self) {
         self.shared.is_alone.store(true, Ordering::Release);
     }
 
-    /// Ends a part without which the machine goes on, as after [`Self::leave_alone`].
+    /// Ends a part without which the machine goes on, as after [`Self::detach`].
     pub fn finish(&self) {
-        self.leave_alone();
+        self.detach();
         self.shared.end(SpanError::Ended);
     }
 
@@ -719,8 +721,8 @@ impl Shared {
         }
         self.changed.notify_all();
         self.cuts.changed.notify_all();
-        self.ring();
-        self.limits.ring();
+        self.wake();
+        self.limits.wake();
         self.say_goodbye(&reason);
         self.peers.close();
     }
@@ -744,17 +746,17 @@ impl Shared {
         };
         let mut frame = Vec::new();
         if wire::encode(&goodbye, &mut frame).is_ok() {
-            for told in self.peers.all_outbound() {
+            for outbound in self.peers.all_outbound() {
                 // One of them may be lost itself.
-                let _ = told.tell(frame.clone());
+                let _ = outbound.send(frame.clone());
             }
         }
     }
 
     /// Wakes the serving thread.
-    fn ring(&self) {
+    fn wake(&self) {
         // The write fails only when the counter is full: then a wake-up is pending
         // already.
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.wake_signal, &1u64.to_ne_bytes());
     }
 }

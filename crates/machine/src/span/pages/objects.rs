@@ -168,12 +168,12 @@ impl Shared {
             Question::InTransit { memory, pages, to } => {
                 let coherence = &locked(&self.state).coherence;
                 let mut pages = pages.take(EXAMINED_MAX);
-                let going = pages.find(|number| {
+                let in_transit = pages.find(|number| {
                     let number = *number;
                     let page = PageId { memory, number };
                     !coherence.is_directory_of(page) || coherence.is_going(page, to)
                 });
-                Answer::InTransit(going)
+                Answer::InTransit(in_transit)
             }
             Question::FaultWaits(from) => {
                 let mut state = locked(&self.state);
@@ -386,15 +386,15 @@ impl Shared {
                 None => (None, pages.end..pages.end),
             };
             let mut own = (pages.start..there.start).take(EXAMINED_MAX);
-            let going = own.find(|number| {
+            let in_transit = own.find(|number| {
                 let number = *number;
                 coherence.is_going(PageId { memory, number }, to)
             });
-            let looked = pages.start.saturating_add(EXAMINED_MAX as u32);
-            match (going, part) {
+            let examined = pages.start.saturating_add(EXAMINED_MAX as u32);
+            match (in_transit, part) {
                 (Some(number), _) => return Ok(number),
-                (None, None) => return Ok(looked.min(pages.end)),
-                (None, Some(_)) if looked < there.start => return Ok(looked),
+                (None, None) => return Ok(examined.min(pages.end)),
+                (None, Some(_)) if examined < there.start => return Ok(examined),
                 (None, Some(part)) => {
                     // Adjacent segments whose directory is at the same part.
                     let rest = elsewhere.take_while(|(at, _)| *at == part);
@@ -483,18 +483,20 @@ impl Pages {
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
         // A memory of 64 GiB has 16 Mi pages.
         let (first, last) = (first as u32, last as u32);
-        let (mut number, mut asked) = (first, first);
+        let (mut number, mut requested) = (first, first);
         let deadline = Instant::now().checked_add(patience);
         while number < last && deadline.is_none_or(|deadline| Instant::now() < deadline) {
             let ahead = number.saturating_add(IN_TRANSIT_PAGES).min(last);
-            let more = u64::from(asked) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
+            let more = u64::from(requested) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
             self.move_pages(memory, more, to)?;
-            asked = ahead;
+            requested = ahead;
             // Pages mostly arrive in order. A page that has left again has been there, so
             // pages that were seen are not examined again: examining all of them each
             // time would delay the transfer.
-            number = self.shared.first_in_transit(memory, number..asked, to)?;
-            if number < asked {
+            number = self
+                .shared
+                .first_in_transit(memory, number..requested, to)?;
+            if number < requested {
                 std::thread::sleep(POLL_INTERVAL);
             }
         }

@@ -42,7 +42,7 @@ pub(super) enum ConnectionChange {
 
 #[derive(Default)]
 pub(super) struct Peers {
-    told: RwLock<BTreeMap<PartId, Arc<Outbound>>>,
+    outbound: RwLock<BTreeMap<PartId, Arc<Outbound>>>,
     /// Shut down at the end, so that no thread blocks on them.
     sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
     turns: Mutex<Vec<ConnectionChange>>,
@@ -72,28 +72,31 @@ impl Peers {
             ends.heard.socket().try_clone()?,
         ];
         let heard = Inbound::new(part, ends.heard, ends.unpacker)?;
-        let told = Arc::new(Outbound::new(ends.out));
-        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        let outbound = Arc::new(Outbound::new(ends.out));
+        let mut all = self
+            .outbound
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         if self.closed.load(Ordering::Acquire) {
             return Err(BeginError::Setup("the machine ends"));
         }
         locked(&self.sockets).insert(part, sockets);
-        all.insert(part, told);
+        all.insert(part, outbound);
         Ok(heard)
     }
 
     pub(super) fn outbound(&self, part: PartId) -> Option<Arc<Outbound>> {
-        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let all = self.outbound.read().unwrap_or_else(PoisonError::into_inner);
         all.get(&part).cloned()
     }
 
     pub(super) fn all_outbound(&self) -> Vec<Arc<Outbound>> {
-        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let all = self.outbound.read().unwrap_or_else(PoisonError::into_inner);
         all.values().cloned().collect()
     }
 
     pub(super) fn parts(&self) -> PartSet {
-        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let all = self.outbound.read().unwrap_or_else(PoisonError::into_inner);
         all.keys().copied().collect()
     }
 
@@ -107,16 +110,22 @@ impl Peers {
         self.has_joined(part);
         let mut parting = locked(&self.parting);
         *parting = parting.without(part);
-        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .outbound
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         all.remove(&part)
     }
 
     /// Another part has become the home; its connections had its own number before.
     pub(super) fn replace_home(&self, by: PartId) {
-        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .outbound
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut sockets = locked(&self.sockets);
         let before = all.remove(&by);
-        let before = before.and_then(|told| all.insert(PartId::HOME, told));
+        let before = before.and_then(|outbound| all.insert(PartId::HOME, outbound));
         if let Some(before) = before {
             before.finish();
         }
@@ -128,8 +137,8 @@ impl Peers {
     /// This part has become the home: the former one is no longer a peer.
     pub(super) fn forget_home(&self) {
         self.turn(ConnectionChange::Forget(PartId::HOME));
-        if let Some(told) = self.remove(PartId::HOME) {
-            told.finish();
+        if let Some(outbound) = self.remove(PartId::HOME) {
+            outbound.finish();
         }
     }
 
@@ -180,9 +189,9 @@ impl Peers {
     }
 
     /// The present number of the part behind an outbound connection.
-    fn part_of_outbound(&self, told: &Arc<Outbound>) -> Option<PartId> {
-        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
-        let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, told));
+    fn part_of_outbound(&self, outbound: &Arc<Outbound>) -> Option<PartId> {
+        let all = self.outbound.read().unwrap_or_else(PoisonError::into_inner);
+        let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, outbound));
         found.map(|(part, _)| *part)
     }
 
@@ -212,10 +221,13 @@ impl Peers {
 
     pub(super) fn close(&self) {
         {
-            let all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+            let all = self
+                .outbound
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
             self.closed.store(true, Ordering::Release);
-            for told in all.values() {
-                told.close();
+            for outbound in all.values() {
+                outbound.close();
             }
         }
         for socket in locked(&self.sockets).values().flatten() {
@@ -253,8 +265,8 @@ impl Shared {
     }
 
     /// Handles a failed write to a part, if it still has that connection.
-    pub(super) fn lost_by(&self, told: &Arc<Outbound>, reason: String) {
-        if let Some(part) = self.peers.part_of_outbound(told) {
+    pub(super) fn outbound_lost(&self, outbound: &Arc<Outbound>, reason: String) {
+        if let Some(part) = self.peers.part_of_outbound(outbound) {
             self.lost(part, reason);
         }
     }
@@ -306,12 +318,12 @@ impl Shared {
         // First, so that no other part takes its number while its messages may still be
         // processed.
         self.peers.turn(ConnectionChange::Forget(part));
-        if let Some(told) = self.peers.remove(part) {
-            told.finish();
+        if let Some(outbound) = self.peers.remove(part) {
+            outbound.finish();
             self.limits.forget(part);
             self.step(vec![(Event::Gone { part }, EventContext::Nothing)]);
         }
-        self.ring();
+        self.wake();
     }
 }
 
@@ -343,7 +355,7 @@ impl Pages {
                     "an earlier part with its number is not removed yet",
                 ));
             }
-            shared.ring();
+            shared.wake();
             std::thread::sleep(POLL_INTERVAL);
         }
         {
@@ -369,7 +381,7 @@ impl Pages {
         shared.dispatch(done, work);
         let joined = heard.and_then(|heard| {
             shared.peers.turn(ConnectionChange::Hear(Box::new(heard)));
-            Ok(self.spawn_tell(part)?)
+            Ok(self.spawn_writer(part)?)
         });
         if let Err(error) = joined {
             match shared.peers.outbound(part) {
@@ -383,7 +395,7 @@ impl Pages {
         }
         // It does not know the memory of this part.
         shared.limits.report_again();
-        shared.ring();
+        shared.wake();
         match self.failure() {
             None => Ok(()),
             Some(_) => Err(BeginError::Setup("the machine ends")),
@@ -495,11 +507,11 @@ impl Pages {
             return Ok(());
         }
         shared.peers.turn(ConnectionChange::Forget(part));
-        if let Some(told) = shared.peers.remove(part) {
-            told.finish();
+        if let Some(outbound) = shared.peers.remove(part) {
+            outbound.finish();
         }
         shared.limits.forget(part);
-        shared.ring();
+        shared.wake();
         Ok(())
     }
 }

@@ -44,7 +44,7 @@ pub(in super::super) enum QuiescenceMessage {
 pub(super) struct QuiescenceState {
     number: u64,
     /// At a member: the counts reported last.
-    told: Option<Traffic>,
+    reported: Option<Traffic>,
     /// At the home: the counts that the others reported last.
     reports: BTreeMap<PartId, Traffic>,
     is_settled: bool,
@@ -54,7 +54,7 @@ impl QuiescenceState {
     fn new(number: u64) -> Self {
         QuiescenceState {
             number,
-            told: None,
+            reported: None,
             reports: BTreeMap::new(),
             is_settled: false,
         }
@@ -150,10 +150,10 @@ impl Shared {
                 self.changed.notify_all();
                 return Ok(());
             }
-            if quiescence.told.as_ref() == Some(&*traffic) {
+            if quiescence.reported.as_ref() == Some(&*traffic) {
                 return Ok(());
             }
-            quiescence.told = Some(traffic.clone());
+            quiescence.reported = Some(traffic.clone());
             (quiescence.number, traffic.clone())
         };
         let word = QuiescenceMessage::Quiet(traffic);
@@ -230,7 +230,7 @@ impl Shared {
         self.broadcast(&PeerMessage::Quiescence { number, word })?;
         loop {
             // Only the serving thread knows whether it has processed what it read.
-            self.ring();
+            self.wake();
             let state = locked(&self.state);
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());

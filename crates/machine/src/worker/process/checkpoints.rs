@@ -36,7 +36,7 @@ impl Worker {
                 .lock()
                 .unwrap_or_else(|error| error.into_inner()),
         };
-        let (machine, log, subject, mut checkpointer, cluster_volumes, apart) = {
+        let (machine, log, subject, mut checkpointer, cluster_volumes, spanning_pages) = {
             let mut inner = self.inner();
             if inner.moving_away {
                 return Err(RpcError::failed("the machine is moving; try again"));
@@ -61,14 +61,14 @@ impl Worker {
                     inner.give_up_checkpoint = Some(give_up.clone());
                     let checkpointer = inner.checkpointer.take().unwrap_or_default();
                     let cluster_volumes = inner.cluster_volumes.clone();
-                    let apart = inner.parts.pages();
+                    let spanning_pages = inner.parts.pages();
                     (
                         parts.0,
                         parts.1,
                         parts.2,
                         checkpointer,
                         cluster_volumes,
-                        apart,
+                        spanning_pages,
                     )
                 }
                 _ => return Err(RpcError::failed("no machine runs here")),
@@ -84,7 +84,13 @@ impl Worker {
         // Operations of users on its volumes end first.
         drop(self.freezing.lock());
         let name = subject.name.clone();
-        let taken = checkpointer.take(&machine, apart.as_deref(), subject, &log, destination);
+        let taken = checkpointer.take(
+            &machine,
+            spanning_pages.as_deref(),
+            subject,
+            &log,
+            destination,
+        );
         {
             let mut inner = self.inner();
             inner.give_up_checkpoint = None;
@@ -98,7 +104,7 @@ impl Worker {
         let taken = taken.map_err(RpcError::failed)?;
         let deleted = match request.keep {
             all if all.is_all() => Ok(Vec::new()),
-            some => repository.keep(runtime, &name, some, unix_ms()),
+            some => repository.apply_retention(runtime, &name, some, unix_ms()),
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(CheckpointReport {
@@ -148,7 +154,8 @@ impl Worker {
             }
             if Instant::now() > deadline {
                 return Err(
-                    "a checkpoint of it, or a part that goes, is still under way; try again".into(),
+                    "a checkpoint of it is being made, or a part is being removed; try again"
+                        .into(),
                 );
             }
             std::thread::sleep(Duration::from_millis(1));

@@ -105,7 +105,7 @@ pub(super) struct Inner {
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
     /// For a machine that spans and is ready here: the part that becomes its home.
-    succession: Option<(Arc<MemberPart>, HomeHandover)>,
+    handover: Option<(Arc<MemberPart>, HomeHandover)>,
     /// Why a received machine was dropped, where this process remains a part of it.
     pub(super) dropped_for: Option<String>,
     /// Receives the memory of a machine that arrived, while it runs.
@@ -482,7 +482,7 @@ impl Worker {
             }
             if inner.parts.count() > 0 {
                 return Err(RpcError::failed(
-                    "of a machine with parts only its home moves, and how long that takes is not predicted",
+                    "of a machine with parts only its home moves, and its duration is not predicted",
                 ));
             }
             if inner.post_copy_target.is_some() || inner.lazy_restore.is_some() {
@@ -525,7 +525,7 @@ impl Worker {
     }
 
     /// Stores an instrumented module where other nodes can fetch it.
-    fn keep_program(&self, hash: &[u8; 32], bytes: &[u8]) -> Result<(), RpcError> {
+    fn store_program(&self, hash: &[u8; 32], bytes: &[u8]) -> Result<(), RpcError> {
         let path = self.programs.join(format!("{}.wasm", Fingerprint(*hash)));
         if path.exists() {
             return Ok(());
@@ -840,7 +840,7 @@ mod resumed_machines {
     use super::*;
 
     #[test]
-    fn what_has_ended_is_not_shown_to_run() {
+    fn ended_machines_are_not_published_as_running() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let epoch = Epoch::default();

@@ -106,8 +106,8 @@ impl Worker {
         if !current && let Ok(outgoing) = &mut result {
             // Before its parts can change.
             drop(inner);
-            if let Err(error) = outgoing.stay() {
-                tracing::warn!(%error, "a machine whose home was to move has lost a part");
+            if let Err(error) = outgoing.cancel() {
+                tracing::warn!(%error, "a machine lost a part during the move of its home");
             }
             inner = self.inner();
         }
@@ -184,7 +184,7 @@ impl Worker {
                 return Err(RpcError::unknown("the target is being told"));
             }
             if self.inner().target.is_none() {
-                return Err(RpcError::refused("no move is under way"));
+                return Err(RpcError::refused("no move is in progress"));
             }
             failpoint::pass("in.go").map_err(RpcError::unknown)?;
             let post_copy_target = self.inner().post_copy_target.clone();
@@ -229,7 +229,7 @@ impl Worker {
             let outgoing = inner
                 .outgoing
                 .take()
-                .ok_or_else(|| RpcError::refused("no move is under way"))?;
+                .ok_or_else(|| RpcError::refused("no move is in progress"))?;
             inner.serving = true;
             // This move cannot be given up any more; and a connection closes only with
             // its last handle.
@@ -271,7 +271,7 @@ impl Worker {
             write_notice(
                 log,
                 &format!(
-                    "the target of its move was lost; it goes on here under epoch {epoch}, and what it may have done there is discarded"
+                    "the target of its move was lost; it resumes here under epoch {epoch}, and what it may have done there is discarded"
                 ),
             );
         }
@@ -281,7 +281,7 @@ impl Worker {
         cluster_volumes.claim_under(epoch);
         let mut outgoing = outgoing;
         if let Some(outgoing) = &mut outgoing {
-            let stays = outgoing.stay();
+            let stays = outgoing.cancel();
             if stays.is_err() {
                 // It ends, and does not move.
                 self.inner().moving_away = false;

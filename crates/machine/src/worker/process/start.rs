@@ -71,10 +71,10 @@ impl Worker {
         let bytes = std::fs::read(module)
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
         let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
-        self.keep_program(program.hash(), program.bytes())?;
+        self.store_program(program.hash(), program.bytes())?;
         let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
         if let Some(notice) = &start.notice {
-            write_notice(&log, &format!("{notice}; it begins anew"));
+            write_notice(&log, &format!("{notice}; it starts from its beginning"));
         }
         // Remains of a lost worker, if the machine is restarted.
         volumes::remove(&self.folder);
@@ -109,7 +109,7 @@ impl Worker {
             .map_err(RpcError::failed)?;
         let program = restored.program;
         self.limit_memory(program.meta().memories.len(), spec);
-        self.keep_program(program.hash(), program.bytes())?;
+        self.store_program(program.hash(), program.bytes())?;
         let manifest = &restored.manifest;
         // A clone has its own output.
         let base = if origin.is_clone { 0 } else { manifest.log_end };
@@ -123,7 +123,7 @@ impl Worker {
         write_notice(
             &log,
             &format!(
-                "restored from checkpoint {} of machine {}; what it did after that is undone",
+                "restored from checkpoint {} of machine {}; later changes are discarded",
                 manifest.id, manifest.machine
             ),
         );
@@ -136,11 +136,11 @@ impl Worker {
             match &volume.kind {
                 VolumeKind::Host { path } if !volume.read_only => write_notice(
                     &log,
-                    &format!("files in {guest} are as {path} has them now"),
+                    &format!("files in {guest} have the present content of {path}"),
                 ),
                 VolumeKind::Cluster { name, .. } => write_notice(
                     &log,
-                    &format!("volume {name} in {guest} is what it was at that checkpoint again"),
+                    &format!("volume {name} in {guest} has its content of that checkpoint"),
                 ),
                 VolumeKind::Host { .. } | VolumeKind::Tmp { .. } => {}
             }
@@ -193,7 +193,7 @@ impl Worker {
                 tracing::error!(reason, "the machine failed");
                 let log = worker.inner().log.clone();
                 if let Some(log) = &log {
-                    write_notice(log, &format!("it cannot go on: {reason}"));
+                    write_notice(log, &format!("it failed: {reason}"));
                 }
                 let status = Status::Failed { reason };
                 worker.state.send_replace(State::Ended { epoch, status });

@@ -114,7 +114,7 @@ impl Worker {
             let mut inner = self.inner();
             inner.machine = Some(arrived.machine.clone());
             inner.log = Some(arrived.log.clone());
-            inner.succession = arrived.succession.take();
+            inner.handover = arrived.handover.take();
         }
         self.step_target(TargetEvent::StateArrived);
         let commands = self.step_target(TargetEvent::InstancesMade);
@@ -264,12 +264,12 @@ impl Worker {
         let state = target.state();
         let mut thawed = None;
         if let Some(TargetCommand::Thaw(epoch)) = commands.first()
-            && let Some((part, succession)) = inner.succession.take()
+            && let Some((part, handover)) = inner.handover.take()
         {
             let machine = inner.machine.clone();
             inner.epoch = *epoch;
             drop(inner);
-            self.succeed(machine, &part, succession);
+            self.become_home(machine, &part, handover);
             inner = self.inner();
         }
         for command in &commands {
@@ -294,7 +294,7 @@ impl Worker {
                     if let Some(machine) = inner.machine.take() {
                         machine.stop();
                     }
-                    inner.succession = None;
+                    inner.handover = None;
                     match inner.parts.is_member() {
                         // Needed while a part of the machine is at this worker.
                         true => {
