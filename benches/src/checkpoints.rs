@@ -9,11 +9,12 @@ use crate::table::{Table, median};
 use crate::told;
 use anyhow::{Context, Result};
 use keel_machine::checkpoint::{
-    Destination, MemoryComes, Origin, Subject, Taken, Taker, Vault, restore,
+    Checkpointer, CreatedCheckpoint, Destination, MemoryRestore, Origin, Repository, Subject,
+    restore,
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
-use keel_machine::span::{Keeps, Pages, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
@@ -52,7 +53,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     let mut pauses = Vec::new();
     for _ in 0..rounds {
         told::check()?;
-        let (taken, rate) = quiet.take(&mut Taker::default())?;
+        let (taken, rate) = quiet.take(&mut Checkpointer::default())?;
         taking.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
         writing.push(plain_write(&quiet.place, taken.manifest.stored_bytes())?);
@@ -82,13 +83,13 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
 /// Of a machine of two parts that have half of its memory each, while it writes.
 fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let bench = Bench::start(guests, folder, "50")?;
-    let how = Spread {
+    let how = SpanConfig {
         spawning: SpawnPolicy::Here,
         patience: PATIENCE,
-        keeps: Keeps::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
-    let parts = Within::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
+    let parts = InProcess::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
     let pages = parts.home().pages();
     let member = PartId::new(1).context("a member")?;
     let (mut rates, mut writing, mut pauses) = (Vec::new(), Vec::new(), Vec::new());
@@ -96,7 +97,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         told::check()?;
         let half = bench.machine.memories()[0].size_bytes() / 2;
         pages.move_object(0, half / 2..half + half / 2, member, PATIENCE)?;
-        let (taken, rate) = bench.take_of(Some(pages), &mut Taker::default())?;
+        let (taken, rate) = bench.take_of(Some(pages), &mut Checkpointer::default())?;
         rates.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
         writing.push(plain_write(&bench.place, taken.manifest.stored_bytes())?);
@@ -121,7 +122,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     ]);
     for rate in ["10", "50", "200"] {
         let bench = Bench::start(guests, folder, rate)?;
-        let mut taker = Taker::default();
+        let mut taker = Checkpointer::default();
         bench.take(&mut taker)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
@@ -190,25 +191,29 @@ impl Bench {
         Ok(bench)
     }
 
-    fn vault(&self) -> Result<Vault> {
+    fn repository(&self) -> Result<Repository> {
         let place = std::path::absolute(&self.place)?;
-        Ok(Vault::create(&place.display().to_string())?)
+        Ok(Repository::create(&place.display().to_string())?)
     }
 
     /// Takes one, and how many megabytes a second that were.
-    fn take(&self, taker: &mut Taker) -> Result<(Taken, f64)> {
+    fn take(&self, taker: &mut Checkpointer) -> Result<(CreatedCheckpoint, f64)> {
         self.take_of(None, taker)
     }
 
     /// As [`Self::take`], of a machine with parts.
-    fn take_of(&self, apart: Option<&Pages>, taker: &mut Taker) -> Result<(Taken, f64)> {
-        let vault = self.vault()?;
+    fn take_of(
+        &self,
+        apart: Option<&Pages>,
+        taker: &mut Checkpointer,
+    ) -> Result<(CreatedCheckpoint, f64)> {
+        let repository = self.repository()?;
         let destination = Destination {
-            vault: &vault,
+            repository: &repository,
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         let subject = Subject {
             name: "m".parse().map_err(anyhow::Error::msg)?,
@@ -222,19 +227,26 @@ impl Bench {
 
     fn restore(&self) -> Result<f64> {
         let bytes = drop_from_cache(&self.place)?;
-        let vault = self.vault()?;
+        let repository = self.repository()?;
         let origin = Origin {
-            vault: vault.url().to_owned(),
+            repository: repository.url().to_owned(),
             machine: "m".parse().map_err(anyhow::Error::msg)?,
             id: None,
             is_clone: false,
-            memory: MemoryComes::First,
+            memory: MemoryRestore::Eager,
         };
         let limits = self.spec.limits();
         let begun = Instant::now();
         let volumes = self.place.with_extension("volumes");
         let runtime = self.runtime.handle();
-        let restored = restore(&origin, &vault, &self.engine, limits, runtime, &volumes)?;
+        let restored = restore(
+            &origin,
+            &repository,
+            &self.engine,
+            limits,
+            runtime,
+            &volumes,
+        )?;
         let took = begun.elapsed();
         drop(restored);
         Ok(bytes as f64 / took.as_micros() as f64)

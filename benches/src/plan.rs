@@ -13,9 +13,7 @@
 
 use crate::table::Table;
 use anyhow::{Context, Result, bail, ensure};
-use keel_balance::plan::{
-    Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan, unevenness,
-};
+use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan, unevenness};
 use keel_balance::policy::Strategy;
 use keel_balance::rules::Labels;
 use keel_sim::scenario::{Cluster, Scenario};
@@ -146,7 +144,7 @@ fn rounds(files: &Path, problem: &Problem) -> Result<Option<Vec<String>>> {
     let begun = Instant::now();
     let cluster = Cluster::of(&scenario)?;
     let mut world = World::new(cluster.settings, &cluster.nodes, &cluster.machines);
-    world.forget_decisions();
+    world.discard_decisions();
     world.run_until(ROUNDS_S * 1000);
     let took = begun.elapsed();
     let mut end = problem.clone();
@@ -207,7 +205,7 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
             };
             free[site] -= memory;
             let used = cpus * rng.random_range(0.2..0.8);
-            Workload {
+            Load {
                 name: format!("i{number}").as_str().into(),
                 labels: Labels::new(),
                 site,

@@ -1,7 +1,7 @@
 //! A program of this text that spans parts in this process, without a worker or a cluster.
 
 use anyhow::{Context, Result};
-use keel_machine::span::{Keeps, Spread, Within};
+use keel_machine::span::{InProcess, PartLimits, SpanConfig};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};
@@ -13,7 +13,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 /// One that spans.
 pub(crate) struct Spanned {
     pub(crate) machine: Machine,
-    pub(crate) parts: Within,
+    pub(crate) parts: InProcess,
 }
 
 impl Spanned {
@@ -22,18 +22,18 @@ impl Spanned {
         text: &str,
         parts: usize,
         spawning: SpawnPolicy,
-        keeps: Keeps,
+        part_limits: PartLimits,
     ) -> Result<Self> {
         let program = Engine::new(Options::default())?.load(&wat::parse_str(text)?)?;
         let limits = Limits::default();
         let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
-        let how = Spread {
+        let how = SpanConfig {
             spawning,
             patience: LIMIT,
-            keeps,
-            stands: false,
+            limits: part_limits,
+            stays_stopped: false,
         };
-        let parts = Within::begin(&machine, parts, limits.memory_bytes, how)?;
+        let parts = InProcess::begin(&machine, parts, limits.memory_bytes, how)?;
         Ok(Spanned { machine, parts })
     }
 

@@ -11,7 +11,7 @@ use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, ensure};
 use keel_cluster::Epoch;
-use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup};
+use keel_machine::span::{Hello, Pages, PartConfig, PartLimits, PeerConnections};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -82,8 +82,8 @@ fn begin(
     let (mine, other) = (part(me)?, part(1 - me)?);
     let machine = "bench".parse().map_err(anyhow::Error::msg)?;
     let hello = Hello::new(machine, Epoch::default(), mine, other);
-    let ends = Ends::greet((out, &client), (heard, &server), &hello)?;
-    let setup = Setup {
+    let ends = PeerConnections::greet((out, &client), (heard, &server), &hello)?;
+    let setup = PartConfig {
         me: mine,
         parts: [mine, other].into_iter().collect(),
         origin: PartId::HOME,
@@ -281,7 +281,7 @@ const TURNS: u64 = 256;
 /// Pages of one member that another one reads, asking the home for them or the one that has
 /// them; in turns. All three are in this process.
 fn directories() -> Result<()> {
-    let spanned = Spanned::begin(WAITS, 3, SpawnPolicy::Here, Keeps::default())?;
+    let spanned = Spanned::begin(WAITS, 3, SpawnPolicy::Here, PartLimits::default())?;
     let parts = &spanned.parts;
     let home = parts.home().pages();
     let bytes = OBJECT_PAGES * PAGE_BYTES;
@@ -291,9 +291,9 @@ fn directories() -> Result<()> {
         let at = first + page * PAGE_BYTES;
         home.write(0, at, &(page + 1).to_le_bytes(), LIMIT)?;
     }
-    home.keep_directories(true);
+    home.pin_directories(true);
     home.move_object(0, first..first + bytes, part(1)?, LIMIT)?;
-    home.keep_directories(false);
+    home.pin_directories(false);
     home.move_object(0, first + bytes..first + 2 * bytes, part(1)?, LIMIT)?;
     let reader = &parts.members()[&part(2)?];
     let begun = Instant::now();
@@ -373,7 +373,7 @@ const COUNTED: Duration = Duration::from_secs(4);
 fn limits() -> Result<()> {
     let mut table = Table::new(&["a part keeps", "uses/s", "waits/s", "uses for one wait"]);
     for kept in std::iter::once(None).chain(KEPT.into_iter().rev().map(Some)) {
-        let keeps = Keeps {
+        let keeps = PartLimits {
             part_bytes: kept,
             room_bytes: None,
         };

@@ -10,7 +10,7 @@
 use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
-use keel_machine::span::{Keeps, PartId};
+use keel_machine::span::{PartId, PartLimits};
 use keel_wasm::runtime::parts::SpawnPolicy;
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ const GUEST: &str = r#"(module
         (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
 
 pub(crate) fn bench(moves: usize) -> Result<()> {
-    let spanned = Spanned::begin(GUEST, 2, SpawnPolicy::Here, Keeps::default())?;
+    let spanned = Spanned::begin(GUEST, 2, SpawnPolicy::Here, PartLimits::default())?;
     let (machine, parts) = (&spanned.machine, &spanned.parts);
     let member = parts.members().values().next().context("a member")?;
     let there = PartId::new(1).context("a part")?;
@@ -151,7 +151,7 @@ fn counted(address: &str) -> Result<f64> {
             (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#
     );
     // (One of each kind at each part.)
-    let spanned = Spanned::begin(&text, 2, SpawnPolicy::Even, Keeps::default())?;
+    let spanned = Spanned::begin(&text, 2, SpawnPolicy::Even, PartLimits::default())?;
     let (machine, parts) = (&spanned.machine, &spanned.parts);
     let begun = Instant::now();
     while machine.threads().len() < 5 {

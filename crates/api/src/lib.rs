@@ -56,7 +56,7 @@ pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 
 use keel_machine::cgroup::GroupUsage;
-use keel_machine::moves::predict::Prediction;
+use keel_machine::moves::prediction::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};

@@ -82,7 +82,7 @@ fn advice(dry_run: &DryRun) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::moves::predict::{Estimate, Prediction};
+    use keel_machine::moves::prediction::{Estimate, Prediction};
 
     fn prediction(post_copy: bool, speed_percent: u32, ms: u64) -> Prediction {
         let of = |likely| Estimate {
@@ -124,7 +124,7 @@ mod tests {
             easy.contains("* pre-copy: 9000 ms (4500 to 18000)"),
             "{easy}"
         );
-        assert!(easy.contains("stands still 4.0 ms (2.0 to 8.0)"), "{easy}");
+        assert!(easy.contains("downtime 4.0 ms (2.0 to 8.0)"), "{easy}");
         assert!(easy.contains("pre-copy does it"), "{easy}");
         let hard = words(&of(25, Some("no room")), true);
         assert!(hard.contains("would not take it from a: no room"), "{hard}");

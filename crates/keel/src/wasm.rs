@@ -4,7 +4,7 @@
 use crate::program::Invocation;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
-use keel_machine::span::{Keeps, PART_BYTES_MIN, Spread, Within};
+use keel_machine::span::{InProcess, PART_BYTES_MIN, PartLimits, SpanConfig};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
@@ -130,16 +130,16 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         let parts = args
             .parts
             .map(|count| {
-                let how = Spread {
+                let how = SpanConfig {
                     spawning: SpawnPolicy::Even,
                     patience: PATIENCE,
-                    keeps: Keeps {
+                    limits: PartLimits {
                         part_bytes: args.part_memory,
                         room_bytes: None,
                     },
-                    stands: false,
+                    stays_stopped: false,
                 };
-                Within::begin(&machine, count.into(), args.memory, how)
+                InProcess::begin(&machine, count.into(), args.memory, how)
                     .with_context(|| format!("{name} cannot run as {count} parts"))
             })
             .transpose()?;
@@ -280,7 +280,7 @@ fn copy(args: &Args, wasi: &Wasi) -> Result<()> {
 }
 
 /// Waits for the end, and shakes meanwhile.
-fn shaken(machine: &Machine, parts: Option<&Within>, rate: f64, seed: u64) -> Result<Outcome> {
+fn shaken(machine: &Machine, parts: Option<&InProcess>, rate: f64, seed: u64) -> Result<Outcome> {
     anyhow::ensure!(
         rate.is_finite() && rate > 0.0,
         "--shake {rate}: the rate must be more than 0"
@@ -305,7 +305,7 @@ fn shaken(machine: &Machine, parts: Option<&Within>, rate: f64, seed: u64) -> Re
             (1 | 2, Some(place)) if places > 1 => {
                 moves += u64::from(machine.move_thread(thread, place).is_ok());
             }
-            _ => drop(machine.recapture(thread)),
+            _ => drop(machine.shake(thread)),
         }
     };
     let moved = match places {

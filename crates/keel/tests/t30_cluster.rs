@@ -548,14 +548,14 @@ async fn machines_are_kept_and_made_again() {
     let cases: &[(&[&str], &str)] = &[
         (
             &["checkpoint", "writer", "--to", "ftp://x"],
-            "no place for checkpoints",
+            "not a location for checkpoints",
         ),
         (&["checkpoint", "writer", "--keep", "0"], "0 is not in"),
         (&["checkpoint", "nothing"], "no machine"),
         (&["restore", "nothing"], "has no checkpoint there"),
         (
             &["restore", "writer", "--as", "x", "--id", "../../x"],
-            "no name of a checkpoint",
+            "not the name of a checkpoint",
         ),
         (
             &[
@@ -858,7 +858,7 @@ async fn machines_are_started_again_as_their_policy_says() {
     assert!(out.starts_with("0\n1\n2\n0\n1\n"), "{out}");
     let second = begun.next();
     let notice = format!(
-        "keel: restart 1 under epoch {second}, since it exited with code 0; it begins anew"
+        "keel: restart 1 under epoch {second}, since it exited with code 0; it starts from its beginning"
     );
     assert!(err.contains(&notice), "{err}");
     // Ended by a command they stay so, also while they wait.
@@ -964,7 +964,7 @@ async fn memory_comes_after_the_machine() {
         ],
     );
     assert_eq!(code, 0, "{err}");
-    assert!(out.contains("memory came behind it"), "{out}");
+    assert!(out.contains("post-copy took"), "{out}");
     let (code, _, err) = keel(
         &bench,
         "a",

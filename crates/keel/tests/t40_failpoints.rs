@@ -2,7 +2,7 @@
 //! checkpoints, restores, starts and ends. The table of ARCHITECTURE.md names the
 //! tests of this file.
 
-use keel_machine::failpoint::{ALL, Failpoint, Place};
+use keel_machine::failpoint::{ALL, Failpoint, Site};
 use keel_testkit::LocalCluster;
 use keel_testkit::drill::Drill;
 use std::path::Path;
@@ -91,13 +91,13 @@ async fn at_post_copy() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_target_agent() {
-    drill_all(|it| it.place == Place::TargetAgent, &["kill", "error"]).await;
+    drill_all(|it| it.site == Site::TargetAgent, &["kill", "error"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_source_agent() {
     drill_all(
-        |it| it.place == Place::SourceAgent && !of_post_copy(it),
+        |it| it.site == Site::SourceAgent && !of_post_copy(it),
         &["kill", "error"],
     )
     .await;
@@ -106,7 +106,7 @@ async fn at_the_source_agent() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_target_worker() {
     drill_all(
-        |it| it.place == Place::TargetWorker && !of_post_copy(it) && !of_homes(it),
+        |it| it.site == Site::TargetWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
     )
     .await;
@@ -115,7 +115,7 @@ async fn at_the_target_worker() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_source_worker() {
     drill_all(
-        |it| it.place == Place::SourceWorker && !of_post_copy(it) && !of_homes(it),
+        |it| it.site == Site::SourceWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
     )
     .await;
@@ -152,7 +152,7 @@ async fn at_beginnings_on_several_nodes() {
 /// nothing; a lost part, wherever, is its end, and it begins anew from its checkpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn at_moves_of_homes() {
-    let agents = |it: &Failpoint| matches!(it.place, Place::SourceAgent | Place::TargetAgent);
+    let agents = |it: &Failpoint| matches!(it.site, Site::SourceAgent | Site::TargetAgent);
     drill_as(
         |it| agents(it) && !of_post_copy(it),
         &["kill", "error"],
@@ -164,7 +164,7 @@ async fn at_moves_of_homes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_moves_of_homes_in_workers() {
-    let workers = |it: &Failpoint| matches!(it.place, Place::SourceWorker | Place::TargetWorker);
+    let workers = |it: &Failpoint| matches!(it.site, Site::SourceWorker | Site::TargetWorker);
     let fits = |it: &Failpoint| workers(it) && !of_post_copy(it);
     drill_as(fits, &["kill", "error"], (8, None), true).await;
 }
@@ -173,17 +173,17 @@ async fn at_moves_of_homes_in_workers() {
 fn every_failpoint_is_in_one_of_these() {
     for it in ALL {
         let of_moves = [
-            Place::TargetAgent,
-            Place::SourceAgent,
-            Place::TargetWorker,
-            Place::SourceWorker,
+            Site::TargetAgent,
+            Site::SourceAgent,
+            Site::TargetWorker,
+            Site::SourceWorker,
         ];
         // (Parts that come and go: `t70_spanning`.)
         let others = [
             "keep.", "take.", "restore.", "start.", "end.", "apart.", "parts.",
         ];
         assert!(
-            of_moves.contains(&it.place) != begins(it, &others),
+            of_moves.contains(&it.site) != begins(it, &others),
             "{}",
             it.name
         );

@@ -64,7 +64,7 @@ async fn moves_are_foretold_and_compared() {
         let predicted = report.predicted.as_ref().expect("it was foretold");
         assert!(predicted.total_micros.low <= predicted.total_micros.high);
         assert_eq!(predicted.learned_from as usize, number / 2);
-        assert!(report.line().contains("foretold"), "{}", report.line());
+        assert!(report.line().contains("predicted"), "{}", report.line());
         // What comes next can be asked for at once.
         let back = if to == "a" { "b" } else { "a" };
         let next: DryRun = client

@@ -227,7 +227,7 @@ async fn volumes_outlive_machines_and_move_with_them() {
     assert!(run_fails("early").contains("there is no volume \"data\""));
     let error = bench.fails(&["volume", "create", "data", "--at", "ftp://x"]);
     assert!(
-        error.contains("no place for checkpoints or volumes"),
+        error.contains("not a location for checkpoints or volumes"),
         "{error}"
     );
     let place = bench.place();
@@ -353,7 +353,7 @@ async fn checkpoints_take_volumes_along() {
     wait_for("it goes back", || async {
         let output = bench.keel(&["logs", "m"]);
         let (done, _, err) = bench.try_keel(&["logs", "m"]);
-        (done && (output + &err).contains("is what it was at that checkpoint again")).then_some(())
+        (done && (output + &err).contains("has its content of that checkpoint")).then_some(())
     })
     .await
     .expect("it says so");
@@ -633,7 +633,7 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
         bench.status(&machine, "running").await;
         let source = bench.inspect(&machine).await.node;
         let target = if source == "b" { "c" } else { "b" };
-        let at = match failpoint.place.is_target() {
+        let at = match failpoint.site.is_target() {
             true => target,
             false => &source,
         };

@@ -562,7 +562,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         assert!(!done && text.contains(why), "{text}");
     }
     let limited = ["set", "m", "--cpu", "0.5"];
-    bench.fails(&limited, "kept on one node only");
+    bench.fails(&limited, "applies on one node only");
     // While its memory is still to come nothing lets it run, and it can be stopped.
     let waits = bench
         .cluster

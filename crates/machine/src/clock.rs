@@ -1,17 +1,17 @@
-//! Whether this host's wall clock is kept right by somebody. Wall clocks decide
-//! nothing here; people compare times of several nodes by them.
+//! Whether this host's wall clock is synchronised. No decision depends on wall clocks;
+//! users compare times of several nodes by them.
 
-/// Whether the kernel knows the wall clock to be synchronised.
+/// Whether the kernel considers the wall clock synchronised.
 ///
 /// # Errors
-/// The kernel's answer, where it does not tell.
+/// That of the kernel, if it does not report it.
 pub fn is_synchronised() -> std::io::Result<bool> {
     #[allow(
         unsafe_code,
         reason = "no crate here wraps this system call; it only reads"
     )]
-    // SAFETY: `timex` is plain numbers, for which zero is a value; with no mode
-    // the call only writes into the structure, which outlives it.
+    // SAFETY: all fields of `timex` are numbers, for which zero is valid; with no mode
+    // the call only writes to the structure, which outlives it.
     let state = unsafe {
         let mut timex: libc::timex = std::mem::zeroed();
         libc::adjtimex(&mut timex)
@@ -24,9 +24,9 @@ pub fn is_synchronised() -> std::io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    /// Reading needs no rights, whatever the answer.
+    /// Reading needs no rights, whatever the result.
     #[test]
-    fn anybody_may_ask() {
+    fn reading_needs_no_rights() {
         super::is_synchronised().unwrap();
     }
 }

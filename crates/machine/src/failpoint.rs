@@ -1,11 +1,11 @@
-//! Named points in the middle of what must not go wrong, at which a test makes
-//! the process die, stand still, wait or fail.
+//! Failpoints: named points in critical operations at which a test makes the process die,
+//! stop, wait or fail.
 //!
-//! They do nothing unless the process was started with [`ENABLE_ENVIRONMENT`], as tests
-//! start it: what is tested is the binary that is shipped. An [`Order`] is given by name: to an agent over its API (`keel debug
-//! failpoint`), which passes on those of workers, to the ones that run and, by
-//! [`ENVIRONMENT`], to those that it starts later. An order is for one process:
-//! what is started anew after a kill has none.
+//! They have no effect unless built with the feature `failpoints`, which only tests
+//! enable. An [`Injection`] is set by the failpoint's name: through an agent's API (`keel
+//! debug failpoint`), which passes on those for workers to running ones and, by
+//! [`ENVIRONMENT`], to those that it starts later. An injection belongs to one process:
+//! its successor after a kill has none.
 
 use rustix::process::{Signal, getpid, kill_process};
 use std::collections::BTreeMap;
@@ -14,391 +14,386 @@ use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-/// Orders for a new worker: `NAME=ORDER`, separated by `;`.
+/// Injections for a new worker: `NAME=ORDER`, separated by `;`.
 pub const ENVIRONMENT: &str = "KEEL_FAILPOINTS";
 /// Set to 1, it lets a process and those that it starts inject faults.
 pub const ENABLE_ENVIRONMENT: &str = "KEEL_FAULT_INJECTION";
-/// A file in which each process notes the failpoints at which something happened.
+/// A file to which each process appends the failpoints that had an effect.
 pub const LOG_ENVIRONMENT: &str = "KEEL_FAILPOINT_LOG";
-/// The longest delay that can be ordered.
+/// The longest delay.
 const DELAY_MS_MAX: u64 = 600_000;
 
-/// Which process passes a failpoint.
+/// The process that passes a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// The agent of the node that gives a machine away.
+pub enum Site {
+    /// The agent of a move's source.
     SourceAgent,
-    /// That machine's worker.
+    /// The worker at a move's source.
     SourceWorker,
-    /// The agent of the node that takes it.
+    /// The agent of a move's target.
     TargetAgent,
-    /// The worker that takes it.
+    /// The worker at a move's target.
     TargetWorker,
-    /// The agent of a node that starts or keeps a machine.
+    /// The agent of a node that starts or checkpoints a machine.
     Agent,
     /// The worker of that machine.
     Worker,
 }
 
-impl Place {
-    /// Whether it is a machine's worker that passes.
+impl Site {
+    /// Whether a worker passes it.
     pub fn is_worker(self) -> bool {
         match self {
-            Place::SourceWorker | Place::TargetWorker | Place::Worker => true,
-            Place::SourceAgent | Place::TargetAgent | Place::Agent => false,
+            Site::SourceWorker | Site::TargetWorker | Site::Worker => true,
+            Site::SourceAgent | Site::TargetAgent | Site::Agent => false,
         }
     }
 
     /// Whether it is at a move's target.
     pub fn is_target(self) -> bool {
-        matches!(self, Place::TargetAgent | Place::TargetWorker)
+        matches!(self, Site::TargetAgent | Site::TargetWorker)
     }
 }
 
-/// A point that has a name.
+/// A named failpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct Failpoint {
-    /// Its name.
     pub name: &'static str,
-    /// Who passes it.
-    pub place: Place,
-    /// When.
+    /// The process that passes it.
+    pub site: Site,
+    /// The situation in which it is passed.
     pub when: &'static str,
 }
 
-const fn at(name: &'static str, place: Place, when: &'static str) -> Failpoint {
-    Failpoint { name, place, when }
+const fn at(name: &'static str, site: Site, when: &'static str) -> Failpoint {
+    Failpoint { name, site, when }
 }
 
-/// All of them, in the order in which a move, a checkpoint, a restore and a
-/// start pass them.
+/// All failpoints, in the order in which a move, a checkpoint, a restore and a start pass
+/// them.
 pub const ALL: &[Failpoint] = &[
     at(
         "move.offer",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the target is asked",
     ),
     at(
         "offer.checked",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "memory, CPU and volumes fit",
     ),
-    at("offer.fetched", Place::TargetAgent, "the module is here"),
+    at("offer.fetched", Site::TargetAgent, "the module is here"),
     at(
         "offer.reserved",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "the reservation is in the store",
     ),
-    at("offer.started", Place::TargetAgent, "its worker answers"),
+    at("offer.started", Site::TargetAgent, "its worker answers"),
     at(
         "in.listening",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the module is compiled, the port is open",
     ),
     at(
         "offer.accepted",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before the answer to the offer",
     ),
     at(
         "move.accepted",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "the target has accepted",
     ),
     at(
         "out.connect",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before the connection to the target's worker",
     ),
     at(
         "in.greeted",
-        Place::TargetWorker,
-        "the source has said who it is",
+        Site::TargetWorker,
+        "the source has sent its hello",
     ),
     at(
         "out.hello",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before writes are tracked and pages sent",
     ),
     at(
         "out.round",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "a round was sent, its answer not yet read",
     ),
     at(
         "in.round",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "a round has arrived, not yet answered",
     ),
     at(
         "out.converged",
-        Place::SourceWorker,
-        "little is left, not yet said",
+        Site::SourceWorker,
+        "few pages are left, not yet reported",
     ),
     at(
         "move.store",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the round trip to the store",
     ),
     at(
         "move.freeze",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the worker is asked to freeze",
     ),
     at(
         "out.freeze",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "before the threads are stopped",
     ),
-    at("out.frozen", Place::SourceWorker, "the threads stand"),
+    at("out.frozen", Site::SourceWorker, "the threads are stopped"),
     at(
         "out.last-pages",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the last pages are sent",
     ),
     at(
         "out.image",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "threads and WASI state are sent",
     ),
     at(
         "in.image",
-        Place::TargetWorker,
-        "all has arrived, nothing made of it",
+        Site::TargetWorker,
+        "all has arrived, nothing restored",
     ),
     at(
         "in.ready",
-        Place::TargetWorker,
-        "the machine is made, not yet said",
+        Site::TargetWorker,
+        "the machine is restored, not yet reported",
     ),
     at(
         "in.prepared",
-        Place::TargetWorker,
-        "it was said that it is ready",
+        Site::TargetWorker,
+        "the target was reported as ready",
     ),
     at(
         "out.prepared",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the target is ready, the agent not told",
     ),
-    at("move.commit", Place::SourceAgent, "before the commit"),
+    at("move.commit", Site::SourceAgent, "before the commit"),
     at(
         "move.committed",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "after the commit; an error loses its answer",
     ),
     at(
         "move.settle",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "in doubt, before the own write",
     ),
     at(
         "move.settled",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "in doubt, after it; an error loses its answer",
     ),
     at(
         "move.go",
-        Place::SourceAgent,
-        "before the target is told to go on",
+        Site::SourceAgent,
+        "before the target is told to resume",
     ),
-    at("out.go", Place::SourceWorker, "before its worker is told"),
+    at("out.go", Site::SourceWorker, "before its worker is told"),
     at(
         "fill.name",
-        Place::SourceWorker,
-        "post-copy: committed, what was written last not named",
+        Site::SourceWorker,
+        "post-copy: committed, pages written last not named",
     ),
     at(
         "in.go",
-        Place::TargetWorker,
-        "before the machine goes on at the target",
+        Site::TargetWorker,
+        "before the machine resumes at the target",
     ),
-    at("in.gone", Place::TargetWorker, "it goes on, not yet said"),
+    at("in.gone", Site::TargetWorker, "it runs, not yet reported"),
     at(
         "out.gone",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "the source knows, its agent does not",
     ),
     at(
         "arrived.running",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before the store is told that it runs",
     ),
     at(
         "arrival.asked",
-        Place::TargetAgent,
-        "the source's agent asks what became of it",
+        Site::TargetAgent,
+        "the source's agent asks for the outcome",
     ),
     at(
         "arrival.settle",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "before an arrival without its source is settled",
     ),
     at(
         "arrival.settled",
-        Place::TargetAgent,
+        Site::TargetAgent,
         "after that write; an error loses its answer",
     ),
     at(
         "fill.serve",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: it runs there, no page was sent since",
     ),
     at(
         "fill.push",
-        Place::SourceWorker,
-        "post-copy: some pages were sent unasked",
+        Site::SourceWorker,
+        "post-copy: some pages were sent in the background",
     ),
     at(
         "fill.pull",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "post-copy: a page is asked for",
     ),
     at(
         "fill.page",
-        Place::TargetWorker,
-        "post-copy: before what came is put in place",
+        Site::TargetWorker,
+        "post-copy: before pages are installed",
     ),
     at(
         "fill.wait",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "post-copy: before a page is asked for",
     ),
     at(
         "fill.all",
-        Place::TargetWorker,
-        "post-copy: all is there, not yet said",
+        Site::TargetWorker,
+        "post-copy: all pages arrived, not yet reported",
     ),
     at(
         "move.served",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "post-copy: the target has everything",
     ),
     at(
         "move.take-back",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the machine is taken back",
     ),
     at(
         "move.taken-back",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "after that write; an error loses its answer",
     ),
     at(
         "move.thaw",
-        Place::SourceAgent,
-        "before the worker is asked to go on",
+        Site::SourceAgent,
+        "before the worker is asked to resume",
     ),
     at(
         "out.thaw",
-        Place::SourceWorker,
-        "before the machine goes on at the source",
+        Site::SourceWorker,
+        "before the machine resumes at the source",
     ),
     at(
         "move.abort",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the target is told that it is over",
     ),
     at(
         "move.forget",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the frozen copy is dropped",
     ),
     at(
         "move.report",
-        Place::SourceAgent,
+        Site::SourceAgent,
         "before the report is written",
     ),
     at(
         "keep.asked",
-        Place::Agent,
+        Site::Agent,
         "before a worker is asked for a checkpoint",
     ),
-    at("take.round", Place::Worker, "a round was copied"),
+    at("take.round", Site::Worker, "a round was copied"),
     at(
         "take.frozen",
-        Place::Worker,
-        "the machine stands still for a checkpoint",
+        Site::Worker,
+        "the machine is frozen for a checkpoint",
     ),
     at(
         "take.packs",
-        Place::Worker,
+        Site::Worker,
         "it runs again, not all packs are stored",
     ),
     at(
         "take.manifest",
-        Place::Worker,
+        Site::Worker,
         "all but the manifest is stored",
     ),
     at(
         "take.stored",
-        Place::Worker,
-        "the manifest is stored, nobody knows",
+        Site::Worker,
+        "the manifest is stored, not yet reported",
     ),
     at(
         "keep.taken",
-        Place::Agent,
-        "the checkpoint is made, not yet said",
+        Site::Agent,
+        "the checkpoint is made, not yet reported",
     ),
-    at("restore.manifest", Place::Worker, "the manifests are read"),
+    at("restore.manifest", Site::Worker, "the manifests are read"),
     at(
         "restore.pages",
-        Place::Worker,
+        Site::Worker,
         "memory is filled, no threads yet",
     ),
     at(
         "start.worker",
-        Place::Agent,
+        Site::Agent,
         "a machine's worker answers, it is not started",
     ),
-    at(
-        "apart.held",
-        Place::Agent,
-        "a machine is held, and has no parts yet",
-    ),
+    at("apart.held", Site::Agent, "a machine is held without parts"),
     at(
         "apart.spans",
-        Place::Agent,
-        "its parts have met, its memory is not read",
+        Site::Agent,
+        "its parts are connected, its memory is not read",
     ),
     at(
         "apart.brought",
-        Place::Worker,
+        Site::Worker,
         "its memory is on its parts, it does not run",
     ),
     at(
         "home.way",
-        Place::SourceWorker,
+        Site::SourceWorker,
         "threads and pages of a home that moves have left, the machine runs",
     ),
     at(
         "home.left",
-        Place::SourceWorker,
-        "the machine stands, and its home has nothing any more",
+        Site::SourceWorker,
+        "the machine is frozen, its home holds no pages",
     ),
     at(
         "home.succeeds",
-        Place::TargetWorker,
+        Site::TargetWorker,
         "the commit won, no other part knows its home yet",
     ),
     at(
         "parts.known",
-        Place::Agent,
+        Site::Agent,
         "all members know a part that comes, its home does not",
     ),
     at(
         "parts.gone",
-        Place::Worker,
-        "a part is gone, and nobody is told",
+        Site::Worker,
+        "a part is removed, not yet reported",
     ),
     at(
         "start.running",
-        Place::Agent,
+        Site::Agent,
         "it runs, the store does not know",
     ),
     at(
         "end.seen",
-        Place::Agent,
+        Site::Agent,
         "a machine has ended, the store does not know",
     ),
 ];
@@ -408,42 +403,41 @@ pub fn find(name: &str) -> Option<&'static Failpoint> {
     ALL.iter().find(|failpoint| failpoint.name == name)
 }
 
-/// What happens at a failpoint.
+/// The effect of a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The process dies as of SIGKILL.
+    /// The process dies as by SIGKILL.
     Kill,
-    /// It stands still as of SIGSTOP, until somebody sends SIGCONT.
+    /// The process stops as by SIGSTOP, until SIGCONT.
     Stop,
     /// The step fails.
     Error,
-    /// This long passes first.
+    /// The step is delayed.
     Delay(Duration),
 }
 
-/// What is to happen, and when.
+/// An action with its condition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Order {
-    /// What.
+pub struct Injection {
     pub action: Action,
-    /// Passes that go by before it happens.
+    /// Number of passes without effect before.
     pub skip: u32,
-    /// Whether it happens at all later passes too.
+    /// Whether it has an effect at all later passes too.
     pub always: bool,
 }
 
-/// An order that is none.
+/// Text that is not an injection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no order for a failpoint: kill, stop, error or delay(MILLISECONDS), then @N for the N-th pass or * for all"
+    "{0:?} is not an action for a failpoint: kill, stop, error or delay(MILLISECONDS), then @N for the N-th pass or * for all"
 )]
-pub struct BadOrder(String);
+pub struct InvalidInjection(String);
 
-impl FromStr for Order {
-    type Err = BadOrder;
+impl FromStr for Injection {
+    type Err = InvalidInjection;
 
-    fn from_str(text: &str) -> Result<Self, BadOrder> {
-        let bad = || BadOrder(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, InvalidInjection> {
+        let bad = || InvalidInjection(text.to_owned());
         let (word, skip, always) = match (text.strip_suffix('*'), text.split_once('@')) {
             (Some(word), _) => (word, 0, true),
             (None, Some((word, pass))) => {
@@ -464,7 +458,7 @@ impl FromStr for Order {
                 .map(|ms| Action::Delay(Duration::from_millis(ms)))
                 .ok_or_else(bad)?,
         };
-        Ok(Order {
+        Ok(Injection {
             action,
             skip,
             always,
@@ -472,7 +466,7 @@ impl FromStr for Order {
     }
 }
 
-impl fmt::Display for Order {
+impl fmt::Display for Injection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.action {
             Action::Kill => f.write_str("kill")?,
@@ -488,60 +482,60 @@ impl fmt::Display for Order {
     }
 }
 
-/// A step that failed because a test wanted it to.
+/// A step that a test made fail.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("failpoint {0}")]
 pub struct Injected(&'static str);
 
-static ORDERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
+static INJECTIONS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
 
-fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
-    ORDERS.lock().unwrap_or_else(|error| error.into_inner())
+fn injections() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
+    INJECTIONS.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-/// Gives this process an order, or takes it back.
-pub fn set(name: &str, order: Option<Order>) {
+/// Sets or removes an injection in this process.
+pub fn set(name: &str, injection: Option<Injection>) {
     let Some(failpoint) = find(name) else { return };
-    match order {
-        Some(order) => orders().insert(failpoint.name, order),
-        None => orders().remove(failpoint.name),
+    match injection {
+        Some(injection) => injections().insert(failpoint.name, injection),
+        None => injections().remove(failpoint.name),
     };
 }
 
-/// Takes the orders that the environment has for this process.
+/// Sets the injections of this process's environment.
 pub fn set_from_environment() {
     let text = std::env::var(ENVIRONMENT).unwrap_or_default();
-    for (name, order) in text.split(';').filter_map(|part| part.split_once('=')) {
-        set(name, order.parse().ok());
+    for (name, injection) in text.split(';').filter_map(|part| part.split_once('=')) {
+        set(name, injection.parse().ok());
     }
 }
 
-/// Whether this process injects faults at all: only where whoever started it said so.
+/// Whether this process injects faults at all: only where its environment says so.
 pub fn is_enabled() -> bool {
     static ENABLED: OnceLock<bool> = OnceLock::new();
     *ENABLED.get_or_init(|| std::env::var_os(ENABLE_ENVIRONMENT).is_some_and(|it| it == "1"))
 }
 
-/// What is to happen now.
+/// The action that is due at this pass.
 fn due(name: &'static str) -> Option<Action> {
     if !is_enabled() {
         return None;
     }
     debug_assert!(find(name).is_some(), "{name}");
-    let mut orders = orders();
-    let order = orders.get_mut(name)?;
-    if order.skip > 0 {
-        order.skip -= 1;
+    let mut injections = injections();
+    let injection = injections.get_mut(name)?;
+    if injection.skip > 0 {
+        injection.skip -= 1;
         return None;
     }
-    let (action, always) = (order.action, order.always);
+    let (action, always) = (injection.action, injection.always);
     if !always {
-        orders.remove(name);
+        injections.remove(name);
     }
     Some(action)
 }
 
-/// Notes for the test that something happens here, before it does.
+/// Appends a failpoint to the test's log, before its effect.
 fn note(name: &str) {
     use std::io::Write;
     let Some(path) = std::env::var_os(LOG_ENVIRONMENT) else {
@@ -553,7 +547,7 @@ fn note(name: &str) {
         .open(path)
         .and_then(|mut file| writeln!(file, "{name}"));
     if let Err(error) = noted {
-        tracing::warn!(%error, "a failpoint is not noted");
+        tracing::warn!(%error, "cannot log a failpoint");
     }
 }
 
@@ -574,10 +568,10 @@ fn act(name: &'static str) -> Result<Option<Duration>, Injected> {
     Ok(None)
 }
 
-/// Passes a failpoint, on a thread that may block.
+/// Passes a failpoint on a thread that may block.
 ///
 /// # Errors
-/// If that was ordered.
+/// If the injected action is an error.
 pub fn pass(name: &'static str) -> Result<(), Injected> {
     if let Some(time) = act(name)? {
         std::thread::sleep(time);
@@ -588,7 +582,7 @@ pub fn pass(name: &'static str) -> Result<(), Injected> {
 /// Passes a failpoint in a task.
 ///
 /// # Errors
-/// If that was ordered.
+/// If the injected action is an error.
 pub async fn pass_async(name: &'static str) -> Result<(), Injected> {
     if let Some(time) = act(name)? {
         tokio::time::sleep(time).await;
@@ -601,7 +595,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_are_read_and_shown() {
+    fn injections_are_parsed_and_formatted() {
         for text in [
             "kill",
             "stop",
@@ -610,7 +604,7 @@ mod tests {
             "kill@3",
             "delay(1)*",
         ] {
-            assert_eq!(text.parse::<Order>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<Injection>().unwrap().to_string(), text);
         }
         for text in [
             "",
@@ -622,7 +616,11 @@ mod tests {
             "@2",
             "*",
         ] {
-            assert_eq!(text.parse::<Order>(), Err(BadOrder(text.into())), "{text}");
+            assert_eq!(
+                text.parse::<Injection>(),
+                Err(InvalidInjection(text.into())),
+                "{text}"
+            );
         }
     }
 

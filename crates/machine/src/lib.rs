@@ -1,16 +1,16 @@
-//! Machines, the worker processes that they run in, and how they move.
+//! Machines, their worker processes, and moves.
 //!
-//! - `spec`: what a user asks for, and what the store says of a machine
-//! - `moves`: the move as two pure state machines, and its report
-//! - `log`: a machine's output, by offset, so that it survives moves
+//! - `spec`: the specification by the user, and the record in the store
+//! - `moves`: moves as two pure state machines, and their reports
+//! - `log`: a machine's output, addressed by offset, which survives moves
 //! - `cgroup`: the control groups of workers
-//! - `checkpoint`: machines kept in time
-//! - `cluster_volume`: volumes that outlive their machines, kept outside nodes
-//! - `clock`: whether this host's wall clock is right
-//! - `failpoint`: where tests make things go wrong
+//! - `checkpoint`: stored states of machines
+//! - `cluster_volume`: volumes that outlive their machines, stored outside nodes
+//! - `clock`: whether this host's wall clock is synchronised
+//! - `failpoint`: fault injection for tests
 //! - `link`: the connection between the two workers of a move
-//! - `place`: directories and object stores in which things are kept
-//! - `restart`: whether a machine that ended is started again
+//! - `storage_location`: directories and object stores for checkpoints and volumes
+//! - `restart`: whether a machine that ended is restarted
 //! - `span`: one part of a machine that spans several nodes
 //! - `worker`: the process around one machine
 
@@ -25,13 +25,13 @@ pub mod link;
 pub mod log;
 pub mod moves;
 pub mod past;
-pub mod place;
 pub mod restart;
 pub mod span;
 pub mod spec;
+pub mod storage_location;
 pub mod worker;
 
-/// What this host lacks for fast moves, and what follows; `None` if nothing.
+/// What this host lacks for fast moves, and the consequence; `None` if nothing.
 pub fn missing_for_moves() -> Option<String> {
     let probe = keel_wasm::memory::GuestMemory::new(1, Some(1), false, 1 << 16).ok()?;
     let tracker = keel_wasm::memory::DirtyTracker::start(std::sync::Arc::new(probe)).ok()?;
@@ -41,8 +41,7 @@ pub fn missing_for_moves() -> Option<String> {
     ))
 }
 
-/// What this host lacks to let memory come after a machine, and what would help;
-/// `None` if nothing.
+/// What this host lacks for post-copy, and the remedy; `None` if nothing.
 pub fn missing_for_post_copy() -> Option<String> {
     let probe = keel_wasm::memory::GuestMemory::new(1, Some(1), false, 1 << 16).ok()?;
     keel_wasm::memory::PageFaults::start(std::sync::Arc::new(probe), true)
@@ -50,5 +49,5 @@ pub fn missing_for_post_copy() -> Option<String> {
         .map(|missing| missing.to_string())
 }
 
-/// The largest module that is accepted, in bytes.
+/// The largest accepted module, in bytes.
 pub const MODULE_BYTES_MAX: usize = keel_wasm::instrument::MODULE_BYTES_MAX;

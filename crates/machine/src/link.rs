@@ -1,28 +1,27 @@
-//! The connection between the two workers of a move: frames of
-//! [`Class::BULK`] over TLS with certificates pinned by both sides, on plain
-//! blocking sockets (each side has a thread of its own for it, away from any
-//! async runtime).
+//! The connection between the two workers of a move: frames of [`Class::BULK`] over TLS
+//! with certificates pinned by both sides, on blocking sockets (each side has a thread of
+//! its own for it, outside any async runtime).
 //!
 //! ```text
 //!   source                                            target
 //!     │ HELLO (machine, epoch, sizes)                   │
 //!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE     (each round)
 //!     │  freeze                                         │
-//!     │ STANDS, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
+//!     │ FROZEN, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
 //!     │  commit in the store                            │
-//!     │◀─ LOG_AGAIN before ROUND_DONE or PREPARED: see `worker::log_transfer`
+//!     │◀─ LOG_RESEND before ROUND_DONE or PREPARED: see `worker::log_transfer`
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
-//!     │ REMOTE before IMAGE and before GO, and what follows RESUMED, in a post-copy
-//!     │ move: see `worker::filling`
+//!     │ REMOTE before IMAGE and before GO, and the messages after RESUMED, in a post-copy
+//!     │ move: see `worker::post_copy`
 //! ```
 //!
-//! Pages are written to their memory as they are decrypted, never collected
-//! first; what is sent is collected into whole TLS records, since scattered
-//! pages would otherwise cost a record, a system call and a packet each.
+//! Received pages are written to their memory as they are decrypted, without a buffer;
+//! sent data is collected into whole TLS records, because scattered pages would otherwise
+//! cost a record, a system call and a packet each.
 //!
-//! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of
-//! the messages here. A peer of another version is refused by name.
+//! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of the
+//! messages here. A peer of another version is refused with an error that names it.
 
 use crate::moves::FillReport;
 use bytes::Bytes;
@@ -38,27 +37,26 @@ use std::time::Duration;
 
 /// Version of these messages.
 pub const HELLO_VERSION: u32 = 5;
-/// The version before: with it, pages that come after the machine are all named
-/// before the target is ready.
+/// The previous version: with it, the pages left to post-copy are all named before the
+/// target is ready.
 pub const HELLO_BEFORE: u32 = 4;
-/// How long a target may take to answer a connection.
+/// Time limit for the target to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
-/// Bytes that are collected before they are encrypted and sent.
+/// Bytes collected before they are encrypted and sent.
 const BATCH_BYTES: usize = 128 << 10;
-/// What stands before the bytes in the payload of pages: memory and offset.
+/// Header of the payload of pages: memory and offset.
 const PAGES_HEAD_BYTES: usize = 16;
-/// The most bytes that a captured machine without its memory may have.
+/// The largest image of a machine without its memory.
 const IMAGE_BYTES_MAX: usize = 1 << 30;
-/// How long a silent peer is waited for.
+/// Time limit for a silent peer.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// How long a connection is quiet before the peer's host is probed, and how
-/// often in vain.
+/// Idle time before the peer's host is probed, and the number of failed probes.
 const KEEPALIVE: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// The same while the machine stands still.
+/// The time limit while the machine is frozen.
 const FROZEN_PATIENCE: Duration = Duration::from_secs(3);
 
 const KIND_HELLO: u16 = 1;
@@ -79,17 +77,16 @@ const KIND_ALL_SENT: u16 = 15;
 const KIND_FILLED: u16 = 16;
 const KIND_BLOCK: u16 = 17;
 const KIND_CUT: u16 = 18;
-const KIND_STANDS: u16 = 19;
+const KIND_FROZEN: u16 = 19;
 const KIND_PARTS: u16 = 20;
 const KIND_LOG_BEGINS: u16 = 21;
-const KIND_LOG_AGAIN: u16 = 22;
+const KIND_LOG_RESEND: u16 = 22;
 
-/// What the source says first.
+/// The source's first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// [`HELLO_VERSION`].
     pub version: u32,
-    /// The machine that moves.
     pub machine: MachineName,
     /// The epoch under which the source runs it.
     pub epoch: Epoch,
@@ -97,140 +94,122 @@ pub struct Hello {
     pub program: [u8; 32],
     /// Offset of the first byte of output that the source still has.
     pub log_base: u64,
-    /// Whether memory comes after the machine (post-copy).
+    /// Whether this is a post-copy move.
     pub post_copy: bool,
-    /// What the connection is for.
     pub purpose: Purpose,
 }
 
 impl Hello {
-    /// Whether it is of the same move.
+    /// Whether it belongs to the same move.
     pub fn is_like(&self, other: &Hello) -> bool {
         self.machine == other.machine && self.epoch == other.epoch && self.program == other.program
     }
 }
 
-/// What a connection is for.
+/// Purpose of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Purpose {
     /// The move itself.
     Move,
-    /// Pages that come unasked, after the first connection was lost.
+    /// Background transfer of pages, after the first connection was lost.
     Push,
     /// Pages that threads wait for.
     Pull,
 }
 
-/// One message; pages travel apart, see [`Link::send_pages`] and
+/// A message; pages are transferred separately, see [`Link::send_pages`] and
 /// [`Link::receive_pages`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
-    /// The source's first.
+    /// The source's first message.
     Hello(Hello),
     /// A memory's size in 64 KiB pages.
     Size {
         /// Number of the memory.
         memory: u32,
-        /// Its size.
         pages: u64,
     },
-    /// Bytes of the output.
-    Log {
-        /// Where they belong.
-        offset: u64,
-        /// The bytes.
-        bytes: Bytes,
-    },
+    /// A piece of output.
+    Log { offset: u64, bytes: Bytes },
     /// Bytes of a file in one of the machine's own volumes.
     Block {
         /// Number of the volume in the spec.
         volume: u32,
         /// Number of the file.
         inode: u64,
-        /// Where they belong.
         offset: u64,
-        /// The bytes.
         bytes: Bytes,
     },
-    /// A file lost all from a byte on; all of it: the file is gone.
+    /// A file was truncated; to 0 bytes: it was removed.
     Cut {
         /// Number of the volume in the spec.
         volume: u32,
         /// Number of the file.
         inode: u64,
-        /// Its bytes now, at the most.
+        /// Its new size at the most, in bytes.
         bytes: u64,
     },
-    /// All of a round was sent.
+    /// End of a round.
     RoundEnd,
-    /// All of a round is in place.
+    /// All data of a round is in place.
     RoundDone,
-    /// A piece of the captured machine.
+    /// A piece of the machine's image.
     Image(Bytes),
-    /// That was the last piece.
+    /// End of the image.
     ImageEnd,
     /// The target is ready.
     Prepared,
-    /// The commit won.
+    /// The commit was applied.
     Go(Epoch),
     /// The machine runs at the target.
     Resumed(Epoch),
     /// The sender gives the move up.
     Abort(String),
-    /// Pages that only the source has: bit n of the bits, the lowest of each byte
-    /// first, is page `first_page + n`.
+    /// Names pages that only the source has: bit n, counted from the lowest of each byte,
+    /// is page `first_page + n`.
     Remote {
         /// Number of the memory.
         memory: u32,
         /// Page of the first bit.
         first_page: u64,
-        /// The bits.
         bits: Bytes,
     },
-    /// A thread waits for a page.
+    /// Requests a page that a thread waits for.
     Pull {
         /// Number of the memory.
         memory: u32,
-        /// The page.
         page: u64,
     },
-    /// There is nothing more to send.
+    /// The sender has sent everything.
     AllSent,
-    /// The machine stands still from now on: what follows is waited for.
-    Stands,
+    /// The machine is frozen from now on: what follows adds to its downtime.
+    Frozen,
     /// The target has everything.
     Filled(FillReport),
-    /// A piece of what the home of a machine that spans leaves to its successor.
+    /// A piece of the state that a home passes to its successor.
     Parts(Bytes),
-    /// The source keeps no output from before an offset any more; what follows begins
-    /// there. (A target of the version before gives the move up, as it did for the gap.)
-    LogBegins {
-        /// The offset.
-        offset: u64,
-    },
-    /// The target lacks output from an offset on: it is to come again.
-    LogAgain {
-        /// The offset.
-        offset: u64,
-    },
+    /// The source no longer has output before an offset; what follows begins there. A
+    /// target of the previous version gives the move up, as it did for the gap.
+    LogBegins { offset: u64 },
+    /// The target requests output from an offset on.
+    LogResend { offset: u64 },
 }
 
 /// Why a connection between workers ended.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// The socket.
     #[error("the connection to the other worker: {0}")]
     Io(#[from] std::io::Error),
-    /// TLS, or what is under it.
+    /// TLS, or the transport below it.
     #[error("the connection to the other worker: {0}")]
     Bulk(#[from] BulkError),
-    /// Bytes that are no frame.
+    /// Bytes that are not a frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// A frame that is no message.
+    /// A frame that is not a valid message.
     #[error("the other worker sent something unreadable: {0}")]
     Message(String),
-    /// Pages could not be read here, or have no place here.
+    /// Pages cannot be read or written at this side.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The other side gave up.
@@ -256,7 +235,7 @@ fn plain<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, LinkError> {
 }
 
 impl Message {
-    /// Whether it is of those that name pages which come later.
+    /// Whether it belongs to the naming of pages left to post-copy.
     pub fn names_pages(&self) -> bool {
         matches!(
             self,
@@ -264,7 +243,7 @@ impl Message {
         )
     }
 
-    /// Reads one from the payload of a frame.
+    /// Decodes the payload of a frame.
     ///
     /// # Errors
     /// [`LinkError::Message`].
@@ -317,13 +296,13 @@ impl Message {
                 page: number(payload, 8)?,
             },
             KIND_ALL_SENT => Message::AllSent,
-            KIND_STANDS => Message::Stands,
+            KIND_FROZEN => Message::Frozen,
             KIND_PARTS => Message::Parts(Bytes::copy_from_slice(payload)),
             KIND_FILLED => Message::Filled(plain(payload)?),
             KIND_LOG_BEGINS => Message::LogBegins {
                 offset: number(payload, 0)?,
             },
-            KIND_LOG_AGAIN => Message::LogAgain {
+            KIND_LOG_RESEND => Message::LogResend {
                 offset: number(payload, 0)?,
             },
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
@@ -396,10 +375,10 @@ impl Message {
                 (KIND_PULL, bytes)
             }
             Message::AllSent => (KIND_ALL_SENT, Vec::new()),
-            Message::Stands => (KIND_STANDS, Vec::new()),
+            Message::Frozen => (KIND_FROZEN, Vec::new()),
             Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
             Message::LogBegins { offset } => (KIND_LOG_BEGINS, offset.to_le_bytes().to_vec()),
-            Message::LogAgain { offset } => (KIND_LOG_AGAIN, offset.to_le_bytes().to_vec()),
+            Message::LogResend { offset } => (KIND_LOG_RESEND, offset.to_le_bytes().to_vec()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -409,40 +388,41 @@ impl Message {
     }
 }
 
-/// Fills a buffer with the bytes of a memory from an offset on.
+/// Fills a buffer with the content of a memory at an offset.
 pub type ReadPages<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), MemoryError> + 'a;
-/// Takes bytes of the memory with that number, for that offset.
+/// Receives content of a memory: its number, the offset, and the bytes.
 pub type WritePages<'a> = dyn FnMut(u32, u64, &[u8]) -> Result<(), LinkError> + 'a;
 
 /// Pages of which a part has arrived.
 #[derive(Debug)]
-struct Arriving {
+struct PartialPages {
     memory: u32,
-    /// What is still to come.
+    /// Byte range that has not arrived.
     range: Range<u64>,
 }
 
 /// One end of the connection.
 pub struct Link {
     stream: BulkStream,
-    /// What is to be sent.
+    /// Data to send.
     out: Vec<u8>,
-    /// Pages on their way into `out`.
+    /// Buffer for pages on their way into `out`.
     scratch: Vec<u8>,
     parser: Parser,
     sent_bytes: u64,
 }
 
-/// Cuts what arrives into messages, and pages into pieces.
+/// Splits received data into messages, and pages into pieces.
 #[derive(Debug, Default)]
 struct Parser {
-    /// The beginning of a frame, up to the bytes of pages.
+    /// The beginning of a frame, up to the content of pages.
     input: Vec<u8>,
-    arriving: Option<Arriving>,
+    arriving: Option<PartialPages>,
 }
 
 impl Parser {
-    /// Takes bytes up to the end of the first message; how many, and it.
+    /// Consumes data up to the end of the first message; returns the number of bytes, and
+    /// the message.
     fn feed(
         &mut self,
         bytes: &[u8],
@@ -480,7 +460,7 @@ impl Parser {
         }
     }
 
-    /// Bytes that [`Self::parse`] needs of the frame that has begun.
+    /// Number of bytes that [`Self::parse`] needs of the present frame.
     fn wanted(&self) -> Result<usize, LinkError> {
         Ok(match Decoder::new(Class::BULK).header(&self.input)? {
             None => HEADER_BYTES,
@@ -489,8 +469,7 @@ impl Parser {
         })
     }
 
-    /// A message, if all of it is there. The head of pages becomes
-    /// `self.arriving`.
+    /// The message, if it is complete. The header of pages sets `self.arriving`.
     fn parse(&mut self) -> Result<Option<Message>, LinkError> {
         let Some(header) = Decoder::new(Class::BULK).header(&self.input)? else {
             return Ok(None);
@@ -519,7 +498,7 @@ impl Parser {
                 header.payload_bytes
             )));
         };
-        self.arriving = Some(Arriving { memory, range });
+        self.arriving = Some(PartialPages { memory, range });
         self.input.clear();
         Ok(None)
     }
@@ -533,7 +512,7 @@ impl std::fmt::Debug for Link {
     }
 }
 
-/// Has the kernel notice a host that is switched off, which says nothing.
+/// Lets the kernel detect an unreachable host.
 pub(crate) fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
     rustix::net::sockopt::set_socket_keepalive(socket, true)?;
     rustix::net::sockopt::set_tcp_keepidle(socket, KEEPALIVE)?;
@@ -544,7 +523,7 @@ pub(crate) fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
 
 fn prepare(socket: &TcpStream) -> std::io::Result<()> {
     socket.set_nodelay(true)?;
-    // (A target that is ready waits without limit.)
+    // A target that is ready waits without limit.
     keep_alive(socket)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))
@@ -567,7 +546,7 @@ impl Link {
         Ok(Link::over(BulkStream::client(socket, tls)?))
     }
 
-    /// Takes over a connection that the source's worker made.
+    /// Accepts a connection of the source's worker.
     ///
     /// # Errors
     /// [`LinkError`].
@@ -591,7 +570,7 @@ impl Link {
         self.sent_bytes
     }
 
-    /// Sends a message, sooner or later: see [`Self::flush`].
+    /// Queues a message for sending: see [`Self::flush`].
     ///
     /// # Errors
     /// [`LinkError`].
@@ -602,9 +581,8 @@ impl Link {
         self.write_batch()
     }
 
-    /// Sends pages, sooner or later. `read` fills the buffer that it gets with
-    /// the bytes at an offset. Whole pages of zeros are left out if
-    /// `skip_zero`. Answers with the bytes sent.
+    /// Queues pages for sending. `read` fills a buffer with the content at an offset.
+    /// Zero pages are omitted if `skip_zero`. Returns the number of bytes sent.
     ///
     /// # Errors
     /// [`LinkError`], or that of `read`.
@@ -658,12 +636,12 @@ impl Link {
     fn write_out(&mut self) -> Result<(), LinkError> {
         let written = self.stream.write(&self.out);
         self.sent_bytes += self.out.len() as u64;
-        // After an error too: what was cut off must not be sent again.
+        // After an error too: truncated data must not be sent again.
         self.out.clear();
         Ok(written?)
     }
 
-    /// Sends what was collected.
+    /// Sends all queued data.
     ///
     /// # Errors
     /// [`LinkError::Io`].
@@ -672,18 +650,17 @@ impl Link {
         self.write_out()
     }
 
-    /// Waits for a message where no pages may come. The peer's `Abort` is an
-    /// error.
+    /// Waits for a message where no pages are expected. The peer's `Abort` is an error.
     ///
     /// # Errors
     /// [`LinkError`].
     pub fn receive(&mut self) -> Result<Message, LinkError> {
         self.receive_pages(&mut |_, _, _| {
-            Err(LinkError::Message("pages that nobody asked for".into()))
+            Err(LinkError::Message("pages that were not requested".into()))
         })
     }
 
-    /// Whether something came that was not received yet.
+    /// Whether received data is pending.
     ///
     /// # Errors
     /// [`LinkError::Io`].
@@ -694,8 +671,8 @@ impl Link {
         Ok(ready > 0)
     }
 
-    /// Waits for a message and gives pages that come before it to `write`, in
-    /// pieces: the memory's number, the offset, the bytes.
+    /// Waits for a message and passes pages that precede it to `write`, in pieces: the
+    /// memory's number, the offset, the bytes.
     ///
     /// # Errors
     /// [`LinkError`], or that of `write`.
@@ -716,31 +693,30 @@ impl Link {
         }
     }
 
-    /// Waits less long for a silent peer from now on: the machine stands still.
+    /// Sets the shorter time limit for a silent peer while the machine is frozen.
     ///
     /// # Errors
     /// [`LinkError::Io`].
-    pub fn be_quick(&self) -> Result<(), LinkError> {
+    pub fn use_frozen_timeout(&self) -> Result<(), LinkError> {
         let socket = self.stream.socket();
         socket.set_read_timeout(Some(FROZEN_PATIENCE))?;
         socket.set_write_timeout(Some(FROZEN_PATIENCE))?;
         Ok(())
     }
 
-    /// Lets reads wait without limit: the rest of the move is up to
-    /// the store.
+    /// Removes the time limit of reads: the store decides when the move continues.
     ///
     /// # Errors
     /// [`LinkError::Io`].
-    pub fn be_patient(&self) -> Result<(), LinkError> {
+    pub fn wait_without_timeout(&self) -> Result<(), LinkError> {
         self.stream.socket().set_read_timeout(None)?;
         Ok(())
     }
 
-    /// A handle that ends the connection from another thread.
+    /// A handle that closes the connection from another thread.
     ///
     /// # Errors
-    /// [`LinkError::Io`] without a descriptor left.
+    /// [`LinkError::Io`] if no descriptor is available.
     pub fn closer(&self) -> Result<TcpStream, LinkError> {
         Ok(self.stream.socket().try_clone()?)
     }
@@ -754,7 +730,7 @@ fn has_zero_page(bytes: &[u8]) -> bool {
     bytes.chunks(PAGE_BYTES as usize).any(is_zero)
 }
 
-/// The runs of pages that are not zero.
+/// Runs of pages that are not zero.
 fn runs_not_zero(bytes: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let mut at = 0;
@@ -770,7 +746,7 @@ fn runs_not_zero(bytes: &[u8]) -> Vec<Range<usize>> {
     runs
 }
 
-/// Collects the pieces of an image, up to a limit.
+/// Assembles the pieces of an image, up to a limit.
 #[derive(Debug, Default)]
 pub struct ImageBytes(Vec<u8>);
 
@@ -789,7 +765,7 @@ impl ImageBytes {
         Ok(())
     }
 
-    /// All of it.
+    /// The image.
     pub fn take(self) -> Vec<u8> {
         self.0
     }
@@ -818,7 +794,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_arrive_as_they_were_sent() {
+    fn messages_arrive_unchanged() {
         let (mut source, mut target) = pair();
         let epoch = Epoch {
             incarnation: 1,
@@ -839,7 +815,7 @@ mod tests {
                 pages: 1 << 40,
             },
             Message::LogBegins { offset: 1 << 40 },
-            Message::LogAgain { offset: 12 },
+            Message::LogResend { offset: 12 },
             Message::Log {
                 offset: 5,
                 bytes: Bytes::from_static(b"hello"),
@@ -856,7 +832,7 @@ mod tests {
                 bytes: 0,
             },
             Message::RoundEnd,
-            Message::Stands,
+            Message::Frozen,
             Message::Parts(Bytes::from_static(b"parts")),
             Message::Image(Bytes::from_static(b"x")),
             Message::ImageEnd,
@@ -880,10 +856,10 @@ mod tests {
     }
 
     #[test]
-    fn pages_arrive_whole_and_zeros_are_left_out() {
+    fn pages_arrive_whole_and_zero_pages_are_omitted() {
         const PAGE: usize = PAGE_BYTES as usize;
         let (mut source, mut target) = pair();
-        // Pages 0, 5 and 6 are zeros; the rest is told apart by its bytes.
+        // Pages 0, 5 and 6 are zero; the others have distinct bytes.
         let mut memory = vec![0u8; 100 * PAGE + 10];
         for (at, byte) in memory.iter_mut().enumerate() {
             if ![0, 5, 6].contains(&(at / PAGE)) {
@@ -900,7 +876,7 @@ mod tests {
             let bytes = source.send_pages(7, all.clone(), true, &read).unwrap();
             assert_eq!(bytes, all.end - 3 * PAGE_BYTES);
             source.send(&Message::RoundEnd).unwrap();
-            // Scattered, and zeros too.
+            // Scattered pages, including zero pages.
             for page in [3u64, 5, 90] {
                 let range = page * PAGE_BYTES..(page + 1) * PAGE_BYTES;
                 assert_eq!(
@@ -930,11 +906,11 @@ mod tests {
     }
 
     #[test]
-    fn absurd_pages_are_refused() {
+    fn invalid_pages_are_refused() {
         let absurd: [(&[u64], usize); 4] = [
             (&[u64::MAX, 0, 1], 24),
             (&[0, u64::MAX - 5, 1], 24),
-            // None at all, and not even a place.
+            // Empty, and not even a header.
             (&[0, 0], 16),
             (&[0, 0], 3),
         ];
@@ -974,7 +950,7 @@ mod tests {
             let mut random = StdRng::seed_from_u64(seed);
             let mut payload = vec![0; random.random_range(0..64)];
             random.fill_bytes(&mut payload);
-            // Either it is a message, or an error says why not.
+            // Either a message or an error with a reason.
             let _ = Message::decode(random.random_range(0..20), &payload);
         }
     }

@@ -1,18 +1,17 @@
-//! A machine's output: every byte has an offset that never changes, so that it
-//! survives moves in order, nothing twice and nothing lost, and readers can go
-//! on where they were.
+//! A machine's output: every byte has a permanent offset, so that moves preserve order
+//! without duplicates or losses, and readers can continue at their offset.
 //!
-//! Format: records of `stream (u8: 1 output, 2 error, 3 the time), length (u32,
-//! little-endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
-//! twice that are kept, in two files. See `time` for the times in between.
+//! Format: consecutive records of `stream (u8: 1 output, 2 error, 3 time), length (u32,
+//! little-endian), bytes`. The newest [`SEGMENT_BYTES_MAX`] to twice that are kept, in
+//! two files. See `time` for time records.
 
-mod boundary;
+mod record_boundary;
 mod time;
 
-use boundary::Boundary;
 use keel_cluster::clock::unix_ms;
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
+use record_boundary::Boundary;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -20,14 +19,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Bytes of one file of the log.
+/// Size limit of one file of the log.
 pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
-/// Bytes in front of a record's text.
+/// Size of a record's header.
 pub const HEADER_BYTES: usize = 5;
-/// Bytes of text in one record.
+/// Maximum size of a record's text.
 const RECORD_BYTES_MAX: usize = 64 << 10;
 
-/// Which stream a record is of.
+/// The stream of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum StreamKind {
@@ -49,15 +48,15 @@ struct State {
     /// Oldest first; at most two.
     segments: Vec<Segment>,
     end: u64,
-    /// Whether a record ends there: what comes from another node is cut anywhere.
+    /// Tracks record ends: output from another node arrives in pieces of any size.
     boundary: Boundary,
     closed: bool,
-    /// The last time that was written here, in milliseconds since 1970-01-01 UTC.
+    /// The last time record written here, in milliseconds since 1970-01-01 UTC.
     marked: Option<u64>,
 }
 
 impl State {
-    /// Whether what comes next goes into a new file.
+    /// Whether the next bytes go into a new file.
     fn segment_is_full(&self) -> bool {
         let last = self.segments.last();
         last.is_some_and(|last| self.end - last.base >= SEGMENT_BYTES_MAX)
@@ -75,12 +74,11 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log in a folder, or begins one whose first byte has offset
-    /// `base` where there is none. A record that a dying process left
-    /// unfinished is cut off.
+    /// Opens the log in a folder, or creates one whose first byte has offset `base`. An
+    /// incomplete record of a dead process is truncated.
     ///
     /// # Errors
-    /// The file system's.
+    /// That of the file system.
     pub fn open(folder: &Path, base: u64) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let mut segments = segments_of(folder, open_file)?;
@@ -98,13 +96,12 @@ impl Log {
         Ok(Log::of(folder, segments, end))
     }
 
-    /// What a log has now of which nobody here knows whether a process still writes it, or
-    /// is about to begin it: nothing is changed, and nothing can be added. Empty where
-    /// there is none.
+    /// The present content of a log that another process may be writing or creating:
+    /// nothing is changed, and nothing can be added. Empty if the log does not exist.
     ///
     /// # Errors
-    /// The file system's.
-    pub fn left(folder: &Path) -> std::io::Result<Self> {
+    /// That of the file system.
+    pub fn open_read_only(folder: &Path) -> std::io::Result<Self> {
         let segments = match segments_of(folder, |path| File::open(path)) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !folder.exists() => {
                 Vec::new()
@@ -135,7 +132,7 @@ impl Log {
         }
     }
 
-    /// Where it is, as text.
+    /// Its folder, as text.
     pub fn place(&self) -> &str {
         &self.place
     }
@@ -154,10 +151,10 @@ impl Log {
         self.state().end
     }
 
-    /// Adds a record.
+    /// Appends a record.
     ///
     /// # Errors
-    /// The file system's; nothing was added then.
+    /// That of the file system; nothing was appended then.
     pub fn append(&self, stream: StreamKind, text: &[u8]) -> std::io::Result<()> {
         self.append_at(stream, text, unix_ms())
     }
@@ -171,7 +168,7 @@ impl Log {
             return self.append_at(stream, rest, now);
         }
         let mut record = Vec::with_capacity(2 * HEADER_BYTES + 8 + text.len());
-        // Two streams write at once: where the end is must not be asked first.
+        // Two streams write concurrently: the end is determined under the lock.
         let mut state = self.state();
         let marks = state.segment_is_full() || time::is_due(state.marked, now);
         if marks {
@@ -187,11 +184,11 @@ impl Log {
         Ok(())
     }
 
-    /// Puts bytes of whole records at an offset: the end, or before it where
-    /// they are known already (a move sends what it is not sure of twice).
+    /// Writes bytes of whole records at an offset: at the end, or before it if they are
+    /// known already (a move resends what it is unsure of).
     ///
     /// # Errors
-    /// `InvalidInput` for an offset behind the end, and the file system's.
+    /// `InvalidInput` for an offset behind the end, and those of the file system.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         let mut state = self.state();
         if offset > state.end {
@@ -207,12 +204,12 @@ impl Log {
         self.add(&mut state, new)
     }
 
-    /// Lets the log go on at an offset, which is the beginning of a record: what is
-    /// between its end and there is kept nowhere, and what it has is dropped. Nothing
-    /// changes if it has more already.
+    /// Continues the log at an offset, which is the start of a record: output between its
+    /// end and there is kept nowhere, and its content is dropped. No effect if the log
+    /// extends beyond the offset.
     ///
     /// # Errors
-    /// The file system's; nothing changed then.
+    /// That of the file system; nothing changed then.
     pub fn begin_at(&self, offset: u64) -> std::io::Result<()> {
         let mut state = self.state();
         if offset <= state.end {
@@ -221,7 +218,7 @@ impl Log {
         let segment = new_segment(&self.folder, offset)?;
         for old in std::mem::replace(&mut state.segments, vec![segment]) {
             if let Err(error) = std::fs::remove_file(&old.path) {
-                tracing::warn!(%error, path = %old.path.display(), "old output stays");
+                tracing::warn!(%error, path = %old.path.display(), "cannot remove old output");
             }
         }
         state.end = offset;
@@ -230,8 +227,7 @@ impl Log {
         Ok(())
     }
 
-    /// Adds bytes behind the end, in a new file where the last one is full and a record
-    /// ends.
+    /// Appends bytes, in a new file if the last one is full and a record ends.
     fn add(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
         if state.segment_is_full() && !state.boundary.is_here() {
             let (rest, new) = new.split_at(state.boundary.rest(new));
@@ -247,7 +243,7 @@ impl Log {
             if state.segments.len() > 2 {
                 let old = state.segments.remove(0);
                 if let Err(error) = std::fs::remove_file(&old.path) {
-                    tracing::warn!(%error, path = %old.path.display(), "old output stays");
+                    tracing::warn!(%error, path = %old.path.display(), "cannot remove old output");
                 }
             }
         }
@@ -259,22 +255,22 @@ impl Log {
         if let Some(last) = state.segments.last()
             && let Err(error) = last.file.write_all_at(new, end - last.base)
         {
-            // A part of it may be there: whoever opens the log later counts
-            // what is in the file.
+            // Part of it may have been written: a later process takes the file's length
+            // as the end.
             let _ = last.file.set_len(end - last.base);
             return Err(error);
         }
         state.end = end + new.len() as u64;
-        state.boundary.pass(new);
+        state.boundary.advance(new);
         self.grown.notify_all();
         Ok(())
     }
 
-    /// Bytes from `offset` on, at most `max`; empty at the end. An offset that
-    /// is no longer kept reads from the first that is. Answers the offset too.
+    /// Bytes from `offset` on, at most `max`; empty at the end. For an offset that is no
+    /// longer kept, reading starts at the first that is. Returns the offset, too.
     ///
     /// # Errors
-    /// The file system's.
+    /// That of the file system.
     pub fn read(&self, offset: u64, max: usize) -> std::io::Result<(u64, Vec<u8>)> {
         let state = self.state();
         let offset = offset.max(state.segments.first().map_or(0, |first| first.base));
@@ -300,8 +296,8 @@ impl Log {
         Ok((offset, bytes))
     }
 
-    /// Waits until there is something at `offset`, the log is closed, or the
-    /// time is over.
+    /// Waits until there are bytes at `offset`, the log is closed, or the timeout
+    /// expires.
     pub fn wait(&self, offset: u64, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         let mut state = self.state();
@@ -318,17 +314,17 @@ impl Log {
         }
     }
 
-    /// Whether nothing more comes here.
+    /// Whether no further output is written here.
     pub fn is_closed(&self) -> bool {
         self.state().closed
     }
 
-    /// More comes here after all.
+    /// Further output is written here after all.
     pub fn open_again(&self) {
         self.state().closed = false;
     }
 
-    /// Lets those who wait go: nothing more comes here.
+    /// Wakes waiting readers: no further output is written here.
     pub fn close(&self) {
         self.state().closed = true;
         self.grown.notify_all();
@@ -357,7 +353,7 @@ fn segments_of(
     Ok(segments)
 }
 
-/// Bytes of the whole records in a segment, which begins with one.
+/// Bytes of the complete records in a segment, which starts with one.
 fn whole_records(file: &File) -> std::io::Result<u64> {
     let length = file.metadata()?.len();
     let mut at = 0;
@@ -393,7 +389,7 @@ fn new_segment(folder: &Path, base: u64) -> std::io::Result<Segment> {
     })
 }
 
-/// Takes whole records off the front of `bytes`; those with times are left out.
+/// Removes complete records from the front of `bytes`; time records are omitted.
 pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
     let mut records = Vec::new();
     let mut at = 0;
@@ -416,8 +412,7 @@ pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
     records
 }
 
-/// Limits output to a number of bytes a second, with one second's worth at
-/// once: more waits.
+/// Limits output to a number of bytes per second, with a burst of one second's worth.
 #[derive(Debug)]
 struct Rate {
     bytes_per_s: f64,
@@ -426,7 +421,7 @@ struct Rate {
 }
 
 impl Rate {
-    /// How long to wait before anything may be written.
+    /// Time until further bytes may be written.
     fn delay(&mut self) -> Duration {
         let now = Instant::now();
         let earned = now.duration_since(self.since).as_secs_f64() * self.bytes_per_s;
@@ -440,7 +435,7 @@ impl Rate {
     }
 }
 
-/// A guest's standard output or error that goes into a log.
+/// A guest's standard output or error, written to a log.
 #[derive(Debug)]
 pub struct LogSink {
     log: Arc<Log>,
@@ -450,8 +445,8 @@ pub struct LogSink {
 }
 
 impl LogSink {
-    /// Writes to `log` at most `bytes_per_s`. Where the disk has no room the
-    /// guest waits for it, which `stalls` is told.
+    /// Writes to `log` at most `bytes_per_s`. If the disk is full the guest waits, which
+    /// is reported to `stalls`.
     pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64, stalls: Arc<Stalls>) -> Self {
         let bytes_per_s = bytes_per_s.max(1) as f64;
         LogSink {
@@ -466,8 +461,7 @@ impl LogSink {
         }
     }
 
-    /// Adds to the log what the rate lets through; how many bytes, or how long
-    /// to wait.
+    /// Appends what the rate permits; returns the number of bytes, or the time to wait.
     fn write_some(&self, bytes: &[u8]) -> std::io::Result<Result<usize, Duration>> {
         let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
         let delay = rate.delay();
@@ -497,7 +491,7 @@ impl Sink for LogSink {
                     return SinkResult::Interrupted;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "output cannot be kept");
+                    tracing::warn!(%error, "cannot write output");
                     return SinkResult::Errno(keel_wasi::Errno::Io);
                 }
             };
@@ -513,7 +507,7 @@ impl Sink for LogSink {
                 tv_sec: delay.as_secs() as i64,
                 tv_nsec: delay.subsec_nanos().into(),
             };
-            // Woken early or not: the loop looks again.
+            // After any wake-up the loop checks again.
             let _ = rustix::event::poll(&mut wait, Some(&timeout));
         }
     }
@@ -524,7 +518,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_dying_process_left_unfinished_is_cut_off() {
+    fn incomplete_records_are_truncated() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 7).unwrap();
         log.append_at(StreamKind::Output, b"one\n", 1000).unwrap();
@@ -544,10 +538,10 @@ mod tests {
         }
     }
 
-    /// A move's target gets pieces that end anywhere; a file that began within a record
-    /// was cut off at its beginning when it was opened again.
+    /// A move's target receives pieces of any size; a file that began within a record
+    /// would be truncated at its beginning when reopened.
     #[test]
-    fn files_begin_with_a_record_whatever_pieces_come() {
+    fn files_begin_with_a_record() {
         let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let log = Log::open(source.path(), 0).unwrap();
         let text = [b'x'; 60_001];
@@ -562,21 +556,21 @@ mod tests {
         assert_eq!(copy.state().segments.len(), 2);
         drop(copy);
         let (left, opened) = (
-            Log::left(target.path()).unwrap(),
+            Log::open_read_only(target.path()).unwrap(),
             Log::open(target.path(), 0).unwrap(),
         );
         assert_eq!((left.end(), opened.end()), (log.end(), log.end()));
     }
 
     #[test]
-    fn whoever_looks_at_what_is_left_changes_nothing() {
+    fn reading_a_log_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        // Before it is begun, whose first byte is not the machine's first.
+        // The log is created with a base other than the machine's first byte.
         let there = folder.path().join("m");
-        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert_eq!(Log::open_read_only(&there).unwrap().end(), 0);
         assert!(!there.exists());
         std::fs::create_dir(&there).unwrap();
-        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert_eq!(Log::open_read_only(&there).unwrap().end(), 0);
         assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0);
         let log = Log::open(&there, 500).unwrap();
         let texts: Vec<String> = (0..20_000).map(|it| format!("line {it}\n")).collect();
@@ -585,7 +579,7 @@ mod tests {
             scope.spawn(|| {
                 let mut seen = 500;
                 while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    let left = Log::left(&there).unwrap();
+                    let left = Log::open_read_only(&there).unwrap();
                     assert!(left.is_closed() && left.end() >= seen);
                     seen = left.end();
                     let (offset, mut bytes) = left.read(0, 1 << 30).unwrap();
@@ -600,7 +594,10 @@ mod tests {
             }
             over.store(true, std::sync::atomic::Ordering::Relaxed);
         });
-        let (_, mut bytes) = Log::left(&there).unwrap().read(500, 1 << 30).unwrap();
+        let (_, mut bytes) = Log::open_read_only(&there)
+            .unwrap()
+            .read(500, 1 << 30)
+            .unwrap();
         let written: Vec<u8> = split_records(&mut bytes)
             .into_iter()
             .flat_map(|(_, text)| text)
@@ -609,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_that_write_at_once_lose_nothing() {
+    fn concurrent_streams_lose_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         std::thread::scope(|scope| {
@@ -644,13 +641,13 @@ mod tests {
     }
 
     #[test]
-    fn offsets_last_over_segments_and_reopening() {
+    fn offsets_survive_segments_and_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 100).unwrap();
         log.append_at(StreamKind::Output, b"one", 1000).unwrap();
         log.append_at(StreamKind::Error, b"two", 1000).unwrap();
         let end = log.end();
-        // One time, two records.
+        // One time record, two text records.
         assert_eq!(end, 100 + 13 + 16);
         drop(log);
         let log = Log::open(folder.path(), 0).unwrap();
@@ -672,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn old_segments_go_and_the_rest_is_whole() {
+    fn old_segments_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let text = vec![b'x'; 1 << 20];
@@ -689,7 +686,7 @@ mod tests {
             at += bytes.len() as u64;
             rest.extend(bytes);
             for (_, record) in split_records(&mut rest) {
-                // (Long ones are cut.)
+                // Long records are split.
                 assert!(record == text[..RECORD_BYTES_MAX]);
                 records += 1;
             }

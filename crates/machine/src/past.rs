@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(record.spec.cpu_limit_millis, Some(1500));
         assert_eq!(record.spec.checkpoints.as_ref().unwrap().every_s, 600);
         let origin = record.origin.as_ref().unwrap();
-        assert_eq!(origin.memory, crate::checkpoint::MemoryComes::Behind);
+        assert_eq!(origin.memory, crate::checkpoint::MemoryRestore::Lazy);
         assert_eq!(record.reports.len(), 1);
         assert_eq!(record.spec.balancing, promised());
         let anew = record.encode().unwrap();

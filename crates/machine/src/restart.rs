@@ -1,45 +1,42 @@
-//! Whether a machine that ended by itself is started again, and when: a pure
-//! decision.
+//! Whether and when a machine that ended by itself is restarted: a pure decision.
 //!
 //! ```text
 //!   Running ──ended──▶ decide ──▶ Restarting ──delay──▶ Running (next epoch)
 //!                         └─────▶ Exited / Trapped / Failed
 //! ```
 //!
-//! The delay doubles with each restart that did not last, as container engines
-//! and init systems do it, so that a program which ends at once costs next to
-//! nothing. A machine whose process was taken from it goes on from its newest
-//! checkpoint; one that ended by its own doing would end so again, and starts
-//! from its beginning.
+//! The delay doubles with each restart that did not last, as in container engines and
+//! init systems, so that a program that ends at once costs little. A machine whose
+//! process was lost is restored from its newest checkpoint; a machine that ended by
+//! itself would end again in the same way, and restarts from its beginning.
 
 use crate::spec::Status;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Before the first restart.
+/// Delay before the first restart.
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 /// The longest delay.
 const DELAY_MAX: Duration = Duration::from_secs(60);
-/// A machine that ran this long starts afresh in the count, as in other container
-/// engines.
-const GOOD_LIFE_MS: u64 = 10_000;
+/// A machine that ran this long resets the count, as in other container engines.
+const STABLE_RUN_MS: u64 = 10_000;
 
-/// When a machine is started again.
+/// Restart policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Restart {
     /// Never.
     #[default]
     No,
-    /// When it trapped, exited with another code than 0, could not start, or
-    /// its worker was lost.
+    /// When it trapped, exited with a code other than 0, could not start, or its worker
+    /// was lost.
     OnFailure,
     /// Whenever it ended by itself.
     Always,
 }
 
 impl Restart {
-    /// As users write it.
+    /// Its name for users.
     pub fn word(self) -> &'static str {
         match self {
             Restart::No => "no",
@@ -49,20 +46,19 @@ impl Restart {
     }
 }
 
-/// A restart that is to come.
+/// A restart to perform.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
-    /// Time until then.
+pub struct RestartPlan {
     pub delay: Duration,
-    /// How many there were then, since the last good life.
+    /// Number of restarts since the last stable run, including this one.
     pub restarts: u32,
-    /// Whether it goes on from its newest checkpoint, if there is one.
+    /// Whether to restore the newest checkpoint, if there is one.
     pub from_checkpoint: bool,
 }
 
-/// What follows the end of a machine that ran `lived_ms` after `restarts`
-/// restarts; `None` if it stays as it is.
-pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Option<Plan> {
+/// The restart after the end of a machine that ran `lived_ms` after `restarts` restarts;
+/// `None` if it is not restarted.
+pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Option<RestartPlan> {
     let failed = match end {
         Status::Exited { code } => *code != 0,
         Status::Trapped { .. } | Status::Failed { .. } => true,
@@ -79,7 +75,7 @@ pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Op
         Restart::OnFailure if failed => {}
         Restart::OnFailure | Restart::No => return None,
     }
-    let before = if lived_ms >= GOOD_LIFE_MS {
+    let before = if lived_ms >= STABLE_RUN_MS {
         0
     } else {
         restarts
@@ -87,7 +83,7 @@ pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Op
     let delay = FIRST_DELAY
         .saturating_mul(2u32.saturating_pow(before))
         .min(DELAY_MAX);
-    Some(Plan {
+    Some(RestartPlan {
         delay,
         restarts: before.saturating_add(1),
         from_checkpoint: matches!(end, Status::Failed { .. }),
@@ -128,14 +124,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_taken_goes_on_from_a_checkpoint() {
+    fn only_lost_machines_are_restored_from_a_checkpoint() {
         let from = |end| decide(Restart::Always, &end, 0, 0).map(|plan| plan.from_checkpoint);
         assert_eq!(from(failed()), Some(true));
         assert_eq!(from(Status::Exited { code: 1 }), Some(false));
     }
 
     #[test]
-    fn delays_double_up_to_a_minute_and_are_forgotten_after_a_good_life() {
+    fn delays_double_up_to_a_minute_and_reset_after_a_stable_run() {
         let mut restarts = 0;
         let mut delays = Vec::new();
         for _ in 0..12 {
@@ -145,7 +141,7 @@ mod tests {
         }
         assert_eq!(delays[..4], [200, 400, 800, 1600]);
         assert_eq!(delays[10..], [60_000, 60_000]);
-        let plan = decide(Restart::OnFailure, &failed(), u32::MAX, GOOD_LIFE_MS).unwrap();
+        let plan = decide(Restart::OnFailure, &failed(), u32::MAX, STABLE_RUN_MS).unwrap();
         assert_eq!((plan.restarts, plan.delay), (1, FIRST_DELAY));
     }
 }

@@ -1,4 +1,4 @@
-//! What a user asks for, and what the store says of a machine.
+//! The specification of a machine by its user, and its record in the store.
 
 use crate::checkpoint::{Origin, Retention};
 use crate::moves::MoveReport;
@@ -8,57 +8,55 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
 
-/// Reports of moves that a record keeps; older ones are dropped.
+/// Reports of moves in a record; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
 const RECORD_VERSION: u8 = 7;
 
-/// Where the files of a volume are.
+/// Where the files of a volume are stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VolumeKind {
-    /// In a directory of the host. Every node that runs the machine must see
-    /// the same directory under this path.
+    /// In a directory of the host. Every node that runs the machine must see the same
+    /// directory under this path.
     Host {
         /// Absolute path on the host.
         path: String,
     },
-    /// With the machine: it moves along, is in checkpoints, and ends with it.
+    /// With the machine: the volume moves along, is part of checkpoints, and ends with
+    /// it.
     Tmp {
-        /// Bytes that its files may take.
+        /// Limit of the size of its files, in bytes.
         bytes: u64,
-        /// Files, directories and links that there may be.
+        /// Limit of the number of files, directories and links.
         inodes: u64,
     },
-    /// Kept by the cluster outside of nodes: it outlives the machine, which is the
-    /// only one that has it.
+    /// Outside of nodes: the volume outlives the machine, which uses it exclusively.
     Cluster {
         /// Its name in the cluster.
         name: MachineName,
-        /// Tells it from others that had its name.
+        /// Unique id of the volume.
         id: [u8; 16],
-        /// The directory or store that it is in.
+        /// The directory or store with its objects.
         place: String,
-        /// Bytes that its files may take.
+        /// Limit of the size of its files, in bytes.
         bytes: u64,
-        /// Files, directories and links that there may be.
+        /// Limit of the number of files, directories and links.
         inodes: u64,
-        /// The machine is its holder of this number.
+        /// Number of this machine in the sequence of its holders.
         holding: u64,
     },
 }
 
-/// A directory that a machine may reach.
+/// A directory that a machine can access.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
-    /// Where its files are.
     pub kind: VolumeKind,
-    /// Its name for the guest.
+    /// Its path for the guest.
     pub guest: String,
-    /// Whether the guest may only read.
     pub read_only: bool,
 }
 
-/// What a user asks for.
+/// The specification of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// Hash (BLAKE3, hex) of the module as its author built it.
@@ -71,62 +69,60 @@ pub struct Spec {
     pub volumes: Vec<Volume>,
     /// Limit of each of its memories, in bytes.
     pub memory_bytes: u64,
-    /// Limit of its threads.
     pub threads_max: u32,
-    /// CPU time a second that its threads may use together, in thousandths of
-    /// a core (`cpu.limit`).
+    /// Limit of CPU time per second of all its threads, in thousandths of a core
+    /// (`cpu.limit`).
     pub cpu_limit_millis: Option<u32>,
-    /// Bytes of output a second that it may write; more waits.
+    /// Limit of its output rate, in bytes per second; output beyond it blocks the guest.
     pub output_bytes_per_s: u64,
     /// Whether the machine is removed when it ends.
     pub remove_at_end: bool,
-    /// When it is started again after its end.
+    /// Restart policy.
     pub restart: Restart,
-    /// Checkpoints that are made by themselves.
+    /// Automatic checkpoints.
     pub checkpoints: Option<CheckpointPlan>,
-    /// What balancing makes of it.
+    /// Settings for load balancing.
     pub balancing: Balancing,
 }
 
-/// What balancing makes of a machine.
+/// A machine's settings for load balancing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Balancing {
-    /// Which of its loads counts.
+    /// The load that counts.
     pub by: BalanceBy,
-    /// CPU demand that it promises (`cpu.target`), in thousandths of a core of the
-    /// reference speed.
+    /// Promised CPU demand (`cpu.target`), in thousandths of a core of the reference
+    /// speed.
     pub cpu_target_millis: Option<u32>,
-    /// Memory that it promises to occupy (`memory.target`), in bytes.
+    /// Promised memory use (`memory.target`), in bytes.
     pub memory_target_bytes: Option<u64>,
-    /// Disk traffic that it promises (`io.target`), in bytes a second.
+    /// Promised disk traffic (`io.target`), in bytes per second.
     pub io_target_bytes_per_s: Option<u64>,
-    /// Parts that balancing may give it (`max_parts`), 2 to
-    /// [`keel_wasm::coherence::PARTS_MAX`]; it spans no nodes by itself without.
+    /// The most parts that balancing may create (`max_parts`), 2 to
+    /// [`keel_wasm::coherence::PARTS_MAX`]; without it balancing creates none.
     pub parts_max: Option<u32>,
-    /// Where threads begin that it starts while it has parts.
+    /// Where new threads begin while it has parts.
     pub spawn: Spawn,
-    /// Memory that one of its parts keeps at most (`part.memory`), in bytes, while others
-    /// have room; all that is there without.
+    /// Memory limit of a part (`part.memory`), in bytes, which applies while others have
+    /// room; no limit if absent.
     pub part_memory_bytes: Option<u64>,
 }
 
-/// Where threads begin that a machine starts while it has parts.
+/// Where the new threads of a machine with parts begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spawn {
-    /// Where the nodes' loads leave most room; it has parts from when its node is
-    /// pressed by it.
+    /// On the nodes with most room; the machine gets parts when it overloads its node.
     #[default]
     Auto,
     /// At the home; balancing moves them later.
     Here,
-    /// Where the fewest of its threads are; it has parts from its beginning.
+    /// Where the machine has fewest threads; it has parts from the start.
     Spread,
 }
 
 impl Spawn {
-    /// The word for it.
+    /// Its name for users.
     pub fn word(self) -> &'static str {
         match self {
             Spawn::Auto => "auto",
@@ -136,23 +132,23 @@ impl Spawn {
     }
 }
 
-/// Which of a machine's loads counts.
+/// The load of a machine that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BalanceBy {
-    /// As the cluster's policy says.
+    /// According to the cluster's policy.
     #[default]
     Policy,
-    /// What is measured.
+    /// The measured load.
     Actual,
-    /// What it promises; what it promises nothing of is measured.
+    /// The promised load; resources without a promise are measured.
     Target,
-    /// What is measured, and balancing leaves it where it is. Rules and drains do not.
+    /// The measured load, and balancing does not move the machine. Rules and drains do.
     Off,
 }
 
 impl BalanceBy {
-    /// The word for it.
+    /// Its name for users.
     pub fn word(self) -> &'static str {
         match self {
             BalanceBy::Policy => "policy",
@@ -164,7 +160,7 @@ impl BalanceBy {
 }
 
 impl Balancing {
-    /// In words; `None` if nothing was said.
+    /// One line for users; `None` for the defaults.
     pub fn line(&self) -> Option<String> {
         let mut parts = Vec::new();
         if self.by != BalanceBy::Policy {
@@ -192,19 +188,19 @@ impl Balancing {
     }
 }
 
-/// Checkpoints that are made by themselves, while a machine runs.
+/// Automatic checkpoints of a running machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointPlan {
-    /// Seconds from one to the next.
+    /// Interval in seconds.
     pub every_s: u64,
-    /// Where they are kept; the folder of the node where it is then, without.
+    /// URL of the repository; without it, the node's own folder.
     pub to: Option<String>,
-    /// Which are kept.
+    /// Which checkpoints are kept.
     pub retention: Retention,
 }
 
 impl CheckpointPlan {
-    /// In words.
+    /// One line for users.
     pub fn line(&self) -> String {
         let mut kept = Vec::new();
         if let Some(newest) = self.retention.newest {
@@ -225,7 +221,7 @@ impl CheckpointPlan {
     }
 }
 
-/// A time in seconds, as people write it where that is exact.
+/// A time in seconds, in the largest unit that is exact.
 fn time(s: u64) -> String {
     for (unit, seconds) in [("d", 86_400), ("h", 3600), ("m", 60)] {
         if s != 0 && s.is_multiple_of(seconds) {
@@ -235,49 +231,45 @@ fn time(s: u64) -> String {
     format!("{s}s")
 }
 
-/// Where a machine is in its life.
+/// State of a machine's life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Status {
     /// In its owner's schedule, not running yet.
     Scheduled,
     /// Running on its owner.
     Running,
-    /// Ended by itself with a code.
-    Exited {
-        /// The program's exit code.
-        code: u32,
-    },
-    /// Ended by a guest's fault.
+    /// Ended by itself with an exit code.
+    Exited { code: u32 },
+    /// Ended by a trap.
     Trapped {
-        /// What happened, with the guest's backtrace.
+        /// The trap, with the guest's backtrace.
         message: String,
     },
     /// Ended by a command.
     Stopped,
     /// It could not start, or its worker was lost.
     Failed {
-        /// Why, and what to do.
+        /// The cause and the remedy.
         reason: String,
     },
-    /// Its owner by the commit of a move, but not known to run there yet: the
-    /// source keeps its frozen copy, and may take it back.
+    /// The commit of a move made this node its owner, but it is not known to run there
+    /// yet: the source keeps its frozen copy and may take it back.
     Arriving {
         /// The source.
         from: NodeName,
     },
-    /// Running on its owner, while a part of its memory is still at the source of
-    /// its last move: if that is lost, so is what it did since its checkpoint.
+    /// Running on its owner, while part of its memory is still at the source of its last
+    /// move: if the source is lost, so is all that the machine did since its checkpoint.
     Filling {
         /// The source.
         from: NodeName,
     },
-    /// It ended by itself, and is to be started again.
+    /// It ended by itself and will be restarted.
     Restarting {
-        /// How it ended.
         reason: String,
         /// Milliseconds since 1970-01-01 UTC.
         at_unix_ms: u64,
-        /// Whether it goes on from its newest checkpoint, if there is one.
+        /// Whether it is restored from its newest checkpoint, if there is one.
         from_checkpoint: bool,
     },
 }
@@ -295,7 +287,7 @@ impl Status {
         )
     }
 
-    /// How it ended, in a sentence; `None` if it has not.
+    /// The cause of the end, as a sentence; `None` if it has not ended.
     pub fn end(&self) -> Option<String> {
         match self {
             Status::Exited { code } => Some(format!("it exited with code {code}")),
@@ -326,40 +318,37 @@ impl Status {
     }
 }
 
-/// What the store says of a machine, at `machine/NAME`.
+/// The record of a machine in the store, at `machine/NAME`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its name.
     pub name: MachineName,
-    /// What was asked for.
     pub spec: Spec,
     /// The node that runs it, or ran it last.
     pub owner: NodeName,
-    /// Raised by each change of owner.
+    /// Incremented by each change of owner.
     pub epoch: Epoch,
-    /// Where it is in its life.
     pub status: Status,
-    /// Since when it is there, in milliseconds since 1970-01-01 UTC.
+    /// Time of the last status change, in milliseconds since 1970-01-01 UTC.
     pub since_unix_ms: u64,
-    /// Since when it has run without an end, over all moves, in milliseconds since
-    /// 1970-01-01 UTC; 0 before it ran.
+    /// Start of the present run, across moves, in milliseconds since 1970-01-01 UTC; 0
+    /// before it ran.
     pub started_unix_ms: u64,
-    /// Whether a user wants it to end: it is not started again then.
+    /// Whether a user wants it to end: it is not restarted then.
     pub stop_wanted: bool,
-    /// Restarts since it last ran for long.
+    /// Restarts since the last stable run.
     pub restarts: u32,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// Why it waits although it runs: where room on a disk is missing.
+    /// Why it waits for disk space, if it does.
     pub paused: Option<String>,
-    /// The checkpoint that it is made of, where it is.
+    /// The checkpoint that it was restored from.
     pub origin: Option<Origin>,
     /// Its last moves, oldest first.
     pub reports: Vec<MoveReport>,
 }
 
 impl Spec {
-    /// Numbers of the volumes that are the machine's own.
+    /// Numbers of the machine's own volumes.
     pub fn own_volumes(&self) -> Vec<u32> {
         let own = |(number, volume): (u32, &Volume)| match volume.kind {
             VolumeKind::Host { .. } | VolumeKind::Cluster { .. } => None,
@@ -368,7 +357,7 @@ impl Spec {
         (0..).zip(&self.volumes).filter_map(own).collect()
     }
 
-    /// The cluster's volumes that it has, with their numbers.
+    /// Its cluster volumes, with their numbers.
     pub fn cluster_volumes(&self) -> Vec<(u32, &VolumeKind)> {
         let kinds = (0..).zip(self.volumes.iter().map(|volume| &volume.kind));
         kinds
@@ -376,7 +365,7 @@ impl Spec {
             .collect()
     }
 
-    /// What its runtime enforces.
+    /// Limits that the runtime enforces.
     pub fn limits(&self) -> Limits {
         Limits {
             memory_bytes: self.memory_bytes,
@@ -395,7 +384,7 @@ impl Record {
         }
     }
 
-    /// The form in which it is stored.
+    /// The stored form.
     ///
     /// # Errors
     /// If it cannot be encoded.
@@ -403,11 +392,12 @@ impl Record {
         postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|error| error.to_string())
     }
 
-    /// Reads the stored form; [`Found::read`](crate::moves::ownership::Found::read) gives
-    /// its epoch, too.
+    /// Decodes the stored form;
+    /// [`VersionedRecord::read`](crate::moves::ownership::VersionedRecord::read) also
+    /// provides its epoch.
     ///
     /// # Errors
-    /// A sentence for a damaged record or one of another version.
+    /// A message for a damaged record or one of another version.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         match bytes.split_first() {
             Some((&RECORD_VERSION, body)) => postcard::from_bytes(body)
@@ -422,10 +412,10 @@ impl Record {
         }
     }
 
-    /// Takes a status, from now on.
+    /// Sets the status.
     pub fn enter(&mut self, status: Status, now_unix_ms: u64) {
         self.status = status;
-        // Where it waited for room was another worker's matter.
+        // The former worker waited for disk space.
         self.paused = None;
         self.since_unix_ms = now_unix_ms;
     }

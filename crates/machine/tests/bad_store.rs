@@ -1,11 +1,11 @@
-//! Checkpoints in a store that is slow, answers with errors, cuts answers off and
-//! lists what was there a while ago. It speaks as much of S3 as is needed for that,
-//! on loopback.
+//! Checkpoints in a store that is slow, fails, truncates answers and returns outdated
+//! listings. It implements the necessary part of S3, on loopback.
 
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    Destination, MemoryComes, Origin, Rest, Retention, Subject, Taker, Vault, compact, restore,
+    Checkpointer, Destination, MemoryRestore, Origin, RemainingMemory, Repository, Retention,
+    Subject, compact, restore,
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
@@ -22,17 +22,17 @@ use std::time::Duration;
 
 type Objects = BTreeMap<String, Vec<u8>>;
 
-/// A bucket that misbehaves as it is told.
+/// A bucket that misbehaves as configured.
 #[derive(Default)]
 struct Bad {
     objects: Mutex<Objects>,
-    /// What lists tell, while they are stale.
+    /// The content of listings, while they are outdated.
     listed: Mutex<Option<Objects>>,
-    /// Of so many requests one fails (0: none does).
+    /// One in this many requests fails (0: none).
     one_fails_of: AtomicU64,
-    /// Milliseconds that each answer takes.
+    /// Delay of each answer in milliseconds.
     slow_ms: AtomicU64,
-    /// No object can be read; lists can.
+    /// Objects cannot be read; listings can.
     unreadable: AtomicBool,
     asked: AtomicU64,
     failed: AtomicU64,
@@ -126,7 +126,7 @@ impl Bad {
                         answer(&mut out, "500 Internal Server Error", "", b"<Error/>");
                         continue;
                     }
-                    // It does what was asked, and the answer is lost.
+                    // The request is executed, and the answer is lost.
                     _ => {
                         self.reply(&request, None);
                         return;
@@ -151,7 +151,7 @@ impl Bad {
                 objects.insert(request.path.clone(), request.body.clone());
                 ("200 OK", String::new(), Vec::new())
             }
-            // Several at once, named in XML.
+            // Several objects at once, named in XML.
             "POST" => {
                 let text = String::from_utf8_lossy(&request.body).into_owned();
                 let mut done = String::new();
@@ -219,10 +219,10 @@ struct Running {
     machine: Machine,
     engine: Engine,
     log: Log,
-    taker: Taker,
+    taker: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
-    vault: Vault,
+    repository: Repository,
     spec: Spec,
 }
 
@@ -268,54 +268,55 @@ impl Running {
             machine,
             engine,
             log: Log::open(folder.path(), 0).unwrap(),
-            taker: Taker::default(),
+            taker: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
                 .build()
                 .unwrap(),
             folder,
-            vault: Vault::open_with("s3://kept", settings, Duration::from_secs(3)).unwrap(),
+            repository: Repository::open_with("s3://kept", settings, Duration::from_secs(3))
+                .unwrap(),
             spec,
         }
     }
 
-    fn take(&mut self) -> Result<keel_machine::checkpoint::Taken, String> {
+    fn take(&mut self) -> Result<keel_machine::checkpoint::CreatedCheckpoint, String> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: self.spec.clone(),
             epoch: Epoch::default(),
         };
         let destination = Destination {
-            vault: &self.vault,
+            repository: &self.repository,
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         self.taker
             .take(&self.machine, None, subject, &self.log, destination)
             .map_err(|error| error.to_string())
     }
 
-    /// The id of what is restored, and a hash of its memory.
+    /// The id of the restored checkpoint, and a hash of its memory.
     fn restore(&self, warm: bool) -> Result<(String, blake3::Hash), String> {
         let origin = Origin {
-            vault: "s3://kept".into(),
+            repository: "s3://kept".into(),
             machine: "m".parse().unwrap(),
             id: None,
             is_clone: false,
             memory: match warm {
-                true => MemoryComes::Behind,
-                false => MemoryComes::First,
+                true => MemoryRestore::Lazy,
+                false => MemoryRestore::Eager,
             },
         };
         let folder = self.folder.path().join("volumes");
-        let (vault, limits) = (&self.vault, self.spec.limits());
+        let (repository, limits) = (&self.repository, self.spec.limits());
         let runtime = self.runtime.handle();
-        let restored = restore(&origin, vault, &self.engine, limits, runtime, &folder)
+        let restored = restore(&origin, repository, &self.engine, limits, runtime, &folder)
             .map_err(|error| error.to_string())?;
-        if let Rest::Behind(behind) = &restored.rest {
+        if let RemainingMemory::Lazy(behind) = &restored.rest {
             behind.begin(|_| {}).map_err(|error| error.to_string())?;
             behind.wait()?;
         }
@@ -329,10 +330,10 @@ impl Running {
     }
 }
 
-/// Errors and slowness are waited out, by takers and by both kinds of restore; the
-/// machine has nothing of it.
+/// Errors and slowness are tolerated when checkpoints are made and by both kinds of
+/// restore; the machine is not affected.
 #[test]
-fn errors_and_slowness_are_waited_out() {
+fn errors_and_slowness_are_tolerated() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     bad.one_fails_of.store(3, Ordering::Relaxed);
@@ -349,7 +350,7 @@ fn errors_and_slowness_are_waited_out() {
     assert_eq!(running.restore(true).unwrap(), (id, cold));
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
     assert!(
-        compact(&running.vault, &runtime, &name, &newest.id)
+        compact(&running.repository, &runtime, &name, &newest.id)
             .unwrap()
             .is_some()
     );
@@ -360,49 +361,56 @@ fn errors_and_slowness_are_waited_out() {
     assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
 }
 
-/// Lists that are old lead to nothing worse than an older checkpoint: what is whole
-/// is not called damaged, and what is needed is not deleted.
+/// Outdated listings at worst lead to an older checkpoint: intact checkpoints are not
+/// reported as damaged, and required objects are not deleted.
 #[test]
-fn old_lists_do_no_harm() {
+fn outdated_listings_do_no_harm() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     let first = running.take().unwrap().manifest;
     *bad.listed.lock().unwrap() = Some(bad.objects.lock().unwrap().clone());
-    // Built on what the list does not show yet.
+    // Its parent is not in the listing yet.
     let second = running.take().unwrap().manifest;
     assert_eq!(second.parent.as_ref(), Some(&first.id));
     let third = running.take().unwrap().manifest;
     assert_eq!(third.parent.as_ref(), Some(&second.id));
     assert_eq!(running.restore(false).unwrap().0, first.id.to_string());
-    // By a list that shows less than there is nothing newer is deleted.
+    // With an incomplete listing no newer object is deleted.
     let one = Retention {
         newest: Some(1),
         for_s: None,
     };
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
-    let kept = running.vault.keep(&runtime, &name, one, unix_ms());
+    let kept = running
+        .repository
+        .apply_retention(&runtime, &name, one, unix_ms());
     assert_eq!(kept.unwrap(), []);
     let then = bad.objects.lock().unwrap().clone();
     *bad.listed.lock().unwrap() = None;
     let (id, cold) = running.restore(false).unwrap();
     assert_eq!(id, third.id.to_string());
     assert_eq!(running.restore(true).unwrap(), (id, cold));
-    // A list that still shows what is gone.
+    // A listing with objects that were deleted.
     assert!(
-        compact(&running.vault, &runtime, &name, &third.id)
+        compact(&running.repository, &runtime, &name, &third.id)
             .unwrap()
             .is_some()
     );
     assert_eq!(
         running
-            .vault
-            .keep(&runtime, &name, one, unix_ms())
+            .repository
+            .apply_retention(&runtime, &name, one, unix_ms())
             .unwrap()
             .len(),
         2
     );
     *bad.listed.lock().unwrap() = Some(then);
-    assert!(running.vault.keep(&runtime, &name, one, unix_ms()).is_ok());
+    assert!(
+        running
+            .repository
+            .apply_retention(&runtime, &name, one, unix_ms())
+            .is_ok()
+    );
     assert_eq!(
         running.restore(false).unwrap(),
         (third.id.to_string(), cold)
@@ -411,10 +419,10 @@ fn old_lists_do_no_harm() {
     assert_eq!(fourth.parent.as_ref(), Some(&third.id));
 }
 
-/// A store that is gone is named, and the machine runs on; when it is back, so are
-/// checkpoints.
+/// An unreachable store is reported, and the machine runs on; when the store is back,
+/// checkpoints work again.
 #[test]
-fn a_store_that_is_gone_is_named() {
+fn an_unreachable_store_is_reported() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     let first = running.take().unwrap().manifest;
@@ -426,15 +434,15 @@ fn a_store_that_is_gone_is_named() {
     assert!(error.contains("checkpoint store"), "{error}");
     bad.one_fails_of.store(0, Ordering::Relaxed);
     assert_eq!(running.restore(false).unwrap().0, first.id.to_string());
-    // What was written meanwhile is in it: a full one.
+    // It contains the writes made meanwhile: a full one.
     let next = running.take().unwrap().manifest;
     assert!(next.parent.is_none());
     assert_eq!(running.restore(false).unwrap().0, next.id.to_string());
 }
 
-/// Who cannot read what a checkpoint stands on deletes nothing of it.
+/// If the ancestors of a checkpoint cannot be read, none of them is deleted.
 #[test]
-fn what_is_needed_is_not_deleted_unread() {
+fn unread_ancestors_are_not_deleted() {
     let bad = Arc::new(Bad::default());
     let mut running = Running::start(&bad.serve());
     running.take().unwrap();
@@ -447,7 +455,9 @@ fn what_is_needed_is_not_deleted_unread() {
     let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
     let before = bad.objects.lock().unwrap().len();
     bad.unreadable.store(true, Ordering::Relaxed);
-    let kept = running.vault.keep(&runtime, &name, one, unix_ms());
+    let kept = running
+        .repository
+        .apply_retention(&runtime, &name, one, unix_ms());
     assert!(kept.is_err());
     bad.unreadable.store(false, Ordering::Relaxed);
     assert_eq!(bad.objects.lock().unwrap().len(), before);

@@ -1,14 +1,15 @@
-//! Checkpoints of running machines, in a directory: whole, incremental,
-//! damaged, and made into machines again.
+//! Checkpoints of running machines in a directory: full, incremental, damaged, and
+//! restored.
 
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    CHAIN_MAX, CheckpointId, Destination, Later, MemoryComes, Origin, Rest, RestoreError, Restored,
-    Retention, Subject, TakeError, Taken, Taker, Vault, VaultError, compact, restore,
+    CHAIN_MAX, CheckpointId, Checkpointer, CreateError, CreatedCheckpoint, Destination,
+    MemoryRestore, Origin, RemainingMemory, Repository, RepositoryError, RestoreError, Restored,
+    Retention, SpanningRestore, Subject, compact, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
@@ -23,10 +24,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Room in a machine's volume.
+/// Size limit of a machine's volume.
 const VOLUME_BYTES: u64 = 64 << 20;
 
-/// After so long something hangs.
+/// A longer duration counts as a hang.
 const LIMIT: Duration = Duration::from_secs(120);
 
 struct Running {
@@ -34,7 +35,7 @@ struct Running {
     output: Arc<MemorySink>,
     log: Log,
     engine: Engine,
-    taker: Taker,
+    taker: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
 }
@@ -90,11 +91,11 @@ impl Running {
         running
     }
 
-    /// It stands at its beginning.
+    /// The machine is stopped at its beginning.
     fn ready(name: &str, args: &[&str]) -> Self {
         let engine = Engine::new(Options::default()).unwrap();
         let program = engine.load(&guest(name)).unwrap();
-        // Else a short program may end before it is ready.
+        // Otherwise a short program may end before the code is ready.
         program.prepare_resume().unwrap();
         let output = Arc::new(MemorySink::default());
         let folder = tempfile::tempdir().unwrap();
@@ -115,7 +116,7 @@ impl Running {
             output,
             log: Log::open(&folder.path().join("log"), 0).unwrap(),
             engine,
-            taker: Taker::default(),
+            taker: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
@@ -125,11 +126,11 @@ impl Running {
         }
     }
 
-    fn vault(&self) -> Vault {
-        Vault::create(&self.place().display().to_string()).unwrap()
+    fn repository(&self) -> Repository {
+        Repository::create(&self.place().display().to_string()).unwrap()
     }
 
-    /// Where restored volumes go.
+    /// The folder for restored volumes.
     fn volumes(&self) -> PathBuf {
         self.folder.path().join("volumes")
     }
@@ -138,49 +139,53 @@ impl Running {
         self.folder.path().join("vault")
     }
 
-    fn take(&mut self, full: bool) -> Taken {
+    fn take(&mut self, full: bool) -> CreatedCheckpoint {
         self.try_take(full, &AtomicBool::new(false)).unwrap()
     }
 
-    fn try_take(&mut self, full: bool, give_up: &AtomicBool) -> Result<Taken, TakeError> {
+    fn try_take(
+        &mut self,
+        full: bool,
+        give_up: &AtomicBool,
+    ) -> Result<CreatedCheckpoint, CreateError> {
         self.try_take_apart(None, full, give_up)
     }
 
-    /// Of a machine with several parts.
+    /// For a machine with several parts.
     fn try_take_apart(
         &mut self,
         apart: Option<&Pages>,
         full: bool,
         give_up: &AtomicBool,
-    ) -> Result<Taken, TakeError> {
+    ) -> Result<CreatedCheckpoint, CreateError> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: spec(),
             epoch: Epoch::default(),
         };
-        let vault = self.vault();
+        let repository = self.repository();
         let destination = Destination {
-            vault: &vault,
+            repository: &repository,
             runtime: self.runtime.handle(),
             full,
             give_up,
-            keepers: Vec::new(),
+            cluster_volumes: Vec::new(),
         };
         self.taker
             .take(&self.machine, apart, subject, &self.log, destination)
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
-        self.restore_as(id, MemoryComes::First)
+        self.restore_as(id, MemoryRestore::Eager)
     }
 
     fn restore_as(
         &self,
         id: Option<&CheckpointId>,
-        memory: MemoryComes,
+        memory: MemoryRestore,
     ) -> Result<Restored, RestoreError> {
         let origin = Origin {
-            vault: self.place().display().to_string(),
+            repository: self.place().display().to_string(),
             machine: "m".parse().unwrap(),
             id: id.cloned(),
             is_clone: false,
@@ -189,7 +194,7 @@ impl Running {
         let limits = spec().limits();
         restore(
             &origin,
-            &self.vault(),
+            &self.repository(),
             &self.engine,
             limits,
             self.runtime.handle(),
@@ -197,7 +202,7 @@ impl Running {
         )
     }
 
-    /// Lets it go on and returns what it prints from there on.
+    /// Resumes it; returns the output from there on.
     fn finish(&self, restored: Restored) -> String {
         let (machine, output, _) = self.prepare(restored);
         machine.thaw().unwrap();
@@ -207,8 +212,8 @@ impl Running {
         text
     }
 
-    /// A machine that stands, what it is to print, and what of its memory is to come.
-    fn prepare(&self, restored: Restored) -> (Machine, Arc<MemorySink>, Rest) {
+    /// A machine that is stopped, its output, and its remaining memory.
+    fn prepare(&self, restored: Restored) -> (Machine, Arc<MemorySink>, RemainingMemory) {
         let output = Arc::new(MemorySink::default());
         let resources = Resources {
             stdout: Box::new(output.clone()),
@@ -217,7 +222,7 @@ impl Running {
         };
         let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
         let limits = Limits::default();
-        if let Rest::Behind(behind) = &restored.rest {
+        if let RemainingMemory::Lazy(behind) = &restored.rest {
             behind.begin(|result| result.unwrap()).unwrap();
         }
         let machine = Machine::prepare(
@@ -234,7 +239,7 @@ impl Running {
     fn wait_lines(&self, count: usize) {
         let begun = Instant::now();
         while self.lines() < count {
-            assert!(begun.elapsed() < LIMIT, "it stands still");
+            assert!(begun.elapsed() < LIMIT, "it makes no progress");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -254,9 +259,9 @@ impl Drop for Running {
     }
 }
 
-/// The writer checks its memory whenever it writes; its lines are numbered.
+/// The writer checks its memory with each write; its lines are numbered.
 #[test]
-fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
+fn every_checkpoint_of_a_chain_can_be_restored() {
     let mut running = Running::start("writer", &["16", "8", "30"]);
     running.wait_lines(2);
     let mut taken = Vec::new();
@@ -273,8 +278,8 @@ fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
     }
     for (round, (before, taken, after)) in taken.iter().enumerate().rev() {
         let memory = match round % 2 {
-            1 => MemoryComes::Behind,
-            _ => MemoryComes::First,
+            1 => MemoryRestore::Lazy,
+            _ => MemoryRestore::Eager,
         };
         let restored = running.restore_as(Some(&taken.manifest.id), memory);
         let text = running.finish(restored.unwrap());
@@ -283,13 +288,13 @@ fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
         assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1));
         assert_eq!(numbers.last(), Some(&29));
     }
-    // And the machine itself noticed nothing.
+    // The machine itself is not affected.
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
     assert_eq!(running.lines(), 30);
 }
 
 #[test]
-fn threads_and_what_they_wait_for_are_in_it() {
+fn threads_and_their_waits_are_restored() {
     let alone = {
         let running = Running::start("threads", &["3", "100000"]);
         assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
@@ -318,10 +323,10 @@ fn threads_and_what_they_wait_for_are_in_it() {
     }
 }
 
-/// What a program prints that spans three parts, and what goes on from its checkpoints,
-/// is what it prints alone; it stays where it is meanwhile.
+/// A program that spans three parts, and its restored checkpoints, print the same as
+/// alone; its pages stay where they are meanwhile.
 #[test]
-fn of_a_machine_with_parts_it_is_of_one_instant() {
+fn a_checkpoint_of_several_parts_is_consistent() {
     let programs: [(&str, &[&str]); 4] = [
         ("threads", &["3", "3000"]),
         ("mapreduce", &["4", "8", "6"]),
@@ -335,22 +340,22 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
             String::from_utf8(running.output.bytes()).unwrap()
         };
         let mut running = Running::ready(name, args);
-        let how = Spread {
+        let how = SpanConfig {
             spawning: SpawnPolicy::Even,
             patience: LIMIT,
-            keeps: Keeps {
+            limits: PartLimits {
                 part_bytes: Some(4 << 20),
                 room_bytes: None,
             },
-            stands: false,
+            stays_stopped: false,
         };
-        let apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+        let apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
         let mut taken = Vec::new();
         let mut rng = SmallRng::seed_from_u64(3);
         while taken.len() < 4 {
             for tid in running.machine.threads() {
                 let to = PartId::new(rng.random_range(0..3)).unwrap();
-                // (It may have ended.)
+                // It may have ended.
                 let _ = running.machine.move_thread(tid, to);
             }
             let never = AtomicBool::new(false);
@@ -358,7 +363,7 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
             let before = running.lines();
             match running.try_take_apart(Some(&pages), false, &never) {
                 Ok(one) => taken.push((before, one, running.lines())),
-                Err(TakeError::Machine(MachineError::Ended)) => break,
+                Err(CreateError::Machine(MachineError::Ended)) => break,
                 Err(error) => panic!("{name}: {error}"),
             }
         }
@@ -368,7 +373,7 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
         let whole = String::from_utf8(running.output.bytes()).unwrap();
         assert_eq!(whole, alone, "{name}");
         for (number, (before, one, after)) in taken.iter().enumerate() {
-            // Each stands on the one before it.
+            // Each is relative to the previous one.
             let before_it = number.checked_sub(1).and_then(|number| taken.get(number));
             let parent = before_it.map(|(_, one, _)| one.manifest.id.clone());
             assert_eq!(one.manifest.parent, parent, "{name} {number}");
@@ -384,29 +389,29 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
     }
 }
 
-/// Of a machine with parts, too, only what changed is stored again, wherever it is; and all
-/// of it where that is wanted, or where parts are not those that gave it.
+/// For a machine with parts, too, only changed pages are stored again, at any part; all
+/// pages if requested, or if other parts sent the previous cut.
 #[test]
-fn of_parts_what_did_not_change_is_not_stored_again() {
-    // (It writes 1 MB a second, of 16 MiB.)
+fn unchanged_pages_of_parts_are_not_stored_again() {
+    // It writes 1 MB per second, of 16 MiB.
     let mut running = Running::ready("writer", &["16", "1", "60"]);
-    let how = Spread {
+    let how = SpanConfig {
         spawning: SpawnPolicy::Here,
         patience: LIMIT,
-        keeps: Keeps::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
-    let mut apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+    let mut apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
     running.wait_lines(2);
     let never = AtomicBool::new(false);
     let part = |number| PartId::new(number).unwrap();
-    let to = |apart: &Within, range: std::ops::Range<u64>, to: usize| {
+    let to = |apart: &InProcess, range: std::ops::Range<u64>, to: usize| {
         let pages = apart.home().pages().clone();
         let mib = range.start << 20..range.end << 20;
         pages.move_object(0, mib, part(to), LIMIT).unwrap();
     };
     let mut taken = Vec::new();
-    let mut take = |running: &mut Running, apart: &Within, full: bool| {
+    let mut take = |running: &mut Running, apart: &InProcess, full: bool| {
         let pages = apart.home().pages().clone();
         let one = running.try_take_apart(Some(&pages), full, &never).unwrap();
         let runs = one.manifest.runs.iter();
@@ -421,7 +426,7 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
     assert!(is_full && all >= 4096, "{all}");
     let few = |(is_full, stored): (bool, u32)| !is_full && stored < all / 4;
     assert!(few(take(&mut running, &apart, false)));
-    // Whoever has it now does not know what it was: the home does.
+    // The new holder does not know the previous content: the home does.
     to(&apart, 4..12, 1);
     to(&apart, 2..4, 0);
     assert!(few(take(&mut running, &apart, false)));
@@ -429,35 +434,35 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
     assert!(few(take(&mut running, &apart, false)));
     let full = take(&mut running, &apart, true);
     assert!(full.0 && full.1 >= all);
-    // A part that gave some of it goes.
-    apart.part_with(part(2), part(1), LIMIT).unwrap();
+    // A part that sent some of the pages leaves.
+    apart.remove_part(part(2), part(1), LIMIT).unwrap();
     assert!(few(take(&mut running, &apart, false)));
-    // One that stands on three others, and one that stands on a full one.
+    // A checkpoint with three ancestors, and one whose parent is full.
     for one in [&taken[3], &taken[5]] {
-        // (It checks its memory whenever it writes.)
+        // It checks its memory with each write.
         let text = running.finish(running.restore(Some(&one.manifest.id)).unwrap());
         assert_eq!(text.lines().last(), Some("59"));
     }
 }
 
-/// What is known of a machine's writes ends when it gets parts, and begins anew when it is
-/// alone again: no checkpoint is built on one of its parts.
+/// Write tracking ends when a machine gets parts, and restarts when it returns to one
+/// part: no checkpoint is relative to one made with parts.
 #[test]
-fn alone_again_a_full_one_comes_first() {
+fn a_full_checkpoint_follows_the_return_to_one_part() {
     let mut running = Running::ready("writer", &["16", "40", "60"]);
-    let how = Spread {
+    let how = SpanConfig {
         spawning: SpawnPolicy::Here,
         patience: LIMIT,
-        keeps: Keeps::default(),
-        stands: false,
+        limits: PartLimits::default(),
+        stays_stopped: false,
     };
-    let apart = Within::begin(&running.machine, 2, 256 << 20, how).unwrap();
+    let apart = InProcess::begin(&running.machine, 2, 256 << 20, how).unwrap();
     running.wait_lines(2);
     let never = AtomicBool::new(false);
     let pages = apart.home().pages().clone();
     let first = running.try_take_apart(Some(&pages), false, &never).unwrap();
     drop(pages);
-    apart.alone(LIMIT).unwrap();
+    apart.unspan(LIMIT).unwrap();
     running.wait_lines(running.lines() + 2);
     let second = running.take(false);
     running.wait_lines(running.lines() + 2);
@@ -465,7 +470,7 @@ fn alone_again_a_full_one_comes_first() {
     assert_eq!(second.manifest.parent, None);
     assert_eq!(third.manifest.parent, Some(second.manifest.id.clone()));
     for taken in [first, second, third] {
-        // (It checks its memory whenever it writes.)
+        // It checks its memory with each write.
         let text = running.finish(running.restore(Some(&taken.manifest.id)).unwrap());
         assert_eq!(text.lines().last(), Some("59"));
     }
@@ -473,47 +478,47 @@ fn alone_again_a_full_one_comes_first() {
 
 #[derive(Debug)]
 enum BringError {
-    Vault(VaultError),
+    Vault(RepositoryError),
     Span(SpanError),
 }
 
-impl From<VaultError> for BringError {
-    fn from(error: VaultError) -> Self {
+impl From<RepositoryError> for BringError {
+    fn from(error: RepositoryError) -> Self {
         BringError::Vault(error)
     }
 }
 
-/// Memory of 24 MiB comes to parts that keep 8 each, and never more than that, and what is
-/// on its way, is in one. Where they are too few it does not come.
+/// Memory of 24 MiB is restored to parts with limits of 8 MiB, and no part ever has more
+/// than that and what is in flight. With too few parts the restore fails.
 #[test]
-fn what_is_larger_than_a_part_comes_to_several() {
+fn memory_larger_than_a_part_is_restored_to_several() {
     const MOST: u64 = 8 << 20;
     let mut running = Running::start("writer", &["24", "40", "60"]);
     running.wait_lines(2);
     let id = running.take(false).manifest.id;
     let alone = running.finish(running.restore(Some(&id)).unwrap());
     running.machine.stop();
-    let how = Spread {
+    let how = SpanConfig {
         spawning: SpawnPolicy::Here,
         patience: LIMIT,
-        keeps: Keeps {
+        limits: PartLimits {
             part_bytes: Some(MOST),
             room_bytes: Some(MOST),
         },
-        stands: true,
+        stays_stopped: true,
     };
     let begin = |id: Option<&CheckpointId>, parts, how| {
-        let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+        let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
         let restored = running.restore_as(id, comes).unwrap();
         let (machine, output, rest) = running.prepare(restored);
-        let Rest::Later(later) = rest else {
+        let RemainingMemory::Spanning(later) = rest else {
             panic!("its memory is there");
         };
         assert!(later.bytes() >= 24 << 20);
-        let apart = Within::begin(&machine, parts, 256 << 20, how).unwrap();
+        let apart = InProcess::begin(&machine, parts, 256 << 20, how).unwrap();
         (machine, output, later, apart)
     };
-    let bring = |later: &Later, pages: &Pages| {
+    let bring = |later: &SpanningRestore, pages: &Pages| {
         let most = AtomicU64::new(0);
         let write = |memory: usize, at, bytes: &[u8]| -> Result<(), BringError> {
             pages.await_room().map_err(BringError::Span)?;
@@ -522,14 +527,14 @@ fn what_is_larger_than_a_part_comes_to_several() {
             most.fetch_max(here, Ordering::Relaxed);
             written.map_err(BringError::Span)
         };
-        later.bring(&write).map(|()| most.into_inner())
+        later.read_pages(&write).map(|()| most.into_inner())
     };
-    // The newest that is whole is read before; one that is named is not.
-    // (What the others may keep is not bounded, either.)
-    let only_here = Spread {
-        keeps: Keeps {
+    // Without a name, the newest intact checkpoint is read beforehand; a named one is
+    // not. The limit of the other parts does not apply, either.
+    let only_here = SpanConfig {
+        limits: PartLimits {
             part_bytes: None,
-            ..how.keeps
+            ..how.limits
         },
         ..how
     };
@@ -537,8 +542,8 @@ fn what_is_larger_than_a_part_comes_to_several() {
         let (machine, output, later, apart) = begin(named, 4, how);
         let pages = apart.home().pages();
         let most = bring(&later, pages).unwrap();
-        later.let_go();
-        // (Four threads read a MiB each.)
+        later.release();
+        // Four threads read one MiB each.
         assert!(most <= MOST + (5 << 20), "{most} bytes");
         machine.thaw().unwrap();
         assert_eq!(machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
@@ -552,9 +557,9 @@ fn what_is_larger_than_a_part_comes_to_several() {
         matches!(error, BringError::Span(SpanError::NoRoom { .. })),
         "{error:?}"
     );
-    later.let_go();
+    later.release();
     drop(apart);
-    // What is damaged is found, and the machine has not run.
+    // Damage is found before the machine runs.
     let pack = files(&running.place().join("machines/m"), ".0.pack").remove(0);
     let mut bytes = std::fs::read(&pack).unwrap();
     bytes[100] ^= 1;
@@ -562,24 +567,24 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let (machine, output, later, apart) = begin(Some(&id), 4, how);
     let error = bring(&later, apart.home().pages()).unwrap_err();
     assert!(
-        matches!(error, BringError::Vault(VaultError::Part { .. })),
+        matches!(error, BringError::Vault(RepositoryError::Part { .. })),
         "{error:?}"
     );
     machine.stop();
     assert!(output.bytes().is_empty());
-    let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+    let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
     let error = running.restore_as(None, comes).err().unwrap();
     assert!(matches!(error, RestoreError::NoneWhole { .. }), "{error}");
-    // Nobody reads it any more.
-    later.let_go();
+    // It is not being read any more.
+    later.release();
     let reading = files(&running.place().join("machines/m"), ".reading");
     assert!(reading.is_empty(), "{reading:?}");
 }
 
-/// The guest keeps a file that it checks against what it remembers: pages of
-/// memory and blocks of the file must be of one instant.
+/// The guest compares a file with its memory: pages and file blocks must be of one
+/// instant.
 #[test]
-fn volumes_are_in_it() {
+fn volumes_are_part_of_checkpoints() {
     let mut running = Running::start("disk", &["/own", "32", "3000", "1"]);
     running.wait_lines(1);
     let mut taken = Vec::new();
@@ -591,7 +596,7 @@ fn volumes_are_in_it() {
         let full = round == 0 || round == 4;
         assert_eq!(manifest.parent.is_none(), full, "{round}");
         let bytes: u64 = manifest.block_packs.iter().map(|pack| pack.bytes).sum();
-        // (What the guest just cut away is not there.)
+        // Bytes that the guest just truncated are missing.
         assert_eq!(bytes >= 31 << 20, full, "{round}: {bytes} bytes");
         assert!(bytes > 0 && !manifest.block_runs.is_empty());
     }
@@ -601,7 +606,7 @@ fn volumes_are_in_it() {
         assert!(text.ends_with("\n3000\nall of it is as it must be\n"));
     }
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
-    // A bit of a block.
+    // A flipped bit of a block.
     let folder = running.place().join("machines/m");
     let pack = folder.join(format!("{}.v0.pack", taken[5].id));
     let mut bytes = std::fs::read(&pack).unwrap();
@@ -625,7 +630,7 @@ fn files(folder: &Path, end: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
+fn the_newest_intact_checkpoint_is_used() {
     let mut running = Running::start("counter", &["0", "1"]);
     running.wait_lines(1);
     let ids: Vec<CheckpointId> = (0..4).map(|_| running.take(true).manifest.id).collect();
@@ -633,11 +638,11 @@ fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
     let folder = running.place().join("machines/m");
     let restored = running.restore(None).unwrap();
     assert_eq!(restored.manifest.id, ids[3]);
-    // Cut, as by a full disk or a lost write.
+    // Truncated, as by a full disk or a lost write.
     let manifests = files(&folder, ".manifest");
     let bytes = std::fs::read(&manifests[3]).unwrap();
     std::fs::write(&manifests[3], &bytes[..bytes.len() / 2]).unwrap();
-    // A bit of a page.
+    // A flipped bit of a page.
     let pack = files(&folder, "pack")
         .into_iter()
         .find(|path| path.to_string_lossy().contains(&ids[2].to_string()))
@@ -651,20 +656,20 @@ fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
     assert_eq!(restored.passed_over.len(), 2);
     assert!(restored.passed_over[0].contains("manifest"));
     assert!(restored.passed_over[1].contains("pack 0"));
-    // One that was asked for by name is not replaced by another.
+    // A named checkpoint is not replaced by another.
     let error = running.restore(Some(&ids[2])).err().unwrap().to_string();
     assert!(
         error.contains("pack 0") && error.contains("damaged"),
         "{error}"
     );
-    // Gone altogether.
+    // Missing altogether.
     std::fs::remove_file(&pack).unwrap();
     let error = running.restore(Some(&ids[2])).err().unwrap().to_string();
     assert!(error.contains("missing"), "{error}");
     std::fs::remove_dir_all(running.place().join("programs")).unwrap();
     let error = running.restore(None).err().unwrap().to_string();
     assert!(
-        error.contains("is whole") && error.contains("its program"),
+        error.contains("is intact") && error.contains("its program"),
         "{error}"
     );
     std::fs::remove_dir_all(&folder).unwrap();
@@ -672,16 +677,17 @@ fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
     assert!(error.contains("has no checkpoint there"), "{error}");
 }
 
-/// It runs at once; what comes behind is checked, and what it stands on too.
+/// A lazy restore runs at once; the pages read later are verified, and so are those of
+/// ancestors.
 #[test]
-fn a_warm_start_needs_no_memory_at_first() {
+fn a_lazy_restore_runs_before_its_memory_is_read() {
     let mut running = Running::start("writer", &["16", "8", "60"]);
     running.wait_lines(2);
     running.take(false);
     running.wait_lines(running.lines() + 1);
     let taken = running.take(false);
     running.machine.stop();
-    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
+    let restored = running.restore_as(None, MemoryRestore::Lazy).unwrap();
     let populated: u64 = restored
         .memories
         .iter()
@@ -689,8 +695,8 @@ fn a_warm_start_needs_no_memory_at_first() {
         .map(|range| range.end - range.start)
         .sum();
     assert_eq!(populated, 0);
-    let Rest::Behind(behind) = &restored.rest else {
-        panic!("it is not warm");
+    let RemainingMemory::Lazy(behind) = &restored.rest else {
+        panic!("it is not a lazy restore");
     };
     let (tell, told) = std::sync::mpsc::channel();
     behind
@@ -698,7 +704,7 @@ fn a_warm_start_needs_no_memory_at_first() {
         .unwrap();
     assert_eq!(told.recv_timeout(LIMIT).unwrap(), Ok(()));
     assert_eq!(behind.wait(), Ok(()));
-    // All is as a cold start has it, and writes can be tracked.
+    // The result equals that of an eager restore, and writes can be tracked.
     let cold = running.restore(None).unwrap();
     for (warm, cold) in restored.memories.iter().zip(cold.memories.iter()) {
         assert_eq!(warm.size_bytes(), cold.size_bytes());
@@ -710,7 +716,7 @@ fn a_warm_start_needs_no_memory_at_first() {
         }
         DirtyTracker::start(warm.clone()).unwrap();
     }
-    // Damage of what comes behind is told.
+    // Damage of pages read later is reported.
     let pack = files(&running.place().join("machines/m"), "pack")
         .into_iter()
         .find(|path| {
@@ -725,9 +731,9 @@ fn a_warm_start_needs_no_memory_at_first() {
         bytes[at] ^= 4;
     }
     std::fs::write(&pack, &bytes).unwrap();
-    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
-    let Rest::Behind(behind) = restored.rest else {
-        panic!("it is not warm");
+    let restored = running.restore_as(None, MemoryRestore::Lazy).unwrap();
+    let RemainingMemory::Lazy(behind) = restored.rest else {
+        panic!("it is not a lazy restore");
     };
     let (tell, told) = std::sync::mpsc::channel();
     behind
@@ -736,19 +742,19 @@ fn a_warm_start_needs_no_memory_at_first() {
     let error = told.recv_timeout(LIMIT).unwrap().unwrap_err();
     assert!(error.contains("pack 0: it is damaged"), "{error}");
     assert_eq!(behind.wait(), Err(error));
-    // What is cut or missing is seen before anything runs.
+    // Truncated and missing parts are found before the machine runs.
     std::fs::write(&pack, &bytes[..last]).unwrap();
     let error = running
-        .restore_as(None, MemoryComes::Behind)
+        .restore_as(None, MemoryRestore::Lazy)
         .err()
         .unwrap()
         .to_string();
     assert!(error.contains("no checkpoint of machine"), "{error}");
 }
 
-/// Somebody deleted what the next one would have stood on.
+/// The parent of the next checkpoint was deleted.
 #[test]
-fn nothing_is_built_on_what_is_gone() {
+fn deleted_checkpoints_are_not_parents() {
     let mut running = Running::start("counter", &["0", "1"]);
     running.wait_lines(1);
     running.take(false);
@@ -764,7 +770,7 @@ fn nothing_is_built_on_what_is_gone() {
 }
 
 #[test]
-fn old_ones_go_and_what_others_stand_on_stays() {
+fn old_checkpoints_are_deleted_and_ancestors_stay() {
     let mut running = Running::start("writer", &["16", "1", "100000"]);
     running.wait_lines(1);
     // Two chains: 0-1-2 and 3-4.
@@ -773,19 +779,19 @@ fn old_ones_go_and_what_others_stand_on_stays() {
         ids.push(running.take(round == 3).manifest.id);
         running.wait_lines(running.lines() + 1);
     }
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let keep = |count| {
         let retention = Retention {
             newest: Some(count),
             for_s: None,
         };
         let runtime = running.runtime.handle();
-        vault
-            .keep(runtime, &name, retention, unix_ms())
+        repository
+            .apply_retention(runtime, &name, retention, unix_ms())
             .unwrap()
             .len()
     };
-    let list = || running.runtime.block_on(vault.list(&name)).unwrap();
+    let list = || running.runtime.block_on(repository.list(&name)).unwrap();
     assert_eq!(keep(3), 0);
     assert_eq!(list().len(), 5);
     assert_eq!(keep(1), 3);
@@ -796,14 +802,13 @@ fn old_ones_go_and_what_others_stand_on_stays() {
         pack.contains(&ids[4].to_string()) || pack.contains(&ids[3].to_string())
     }));
     assert!(running.restore(None).is_ok());
-    let all = running.runtime.block_on(vault.machines()).unwrap();
+    let all = running.runtime.block_on(repository.machines()).unwrap();
     assert_eq!(all, [name]);
 }
 
-/// A chain becomes one full checkpoint within the store, and is the same machine;
-/// what stood on it stands on it still.
+/// Compaction of a chain preserves the machine; later checkpoints still refer to it.
 #[test]
-fn chains_are_made_full_ones_and_nothing_changes() {
+fn compaction_preserves_the_machine() {
     let mut running = Running::start("disk", &["/own", "8", "3000", "1"]);
     running.wait_lines(1);
     let mut taken = Vec::new();
@@ -811,9 +816,9 @@ fn chains_are_made_full_ones_and_nothing_changes() {
         taken.push(running.take(false).manifest);
         running.wait_lines(running.lines() + 20);
     }
-    // On a slow disk it would have ended before this has looked at all of them.
+    // On a slow disk it would end before all of them were examined.
     running.machine.freeze(LIMIT).unwrap();
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle().clone();
     let state = |id: &CheckpointId| {
         let restored = running.restore(Some(id)).unwrap();
@@ -827,7 +832,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
         for path in files(&running.volumes().join("0"), "") {
             let name = path.file_name().unwrap().to_owned();
             let mut bytes = std::fs::read(path).unwrap();
-            // How long a file is, its machine knows.
+            // The length of a file is in the machine's image.
             while bytes.last() == Some(&0) {
                 bytes.pop();
             }
@@ -837,25 +842,28 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     };
     let before: Vec<_> = taken.iter().map(|it| state(&it.id)).collect();
     assert!(!before[2].1.is_empty() && !before[2].2);
-    let bytes = compact(&vault, &runtime, &name, &taken[2].id).unwrap();
+    let bytes = compact(&repository, &runtime, &name, &taken[2].id).unwrap();
     let all: u64 = taken[..3].iter().map(|it| it.stored_bytes()).sum();
     assert!(bytes.is_some_and(|bytes| bytes < all), "{bytes:?} of {all}");
     let after = state(&taken[2].id);
     assert!(after.2);
     assert_eq!((after.0, after.1), (before[2].0, before[2].1.clone()));
     assert_eq!(state(&taken[3].id), before[3]);
-    // It is full: there is nothing more to do.
+    // It is full: there is nothing to do.
     assert_eq!(
-        compact(&vault, &runtime, &name, &taken[2].id).unwrap(),
+        compact(&repository, &runtime, &name, &taken[2].id).unwrap(),
         None
     );
-    // What it stood on can go now, with its own old packs; and again.
+    // Its ancestors can be deleted now, with its own old packs; repeatedly.
     let two = Retention {
         newest: Some(2),
         for_s: None,
     };
     assert_eq!(
-        vault.keep(&runtime, &name, two, unix_ms()).unwrap().len(),
+        repository
+            .apply_retention(&runtime, &name, two, unix_ms())
+            .unwrap()
+            .len(),
         2
     );
     assert_eq!(state(&taken[3].id), before[3]);
@@ -865,7 +873,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
         assert!(!old, "{pack}");
     }
     assert!(running.restore(Some(&taken[0].id)).is_err());
-    // The machine goes on with increments.
+    // The machine goes on with incremental checkpoints.
     running.machine.thaw().unwrap();
     let next = running.take(false).manifest;
     assert_eq!(next.parent.as_ref(), Some(&taken[3].id));
@@ -874,13 +882,13 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     assert!(text.ends_with("all of it is as it must be\n"));
 }
 
-/// Nodes whose clocks differ make checkpoints of one machine.
+/// Nodes with different clocks make checkpoints of one machine.
 #[test]
-fn later_ones_are_greater_whatever_the_clock_says() {
+fn ids_increase_with_any_clock() {
     let mut running = Running::start("writer", &["16", "1", "100000"]);
     running.wait_lines(1);
     let first = running.take(false).manifest;
-    // One of a node that was ahead by an hour.
+    // A checkpoint of a node whose clock was ahead by an hour.
     let ahead = CheckpointId::new(first.id.unix_ms() + 3_600_000);
     let folder = running.place().join("machines/m");
     std::fs::write(folder.join(format!("{ahead}.manifest")), "torn").unwrap();
@@ -892,40 +900,46 @@ fn later_ones_are_greater_whatever_the_clock_says() {
         newest: Some(1),
         for_s: None,
     };
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle();
-    let gone = vault.keep(runtime, &name, one, unix_ms()).unwrap();
+    let gone = repository
+        .apply_retention(runtime, &name, one, unix_ms())
+        .unwrap();
     assert_eq!(gone, [first.id, ahead, second.id]);
     assert_eq!(running.restore(None).unwrap().manifest.id, third.id);
 }
 
-/// A machine that starts warm reads for a while: what it reads stays.
+/// A lazy restore reads for a while: what it reads is not deleted.
 #[test]
-fn what_is_being_read_is_not_deleted() {
+fn checkpoints_being_read_are_not_deleted() {
     let mut running = Running::start("writer", &["16", "1", "100000"]);
     running.wait_lines(1);
     let first = running.take(false).manifest;
     let second = running.take(false).manifest;
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle().clone();
-    let reading = runtime.block_on(vault.begin_reading(&second)).unwrap();
+    let reading = runtime.block_on(repository.begin_reading(&second)).unwrap();
     let third = running.take(true).manifest;
     let one = Retention {
         newest: Some(1),
         for_s: None,
     };
-    let keep = |now| vault.keep(&runtime, &name, one, now).unwrap();
+    let keep = |now| {
+        repository
+            .apply_retention(&runtime, &name, one, now)
+            .unwrap()
+    };
     assert_eq!(keep(unix_ms()), []);
     let restored = running
-        .restore_as(Some(&second.id), MemoryComes::Behind)
+        .restore_as(Some(&second.id), MemoryRestore::Lazy)
         .unwrap();
-    let Rest::Behind(behind) = &restored.rest else {
-        panic!("it is not warm");
+    let RemainingMemory::Lazy(behind) = &restored.rest else {
+        panic!("it is not a lazy restore");
     };
     runtime
-        .block_on(vault.end_reading(&second, &reading))
+        .block_on(repository.end_reading(&second, &reading))
         .unwrap();
-    // The machine's own word counts as well, until it has all.
+    // The machine's own mark counts as well, until it has all pages.
     assert_eq!(keep(unix_ms()), []);
     let (tell, told) = std::sync::mpsc::channel();
     behind
@@ -933,8 +947,8 @@ fn what_is_being_read_is_not_deleted() {
         .unwrap();
     assert_eq!(told.recv_timeout(LIMIT).unwrap(), Ok(()));
     assert_eq!(keep(unix_ms()), [first.id, second.id]);
-    // One that was forgotten counts for an hour.
-    runtime.block_on(vault.begin_reading(&third)).unwrap();
+    // A forgotten mark counts for an hour.
+    runtime.block_on(repository.begin_reading(&third)).unwrap();
     let fourth = running.take(true).manifest;
     assert_eq!(keep(unix_ms()), []);
     assert_eq!(keep(unix_ms() + 3_700_000), [third.id]);
@@ -945,10 +959,9 @@ fn what_is_being_read_is_not_deleted() {
     assert!(all_of_it);
 }
 
-/// What is kept by age, and that superseded chains are made full ones by
-/// themselves.
+/// Retention by age, and automatic compaction of superseded chains.
 #[test]
-fn old_ones_are_kept_for_a_time_and_superseded_bytes_are_not() {
+fn checkpoints_are_kept_by_age_and_superseded_bytes_are_not() {
     let mut running = Running::start("writer", &["16", "400", "100000"]);
     running.wait_lines(2);
     let mut ids = Vec::new();
@@ -957,20 +970,23 @@ fn old_ones_are_kept_for_a_time_and_superseded_bytes_are_not() {
         running.wait_lines(running.lines() + 2);
     }
     running.machine.stop();
-    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let (repository, name) = (running.repository(), "m".parse().unwrap());
     let runtime = running.runtime.handle();
-    let list = || runtime.block_on(vault.list(&name)).unwrap();
+    let list = || runtime.block_on(repository.list(&name)).unwrap();
     let now = ids[4].unix_ms() + 1000;
     let keep = |newest, for_s| {
         let retention = Retention { newest, for_s };
-        vault.keep(runtime, &name, retention, now).unwrap().len()
+        repository
+            .apply_retention(runtime, &name, retention, now)
+            .unwrap()
+            .len()
     };
     assert!(Retention::default().is_all());
     assert_eq!(keep(None, None), 0);
     assert_eq!(keep(None, Some(3600)), 0);
     assert_eq!(keep(Some(1), Some(3600)), 0);
     assert_eq!(list().len(), 5);
-    // Each has most of the 16 MiB anew: the fifth alone is a fifth of it.
+    // Each rewrites most of the 16 MiB: the fifth alone is a fifth of the chain.
     assert_eq!(keep(None, Some(0)), 4);
     assert_eq!(list(), [ids[4].clone()]);
     let restored = running.restore(None).unwrap();
@@ -979,7 +995,7 @@ fn old_ones_are_kept_for_a_time_and_superseded_bytes_are_not() {
 }
 
 #[test]
-fn chains_end_and_what_was_given_up_does_not_count() {
+fn chains_are_bounded_and_abandoned_checkpoints_do_not_count() {
     let mut running = Running::start("counter", &["0", "1"]);
     running.wait_lines(1);
     let full: Vec<bool> = (0..=CHAIN_MAX)
@@ -992,32 +1008,32 @@ fn chains_end_and_what_was_given_up_does_not_count() {
     let before = running.restore(None).unwrap().manifest.id;
     running.wait_lines(running.lines() + 1);
     let error = running.try_take(false, &AtomicBool::new(true));
-    assert!(matches!(error, Err(TakeError::GivenUp)));
+    assert!(matches!(error, Err(CreateError::GivenUp)));
     assert_eq!(running.restore(None).unwrap().manifest.id, before);
-    // What was written meanwhile is not forgotten: the next is a full one.
+    // Writes of the abandoned checkpoint are not lost: the next one is full.
     assert!(running.take(false).manifest.parent.is_none());
 }
 
 #[test]
-fn a_machine_that_is_too_large_or_ended_is_named() {
+fn too_large_and_ended_machines_are_reported() {
     let mut running = Running::start("writer", &["16", "1"]);
     running.wait_lines(1);
     running.take(false);
     let origin = Origin {
-        vault: String::new(),
+        repository: String::new(),
         machine: "m".parse().unwrap(),
         id: None,
         is_clone: false,
-        memory: MemoryComes::First,
+        memory: MemoryRestore::Eager,
     };
     let limits = Limits {
         memory_bytes: 20 << 20,
         ..Limits::default()
     };
-    let vault = running.vault();
+    let repository = running.repository();
     let result = restore(
         &origin,
-        &vault,
+        &repository,
         &running.engine,
         limits,
         running.runtime.handle(),
@@ -1028,25 +1044,25 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
     running.machine.stop();
     running.machine.wait(Some(LIMIT)).unwrap();
     let error = running.try_take(false, &AtomicBool::new(false));
-    assert!(matches!(error, Err(TakeError::Machine(_))));
+    assert!(matches!(error, Err(CreateError::Machine(_))));
 }
 
 #[test]
-fn places_that_cannot_be_are_named() {
+fn invalid_locations_are_reported() {
     for (url, part) in [
         ("ftp://somewhere", "neither a directory nor s3://"),
         ("relative/path", "neither a directory nor s3://"),
         ("/dev/null/no", "Not a directory"),
     ] {
-        for vault in [Vault::open(url), Vault::create(url)] {
-            let error = vault.unwrap_err().to_string();
+        for repository in [Repository::open(url), Repository::create(url)] {
+            let error = repository.unwrap_err().to_string();
             assert!(error.contains(part) && error.contains(url), "{error}");
         }
     }
-    // Looking makes nothing.
+    // Opening creates nothing.
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("missing");
-    assert!(Vault::open(&missing.display().to_string()).is_err());
+    assert!(Repository::open(&missing.display().to_string()).is_err());
     assert!(!missing.exists());
-    assert!(Vault::create(&missing.display().to_string()).is_ok());
+    assert!(Repository::create(&missing.display().to_string()).is_ok());
 }

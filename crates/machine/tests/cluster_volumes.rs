@@ -1,6 +1,6 @@
-//! Writers of cluster volumes against stores that fail at any put: what is found
-//! after a crash is what was at some instant at or after the last commit, and of
-//! two writers only the newer one writes.
+//! Writers of cluster volumes with stores that fail at any put: after a crash the volume
+//! has its state of some instant at or after the last commit, and of two writers only the
+//! newer one commits.
 
 use async_trait::async_trait;
 use futures::TryStreamExt;
@@ -9,7 +9,7 @@ use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{
     DirtyBlock, VolumeError, VolumeState, VolumeStore, Writer, WriterEpoch,
 };
-use keel_machine::place::Place;
+use keel_machine::storage_location::StorageLocation;
 use keel_net::Bytes;
 use keel_wasi::volume::{BLOCK_BYTES, NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use object_store::memory::InMemory;
@@ -26,28 +26,29 @@ use std::sync::{Arc, Mutex};
 const BLOCK: usize = BLOCK_BYTES as usize;
 const ID: [u8; 16] = [7; 16];
 
-/// How a store treats the next requests that change something.
+/// How a store treats the next modifying requests.
 #[derive(Debug, Clone, Copy)]
 enum Plan {
     Works,
-    /// All fail once so many were done; the first that fails is done all the same
-    /// if `done`.
+    /// All requests fail after a number of them; the first one that fails is executed
+    /// nevertheless if `done`.
     Fails {
         after: u32,
         done: bool,
     },
-    /// Each fails with this probability, in percent, half of them after it was done.
+    /// Each request fails with this probability, in percent, half of them after
+    /// execution.
     Flaky(u32),
-    /// All that is there is gone once so many were done, and the rest is done
-    /// nonetheless: a folder that is unmounted in the middle of a commit.
+    /// All objects disappear after a number of requests, and later ones are executed
+    /// nonetheless: a folder that is unmounted during a commit.
     Vanishes(u32),
 }
 
-/// A store in memory that fails as it is told, and lets others go first.
+/// An in-memory store that fails as configured, and yields to other tasks.
 #[derive(Debug)]
 struct Faulty {
     inner: InMemory,
-    /// What was there before it vanished.
+    /// The content before it disappeared.
     away: tokio::sync::Mutex<Option<InMemory>>,
     state: Mutex<(Plan, ChaCha8Rng)>,
     yields: bool,
@@ -67,8 +68,8 @@ impl Faulty {
         self.state.lock().unwrap().0 = plan;
     }
 
-    /// Whether it fails before, or after it was done.
-    fn fate(&self) -> (bool, bool) {
+    /// Whether the request fails before or after execution.
+    fn outcome(&self) -> (bool, bool) {
         let mut state = self.state.lock().unwrap();
         let (plan, random) = &mut *state;
         match plan {
@@ -89,7 +90,7 @@ impl Faulty {
         }
     }
 
-    /// Takes all away if it is time.
+    /// Removes all objects if due.
     async fn vanish(&self) {
         let due = match &mut self.state.lock().unwrap().0 {
             plan @ Plan::Vanishes(0) => {
@@ -108,7 +109,7 @@ impl Faulty {
         }
     }
 
-    /// Puts back what vanished, in place of what is there now.
+    /// Restores the content that disappeared, in place of the present one.
     async fn put_back(&self) {
         let Some(away) = self.away.lock().await.take() else {
             return;
@@ -159,7 +160,7 @@ impl ObjectStore for Faulty {
     ) -> Result<PutResult> {
         self.others_first().await;
         self.vanish().await;
-        let (before, after) = self.fate();
+        let (before, after) = self.outcome();
         if before {
             return Err(failure());
         }
@@ -184,7 +185,7 @@ impl ObjectStore for Faulty {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        match self.fate() {
+        match self.outcome() {
             (true, _) => Box::pin(futures::stream::iter([Err(failure())])),
             _ => self.inner.delete_stream(locations),
         }
@@ -212,7 +213,7 @@ fn volume(store: Arc<dyn ObjectStore>) -> VolumeStore {
 }
 
 fn volume_of(id: [u8; 16], store: Arc<dyn ObjectStore>) -> VolumeStore {
-    let place = Place::of(store, Path::from("some/prefix"), "memory");
+    let place = StorageLocation::of(store, Path::from("some/prefix"), "memory");
     VolumeStore::new(name(), id, place)
 }
 
@@ -228,10 +229,10 @@ fn epoch(counter: u64) -> WriterEpoch {
     }
 }
 
-/// Files of a volume, all in its root, as their programs see them.
+/// Files of a volume, all in its root, as programs see them.
 type Files = BTreeMap<u64, Vec<u8>>;
 
-/// A volume that is written here.
+/// A model of a volume that is written here.
 #[derive(Debug, Clone)]
 struct Model {
     files: Files,
@@ -273,7 +274,7 @@ impl Model {
             (Some(file), _) => {
                 let bytes = self.files.get_mut(&file).unwrap();
                 let at = random.random_range(0..=bytes.len().min(3 * BLOCK));
-                // Few values: the same chunks come again.
+                // Few values, so that chunks repeat.
                 let new = vec![random.random_range(0..3_u8); random.random_range(1..BLOCK)];
                 let end = at + new.len();
                 bytes.resize(end.max(bytes.len()), 0);
@@ -322,7 +323,7 @@ impl Model {
     }
 }
 
-/// Reads all files; each chunk must be there and whole.
+/// Reads all files; each chunk must exist and be intact.
 async fn files_of(store: &VolumeStore, state: &VolumeState) -> Files {
     let mut files = Files::new();
     for node in state.record().nodes {
@@ -351,10 +352,10 @@ async fn commit(writer: &mut Writer, model: &mut Model) -> Result<(), VolumeErro
     Ok(())
 }
 
-/// Random changes; the store fails at any request, or the writer's process ends
-/// there. The next one finds the last commit, or the one that was under way.
+/// Random changes; the store fails at any request, or the writer's process ends there.
+/// The next writer finds the last commit or the one in progress.
 #[tokio::test]
-async fn crashes_lose_nothing_that_was_committed() {
+async fn crashes_lose_no_commits() {
     let mut crashes = 0;
     for seed in 0..300 {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -366,7 +367,7 @@ async fn crashes_lose_nothing_that_was_committed() {
             .await
             .unwrap();
         let mut model = Model::new(Files::new(), 2);
-        // What is there for certain, and what may be there since.
+        // The committed content, and the content that may have been committed since.
         let mut committed = model.files.clone();
         let mut doubts: Vec<Files> = Vec::new();
         let mut snapshots: Vec<(String, Files)> = Vec::new();
@@ -409,7 +410,7 @@ async fn crashes_lose_nothing_that_was_committed() {
                 }
             };
             if let Err(error) = &outcome {
-                assert!(error.is_away(), "seed {seed}: {error}");
+                assert!(error.is_temporary(), "seed {seed}: {error}");
             }
             // It tries again, or its process ends.
             if outcome.is_err() && random.random() {
@@ -450,7 +451,7 @@ async fn crashes_lose_nothing_that_was_committed() {
         faulty.plan(Plan::Works);
         commit(&mut writer, &mut model).await.unwrap();
         writer.compact().await.unwrap();
-        writer.forget_found();
+        writer.forget_claimed_content();
         writer.collect().await.unwrap();
         let last = Writer::claim(store.clone(), epoch(counter + 1), None)
             .await
@@ -468,7 +469,7 @@ async fn crashes_lose_nothing_that_was_committed() {
     assert!(crashes > 300, "{crashes}");
 }
 
-/// One that writes until it is fenced; what it committed, in order.
+/// A writer that commits until it is fenced; returns the commits in order.
 async fn write_on(
     mut writer: Writer,
     mut model: Model,
@@ -498,10 +499,10 @@ async fn write_on(
     (committed, None)
 }
 
-/// A second writer claims the volume while the first is anywhere in its work, and
-/// still thinks that it is the one.
+/// A second writer claims the volume at any point of the first one's work, which still
+/// considers itself the owner.
 #[tokio::test]
-async fn of_two_writers_one_writes() {
+async fn only_one_of_two_writers_commits() {
     let mut fenced = 0;
     for seed in 0..400 {
         let faulty = Faulty::new(seed, true);
@@ -518,15 +519,15 @@ async fn of_two_writers_one_writes() {
         let (new, none) = write_on(second, Model::new(found.clone(), next_inode), !seed, 20).await;
         assert!(none.is_none(), "seed {seed}: {none:?}");
         let (old, error) = old.await.unwrap();
-        // All that the first was told to be committed was found, and maybe what it
-        // was just committing; nothing came later.
+        // All acknowledged commits of the first writer are found, and possibly the one in
+        // progress; no later one.
         let last = old.last().unwrap();
         if let Some(error) = error {
             fenced += 1;
             let by_second = matches!(&error, VolumeError::Fenced { by, .. } if *by == epoch(2));
             assert!(by_second, "seed {seed}: {error}");
             let known = old.iter().rev().take(1).any(|files| *files == found);
-            // (What was in doubt for the first may have been found.)
+            // The first writer's uncertain commit may have been found.
             assert!(
                 known || !old.contains(&found),
                 "seed {seed}: an older state was found"
@@ -537,7 +538,7 @@ async fn of_two_writers_one_writes() {
         let third = Writer::claim(store.clone(), epoch(3), None).await.unwrap();
         let now = files_of(&store, third.state()).await;
         assert!(now == *new.last().unwrap(), "seed {seed}");
-        // One that is late does not claim.
+        // A late writer does not claim.
         for late in [epoch(1), epoch(2)] {
             let error = Writer::claim(store.clone(), late, None).await.unwrap_err();
             assert!(matches!(error, VolumeError::Fenced { .. }), "{error}");
@@ -567,10 +568,10 @@ async fn objects(faulty: &Faulty, part: &str) -> Vec<Path> {
 }
 
 #[tokio::test]
-async fn what_is_damaged_or_gone_is_named() {
+async fn damaged_and_missing_objects_are_reported() {
     let (faulty, store, mut writer, mut model) = with_a_file().await;
     let state = writer.state().clone();
-    // Somebody copied a log.
+    // A copied log.
     let other = volume_of([8; 16], faulty.clone());
     for path in objects(&faulty, "/log/").await {
         let to = path.as_ref().replace(&"07".repeat(16), &"08".repeat(16));
@@ -581,7 +582,7 @@ async fn what_is_damaged_or_gone_is_named() {
         .unwrap_err();
     assert!(error.to_string().contains("another volume"), "{error}");
     other.destroy().await.unwrap();
-    // A chunk, then a segment, with another bit in it.
+    // A chunk, then a segment, with a flipped bit.
     for part in ["/chunks/", "/log/00000000000000000003"] {
         let path = objects(&faulty, part).await.remove(0);
         let good = faulty
@@ -612,7 +613,7 @@ async fn what_is_damaged_or_gone_is_named() {
         assert!(damaged && error.to_string().contains("data"), "{error}");
         faulty.inner.put(&path, good.into()).await.unwrap();
     }
-    // There is one already.
+    // The volume exists already.
     let error = store.create(limits()).await.unwrap_err();
     assert!(matches!(error, VolumeError::Exists { .. }), "{error}");
     // A segment in the middle.
@@ -637,7 +638,7 @@ async fn what_is_damaged_or_gone_is_named() {
         store.snapshot("m.1").await.unwrap_err(),
         VolumeError::NoSnapshot { .. }
     ));
-    // All of it: nothing is put where nothing is any more.
+    // All objects: nothing is put into a volume that disappeared.
     store.destroy().await.unwrap();
     assert_eq!(objects(&faulty, "").await, []);
     model.files.insert(2, vec![1; 9]);
@@ -651,12 +652,12 @@ async fn what_is_damaged_or_gone_is_named() {
     assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
 }
 
-/// What is put while the place vanishes makes it anew, without what was there: that
-/// is no damage, and the writer goes on once the place is back.
+/// A put during the disappearance creates the location anew, without the former content:
+/// this is not damage, and the writer goes on once the location is back.
 #[tokio::test]
-async fn a_place_that_vanishes_in_a_commit_is_waited_for() {
+async fn a_commit_survives_a_location_that_disappears() {
     let mut vanished = 0;
-    // Three chunks and a segment; then another such, into what was put anew.
+    // Three chunks and a segment; then the same into the new location.
     for after in 0..6 {
         let (faulty, store, mut writer, mut model) = with_a_file().await;
         faulty.plan(Plan::Vanishes(after));
@@ -672,7 +673,7 @@ async fn a_place_that_vanishes_in_a_commit_is_waited_for() {
         for outcome in [first, commit(&mut writer, &mut model).await] {
             if let Err(error) = outcome {
                 let is_named = matches!(error, VolumeError::Vanished { .. });
-                assert!(is_named && error.is_away(), "after {after}: {error}");
+                assert!(is_named && error.is_temporary(), "after {after}: {error}");
                 vanished += 1;
             }
         }
@@ -685,7 +686,7 @@ async fn a_place_that_vanishes_in_a_commit_is_waited_for() {
 }
 
 #[tokio::test]
-async fn what_nobody_needs_is_deleted() {
+async fn unused_objects_are_deleted() {
     let (faulty, store, mut writer, mut model) = with_a_file().await;
     writer.snapshot("m.1").await.unwrap();
     let chunks = async || objects(&faulty, "/chunks/").await.len();
@@ -695,7 +696,7 @@ async fn what_nobody_needs_is_deleted() {
         model.dirty.insert((2, 0));
         commit(&mut writer, &mut model).await.unwrap();
     }
-    assert!(!writer.is_littered());
+    assert!(!writer.needs_collection());
     // The first block of the snapshot has the same bytes as one of those.
     assert_eq!(chunks().await, 11);
     assert_eq!(writer.collect().await.unwrap(), 9);
@@ -709,7 +710,7 @@ async fn what_nobody_needs_is_deleted() {
     writer.compact().await.unwrap();
     writer.tidy(usize::MAX).await.unwrap();
     assert_eq!(objects(&faulty, "/log/").await.len(), 1);
-    // The log does not grow without end.
+    // The log does not grow indefinitely.
     for byte in 0..400_u32 {
         model.files.insert(2, byte.to_le_bytes().to_vec());
         model.dirty.insert((2, 0));
@@ -719,15 +720,15 @@ async fn what_nobody_needs_is_deleted() {
     assert!(objects(&faulty, "/log/").await.len() <= 200);
     let mut last = Writer::claim(store.clone(), epoch(2), None).await.unwrap();
     assert_eq!(files_of(&store, last.state()).await, model.files);
-    // What it found stays as long as its predecessor may come back.
+    // The content at the claim stays as long as the predecessor may return.
     let found = model.clone();
     last.collect().await.unwrap();
     for number in 0..1100_u32 {
-        assert!(!last.is_littered());
+        assert!(!last.needs_collection());
         model.files.insert(2, number.to_be_bytes().to_vec());
         model.dirty.insert((2, 0));
         commit(&mut last, &mut model).await.unwrap();
-        if last.is_littered() {
+        if last.needs_collection() {
             assert!(number >= 1024 && last.collect().await.unwrap() > 1000);
             break;
         }
@@ -739,13 +740,13 @@ async fn what_nobody_needs_is_deleted() {
         .await
         .unwrap();
     assert_eq!(files_of(&store, first.state()).await, found.files);
-    last.forget_found();
+    last.forget_claimed_content();
 }
 
-/// One that stood still while another claimed the volume deletes nothing of it, nor
-/// any that is newer than itself at all.
+/// A writer that paused while another one claimed the volume deletes none of its chunks,
+/// and no chunk of a newer writer at all.
 #[tokio::test]
-async fn a_writer_deletes_nothing_of_newer_ones() {
+async fn a_writer_deletes_no_chunks_of_newer_ones() {
     let (faulty, store, mut first, mut old) = with_a_file().await;
     old.files.insert(2, vec![1; BLOCK]);
     old.dirty.insert((2, 0));
@@ -760,8 +761,8 @@ async fn a_writer_deletes_nothing_of_newer_ones() {
     let by_second = matches!(&error, VolumeError::Fenced { by, .. } if *by == epoch(2));
     assert!(by_second, "{error}");
     assert_eq!(objects(&faulty, "").await, before);
-    // Nobody has claimed it as far as this one sees, and what is no chunk stays, too.
-    second.forget_found();
+    // No other writer has claimed as far as this one knows; other objects stay, too.
+    second.forget_claimed_content();
     let folder = before[0].as_ref().split_once("/log/");
     let folder = folder
         .or_else(|| before[0].as_ref().split_once("/chunks/"))
@@ -785,7 +786,7 @@ async fn a_writer_deletes_nothing_of_newer_ones() {
     for path in stays.iter().chain(&goes) {
         faulty.inner.put(path, "chunk".into()).await.unwrap();
     }
-    // Those, and what only the first one had.
+    // These, and chunks that only the first writer had.
     assert_eq!(second.collect().await.unwrap(), goes.len() as u64 + 3);
     let after = objects(&faulty, "/chunks/").await;
     assert!(stays.iter().all(|path| after.contains(path)), "{after:?}");
@@ -793,10 +794,10 @@ async fn a_writer_deletes_nothing_of_newer_ones() {
     assert_eq!(files_of(&store, second.state()).await, new.files);
 }
 
-/// A volume that is removed, and made again under its name in the same place: who
-/// still works on the first one does nothing to the second.
+/// A volume that is removed and created again under its name in the same location: a user
+/// of the first one does not touch the second.
 #[tokio::test]
-async fn a_volume_that_is_made_again_is_another() {
+async fn a_recreated_volume_is_distinct() {
     let (faulty, first, mut writer, mut model) = with_a_file().await;
     first.destroy().await.unwrap();
     let second = volume_of([8; 16], faulty.clone());
@@ -813,7 +814,7 @@ async fn a_volume_that_is_made_again_is_another() {
     model.dirty.insert((2, 0));
     let error = commit(&mut writer, &mut model).await.unwrap_err();
     assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
-    // A removal that was slow.
+    // A slow removal.
     first.delete_snapshots(&["m.1".to_owned()]).await.unwrap();
     first.destroy().await.unwrap();
     assert_eq!(objects(&faulty, "").await, before);

@@ -1,26 +1,27 @@
-//! Both sides of a move, their agents, users and the store, in one deterministic
-//! simulation: messages are lost, late and repeated; transactions whose answer was lost
-//! are applied at once, later or never; workers and agents die and come back; users
-//! change, remove and recreate the machine.
+//! Deterministic simulation of both sides of a move, their agents, users and the store:
+//! messages are lost, late and repeated; transactions whose answer was lost are applied
+//! at once, later or never; workers and agents die and restart; users change, remove and
+//! recreate the machine.
 //!
-//! Real are the state machines of both sides and the commit rule
-//! ([`keel_machine::moves::ownership`]). The store, the workers' processes and the
-//! agents around them are modelled after the rules of the design, not after the code:
+//! The state machines of both sides and the commit rule
+//! ([`keel_machine::moves::ownership`]) are the real ones. The store, the workers'
+//! processes and the agents are modelled after the rules of the design, not after the
+//! code:
 //!
-//! 1. At most one copy of the machine runs, and the store's record names it: its owner
-//!    is the copy's node, the machine has not ended, and the copy belongs to the record's
+//! 1. At most one copy of the machine runs, and the store's record names it: its owner is
+//!    the copy's node, the machine has not ended, and the copy belongs to the record's
 //!    creation.
-//! 2. A copy that begins to run does so under an epoch newer than every epoch under which
-//!    another process of that name ever ran, whatever was removed and created between.
-//! 3. A change that a user was told of stays in the record until the machine is removed.
-//! 4. The restarts that the record counts are no more than the deaths.
-//! 5. What the target of a post-copy move lacks stays with the source until the target
-//!    has it, unless the source's process is killed.
-//! 6. Once the faults stop, the machine runs, or it has ended or is gone and no process
-//!    of it is left; it has ended only if a process of it was killed.
+//! 2. A copy that starts to run has an epoch newer than every epoch under which another
+//!    process of that name ever ran, whatever was removed and created in between.
+//! 3. An acknowledged change stays in the record until the machine is removed.
+//! 4. The record counts no more restarts than there were deaths.
+//! 5. Pages that the target of a post-copy move lacks stay at the source until the target
+//!    has them, unless the source's process is killed.
+//! 6. Once the faults stop, the machine runs, or it has ended or was removed and no
+//!    process of it is left; it has ended only if a process of it was killed.
 //!
 //! A failing seed is printed; `KEEL_SIM_SEED=N` repeats it with a trace,
-//! `KEEL_SIM_SEEDS=N` runs another number of them.
+//! `KEEL_SIM_SEEDS=N` sets the number of seeds.
 
 #[path = "common/record.rs"]
 mod record;
@@ -45,7 +46,7 @@ fn run(seed: u64, defect: Defect, trace: bool) -> End {
         }
         world.step();
     }
-    panic!("it does not come to rest: {world:?}");
+    panic!("it does not terminate: {world:?}");
 }
 
 #[test]
@@ -65,7 +66,7 @@ fn one_copy_runs_and_the_record_names_it() {
         };
         ends.push(end);
     }
-    // Every way out was gone, often.
+    // Every outcome occurred often.
     for end in End::ALL {
         let count = ends.iter().filter(|was| **was == end).count() as u64;
         println!("{end:?}: {count} of {seeds}");
@@ -77,9 +78,9 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// The first seed that shows a defect.
+/// The first seed that reveals a defect.
 fn seed_that_finds(defect: Defect) -> Option<u64> {
-    // Its panics are what is looked for.
+    // Panics are expected here.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let found =
@@ -88,8 +89,8 @@ fn seed_that_finds(defect: Defect) -> Option<u64> {
     found
 }
 
-/// The simulation finds what it is there to find: each of these rules broken on purpose.
-/// (One test: the panic hook belongs to the whole process.)
+/// The simulation detects the violation of each of these rules. A single test, because
+/// the panic hook belongs to the whole process.
 #[test]
 fn broken_rules_are_found() {
     for defect in Defect::ALL {

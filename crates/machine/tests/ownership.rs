@@ -1,4 +1,4 @@
-//! The commit rule, comparison by comparison.
+//! The commit rule, one comparison at a time.
 
 #[path = "common/record.rs"]
 mod record;
@@ -6,8 +6,8 @@ mod record;
 use keel_cluster::store::{Compare, KeyValue, Txn};
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::moves::ownership::{
-    ArrivalVerdict, EndEffect, EpochBase, Found, Settlement, Transfer, arrival, created_at, end,
-    running,
+    ArrivalVerdict, EndEffect, EpochBase, Settlement, Transfer, VersionedRecord, arrival,
+    created_at, end, running,
 };
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Status};
@@ -45,8 +45,8 @@ fn record(owner: &str, epoch: Epoch, status: Status) -> Record {
     record
 }
 
-fn found(record: Record) -> Found {
-    Found {
+fn found(record: Record) -> VersionedRecord {
+    VersionedRecord {
         record,
         revision: 60,
     }
@@ -70,7 +70,7 @@ fn restarting() -> Status {
     }
 }
 
-/// Settlements in a word.
+/// The name of a settlement.
 fn word(settlement: Settlement) -> &'static str {
     match settlement {
         Settlement::Write { .. } => "write",
@@ -84,7 +84,7 @@ fn word(settlement: Settlement) -> &'static str {
 }
 
 #[test]
-fn doubt_ends_as_the_record_says() {
+fn the_record_resolves_doubt() {
     let gone = transfer().settle(None).unwrap();
     assert_eq!(word(gone), "superseded");
     for (record, expected) in [
@@ -93,7 +93,7 @@ fn doubt_ends_as_the_record_says() {
         (record("a", epoch(1), Status::Running), "kept"),
         (record("b", epoch(1), arriving()), "won"),
         (record("b", epoch(1), Status::Running), "won"),
-        // Proven once to make two copies: what was written was not the commit.
+        // Treating this as a commit once led to two copies.
         (record("a", EPOCH, failed()), "superseded, ended here"),
         (
             record("a", epoch(1), restarting()),
@@ -108,7 +108,7 @@ fn doubt_ends_as_the_record_says() {
         (record("b", epoch(2), arriving()), "superseded"),
         (record("c", epoch(1), arriving()), "superseded"),
         (record("c", epoch(2), Status::Running), "superseded"),
-        // A later machine of that name.
+        // A later machine of the same name.
         (record("b", epoch(9), Status::Scheduled), "superseded"),
         (
             record("a", epoch(9), Status::Scheduled),
@@ -121,9 +121,9 @@ fn doubt_ends_as_the_record_says() {
     }
 }
 
-/// A change that was acknowledged while nobody knew who owns the machine stays.
+/// An acknowledged change is preserved while the ownership is unknown.
 #[test]
-fn the_settling_write_puts_what_was_found() {
+fn the_settling_write_preserves_the_present_record() {
     let mut now = record("a", EPOCH, Status::Running);
     now.spec.memory_bytes = 77 << 20;
     now.stop_wanted = true;
@@ -140,8 +140,8 @@ fn the_settling_write_puts_what_was_found() {
 }
 
 #[test]
-fn only_what_has_not_run_there_is_taken_back() {
-    let word = |found: Option<&Found>| word(transfer().take_back(found, 7).unwrap());
+fn only_a_machine_that_has_not_run_there_is_taken_back() {
+    let word = |found: Option<&VersionedRecord>| word(transfer().take_back(found, 7).unwrap());
     assert_eq!(word(None), "superseded");
     for (record, expected) in [
         (record("b", epoch(1), arriving()), "write"),
@@ -190,7 +190,7 @@ fn taking_back_changes_owner_epoch_and_schedules() {
 }
 
 #[test]
-fn the_commit_compares_all_that_must_hold() {
+fn the_commit_compares_all_conditions() {
     let mut now = record("a", EPOCH, Status::Running);
     let txn = transfer().commit(&now, 7).unwrap();
     now.owner = node("b");
@@ -211,7 +211,7 @@ fn the_commit_compares_all_that_must_hold() {
 }
 
 #[test]
-fn an_arrival_goes_on_only_where_its_own_commit_won() {
+fn an_arrival_resumes_only_after_its_own_commit() {
     let verdict = |record: Option<&Record>| arrival(&node("b"), EPOCH, record);
     assert_eq!(verdict(None), ArrivalVerdict::Never);
     for (record, expected) in [
@@ -229,7 +229,7 @@ fn an_arrival_goes_on_only_where_its_own_commit_won() {
         (record("b", epoch(1), failed()), ArrivalVerdict::Never),
         (record("b", epoch(2), arriving()), ArrivalVerdict::Never),
         (record("c", epoch(1), arriving()), ArrivalVerdict::Never),
-        // A later machine of that name, to be started here.
+        // A later machine of the same name, which is to be started here.
         (
             record("b", epoch(9), Status::Scheduled),
             ArrivalVerdict::Never,
@@ -245,7 +245,7 @@ fn an_arrival_goes_on_only_where_its_own_commit_won() {
 }
 
 #[test]
-fn it_is_running_where_it_was_to_come_to_run() {
+fn it_is_running_at_the_committed_owner() {
     let b = node("b");
     let from = node("a");
     for (status, filling, expected) in [
@@ -273,7 +273,7 @@ fn it_is_running_where_it_was_to_come_to_run() {
     }
 }
 
-/// The answer to the write of an end was lost: the same again changes nothing.
+/// The answer to the write of an end was lost: repeating it changes nothing.
 #[test]
 fn an_end_counts_once() {
     let a = node("a");
@@ -331,7 +331,7 @@ fn a_machine_that_was_to_end_is_not_started_again() {
     assert_eq!((effect, now.status), (EndEffect::Changed, Status::Stopped));
 }
 
-/// The epoch of a record that was just created has the revision of its creation.
+/// The epoch of a new record includes the revision of its creation.
 #[test]
 fn epochs_begin_above_all_that_the_name_had() {
     let entry = |created: u64, modified: u64, counter: u64| {
@@ -347,11 +347,11 @@ fn epochs_begin_above_all_that_the_name_had() {
             lease: None,
         }
     };
-    let counter = |entry: &KeyValue| Found::read(entry).unwrap().record.epoch.counter;
+    let counter = |entry: &KeyValue| VersionedRecord::read(entry).unwrap().record.epoch.counter;
     assert_eq!(counter(&entry(70, 70, 0)), 70);
     assert_eq!(counter(&entry(70, 71, 70)), 70);
     assert_eq!(counter(&entry(70, 90, 75)), 75);
-    // With the base of a cluster that took in a machine of another one.
+    // With the base of a cluster that restored a machine of another cluster.
     assert_eq!(counter(&entry(70, 70, 1000)), 1070);
 }
 
@@ -363,10 +363,10 @@ fn a_base_is_raised_only_by_machines_of_other_clusters() {
     };
     let base = EpochBase::default().at_least(1);
     assert_eq!(base.epoch(), of(1, 0));
-    // It ran in this cluster.
+    // The machine ran in this cluster.
     assert_eq!(base.above(of(1, 80), 100), base);
     assert_eq!(base.above(of(1, 100), 100), base);
-    // It did not: whatever is created from now on is above it.
+    // The machine ran in another cluster: later machines begin above its epoch.
     let raised = base.above(of(1, 5000), 100);
     assert!(created_at(raised.epoch(), 101) > of(1, 5000));
     assert_eq!(raised.above(of(1, 80), 200), raised);

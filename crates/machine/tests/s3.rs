@@ -1,13 +1,13 @@
 //! Checkpoints and cluster volumes in an S3-compatible store: that of `moto` (PyPI
-//! `moto[server]`), where it is installed.
+//! `moto[server]`), if it is installed.
 
 use keel_cluster::Epoch;
 use keel_machine::checkpoint::{
-    CheckpointId, Manifest, Pack, Piece, Retention, Run, Vault, VaultError,
+    CheckpointId, Manifest, Pack, PackName, Repository, RepositoryError, Retention, Run,
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
-use keel_machine::place::Place;
 use keel_machine::spec::{Balancing, Spec};
+use keel_machine::storage_location::StorageLocation;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -20,9 +20,9 @@ struct Server {
 }
 
 impl Server {
-    /// `None` where there is no such program.
+    /// `None` if the program is missing.
     fn start() -> Option<Self> {
-        // Free a moment ago; nobody else asks for it on loopback.
+        // The port was free a moment ago; no other process requests it on loopback.
         let port = TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
             .unwrap()
@@ -46,7 +46,7 @@ impl Server {
             let ended = lines.read_line(&mut line).unwrap() == 0;
             assert!(!ended && begun.elapsed() < Duration::from_secs(60));
         }
-        // It may say more than a pipe holds.
+        // Its output may exceed a pipe's buffer.
         std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
         Some(server)
     }
@@ -129,89 +129,96 @@ fn a_bucket_keeps_checkpoints() {
     let settings = || server.settings();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let vault =
-            Vault::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30)).unwrap();
+        let repository =
+            Repository::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30))
+                .unwrap();
         let name = "web-1".parse().unwrap();
-        // There is no bucket yet.
-        let error = vault.list(&name).await.unwrap_err();
-        assert!(matches!(error, VaultError::Store(_)), "{error}");
+        // The bucket does not exist yet.
+        let error = repository.list(&name).await.unwrap_err();
+        assert!(matches!(error, RepositoryError::Store(_)), "{error}");
         server.make_bucket("kept");
-        assert!(vault.list(&name).await.unwrap().is_empty());
+        assert!(repository.list(&name).await.unwrap().is_empty());
         let mut ids: Vec<CheckpointId> = Vec::new();
         for number in 0..3u8 {
             let pages = vec![number; 5 * 4096];
             let manifest = manifest(ids.last(), 1000 + u64::from(number), &pages);
-            vault
+            repository
                 .put_pack(
                     &name,
                     (&manifest.id, 0),
-                    Piece::Pages(0),
+                    PackName::Pages(0),
                     pages.clone().into(),
                 )
                 .await
                 .unwrap();
-            // Not there before its manifest is.
-            assert_eq!(vault.list(&name).await.unwrap().len(), ids.len());
-            vault.put_manifest(&manifest).await.unwrap();
-            let block = vault
-                .block(&manifest, Piece::Pages(0), &manifest.packs[0], 0)
+            // The checkpoint does not exist before its manifest.
+            assert_eq!(repository.list(&name).await.unwrap().len(), ids.len());
+            repository.put_manifest(&manifest).await.unwrap();
+            let block = repository
+                .block(&manifest, PackName::Pages(0), &manifest.packs[0], 0)
                 .await;
             assert_eq!(block.unwrap(), pages);
-            vault
+            repository
                 .check_parts(&name, &[manifest.outline()])
                 .await
                 .unwrap();
             ids.push(manifest.id);
         }
         let newest_first: Vec<_> = ids.iter().rev().cloned().collect();
-        assert_eq!(vault.list(&name).await.unwrap(), newest_first);
-        let chain = vault.chain(&name, &ids[2]).await.unwrap();
+        assert_eq!(repository.list(&name).await.unwrap(), newest_first);
+        let chain = repository.chain(&name, &ids[2]).await.unwrap();
         assert!(chain.iter().map(|manifest| &manifest.id).eq(&ids));
-        // Another prefix is another vault.
+        // Another prefix is another repository.
         let other =
-            Vault::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
+            Repository::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
         assert!(other.machines().await.unwrap().is_empty());
-        assert_eq!(vault.machines().await.unwrap(), std::slice::from_ref(&name));
+        assert_eq!(
+            repository.machines().await.unwrap(),
+            std::slice::from_ref(&name)
+        );
         let program = b"\0asm of a kind";
         let hash = *blake3::hash(program).as_bytes();
         for _ in 0..2 {
             let bytes = program.to_vec().into();
-            vault.put_program(&hash, bytes).await.unwrap();
+            repository.put_program(&hash, bytes).await.unwrap();
         }
         let full = manifest(None, 2000, &[1; 4096]);
         let of_it = Manifest {
             program: hash,
             ..full.clone()
         };
-        assert_eq!(vault.program(&of_it).await.unwrap(), &program[..]);
-        let error = vault.program(&full).await.unwrap_err().to_string();
+        assert_eq!(repository.program(&of_it).await.unwrap(), &program[..]);
+        let error = repository.program(&full).await.unwrap_err().to_string();
         assert!(error.contains("its program: it is missing"), "{error}");
-        // A full one makes the chain before it superfluous.
-        vault.put_manifest(&full).await.unwrap();
+        // A full checkpoint makes the chain before it superfluous.
+        repository.put_manifest(&full).await.unwrap();
         let retention = Retention {
             newest: Some(1),
             for_s: None,
         };
-        let (vault_2, name_2) = (vault.clone(), name.clone());
+        let (repository_2, name_2) = (repository.clone(), name.clone());
         let runtime = tokio::runtime::Handle::current();
-        let kept =
-            tokio::task::spawn_blocking(move || vault_2.keep(&runtime, &name_2, retention, 3000));
+        let kept = tokio::task::spawn_blocking(move || {
+            repository_2.apply_retention(&runtime, &name_2, retention, 3000)
+        });
         assert_eq!(kept.await.unwrap().unwrap().len(), 3);
         assert_eq!(
-            vault.list(&name).await.unwrap(),
+            repository.list(&name).await.unwrap(),
             std::slice::from_ref(&full.id)
         );
         // Its pack was never stored.
-        let error = vault.block(&full, Piece::Pages(0), &full.packs[0], 0).await;
+        let error = repository
+            .block(&full, PackName::Pages(0), &full.packs[0], 0)
+            .await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("pack 0: it is missing"), "{error}");
-        let error = vault.check_parts(&name, &[full.outline()]).await;
+        let error = repository.check_parts(&name, &[full.outline()]).await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("pack 0: it is missing"), "{error}");
     });
 }
 
-/// Conditional puts decide who writes.
+/// Conditional puts decide which writer succeeds.
 #[test]
 fn a_bucket_keeps_volumes() {
     let Some(server) = Server::start() else {
@@ -219,7 +226,7 @@ fn a_bucket_keeps_volumes() {
         return;
     };
     server.make_bucket("volumes");
-    let place = Place::open_with(
+    let place = StorageLocation::open_with(
         "s3://volumes/some/prefix",
         server.settings(),
         Duration::from_secs(30),
@@ -273,7 +280,7 @@ fn a_bucket_keeps_volumes() {
         assert!(fenced, "{error}");
         second.commit(record, dirty).await.unwrap();
         second.compact().await.unwrap();
-        // What the first stored and could not commit.
+        // The chunk that the first writer stored and could not commit.
         assert_eq!(second.collect().await.unwrap(), 1);
         let third = Writer::claim(store.clone(), epoch(3), None).await.unwrap();
         let chunk = third.state().chunk(2, 0).unwrap();

@@ -1,10 +1,12 @@
-//! Parts of a machine in one process: real memories, real faults, real connections. The
-//! threads touch memory as guests do, through the mapping.
+//! Parts of a machine in one process, with real memories, faults and connections. The
+//! threads access memory as guests do, through the mapping.
 
 #![allow(unsafe_code)]
 
 use keel_cluster::Epoch;
-use keel_machine::span::{Cut, CutPiece, Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
+use keel_machine::span::{
+    Cut, CutPiece, Hello, PART_BYTES_MIN, Pages, PartConfig, PeerConnections, SpanError,
+};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -17,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-/// Something hangs that takes longer.
+/// A longer duration counts as a hang.
 const LONG: Duration = Duration::from_secs(10);
 
 fn part(number: usize) -> PartId {
@@ -30,7 +32,7 @@ struct Part {
 }
 
 impl Part {
-    /// A word of its memory, as a guest has it.
+    /// A word of its memory, as a guest accesses it.
     fn word(&self, at: u64) -> &AtomicU64 {
         assert!(at.is_multiple_of(8));
         // SAFETY: aligned and within the memory (cells are checked), which is used by
@@ -45,25 +47,26 @@ impl Part {
     }
 }
 
-/// Two sockets that are connected.
+/// A pair of connected sockets.
 fn connected() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     (dialled, listener.accept().unwrap().0)
 }
 
-/// Parts with memories of so many pages of 4 KiB; the first has `first` in its memory.
+/// Parts with memories of this many pages of 4 KiB; the first part has `first` in its
+/// memory.
 fn parts(count: usize, pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
     parts_on(&vec![None; count], pages, hold, first)
 }
 
-/// As [`parts`], on hosts with room for so many bytes.
+/// As [`parts`], on hosts with room for these numbers of bytes.
 fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
     let count = rooms.len();
     let identities: Vec<_> = (0..count)
         .map(|_| PinnedIdentity::generate().unwrap())
         .collect();
-    // From each to each: the socket that is dialled, and the one that is heard.
+    // For each pair of parts: the dialled and the accepted socket.
     let mut dialled = BTreeMap::new();
     let mut heard = BTreeMap::new();
     for from in 0..count {
@@ -76,7 +79,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
     let all: PartSet = (0..count).map(part).collect();
     let greet = |me: usize, mut sockets: Vec<(usize, TcpStream, TcpStream)>| {
         std::thread::scope(|scope| {
-            // All at once, as each waits for the other.
+            // In parallel, because each waits for the other.
             let greeting: Vec<_> = sockets
                 .drain(..)
                 .map(|(other, out, heard)| {
@@ -87,7 +90,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
                         let server = ServerTls::pinned(identity, pinned).unwrap();
                         let machine = "m".parse().unwrap();
                         let hello = Hello::new(machine, Epoch::default(), part(me), part(other));
-                        let ends = Ends::greet((out, &client), (heard, &server), &hello);
+                        let ends = PeerConnections::greet((out, &client), (heard, &server), &hello);
                         (part(other), ends.unwrap())
                     })
                 })
@@ -126,7 +129,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
                 memory.write(0, first).unwrap();
             }
             let memories: Arc<[Arc<GuestMemory>]> = Arc::new([Arc::new(memory)]);
-            let setup = Setup {
+            let setup = PartConfig {
                 me: part(me),
                 parts: all,
                 origin: PartId::HOME,
@@ -142,7 +145,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
         .collect()
 }
 
-/// Runs a thread on each of these parts; what they answer.
+/// Runs a thread on each of these parts; returns their results.
 fn on<'a, T: Send>(
     parts: impl IntoIterator<Item = &'a Part>,
     run: impl Fn(&Part) -> T + Sync,
@@ -166,7 +169,7 @@ fn until(what: &str, holds: impl Fn() -> bool) {
 const HOLD: Duration = Duration::from_micros(100);
 
 #[test]
-fn what_one_writes_the_others_read() {
+fn writes_are_visible_at_other_parts() {
     let first: Vec<u8> = (0..8 * PAGE_BYTES).map(|at| (at / 512) as u8).collect();
     let parts = parts(3, 32, HOLD, &first);
     for number in [1, 2, 0] {
@@ -175,7 +178,7 @@ fn what_one_writes_the_others_read() {
             let word = parts[number].word(page * PAGE_BYTES);
             assert_eq!(word.load(Ordering::SeqCst), expected);
         }
-        // What nobody touched is zero everywhere.
+        // Pages that were never written are zero at all parts.
         assert_eq!(
             parts[number].word(20 * PAGE_BYTES).load(Ordering::SeqCst),
             0
@@ -193,9 +196,9 @@ fn what_one_writes_the_others_read() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// Additions by all parts at once: none is lost.
+/// Concurrent additions by all parts: none is lost.
 #[test]
-fn nothing_that_was_added_is_lost() {
+fn no_addition_is_lost() {
     let parts = parts(3, 16, HOLD, &[]);
     let add = |part: &Part| {
         for round in 0..600u64 {
@@ -217,11 +220,11 @@ fn nothing_that_was_added_is_lost() {
 }
 
 type Step = fn(&AtomicU64, &AtomicU64) -> (u64, u64);
-/// Its name, its threads with their parts, and what must not be seen.
+/// Its name, its threads with their parts, and the forbidden outcomes.
 type Litmus = (&'static str, Vec<(usize, Step)>, fn(&[(u64, u64)]) -> bool);
 
-/// The litmus tests, on real processors: outcomes that no order of single steps gives do
-/// not come (store buffering, message passing, load buffering, IRIW).
+/// Litmus tests on real processors: outcomes that no interleaving produces do not occur
+/// (store buffering, message passing, load buffering, IRIW).
 #[test]
 fn litmus() {
     const ROUNDS: u32 = 150;
@@ -289,7 +292,7 @@ fn litmus() {
         let mut outcomes = BTreeSet::new();
         for round in 0..ROUNDS {
             let (x, y) = (u64::from(round % 3) * PAGE_BYTES, 8 * PAGE_BYTES + 128);
-            // Both zero, and at parts that change.
+            // Both zero, and at changing parts.
             parts[round as usize % 3].word(x).store(0, Ordering::SeqCst);
             parts[round as usize / 3 % 3]
                 .word(y)
@@ -315,10 +318,10 @@ fn litmus() {
     }
 }
 
-/// An access that needs two pages at once, by two parts that both need both: it lies on
-/// the boundary between them.
+/// Unaligned accesses at a page boundary by two parts, each of which needs both pages at
+/// once.
 #[test]
-fn two_parts_that_need_the_same_two_pages_come_to_an_end() {
+fn unaligned_accesses_of_two_parts_terminate() {
     let parts = parts(2, 16, HOLD, &[]);
     let at = (PAGE_BYTES - 4) as usize;
     let exchange = |part: &Part| {
@@ -336,15 +339,15 @@ fn two_parts_that_need_the_same_two_pages_come_to_an_end() {
     let begun = Instant::now();
     on(&parts, exchange);
     assert!(begun.elapsed() < LONG);
-    // (Additions are not atomic: what is left is no sum, but the same for both.)
+    // Additions are not atomic: the result is not the sum, but the same at both.
     let low = |part: &Part| part.word((PAGE_BYTES - 8) & !7).load(Ordering::SeqCst);
     assert_eq!(low(&parts[0]), low(&parts[1]));
 }
 
-/// Random accesses by all parts, guests and hosts, while pages are moved to and fro; each
-/// word is written by one thread only, which checks what it reads there.
+/// Random accesses by all parts, guests and hosts, while pages move; each word is written
+/// by one thread only, which checks what it reads there.
 #[test]
-fn everybody_reads_what_he_wrote_while_pages_move() {
+fn threads_read_their_own_writes_while_pages_move() {
     let parts = parts(4, 64, Duration::from_micros(30), &[]);
     let number = AtomicU32::new(0);
     let run = |part: &Part| {
@@ -353,7 +356,7 @@ fn everybody_reads_what_he_wrote_while_pages_move() {
         let mut mine = [0u64; 64];
         for round in 1..400u64 {
             let page = rng.random_range(0..64u64);
-            // No two threads have the same words.
+            // No two threads use the same words.
             let at = page * PAGE_BYTES + me * 16;
             match rng.random_range(0..6) {
                 0..2 => {
@@ -378,7 +381,7 @@ fn everybody_reads_what_he_wrote_while_pages_move() {
     };
     let all = on(parts.iter().chain(&parts), run);
     until("all moves end", || {
-        parts.iter().all(|part| part.pages.is_quiet())
+        parts.iter().all(|part| part.pages.is_quiescent())
     });
     for (me, mine) in all {
         for (page, value) in mine.iter().enumerate() {
@@ -392,7 +395,7 @@ fn everybody_reads_what_he_wrote_while_pages_move() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// A set of pages that moves is at its target then, and nowhere else.
+/// A set of pages that moves is then at its target, and nowhere else.
 #[test]
 fn pages_move_as_a_set() {
     let bytes: Vec<u8> = (0..256 * PAGE_BYTES).map(|at| (at * 7 / 3) as u8).collect();
@@ -407,8 +410,8 @@ fn pages_move_as_a_set() {
         .pages
         .move_pages(0, range.clone(), part(1))
         .unwrap();
-    until("the pages are there", || {
-        resident(&parts[1]) == range.end - range.start && parts[0].pages.is_quiet()
+    until("the pages have arrived", || {
+        resident(&parts[1]) == range.end - range.start && parts[0].pages.is_quiescent()
     });
     assert_eq!(
         resident(&parts[0]),
@@ -421,18 +424,19 @@ fn pages_move_as_a_set() {
     assert!(matches!(outside, Err(SpanError::Memory(_))), "{outside:?}");
 }
 
-/// What writers and those who move pages do takes its course between cuts: `stand` is held
-/// by nobody of them while one is made.
+/// Writers and movers of pages run between cuts: none of them holds `stand` while a cut
+/// is made.
 struct Traffic<'a> {
     parts: &'a [Part],
     pages: u64,
-    /// What was written, word by word: one of each part, and one of the host, in each page.
+    /// The values written, word by word: for each page one word of each part and one of
+    /// the host.
     written: Vec<AtomicU64>,
     stand: RwLock<()>,
     is_over: AtomicBool,
-    /// The last cut of which all was read, and its words.
+    /// The last cut that was read completely, and its words.
     last: Mutex<Option<(u64, Vec<u64>)>>,
-    /// Pages of cuts that were as they were at the one before.
+    /// Pages of cuts that were unchanged since the previous one.
     same: AtomicU64,
 }
 
@@ -486,7 +490,7 @@ impl<'a> Traffic<'a> {
         });
     }
 
-    /// The balancer: it does not stand still.
+    /// The balancer, which also runs during cuts.
     fn move_sets(&self) {
         let mut rng = SmallRng::seed_from_u64(99);
         while !self.is_over.load(Ordering::Relaxed) {
@@ -497,7 +501,7 @@ impl<'a> Traffic<'a> {
             let range = first * PAGE_BYTES..last * PAGE_BYTES;
             let pages = &self.parts[from].pages;
             match from {
-                // (With their directories, where they are whole segments.)
+                // With their directories, for whole segments.
                 0 => drop(pages.move_object(0, range, to, LONG).unwrap()),
                 _ => pages.move_pages(0, range, to).unwrap(),
             }
@@ -505,7 +509,7 @@ impl<'a> Traffic<'a> {
         }
     }
 
-    /// Makes a cut, and what it has to be: words in their order.
+    /// Makes a cut; returns it with the expected words in order.
     fn cut(&self) -> (Cut, Vec<u64>) {
         let since = self
             .last
@@ -520,7 +524,8 @@ impl<'a> Traffic<'a> {
         (cut, written.map(|it| it.load(Ordering::SeqCst)).collect())
     }
 
-    /// The words of a cut, which has each page once at most; the next is since this one.
+    /// The words of a cut, which has each page at most once; the next cut is relative to
+    /// this one.
     fn words_of(&self, cut: &Cut) -> Vec<u64> {
         let count = self.parts.len() + 1;
         let mut words = vec![0; self.written.len()];
@@ -529,7 +534,7 @@ impl<'a> Traffic<'a> {
         while let Some(piece) = cut.next(LONG).unwrap() {
             let pages = match piece {
                 CutPiece::Pages(pages) => pages,
-                CutPiece::Same(same) => {
+                CutPiece::Unchanged(same) => {
                     let (_, before) = before.as_ref().expect("an earlier cut");
                     for page in same.first as usize..(same.first + same.pages) as usize {
                         assert!(seen.insert(page), "page {page} comes twice");
@@ -552,7 +557,7 @@ impl<'a> Traffic<'a> {
         words
     }
 
-    /// As long as `run` takes.
+    /// For the duration of `run`.
     fn during(&self, run: impl FnOnce()) {
         std::thread::scope(|scope| {
             for number in 0..self.parts.len() {
@@ -560,7 +565,7 @@ impl<'a> Traffic<'a> {
             }
             scope.spawn(|| self.write_for_host());
             scope.spawn(|| self.move_sets());
-            // Also when it panics.
+            // Also on panic.
             struct Over<'a>(&'a AtomicBool);
             impl Drop for Over<'_> {
                 fn drop(&mut self) {
@@ -573,11 +578,11 @@ impl<'a> Traffic<'a> {
     }
 }
 
-/// All that a cut has is as it was at one instant, whatever is written, moved and given
-/// away while it is read; nobody waits for whoever reads it.
+/// A cut has the state of one instant, whatever is written, moved and evicted while it is
+/// read; no thread waits for the reader.
 #[test]
 fn a_cut_is_of_one_instant() {
-    // (Half of them are touched by nobody at first.)
+    // Half of them are not accessed at first.
     let all = [
         (1, 64, None),
         (3, 96, None),
@@ -596,12 +601,12 @@ fn a_cut_is_of_one_instant() {
             for round in 0..12 {
                 std::thread::sleep(Duration::from_millis(5));
                 if round % 4 == 3 {
-                    // All of it again.
+                    // All pages are sent again.
                     traffic.last.lock().unwrap().take();
                 }
                 let (cut, expected) = traffic.cut();
                 if round % 3 == 1 {
-                    // Some of it changes before it is read.
+                    // Some pages change before they are read.
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 let found = traffic.words_of(&cut);
@@ -628,18 +633,18 @@ fn a_cut_is_of_one_instant() {
     }
 }
 
-/// Of a large object some goes after the other: not all of it lies about at once, and who
-/// wants no more of it is not sent the rest.
+/// A large object moves in pieces: only some of it is in flight, and the rest is not sent
+/// after a timeout.
 #[test]
-fn of_a_large_object_some_goes_after_the_other() {
+fn a_large_object_moves_in_pieces() {
     let pages = 16_384;
     let parts = parts(2, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
     let home = &parts[0].pages;
     let whole = 0..pages * PAGE_BYTES;
     let moved = home.move_object(0, whole.clone(), part(1), Duration::from_millis(2));
-    // (Where even the first pages take longer it says so.)
+    // If even the first pages take longer, an error is returned.
     let moved = moved.unwrap_or_default();
-    until("all has come", || home.is_quiet());
+    until("all pages have arrived", || home.is_quiescent());
     let there = || -> u64 {
         let objects = home.objects().unwrap().into_iter();
         let there = objects.filter(|it| it.owner == part(1));
@@ -652,10 +657,10 @@ fn of_a_large_object_some_goes_after_the_other() {
     assert_eq!(there(), whole.end);
 }
 
-/// Whole segments of an object have their directory where it went, and all parts know; what
-/// they hold can be told all the same, and is right, whoever is asked for it.
+/// The directory of whole segments moves with an object, and all parts know; queries
+/// about their pages are answered correctly by any part.
 #[test]
-fn directories_move_along_with_objects() {
+fn directories_move_with_objects() {
     let pages = 128;
     let parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
     let home = &parts[0].pages;
@@ -673,7 +678,7 @@ fn directories_move_along_with_objects() {
             });
         }
     };
-    // Segments have 16 pages here; the first and the last are not all of it.
+    // Segments have 16 pages here; the first and the last are incomplete.
     let moved = home.move_object(0, at(8..72), part(1), LONG).unwrap();
     assert_eq!(moved, 64 * PAGE_BYTES);
     until_known(&[(1, 1), (2, 1), (3, 1)]);
@@ -694,7 +699,7 @@ fn directories_move_along_with_objects() {
         (72..128, 0, 0),
     ];
     assert_eq!(told(home), expected);
-    // Of a part that has them, the home has them moved on, and back.
+    // The home moves pages on from one part to another, and back.
     home.move_object(0, at(32..48), part(2), LONG).unwrap();
     until_known(&[(1, 1), (2, 2), (3, 1)]);
     home.move_object(0, at(48..64), part(0), LONG).unwrap();
@@ -703,7 +708,7 @@ fn directories_move_along_with_objects() {
         told(home)[2..5],
         [(16..32, 1, 1), (32..48, 2, 2), (48..64, 0, 0)]
     );
-    // Whoever adds, to whatever: nothing is lost while they move.
+    // Concurrent additions: nothing is lost while they move.
     let over = &AtomicBool::new(false);
     std::thread::scope(|scope| {
         let adding: Vec<_> = parts
@@ -738,21 +743,21 @@ fn directories_move_along_with_objects() {
     let first = u64::from_le_bytes([5; 8]);
     let sum: u64 = words.map(|word| word.wrapping_sub(first)).sum();
     assert_eq!(sum, 3 * 2000);
-    // They come home, where they stay as long as that is wanted; then a part can go.
-    assert!(home.keep_directories(true));
-    home.bring_directories(LONG).unwrap();
+    // Directories move home and are pinned there; then a part can leave.
+    assert!(home.pin_directories(true));
+    home.collect_directories(LONG).unwrap();
     until_known(&[]);
     home.move_object(0, at(0..64), part(1), LONG).unwrap();
     assert_eq!(told(home)[0], (0..64, 1, 0));
     home.empty(part(2), part(0), LONG).unwrap();
-    home.keep_directories(false);
+    home.pin_directories(false);
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// One that is given up leaves nothing protected; there is one at a time, at the home; one
-/// that cannot be made says so, and the next one can.
+/// An abandoned cut leaves no page protected; there is one cut at a time, at the home;
+/// after an error the next cut succeeds.
 #[test]
-fn cuts_end_whenever_they_are_dropped() {
+fn cuts_can_be_dropped_at_any_time() {
     let pages = 512;
     let parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
     let range = 0..200 * PAGE_BYTES;
@@ -760,10 +765,10 @@ fn cuts_end_whenever_they_are_dropped() {
     let home = &parts[0].pages;
     assert_eq!(
         parts[1].pages.prepare_cut(None, LONG).unwrap_err(),
-        SpanError::Cut
+        SpanError::CutUnavailable
     );
-    // Nothing is the same as at one of which not all was given, or that never was; of what
-    // was given at the one before all is that nobody wrote.
+    // No page counts as unchanged since a cut that was not read completely or never
+    // existed; since the previous cut, all pages without writes do.
     let mut since = Some(77);
     for (taken, same) in [
         (0, 0),
@@ -773,14 +778,17 @@ fn cuts_end_whenever_they_are_dropped() {
         (0, 0),
     ] {
         let cut = home.prepare_cut(since, LONG).unwrap();
-        assert_eq!(home.prepare_cut(None, LONG).unwrap_err(), SpanError::Cut);
+        assert_eq!(
+            home.prepare_cut(None, LONG).unwrap_err(),
+            SpanError::CutUnavailable
+        );
         cut.mark(LONG).unwrap();
         let (mut count, mut are_same) = (0, 0);
         while count < taken
             && let Some(piece) = cut.next(LONG).unwrap()
         {
             count += 1;
-            if let CutPiece::Same(same) = piece {
+            if let CutPiece::Unchanged(same) = piece {
                 are_same += same.pages;
             }
         }
@@ -813,10 +821,10 @@ fn cuts_end_whenever_they_are_dropped() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// While a page that somebody waits for stays where it is there is no cut; that is said in
-/// time, nobody stands for it any longer, and the next one can be made.
+/// There is no cut while a requested page is withheld; the error is returned in time,
+/// threads go on, and the next cut succeeds.
 #[test]
-fn without_quiet_there_is_no_cut() {
+fn a_cut_needs_quiescence() {
     let hold = Duration::from_secs(2);
     let parts = parts(3, 16, hold, &[]);
     let late = Duration::from_millis(50);
@@ -828,7 +836,7 @@ fn without_quiet_there_is_no_cut() {
         let cut = parts[0].pages.prepare_cut(None, LONG).unwrap();
         assert_eq!(
             cut.mark(late).unwrap_err(),
-            SpanError::Unsettled { patience: late }
+            SpanError::NotQuiescent { patience: late }
         );
         drop(cut);
         assert!(begun.elapsed() < hold, "{:?}", begun.elapsed());
@@ -846,7 +854,7 @@ fn without_quiet_there_is_no_cut() {
     assert_eq!(words, [(0, 2)]);
 }
 
-/// Who reads a cut of a machine that ends, or loses a part, does not wait for it.
+/// Reading a cut ends when the machine ends or loses a part.
 #[test]
 fn a_lost_part_ends_a_cut() {
     let pages = 512;
@@ -866,14 +874,14 @@ fn a_lost_part_ends_a_cut() {
     assert!(matches!(failure, SpanError::Lost { .. }), "{failure:?}");
 }
 
-/// A part that is gone ends the others, with a reason, and within a moment; nobody who
-/// asks the host waits for ever.
+/// The loss of a part ends the others within a moment, with a reason; no host access
+/// waits for ever.
 #[test]
 fn a_lost_part_ends_the_others_by_name() {
     let mut parts = parts(3, 16, HOLD, &[]);
     parts[2].word(0).store(7, Ordering::SeqCst);
     let lost = parts.pop().unwrap();
-    // One asks all the time, also while it happens.
+    // One host accesses memory all the time.
     std::thread::scope(|scope| {
         let asking = &parts[1];
         let asked = scope.spawn(move || {
@@ -888,13 +896,13 @@ fn a_lost_part_ends_the_others_by_name() {
                 if let Err(error) = written {
                     return (error, begun.elapsed());
                 }
-                // It is to be fetched each time.
+                // The page must be fetched each time.
                 let back = asking.pages.move_pages(0, 0..1, part(2));
                 back.unwrap();
             }
         });
         std::thread::sleep(Duration::from_millis(5));
-        // Nothing of its guest runs any more, as an end of a process would have it.
+        // Its guest does not run any more, as after the end of a process.
         drop(lost);
         let (error, took) = asked.join().unwrap();
         assert!(matches!(error, SpanError::Lost { .. }), "{error:?}");
@@ -903,7 +911,7 @@ fn a_lost_part_ends_the_others_by_name() {
     for other in &parts {
         until("the loss is noticed", || other.pages.failure().is_some());
         let failure = other.pages.failure();
-        // (Or the loss of the one that noticed it first.)
+        // Or the loss of the part that noticed it first.
         assert!(
             matches!(failure, Some(SpanError::Lost { .. })),
             "{failure:?}"
@@ -927,7 +935,7 @@ fn strangers_are_refused() {
         };
         Hello::new("m".parse().unwrap(), epoch, part(from), part(to))
     };
-    // Another epoch, another part than was agreed on.
+    // Another epoch, or another part than agreed on.
     for theirs in [hello(6, 1, 0), hello(5, 2, 0), hello(5, 1, 2)] {
         let (a, b) = connected();
         let (c, d) = connected();
@@ -937,26 +945,26 @@ fn strangers_are_refused() {
             scope.spawn(move || {
                 let client = ClientTls::pinned(other, mine.fingerprint).unwrap();
                 let server = ServerTls::pinned(other, mine.fingerprint).unwrap();
-                // It is refused, or refuses.
-                let _ = Ends::greet((c, &client), (b, &server), &theirs);
+                // Both sides may refuse.
+                let _ = PeerConnections::greet((c, &client), (b, &server), &theirs);
             });
             let client = ClientTls::pinned(mine, other.fingerprint).unwrap();
             let server = ServerTls::pinned(mine, other.fingerprint).unwrap();
-            let greeted = Ends::greet((a, &client), (d, &server), &mine_says);
+            let greeted = PeerConnections::greet((a, &client), (d, &server), &mine_says);
             let error = greeted.expect_err("a stranger").to_string();
             assert!(error.contains("where"), "{error}");
         });
     }
 }
 
-/// Bytes of the machine's memory that are at each of these parts.
+/// Resident bytes of each of these parts.
 fn residents(parts: &[Part]) -> Vec<u64> {
     let of = |part: &Part| part.memories[0].resident_bytes().unwrap();
     parts.iter().map(of).collect()
 }
 
-/// Asks all pages to the first part, and whether they are there: what others were giving
-/// away just then may go elsewhere once more.
+/// Requests all pages to the first part; whether they are there: pages that were being
+/// evicted may move elsewhere once more.
 fn all_is_back(parts: &[Part], pages: u64) -> bool {
     let range = 0..pages * PAGE_BYTES;
     parts[1].pages.move_pages(0, range, part(0)).unwrap();
@@ -964,9 +972,9 @@ fn all_is_back(parts: &[Part], pages: u64) -> bool {
     residents(parts)[0] == pages * PAGE_BYTES
 }
 
-/// What is beyond the limit is given away, whoever brings it there, and nothing is lost.
+/// Memory beyond the limit is evicted, whoever brought it there, and nothing is lost.
 #[test]
-fn a_part_keeps_what_it_may() {
+fn a_part_evicts_beyond_its_limit() {
     const PAGES: u64 = 1024;
     let limit = 3 * PART_BYTES_MIN / 2;
     let bytes: Vec<u8> = (0..PAGES * PAGE_BYTES)
@@ -975,11 +983,11 @@ fn a_part_keeps_what_it_may() {
     let parts = parts(3, PAGES, HOLD, &bytes);
     assert_eq!(residents(&parts)[0], PAGES * PAGE_BYTES);
     parts[0].pages.limit_parts(Some(limit)).unwrap();
-    until("no part has more", || {
+    until("no part exceeds its limit", || {
         residents(&parts).iter().all(|bytes| *bytes <= limit)
     });
-    // (What others have is told each second, at the latest.)
-    until("it is told", || {
+    // Memory is reported at least once a second.
+    until("memory is reported", || {
         let told = parts[0].pages.memory_of_parts();
         let all = told.len() == 3 && told.values().all(|it| it.limit_bytes == Some(limit));
         all && told[&part(0)].given_bytes >= PAGES * PAGE_BYTES - limit
@@ -989,7 +997,7 @@ fn a_part_keeps_what_it_may() {
             part.memories[0].resident_bytes().unwrap() <= limit
         });
     };
-    // All is read at each part: copies come, and go again.
+    // All pages are read at each part: copies arrive and are dropped again.
     for reader in &parts {
         for page in 0..PAGES {
             let expected = u64::from_le_bytes(
@@ -1020,16 +1028,16 @@ fn a_part_keeps_what_it_may() {
             assert_eq!(parts[1].host_read(page * PAGE_BYTES + 8 * number), page);
         }
     }
-    // Without a limit it comes back and stays.
+    // Without a limit all pages return and stay.
     parts[0].pages.limit_parts(None).unwrap();
     until("all is back", || all_is_back(&parts, PAGES));
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// A part knows what it does not use: of what is here since the machine began, of what came
-/// from others; and forgets what it gives away.
+/// A part knows which of its pages are not accessed: those present from the start and
+/// those that arrived; it forgets pages that it evicts.
 #[test]
-fn what_nobody_uses_is_known() {
+fn idle_memory_is_reported() {
     const PAGES: u64 = 2048;
     let parts = parts(2, PAGES, HOLD, &vec![1; (PAGES * PAGE_BYTES) as usize]);
     let half = PAGES * PAGE_BYTES / 2;
@@ -1039,7 +1047,7 @@ fn what_nobody_uses_is_known() {
         .unwrap();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Each uses the first quarter of what it has.
+        // Each accesses the first quarter of its pages.
         for (number, user) in parts.iter().enumerate() {
             let first = number as u64 * half;
             let over = &over;
@@ -1064,7 +1072,7 @@ fn what_nobody_uses_is_known() {
                 .collect::<Vec<_>>()
         };
         let rests = |number: u64| vec![(0, number * half + half / 4, half / 4 * 3)];
-        // (Not before half a minute: nobody knows what it did before.)
+        // Not before half a minute: earlier accesses are unknown.
         assert_eq!((idle(0), idle(1)), (Vec::new(), Vec::new()));
         let deadline = Instant::now() + 6 * LONG;
         while !(0..2).all(|number| idle(number) == rests(number)) {
@@ -1081,10 +1089,10 @@ fn what_nobody_uses_is_known() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// What a host has room for counts as a limit, but at the home not before it says so: until
+/// A host's room acts as a limit, but at the home only after it announces limits: until
 /// then members may fail, and the home goes on alone.
 #[test]
-fn hosts_have_room_for_so_much() {
+fn room_of_a_host_is_a_limit() {
     const PAGES: u64 = 1024;
     let room = 3 * PART_BYTES_MIN / 2;
     let bytes = vec![7; (PAGES * PAGE_BYTES) as usize];
@@ -1093,7 +1101,7 @@ fn hosts_have_room_for_so_much() {
     assert_eq!(residents(&parts), [PAGES * PAGE_BYTES, 0, 0]);
     parts[0].pages.limit_parts(None).unwrap();
     until("it fits", || residents(&parts)[0] <= room);
-    // All of it to one that has room for some of it.
+    // All pages to a part that has room for some of them.
     for page in 0..PAGES {
         parts[2]
             .word(page * PAGE_BYTES)
@@ -1107,7 +1115,7 @@ fn hosts_have_room_for_so_much() {
         let found = parts[1].host_read(page * PAGE_BYTES);
         assert_eq!(found, u64::from_le_bytes([7; 8]) + 1);
     }
-    // An end is near: from now on all stays.
+    // An end is near: from now on all pages stay.
     parts[0].pages.keep_all();
     parts[0].pages.limit_parts(Some(room)).unwrap();
     until("all is back", || all_is_back(&parts, PAGES));
@@ -1116,9 +1124,10 @@ fn hosts_have_room_for_so_much() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// Where nobody has room, all stays where it is, and goes on; nobody gives to and fro.
+/// Without room at other parts all pages stay, and the machine goes on; no page moves
+/// back and forth.
 #[test]
-fn without_room_elsewhere_a_part_keeps_what_it_has() {
+fn without_room_elsewhere_pages_stay() {
     const PAGES: u64 = 1024;
     let parts = parts(3, PAGES, HOLD, &vec![9; (PAGES * PAGE_BYTES) as usize]);
     parts[0].pages.limit_parts(Some(PART_BYTES_MIN)).unwrap();
@@ -1130,15 +1139,15 @@ fn without_room_elsewhere_a_part_keeps_what_it_has() {
         residents(&parts)[1..]
             .iter()
             .all(|bytes| *bytes >= PART_BYTES_MIN * 15 / 16)
-            && parts.iter().all(|part| part.pages.is_quiet())
+            && parts.iter().all(|part| part.pages.is_quiescent())
     });
-    // (Counts are told each second.)
+    // Counts are reported once a second.
     std::thread::sleep(Duration::from_millis(1500));
     let before = given();
     std::thread::sleep(Duration::from_millis(2500));
     assert_eq!(given(), before);
     assert_eq!(residents(&parts).iter().sum::<u64>(), PAGES * PAGE_BYTES);
-    // A thread that needs all of it goes on, too.
+    // A thread that accesses all pages makes progress, too.
     let sums = on([&parts[1]], |part| {
         (0..PAGES)
             .map(|page| part.word(page * PAGE_BYTES).load(Ordering::SeqCst) & 1)
@@ -1148,9 +1157,9 @@ fn without_room_elsewhere_a_part_keeps_what_it_has() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
-/// Random accesses by all parts, guests and hosts, while each gives away what is too much.
+/// Random accesses by all parts, guests and hosts, while each part evicts its excess.
 #[test]
-fn everybody_reads_what_he_wrote_while_parts_are_full() {
+fn threads_read_their_own_writes_while_parts_are_full() {
     const PAGES: u64 = 900;
     let parts = parts(4, PAGES, Duration::from_micros(30), &[]);
     parts[0].pages.limit_parts(Some(PART_BYTES_MIN)).unwrap();

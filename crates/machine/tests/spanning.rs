@@ -1,8 +1,8 @@
-//! Machines of several parts in one process: guests whose threads run at several parts
-//! and move between them give what they give alone; what goes wrong at one part ends the
-//! whole by name.
+//! Machines with several parts in one process: guests whose threads run at several parts
+//! and move between them produce the same output as alone; a failure at one part ends the
+//! machine with an error that names the part.
 
-use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::GuestMemory;
@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Something hangs that takes longer.
+/// A longer duration counts as a hang.
 const LONG: Duration = Duration::from_secs(60);
-/// It ends within that, or does not.
+/// Time limit for an end that may or may not come.
 const SOON: Duration = Duration::from_secs(5);
 const MEMORY_BYTES: u64 = 256 << 20;
 
@@ -40,12 +40,12 @@ struct Running {
 }
 
 impl Running {
-    /// It stands at its beginning.
+    /// The machine is stopped at its beginning.
     fn new(program: &Arc<Program>, args: &[&str]) -> Self {
         Running::by(program, args, Arc::new(SystemClock))
     }
 
-    /// By a clock of its home.
+    /// With a clock of its home.
     fn by(program: &Arc<Program>, args: &[&str], clock: Arc<dyn HostClock>) -> Self {
         let output = Arc::new(MemorySink::default());
         let mut config = Config {
@@ -64,7 +64,7 @@ impl Running {
         Running { machine, output }
     }
 
-    /// What another part makes of an image.
+    /// A machine that another part restores from an image.
     fn of(
         program: &Arc<Program>,
         image: Image,
@@ -83,20 +83,20 @@ impl Running {
         Machine::prepare(program.clone(), image, memories, wasi, limits).unwrap()
     }
 
-    /// It spans so many parts, and goes.
-    fn span(&self, count: usize) -> Within {
+    /// Makes it span this many parts and starts it.
+    fn span(&self, count: usize) -> InProcess {
         self.span_within(count, MEMORY_BYTES)
     }
 
     /// As [`Self::span`]; members have less memory than the home.
-    fn span_within(&self, count: usize, member_bytes: u64) -> Within {
-        let how = Spread {
+    fn span_within(&self, count: usize, member_bytes: u64) -> InProcess {
+        let how = SpanConfig {
             spawning: SpawnPolicy::Even,
             patience: LONG,
-            keeps: Keeps::default(),
-            stands: false,
+            limits: PartLimits::default(),
+            stays_stopped: false,
         };
-        Within::begin(&self.machine, count, member_bytes, how).unwrap()
+        InProcess::begin(&self.machine, count, member_bytes, how).unwrap()
     }
 
     fn text(&self) -> String {
@@ -109,24 +109,24 @@ impl Running {
     }
 }
 
-/// A thread goes on somewhere, if there is one.
+/// Moves a thread to a part, if there is a thread.
 fn move_some_thread(running: &Running, rng: &mut SmallRng, to: PartId) {
     let threads = running.machine.threads();
     if !threads.is_empty() {
         let thread = threads[rng.random_range(0..threads.len())];
-        // (It may have ended.)
+        // It may have ended.
         let _ = running.machine.move_thread(thread, to);
     }
 }
 
-/// 64 KiB go somewhere, with their directory.
+/// Moves 64 KiB to a part, with their directory.
 fn move_some_object(pages: &Pages, rng: &mut SmallRng, to: PartId) {
     let first = rng.random_range(0..64u64) << 16;
-    // (There may be no such memory, or no such part any more.)
+    // The memory or the part may not exist.
     let _ = pages.move_object(0, first..first + (1 << 16), to, LONG);
 }
 
-/// What a guest prints alone.
+/// Output of a guest with a single part.
 fn alone(program: &Arc<Program>, args: &[&str]) -> String {
     let running = Running::new(program, args);
     running.machine.thaw().unwrap();
@@ -134,7 +134,8 @@ fn alone(program: &Arc<Program>, args: &[&str]) -> String {
     running.text()
 }
 
-/// Moves threads and captures all until it ends; how often threads moved.
+/// Moves threads and captures all until the machine ends; returns the number of thread
+/// moves.
 fn shake(running: &Running, count: usize, seed: u64) -> u32 {
     let parts = running.span(count);
     let mut rng = SmallRng::seed_from_u64(seed);
@@ -152,7 +153,7 @@ fn shake(running: &Running, count: usize, seed: u64) -> u32 {
         let thread = threads[rng.random_range(0..threads.len())];
         match rng.random_range(0..8) {
             0 => drop(running.machine.recapture_all(LONG)),
-            1 => drop(running.machine.recapture(thread)),
+            1 => drop(running.machine.shake(thread)),
             _ => {
                 let to = part(rng.random_range(0..count));
                 moves += u32::from(running.machine.move_thread(thread, to).is_ok());
@@ -190,9 +191,9 @@ fn zstd_compresses_the_same_on_three_parts() {
     assert_eq!(running.text(), expected);
 }
 
-/// It spans, is alone again, and spans, while it runs: nothing of it is lost.
+/// It repeatedly spans and returns to one part while it runs: nothing is lost.
 #[test]
-fn it_spans_and_is_alone_again() {
+fn it_spans_and_returns_to_one_part() {
     let program = guest("threads");
     let args = ["6", "30000"];
     let expected = alone(&program, &args);
@@ -204,7 +205,7 @@ fn it_spans_and_is_alone_again() {
             drop(parts);
             break outcome;
         }
-        let stood = match parts.alone(LONG) {
+        let stood = match parts.unspan(LONG) {
             Ok(stood) => stood,
             // It ended in the middle.
             Err(_) if running.machine.wait(Some(LONG)).is_some() => break running.outcome(),
@@ -224,9 +225,9 @@ fn it_spans_and_is_alone_again() {
     assert!(changes >= 2, "{changes}");
 }
 
-/// Parts come and go while it runs, with threads and pages: nothing of it is lost.
+/// Parts join and leave while it runs, with threads and pages: nothing is lost.
 #[test]
-fn parts_come_and_go_while_it_runs() {
+fn parts_join_and_leave_while_it_runs() {
     let (threads, mapreduce) = (["8", "40000"], ["4", "8", "60"]);
     for (name, args, seed) in [("threads", &threads[..], 1), ("mapreduce", &mapreduce, 2)] {
         let program = guest(name);
@@ -235,7 +236,7 @@ fn parts_come_and_go_while_it_runs() {
         let mut parts = running.span(2);
         let mut rng = SmallRng::seed_from_u64(seed);
         let (mut came, mut went) = (0, 0);
-        // Objects move whatever else is done with parts.
+        // Objects move concurrently.
         let is_over = Arc::new(AtomicBool::new(false));
         let moving = {
             let (pages, is_over) = (parts.home().pages().clone(), is_over.clone());
@@ -264,7 +265,7 @@ fn parts_come_and_go_while_it_runs() {
                 1 if !members.is_empty() => {
                     let part = members[rng.random_range(0..members.len())];
                     let to = if to == part { PartId::HOME } else { to };
-                    parts.part_with(part, to, LONG).map(|_| went += 1)
+                    parts.remove_part(part, to, LONG).map(|_| went += 1)
                 }
                 _ => {
                     move_some_thread(&running, &mut rng, to);
@@ -287,8 +288,8 @@ fn parts_come_and_go_while_it_runs() {
     }
 }
 
-/// Its home moves, over and over, with threads and pages at all parts: nothing of it is
-/// lost. Some of the moves are given up after all has left.
+/// Its home moves repeatedly, with threads and pages at all parts: nothing is lost. Some
+/// of the moves are cancelled after all pages have left.
 #[test]
 fn the_home_moves_while_it_runs() {
     let (threads, mapreduce) = (["8", "8000"], ["4", "8", "30"]);
@@ -330,7 +331,7 @@ fn the_home_moves_while_it_runs() {
                 2 if members.len() > 2 => {
                     let part = members[rng.random_range(0..members.len())];
                     let to = if to == part { PartId::HOME } else { to };
-                    parts.part_with(part, to, LONG).map(drop)
+                    parts.remove_part(part, to, LONG).map(drop)
                 }
                 _ => {
                     move_some_object(parts.home().pages(), &mut rng, to);
@@ -357,16 +358,16 @@ fn the_home_moves_while_it_runs() {
     }
 }
 
-/// What was about to join and ends, or what others have not heard of, is no loss; who joins
-/// under a number that is taken, or goes and is none, is refused.
+/// The end of a part that is joining, or of which others have not heard, is not a loss;
+/// joining under a number in use, or removing an unknown part, is refused.
 #[test]
-fn who_did_not_join_is_no_loss() {
+fn the_end_of_a_joining_part_is_no_loss() {
     let program = guest("spinner");
     let running = Running::new(&program, &["1000000", "100000"]);
     let mut parts = running.span(2);
-    let refused = parts.part_with(part(2), PartId::HOME, LONG);
+    let refused = parts.remove_part(part(2), PartId::HOME, LONG);
     assert!(refused.is_err(), "{refused:?}");
-    let refused = parts.part_with(part(1), part(1), LONG);
+    let refused = parts.remove_part(part(1), part(1), LONG);
     assert!(refused.is_err(), "{refused:?}");
     for _ in 0..3 {
         let (new, _) = parts.join().unwrap();
@@ -376,7 +377,7 @@ fn who_did_not_join_is_no_loss() {
             .machine
             .move_thread(running.machine.threads()[0], new)
             .unwrap();
-        parts.part_with(new, part(1), LONG).unwrap();
+        parts.remove_part(new, part(1), LONG).unwrap();
         let refused = running
             .machine
             .move_thread(running.machine.threads()[0], new);
@@ -385,7 +386,7 @@ fn who_did_not_join_is_no_loss() {
             "{refused:?}"
         );
     }
-    parts.lose_joining().unwrap();
+    parts.kill_joining_member().unwrap();
     let knows_it = || parts.members()[&part(1)].pages().others().contains(part(2));
     let begun = Instant::now();
     while knows_it() {
@@ -396,7 +397,7 @@ fn who_did_not_join_is_no_loss() {
     assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
     let (new, _) = parts.join().unwrap();
     assert_eq!(new, part(2));
-    parts.lose_last();
+    parts.kill_last_member();
     assert!(running.machine.wait(Some(LONG)).is_some());
     let failure = parts.home().failure();
     assert!(
@@ -405,17 +406,17 @@ fn who_did_not_join_is_no_loss() {
     );
 }
 
-/// What does not come home in time can be asked to again; until then nothing goes to the
-/// others, and it runs.
+/// Returning to one part can be retried after a timeout; until then nothing moves to the
+/// members, and the machine runs.
 #[test]
-fn who_comes_home_too_late_is_asked_again() {
+fn returning_to_one_part_can_be_retried() {
     let program = guest("threads");
     let args = ["6", "30000"];
     let expected = alone(&program, &args);
     let running = Running::new(&program, &args);
     let parts = running.span(3);
     let away = || {
-        let places = running.machine.thread_locations();
+        let places = running.machine.places();
         places.values().any(|place| *place != PartId::HOME)
     };
     let begun = Instant::now();
@@ -423,9 +424,9 @@ fn who_comes_home_too_late_is_asked_again() {
         assert!(begun.elapsed() < LONG, "no thread begins elsewhere");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let (parts, error) = parts.alone(Duration::ZERO).unwrap_err();
+    let (parts, error) = parts.unspan(Duration::ZERO).unwrap_err();
     assert!(
-        error.to_string().contains("did not come home in time"),
+        error.to_string().contains("did not move home in time"),
         "{error}"
     );
     let refused = running.machine.move_thread(0, part(1));
@@ -434,7 +435,7 @@ fn who_comes_home_too_late_is_asked_again() {
         "{refused:?}"
     );
     assert_eq!(parts.home().failure(), None);
-    if let Err((_, error)) = parts.alone(LONG) {
+    if let Err((_, error)) = parts.unspan(LONG) {
         panic!("{error}");
     }
     assert!(!away());
@@ -442,8 +443,8 @@ fn who_comes_home_too_late_is_asked_again() {
     assert_eq!(running.text(), expected);
 }
 
-/// The beginning of a module with threads: calls of the host, a memory, and a
-/// main function that starts four threads and waits until each has counted itself at 0.
+/// The beginning of a module with threads: host calls, a memory, and a main function that
+/// starts four threads and waits until each has counted itself at 0.
 fn written(thread: &str, after: &str) -> Arc<Program> {
     let text = format!(
         r#"(module
@@ -479,8 +480,8 @@ fn written(thread: &str, after: &str) -> Arc<Program> {
     engine().load(&wat::parse_str(text).unwrap()).unwrap()
 }
 
-/// Four threads grow the memory at once, each writes its number into the page that it got:
-/// no page is got twice, and all parts see all of them.
+/// Four threads grow the memory concurrently, and each writes its number into its new
+/// page: all pages are distinct, and all parts see all of them.
 #[test]
 fn memory_grows_at_all_parts_at_once() {
     let program = written(
@@ -514,9 +515,9 @@ fn memory_grows_at_all_parts_at_once() {
     }
 }
 
-/// What a member has no room for does not grow, nor is it there to be accessed.
+/// Memory that a member has no room for does not grow and cannot be accessed.
 #[test]
-fn memory_that_does_not_grow_everywhere_ends_where_it_did() {
+fn memory_grows_at_all_parts_or_not_at_all() {
     let program = written(
         "(if (i32.ne (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))
          (call $done)",
@@ -539,11 +540,11 @@ fn memory_that_does_not_grow_everywhere_ends_where_it_did() {
     }
 }
 
-/// What threads write elsewhere comes out once, whole and in the order in which they
+/// Output of threads at members appears once, complete and in the order in which they
 /// take turns.
 #[test]
-fn what_members_write_comes_in_order() {
-    // At 64 + 16 * arg: where and how many bytes, and the bytes.
+fn output_of_members_is_in_order() {
+    // At 64 + 16 * arg: the iovec, and the bytes.
     let program = written(
         "(local.set $at (i32.add (i32.const 64) (i32.shl (local.get $arg) (i32.const 4))))
          (i32.store (local.get $at) (i32.add (local.get $at) (i32.const 12)))
@@ -573,11 +574,11 @@ fn what_members_write_comes_in_order() {
     assert_eq!(running.text(), "a\nb\nc\nd\n".repeat(50));
 }
 
-/// What is read and written by calls of threads elsewhere travels with the calls: their
+/// Data that host calls of threads at members read and write travels with the calls: its
 /// pages stay.
 #[test]
 fn pages_stay_where_calls_are_made() {
-    // Each has 16 KiB of its own, writes 2 KiB of it and has 4 KiB filled, so often.
+    // Each thread has 16 KiB of its own; each call writes 2 KiB of it or fills 4 KiB.
     const CALLS: u32 = 300;
     let program = written(
         &format!(
@@ -607,7 +608,7 @@ fn pages_stay_where_calls_are_made() {
     let parts = running.span(3);
     assert_eq!(running.outcome(), Outcome::Exit(0));
     assert_eq!(running.text(), ".".repeat(4 * 2048 * CALLS as usize));
-    // It would be several for each call of two or three threads.
+    // Otherwise each call of two or three threads would wait for several pages.
     let waited = parts.home().pages().latency().count();
     assert!(
         waited < u64::from(CALLS),
@@ -615,11 +616,12 @@ fn pages_stay_where_calls_are_made() {
     );
 }
 
-/// Whoever reads the clock, wherever, reads no time before one that he knows to have been
-/// read: threads that move tell each other what they read, through memory.
+/// A thread never reads a time before one that it knows to have been read, at any part:
+/// moving threads exchange their times through memory.
 #[test]
-fn time_goes_on_at_all_parts_as_at_one() {
-    // At 64: the last that anybody read. At 128 + 64 * arg: where each reads.
+fn time_is_monotonic_across_parts() {
+    // At 64: the latest time read by any thread. At 128 + 64 * arg: the buffer of each
+    // thread.
     let program = written(
         "(local.set $at (i32.add (i32.const 128) (i32.shl (local.get $arg) (i32.const 6))))
          (loop $more
@@ -646,7 +648,7 @@ fn time_goes_on_at_all_parts_as_at_one() {
         assert!(begun.elapsed() < LONG);
         let tids = running.machine.threads();
         let tid = tids[random.random_range(0..tids.len())];
-        // (It may have ended.)
+        // It may have ended.
         let _ = running
             .machine
             .move_thread(tid, part(random.random_range(0..4)));
@@ -655,12 +657,12 @@ fn time_goes_on_at_all_parts_as_at_one() {
     assert_eq!(parts.home().failure(), None);
 }
 
-/// A thread elsewhere need not ask its home for the time; clocks that it may not read, and
-/// the wall's, the home answers for as ever.
+/// A thread at a member reads the monotonic clock without the home; other clocks are read
+/// by the home.
 #[test]
 fn clocks_are_read_where_threads_are() {
-    struct Stands;
-    impl HostClock for Stands {
+    struct ConstantClock;
+    impl HostClock for ConstantClock {
         fn monotonic_ns(&self) -> u64 {
             77
         }
@@ -685,16 +687,16 @@ fn clocks_are_read_where_threads_are() {
          (call $done)",
         "",
     );
-    let running = Running::by(&program, &[], Arc::new(Stands));
-    // One for each thread: at the home it would read on for ever.
+    let running = Running::by(&program, &[], Arc::new(ConstantClock));
+    // One part per thread: at the home a thread would loop for ever.
     let parts = running.span(5);
     assert_eq!(running.outcome(), Outcome::Exit(0));
     assert_eq!(parts.home().failure(), None);
 }
 
-/// A trap, and an exit, at a member are those of the machine.
+/// A trap or an exit at a member ends the machine.
 #[test]
-fn what_ends_a_thread_elsewhere_ends_the_machine() {
+fn traps_and_exits_at_members_end_the_machine() {
     let last = |what: &str| {
         let burn = "(loop $on (br $on))";
         written(
@@ -715,14 +717,14 @@ fn what_ends_a_thread_elsewhere_ends_the_machine() {
     assert_eq!(running.outcome(), Outcome::Exit(7));
 }
 
-/// Threads that burn at three parts come to safepoints, are captured and stopped.
+/// Threads that compute at three parts reach safepoints, are captured and stopped.
 #[test]
 fn threads_elsewhere_are_frozen_and_stopped() {
     let program = written("(loop $on (br $on))", "");
     let running = Running::new(&program, &[]);
     let parts = running.span(3);
     let machine = &running.machine;
-    while machine.thread_locations().len() < 5 {
+    while machine.places().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
     for _ in 0..20 {
@@ -730,7 +732,7 @@ fn threads_elsewhere_are_frozen_and_stopped() {
         assert_eq!(machine.image().unwrap().threads(), 5);
         machine.thaw().unwrap();
     }
-    let places = machine.thread_locations();
+    let places = machine.places();
     for number in 0..3 {
         let here = places.values().filter(|place| **place == part(number));
         assert!(here.count() >= 1, "{places:?}");
@@ -744,8 +746,8 @@ fn threads_elsewhere_are_frozen_and_stopped() {
     drop(parts);
 }
 
-/// A part is lost while threads burn, wait and stand at its pages: the machine ends, and
-/// says which part it was.
+/// A part is lost while threads compute, wait and fault on its pages: the machine ends,
+/// and its error names the part.
 #[test]
 fn a_lost_part_ends_the_machine_by_name() {
     let program = written(
@@ -760,11 +762,11 @@ fn a_lost_part_ends_the_machine_by_name() {
     );
     let running = Running::new(&program, &[]);
     let mut parts = running.span(3);
-    while running.machine.thread_locations().len() < 5 {
+    while running.machine.places().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
-    // (Not the one behind it: that it would hear of.)
-    parts.lose_last();
+    // Not the next thread: it would be told.
+    parts.kill_last_member();
     assert_eq!(running.outcome(), Outcome::Stopped);
     let failure = parts.home().failure().expect("a reason");
     assert!(

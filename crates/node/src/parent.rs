@@ -69,8 +69,8 @@ pub async fn supervise(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut failures = 0;
     // The agent inherits it.
-    keel_machine::cgroup::spare_agent();
-    keel_machine::cgroup::go_first();
+    keel_machine::cgroup::protect_agent_from_oom();
+    keel_machine::cgroup::raise_priority();
     loop {
         let begun = Instant::now();
         let mut child = start(installed, &mut agent)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use keel_api::{
     CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, PartsInfo, SpanRequest, Urgency,
 };
-use keel_machine::failpoint::{Action, Failpoint, Order, Place};
+use keel_machine::failpoint::{Action, Failpoint, Injection, Site};
 use keel_machine::restart::Restart;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -196,9 +196,9 @@ impl Drill<'_> {
     }
 
     /// Where a failpoint is passed, if the machine moves from `source`.
-    fn place<'b>(&'b self, place: Place, source: &'b str) -> &'b str {
+    fn place<'b>(&'b self, site: Site, source: &'b str) -> &'b str {
         let [one, other] = self.nodes;
-        match place.is_target() {
+        match site.is_target() {
             false => source,
             true if one == source => other,
             true => one,
@@ -209,14 +209,14 @@ impl Drill<'_> {
     ///
     /// # Errors
     /// What was not as it must be, or that the failpoint was not passed.
-    pub async fn run(&self, failpoint: &Failpoint, order: Order) -> Result<Outcome> {
+    pub async fn run(&self, failpoint: &Failpoint, order: Injection) -> Result<Outcome> {
         let source = self.goes_on(0).await?;
         if self.spans {
             self.span().await?;
         }
         let before = self.testimony()?;
         let (trigger, ways) = way_to(failpoint.name);
-        let at = self.place(failpoint.place, &source).to_owned();
+        let at = self.place(failpoint.site, &source).to_owned();
         let passed = self.cluster.failpoints_passed(&at).len();
         let mut orders = vec![(failpoint.name, order.to_string())];
         orders.extend(
@@ -226,7 +226,7 @@ impl Drill<'_> {
         let mut given = Vec::new();
         for (name, order) in &orders {
             let place = keel_machine::failpoint::find(name).context("an unknown failpoint")?;
-            let node = self.place(place.place, &source).to_owned();
+            let node = self.place(place.site, &source).to_owned();
             self.order(&node, name, Some(order)).await?;
             given.push((node, *name));
         }
@@ -270,7 +270,7 @@ impl Drill<'_> {
         let rewinds = after.rewinds - before.rewinds;
         // (Between the commit and the last part that knows its home nothing may fail.)
         let part = self.spans
-            && (failpoint.place.is_worker() && order.action == Action::Kill
+            && (failpoint.site.is_worker() && order.action == Action::Kill
                 || failpoint.name == "home.succeeds");
         let taken = part || may_rewind(failpoint, order.action, trigger);
         ensure!(
@@ -300,12 +300,12 @@ impl Drill<'_> {
         let asked = async {
             match trigger {
                 Trigger::Move => {
-                    let to = self.place(Place::TargetAgent, source);
+                    let to = self.place(Site::TargetAgent, source);
                     let moved = self.cluster.move_machine(self.calm, self.machine, to).await;
                     drop(moved);
                 }
                 Trigger::PostCopy => {
-                    let to = self.place(Place::TargetAgent, source);
+                    let to = self.place(Site::TargetAgent, source);
                     let request = MoveRequest {
                         to: to.to_owned(),
                         post_copy: true,
@@ -352,9 +352,9 @@ const WENT_ON: [&str; 2] = ["in.go", "in.gone"];
 /// Whether the machine's own process is taken from it.
 fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {
     let killed = action == Action::Kill
-        && (matches!(failpoint.place, Place::SourceWorker | Place::Worker)
+        && (matches!(failpoint.site, Site::SourceWorker | Site::Worker)
             // A part of it is still at the source.
-            || trigger == Trigger::PostCopy && failpoint.place.is_worker()
+            || trigger == Trigger::PostCopy && failpoint.site.is_worker()
             || WENT_ON.contains(&failpoint.name));
     let lost_there = way_to(failpoint.name)
         .1

@@ -10,7 +10,7 @@ use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
 use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
-use keel_machine::failpoint::{ALL, Action, Order};
+use keel_machine::failpoint::{ALL, Action, Injection};
 use keel_machine::moves::Ending;
 use keel_machine::restart::Restart;
 use rand::rngs::StdRng;
@@ -104,7 +104,7 @@ impl std::fmt::Display for Tally {
 #[derive(Debug, Clone)]
 enum Fault {
     Nothing,
-    Failpoint(String, &'static str, Order),
+    Failpoint(String, &'static str, Injection),
     KillAgent(String),
     KillWorker(String, &'static str),
     /// The source's worker, while the commit of its move is held back and its answer will
@@ -149,7 +149,7 @@ impl Fault {
             Fault::KillWorker(..) | Fault::KillInDoubt(..) | Fault::PowerOff(_) => true,
             Fault::Failpoint(_, name, order) => {
                 order.action == Action::Kill
-                    && keel_machine::failpoint::find(name).is_some_and(|it| it.place.is_worker())
+                    && keel_machine::failpoint::find(name).is_some_and(|it| it.site.is_worker())
             }
             Fault::Nothing
             | Fault::KillAgent(_)
@@ -348,7 +348,7 @@ impl Nemesis {
                     2 => Action::Error,
                     _ => Action::Delay(Duration::from_millis(ms)),
                 };
-                let order = Order {
+                let order = Injection {
                     action,
                     skip: pass,
                     always: false,

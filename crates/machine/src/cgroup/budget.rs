@@ -1,23 +1,21 @@
-//! What the groups around this process let it use: a node in a container, a slice of
-//! systemd's, or a test's group has no more than that, whatever the host has.
+//! Limits of the groups around this process: a node in a container, a systemd slice or a
+//! test's group has no more than that, whatever the host has.
 
 use super::layout::Layout;
 use std::path::Path;
 
-/// Version 1 says "no limit" by a number about this large.
+/// Version 1 represents "no limit" by a number of about this size.
 const UNLIMITED_BYTES: u64 = 1 << 60;
 
-/// Limits of all groups around this process; `None` where there is none.
+/// The strictest limits of all groups around this process; `None` for no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Budget {
-    /// Cores.
     pub cores: Option<f64>,
-    /// Memory, in bytes.
     pub memory_bytes: Option<u64>,
 }
 
 impl Budget {
-    /// That of this process.
+    /// The limits of this process.
     pub fn read() -> Self {
         let Ok(layout) = Layout::read() else {
             return Budget::default();
@@ -58,7 +56,7 @@ impl Budget {
     }
 }
 
-/// A group's folder and those around it, up to its mount point.
+/// A group's folder and its ancestors, up to the mount point.
 fn ancestors(folder: &Path) -> impl Iterator<Item = &Path> {
     let in_a_hierarchy = |it: &&Path| it.join("cgroup.procs").exists();
     folder.ancestors().take_while(in_a_hierarchy)
@@ -78,7 +76,7 @@ fn cores_v2(text: &str) -> Option<f64> {
     cores_v1(words.next()?, words.next()?)
 }
 
-/// Microseconds of a period; less than zero is no limit.
+/// In microseconds per period; a negative quota means no limit.
 fn cores_v1(quota: &str, period: &str) -> Option<f64> {
     let quota: f64 = quota.trim().parse().ok()?;
     let period: f64 = period.trim().parse().ok()?;
@@ -100,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_of_all_groups_around_counts() {
+    fn the_strictest_ancestor_counts() {
         let mut budget = Budget::default();
         for cores in [None, Some(2.0), Some(0.5), None, Some(1.0)] {
             budget.add_cores(cores);

@@ -1,31 +1,30 @@
-//! The control group of one worker. Its agent makes it and removes it; the
-//! worker goes into it and sets its own limit, since only it knows how many
-//! memories its machine has.
+//! The control group of one worker. The agent creates and removes it; the worker enters
+//! it and sets its own limit, since only it knows how many memories its machine has.
 
+use super::format_bytes;
 use super::layout::Version;
-use super::shown;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// In a worker's folder: where its group is.
+/// File in a worker's folder with the location of its group.
 const FILE: &str = "cgroups";
-/// Beyond a machine's memories: code, compiling it, buffers of moves and
+/// Bytes beyond a machine's memories: code, compilation, buffers of moves and
 /// checkpoints.
 const ENGINE_BYTES: u64 = 2 << 30;
-/// For each guest thread: native stack, save area, what the runtime keeps.
+/// Bytes per guest thread: native stack, save area, runtime state.
 const THREAD_BYTES: u64 = 8 << 20;
-/// A limit that is this near was reached: what is counted is counted in batches.
+/// A limit counts as reached within this distance, because the kernel charges in batches.
 const NEAR_BYTES: u64 = 1 << 20;
-/// How long the kernel may take to let go of a group whose process is gone.
+/// Time limit for the kernel to release a group whose process has ended.
 pub(super) const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// One hierarchy's folder of the group.
+/// The group's folder in one hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Folder {
     pub(super) version: Version,
     pub(super) path: PathBuf,
-    /// Whether memory is bounded and counted there.
+    /// Whether memory is limited and accounted there.
     pub(super) memory: bool,
 }
 
@@ -35,41 +34,38 @@ pub struct Group {
     pub(super) folders: Vec<Folder>,
 }
 
-/// What the kernel counts of a group; `None` where it does not.
+/// Resource use of a group as accounted by the kernel; `None` where it is not.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupUsage {
-    /// Memory now, in bytes: guest and engine, files that are cached for it.
+    /// Present memory use in bytes, including the page cache.
     pub memory_bytes: Option<u64>,
-    /// The most that it was.
+    /// Peak memory use in bytes.
     pub memory_peak_bytes: Option<u64>,
-    /// The most that it may be.
+    /// Memory limit in bytes.
     pub memory_limit_bytes: Option<u64>,
-    /// CPU time, in microseconds.
+    /// CPU time in microseconds.
     pub cpu_micros: Option<u64>,
-    /// How long it was kept from running by a quota, in microseconds. keel sets none.
+    /// Time throttled by a quota, in microseconds. keel sets none.
     pub throttled_micros: Option<u64>,
 }
 
-/// What a group did, counted by the kernel.
+/// Event counters of a group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GroupCounts {
-    /// Pages that were needed again after they had been taken away.
+    /// Pages that were evicted and needed again (refaults).
     pub refaults: Option<u64>,
-    /// Reads from and writes to disks.
+    /// Disk reads and writes.
     pub io_operations: Option<u64>,
 }
 
-/// The kernel ended a group's process for want of memory.
+/// The kernel killed a group's process because memory ran out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutOfMemory {
-    /// The group's own limit was reached.
-    Limit {
-        /// The limit.
-        limit_bytes: u64,
-    },
-    /// The host, or a group around the node's, had none left.
+    /// The group reached its own limit.
+    Limit { limit_bytes: u64 },
+    /// The host, or a group around the node's, ran out of memory.
     Host {
-        /// The most that the group had, if that was counted.
+        /// Peak memory use of the group, if known.
         peak_bytes: Option<u64>,
     },
 }
@@ -80,7 +76,7 @@ impl std::fmt::Display for OutOfMemory {
             OutOfMemory::Limit { limit_bytes } => write!(
                 f,
                 "out of memory: the kernel ended its process at the limit of its cgroup, {} for its memories and the engine (raise its memory limit, or lower that of its threads)",
-                shown(*limit_bytes)
+                format_bytes(*limit_bytes)
             ),
             OutOfMemory::Host { peak_bytes } => {
                 write!(
@@ -88,7 +84,7 @@ impl std::fmt::Display for OutOfMemory {
                     "out of memory: the host, or a limit around the node, had none left, and the kernel ended its process"
                 )?;
                 if let Some(bytes) = peak_bytes {
-                    write!(f, ", which had {}", shown(*bytes))?;
+                    write!(f, ", which had {}", format_bytes(*bytes))?;
                 }
                 write!(
                     f,
@@ -99,10 +95,10 @@ impl std::fmt::Display for OutOfMemory {
     }
 }
 
-/// The limit of the group of a machine: more than the machine can come to by its
-/// own limits, so that those are reached first, where they have names (growing
-/// fails, an access beyond is a trap). The engine gets 2 GiB, a quarter of the
-/// memories (what checkpoints copy while they freeze) and 8 MiB a thread.
+/// The limit for a machine's group: above what the machine can reach within its own
+/// limits, so that those take effect first, with specific errors (growing fails, an
+/// access beyond traps). The engine gets 2 GiB, a quarter of the memories (copies during
+/// a checkpoint's freeze) and 8 MiB per thread.
 pub fn memory_limit_bytes(memories: usize, memory_bytes: u64, threads_max: u32) -> u64 {
     let memories = memory_bytes.saturating_mul(memories as u64);
     memories
@@ -116,34 +112,34 @@ fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
 }
 
 impl Group {
-    /// The group that was made for the worker whose folder this is.
+    /// The group created for the worker with this folder.
     pub fn load(folder: &Path) -> Option<Self> {
         let text = std::fs::read(folder.join(FILE)).ok()?;
         serde_json::from_slice(&text)
             .inspect_err(|error| {
-                tracing::warn!(%error, folder = %folder.display(), "its cgroup is not known");
+                tracing::warn!(%error, folder = %folder.display(), "cannot read the location of a cgroup");
             })
             .ok()
     }
 
-    /// Says in a worker's folder which group is its.
+    /// Records the group in a worker's folder.
     ///
     /// # Errors
-    /// The file system's, in a sentence.
+    /// That of the file system, as a message.
     pub fn save(&self, folder: &Path) -> Result<(), String> {
         let path = folder.join(FILE);
         let text = serde_json::to_vec(self).map_err(|error| error.to_string())?;
         std::fs::write(&path, text).map_err(named(&path))
     }
 
-    /// Puts this process into the group.
+    /// Moves this process into the group.
     ///
     /// # Errors
-    /// The kernel's, in a sentence.
+    /// That of the kernel, as a message.
     pub fn join(&self) -> Result<(), String> {
         for folder in &self.folders {
             let path = folder.path.join("cgroup.procs");
-            // (0 is whoever writes it.)
+            // 0 is the writing process.
             std::fs::write(&path, "0").map_err(named(&path))?;
         }
         Ok(())
@@ -158,10 +154,10 @@ impl Group {
         folders.find(|folder| folder.version == Version::V2)
     }
 
-    /// Bounds its memory.
+    /// Sets the memory limit.
     ///
     /// # Errors
-    /// The kernel's, in a sentence.
+    /// That of the kernel, as a message.
     pub fn limit_memory(&self, bytes: u64) -> Result<(), String> {
         let Some(memory) = self.memory() else {
             return Ok(());
@@ -173,7 +169,7 @@ impl Group {
         std::fs::write(&path, bytes.to_string()).map_err(named(&path))
     }
 
-    /// What the kernel counts of it.
+    /// Resource use of the group.
     pub fn usage(&self) -> GroupUsage {
         let mut usage = GroupUsage::default();
         if let Some(memory) = self.memory() {
@@ -188,7 +184,7 @@ impl Group {
             .map(|name| number(&memory.path.join(name)));
             usage.memory_bytes = now;
             usage.memory_peak_bytes = peak;
-            // Version 1 has a word for none that is a number.
+            // Version 1 represents no limit by a large number.
             usage.memory_limit_bytes = limit.filter(|limit| *limit < 1 << 62);
         }
         if let Some(unified) = self.unified() {
@@ -199,8 +195,8 @@ impl Group {
         usage
     }
 
-    /// Pages that were needed again after they had been taken away, and operations on
-    /// disks, since the group was made; as far as the kernel counts them.
+    /// Refaults and disk operations since the group was created, where they are
+    /// accounted.
     pub fn counts(&self) -> GroupCounts {
         let mut counts = GroupCounts::default();
         if let Some(memory) = self.memory() {
@@ -224,7 +220,7 @@ impl Group {
         counts
     }
 
-    /// Whether, and why, the kernel ended its process for want of memory.
+    /// Whether and why the kernel killed its process because memory ran out.
     pub fn out_of_memory(&self) -> Option<OutOfMemory> {
         let memory = self.memory()?;
         let text = read(&memory.path.join(match memory.version {
@@ -248,19 +244,19 @@ impl Group {
         })
     }
 
-    /// Removes the group whose process is gone, and what the worker's folder says
-    /// of it; waits a little for the kernel. What stays is swept by the next agent.
+    /// Removes the group of an ended process and its record in the worker's folder; waits
+    /// briefly for the kernel. The next agent removes leftovers.
     pub fn remove_saved(folder: &Path) {
         let Some(group) = Group::load(folder) else {
             return;
         };
         group.remove();
         if let Err(error) = std::fs::remove_file(folder.join(FILE)) {
-            tracing::debug!(%error, "where a group was is still said");
+            tracing::debug!(%error, "cannot remove the record of a group");
         }
     }
 
-    /// Removes the group; waits a little until its process is gone.
+    /// Removes the group; waits briefly for its process to end.
     pub fn remove(&self) {
         let deadline = Instant::now() + REMOVE_PATIENCE;
         for folder in &self.folders {
@@ -269,7 +265,7 @@ impl Group {
                     Ok(()) => break,
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
                     Err(error) if Instant::now() > deadline => {
-                        tracing::warn!(%error, group = %folder.path.display(), "a group stays");
+                        tracing::warn!(%error, group = %folder.path.display(), "cannot remove a group");
                         break;
                     }
                     Err(_) => std::thread::sleep(Duration::from_millis(5)),
@@ -283,12 +279,12 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// The number in a file; `None` for a file that is not there or says `max`.
+/// The number in a file; `None` if the file is missing or says `max`.
 fn number(path: &Path) -> Option<u64> {
     read(path).trim().parse().ok()
 }
 
-/// The number behind a name, in a file of names and numbers.
+/// The number of a key, in a file of keys and numbers.
 fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let (found, number) = line.split_once(' ')?;
@@ -300,7 +296,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// A group of plain files that look as the kernel's do.
+    /// A group of plain files in the kernel's format.
     fn group(version: Version, files: &[(&str, &str)]) -> (tempfile::TempDir, Group) {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -394,14 +390,14 @@ mod tests {
         };
         assert_eq!(group.out_of_memory(), Some(limit));
         assert!(limit.to_string().starts_with("out of memory: "), "{limit}");
-        // Far from its own limit it was the host's.
+        // Use far below its own limit: the host ran out of memory.
         group.limit_memory(4 << 30).unwrap();
         assert_eq!(group.out_of_memory(), Some(host));
         assert!(host.to_string().contains("1024 MiB"), "{host}");
     }
 
     #[test]
-    fn what_is_not_there_is_not_counted() {
+    fn missing_files_are_not_counted() {
         let (_folder, group) = group(Version::V2, &[]);
         assert_eq!(group.usage(), GroupUsage::default());
         assert_eq!(group.counts(), GroupCounts::default());
@@ -409,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_found_again() {
+    fn saved_groups_are_loaded() {
         let (folder, group) = group(Version::V1, &[]);
         assert_eq!(Group::load(folder.path()), None);
         group.save(folder.path()).unwrap();
@@ -419,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_comes_to_its_own_limits_first() {
+    fn a_machine_reaches_its_own_limits_first() {
         let gib = 1u64 << 30;
         assert!(memory_limit_bytes(1, 4 * gib, 256) > 4 * gib + 256 * (2 << 20));
         assert!(memory_limit_bytes(3, 4 * gib, 1) > 12 * gib);

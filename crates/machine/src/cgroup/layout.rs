@@ -6,10 +6,10 @@ use procfs::{ProcResult, ProcessCGroups};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// The version 2 group that an agent makes for itself.
+/// The version 2 group that an agent creates for itself.
 pub(super) const AGENT_LEAF: &str = "keel-agent";
 
-/// The one that systemd makes for what it runs after a service has stopped.
+/// The group that systemd creates for commands it runs after a service has stopped.
 const CONTROL_LEAF: &str = ".control";
 
 /// Version of a hierarchy.
@@ -21,16 +21,16 @@ pub(super) enum Version {
     V2,
 }
 
-/// Where workers' groups are made in one hierarchy.
+/// The folder for workers' groups in one hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Base {
     pub(super) version: Version,
     pub(super) folder: PathBuf,
-    /// Controllers that groups there are to have.
+    /// Controllers that groups there should have.
     pub(super) controllers: Vec<&'static str>,
 }
 
-/// Where this process's groups are.
+/// The groups of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// Folder of the version 2 group.
@@ -40,13 +40,13 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Controllers that machines are bounded and accounted by.
+    /// Controllers that limit and account machines.
     pub const WANTED: [&str; 3] = ["cpu", "memory", "io"];
 
     /// That of this process.
     ///
     /// # Errors
-    /// If `/proc` does not tell.
+    /// If `/proc` cannot be read.
     pub fn read() -> ProcResult<Self> {
         let process = Process::myself()?;
         Ok(Layout::of(&process.mountinfo()?, &process.cgroups()?))
@@ -68,8 +68,8 @@ impl Layout {
                 _ => false,
             });
             let Some(mount) = mount else { continue };
-            // In a container the mount may begin further down, and the group
-            // may be outside of it.
+            // In a container the mount may be a subtree, and the group may be outside of
+            // it.
             let inner = Path::new(&group.pathname)
                 .strip_prefix(&mount.root)
                 .unwrap_or(Path::new(""));
@@ -97,12 +97,12 @@ impl Layout {
         self.unified.as_deref()
     }
 
-    /// Folder of this process's version 1 group of a controller.
+    /// Folder of this process's version 1 group for a controller.
     pub(super) fn legacy(&self, controller: &str) -> Option<&Path> {
         self.legacy.get(controller).map(PathBuf::as_path)
     }
 
-    /// One word for people.
+    /// A word for users.
     pub fn word(&self) -> &'static str {
         match (&self.unified, self.legacy.is_empty()) {
             (Some(_), true) => "version 2",
@@ -112,8 +112,8 @@ impl Layout {
         }
     }
 
-    /// Where groups are made in version 2: this process's group, or the one above
-    /// where an agent went into a group of its own.
+    /// The folder for version 2 groups: this process's group, or its parent if an agent
+    /// has entered a group of its own.
     fn unified_base(&self) -> Option<&Path> {
         let own = self.unified.as_deref()?;
         match own.file_name() {
@@ -122,20 +122,20 @@ impl Layout {
         }
     }
 
-    /// Controllers that version 2 groups could have here, as the kernel lists
-    /// them; empty without version 2.
+    /// Controllers available to version 2 groups here, in the kernel's notation; empty
+    /// without version 2.
     pub fn on_unified(&self) -> String {
         self.unified_base()
             .and_then(|folder| std::fs::read_to_string(folder.join("cgroup.controllers")).ok())
             .unwrap_or_default()
     }
 
-    /// Where groups would be made: in which folder, for which of the
-    /// controllers [`Self::WANTED`]. `on_unified` is as [`Self::on_unified`] has it.
+    /// The folders for groups, each with its controllers of [`Self::WANTED`].
+    /// `on_unified` is the result of [`Self::on_unified`].
     pub fn places(&self, on_unified: &str) -> BTreeMap<PathBuf, BTreeSet<&'static str>> {
         let mut places: BTreeMap<PathBuf, BTreeSet<&'static str>> = BTreeMap::new();
         for wanted in Layout::WANTED {
-            // Version 1 has another name for it.
+            // Its name in version 1.
             let legacy = if wanted == "io" { "blkio" } else { wanted };
             let unified = self.unified_base().filter(|_| has(on_unified, wanted));
             let legacy = self.legacy.get(legacy).map(PathBuf::as_path);
@@ -146,11 +146,11 @@ impl Layout {
         places
     }
 
-    /// The hierarchies that workers' groups are made in.
+    /// The hierarchies for workers' groups.
     ///
-    /// The `cpu` controller is taken from version 2 only. There a node's machines
-    /// stand beside nothing but its agent; in version 1 one group of a machine's
-    /// threads would weigh as much as any single process of the host.
+    /// The `cpu` controller is taken only from version 2. There a node's machines compete
+    /// only with its agent; in version 1 a machine's group would have the weight of a
+    /// single process of the host.
     pub(super) fn bases(&self, on_unified: &str) -> Vec<Base> {
         let mut bases = Vec::new();
         if let Some(folder) = self.unified_base() {
@@ -216,7 +216,7 @@ mod tests {
             layout.places("cpuset cpu io memory pids\n"),
             BTreeMap::from([(mine.clone(), BTreeSet::from(["cpu", "io", "memory"]))])
         );
-        // What was not delegated is not there.
+        // A controller that is not delegated is not available.
         assert_eq!(
             layout.places("memory\n"),
             BTreeMap::from([(mine, BTreeSet::from(["memory"]))])
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_went_aside_makes_groups_where_it_was() {
+    fn an_agent_in_its_own_group_uses_the_parent() {
         let mine = "/sys/fs/cgroup/system.slice/keel.service";
         for leaf in ["keel-agent", ".control"] {
             let layout = layout(UNIFIED, &format!("0::/system.slice/keel.service/{leaf}\n"));
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn hybrid_takes_controllers_where_they_are() {
+    fn hybrid_uses_the_hierarchy_of_each_controller() {
         let layout = layout(HYBRID, HYBRID_GROUPS);
         assert_eq!(layout.word(), "hybrid");
         let place = |path: &str, what| (PathBuf::from(path), BTreeSet::from([what]));
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn containers_begin_further_down() {
+    fn containers_use_their_subtree() {
         let mounts = "30 23 0:26 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
         let inside = layout(mounts, "0::/docker/x/inner\n");
         assert_eq!(inside.unified, Some("/sys/fs/cgroup/inner".into()));

@@ -1,31 +1,30 @@
-//! Control groups of machines' workers: each worker is in a group of its own
-//! where this user may make groups, so that the kernel bounds and counts each
-//! machine by itself, and says which one ran out of memory.
+//! Control groups of machines' workers: each worker has a group of its own where this
+//! user may create groups, so that the kernel limits and accounts each machine separately
+//! and reports which one ran out of memory.
 //!
-//! - `layout`: which hierarchies there are, and where this process is in them
-//! - `slice`: the folder of a node's groups: made, swept, removed
-//! - `group`: one worker's group: limit, counters, end
-//! - `pressure`: for how long something of a group stood still
-//! - `budget`: what the groups around this process let it use
-//! - `priority`: whom the kernel ends first when the host has no memory left, and who
-//!   goes first where processors are scarce
+//! - `layout`: the hierarchies and this process's position in them
+//! - `slice`: the folder of a node's groups: creation, cleanup, removal
+//! - `group`: one worker's group: limit, counters, removal
+//! - `pressure`: pressure stall information
+//! - `budget`: limits of the groups around this process
+//! - `priority`: order of OOM kills, and scheduling priorities
 //!
-//! Version 2, version 1 and the hybrid of both are supported. A group is a
-//! folder in each hierarchy that is of use: where the `memory` controller is,
-//! and the version 2 hierarchy, which counts CPU time without any controller.
+//! Version 2, version 1 and the hybrid of both are supported. A group is a folder in each
+//! hierarchy of use: the one with the `memory` controller, and the version 2 hierarchy,
+//! which accounts CPU time without any controller.
 //!
 //! ```text
 //!   the agent's group/                  (v2: its processes go to keel-agent/ when
-//!     keel-agent/                        the kernel wants groups with controllers
-//!     keel-HASH OF THE NODE'S FOLDER/    to be without processes)
+//!     keel-agent/                        the kernel requires groups with controllers
+//!     keel-HASH OF THE NODE'S FOLDER/    to have no processes)
 //!       MACHINE.RANDOM/                  one worker
 //! ```
 //!
-//! CPU time is counted, not bounded: a quota would slow the threads that move a
-//! machine as well as the guest's, which `keel_wasm`'s governor holds alone.
+//! CPU time is accounted, not limited: a quota would slow down the threads that move a
+//! machine as well as the guest's, which only `keel_wasm`'s governor throttles.
 //!
-//! What a group is decides nothing about machines: without rights all works as
-//! it does with them, less the bound, the counters and the name of the end.
+//! Machines do not depend on groups: without the right to create them all works, except
+//! for the limit, the counters and the reason of an OOM kill.
 
 mod budget;
 mod group;
@@ -39,13 +38,13 @@ pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes}
 pub use layout::Layout;
 pub use pressure::Pressure;
 pub use priority::{
-    CompilePriority, Courtesy, compile_beside_guests, go_first, guest_nice, set_compile_priority,
-    spare_agent, spend_worker,
+    CompilePriority, YieldPolicy, expose_worker_to_oom, guest_nice, protect_agent_from_oom,
+    raise_priority, set_compile_priority, yield_compile_thread,
 };
 pub use slice::Slice;
 
-/// Bytes for people.
-fn shown(bytes: u64) -> String {
+/// Formats bytes for users.
+fn format_bytes(bytes: u64) -> String {
     match bytes {
         0..0x40_0000 => format!("{} KiB", bytes >> 10),
         0x40_0000..0x1_0000_0000 => format!("{} MiB", bytes >> 20),

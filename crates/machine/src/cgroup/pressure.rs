@@ -1,21 +1,18 @@
-//! Pressure stall information (PSI): for how long something of a group stood still for
-//! want of CPU, memory or disks. Kept by version 2 groups, with or without
-//! controllers, and for the whole host.
+//! Pressure stall information (PSI): how long tasks of a group were stalled for lack of
+//! CPU, memory or disk. Available for version 2 groups, with or without controllers, and
+//! for the whole host.
 
 use super::group::{Folder, Group};
 use super::layout::Version;
 use super::slice::Slice;
 use std::path::Path;
 
-/// Microseconds in which some task of a group stood still, counted up; `None` where
-/// the kernel does not say.
+/// Cumulative microseconds in which some task of a group was stalled; `None` where the
+/// kernel does not report it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pressure {
-    /// For want of a core.
     pub cpu_micros: Option<u64>,
-    /// For want of memory.
     pub memory_micros: Option<u64>,
-    /// For want of a disk.
     pub io_micros: Option<u64>,
 }
 
@@ -73,7 +70,7 @@ mod tests {
     use super::parse;
 
     #[test]
-    fn the_total_of_some_is_taken() {
+    fn the_total_of_some_is_parsed() {
         let text = "some avg10=0.00 avg60=1.50 avg300=0.00 total=1026347\n\
                     full avg10=0.00 avg60=0.00 avg300=0.00 total=848813\n";
         assert_eq!(parse(text), Some(1_026_347));

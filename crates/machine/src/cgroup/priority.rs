@@ -1,67 +1,67 @@
-//! Whom the kernel ends first when the host itself has no memory left: workers,
-//! each of which is one machine that can be started again, before the agent and
-//! its parent, without which none is. And who goes first where processors are scarce:
-//! what balances and moves machines, before guests, or a hot node could not be helped.
+//! OOM kill order: workers, each of which has one machine that can be restarted, before
+//! the agent and its parent, without which no machine is restarted. And scheduling
+//! priorities: threads that balance and move machines run before guests, because a hot
+//! node could not be relieved otherwise.
 
 use std::time::{Duration, Instant};
 
-/// Added to the badness of a worker, in thousandths of all memory.
+/// Added to a worker's OOM score, in thousandths of all memory.
 const WORKER: i32 = 500;
-/// The same of an agent and its parent.
+/// The same for an agent and its parent.
 const AGENT: i32 = -500;
 const FILE: &str = "/proc/self/oom_score_adj";
 /// The nice value of this process's session.
 const AUTOGROUP: &str = "/proc/self/autogroup";
 
-/// Nice value of what is not a guest.
+/// Nice value of everything but guests.
 const CONTROL_NICE: i32 = -10;
-/// Nice value of guests where that of the others can be had.
+/// Nice value of guests where the value above can be set.
 const GUEST_NICE: i32 = 0;
 
-/// Lets this process, and what it starts, go before guests. Needs a right
-/// (CAP_SYS_NICE); without it nothing changes.
-pub fn go_first() {
+/// Lets this process and its children run before guests. Needs a right (CAP_SYS_NICE);
+/// without it nothing changes.
+pub fn raise_priority() {
     if let Err(error) = rustix::process::setpriority_process(None, CONTROL_NICE) {
-        tracing::debug!(%error, "guests are as important as what moves them");
+        tracing::debug!(%error, "cannot raise the priority above that of guests");
     }
 }
 
-/// Nice value of threads that compile what a guest or its user waits for, above that of
-/// guests.
+/// Nice value, relative to guests', of threads that compile what a guest or its user
+/// waits for.
 const COMPILE_STEP: i32 = 5;
-/// Nice value of a process that compiles ahead: beside a guest on the same processor it
-/// gets 36 parts of 1,060 (the kernel's `sched_prio_to_weight`).
+/// Nice value of a process that compiles in advance: beside a guest on the same processor
+/// it gets 36 of 1,060 parts (the kernel's `sched_prio_to_weight`).
 const BACKGROUND_NICE: i32 = 15;
 
-/// Lets guests go before the calling thread, which compiles. The value is absolute: what
-/// its process has may be far before that of guests.
-pub fn compile_beside_guests() {
+/// Lets guests run before the calling thread, which compiles. The value is absolute,
+/// because the process's own may be far below that of guests.
+pub fn yield_compile_thread() {
     let guests = guest_nice().or_else(|| rustix::process::getpriority_process(None).ok());
     set_own(guests.unwrap_or(GUEST_NICE) + COMPILE_STEP);
 }
 
-/// How a process that compiles stands beside guests.
+/// Priority of a compiling process relative to guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompilePriority {
-    /// As its agent: before guests, where that is allowed.
+    /// The priority of its agent: before guests, where permitted.
     First,
-    /// Somebody waits for it: beside a guest on the same processor it gets a quarter.
+    /// A move waits for it: beside a guest on the same processor it gets a quarter.
     Wanted,
-    /// Nobody does: a guest on the same processor keeps 97 parts of a hundred.
+    /// Nothing waits for it: a guest on the same processor keeps 97 %.
     Background,
 }
 
-/// Gives a process of its own that compiles, with all threads that it has, its place
-/// beside guests. It becomes the leader of a session: where the kernel shares processors
-/// among sessions first (`sched_autogroup_enabled`), nice values count only within one,
-/// so the session gets the value too. To go forward again needs a right (CAP_SYS_NICE).
+/// Sets the priority of a compiling process and all its threads relative to guests. It
+/// becomes the leader of a session: where the kernel distributes processors among
+/// sessions first (`sched_autogroup_enabled`), nice values count only within one, so the
+/// session gets the value too. Raising the priority again needs a right (CAP_SYS_NICE).
 pub fn set_compile_priority(priority: CompilePriority) {
     let nice = match priority {
         CompilePriority::First => rustix::process::getpriority_process(None).unwrap_or(GUEST_NICE),
         CompilePriority::Wanted => GUEST_NICE + COMPILE_STEP,
         CompilePriority::Background => BACKGROUND_NICE,
     };
-    // (It leads its session already the second time.)
+    // On the second call it already leads its session.
     let _ = rustix::process::setsid();
     let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten();
     for thread in threads.flatten() {
@@ -70,65 +70,65 @@ pub fn set_compile_priority(priority: CompilePriority) {
             continue;
         };
         if let Err(error) = rustix::process::setpriority_process(Some(thread), nice) {
-            tracing::debug!(%error, nice, "a compiling thread's priority stays");
+            tracing::debug!(%error, nice, "cannot set the priority of a compiling thread");
         }
     }
-    // (There is no such file where the kernel does not share by sessions.)
+    // The file does not exist where the kernel does not group by sessions.
     if let Err(error) = std::fs::write(AUTOGROUP, nice.to_string()) {
-        tracing::debug!(%error, "the session's priority stays");
+        tracing::debug!(%error, "cannot set the priority of the session");
     }
 }
 
-/// The nice value for guests' threads in this process; `None` if they are to have its
-/// own.
+/// The nice value for guests' threads in this process; `None` to keep that of the
+/// process.
 pub fn guest_nice() -> Option<i32> {
     let own = rustix::process::getpriority_process(None).ok()?;
     (own < GUEST_NICE).then_some(GUEST_NICE)
 }
 
-/// Lets guests have their share beside the thread that made it, which copies a
-/// machine while it runs: nobody waits for that. Where so many want the processors
-/// that this share is too little to get a machine away, the thread goes first again.
-/// At the end, too.
+/// Lets guests have their share of the processors beside the current thread, which copies
+/// a machine while it runs. If this share is too small for the move to make progress, the
+/// thread gets its priority back; also at the end.
 #[derive(Debug)]
-pub struct Courtesy {
+pub struct YieldPolicy {
     own: i32,
-    looked: Instant,
-    /// Nanoseconds that it ran and that it waited for a processor.
+    measured_at: Instant,
+    /// Nanoseconds that the thread ran, and that it waited for a processor.
     used: (u64, u64),
     on: bool,
 }
 
-/// What is looked at must be so long, in nanoseconds: several turns of everybody.
-const LOOKED_AT_NANOS: u64 = 20_000_000;
-const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// Of the time that it wants to run, the least share in which a thread is to run.
+/// The minimum duration of a measurement, in nanoseconds: several time slices of all
+/// threads.
+const MEASURED_NANOS_MIN: u64 = 20_000_000;
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
+/// The smallest share of its runnable time in which the thread should run.
 const SHARE_MIN: f64 = 0.25;
 
-impl Courtesy {
-    /// `None` where guests and the rest have the same priority.
+impl YieldPolicy {
+    /// `None` where guests have the same priority as other threads.
     pub fn begin() -> Option<Self> {
         let own = rustix::process::getpriority_process(None).ok()?;
         let used = ran_and_waited()?;
-        (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| Courtesy {
+        (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| YieldPolicy {
             own,
-            looked: Instant::now(),
+            measured_at: Instant::now(),
             used,
             on: true,
         })
     }
 
-    /// Ends if the thread gets too little; to be called often.
-    pub fn look(&mut self) {
-        if !self.on || self.looked.elapsed() < LOOK_EVERY {
+    /// Ends the yielding if the thread gets too little; call often.
+    pub fn check(&mut self) {
+        if !self.on || self.measured_at.elapsed() < CHECK_INTERVAL {
             return;
         }
-        self.looked = Instant::now();
+        self.measured_at = Instant::now();
         let Some((ran, waited)) = ran_and_waited() else {
             return;
         };
         let now = (ran - self.used.0, waited - self.used.1);
-        if now.0 + now.1 < LOOKED_AT_NANOS {
+        if now.0 + now.1 < MEASURED_NANOS_MIN {
             return;
         }
         self.used = (ran, waited);
@@ -137,7 +137,7 @@ impl Courtesy {
         }
     }
 
-    /// The thread goes first from now on.
+    /// Restores the thread's priority.
     pub fn end(&mut self) {
         if std::mem::take(&mut self.on) {
             set_own(self.own);
@@ -145,7 +145,7 @@ impl Courtesy {
     }
 }
 
-impl Drop for Courtesy {
+impl Drop for YieldPolicy {
     fn drop(&mut self) {
         self.end();
     }
@@ -156,10 +156,10 @@ fn is_starved((ran, waited): (u64, u64)) -> bool {
 }
 
 fn set_own(nice: i32) -> bool {
-    // (On Linux that of a thread.)
+    // On Linux this affects the thread.
     let set = rustix::process::setpriority_process(None, nice);
     if let Err(error) = &set {
-        tracing::debug!(%error, nice, "this thread's priority stays as it is");
+        tracing::debug!(%error, nice, "cannot set the priority of this thread");
     }
     set.is_ok()
 }
@@ -171,14 +171,14 @@ fn ran_and_waited() -> Option<(u64, u64)> {
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
 }
 
-/// Makes this process, and what it starts, one of the last to be ended. Needs a
-/// right (CAP_SYS_RESOURCE); without it nothing changes.
-pub fn spare_agent() {
+/// Makes this process and its children late victims of the OOM killer. Needs a right
+/// (CAP_SYS_RESOURCE); without it nothing changes.
+pub fn protect_agent_from_oom() {
     adjust(|now| now.min(AGENT));
 }
 
-/// Makes this process one of the first to be ended.
-pub fn spend_worker() {
+/// Makes this process an early victim of the OOM killer.
+pub fn expose_worker_to_oom() {
     adjust(|now| now.max(WORKER));
 }
 
@@ -191,7 +191,7 @@ fn adjust(change: impl Fn(i32) -> i32) {
         }
     });
     if let Err(error) = adjusted {
-        tracing::debug!(%error, "whom the kernel ends first stays as it is");
+        tracing::debug!(%error, "cannot set the OOM score");
     }
 }
 
@@ -200,22 +200,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quarter_of_the_time_is_enough() {
+    fn a_quarter_of_the_time_is_sufficient() {
         assert!(!is_starved((0, 0)) && !is_starved((5, 15)) && !is_starved((9, 1)));
         assert!(is_starved((0, 1)) && is_starved((5, 16)));
     }
 
-    /// Compiling went before guests once: a step was added to what the process had.
+    /// The nice value must not be relative to that of the process, or compilation could
+    /// run before guests.
     #[test]
-    fn compiling_yields_to_guests_whatever_its_process_has() {
+    fn compilation_yields_to_guests_at_any_priority() {
         std::thread::spawn(|| {
             let nice = || rustix::process::getpriority_process(None).unwrap();
             if set_own(CONTROL_NICE) {
-                compile_beside_guests();
+                yield_compile_thread();
                 assert_eq!(nice(), GUEST_NICE + COMPILE_STEP);
             } else {
                 eprintln!("skipped in part: priorities need CAP_SYS_NICE");
-                compile_beside_guests();
+                yield_compile_thread();
                 assert!(nice() > GUEST_NICE);
             }
         })
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_priority_comes_back() {
+    fn the_priority_is_restored() {
         std::thread::spawn(|| {
             let nice = || rustix::process::getpriority_process(None).unwrap();
             assert!(ran_and_waited().is_some());
@@ -232,16 +233,16 @@ mod tests {
                 eprintln!("skipped: priorities need CAP_SYS_NICE");
                 return;
             }
-            let mut courtesy = Courtesy::begin().unwrap();
-            courtesy.look();
+            let mut courtesy = YieldPolicy::begin().unwrap();
+            courtesy.check();
             assert_eq!(nice(), GUEST_NICE);
             courtesy.end();
             assert_eq!(nice(), CONTROL_NICE);
-            drop(Courtesy::begin().unwrap());
+            drop(YieldPolicy::begin().unwrap());
             assert_eq!(nice(), CONTROL_NICE);
             assert!(set_own(GUEST_NICE));
-            // Nobody goes before anybody: there is nothing to do.
-            assert!(Courtesy::begin().is_none());
+            // All threads have the same priority: there is nothing to yield.
+            assert!(YieldPolicy::begin().is_none());
         })
         .join()
         .unwrap();

@@ -5,7 +5,7 @@ use super::layout::{AGENT_LEAF, Base, Layout, Version};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Where a node's workers get their groups; by default nowhere.
+/// The parent groups of a node's workers; by default none.
 #[derive(Debug, Default)]
 pub struct Slice {
     pub(super) folders: Vec<Folder>,
@@ -13,7 +13,7 @@ pub struct Slice {
     missing: Option<String>,
 }
 
-/// Name of the folder of the node whose state is in `state_dir`.
+/// Name of the folder of the node with this state directory.
 fn name(state_dir: &Path) -> String {
     let hash = blake3::hash(state_dir.as_os_str().as_encoded_bytes());
     format!("keel-{}", &hash.to_hex()[..12])
@@ -24,16 +24,15 @@ fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
 }
 
 impl Slice {
-    /// Makes the folder of a node's groups. Where the kernel wants it, this
-    /// process and `parent`, another of the same program, go into a group
-    /// beside it.
+    /// Creates the folder of a node's groups. If the kernel requires it, this process and
+    /// `parent`, another process of the same program, enter a group beside it.
     pub fn prepare(state_dir: &Path, parent: Option<u32>) -> Self {
         let bases = match Layout::read() {
             Ok(layout) => layout.bases(&layout.on_unified()),
             Err(error) => {
                 return Slice {
                     folders: Vec::new(),
-                    missing: Some(format!("where they would be is not known: {error}")),
+                    missing: Some(format!("their location is unknown: {error}")),
                 };
             }
         };
@@ -62,23 +61,23 @@ impl Slice {
             });
         }
         if missing.is_none() && !folders.iter().any(|folder| folder.memory) {
-            missing = Some("this system has no memory controller where they would be".into());
+            missing = Some("this system has no memory controller for them".into());
         }
         Slice { folders, missing }
     }
 
-    /// What this node's groups lack, and what follows; `None` if nothing.
+    /// What this node's groups lack, and the consequence; `None` if nothing.
     pub fn missing(&self) -> Option<String> {
         let missing = self.missing.as_ref()?;
         Some(format!(
-            "Machines' memory is not bounded by cgroups: {missing} (`keel doctor` says what to do)."
+            "Machines' memory is not bounded by cgroups: {missing} (`keel doctor` shows the remedy)."
         ))
     }
 
-    /// Makes a group for a machine's worker; `None` where none can be made.
+    /// Creates a group for a machine's worker; `None` where none can be created.
     ///
     /// # Errors
-    /// The kernel's, in a sentence; nothing is left then.
+    /// That of the kernel, as a message; nothing is left then.
     pub fn make(&self, machine: &str) -> Result<Option<Group>, String> {
         let inner = format!("{machine}.{:08x}", rand::random::<u32>());
         let mut group = Group {
@@ -98,8 +97,8 @@ impl Slice {
         Ok((!group.folders.is_empty()).then_some(group))
     }
 
-    /// Removes groups that have no process and are not in use by the workers whose
-    /// folders are in `workers`: what agents left that died.
+    /// Removes groups of agents that died: those without processes that are not used by
+    /// the workers with folders in `workers`.
     pub fn sweep(&self, workers: &Path) {
         let used: Vec<PathBuf> = std::fs::read_dir(workers)
             .into_iter()
@@ -114,29 +113,29 @@ impl Slice {
         }
     }
 
-    /// Removes the folder where no machine is left in it.
+    /// Removes the folder if it has no machines.
     pub fn remove_if_empty(&self) {
         for folder in &self.folders {
-            // It is not empty where a machine runs on.
+            // It is not empty while a machine runs.
             let _ = std::fs::remove_dir(&folder.path);
         }
     }
 
-    /// Takes controllers back from the groups of a node whose agent is gone, while its
-    /// machines run on, so that its service can be started in the group around them:
-    /// one with controllers for others takes no processes, which systemd before 254
-    /// does not reckon with. The next agent gives them again, and machines' limits with
-    /// them.
+    /// Takes controllers away from the groups of a node whose agent has ended, while its
+    /// machines run on, so that its service can be started in the surrounding group: a
+    /// group that has controllers enabled for children takes no processes, which systemd
+    /// before 254 does not expect. The next agent enables them again and restores the
+    /// machines' limits.
     pub fn release(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
         for base in layout.bases(&layout.on_unified()) {
             if base.version == Version::V2 {
-                take_back(&base, &base.folder.join(name(state_dir)));
+                disable(&base, &base.folder.join(name(state_dir)));
             }
         }
     }
 
-    /// Removes all groups of a node whose processes were killed, from outside; waits
+    /// Removes all groups of a node whose processes were killed, from outside, and waits
     /// until they are gone. For tests, which leave nothing behind.
     pub fn remove_all(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
@@ -160,42 +159,43 @@ fn make(path: &Path) -> Result<(), String> {
     }
 }
 
-/// Lets the groups in `path`, which lies in the base, have the base's
-/// controllers. Version 1 has them always.
+/// Enables the base's controllers for the groups in `path`, which is in the base. In
+/// version 1 they always are.
 fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
     if base.version == Version::V1 {
         return Ok(());
     }
-    // One alone first: it may be all that can be had.
+    // A single controller first: others may not be available.
     let [first, others @ ..] = &base.controllers[..] else {
         return Ok(());
     };
-    if let Err(error) = give(&base.folder, first) {
-        // A group with controllers for others has no processes of its own.
+    if let Err(error) = enable_controller(&base.folder, first) {
+        // A group with controllers enabled for children has no processes of its own.
         if error.kind() != std::io::ErrorKind::ResourceBusy {
             return Err(named(&base.folder)(error));
         }
-        go_aside(&base.folder, parent)?;
-        if let Err(error) = give(&base.folder, first) {
-            go_back(&base.folder, parent);
+        enter_agent_group(&base.folder, parent)?;
+        if let Err(error) = enable_controller(&base.folder, first) {
+            leave_agent_group(&base.folder, parent);
             return Err(format!(
                 "{} has processes that are not this node's ({error})",
                 base.folder.display()
             ));
         }
     }
-    give(path, first).map_err(named(path))?;
+    enable_controller(path, first).map_err(named(path))?;
     for other in others {
-        let given = give(&base.folder, other).and_then(|()| give(path, other));
+        let given =
+            enable_controller(&base.folder, other).and_then(|()| enable_controller(path, other));
         if let Err(error) = given {
-            tracing::debug!(%error, controller = other, "machines' groups lack it");
+            tracing::debug!(%error, controller = other, "cannot enable a controller for machines' groups");
         }
     }
     Ok(())
 }
 
-/// Lets the groups in a group have a controller.
-fn give(group: &Path, controller: &str) -> std::io::Result<()> {
+/// Enables a controller for the children of a group.
+fn enable_controller(group: &Path, controller: &str) -> std::io::Result<()> {
     std::fs::write(
         group.join("cgroup.subtree_control"),
         format!("+{controller}"),
@@ -203,28 +203,28 @@ fn give(group: &Path, controller: &str) -> std::io::Result<()> {
 }
 
 /// Undoes [`enable`].
-fn take_back(base: &Base, path: &Path) {
-    // The inner ones first.
+fn disable(base: &Base, path: &Path) {
+    // The inner group first.
     for group in [path, &base.folder] {
         for controller in &base.controllers {
             let control = group.join("cgroup.subtree_control");
             if let Err(error) = std::fs::write(&control, format!("-{controller}")) {
-                tracing::debug!(%error, group = %control.display(), "a controller stays");
+                tracing::debug!(%error, group = %control.display(), "cannot disable a controller");
             }
         }
     }
 }
 
-/// Puts this process and its parent into a group beside the workers'.
-fn go_aside(base: &Path, parent: Option<u32>) -> Result<(), String> {
+/// Moves this process and its parent into a group beside the workers'.
+fn enter_agent_group(base: &Path, parent: Option<u32>) -> Result<(), String> {
     let leaf = base.join(AGENT_LEAF);
     make(&leaf)?;
-    enter(&leaf, parent).inspect_err(|_| go_back(base, parent))
+    enter(&leaf, parent).inspect_err(|_| leave_agent_group(base, parent))
 }
 
-fn go_back(base: &Path, parent: Option<u32>) {
+fn leave_agent_group(base: &Path, parent: Option<u32>) {
     if let Err(error) = enter(base, parent) {
-        tracing::debug!(error, "the agent stays in a group of its own");
+        tracing::debug!(error, "the agent cannot leave its own group");
     }
     // Another node's agent may be in it.
     let _ = std::fs::remove_dir(base.join(AGENT_LEAF));
@@ -243,9 +243,9 @@ fn remove_children(folder: &Path, unused: impl Fn(&PathBuf) -> bool) {
     for entry in entries {
         let path = entry.path();
         if path.is_dir() && unused(&path) {
-            // One that has a process stays.
+            // A group with a process stays.
             if let Err(error) = std::fs::remove_dir(&path) {
-                tracing::debug!(%error, group = %path.display(), "an old group stays");
+                tracing::debug!(%error, group = %path.display(), "cannot remove an old group");
             }
         }
     }
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_dead_agents_left_is_swept_and_nothing_else() {
+    fn groups_of_dead_agents_are_removed() {
         let (groups, workers) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let slice = slice(groups.path());
         let [old, used] = ["old", "used"].map(|name| slice.make(name).unwrap().unwrap());
@@ -293,18 +293,18 @@ mod tests {
     }
 
     #[test]
-    fn nodes_on_one_computer_are_told_apart() {
+    fn nodes_on_one_host_have_distinct_groups() {
         assert_ne!(name(Path::new("/tmp/a")), name(Path::new("/tmp/b")));
     }
 
-    /// A group of this process in the real version 2 hierarchy whose groups have
-    /// a controller, and back out of it.
-    struct Real {
+    /// A group of this process in the real version 2 hierarchy whose children can have a
+    /// controller; the process leaves it at the end.
+    struct RealHierarchy {
         home: PathBuf,
         base: Base,
     }
 
-    impl Real {
+    impl RealHierarchy {
         fn new() -> Option<Self> {
             let bases = Layout::read().ok()?.bases("");
             let home = bases.into_iter().next()?.folder;
@@ -320,7 +320,7 @@ mod tests {
                 controllers: vec![controller],
             };
             enter(&base.folder, None).ok()?;
-            Some(Real { home, base })
+            Some(RealHierarchy { home, base })
         }
 
         fn processes(&self, inner: &str) -> Vec<u32> {
@@ -330,7 +330,7 @@ mod tests {
         }
     }
 
-    impl Drop for Real {
+    impl Drop for RealHierarchy {
         fn drop(&mut self) {
             enter(&self.home, None).unwrap();
             remove_children(&self.base.folder, |_| true);
@@ -338,17 +338,17 @@ mod tests {
         }
     }
 
-    /// One test, since a process is in one group at a time.
+    /// A single test, since a process is in one group at a time.
     #[test]
-    fn an_agent_goes_aside_where_the_kernel_wants_it() {
-        let Some(real) = Real::new() else {
+    fn an_agent_enters_its_own_group_where_required() {
+        let Some(real) = RealHierarchy::new() else {
             eprintln!("not tested: no version 2 group here gives its groups a controller");
             return;
         };
         let workers = real.base.folder.join("workers");
         std::fs::create_dir(&workers).unwrap();
         let me = std::process::id();
-        // Another's process stays where it is: the agent comes back.
+        // Another program's process stays where it is: the agent leaves its group again.
         let mut other = std::process::Command::new("sleep")
             .arg("60")
             .spawn()
@@ -363,7 +363,7 @@ mod tests {
         let mut there = real.processes("");
         there.sort_unstable();
         assert_eq!(there, both);
-        // One that is the agent's parent goes along.
+        // The agent's parent is moved as well.
         enable(&real.base, &workers, Some(other.id())).unwrap();
         assert_eq!(real.processes(""), Vec::<u32>::new());
         let mut there = real.processes(AGENT_LEAF);
@@ -371,12 +371,12 @@ mod tests {
         assert_eq!(there, both);
         other.kill().unwrap();
         other.wait().unwrap();
-        // An agent that is started again finds all done.
+        // A restarted agent finds the groups in place.
         enable(&real.base, &workers, None).unwrap();
         let control = workers.join("cgroup.subtree_control");
         let given = std::fs::read_to_string(&control).unwrap();
         assert_eq!(given.trim(), real.base.controllers[0]);
-        // Now nothing can be started around them, until that is taken back.
+        // Now nothing can be started around them, until the controllers are taken away.
         let machine = workers.join("machine");
         std::fs::create_dir(&machine).unwrap();
         let mut running = std::process::Command::new("sleep")
@@ -385,7 +385,7 @@ mod tests {
             .unwrap();
         std::fs::write(machine.join("cgroup.procs"), running.id().to_string()).unwrap();
         assert!(enter(&real.base.folder, None).is_err());
-        take_back(&real.base, &workers);
+        disable(&real.base, &workers);
         enter(&real.base.folder, None).unwrap();
         enable(&real.base, &workers, None).unwrap();
         let given = std::fs::read_to_string(&control).unwrap();

@@ -1,12 +1,11 @@
-//! Packs in a directory of the host: written past its page cache, as most are never
-//! read. Copying a machine's memory into the cache would cost more than the disk
-//! does, and push out what other programs have there. File systems that cannot do
-//! that are written through the cache.
+//! Packs in a directory of the host, written past the page cache with direct I/O, because
+//! most are never read: writing a machine's memory through the cache would cost more than
+//! the disk does and evict other programs' pages. Where the file system does not support
+//! this, packs are written through the cache.
 //!
-//! Names and what is behind them are as `object_store` has them, which reads and
-//! lists them: a file has its name only when its bytes are on the disk, and
-//! `NAME#DIGITS` before, which is in no list. The folder's own entries are synced
-//! once, by whoever makes the manifest.
+//! Names follow `object_store`, which reads and lists the packs: a file gets its name
+//! only when its bytes are durable, and is called `NAME#DIGITS` before, which listings
+//! omit. The folder's entries are synced once, before the manifest is written.
 
 use keel_net::Bytes;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -16,33 +15,32 @@ use std::ops::{Deref, DerefMut, Range};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Addresses, offsets and lengths are multiples of it past the page cache: no
-/// disk wants more.
+/// Alignment of addresses, offsets and lengths for direct I/O: sufficient for all disks.
 const ALIGN: usize = 4096;
 
-/// Bytes whose first one has an address that disks can write from.
+/// A buffer whose first byte is aligned for direct I/O.
 #[derive(Default)]
-pub(super) struct Aligned {
+pub(super) struct AlignedBuffer {
     bytes: Vec<u8>,
     start: usize,
 }
 
-impl Aligned {
-    /// Makes it at least so long; of what it had, the first `kept` bytes stay.
+impl AlignedBuffer {
+    /// Grows it to at least this length; the first `kept` bytes are preserved.
     pub(super) fn grow(&mut self, length: usize, kept: usize) {
         if self.len() >= length {
             return;
         }
         let mut bytes = vec![0; length + ALIGN];
-        // (By its contract this may know no answer: then nothing is aligned, and
-        // the page cache is used.)
+        // By its contract this may find no offset: then nothing is aligned, and the page
+        // cache is used.
         let start = bytes.as_ptr().align_offset(ALIGN).min(ALIGN);
         bytes[start..start + kept].copy_from_slice(&self[..kept]);
-        *self = Aligned { bytes, start };
+        *self = AlignedBuffer { bytes, start };
     }
 }
 
-impl Deref for Aligned {
+impl Deref for AlignedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -50,21 +48,21 @@ impl Deref for Aligned {
     }
 }
 
-impl DerefMut for Aligned {
+impl DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..]
     }
 }
 
-/// A file that is written past the page cache or through it.
-struct Direct {
+/// A file written with or without the page cache.
+struct DirectFile {
     file: File,
     is_direct: bool,
 }
 
-impl Direct {
+impl DirectFile {
     fn new(file: File) -> Self {
-        let mut file = Direct {
+        let mut file = DirectFile {
             file,
             is_direct: false,
         };
@@ -78,7 +76,7 @@ impl Direct {
         Ok(fcntl_setfl(&self.file, flags)?)
     }
 
-    /// Goes on through the page cache if it was past it.
+    /// Switches to the page cache after a failed direct write.
     fn fall_back(&mut self, error: io::Error) -> io::Result<()> {
         if !self.is_direct || error.raw_os_error() != Some(libc::EINVAL) {
             return Err(error);
@@ -107,7 +105,7 @@ impl Direct {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => self.fall_back(error)?,
             }
-            // A write that was cut short may have ended anywhere.
+            // A short write may have ended anywhere.
             if self.is_direct && at % ALIGN != 0 {
                 self.switch(false)?;
                 self.is_direct = false;
@@ -117,10 +115,10 @@ impl Direct {
     }
 }
 
-/// Writes a file as a whole; its bytes are on the disk then. Blocking.
+/// Writes a file as a whole and makes its bytes durable. Blocking.
 ///
 /// # Errors
-/// The host's, with the file's name; nothing is left then.
+/// That of the host, with the file's name; nothing is left then.
 pub(super) fn write(path: &Path, bytes: &Bytes) -> io::Result<()> {
     let mut staged = path.as_os_str().to_owned();
     staged.push(format!("#{}", rand::random::<u32>()));
@@ -137,16 +135,16 @@ pub(super) fn write(path: &Path, bytes: &Bytes) -> io::Result<()> {
         }
         other => other,
     };
-    let written = Direct::new(file.map_err(named)?).write(bytes);
+    let written = DirectFile::new(file.map_err(named)?).write(bytes);
     let written = written.and_then(|()| std::fs::rename(&staged, path));
     written.map_err(|error| {
-        // What is left of it is in no list.
+        // Listings omit what is left of it.
         let _ = std::fs::remove_file(&staged);
         named(error)
     })
 }
 
-/// Makes the folders above a path, to stay.
+/// Creates the folders of a path durably.
 fn make_parents(path: &Path) -> io::Result<()> {
     let Some(folder) = path.parent() else {
         return Ok(());
@@ -162,17 +160,17 @@ fn make_parents(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts a folder's entries on the disk. Blocking.
+/// Makes a folder's entries durable. Blocking.
 ///
 /// # Errors
-/// The host's.
+/// That of the host.
 pub(super) fn sync(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Reads a file block by block, through the page cache: the kernel reads ahead there,
-/// more at a time than is asked for here, and whoever makes many machines of one
-/// checkpoint finds it again.
+/// Reads a file block by block through the page cache: the kernel reads ahead in larger
+/// units than requested here, and restoring many machines from one checkpoint reads it
+/// once.
 pub(super) struct Reader {
     file: File,
     room: Vec<u8>,
@@ -180,7 +178,7 @@ pub(super) struct Reader {
 
 impl Reader {
     pub(super) fn new(file: File) -> Self {
-        // (A hint: without it less is read ahead.)
+        // A hint: without it less is read ahead.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
         Reader {
             file,
@@ -191,7 +189,7 @@ impl Reader {
     /// Reads a range.
     ///
     /// # Errors
-    /// The host's; [`io::ErrorKind::UnexpectedEof`] where the file is shorter.
+    /// That of the host; [`io::ErrorKind::UnexpectedEof`] if the file is shorter.
     pub(super) fn read(&mut self, range: Range<u64>) -> io::Result<&[u8]> {
         let length = (range.end - range.start) as usize;
         if self.room.len() < length {
@@ -211,19 +209,19 @@ mod tests {
         (0..count).map(|at| (at * 7 + at / 999) as u8).collect()
     }
 
-    /// Lengths around the alignment, from addresses that have it and others.
+    /// Lengths around the alignment, from aligned and unaligned addresses.
     #[test]
-    fn comes_back_whatever_its_length_and_address() {
+    fn any_length_and_address_is_written() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/b/pack");
         for length in [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, 5 * ALIGN, (1 << 20) + 77] {
             for shift in [0, 1, 512] {
-                let mut room = Aligned::default();
+                let mut room = AlignedBuffer::default();
                 room.grow(shift + length, 0);
                 room[shift..shift + length].copy_from_slice(&bytes(length));
                 let written = Bytes::copy_from_slice(&room[shift..shift + length]);
                 write(&path, &written).unwrap();
-                let mut file = Direct::new(File::create(folder.path().join("c")).unwrap());
+                let mut file = DirectFile::new(File::create(folder.path().join("c")).unwrap());
                 file.write(&room[shift..shift + length]).unwrap();
                 for path in [&path, &folder.path().join("c")] {
                     assert_eq!(std::fs::read(path).unwrap(), bytes(length));
@@ -235,7 +233,7 @@ mod tests {
                 }
             }
         }
-        // Nothing else is left.
+        // No other file is left.
         let names = std::fs::read_dir(path.parent().unwrap()).unwrap();
         assert_eq!(names.count(), 1);
     }
@@ -243,7 +241,7 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_written_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        // Its name is taken by something that no file can replace.
+        // A directory has its name, which no file can replace.
         let path = folder.path().join("pack");
         std::fs::create_dir_all(path.join("in it")).unwrap();
         let error = write(&path, &Bytes::from(bytes(10))).unwrap_err();
@@ -252,8 +250,8 @@ mod tests {
     }
 
     #[test]
-    fn growing_keeps_what_was_there() {
-        let mut room = Aligned::default();
+    fn growing_preserves_content() {
+        let mut room = AlignedBuffer::default();
         room.grow(10, 0);
         room[..10].copy_from_slice(&bytes(10));
         room.grow(3 << 20, 10);

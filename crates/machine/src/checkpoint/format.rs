@@ -1,14 +1,14 @@
-//! What is stored.
+//! The stored form of checkpoints.
 //!
 //! ```text
 //!  manifest:  "KCKP" │ version u32 │ body length u64 │ body (postcard) │ BLAKE3 of all before
-//!  pack:      pages without any frame; the manifest has a BLAKE3 of each MiB
+//!  pack:      pages without framing; the manifest has a BLAKE3 of each MiB
 //! ```
 //!
-//! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
-//! the one before is read too, others are refused by name.
+//! Numbers are little-endian. [`VERSION`] is raised with every change of the body; the
+//! previous version is read too, others are refused with an error that names the version.
 
-use super::vault::{Outline, Piece};
+use super::repository::{Outline, PackName};
 use crate::past;
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -25,18 +25,18 @@ const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
 pub(super) const BLOCK_BYTES: usize = 1 << 20;
 
-/// Names a checkpoint of a machine: later ones are greater.
+/// Identifies a checkpoint of a machine: ids increase with time.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CheckpointId(String);
 
 impl CheckpointId {
-    /// A new one, of this moment.
+    /// A new id for this time.
     pub fn new(unix_ms: u64) -> Self {
         CheckpointId(format!("{unix_ms:013}-{:08x}", rand::random::<u32>()))
     }
 
-    /// The moment that it is of, in milliseconds since 1970-01-01 UTC.
+    /// Time of the checkpoint, in milliseconds since 1970-01-01 UTC.
     pub fn unix_ms(&self) -> u64 {
         let time = self.0.split('-').next();
         time.and_then(|time| time.parse().ok()).unwrap_or(0)
@@ -77,79 +77,73 @@ impl FromStr for CheckpointId {
             Ok(CheckpointId(text.to_owned()))
         } else {
             Err(format!(
-                "{text:?} is no name of a checkpoint (see `keel checkpoints MACHINE`)"
+                "{text:?} is not the name of a checkpoint (see `keel checkpoints MACHINE`)"
             ))
         }
     }
 }
 
-/// A checkpoint that a machine is made of.
+/// The checkpoint that a machine is restored from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
-    /// Where it is: the URL of a vault.
-    pub vault: String,
-    /// The machine that it was taken of.
+    /// URL of the repository.
+    pub repository: String,
+    /// The machine whose checkpoint it is.
     pub machine: MachineName,
-    /// Which; without it the newest that is whole.
+    /// The checkpoint; `None` for the newest intact one.
     pub id: Option<CheckpointId>,
-    /// Whether the machine is to be another one than that: with random numbers
-    /// of its own.
+    /// Whether the machine is a clone, with random numbers of its own.
     pub is_clone: bool,
-    /// When its memory comes, and to where.
-    pub memory: MemoryComes,
+    /// When its memory is read, and to where.
+    pub memory: MemoryRestore,
 }
 
-/// When the memory of a machine comes that is made of a checkpoint, and to where. (It
-/// stands in records: the first two as the `false` and `true` that were there before.)
+/// When the memory of a restored machine is read, and to where. Records store the first
+/// two as `false` and `true`, as in earlier versions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryComes {
+pub enum MemoryRestore {
     /// Before it runs.
-    First,
-    /// While it runs: it does so sooner, but damage is found only then, and ends it.
-    Behind,
-    /// Before it runs, to its home and to a part on each of these nodes: what is larger
-    /// than one node.
-    Apart(Vec<NodeName>),
+    Eager,
+    /// While it runs: it starts sooner, but damage is found only then and ends it.
+    Lazy,
+    /// Before it runs, to its home and to a part on each of these nodes: for machines
+    /// larger than one node.
+    Spanning(Vec<NodeName>),
 }
 
-/// Pages of one memory, in the order in which they lie in the packs.
+/// Pages of one memory, in the order of the packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
-    /// Number of the memory.
     pub memory: u32,
-    /// First host page.
+    /// Number of the first 4 KiB page.
     pub first: u32,
-    /// How many.
     pub pages: u32,
 }
 
-/// What a checkpoint has of the machine's own volumes, in the order in which it
-/// happened.
+/// A change of the machine's own volumes, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BlockRun {
-    /// A file lost all from a byte on; all of it: the file is gone.
+    /// A file was truncated; to 0 bytes: it was removed.
     Cut {
         /// Number of the volume in the spec.
         volume: u32,
         /// Number of the file.
         inode: u64,
-        /// Its bytes then, at the most.
+        /// Its new size at the most, in bytes.
         bytes: u64,
     },
-    /// Bytes of a file; they are the next ones in the packs.
+    /// Bytes of a file, which are the next ones in the packs.
     Blocks {
         /// Number of the volume in the spec.
         volume: u32,
         /// Number of the file.
         inode: u64,
-        /// Where they belong.
         offset: u64,
-        /// How many.
         bytes: u64,
     },
 }
 
-/// One stored piece.
+/// Description of a pack.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pack {
     /// Its size in bytes.
@@ -159,7 +153,7 @@ pub struct Pack {
 }
 
 impl Pack {
-    /// What describes these bytes.
+    /// The description of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Pack {
             bytes: bytes.len() as u64,
@@ -177,53 +171,49 @@ impl Pack {
             .is_some_and(|hash| blake3::hash(bytes).as_bytes() == hash)
     }
 
-    /// Bytes of it that share a checksum: from where to where.
+    /// Byte range of a block.
     pub(super) fn block_range(&self, number: usize) -> Range<u64> {
         let start = (number * BLOCK_BYTES) as u64;
         start.min(self.bytes)..(start + BLOCK_BYTES as u64).min(self.bytes)
     }
 }
 
-/// One checkpoint.
+/// A checkpoint's manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Its name.
     pub id: CheckpointId,
-    /// The machine.
     pub machine: MachineName,
-    /// The checkpoint that this one stands on.
+    /// The parent of an incremental checkpoint.
     pub parent: Option<CheckpointId>,
-    /// How often it was made a full one: part of its packs' names.
+    /// Number of compactions: part of its packs' names.
     pub generation: u32,
     /// The epoch under which the machine ran.
     pub epoch: Epoch,
-    /// Milliseconds since 1970-01-01 UTC at the instant that it holds.
+    /// Time of the freeze, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// What was asked for.
     pub spec: Spec,
     /// Hash of the instrumented module.
     pub program: [u8; 32],
-    /// Bytes of output that came before.
+    /// Bytes of output before the freeze.
     pub log_end: u64,
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
-    /// What lies in the packs, in order; of a page that comes twice the later
-    /// one counts.
+    /// Pages in the packs, in order; the last copy of a page is the valid one.
     pub runs: Vec<Run>,
     /// The packs, in order.
     pub packs: Vec<Pack>,
-    /// What was written to the machine's own volumes since the parent.
+    /// Changes of the machine's own volumes since the parent.
     pub block_runs: Vec<BlockRun>,
-    /// The packs of that, in order.
+    /// The packs with their blocks, in order.
     pub block_packs: Vec<Pack>,
     /// Threads and WASI state.
     pub image: Vec<u8>,
 }
 
-/// Why bytes are no manifest.
+/// Why bytes are not a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
-    /// Cut, changed, or something else.
+    /// Truncated, corrupted, or something else.
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
     /// Of another version of this program.
@@ -251,7 +241,7 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Reads the stored form. Nothing is decoded before its checksum is right.
+    /// Decodes the stored form after verifying its checksum.
     ///
     /// # Errors
     /// [`FormatError`].
@@ -285,12 +275,12 @@ impl Manifest {
             VERSION => postcard::from_bytes(body),
             _ => past::decode_checkpoint(body),
         };
-        let manifest = manifest.map_err(|_| damaged("its body is none"))?;
+        let manifest = manifest.map_err(|_| damaged("its body cannot be decoded"))?;
         manifest.check()?;
         Ok(manifest)
     }
 
-    /// What decoding alone does not show.
+    /// Validates what decoding does not.
     fn check(&self) -> Result<(), FormatError> {
         let damaged = FormatError::Damaged;
         let mut stored: u64 = 0;
@@ -298,7 +288,7 @@ impl Manifest {
             let size = self
                 .memory_pages
                 .get(run.memory as usize)
-                .ok_or(damaged("it has pages of a memory that is not there"))?;
+                .ok_or(damaged("it has pages of a memory that does not exist"))?;
             let end = u64::from(run.first) + u64::from(run.pages);
             if run.pages == 0 || end > size.saturating_mul(16) {
                 return Err(damaged("it has pages outside its memory"));
@@ -336,7 +326,7 @@ impl Manifest {
                 }
             };
             if !own.contains(&volume) || end.is_none() {
-                return Err(damaged("it has blocks of a volume that is not there"));
+                return Err(damaged("it has blocks of a volume that does not exist"));
             }
         }
         if sum_of(&self.block_packs) != Some(stored) {
@@ -345,7 +335,7 @@ impl Manifest {
         Ok(())
     }
 
-    /// What is to be in the store of it.
+    /// The objects that it consists of.
     pub fn outline(&self) -> Outline {
         let pieces = self.pieces();
         Outline {
@@ -356,15 +346,15 @@ impl Manifest {
     }
 
     /// Its packs.
-    pub fn pieces(&self) -> impl Iterator<Item = (Piece, &Pack)> {
+    pub fn pieces(&self) -> impl Iterator<Item = (PackName, &Pack)> {
         let pages = self.packs.iter().enumerate();
         let blocks = self.block_packs.iter().enumerate();
         pages
-            .map(|(number, pack)| (Piece::Pages(number), pack))
-            .chain(blocks.map(|(number, pack)| (Piece::Blocks(number), pack)))
+            .map(|(number, pack)| (PackName::Pages(number), pack))
+            .chain(blocks.map(|(number, pack)| (PackName::Blocks(number), pack)))
     }
 
-    /// Bytes of pages and blocks in it.
+    /// Bytes of its pages and blocks.
     pub fn stored_bytes(&self) -> u64 {
         let packs = self.packs.iter().chain(&self.block_packs);
         packs.map(|pack| pack.bytes).sum()
@@ -454,14 +444,14 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn comes_back_as_it_was() {
+    fn encoding_is_reversible() {
         let manifest = example();
         let bytes = manifest.encode().unwrap();
         assert_eq!(Manifest::decode(&bytes).unwrap(), manifest);
     }
 
     #[test]
-    fn cut_anywhere_it_is_found() {
+    fn truncation_is_detected() {
         let bytes = example().encode().unwrap();
         for length in 0..bytes.len() {
             assert!(
@@ -478,7 +468,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_flipped_bit_anywhere_is_found() {
+    fn a_flipped_bit_is_detected() {
         let bytes = example().encode().unwrap();
         for bit in 0..bytes.len() * 8 {
             let mut changed = bytes.clone();
@@ -494,10 +484,9 @@ pub(super) mod tests {
         assert_eq!(Manifest::decode(&bytes), Err(FormatError::Version(9)));
     }
 
-    /// Whoever can write a right checksum still cannot name pages that are not
-    /// there.
+    /// Even with a correct checksum pages outside of a memory are refused.
     #[test]
-    fn contradictions_are_found() {
+    fn inconsistencies_are_detected() {
         let blocks = |volume, offset, bytes| BlockRun::Blocks {
             volume,
             inode: 4,
@@ -543,7 +532,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_pack_knows_its_bytes() {
+    fn a_pack_describes_its_bytes() {
         let bytes: Vec<u8> = (0..3 * BLOCK_BYTES + 5)
             .map(|at| (at % 250) as u8)
             .collect();

@@ -1,6 +1,6 @@
-//! Where each page of a machine lies in a chain of checkpoints: of a page that
-//! was stored several times, only the newest counts, so that each page is
-//! brought once, in any order and by several threads.
+//! Location of each page of a machine in a chain of checkpoints: of a page that was
+//! stored several times only the newest copy is live, so each page is read once, in any
+//! order and by several threads.
 
 use super::format::{BLOCK_BYTES, Manifest};
 use keel_wasm::memory::PAGE_BYTES;
@@ -8,12 +8,12 @@ use std::ops::Range;
 
 /// Pages that share a checksum.
 const BLOCK_PAGES: u32 = (BLOCK_BYTES as u64 / PAGE_BYTES) as u32;
-/// The most that a memory can have, in 64 KiB pages: 64 GiB.
+/// The largest memory, in 64 KiB pages: 64 GiB.
 const SIZE_MAX: u64 = 1 << 20;
-/// A page that is in no pack: it is zero.
+/// Marks a page that is in no pack and therefore zero.
 const NOWHERE: u32 = u32::MAX;
 
-/// A MiB of a pack: what is read and checked at a time.
+/// A MiB of a pack: the unit of reading and verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Block {
     /// Number of the pack in the layout.
@@ -27,49 +27,48 @@ pub(super) struct Block {
 pub(super) struct PackAt {
     /// Number of the checkpoint in the chain.
     pub checkpoint: usize,
-    /// Number of the pack in it.
+    /// Number of the pack in the checkpoint.
     pub number: usize,
     /// Its first page, counted over the whole chain.
     first: u32,
     pages: u32,
 }
 
-/// Pages as they came.
+/// A run of stored pages.
 #[derive(Debug, Clone, Copy)]
 struct Stored {
     /// Its first page, counted over the whole chain.
     first: u32,
     pages: u32,
     memory: u32,
-    /// Page of the memory.
+    /// Its first page in the memory.
     to: u32,
 }
 
-/// Pages of a block that are the newest of their kind.
+/// A run of live pages in a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Piece {
-    /// The memory that they belong to.
+pub(super) struct LiveRange {
     pub memory: usize,
-    /// Where they belong, in bytes.
+    /// Offset in the memory, in bytes.
     pub offset: u64,
-    /// Where they lie in the block, in bytes.
+    /// Byte range in the block.
     pub within: Range<usize>,
 }
 
-/// All of a chain, the full one first.
+/// All pages of a chain, whose first checkpoint is the full one.
 #[derive(Debug)]
 pub(super) struct Layout {
     packs: Vec<PackAt>,
     stored: Vec<Stored>,
-    /// For each memory and page, which stored page counts.
+    /// For each memory and page, its live copy.
     newest: Vec<Vec<u32>>,
 }
 
 impl Layout {
-    /// Of a chain whose manifests were checked one by one.
+    /// The layout of a chain whose manifests are valid each.
     ///
     /// # Errors
-    /// A sentence, where they do not belong together.
+    /// A message, if they do not belong together.
     pub(super) fn new(chain: &[Manifest]) -> Result<Self, &'static str> {
         let last = chain.last().ok_or("it is empty")?;
         if last.memory_pages.iter().any(|size| *size > SIZE_MAX) {
@@ -89,7 +88,7 @@ impl Layout {
                 let places = newest
                     .get_mut(run.memory as usize)
                     .and_then(|memory| memory.get_mut(from..to))
-                    .ok_or("an older one is of a larger machine")?;
+                    .ok_or("an ancestor belongs to a larger machine")?;
                 for (at, place) in (next..).zip(places) {
                     *place = at;
                 }
@@ -105,7 +104,8 @@ impl Layout {
                 if !pack.bytes.is_multiple_of(PAGE_BYTES) {
                     return Err("a pack ends in the middle of a page");
                 }
-                let pages = u32::try_from(pack.bytes / PAGE_BYTES).map_err(|_| "a pack is huge")?;
+                let pages =
+                    u32::try_from(pack.bytes / PAGE_BYTES).map_err(|_| "a pack is too large")?;
                 packs.push(PackAt {
                     checkpoint,
                     number,
@@ -133,7 +133,7 @@ impl Layout {
         (0..pages.div_ceil(BLOCK_PAGES) as usize).map(move |number| Block { pack, number })
     }
 
-    /// Where a page of a memory lies; `None` if it is zero.
+    /// The block of a page; `None` if the page is zero.
     pub(super) fn find(&self, memory: usize, page: u64) -> Option<Block> {
         let at = *self
             .newest
@@ -145,9 +145,9 @@ impl Layout {
         Some(Block { pack, number })
     }
 
-    /// What counts of a block.
-    pub(super) fn pieces(&self, block: Block) -> Vec<Piece> {
-        let mut pieces: Vec<Piece> = Vec::new();
+    /// Live pages of a block.
+    pub(super) fn pieces(&self, block: Block) -> Vec<LiveRange> {
+        let mut pieces: Vec<LiveRange> = Vec::new();
         let Some(pack) = self.packs.get(block.pack) else {
             return pieces;
         };
@@ -175,7 +175,7 @@ impl Layout {
                     {
                         last.within.end = bytes.end;
                     }
-                    _ => pieces.push(Piece {
+                    _ => pieces.push(LiveRange {
                         memory,
                         offset,
                         within: bytes,
@@ -186,7 +186,7 @@ impl Layout {
         pieces
     }
 
-    /// Bytes of pages that count.
+    /// Bytes of live pages.
     pub(super) fn bytes(&self) -> u64 {
         let pages = self.newest.iter().flatten();
         pages.filter(|at| **at != NOWHERE).count() as u64 * PAGE_BYTES
@@ -199,9 +199,9 @@ mod tests {
     use crate::checkpoint::format::tests::example;
     use crate::checkpoint::format::{Pack, Run};
 
-    /// Random chains, beside doing literally what the format says.
+    /// Random chains, compared with a literal replay of the format.
     #[test]
-    fn the_newest_of_each_page_counts() {
+    fn the_newest_copy_of_each_page_is_live() {
         let mut random = 7u64;
         let mut below = move |limit: u64| {
             random = random.wrapping_mul(6364136223846793005).wrapping_add(1);

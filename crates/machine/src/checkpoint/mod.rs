@@ -1,59 +1,60 @@
-//! Checkpoints: machines kept in time, as moves keep them in space.
+//! Checkpoints: stored states of machines, from which they can be restored.
 //!
-//! - `format`: what is stored, and how it is checked when it is read
-//! - `vault`: where it is stored: a directory or an S3-compatible store
-//! - `folder`: how packs are written to a directory, and read
-//! - `take`: makes one while the machine runs
-//! - `restore`: makes a machine of one
-//! - `compact`: makes an incremental one full, within the store
-//! - `layout`: which page of which one counts
-//! - `warm`: lets the machine run before its pages are read
-//! - `apart`: brings its pages once it has parts
-//! - `volumes`: the machine's own volumes in both
+//! - `format`: the stored form and its validation
+//! - `repository`: storage in a directory or an S3-compatible store
+//! - `folder`: writing and reading packs in a directory
+//! - `create`: makes a checkpoint while the machine runs
+//! - `restore`: restores a machine from a checkpoint
+//! - `compaction`: turns an incremental checkpoint into a full one within the store
+//! - `layout`: the location of the newest copy of each page in a chain
+//! - `lazy_restore`: runs a machine before its pages are read
+//! - `spanning_restore`: reads the pages of a machine once it has parts
+//! - `volumes`: the machine's own volumes in both directions
 //!
-//! Of `cluster:` volumes a checkpoint only has the names and sizes, in the image:
-//! a snapshot under the checkpoint's name stays with the volume (`cluster_volume`).
+//! Of `cluster:` volumes a checkpoint contains only names and sizes, in the image; a
+//! snapshot under the checkpoint's name stays with the volume (`cluster_volume`).
 //!
 //! ```text
-//!   machines/NAME/ID.manifest     what it is, which pages are where, threads and WASI state
-//!   machines/NAME/ID.N.pack       pages, as they came; later ones count
+//!   machines/NAME/ID.manifest     description, locations of pages, threads and WASI state
+//!   machines/NAME/ID.N.pack       pages in the order of copying; later copies supersede earlier ones
 //!   machines/NAME/ID.vN.pack      blocks of files in the machine's own volumes
-//!   machines/NAME/ID.gG.…pack     the same, after it was made a full one
-//!   programs/HASH.wasm            the instrumented module, once for all
+//!   machines/NAME/ID.gG.…pack     the same, after compaction
+//!   programs/HASH.wasm            the instrumented module, shared
 //! ```
 //!
-//! The manifest is written last, so a checkpoint is there as a whole or not at
-//! all; each block of a pack and each manifest has a checksum, so what was torn
-//! or changed later is found. An incremental checkpoint names its parent and has
-//! only the pages that were written since; after [`CHAIN_MAX`] of them comes a
-//! full one.
+//! The manifest is written last, so a checkpoint exists as a whole or not at all; each
+//! block of a pack and each manifest has a checksum, so truncation and corruption are
+//! detected. An incremental checkpoint names its parent and contains only the pages
+//! written since; after [`CHAIN_MAX`] of them a full one is made.
 //!
-//! Architecture Invariant: the machine stands still only while its last pages
-//! are copied *within memory*; no store is waited for meanwhile.
+//! Architecture Invariant: the machine is stopped only while its last pages are copied
+//! *within memory*; it waits for no store meanwhile.
 
-mod apart;
-mod compact;
+mod compaction;
+mod create;
 mod folder;
 mod format;
 mod layout;
+mod lazy_restore;
+mod repository;
 mod restore;
-mod take;
-mod vault;
+mod spanning_restore;
 mod volumes;
-mod warm;
 
-pub use apart::Later;
-pub use compact::compact;
-pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryComes, Origin, Pack, Run};
-pub use restore::{Rest, RestoreError, Restored, memory_bytes, restore};
-pub use take::{Destination, Subject, TakeError, Taken, Taker};
-pub use vault::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
-pub use warm::Behind;
+pub use compaction::compact;
+pub use create::{Checkpointer, CreateError, CreatedCheckpoint, Destination, Subject};
+pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryRestore, Origin, Pack, Run};
+pub use lazy_restore::LazyRestore;
+pub use repository::{
+    BlockSink, Candidates, Outline, PackName, Repository, RepositoryError, Retention,
+};
+pub use restore::{RemainingMemory, RestoreError, Restored, memory_bytes, restore};
+pub use spanning_restore::SpanningRestore;
 
-/// The name that a cluster volume's snapshot for a checkpoint has.
+/// Name of a cluster volume's snapshot for a checkpoint.
 pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {
     format!("{machine}.{id}")
 }
 
-/// Checkpoints that may stand on one another, the full one counted.
+/// The longest chain of checkpoints, including the full one.
 pub const CHAIN_MAX: usize = 16;

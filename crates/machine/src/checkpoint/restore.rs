@@ -1,14 +1,14 @@
-//! Makes a machine of a checkpoint. Blocking; has a thread of its own.
+//! Restores a machine from a checkpoint. Blocking; runs on a thread of its own.
 //!
-//! Without a checkpoint being named, the newest that is whole is taken: one
-//! whose part is missing or damaged is passed over, and the answer says so.
+//! If no checkpoint is named, the newest intact one is used: one with missing or damaged
+//! parts is passed over, which the result reports.
 
-use super::apart::Later;
-use super::format::{CheckpointId, Manifest, MemoryComes, Origin};
+use super::format::{CheckpointId, Manifest, MemoryRestore, Origin};
 use super::layout::{Block, Layout};
-use super::vault::{Piece, Vault, VaultError};
+use super::lazy_restore::LazyRestore;
+use super::repository::{PackName, Repository, RepositoryError};
+use super::spanning_restore::SpanningRestore;
 use super::volumes;
-use super::warm::Behind;
 use crate::failpoint::{self, Injected};
 use keel_wasm::memory::{GuestMemory, MemoryError, Unavailable};
 use keel_wasm::runtime::{
@@ -20,119 +20,107 @@ use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 
 /// Threads that read packs, at most.
-const READING_MAX: usize = 4;
+const READERS_MAX: usize = 4;
 
-/// Why there is no machine.
+/// Why a machine was not restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// The store, or a part of the one checkpoint that was asked for.
+    /// The store failed, or a part of the named checkpoint is missing or damaged.
     #[error(transparent)]
-    Vault(#[from] VaultError),
-    /// Its program.
+    Repository(#[from] RepositoryError),
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// Its memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// It cannot run before all of its memory is there.
+    /// This host cannot run it before all of its memory is read.
     #[error("it cannot start warm here: {0} (without --warm it can)")]
-    NotWarm(#[from] Unavailable),
-    /// Its threads.
+    NotLazy(#[from] Unavailable),
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// A test wanted it to fail.
     #[error(transparent)]
     Injected(#[from] Injected),
-    /// Its own volumes cannot be made here.
+    /// Its own volumes cannot be created here.
     #[error("the machine's volumes cannot be made in {}: {source}", folder.display())]
     Volume {
-        /// Where they were to be.
         folder: PathBuf,
-        /// What the host says.
         source: std::io::Error,
     },
-    /// All are damaged.
-    #[error("no checkpoint of machine {machine:?} is whole: {}", reasons.join("; "))]
+    /// All checkpoints are damaged.
+    #[error("no checkpoint of machine {machine:?} is intact: {}", reasons.join("; "))]
     NoneWhole {
-        /// The machine.
         machine: String,
         /// What is wrong with each, newest first.
         reasons: Vec<String>,
     },
-    /// It is larger than its limit allows.
+    /// A memory exceeds the machine's limit.
     #[error(
         "checkpoint {id} has {pages} pages of 64 KiB in memory {memory}, the limit is {limit_bytes} bytes"
     )]
     TooLarge {
-        /// The checkpoint.
         id: CheckpointId,
-        /// The memory.
+        /// Number of the memory.
         memory: usize,
-        /// Its pages.
+        /// Its size in 64 KiB pages.
         pages: u64,
-        /// What it may have.
         limit_bytes: u64,
     },
 }
 
-/// What a machine is made of.
+/// A restored machine.
 pub struct Restored {
-    /// Its program.
     pub program: Arc<Program>,
     /// Its threads and WASI state.
     pub image: Image,
-    /// Its memories, filled.
+    /// Its memories.
     pub memories: Arc<[Arc<GuestMemory>]>,
-    /// The checkpoint.
     pub manifest: Manifest,
     /// Why newer checkpoints were passed over.
     pub passed_over: Vec<String>,
-    /// What of its memory is still to come.
-    pub rest: Rest,
+    pub rest: RemainingMemory,
 }
 
-/// What of a machine's memory is still to come.
+/// Memory that is still to be read.
 #[derive(Debug)]
-pub enum Rest {
-    /// Nothing.
-    Nothing,
-    /// It comes while the machine runs: begin it first.
-    Behind(Behind),
-    /// All: it comes when the machine has parts, before it runs.
-    Later(Later),
+pub enum RemainingMemory {
+    /// None.
+    Complete,
+    /// Read while the machine runs, after [`LazyRestore::begin`].
+    Lazy(LazyRestore),
+    /// All of it: read once the machine has parts, before it runs.
+    Spanning(SpanningRestore),
 }
 
-/// Reads a checkpoint. The bytes of the machine's own volumes go into folders
-/// in `folder`, by the volumes' numbers; what is there is removed first.
+/// Restores a checkpoint. Files of the machine's own volumes go into folders in `folder`,
+/// by volume number; existing content is removed first.
 ///
 /// # Errors
 /// [`RestoreError`]; nothing is left then.
 pub fn restore(
     origin: &Origin,
-    vault: &Vault,
+    repository: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
     if let Some(id) = &origin.id {
-        return restore_steady(origin, id, vault, engine, limits, runtime, folder);
+        return restore_with_retry(origin, id, repository, engine, limits, runtime, folder);
     }
-    let candidates = runtime.block_on(vault.list(&origin.machine))?;
+    let candidates = runtime.block_on(repository.list(&origin.machine))?;
     if candidates.is_empty() {
-        return Err(VaultError::None(origin.machine.clone()).into());
+        return Err(RepositoryError::None(origin.machine.clone()).into());
     }
     let mut passed_over = Vec::new();
     for id in &candidates {
-        match restore_steady(origin, id, vault, engine, limits, runtime, folder) {
+        match restore_with_retry(origin, id, repository, engine, limits, runtime, folder) {
             Ok(restored) => {
                 return Ok(Restored {
                     passed_over,
                     ..restored
                 });
             }
-            Err(RestoreError::Vault(error @ VaultError::Part { .. })) => {
-                tracing::warn!(%error, "trying an older checkpoint");
+            Err(RestoreError::Repository(error @ RepositoryError::Part { .. })) => {
+                tracing::warn!(%error, "using an older checkpoint");
                 passed_over.push(error.to_string());
             }
             Err(error) => return Err(error),
@@ -144,24 +132,25 @@ pub fn restore(
     })
 }
 
-/// As [`restore_one`]; again, if it was made a full one meanwhile.
-fn restore_steady(
+/// As [`restore_one`]; repeated if the checkpoint was compacted meanwhile.
+fn restore_with_retry(
     origin: &Origin,
     id: &CheckpointId,
-    vault: &Vault,
+    repository: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
     let generation = || {
-        let manifest = runtime.block_on(vault.manifest(&origin.machine, id));
+        let manifest = runtime.block_on(repository.manifest(&origin.machine, id));
         manifest.ok().map(|manifest| manifest.generation)
     };
     loop {
         let before = generation();
-        match restore_one(origin, id, vault, engine, limits, runtime, folder) {
-            Err(RestoreError::Vault(VaultError::Part { .. })) if generation() != before => {}
+        match restore_one(origin, id, repository, engine, limits, runtime, folder) {
+            Err(RestoreError::Repository(RepositoryError::Part { .. }))
+                if generation() != before => {}
             other => return other,
         }
     }
@@ -170,25 +159,25 @@ fn restore_steady(
 fn restore_one(
     origin: &Origin,
     id: &CheckpointId,
-    vault: &Vault,
+    repository: &Repository,
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
     let machine = &origin.machine;
-    let chain = runtime.block_on(vault.chain(machine, id))?;
+    let chain = runtime.block_on(repository.chain(machine, id))?;
     failpoint::pass("restore.manifest")?;
-    let part = |what: &str, reason: String| VaultError::Part {
+    let part = |what: &str, reason: String| RepositoryError::Part {
         machine: machine.clone(),
         id: id.clone(),
         part: what.to_owned(),
         reason,
     };
     let Some(newest) = chain.last() else {
-        return Err(VaultError::None(machine.clone()).into());
+        return Err(RepositoryError::None(machine.clone()).into());
     };
-    let bytes = runtime.block_on(vault.program(newest))?;
+    let bytes = runtime.block_on(repository.program(newest))?;
     let program = engine.load_instrumented(bytes.to_vec())?;
     let memories = make_memories(program.meta(), limits.memory_bytes)?;
     if memories.len() != newest.memory_pages.len() {
@@ -218,23 +207,23 @@ fn restore_one(
     }
     let layout = Layout::new(&chain).map_err(|why| part("its chain", why.to_owned()))?;
     for manifest in &chain {
-        volumes::fill(manifest, vault, folder, runtime)?;
+        volumes::restore_files(manifest, repository, folder, runtime)?;
     }
     match &origin.memory {
-        MemoryComes::First => {
+        MemoryRestore::Eager => {
             let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), RestoreError> {
                 Ok(memories[memory].write(offset, bytes)?)
             };
-            bring(&layout, &chain, vault, runtime, &write)?;
+            read_pages(&layout, &chain, repository, runtime, &write)?;
         }
-        // Another one can be taken only as long as nothing is made of this: it is read
-        // twice.
-        MemoryComes::Apart(_) if origin.id.is_none() => {
-            bring(&layout, &chain, vault, runtime, &|_, _, _| {
+        // Another checkpoint can replace a damaged one only before this one is used: it
+        // is read twice.
+        MemoryRestore::Spanning(_) if origin.id.is_none() => {
+            read_pages(&layout, &chain, repository, runtime, &|_, _, _| {
                 Ok::<_, RestoreError>(())
             })?;
         }
-        MemoryComes::Apart(_) | MemoryComes::Behind => {}
+        MemoryRestore::Spanning(_) | MemoryRestore::Lazy => {}
     }
     failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
@@ -245,26 +234,26 @@ fn restore_one(
         image.wasi.random.clear();
     }
     let manifest = newest.clone();
-    let rest = if origin.memory == MemoryComes::First {
-        Rest::Nothing
+    let rest = if origin.memory == MemoryRestore::Eager {
+        RemainingMemory::Complete
     } else {
-        // From now on nobody deletes it. What is missing is found now; what is
-        // damaged, only when it is read.
-        let reading = runtime.block_on(vault.begin_reading(newest))?;
+        // From now on it is not deleted. Missing parts are found now, damaged ones only
+        // when they are read.
+        let reading = runtime.block_on(repository.begin_reading(newest))?;
         let outlines: Vec<_> = chain.iter().map(Manifest::outline).collect();
-        let checked = runtime.block_on(vault.check_parts(machine, &outlines));
+        let checked = runtime.block_on(repository.check_parts(machine, &outlines));
         if let Err(error) = checked {
-            // It is kept for an hour otherwise.
-            let _ = runtime.block_on(vault.end_reading(newest, &reading));
+            // Otherwise it is kept for an hour.
+            let _ = runtime.block_on(repository.end_reading(newest, &reading));
             return Err(error.into());
         }
-        let (vault, runtime) = (vault.clone(), runtime.clone());
+        let (repository, runtime) = (repository.clone(), runtime.clone());
         match &origin.memory {
-            MemoryComes::Behind => Rest::Behind(Behind::new(
-                vault, runtime, chain, reading, layout, &memories,
+            MemoryRestore::Lazy => RemainingMemory::Lazy(LazyRestore::new(
+                repository, runtime, chain, reading, layout, &memories,
             )?),
-            _ => Rest::Later(Later {
-                vault,
+            _ => RemainingMemory::Spanning(SpanningRestore {
+                repository,
                 runtime,
                 chain,
                 reading,
@@ -282,52 +271,56 @@ fn restore_one(
     })
 }
 
-/// Bytes of memory that a machine made of a checkpoint has: of the one that is named, or
-/// of the newest whose manifests can be read. Where all of its memories together are no
-/// larger than `most`, just that.
+/// Memory size in bytes of a machine restored from a checkpoint: the named one, or the
+/// newest whose manifests can be read. If all its memories together are no larger than
+/// `most`, it is that one.
 ///
 /// # Errors
-/// [`VaultError`].
-pub async fn memory_bytes(vault: &Vault, origin: &Origin, most: u64) -> Result<u64, VaultError> {
+/// [`RepositoryError`].
+pub async fn memory_bytes(
+    repository: &Repository,
+    origin: &Origin,
+    most: u64,
+) -> Result<u64, RepositoryError> {
     let candidates = match &origin.id {
         Some(id) => vec![id.clone()],
-        None => vault.list(&origin.machine).await?,
+        None => repository.list(&origin.machine).await?,
     };
     let mut damaged = None;
     for id in &candidates {
-        let part = |reason: &str| VaultError::Part {
+        let part = |reason: &str| RepositoryError::Part {
             machine: origin.machine.clone(),
             id: id.clone(),
             part: "its chain".into(),
             reason: reason.to_owned(),
         };
         let bytes = async {
-            let newest = vault.manifest(&origin.machine, id).await?;
+            let newest = repository.manifest(&origin.machine, id).await?;
             let pages = newest.memory_pages.iter();
             let all = pages.fold(0u64, |all, pages| all.saturating_add(pages << 16));
             if all <= most {
                 return Ok(all);
             }
-            let chain = vault.chain(&origin.machine, id).await?;
+            let chain = repository.chain(&origin.machine, id).await?;
             Layout::new(&chain).map_err(part).map(|it| it.bytes())
         };
         match bytes.await {
             Ok(bytes) => return Ok(bytes),
-            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error @ RepositoryError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
         }
     }
-    Err(damaged.unwrap_or_else(|| VaultError::None(origin.machine.clone())))
+    Err(damaged.unwrap_or_else(|| RepositoryError::None(origin.machine.clone())))
 }
 
-/// Takes what is brought: number of the memory, where, and the bytes.
+/// Receives restored pages: number of the memory, offset, and bytes.
 pub(super) type Write<'a, E> = dyn Fn(usize, u64, &[u8]) -> Result<(), E> + Sync + 'a;
 
-/// Brings the pages of a chain, several packs at a time, each page once.
-pub(super) fn bring<E: From<VaultError> + Send>(
+/// Reads the pages of a chain, several packs at a time, each page once.
+pub(super) fn read_pages<E: From<RepositoryError> + Send>(
     layout: &Layout,
     chain: &[Manifest],
-    vault: &Vault,
+    repository: &Repository,
     runtime: &Handle,
     write: &Write<'_, E>,
 ) -> Result<(), E> {
@@ -344,9 +337,9 @@ pub(super) fn bring<E: From<VaultError> + Send>(
                 pack: number,
                 number: of_pack,
             };
-            let result = vault.read_blocks::<E>(
+            let result = repository.read_blocks::<E>(
                 runtime,
-                (manifest, Piece::Pages(at.number)),
+                (manifest, PackName::Pages(at.number)),
                 &manifest.packs[at.number],
                 &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
                 &mut |of_pack, bytes| {
@@ -366,9 +359,9 @@ pub(super) fn bring<E: From<VaultError> + Send>(
             }
         }
     };
-    // They wait for the store most of the time, however few processors there are.
+    // Threads mostly wait for the store, however few processors there are.
     std::thread::scope(|scope| {
-        for _ in 1..READING_MAX.min(layout.packs().len()) {
+        for _ in 1..READERS_MAX.min(layout.packs().len()) {
             scope.spawn(read);
         }
         read();

@@ -1,10 +1,10 @@
-//! A machine's own volumes in checkpoints: blocks of its files in packs of their
-//! own, and in the manifest which ones they are.
+//! A machine's own volumes in checkpoints: file blocks in packs of their own, described
+//! in the manifest.
 
 use super::RestoreError;
+use super::create::{CreateError, Packer};
 use super::format::{BlockRun, Manifest};
-use super::take::{Packer, TakeError};
-use super::vault::{Piece, Vault};
+use super::repository::{PackName, Repository};
 use keel_wasi::Wasi;
 use keel_wasi::volume::{BlockReader, BlockWriter, Changes, Tracker};
 use std::collections::HashMap;
@@ -12,13 +12,13 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use tokio::runtime::Handle;
 
-/// Knows what was written to a machine's volumes since its last checkpoint.
+/// Tracks writes to a machine's volumes since its last checkpoint.
 #[derive(Debug, Default)]
 pub(super) struct VolumeTrackers(Vec<(u32, Tracker, BlockReader)>);
 
 impl VolumeTrackers {
-    /// Begins anew: all that is there counts as written. Volumes that are kept
-    /// elsewhere have snapshots there.
+    /// Starts anew: all present blocks count as written. Cluster volumes have snapshots
+    /// of their own.
     pub(super) fn start(wasi: &Wasi) -> Self {
         let volumes = wasi.volumes().into_iter();
         let volumes = volumes.filter(|(_, volume)| volume.backing().is_none());
@@ -33,7 +33,7 @@ impl VolumeTrackers {
         self.0.is_empty()
     }
 
-    /// What was written since the last look, with the bytes that it has.
+    /// Changes since the last call, with the number of their bytes.
     pub(super) fn take(&self) -> (Vec<Changes>, u64) {
         let changes = self.0.iter().map(|(_, tracker, _)| tracker.take());
         let changes = changes.collect::<Vec<_>>();
@@ -41,15 +41,15 @@ impl VolumeTrackers {
         (changes, bytes)
     }
 
-    /// Puts changes into packs; as [`Packer::add`], with `give_up` only full
-    /// packs are stored on the way.
+    /// Adds changes to packs; as [`Packer::add`], only full packs are stored, and only
+    /// with `give_up`.
     pub(super) fn add(
         &mut self,
         changes: Vec<Changes>,
         packer: &mut Packer,
         runs: &mut Vec<BlockRun>,
         give_up: Option<&AtomicBool>,
-    ) -> Result<(), TakeError> {
+    ) -> Result<(), CreateError> {
         for ((volume, _, reader), changes) in self.0.iter_mut().zip(changes) {
             let volume = *volume;
             for &(inode, bytes) in &changes.cuts {
@@ -70,7 +70,7 @@ impl VolumeTrackers {
     }
 }
 
-/// Notes bytes of a file that were put into a pack.
+/// Records file bytes that were added to a pack.
 pub(super) fn note_block(runs: &mut Vec<BlockRun>, number: u32, file: u64, at: u64, length: u64) {
     if length == 0 {
         return;
@@ -91,10 +91,10 @@ pub(super) fn note_block(runs: &mut Vec<BlockRun>, number: u32, file: u64, at: u
     }
 }
 
-/// Repeats in a folder what a checkpoint has of volumes.
-pub(super) fn fill(
+/// Restores the files of volumes into a folder.
+pub(super) fn restore_files(
     manifest: &Manifest,
-    vault: &Vault,
+    repository: &Repository,
     folder: &Path,
     runtime: &Handle,
 ) -> Result<(), RestoreError> {
@@ -107,7 +107,7 @@ pub(super) fn fill(
         let writer = BlockWriter::new(&folder.join(number.to_string())).map_err(disk)?;
         writers.insert(number, writer);
     }
-    let mut filling = Filling {
+    let mut filling = VolumeReplay {
         runs: manifest.block_runs.iter(),
         now: None,
         writers,
@@ -115,9 +115,9 @@ pub(super) fn fill(
     };
     filling.cuts()?;
     for (number, pack) in manifest.block_packs.iter().enumerate() {
-        vault.read_blocks(
+        repository.read_blocks(
             runtime,
-            (manifest, Piece::Blocks(number)),
+            (manifest, PackName::Blocks(number)),
             pack,
             &mut |_| true,
             &mut |_, bytes| filling.add(bytes),
@@ -126,16 +126,16 @@ pub(super) fn fill(
     Ok(())
 }
 
-/// Repeats what happened to files, as its bytes come.
-struct Filling<'a> {
+/// Replays the changes of files as their bytes are read.
+struct VolumeReplay<'a> {
     runs: std::slice::Iter<'a, BlockRun>,
-    /// What the next bytes are of: file, where, and how many of them.
+    /// Destination of the next bytes: file, offset, and length.
     now: Option<(u32, u64, u64, u64)>,
     writers: HashMap<u32, BlockWriter>,
     folder: &'a Path,
 }
 
-impl Filling<'_> {
+impl VolumeReplay<'_> {
     fn failed(&self, source: std::io::Error) -> RestoreError {
         RestoreError::Volume {
             folder: self.folder.to_owned(),
@@ -150,7 +150,7 @@ impl Filling<'_> {
         self.writers.get_mut(&volume).ok_or(missing)
     }
 
-    /// Goes on to the next run that has bytes.
+    /// Advances to the next run that has bytes.
     fn cuts(&mut self) -> Result<(), RestoreError> {
         while let Some(run) = self.runs.next() {
             match *run {
@@ -178,7 +178,7 @@ impl Filling<'_> {
 
     fn add(&mut self, mut bytes: &[u8]) -> Result<(), RestoreError> {
         while !bytes.is_empty() {
-            // (The manifest's check has made sure that it fits.)
+            // The manifest's validation ensures that they fit.
             let Some((volume, inode, offset, left)) = self.now.take() else {
                 return Ok(());
             };

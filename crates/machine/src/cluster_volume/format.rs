@@ -1,12 +1,12 @@
-//! What is stored.
+//! The stored form of cluster volumes.
 //!
 //! ```text
 //!  segment, snapshot:  "KVOL" │ version u32 │ body length u64 │ body (postcard) │ BLAKE3 of all before
 //!  chunk:              the bytes of a block, up to the end of its file; the name has their BLAKE3
 //! ```
 //!
-//! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
-//! other versions are refused by name.
+//! Numbers are little-endian. [`VERSION`] is raised with every change of the body; other
+//! versions are refused with an error that names them.
 
 use keel_cluster::Epoch;
 use keel_net::{Bytes, Fingerprint};
@@ -20,21 +20,21 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 
-/// Orders all who ever write to a volume.
+/// Orders all writers of a volume.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 pub struct WriterEpoch {
-    /// Raised when the cluster was recovered without a quorum.
+    /// Incremented when the cluster is recovered without a quorum.
     pub incarnation: u32,
-    /// Raised whenever another machine gets the volume.
+    /// Incremented when another machine gets the volume.
     pub holding: u64,
     /// The machine's epoch within the incarnation.
     pub counter: u64,
 }
 
 impl WriterEpoch {
-    /// That of a machine, which has the volume as its `holding`-th holder.
+    /// That of a machine in an epoch, as the `holding`-th holder of the volume.
     pub fn of(epoch: Epoch, holding: u64) -> Self {
         WriterEpoch {
             incarnation: epoch.incarnation,
@@ -45,7 +45,7 @@ impl WriterEpoch {
 }
 
 impl WriterEpoch {
-    /// As [`fmt::Display`] writes it.
+    /// Parses the form that [`fmt::Display`] writes.
     fn parse(text: &str) -> Option<Self> {
         let mut numbers = text.split('.');
         let epoch = WriterEpoch {
@@ -63,19 +63,19 @@ impl fmt::Display for WriterEpoch {
     }
 }
 
-/// Names a chunk.
+/// Identifies a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChunkRef {
     /// BLAKE3 of its bytes.
     pub hash: [u8; HASH_BYTES],
-    /// How many they are, 1 to 64 KiB.
+    /// Its size in bytes, 1 to 64 KiB.
     pub bytes: u32,
-    /// Who stored it.
+    /// The writer that stored it.
     pub writer: WriterEpoch,
 }
 
 impl ChunkRef {
-    /// What names these bytes of a block.
+    /// The reference of these bytes.
     pub fn of(bytes: &[u8], writer: WriterEpoch) -> Self {
         ChunkRef {
             hash: *blake3::hash(bytes).as_bytes(),
@@ -84,7 +84,7 @@ impl ChunkRef {
         }
     }
 
-    /// Whether these are the bytes.
+    /// Whether the reference matches these bytes.
     pub fn describes(&self, bytes: &[u8]) -> bool {
         bytes.len() == self.bytes as usize && blake3::hash(bytes).as_bytes() == &self.hash
     }
@@ -95,7 +95,7 @@ impl ChunkRef {
         (hash[..2].to_owned(), format!("{hash}-{}", self.writer))
     }
 
-    /// Who stored the chunk of this name; `None` if it is no chunk's.
+    /// The writer of the chunk of this name; `None` if it is not a chunk's name.
     pub(super) fn writer_of(name: &str) -> Option<WriterEpoch> {
         let (hash, writer) = name.split_once('-')?;
         let is_hash = hash.len() == 2 * HASH_BYTES && hash.bytes().all(|it| it.is_ascii_hexdigit());
@@ -103,48 +103,48 @@ impl ChunkRef {
     }
 }
 
-/// Blocks of a file that are other chunks than before.
+/// Changed blocks of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileBlocks {
     /// Number of the file.
     pub inode: u64,
-    /// Numbers of blocks, in order; `None` where nothing is any more.
+    /// Block numbers in order, with their new chunks; `None` for a removed block.
     pub blocks: Vec<(u64, Option<ChunkRef>)>,
 }
 
-/// One piece of the log, or all of a volume.
+/// A segment of the log: changes, or the whole volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
-    /// Tells this volume from others that had its name.
+    /// Id of the volume.
     pub volume: [u8; 16],
-    /// Its place in the log.
+    /// Its position in the log.
     pub number: u64,
-    /// Who wrote it.
+    /// Its writer.
     pub writer: WriterEpoch,
-    /// Tells it from another that was to take its place.
+    /// Distinguishes it from another segment for the same position.
     pub nonce: u64,
     /// Milliseconds since 1970-01-01 UTC.
     pub written_unix_ms: u64,
-    /// Whether it holds the whole volume, not only what changed.
+    /// Whether it holds the whole volume rather than changes.
     pub is_base: bool,
-    /// Bytes that the volume's files may take.
+    /// Limit of the size of all files, in bytes.
     pub bytes_max: u64,
-    /// Files, directories and links that there may be.
+    /// Limit of the number of files, directories and links.
     pub inodes_max: u64,
-    /// The number of the next file.
+    /// Number of the next file.
     pub next_inode: u64,
-    /// What is new or has changed, in order of the numbers.
+    /// New and changed files, in order of their numbers.
     pub nodes: Vec<NodeRecord>,
-    /// Numbers of what is gone, in order.
+    /// Numbers of removed files, in order.
     pub removed: Vec<u64>,
-    /// Which chunks blocks are now.
+    /// Changed blocks.
     pub blocks: Vec<FileBlocks>,
 }
 
-/// Why bytes are no segment.
+/// Why bytes are not a segment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
-    /// Cut, changed, or something else.
+    /// Truncated, corrupted, or something else.
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
     /// Of another version of this program.
@@ -170,7 +170,7 @@ impl Segment {
         Ok(bytes.into())
     }
 
-    /// Reads the stored form. Nothing is decoded before its checksum is right.
+    /// Decodes the stored form after verifying its checksum.
     ///
     /// # Errors
     /// [`FormatError`].
@@ -198,13 +198,13 @@ impl Segment {
         }
         let segment: Segment = match postcard::take_from_bytes(body) {
             Ok((segment, [])) => segment,
-            _ => return Err(damaged("its body is none")),
+            _ => return Err(damaged("its body cannot be decoded")),
         };
         segment.check()?;
         Ok(segment)
     }
 
-    /// What decoding alone does not show.
+    /// Validates what decoding does not.
     fn check(&self) -> Result<(), FormatError> {
         let rising = |mut numbers: std::slice::Iter<'_, u64>| {
             let mut last = None;
@@ -228,11 +228,11 @@ impl Segment {
             let sizes = file.blocks.iter().filter_map(|(_, chunk)| *chunk);
             let mut sizes = sizes.map(|chunk| u64::from(chunk.bytes));
             if !rising(numbers.iter()) || !sizes.all(|bytes| (1..=BLOCK_BYTES).contains(&bytes)) {
-                return Err(FormatError::Damaged("it has blocks that cannot be"));
+                return Err(FormatError::Damaged("it has invalid blocks"));
             }
         }
         if self.is_base && !self.removed.is_empty() {
-            return Err(FormatError::Damaged("it removes what was never there"));
+            return Err(FormatError::Damaged("it removes files that never existed"));
         }
         Ok(())
     }
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_or_changed_is_found() {
+    fn truncation_and_corruption_are_detected() {
         let good = segment();
         let bytes = good.encode().unwrap();
         assert_eq!(Segment::decode(&bytes).unwrap(), good);
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_contradicts_itself_is_refused() {
+    fn inconsistent_segments_are_refused() {
         type Damage = fn(&mut Segment);
         let damages: &[Damage] = &[
             |it| it.nodes.swap(0, 1),

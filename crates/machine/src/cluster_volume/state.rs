@@ -1,25 +1,25 @@
-//! What a volume holds at an instant: names, sizes, and which chunk each block is.
+//! The content of a volume at one instant: names, sizes, and the chunk of each block.
 //! Plain data.
 
 use super::format::{ChunkRef, FileBlocks, Segment};
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::collections::BTreeMap;
 
-/// Chunks of a file's blocks, by their numbers.
+/// Chunks of a file's blocks, by block number.
 pub(super) type BlockMap = BTreeMap<u64, ChunkRef>;
 
-/// What a volume holds.
+/// The content of a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct VolumeState {
-    /// The number of the next file.
+    /// Number of the next file.
     pub next_inode: u64,
-    /// All that there is, by number.
+    /// Files, directories and links, by number.
     pub nodes: BTreeMap<u64, NodeRecord>,
     /// Chunks of each file that has any.
     pub map: BTreeMap<u64, BlockMap>,
 }
 
-/// What leads from one state to another.
+/// The difference between two states.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Difference {
     pub(super) next_inode: u64,
@@ -29,7 +29,7 @@ pub struct Difference {
 }
 
 impl VolumeState {
-    /// Names and sizes as they are, with these chunks.
+    /// These names and sizes with these chunks.
     pub fn new(record: VolumeRecord, map: BTreeMap<u64, BlockMap>) -> Self {
         let nodes = record.nodes.into_iter();
         VolumeState {
@@ -47,17 +47,17 @@ impl VolumeState {
         }
     }
 
-    /// The chunk that a block is.
+    /// The chunk of a block.
     pub fn chunk(&self, inode: u64, block: u64) -> Option<ChunkRef> {
         self.map.get(&inode)?.get(&block).copied()
     }
 
-    /// All chunks; some may come twice.
+    /// All chunks; some may appear twice.
     pub fn chunks(&self) -> impl Iterator<Item = ChunkRef> {
         self.map.values().flat_map(|map| map.values().copied())
     }
 
-    /// What a segment makes of it.
+    /// Applies the changes of a segment.
     pub fn apply(&mut self, segment: &Segment) {
         if segment.is_base {
             *self = VolumeState::default();
@@ -84,10 +84,10 @@ impl VolumeState {
         }
     }
 
-    /// Refuses what contradicts itself.
+    /// Refuses inconsistent states.
     ///
     /// # Errors
-    /// A sentence that says what.
+    /// A message that names the inconsistency.
     pub fn check(&self, limits: VolumeLimits) -> Result<(), String> {
         self.record().check(limits)?;
         let empty = BlockMap::new();
@@ -99,7 +99,7 @@ impl VolumeState {
             let blocks = runs.iter().flat_map(|(first, count)| *first..first + count);
             let map = self.map.get(inode).unwrap_or(&empty);
             if !blocks.eq(map.keys().copied()) {
-                return Err(format!("blocks of file {inode} are not those that it has"));
+                return Err(format!("blocks of file {inode} do not match its size"));
             }
         }
         match self
@@ -107,12 +107,14 @@ impl VolumeState {
             .keys()
             .find(|inode| !self.nodes.contains_key(inode))
         {
-            Some(inode) => Err(format!("there are blocks of file {inode}, which is none")),
+            Some(inode) => Err(format!(
+                "there are blocks of file {inode}, which does not exist"
+            )),
             None => Ok(()),
         }
     }
 
-    /// What leads from here to `to`.
+    /// The difference from this state to `to`.
     pub fn difference(&self, to: &VolumeState) -> Difference {
         let nodes = to.nodes.values();
         let nodes = nodes.filter(|node| self.nodes.get(&node.inode) != Some(node));
@@ -144,7 +146,7 @@ impl VolumeState {
         for (inode, map) in &to.map {
             compare(*inode, map);
         }
-        // Of what is gone altogether the blocks go with it.
+        // Blocks of removed files are removed implicitly.
         let emptied = self.map.keys().filter(|inode| !to.map.contains_key(inode));
         for inode in emptied.filter(|inode| to.nodes.contains_key(inode)) {
             compare(*inode, &empty);
@@ -158,14 +160,14 @@ impl VolumeState {
         }
     }
 
-    /// All of it, as what leads here from nothing.
+    /// The difference from an empty state to this one.
     pub fn whole(&self) -> Difference {
         VolumeState::default().difference(self)
     }
 }
 
 impl Difference {
-    /// Whether it leads nowhere.
+    /// Whether applying it changes nothing.
     pub fn is_empty(&self, from: &VolumeState) -> bool {
         self.next_inode == from.next_inode
             && self.nodes.is_empty()

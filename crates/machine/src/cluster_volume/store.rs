@@ -1,9 +1,9 @@
-//! The objects of one volume: putting, reading, listing, deleting. Async; for a
-//! worker's own runtime, and for tasks of an agent that may wait.
+//! The objects of one volume: put, read, list, delete. Async; for a worker's own runtime,
+//! and for tasks of an agent that may wait.
 
 use super::format::{ChunkRef, FormatError, Segment, WriterEpoch};
 use super::state::VolumeState;
-use crate::place::{Place, PlaceError};
+use crate::storage_location::{StorageLocation, StorageLocationError};
 use futures::StreamExt;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
@@ -14,103 +14,81 @@ use object_store::{ObjectStoreExt, PutMode, PutPayload};
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-/// Segments that are read at a time.
+/// Segments read concurrently.
 const READ_AHEAD: usize = 8;
 /// Attempts to read a log that is being compacted.
 const LOAD_ATTEMPTS: u32 = 8;
-/// How long one step of listing or deleting may take: longer than a request to an
-/// S3-compatible store is repeated. A directory may hang for ever.
+/// Time limit for one step of listing or deleting: longer than the retries of a request
+/// to an S3-compatible store. Access to a directory may hang for ever.
 const STEP_PATIENCE: Duration = Duration::from_secs(60);
-/// Segments behind the last one that a list showed: lists may be old.
+/// Segments probed behind the last one of a listing, which may be outdated.
 const PROBES_MAX: u64 = 10_000;
 
-/// Why something about a cluster volume was not done.
+/// Why an operation on a cluster volume failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// The place is none, or not seen here.
+    /// The location is invalid or not accessible from this node.
     #[error("volume {volume:?}: {source}")]
-    Place {
-        /// The volume.
+    Location {
         volume: MachineName,
-        /// Why.
-        source: PlaceError,
+        source: StorageLocationError,
     },
     /// The store does not answer, or refuses.
     #[error("volume {volume:?}: its store {place} fails: {reason}")]
     Store {
-        /// The volume.
         volume: MachineName,
-        /// Its place.
         place: String,
-        /// What the store says.
+        /// The store's error.
         reason: String,
     },
-    /// There is nothing.
+    /// The volume's objects are missing.
     #[error(
         "volume {volume:?} is not in {place}: what was there has vanished, or this node does not see the same place (put it back, or mount it)"
     )]
-    Vanished {
-        /// The volume.
-        volume: MachineName,
-        /// Its place.
-        place: String,
-    },
-    /// Something stored is not what it should be.
+    Vanished { volume: MachineName, place: String },
+    /// A stored object is invalid.
     #[error("volume {volume:?} cannot be used: object {object} {reason}")]
     Damaged {
-        /// The volume.
         volume: MachineName,
-        /// Which object.
+        /// Name of the object.
         object: String,
-        /// What is wrong with it.
         reason: String,
     },
-    /// Another one has it.
+    /// A newer writer has claimed the volume.
     #[error(
         "volume {volume:?} was claimed under epoch {by}, this machine's is {own}: it is not written any more"
     )]
     Fenced {
-        /// The volume.
         volume: MachineName,
-        /// The epoch of who asked.
+        /// The epoch of this writer.
         own: WriterEpoch,
-        /// The newer one.
+        /// The newer epoch.
         by: WriterEpoch,
     },
-    /// There is one already.
+    /// A volume with this name exists.
     #[error(
         "there is a volume {volume:?} in {place} already (use another name or place, or remove what is there)"
     )]
-    Exists {
-        /// The volume.
-        volume: MachineName,
-        /// The place.
-        place: String,
-    },
-    /// It is being claimed by others all the time.
+    Exists { volume: MachineName, place: String },
+    /// Other writers claim it continuously.
     #[error("volume {volume:?} is being claimed by others all the time; try again")]
-    Contended {
-        /// The volume.
-        volume: MachineName,
-    },
-    /// No such snapshot.
+    Contended { volume: MachineName },
+    /// The snapshot does not exist.
     #[error(
         "volume {volume:?} has no snapshot {snapshot:?}: the checkpoint cannot be restored with it"
     )]
     NoSnapshot {
-        /// The volume.
         volume: MachineName,
-        /// The snapshot.
         snapshot: String,
     },
 }
 
 impl VolumeError {
-    /// Whether trying again later may help.
-    pub fn is_away(&self) -> bool {
+    /// Whether a later retry may succeed.
+    pub fn is_temporary(&self) -> bool {
         matches!(
             self,
-            VolumeError::Place { .. }
+            VolumeError::Location { .. }
                 | VolumeError::Store { .. }
                 | VolumeError::Vanished { .. }
                 | VolumeError::Contended { .. }
@@ -118,37 +96,37 @@ impl VolumeError {
     }
 }
 
-/// What a conditional put found.
+/// Result of a conditional put.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Put {
     Done,
     Taken,
 }
 
-/// What a volume's log leads to.
+/// The state that a volume's log leads to.
 #[derive(Debug, Clone)]
 pub(super) struct Loaded {
     pub(super) head: Segment,
     pub(super) state: VolumeState,
-    /// Segments since the last base, and their bytes with it.
+    /// Number of segments since the last base, and their size in bytes with it.
     pub(super) segments: u64,
     pub(super) bytes: u64,
-    /// Segments before that, oldest first: nobody needs them.
+    /// Unused segments before that, oldest first.
     pub(super) old: VecDeque<u64>,
 }
 
-/// What is in a volume's store.
+/// A summary of a volume's store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeSummary {
-    /// The last segment's number.
+    /// Number of the last segment.
     pub head: u64,
-    /// Who wrote it.
+    /// Writer of the last segment.
     pub writer: WriterEpoch,
-    /// When, in milliseconds since 1970-01-01 UTC.
+    /// Time of the last segment, in milliseconds since 1970-01-01 UTC.
     pub written_unix_ms: u64,
-    /// Files, directories and links.
+    /// Number of files, directories and links.
     pub inodes: u64,
-    /// Bytes of all chunks that its files have.
+    /// Bytes of all chunks of its files.
     pub bytes: u64,
     /// Snapshots of checkpoints.
     pub snapshots: Vec<String>,
@@ -158,16 +136,16 @@ pub struct VolumeSummary {
 #[derive(Debug, Clone)]
 pub struct VolumeStore {
     name: MachineName,
-    /// Tells it from others that had its name.
+    /// Id of the volume.
     id: [u8; 16],
-    place: Place,
-    /// For one step of listing or deleting.
+    place: StorageLocation,
+    /// Time limit for one step of listing or deleting.
     pub(super) patience: Duration,
 }
 
 impl VolumeStore {
-    /// The volume of this name and id at a place.
-    pub fn new(name: MachineName, id: [u8; 16], place: Place) -> Self {
+    /// The volume of this name and id at a location.
+    pub fn new(name: MachineName, id: [u8; 16], place: StorageLocation) -> Self {
         VolumeStore {
             name,
             id,
@@ -179,16 +157,15 @@ impl VolumeStore {
     /// As [`Self::new`], at a URL. Blocking.
     ///
     /// # Errors
-    /// [`VolumeError::Place`].
+    /// [`VolumeError::Location`].
     pub fn open(name: &MachineName, id: [u8; 16], url: &str) -> Result<Self, VolumeError> {
-        let place = Place::open(url).map_err(|source| VolumeError::Place {
+        let place = StorageLocation::open(url).map_err(|source| VolumeError::Location {
             volume: name.clone(),
             source,
         })?;
         Ok(Self::new(name.clone(), id, place))
     }
 
-    /// Its name.
     pub fn name(&self) -> &MachineName {
         &self.name
     }
@@ -229,7 +206,7 @@ impl VolumeStore {
         }
     }
 
-    /// That there is nothing where it should be.
+    /// The error for missing objects.
     pub(super) fn vanished(&self) -> VolumeError {
         VolumeError::Vanished {
             volume: self.name.clone(),
@@ -237,7 +214,7 @@ impl VolumeStore {
         }
     }
 
-    /// That it does not answer in time.
+    /// The error for a time limit exceeded.
     pub(super) fn silent(&self) -> VolumeError {
         VolumeError::Store {
             volume: self.name.clone(),
@@ -246,7 +223,7 @@ impl VolumeStore {
         }
     }
 
-    /// That what is to be stored cannot be read here.
+    /// The error for local data that cannot be read.
     pub(super) fn unreadable(&self, error: &std::io::Error) -> VolumeError {
         VolumeError::Damaged {
             volume: self.name.clone(),
@@ -255,7 +232,7 @@ impl VolumeStore {
         }
     }
 
-    /// That a block which has data was never stored.
+    /// The error for a block with data that was never stored.
     pub(super) fn missing_block(&self, inode: u64, block: u64) -> VolumeError {
         VolumeError::Damaged {
             volume: self.name.clone(),
@@ -274,7 +251,7 @@ impl VolumeStore {
         }
     }
 
-    /// `None` if there is none.
+    /// `None` if it does not exist.
     async fn read(&self, path: &Path) -> Result<Option<Bytes>, VolumeError> {
         match self.place.read(path).await {
             Ok(bytes) => Ok(Some(bytes)),
@@ -287,17 +264,17 @@ impl VolumeStore {
         let segment =
             Segment::decode(bytes).map_err(|error: FormatError| self.damaged(path, error))?;
         if segment.volume != self.id {
-            return Err(self.damaged(path, "is of another volume that had its name"));
+            return Err(self.damaged(path, "belongs to another volume of its name"));
         }
         Ok(segment)
     }
 
     // ── making and removing ─────────────────────────────────────────────
 
-    /// Makes an empty volume.
+    /// Creates an empty volume.
     ///
     /// # Errors
-    /// [`VolumeError::Exists`] and the store's.
+    /// [`VolumeError::Exists`] and those of the store.
     pub async fn create(&self, limits: VolumeLimits) -> Result<(), VolumeError> {
         let now = unix_ms();
         let root = VolumeRecord::empty(now.saturating_mul(1_000_000));
@@ -320,7 +297,7 @@ impl VolumeStore {
             volume: self.name.clone(),
             place: self.place.url().to_owned(),
         };
-        // What a volume that was compacted has is not its first segment.
+        // The log of a compacted volume does not begin with its first segment.
         if !self.numbers().await?.is_empty() {
             return Err(exists());
         }
@@ -330,10 +307,10 @@ impl VolumeStore {
         }
     }
 
-    /// Deletes all of it: the log first, without which the rest is nothing.
+    /// Deletes the volume: the log first, without which all other objects are void.
     ///
     /// # Errors
-    /// The store's; what is left can be deleted by asking again.
+    /// Those of the store; the rest can be deleted by another call.
     pub async fn destroy(&self) -> Result<(), VolumeError> {
         for folder in ["log", "snapshots", "chunks"] {
             let objects = self.list(&[folder]).await?;
@@ -377,7 +354,7 @@ impl VolumeStore {
         Ok(listed.iter().filter_map(number).collect())
     }
 
-    /// A segment; `None` if there is none.
+    /// A segment; `None` if it does not exist.
     pub(super) async fn segment(&self, number: u64) -> Result<Option<Segment>, VolumeError> {
         Ok(self
             .sized_segment(number)
@@ -397,7 +374,7 @@ impl VolumeStore {
         Ok(Some((segment, bytes.len() as u64)))
     }
 
-    /// Puts a segment where none is.
+    /// Puts a segment where none exists.
     pub(super) async fn put_segment(&self, segment: &Segment) -> Result<Put, VolumeError> {
         let path = self.segment_path(segment.number);
         let bytes = segment
@@ -406,7 +383,7 @@ impl VolumeStore {
         self.create_object(&path, bytes).await
     }
 
-    /// Whether just this segment is in its place.
+    /// Whether exactly this segment is stored.
     pub(super) async fn has(&self, segment: &Segment) -> Result<bool, VolumeError> {
         let there = self.segment(segment.number).await?;
         Ok(there.is_some_and(|there| there.nonce == segment.nonce))
@@ -427,15 +404,15 @@ impl VolumeStore {
         }
     }
 
-    /// The number of a segment that is missing, if one is: it may have been
-    /// compacted away just now.
+    /// Returns the number of a missing segment, if any: it may have been compacted just
+    /// now.
     async fn try_load(&self) -> Result<Result<Loaded, u64>, VolumeError> {
         let numbers = self.numbers().await?;
         let Some(last) = numbers.last().copied() else {
             return Err(self.vanished());
         };
         let mut found = Vec::new();
-        // Newest first, until there is a whole one.
+        // Newest first, until a base is found.
         let mut segments = futures::stream::iter((1..=last).rev())
             .map(|number| async move { (number, self.sized_segment(number).await) })
             .buffered(READ_AHEAD);
@@ -498,7 +475,7 @@ impl VolumeStore {
 
     // ── chunks ──────────────────────────────────────────────────────────
 
-    /// Stores a chunk, unless it is there.
+    /// Stores a chunk, unless it exists.
     pub(super) async fn put_chunk(
         &self,
         chunk: &ChunkRef,
@@ -508,13 +485,13 @@ impl VolumeStore {
         self.create_object(&path, bytes).await.map(drop)
     }
 
-    /// Whether it is a directory, which may be gone, or another, from one moment to the
-    /// next (a file system that is unmounted).
+    /// Whether it is a directory, which may disappear or be replaced at any moment, for
+    /// example when a file system is unmounted.
     pub(super) fn can_vanish(&self) -> bool {
         matches!(self.place.file(&self.path(&["log"])), Ok(Some(_)))
     }
 
-    /// Stores those of the chunks that are not there; whether there were any.
+    /// Stores the chunks that are missing; whether there were any.
     pub(super) async fn complete(&self, chunks: &[(ChunkRef, Bytes)]) -> Result<bool, VolumeError> {
         let mut any = false;
         for (chunk, bytes) in chunks {
@@ -530,7 +507,7 @@ impl VolumeStore {
         Ok(any)
     }
 
-    /// Reads a chunk and checks it; `None` if there is none.
+    /// Reads a chunk and verifies it; `None` if it does not exist.
     ///
     /// # Errors
     /// [`VolumeError`].
@@ -543,23 +520,23 @@ impl VolumeStore {
         }
     }
 
-    /// That a chunk which is needed is not there.
+    /// The error for a missing chunk.
     pub(super) fn missing_chunk(&self, chunk: &ChunkRef) -> VolumeError {
         self.damaged(&self.chunk_path(chunk), "is missing")
     }
 
-    /// All chunks but these and those that a snapshot has, of this writer and those
-    /// before it: whoever came after it may need what it stored itself.
+    /// Chunks of this writer and earlier ones that are neither in `used` nor in a
+    /// snapshot: later writers may need chunks of their own.
     pub(super) async fn unused_chunks(
         &self,
         mut used: BTreeSet<ChunkRef>,
         writer: WriterEpoch,
     ) -> Result<Vec<Path>, VolumeError> {
-        // Before the snapshots: one that is made meanwhile has nothing that is not in
-        // use now, or newer than this list.
+        // Listed before the snapshots: a snapshot created meanwhile only has chunks that
+        // are in use now or newer than this listing.
         let mut listed = self.list(&["chunks"]).await?;
         for snapshot in self.snapshots().await? {
-            // One that was deleted meanwhile needs nothing.
+            // A snapshot deleted meanwhile needs no chunks.
             if let Some(state) = self.read_snapshot(&snapshot).await? {
                 used.extend(state.chunks());
             }
@@ -577,14 +554,14 @@ impl VolumeStore {
     /// Names of all snapshots.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn snapshots(&self) -> Result<Vec<String>, VolumeError> {
         let listed = self.list(&["snapshots"]).await?;
         let names = listed.iter().filter_map(Path::filename);
         Ok(names.map(str::to_owned).collect())
     }
 
-    /// Keeps all of a volume under a name.
+    /// Stores the whole volume under a name.
     pub(super) async fn put_snapshot(
         &self,
         snapshot: &str,
@@ -604,7 +581,7 @@ impl VolumeStore {
         };
         let segment = self.decode(&path, &bytes)?;
         if !segment.is_base {
-            return Err(self.damaged(&path, "is no snapshot"));
+            return Err(self.damaged(&path, "is not a snapshot"));
         }
         let mut state = VolumeState::default();
         state.apply(&segment);
@@ -617,7 +594,7 @@ impl VolumeStore {
         Ok(Some(state))
     }
 
-    /// What the volume was when a snapshot was made.
+    /// The content of the volume in a snapshot.
     ///
     /// # Errors
     /// [`VolumeError::NoSnapshot`] and others.
@@ -629,16 +606,16 @@ impl VolumeStore {
         })
     }
 
-    /// Deletes snapshots; those that are not there count as deleted.
+    /// Deletes snapshots; missing ones count as deleted.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn delete_snapshots(&self, names: &[String]) -> Result<(), VolumeError> {
         let paths = names.iter().map(|name| self.snapshot_path(name));
         self.delete(paths.collect()).await
     }
 
-    /// What is there.
+    /// A summary of the stored objects.
     ///
     /// # Errors
     /// [`VolumeError`].

@@ -1,35 +1,35 @@
-//! Snapshots of cluster volumes for a checkpoint that is not there yet. What makes
-//! it one is `checkpoint`'s business.
+//! Snapshots of cluster volumes for a checkpoint in progress, which `checkpoint`
+//! completes.
 
-use super::keeper::Keeper;
+use super::backend::VolumeBackend;
 
-/// Deletes the snapshots of a checkpoint when it is dropped, unless that was made:
-/// without it nobody would ever ask for them, and they keep chunks that nobody needs.
+/// Deletes the snapshots of a checkpoint when dropped, unless the checkpoint was
+/// completed: otherwise they would stay for ever and keep chunks that are not needed.
 #[derive(Debug)]
 #[must_use]
 pub struct UnfinishedSnapshots {
-    keepers: Vec<Keeper>,
+    backends: Vec<VolumeBackend>,
     name: String,
 }
 
 impl UnfinishedSnapshots {
-    /// Of these volumes, by the name that they all have.
-    pub fn new(keepers: Vec<Keeper>, name: String) -> Self {
-        UnfinishedSnapshots { keepers, name }
+    /// For these volumes, whose snapshots have the same name.
+    pub fn new(backends: Vec<VolumeBackend>, name: String) -> Self {
+        UnfinishedSnapshots { backends, name }
     }
 
-    /// From now on the checkpoint may be there: they stay.
+    /// The checkpoint may exist from now on: the snapshots stay.
     pub fn done(mut self) {
-        self.keepers.clear();
+        self.backends.clear();
     }
 }
 
 impl Drop for UnfinishedSnapshots {
     /// Blocking.
     fn drop(&mut self) {
-        for keeper in &self.keepers {
-            if let Err(error) = keeper.delete_snapshots(std::slice::from_ref(&self.name)) {
-                tracing::warn!(%error, self.name, "the snapshot of a failed checkpoint stays");
+        for backend in &self.backends {
+            if let Err(error) = backend.delete_snapshots(std::slice::from_ref(&self.name)) {
+                tracing::warn!(%error, self.name, "cannot delete the snapshot of a failed checkpoint");
             }
         }
     }

@@ -1,5 +1,5 @@
-//! The one who writes to a volume: claims it, commits what changed, compacts the
-//! log. Async, no threads, no clock but for what a segment says of its age.
+//! The writer of a volume: claims it, commits changes, compacts the log. Async, without
+//! threads, and without a clock except for the age of segments.
 
 use super::format::{ChunkRef, Segment, WriterEpoch};
 use super::state::{BlockMap, Difference, VolumeState};
@@ -11,18 +11,18 @@ use keel_wasi::volume::{NodeBody, VolumeRecord};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-/// Chunks that are stored at a time.
+/// Chunks stored concurrently.
 const CHUNKS_IN_FLIGHT: usize = 16;
-/// Attempts to claim against others that do so at the same time.
+/// Attempts to claim against concurrent claims.
 const CLAIM_ATTEMPTS: u32 = 32;
-/// Segments after which a whole one is written, and how many times as long as the
-/// whole they may become before.
+/// Segments after which a base is written, and the factor by which they may exceed its
+/// size before.
 const SEGMENTS_MAX: u64 = 128;
 const GROWTH_MAX: u64 = 4;
 const GROWTH_BYTES_MIN: u64 = 1 << 20;
-/// Chunks that nobody needs and that are not worth a look at all.
+/// Unused chunks below which collection is not worthwhile.
 const GARBAGE_MIN: u64 = 1024;
-/// Chunks that are deleted before it is looked again whether it may.
+/// Chunks deleted between two checks that this writer is not fenced.
 const DELETED_AT_A_TIME: usize = 256;
 
 /// A block that was written.
@@ -35,8 +35,8 @@ pub struct DirtyBlock {
 }
 
 impl DirtyBlock {
-    /// A block of a file, by their numbers, with its bytes up to the file's end.
-    /// Hashes them, which takes its time where there are many.
+    /// A block of a file, by their numbers, with its bytes up to the file's end. Hashes
+    /// the bytes, which takes a while for many blocks.
     pub fn new(inode: u64, block: u64, bytes: Bytes) -> Self {
         DirtyBlock {
             inode,
@@ -50,44 +50,44 @@ impl DirtyBlock {
 /// Chunks that were put for a segment.
 type NewChunks = Vec<(ChunkRef, Bytes)>;
 
-/// A segment whose put had no answer: it may be there or not.
+/// A segment whose put had no answer: it may exist or not.
 #[derive(Debug)]
-struct InDoubt {
+struct UncertainSegment {
     segment: Segment,
     state: Arc<VolumeState>,
-    /// What it names and was put for it.
+    /// Chunks that it refers to and that were put for it.
     chunks: NewChunks,
     /// It was put before.
     tried: bool,
 }
 
-/// Who writes to a volume.
+/// The writer of a volume.
 #[derive(Debug)]
 pub struct Writer {
     store: VolumeStore,
     epoch: WriterEpoch,
-    /// The last segment; of its lists nothing is kept.
+    /// The last segment, without its lists.
     head: Segment,
     state: Arc<VolumeState>,
     segments: u64,
     bytes: u64,
-    in_doubt: Option<InDoubt>,
-    /// Segments before the last whole one, oldest first.
+    in_doubt: Option<UncertainSegment>,
+    /// Segments before the last base, oldest first.
     old: VecDeque<u64>,
-    /// Chunks that blocks were since the last [`Self::collect`], about.
+    /// Approximate number of chunks replaced since the last [`Self::collect`].
     garbage: u64,
-    /// What was found when it was claimed: who had the volume before may get it back,
-    /// and remembers that.
+    /// The content at the time of the claim: the former owner may get the volume back and
+    /// remembers this content.
     found: Option<Arc<VolumeState>>,
 }
 
 impl Writer {
-    /// Claims a volume: from now on nobody with an older epoch writes to it. It
-    /// holds what its log leads to, or `wanted`.
+    /// Claims a volume: from now on no writer with an older epoch can commit. Its content
+    /// is that of its log, or `wanted`.
     ///
     /// # Errors
-    /// [`VolumeError::Fenced`] if somebody with a newer epoch was here, and the
-    /// store's.
+    /// [`VolumeError::Fenced`] if a writer with a newer epoch was found, and those of the
+    /// store.
     pub async fn claim(
         store: VolumeStore,
         epoch: WriterEpoch,
@@ -108,12 +108,12 @@ impl Writer {
             let segment = following(&loaded.head, epoch, difference, false);
             let taken = match store.put_segment(&segment).await {
                 Ok(Put::Done) => false,
-                // Its answer may have been lost, and the put repeated.
+                // The answer may have been lost, and the put repeated.
                 Ok(Put::Taken) => !store.has(&segment).await?,
                 Err(error) => return Err(error),
             };
-            // Where the head is not there any more, others have gone on, compacted the
-            // log, and what was put is behind them.
+            // If the head is missing, other writers have advanced and compacted the log,
+            // and the put is behind them.
             if taken || !store.has(&loaded.head).await? {
                 continue;
             }
@@ -135,17 +135,17 @@ impl Writer {
         })
     }
 
-    /// What was committed last.
+    /// The content committed last.
     pub fn state(&self) -> &Arc<VolumeState> {
         &self.state
     }
 
-    /// The last segment's number.
+    /// Number of the last segment.
     pub fn head(&self) -> u64 {
         self.head.number
     }
 
-    /// Under which epoch it writes.
+    /// The epoch under which it writes.
     pub fn epoch(&self) -> WriterEpoch {
         self.epoch
     }
@@ -155,12 +155,11 @@ impl Writer {
         &self.store
     }
 
-    /// Commits names and bytes of one instant. After an error the same blocks are
-    /// to be given again, or newer ones.
+    /// Commits names and bytes of one instant. After an error the same or newer blocks
+    /// must be passed again.
     ///
     /// # Errors
-    /// [`VolumeError`]; what is in the store is what it was before, or what was to
-    /// be.
+    /// [`VolumeError`]; the stored content is the former or the new one.
     pub async fn commit(
         &mut self,
         record: VolumeRecord,
@@ -170,8 +169,8 @@ impl Writer {
         if dirty.is_empty() && self.is_as(&record) {
             return Ok(());
         }
-        // In a directory that was taken away a put would make it anew, and a log
-        // without a beginning in it.
+        // If a directory was removed, a put would create it anew, with a log without a
+        // beginning.
         if !self.store.has(&self.head).await? {
             return Err(self.gone().await);
         }
@@ -194,9 +193,9 @@ impl Writer {
         self.state.next_inode == record.next_inode && nodes.eq(record.nodes.iter())
     }
 
-    /// Why the last segment is not there any more.
+    /// Why the last segment is missing.
     async fn gone(&self) -> VolumeError {
-        // Who came after this one may have compacted it away.
+        // A later writer may have compacted it.
         match self.store.load().await {
             Ok(loaded) if loaded.head.writer > self.epoch => self.fenced(loaded.head.writer),
             Ok(_) => self.store.vanished(),
@@ -208,8 +207,8 @@ impl Writer {
         }
     }
 
-    /// Whether the segment in doubt is there. Where the one before it is not, this
-    /// writer made the place anew by putting it: the log is elsewhere, not damaged.
+    /// Whether the uncertain segment is stored. If its predecessor is missing, the put of
+    /// this writer created the location anew: the log is elsewhere, not damaged.
     async fn has_put(&self) -> bool {
         match &self.in_doubt {
             Some(doubt) => matches!(self.store.has(&doubt.segment).await, Ok(true)),
@@ -225,7 +224,7 @@ impl Writer {
         }
     }
 
-    /// Stores what is new; the chunks of all blocks, and those that are new.
+    /// Stores new chunks; returns the chunks of all blocks, and the new ones.
     async fn store_blocks(
         &self,
         record: &VolumeRecord,
@@ -265,7 +264,7 @@ impl Writer {
             {
                 let chunk = new.get(&(node.inode, block)).copied();
                 let chunk = chunk.or_else(|| self.state.chunk(node.inode, block));
-                // Whoever says that a block has data has given it now or before.
+                // A block with data is dirty now or was committed before.
                 let chunk = chunk.ok_or_else(|| VolumeError::Damaged {
                     volume: self.store.name().clone(),
                     object: format!("block {block} of file {}", node.inode),
@@ -288,7 +287,7 @@ impl Writer {
         is_base: bool,
     ) -> Result<(), VolumeError> {
         let segment = following(&self.head, self.epoch, difference, is_base);
-        self.in_doubt = Some(InDoubt {
+        self.in_doubt = Some(UncertainSegment {
             segment,
             state,
             chunks,
@@ -297,13 +296,13 @@ impl Writer {
         self.settle().await
     }
 
-    /// Puts the segment that is in doubt, unless it or another is there.
+    /// Puts the uncertain segment, unless it or another one is stored.
     async fn settle(&mut self) -> Result<(), VolumeError> {
         let Some(doubt) = &mut self.in_doubt else {
             return Ok(());
         };
-        // Some of them may have been put where the place vanished, and be gone with what
-        // that made.
+        // Some chunks may have been put where the location disappeared, and have
+        // disappeared with what the put created.
         if std::mem::replace(&mut doubt.tried, true) {
             self.store.complete(&doubt.chunks).await?;
         }
@@ -318,20 +317,20 @@ impl Writer {
                 None => return Err(self.gone().await),
             }
         }
-        // What was put where the segment before it is not does not count: the rest of
-        // the log is elsewhere, or others have gone on and deleted what they do not
-        // need, also one of this number.
+        // A put without its predecessor does not count: the rest of the log is elsewhere,
+        // or other writers have advanced and deleted unused segments, including this
+        // number.
         if !self.store.has(&self.head).await? {
             return Err(self.gone().await);
         }
-        // A directory may have vanished, and be back already.
+        // A directory may have disappeared and reappeared.
         if self.store.can_vanish()
             && self.store.complete(&doubt.chunks).await?
             && !self.store.has(&self.head).await?
         {
             return Err(self.gone().await);
         }
-        let Some(InDoubt { segment, state, .. }) = self.in_doubt.take() else {
+        let Some(UncertainSegment { segment, state, .. }) = self.in_doubt.take() else {
             return Ok(());
         };
         let bytes = segment.encode().map_or(0, |bytes| bytes.len() as u64);
@@ -350,13 +349,13 @@ impl Writer {
     }
 
     fn is_long(&self) -> bool {
-        // About what a whole one would have.
+        // Estimated size of a base.
         let chunks: usize = self.state.map.values().map(BlockMap::len).sum();
         let whole = (chunks * 48 + self.state.nodes.len() * 64) as u64;
         self.segments >= SEGMENTS_MAX || self.bytes > GROWTH_BYTES_MIN + whole * GROWTH_MAX
     }
 
-    /// Writes the whole volume as the next segment; those before are for
+    /// Writes the whole volume as the next segment; earlier segments are left to
     /// [`Self::tidy`].
     ///
     /// # Errors
@@ -367,11 +366,11 @@ impl Writer {
         self.append(whole, state, NewChunks::new(), true).await
     }
 
-    /// Deletes some of the segments that nobody needs, one after the other and oldest
-    /// first: who finds the one before its own may rely on that.
+    /// Deletes some unused segments one by one, oldest first: the predecessor of a
+    /// segment may be relied on.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn tidy(&mut self, most: usize) -> Result<(), VolumeError> {
         for _ in 0..most {
             let Some(number) = self.old.front().copied() else {
@@ -383,29 +382,30 @@ impl Writer {
         Ok(())
     }
 
-    /// Who had the volume before will not get it back.
-    pub fn forget_found(&mut self) {
+    /// The former owner will not get the volume back.
+    pub fn forget_claimed_content(&mut self) {
         self.found = None;
     }
 
-    /// Whether there are about as many chunks that nobody needs as others.
-    pub fn is_littered(&self) -> bool {
+    /// Whether there are about as many unused chunks as used ones.
+    pub fn needs_collection(&self) -> bool {
         let chunks: usize = self.state.map.values().map(BlockMap::len).sum();
         self.garbage > GARBAGE_MIN.max(chunks as u64)
     }
 
-    /// Deletes chunks that neither the volume nor a snapshot has, nor what was found
-    /// when it was claimed, but none that a newer writer stored; how many.
+    /// Deletes chunks that are neither in the volume, nor in a snapshot, nor in the
+    /// content at the time of the claim, but none of a newer writer; returns their
+    /// number.
     ///
     /// # Errors
-    /// [`VolumeError::Fenced`] if somebody with a newer epoch was here, and the
-    /// store's; some may be deleted.
+    /// [`VolumeError::Fenced`] if a writer with a newer epoch was found, and those of the
+    /// store; some chunks may be deleted.
     pub async fn collect(&mut self) -> Result<u64, VolumeError> {
         self.settle().await?;
         let found = self.found.iter().flat_map(|found| found.chunks());
         let used = self.state.chunks().chain(found).collect();
         let unused = self.store.unused_chunks(used, self.epoch).await?;
-        // After the list: what it has of others they stored after their claim.
+        // After the listing: later claims store the chunks they need themselves.
         for some in unused.chunks(DELETED_AT_A_TIME) {
             self.check_unfenced().await?;
             self.store.delete(some.to_vec()).await?;
@@ -414,8 +414,8 @@ impl Writer {
         Ok(unused.len() as u64)
     }
 
-    /// Refuses if the log went on without this writer, or is gone. Nothing of its own
-    /// is in doubt.
+    /// Fails if the log advanced without this writer, or is missing. No own segment is
+    /// uncertain.
     async fn check_unfenced(&self) -> Result<(), VolumeError> {
         if let Some(next) = self.store.segment(self.head.number + 1).await? {
             return Err(self.fenced(next.writer));
@@ -426,10 +426,10 @@ impl Writer {
         }
     }
 
-    /// Keeps all that was committed under a name.
+    /// Stores the committed content under a name.
     ///
     /// # Errors
-    /// The store's.
+    /// Those of the store.
     pub async fn snapshot(&self, name: &str) -> Result<(), VolumeError> {
         let whole = following(&self.head, self.epoch, self.state.whole(), true);
         self.store.put_snapshot(name, &whole).await
@@ -454,7 +454,7 @@ fn following(head: &Segment, writer: WriterEpoch, what: Difference, is_base: boo
     }
 }
 
-/// How many chunks of a state blocks are not any more after a segment.
+/// The number of chunks of a state that a segment replaces.
 fn replaced(state: &VolumeState, segment: &Segment) -> u64 {
     if segment.is_base {
         return 0;

@@ -1,29 +1,28 @@
-//! When output was written: records of a third kind among the text, each with the
-//! wall clock of the node where the machine ran (milliseconds since 1970-01-01
-//! UTC, 8 bytes, little-endian).
+//! Times of output: records of a third kind between the text, each with the wall clock of
+//! the node where the machine ran (milliseconds since 1970-01-01 UTC, 8 bytes,
+//! little-endian).
 //!
-//! They are part of the log, so that they move with it, are cut off with it and can
-//! never disagree with it. One stands in front of text that is written
-//! [`EVERY_MS`] or more after the one before, and at the beginning of each file
-//! that is begun here: at most 130 bytes a second. Looking for a time reads what is
-//! kept, which is bounded.
+//! They are part of the log, so they move and are removed with it, and can never disagree
+//! with it. One precedes text that is written [`EVERY_MS`] or more after the previous
+//! one, and is the first record of each file that is created here: at most 130 bytes per
+//! second. A search by time reads the kept output, whose size is bounded.
 
 use super::{HEADER_BYTES, Log};
 
 /// The kind of these records.
 pub(super) const KIND: u8 = 3;
-/// How exact times are, in milliseconds.
+/// Resolution of times, in milliseconds.
 const EVERY_MS: u64 = 100;
-/// Bytes that are looked at in one go.
+/// Bytes read at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Whether a mark is due at a time, after the last one.
+/// Whether a time record is due, given the last one.
 pub(super) fn is_due(last: Option<u64>, now_unix_ms: u64) -> bool {
-    // A clock that was set back has times of its own.
+    // A clock that was set back starts anew.
     last.is_none_or(|last| now_unix_ms < last || now_unix_ms - last >= EVERY_MS)
 }
 
-/// A mark as it stands in the log.
+/// An encoded time record.
 pub(super) fn mark(now_unix_ms: u64) -> [u8; HEADER_BYTES + 8] {
     let mut record = [0; HEADER_BYTES + 8];
     record[0] = KIND;
@@ -33,12 +32,12 @@ pub(super) fn mark(now_unix_ms: u64) -> [u8; HEADER_BYTES + 8] {
 }
 
 impl Log {
-    /// Where the output begins that was written at a time (milliseconds since
-    /// 1970-01-01 UTC) or later, exact to a tenth of a second; the end if there is none.
-    /// Rather a little too much is told than too little.
+    /// Offset of the first output written at a time (milliseconds since 1970-01-01 UTC)
+    /// or later, exact to a tenth of a second; the end if there is none. Rather a little
+    /// too early than too late.
     ///
     /// # Errors
-    /// The file system's.
+    /// That of the file system.
     pub fn offset_since(&self, since_unix_ms: u64) -> std::io::Result<u64> {
         let mut at = self.base();
         let mut first = true;
@@ -48,7 +47,7 @@ impl Log {
             if more.is_empty() {
                 return Ok(at);
             }
-            // The oldest part was dropped meanwhile: a new one begins with a record.
+            // The oldest part was dropped meanwhile: the next one begins with a record.
             if offset != at + bytes.len() as u64 {
                 bytes.clear();
                 at = offset;
@@ -60,7 +59,7 @@ impl Log {
                 if kind == KIND
                     && let Ok(written) = text.try_into().map(u64::from_le_bytes)
                 {
-                    // What stands before the first mark is as old as that, or older.
+                    // Text before the first time record is as old as that or older.
                     if std::mem::take(&mut first) && written > since_unix_ms {
                         return Ok(self.base());
                     }
@@ -76,7 +75,7 @@ impl Log {
     }
 }
 
-/// The first record of some bytes: its kind, its text, all its bytes.
+/// The first record of some bytes: its kind, its text, its length.
 fn record(bytes: &[u8]) -> Option<(u8, &[u8], usize)> {
     let (header, rest) = bytes.split_first_chunk::<HEADER_BYTES>()?;
     let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
@@ -114,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn output_is_found_by_its_time() {
+    fn output_is_found_by_time() {
         let folder = tempfile::tempdir().unwrap();
         let words = [
             (1000, "a"),
@@ -127,7 +126,7 @@ mod tests {
         for (since, text) in [
             (0, "abcde"),
             (1000, "abcde"),
-            // Exact to a tenth of a second, and never too little.
+            // Exact to a tenth of a second, and never too late.
             (1099, "abcde"),
             (1101, "cde"),
             (1300, "de"),
@@ -138,12 +137,12 @@ mod tests {
         ] {
             assert_eq!(text_since(&log, since), text, "{since}");
         }
-        // It lasts, and another part of its life has a mark of its own.
+        // After reopening there is a time record at once.
         drop(log);
         let log = Log::open(folder.path(), 0).unwrap();
         log.append_at(StreamKind::Error, b"f", 9060).unwrap();
         assert_eq!(text_since(&log, 1300), "def");
-        // A clock that goes back tells its own times.
+        // A clock that was set back has its own times.
         log.append_at(StreamKind::Error, b"g", 500).unwrap();
         log.append_at(StreamKind::Error, b"h", 20_000).unwrap();
         assert_eq!(text_since(&log, 10_000), "h");
@@ -165,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dropped_takes_no_times_along() {
+    fn times_survive_dropped_output() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let text = vec![b'x'; 1 << 20];
@@ -182,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn old_output_without_times_is_told_with_what_is_newer() {
+    fn output_without_times_is_included_with_newer_output() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let mut old = vec![StreamKind::Output as u8];

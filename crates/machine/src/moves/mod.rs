@@ -1,93 +1,90 @@
-//! One machine's move, as two state machines without any I/O.
+//! Moves of machines, as two state machines without I/O.
 //!
-//! `source` is seen from the node that gives the machine away and decides,
-//! `target` from the worker that receives it. Both are stepped with events by a
-//! thin runtime (`keel-node` for the source, [`crate::worker`] for the target),
-//! which carries out their commands in order. `ownership` has the transactions that
-//! change the owner, `converge` says when copying is over, `predict` how a move will
-//! go.
+//! `source` is the move as seen by the source's node, which decides; `target` as seen by
+//! the target's worker. A thin runtime (`keel-node` for the source, [`crate::worker`] for
+//! the target) passes events to them and executes their commands in order. `ownership`
+//! has the transactions that change the owner, `convergence` decides when copying ends,
+//! `prediction` predicts the course of a move.
 
-pub mod converge;
+pub mod convergence;
 pub mod ownership;
-pub mod predict;
+pub mod prediction;
 mod source;
 mod target;
 
 pub use source::{SourceCommand, SourceEvent, SourceMove, SourceState};
 pub use target::{TargetCommand, TargetEvent, TargetMove, TargetState};
 
-use self::predict::Prediction;
+use self::prediction::Prediction;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 
-/// What a move is doing.
+/// A phase of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// It waits for its turn: others leave the node just now.
+    /// The move waits in the queue of its node.
     Wait,
-    /// Source and target compile the module, where its code is not ready.
+    /// Source and target compile the module where code is missing.
     Compile,
-    /// The target checks what it is offered, and fetches what it lacks.
+    /// The target checks the offer and fetches what it lacks.
     Offer,
     /// Memory is copied while the machine runs.
     Copy,
-    /// Its threads come to safepoints.
+    /// Threads reach safepoints.
     Freeze,
-    /// What was written since the last round is copied.
+    /// Pages written since the last round are copied.
     LastPages,
-    /// Threads and WASI state are copied, and made ready at the target.
+    /// Threads and WASI state are copied and restored at the target.
     State,
     /// The store changes the owner.
     Commit,
-    /// The target lets it go on.
+    /// The target resumes the machine.
     Resume,
-    /// It runs at the target, and the rest of its memory comes behind it.
+    /// The machine runs at the target while the rest of its memory is transferred
+    /// (post-copy).
     Fill,
 }
 
-/// One round of copying.
+/// A round of copying.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Round {
     /// Bytes of pages sent.
     pub bytes: u64,
-    /// How long it took.
+    /// Duration in microseconds.
     pub micros: u64,
 }
 
-/// How a move ended.
+/// Result of a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ending {
     /// The machine runs at the target.
     Moved,
-    /// It runs on at the source.
-    Stayed {
-        /// Why.
-        reason: String,
-    },
+    /// The machine runs on at the source.
+    Stayed { reason: String },
 }
 
-/// How memory came to a machine that ran already.
+/// Report of post-copy.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FillReport {
-    /// From the first step at the target until all was there, in microseconds.
+    /// From the resumption at the target until all pages had arrived, in microseconds.
     pub micros: u64,
-    /// Pages (4 KiB) that were sent unasked.
+    /// Pages (4 KiB) sent in the background.
     pub pushed_pages: u64,
-    /// Pages that were sent because a thread waited, and those behind them.
+    /// Pages sent on request, with those behind them.
     pub pulled_pages: u64,
-    /// Accesses that waited for nothing from elsewhere.
+    /// Faults resolved without the source.
     pub local_faults: u64,
-    /// Times that the source connected anew.
+    /// Reconnections of the source.
     pub reconnects: u64,
-    /// Accesses that waited for the source: how many took 2^n to 2^(n+1)
-    /// microseconds, for each n from 0.
+    /// Latencies of faults that waited for the source: for each n from 0, the number that
+    /// took 2^n to 2^(n+1) microseconds.
     pub latency_log2_micros: Vec<u64>,
 }
 
 impl FillReport {
-    /// Counts an access that waited for the source.
+    /// Counts a fault that waited for the source.
     pub fn add_latency(&mut self, latency: std::time::Duration) {
         let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
         let bucket = micros.max(1).ilog2() as usize;
@@ -97,16 +94,16 @@ impl FillReport {
         self.latency_log2_micros[bucket] += 1;
     }
 
-    /// Accesses that waited for the source.
+    /// Number of faults that waited for the source.
     pub fn remote_faults(&self) -> u64 {
         self.latency_log2_micros.iter().sum()
     }
 
-    /// One line for people.
+    /// One line for users.
     pub fn line(&self) -> String {
         let mib = |pages: u64| pages as f64 / 256.0;
         let mut line = format!(
-            "memory came behind it in {:.0} ms: {:.1} MiB unasked, {:.1} MiB waited for; {} accesses waited",
+            "post-copy took {:.0} ms: {:.1} MiB in the background, {:.1} MiB on request; {} faults waited",
             self.micros as f64 / 1000.0,
             mib(self.pushed_pages),
             mib(self.pulled_pages),
@@ -118,64 +115,60 @@ impl FillReport {
             }
         }
         if self.reconnects > 0 {
-            line += &format!("; the source connected anew {} time(s)", self.reconnects);
+            line += &format!("; the source reconnected {} time(s)", self.reconnects);
         }
         line
     }
 }
 
-/// A move, told afterwards. Times in microseconds; downtime is what the source
-/// saw, from asking the threads to stop to the target's word that they run.
+/// Report of a finished move. Times in microseconds; downtime is measured at the source,
+/// from the request to stop the threads to the target's message that they run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MoveReport {
-    /// The machine.
     pub machine: MachineName,
-    /// From.
     pub source: NodeName,
-    /// To.
     pub target: NodeName,
-    /// Epoch afterwards.
+    /// The epoch after the move.
     pub epoch: Epoch,
-    /// When it began, in milliseconds since 1970-01-01 UTC.
+    /// Start of the move, in milliseconds since 1970-01-01 UTC.
     pub started_unix_ms: u64,
-    /// How it ended.
     pub ending: Ending,
     /// From the offer to its acceptance.
     pub offer_micros: u64,
     /// Copying while the machine ran.
     pub copy_micros: u64,
-    /// The rounds of that.
+    /// The rounds of copying.
     pub rounds: Vec<Round>,
-    /// Whether the guest had to be slowed down for copying to catch up.
+    /// Whether the guest was throttled so that copying could catch up.
     pub slowed: bool,
-    /// Threads to safepoints.
+    /// Threads reaching safepoints.
     pub freeze_micros: u64,
-    /// The last pages.
+    /// Sending the last pages.
     pub last_pages_micros: u64,
-    /// Bytes of them.
+    /// Bytes of the last pages.
     pub last_bytes: u64,
-    /// Threads and WASI state, sent and made ready.
+    /// Sending and restoring threads and WASI state.
     pub state_micros: u64,
     /// The change of owner in the store.
     pub commit_micros: u64,
-    /// From the word to go to the target's answer.
+    /// From the go message to the target's answer.
     pub resume_micros: u64,
-    /// All of the time that the machine stood still.
+    /// Total downtime.
     pub downtime_micros: u64,
-    /// Bytes of memory and state sent in all.
+    /// Bytes of memory and state sent in total.
     pub bytes: u64,
-    /// All of it.
+    /// Total duration.
     pub total_micros: u64,
-    /// How its memory came after it ran there already, if it did (post-copy).
+    /// The report of post-copy, if it took place.
     #[serde(default)]
     pub fill: Option<FillReport>,
-    /// What was foretold of it, where that was to be had.
+    /// The prediction for the move, if there was one.
     #[serde(default)]
     pub predicted: Option<Prediction>,
 }
 
 impl MoveReport {
-    /// Of a move that took no time.
+    /// A move of zero duration.
     #[cfg(test)]
     pub(crate) fn example() -> Self {
         MoveReport {
@@ -203,7 +196,7 @@ impl MoveReport {
         }
     }
 
-    /// One line for people.
+    /// One line for users.
     pub fn line(&self) -> String {
         let ms = |micros: u64| micros as f64 / 1000.0;
         match &self.ending {
@@ -212,7 +205,7 @@ impl MoveReport {
             }
             Ending::Moved => {
                 let line = format!(
-                    "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; stood still {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
+                    "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; downtime {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
                     self.machine,
                     self.source,
                     self.target,
@@ -232,7 +225,7 @@ impl MoveReport {
                 };
                 match &self.predicted {
                     Some(predicted) => format!(
-                        "{line}; foretold: {:.0} ms ({:.0} to {:.0}), standing still {:.2} ({:.2} to {:.2})",
+                        "{line}; predicted: {:.0} ms ({:.0} to {:.0}), downtime {:.2} ms ({:.2} to {:.2})",
                         ms(predicted.total_micros.likely),
                         ms(predicted.total_micros.low),
                         ms(predicted.total_micros.high),
@@ -247,28 +240,26 @@ impl MoveReport {
     }
 }
 
-/// What a running move tells those who watch.
+/// Progress of a running move.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// What it is doing.
     pub phase: Phase,
     /// Round of copying, from 1.
     pub round: u32,
-    /// Bytes sent so far.
     pub sent_bytes: u64,
     /// Bytes known to be left.
     pub remaining_bytes: u64,
-    /// Bytes a second in the last round.
+    /// Bytes per second in the last round.
     pub bytes_per_s: u64,
-    /// How long the machine stands still already.
+    /// Downtime so far.
     pub downtime_micros: u64,
-    /// How much of the phase is done, 0 to 100, where that is known (`Compile`).
+    /// Progress of the phase, 0 to 100, where known (`Compile`).
     #[serde(default)]
     pub percent: Option<u8>,
 }
 
 impl Progress {
-    /// Of a phase in which nothing is sent yet.
+    /// Progress in a phase in which nothing is sent.
     pub fn of(phase: Phase) -> Self {
         Progress {
             phase,

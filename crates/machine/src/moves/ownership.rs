@@ -1,6 +1,6 @@
-//! Who owns a machine: the transactions that change its owner, and what its record
-//! says to a node that does not know how such a transaction ended. All comparisons
-//! of the commit rule are on this page.
+//! Ownership of machines: the transactions that change the owner, and what a record means
+//! to a node that does not know the outcome of such a transaction. All comparisons of the
+//! commit rule are in this file.
 //!
 //! ```text
 //!   (source, E, running) ──commit──▶ (target, E+1, arriving) ──go──▶ (target, E+1, running)
@@ -11,20 +11,19 @@
 //!   (source, E+1, running)             (source, E+2, running)
 //! ```
 //!
-//! - The epoch names the life of a machine, too: its counter begins at the store's
-//!   revision that created the record and each raise takes a transaction, so it never
-//!   exceeds the store's revision, and a later machine of the same name begins above
-//!   it ([`EpochBase`]). An equal epoch therefore means the same creation.
-//! - A commit that may still be on its way is made impossible by any write of the
-//!   record, since it compares the record's revision. A read decides nothing unless it
-//!   finds such a write.
-//! - The commit has won only where the record says so: the target owns it under E+1
-//!   and it has not ended. Everything else that a source in doubt may find (ended,
-//!   gone, another owner, another epoch) is not its business any more: its copy and
-//!   the target's are dropped.
+//! - The epoch also identifies the machine's life: its counter begins at the store's
+//!   revision that created the record, and each increment takes a transaction, so it
+//!   never exceeds the store's revision, and a later machine of the same name begins
+//!   above it ([`EpochBase`]). An equal epoch therefore means the same creation.
+//! - Any write of the record invalidates a commit in flight, because the commit compares
+//!   the record's revision. A read decides nothing unless it finds such a write.
+//! - The commit was applied only if the record says so: the target owns the machine under
+//!   E+1, and it has not ended. In any other state (ended, removed, another owner,
+//!   another epoch) the move no longer concerns the machine: the copies at source and
+//!   target are dropped.
 //!
-//! Nothing here reads, writes or waits: the callers are the agents (`keel-node`) and
-//! the simulation (`tests/move_simulation.rs`).
+//! This module performs no I/O and does not wait: the callers are the agents
+//! (`keel-node`) and the simulation (`tests/move_simulation.rs`).
 
 use crate::restart::{self, Restart};
 use crate::spec::{Record, Status};
@@ -33,32 +32,32 @@ use keel_cluster::store::{Compare, KeyValue, Revision, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 
-/// A machine's record and the revision of its last change.
+/// A machine's record with the revision of its last change.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Found {
-    /// The record; the epoch of one that was just created counts from its revision.
+pub struct VersionedRecord {
+    /// The record; the epoch of a new record is derived from its revision.
     pub record: Record,
-    /// The store's revision that put it.
+    /// The store's revision of the last write.
     pub revision: Revision,
 }
 
-impl Found {
-    /// Reads an entry of the store.
+impl VersionedRecord {
+    /// Decodes an entry of the store.
     ///
     /// # Errors
-    /// A sentence for a damaged record or one of another version.
+    /// A message for a damaged record or one of another version.
     pub fn read(entry: &KeyValue) -> Result<Self, String> {
         let mut record = Record::decode(&entry.value)?;
         record.epoch = epoch_of(record.epoch, entry);
-        Ok(Found {
+        Ok(VersionedRecord {
             record,
             revision: entry.modified,
         })
     }
 }
 
-/// The epoch of a record: whoever creates one cannot know the revision of its
-/// creation, so the counter that it writes lacks that until the first change.
+/// The epoch of a record: its creator cannot know the revision of the creation, so the
+/// stored counter lacks it until the first change.
 fn epoch_of(written: Epoch, entry: &KeyValue) -> Epoch {
     match entry.created == entry.modified {
         true => created_at(written, entry.created),
@@ -66,8 +65,8 @@ fn epoch_of(written: Epoch, entry: &KeyValue) -> Epoch {
     }
 }
 
-/// The first epoch of a machine whose record was created at `revision` with the
-/// epoch `written`.
+/// The first epoch of a machine whose record was created at `revision` with the epoch
+/// `written`.
 pub fn created_at(written: Epoch, revision: Revision) -> Epoch {
     Epoch {
         counter: written.counter.saturating_add(revision),
@@ -75,15 +74,14 @@ pub fn created_at(written: Epoch, revision: Revision) -> Epoch {
     }
 }
 
-/// The epoch that records are created with, at `epoch-base`: the cluster's incarnation,
-/// and what is added to the store's revision. Both are raised where a machine is
-/// restored from a checkpoint of another cluster, whose epochs were ahead of this
-/// store's.
+/// The epoch of new records, stored at `epoch-base`: the cluster's incarnation, and an
+/// offset to the store's revision. Both are raised when a machine is restored from a
+/// checkpoint of another cluster, whose epochs were ahead of this store's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EpochBase(Epoch);
 
 impl EpochBase {
-    /// As the record of a new machine is written.
+    /// The epoch that the record of a new machine is written with.
     pub fn epoch(self) -> Epoch {
         self.0
     }
@@ -100,7 +98,7 @@ impl EpochBase {
         }
     }
 
-    /// The base with which a machine that ran under `ran` begins above that, in a
+    /// The base with which a machine that ran under `ran` begins above that epoch, in a
     /// store that has reached `revision`.
     #[must_use]
     pub fn above(self, ran: Epoch, revision: Revision) -> Self {
@@ -112,40 +110,38 @@ impl EpochBase {
     }
 }
 
-/// Between whom a machine moves, and what its record said when the move began.
+/// Source and target of a move, and the record's state at its start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transfer {
-    /// The machine.
     pub machine: MachineName,
-    /// Who owned it.
+    /// The owner at the start.
     pub source: NodeName,
-    /// Who is to own it.
+    /// The future owner.
     pub target: NodeName,
-    /// Its epoch then.
+    /// The epoch at the start.
     pub epoch: Epoch,
-    /// The revision of its record then.
+    /// The record's revision at the start.
     pub revision: Revision,
 }
 
-/// What a source in doubt does next.
+/// The next step of a source whose commit has an unknown outcome.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Settlement {
-    /// Make this write; its answer settles the doubt.
+    /// Perform this write; its result decides.
     Write {
-        /// The transaction.
         txn: Txn,
         /// The record that it puts.
         record: Box<Record>,
     },
-    /// An earlier attempt of that write was applied: the machine is the source's.
+    /// An earlier attempt of that write was applied: the source owns the machine.
     Kept,
     /// The commit was applied.
     Won,
-    /// Neither: the machine ended, was removed, or belongs to somebody else by now.
+    /// Neither: the machine ended, was removed, or has another owner.
     Superseded {
-        /// What the record says, for people.
+        /// The record's state, for users.
         reason: String,
-        /// Whether it ended as the source's own: its output is kept here.
+        /// Whether it ended while the source owned it: its output stays here.
         output_stays: bool,
     },
 }
@@ -164,10 +160,10 @@ impl Transfer {
         self.epoch.next()
     }
 
-    /// The transaction that makes the target the owner of `record`, without what
-    /// placement rules demand. Its conditions, in this order: the record is as it was
-    /// when the move began; the source is to run it; the target has room reserved for
-    /// it; source and target are alive.
+    /// The transaction that makes the target the owner of `record`, without conditions of
+    /// placement rules. Its conditions, in this order: the record is unchanged since the
+    /// start of the move; the source is scheduled to run the machine; the target has
+    /// reserved room for it; source and target are alive.
     ///
     /// # Errors
     /// If the record cannot be encoded.
@@ -193,14 +189,14 @@ impl Transfer {
             .delete(reservation))
     }
 
-    /// What a source that does not know whether its commit was applied does, given
-    /// the record that it finds (`None`: there is none). The write raises the epoch of
-    /// the record *as found*, so it undoes nothing that others changed meanwhile.
+    /// The next step of a source that does not know whether its commit was applied, given
+    /// the present record (`None` if it was removed). The write raises the epoch of the
+    /// *present* record, so it does not undo concurrent changes.
     ///
     /// # Errors
     /// If the record cannot be encoded.
-    pub fn settle(&self, found: Option<&Found>) -> Result<Settlement, String> {
-        let Some(Found { record, revision }) = found else {
+    pub fn settle(&self, found: Option<&VersionedRecord>) -> Result<Settlement, String> {
+        let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
         let kept = self.epoch.next();
@@ -223,22 +219,26 @@ impl Transfer {
         Ok(self.superseded(Some(record)))
     }
 
-    /// Whether a record is what this move's commit made of it, or what the target did
-    /// next, and the machine has not ended.
+    /// Whether a record is the result of this move's commit, or of the target's changes
+    /// after it, and the machine has not ended.
     pub fn has_won(&self, record: &Record) -> bool {
         record.owner == self.target
             && record.epoch == self.committed_epoch()
             && !record.status.ended()
     }
 
-    /// What a source does whose target says that the machine does not run there and
-    /// never will. Only what has not run there is taken back. [`Settlement::Won`] is
-    /// not an answer.
+    /// The next step of a source whose target reports that the machine does not run there
+    /// and never will. Only a machine that has not run there is taken back. Never
+    /// [`Settlement::Won`].
     ///
     /// # Errors
     /// If the record cannot be encoded.
-    pub fn take_back(&self, found: Option<&Found>, now_unix_ms: u64) -> Result<Settlement, String> {
-        let Some(Found { record, revision }) = found else {
+    pub fn take_back(
+        &self,
+        found: Option<&VersionedRecord>,
+        now_unix_ms: u64,
+    ) -> Result<Settlement, String> {
+        let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
         let back = self.committed_epoch().next();
@@ -284,19 +284,19 @@ impl Transfer {
     }
 }
 
-/// What becomes of a copy that has arrived at `node` and waits for the word to go.
+/// What happens to a copy that has arrived at `node` and waits for the commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ArrivalVerdict {
-    /// The commit of its move has won: it goes on under this epoch.
+    /// The commit of its move was applied: it resumes under this epoch.
     Goes(Epoch),
-    /// That commit has not won, and what the record says now excludes that it will.
+    /// The commit was not applied, and the present record excludes that it will be.
     Never,
-    /// The record is as it was before the commit, which may still come.
+    /// The record is unchanged, and the commit may still be applied.
     Open,
 }
 
-/// Judges a copy that was offered to `node` under the epoch `offered`, by the record
-/// that the store has.
+/// Decides about a copy that was offered to `node` under the epoch `offered`, given the
+/// present record.
 pub fn arrival(node: &NodeName, offered: Epoch, found: Option<&Record>) -> ArrivalVerdict {
     let Some(record) = found else {
         return ArrivalVerdict::Never;
@@ -311,9 +311,9 @@ pub fn arrival(node: &NodeName, offered: Epoch, found: Option<&Record>) -> Arriv
     }
 }
 
-/// The status that a machine takes which runs on `node` under `epoch`; `None` where
-/// the record is not that machine's, or says so already. With `filling`, a part of its
-/// memory is still at the source of its move.
+/// The status of a machine that runs on `node` under `epoch`; `None` if the record
+/// belongs to another machine or life, or has that status. `filling`: part of its memory
+/// is still at the source of its move.
 pub fn running(record: &Record, node: &NodeName, epoch: Epoch, filling: bool) -> Option<Status> {
     if record.owner != *node || record.epoch != epoch {
         return None;
@@ -328,20 +328,20 @@ pub fn running(record: &Record, node: &NodeName, epoch: Epoch, filling: bool) ->
     }
 }
 
-/// What the end of a machine's life makes of its record.
+/// Effect of the end of a machine's life on its record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndEffect {
-    /// The record was changed: it is to be written.
+    /// The record was changed and must be written.
     Changed,
-    /// An earlier attempt wrote it: the machine is to be started again.
+    /// An earlier attempt wrote it: the machine will be restarted.
     RestartsAlready,
-    /// The record is not that life's any more, or says its end already.
+    /// The record belongs to another life, or has this end.
     None,
 }
 
-/// Writes into a record that the life of the machine that ran on `node` under `epoch`
-/// has ended with `status`: it has ended, or, where its policy says so, is to be
-/// started again under the next epoch. Done twice, it changes nothing the second time.
+/// Records that the life of the machine on `node` under `epoch` has ended with `status`:
+/// it has ended or, according to its restart policy, will be restarted under the next
+/// epoch. Idempotent.
 pub fn end(
     record: &mut Record,
     node: &NodeName,
@@ -361,11 +361,11 @@ pub fn end(
     }
     let lived_ms = match record.status {
         Status::Scheduled | Status::Restarting { .. } => 0,
-        // Moves do not count: it is the same life.
+        // Moves do not start a new life.
         _ => now_unix_ms.saturating_sub(record.started_unix_ms),
     };
-    // A machine whose memory was not all here was put at risk by its user, not by its
-    // program; the checkpoint before its move is what it goes on from.
+    // A machine whose memory had not all arrived was put at risk by its user, not by its
+    // program; it is restored from the checkpoint before its move.
     let policy = match (&record.status, status, record.spec.restart) {
         (Status::Filling { .. }, Status::Failed { .. }, Restart::No) => Restart::OnFailure,
         (_, _, policy) => policy,
@@ -375,7 +375,7 @@ pub fn end(
         false => restart::decide(policy, status, record.restarts, lived_ms),
     };
     let Some(plan) = plan else {
-        // One that was killed has ended by a command too.
+        // A machine that was killed after a stop command was ended by that command.
         let killed = record.stop_wanted && matches!(status, Status::Failed { .. });
         let status = match killed {
             true => Status::Stopped,

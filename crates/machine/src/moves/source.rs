@@ -1,14 +1,14 @@
-//! One machine move, seen from the source.
+//! A move of one machine, seen from the source.
 //!
 //! ```text
 //!   Offered ──accepted──▶ Copying ──converged, store answers──▶ Freezing ──all arrived──▶ Committing
 //!      │ refused             │ cancelled / peer lost /             │ too late /              │      │
-//!      │                     │ store away                          │ peer lost / cancelled   │      │ answer lost
+//!      │                     │ store down                          │ peer lost / cancelled   │      │ answer lost
 //!      ▼                     ▼                                     ▼                         │      ▼
 //!   Stayed ◀─────────────────┴─────────────────────────────────────┘◀──────── refused ───────┤   InDoubt
 //!      ▲                                                                                     │    │    │
-//!      │ own write won (new epoch)                                                           │won │    │ the record says
-//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ that it had won
+//!      │ own write won (new epoch)                                                           │won │    │ the record shows
+//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ the commit
 //!                                                                                            ▼         ▼
 //!   Gone ◀──────────────────────────── target resumed ─────────────────────────────────── Handed ◀─────┘
 //!      ▲                                                                                     │ target resumed (post-copy)
@@ -17,153 +17,132 @@
 //!   InDoubt, TakingBack ──the machine ended, was removed or has another owner──▶ Superseded
 //! ```
 //!
-//! Until the commit wins, every way out leads to `Stayed`: the machine runs on,
-//! unharmed. A read never settles `InDoubt`; only a write does. In `Handed` the
-//! frozen copy is kept until the target's agent says that the machine resumed,
-//! or that it did not and never will: then the source takes it back, by a write
-//! under a new epoch. In `Serving` it runs there, and takes the pages of the
-//! frozen copy one by one: nothing brings it back here any more. In `Superseded`
-//! neither copy of this move may run: both are dropped. What the record must say for
-//! each of these is in [`super::ownership`].
+//! Until the commit is applied, every failure leads to `Stayed`: the machine runs on
+//! unchanged. A read never resolves `InDoubt`; only a write does. In `Handed` the frozen
+//! copy is kept until the target's agent reports that the machine resumed, or that it did
+//! not and never will: then the source takes it back, by a write under a new epoch. In
+//! `Serving` the machine runs at the target and fetches the pages of the frozen copy: it
+//! cannot return any more. In `Superseded` neither copy of this move may run: both are
+//! dropped. [`super::ownership`] defines the record's state for each of these.
 
 use keel_cluster::Epoch;
 
-/// Where the move is.
+/// State of the move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceState {
-    /// The target was asked.
+    /// The offer was sent to the target.
     Offered,
-    /// Memory is being copied; the machine runs.
+    /// Memory is copied; the machine runs.
     Copying,
-    /// Copied often enough; the store is asked whether it is there.
+    /// Copying has converged; the store's availability is checked.
     AskingStore,
     /// The machine is frozen, the rest is being sent.
     Freezing,
-    /// The transaction is on its way.
+    /// The transaction is in flight.
     Committing,
-    /// Nobody knows whether the transaction won. Frozen.
+    /// The outcome of the transaction is unknown. The machine is frozen.
     InDoubt,
-    /// The transaction won; the target was told to go on. Frozen copy kept.
+    /// The transaction was applied; the target was told to resume. The frozen copy is
+    /// kept.
     Handed,
-    /// It runs at the target; the rest of its memory is sent behind it.
+    /// The machine runs at the target; the rest of its memory is sent by post-copy.
     Serving,
-    /// The target does not have it; a write takes it back. Frozen.
+    /// The target does not have the machine; a write takes it back. The machine is
+    /// frozen.
     TakingBack,
     /// The machine runs here.
-    Stayed {
-        /// Under this epoch.
-        epoch: Epoch,
-        /// Why it did not move.
-        reason: String,
-    },
+    Stayed { epoch: Epoch, reason: String },
     /// The machine runs at the target.
-    Gone {
-        /// Under this epoch.
-        epoch: Epoch,
-    },
+    Gone { epoch: Epoch },
     /// The machine ended before it was handed over.
     Ended,
-    /// The machine ended, was removed or got another owner while this move did not
-    /// know how its transaction had ended.
+    /// The machine ended, was removed or got another owner while the outcome of the
+    /// transaction was unknown.
     Superseded {
-        /// What the record said.
+        /// The record's state.
         reason: String,
     },
 }
 
-/// What happens to a move.
+/// An event of a move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceEvent {
     /// The target has reserved room and waits for pages.
     Accepted,
-    /// The target does not take it.
+    /// The target refuses the offer.
     Refused(String),
-    /// What is left is small enough.
+    /// Few bytes are left.
     Converged,
-    /// The user changed their mind.
+    /// The user cancelled the move.
     Cancel(String),
-    /// The connection to the target's worker is lost, or it gave up.
+    /// The connection to the target's worker is lost, or the target gave up.
     PeerLost(String),
     /// The store answered a round trip.
     StoreAnswered,
-    /// The store cannot be reached.
-    StoreAway(String),
-    /// Threads did not stop in time; they run on.
+    /// The store is unreachable.
+    StoreUnavailable(String),
+    /// Threads did not reach safepoints in time; they run on.
     FreezeLate(String),
-    /// The target has everything and is ready to go on.
+    /// The target has everything and is ready to resume.
     Prepared,
     /// The transaction was applied.
     CommitWon,
-    /// It was refused: nothing changed.
+    /// The transaction was refused: nothing changed.
     CommitRefused(String),
-    /// Its answer was lost.
+    /// The answer of the transaction was lost.
     CommitUnknown,
-    /// The source's own write was applied: the pending commit cannot win.
+    /// The source's own write was applied: the commit in flight cannot be applied any
+    /// more.
     OwnWriteWon,
-    /// The record says that the machine ended, was removed, or belongs to somebody
-    /// else: neither the own write nor the commit was applied.
+    /// The machine ended, was removed, or has another owner according to the record:
+    /// neither the own write nor the commit was applied.
     Superseded {
-        /// What it says.
+        /// The record's state.
         reason: String,
-        /// Whether the machine ended as the source's own: its output is kept here.
+        /// Whether the machine ended while the source owned it: its output stays here.
         output_stays: bool,
     },
-    /// The own write could not be made, or its answer was lost.
+    /// The own write failed, or its answer was lost.
     OwnWriteUnknown,
-    /// The target says that the machine runs there.
+    /// The target reports that the machine runs there.
     TargetResumed,
-    /// The target's agent says that it does not run there and never will.
-    TargetWithout,
-    /// Nobody needs the frozen copy any more: the target has all pages, or the
-    /// machine ended or was lost there.
+    /// The target's agent reports that the machine does not run there and never will.
+    TargetNotRunning,
+    /// The frozen copy is not needed any more: the target has all pages, or the machine
+    /// ended or was lost there.
     Served,
     /// The machine ended by itself.
     MachineEnded,
 }
 
-/// What the runtime is to do.
+/// A command to the runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceCommand {
-    /// Begin to copy: the target is ready.
+    /// Start to copy: the target is ready.
     StartCopy,
-    /// Make a round trip to the store: an outage must show before any downtime.
+    /// Make a round trip to the store: an outage must be noticed before any downtime.
     AskStore,
     /// Freeze the machine and send the last pages and the state.
     FreezeAndSend,
     /// Run the transaction that changes the owner to the target, under `epoch`.
-    Commit {
-        /// The new epoch.
-        epoch: Epoch,
-    },
-    /// Write owner = source under `epoch`, on the condition that nothing
-    /// changed since the move began. Repeat until answered.
-    SettleByWrite {
-        /// The new epoch.
-        epoch: Epoch,
-    },
-    /// Tell the target to go on under `epoch`. Repeat, over its agent if need
-    /// be, until it answers.
+    Commit { epoch: Epoch },
+    /// Write owner = source under `epoch`, on the condition that nothing changed since
+    /// the start of the move. Repeat until answered.
+    SettleByWrite { epoch: Epoch },
+    /// Tell the target to resume under `epoch`. Repeat until it answers, through its
+    /// agent if necessary.
     TellTarget {
-        /// The epoch that won.
+        /// The committed epoch.
         epoch: Epoch,
     },
-    /// Write owner = source under `epoch`, on the condition that the target
-    /// still is the owner. Repeat until answered.
-    TakeBack {
-        /// The new epoch.
-        epoch: Epoch,
-    },
-    /// Let the machine go on here under `epoch`, dirty pages still known.
-    Thaw {
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// Tell the target to forget what it got and to drop its reservation.
-    AbortTarget {
-        /// Why.
-        reason: String,
-    },
-    /// Send the pages that the target lacks, until nobody needs them.
+    /// Write owner = source under `epoch`, on the condition that the target still is the
+    /// owner. Repeat until answered.
+    TakeBack { epoch: Epoch },
+    /// Resume the machine here under `epoch`; dirty pages are still tracked.
+    Thaw { epoch: Epoch },
+    /// Tell the target to drop what it received and its reservation.
+    AbortTarget { reason: String },
+    /// Send the pages that the target lacks, until they are not needed any more.
     Serve,
     /// Drop the frozen copy and end the worker.
     Forget,
@@ -171,21 +150,20 @@ pub enum SourceCommand {
     End,
 }
 
-/// One machine move, seen from the source.
+/// A move of one machine, seen from the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceMove {
     state: SourceState,
-    /// Epoch under which the machine runs here.
+    /// The epoch under which the machine runs here.
     epoch: Epoch,
     /// Whether the machine is frozen.
     frozen: bool,
-    /// Whether memory comes after the machine.
+    /// Whether this is a post-copy move.
     post_copy: bool,
 }
 
 impl SourceMove {
-    /// A move that was just offered; the machine runs here under `epoch`. With
-    /// `post_copy` a part of its memory comes after it.
+    /// A move that was offered; the machine runs here under `epoch`.
     pub fn new(epoch: Epoch, post_copy: bool) -> Self {
         SourceMove {
             state: SourceState::Offered,
@@ -195,9 +173,8 @@ impl SourceMove {
         }
     }
 
-    /// A move whose commit has won, taken up by an agent that did not begin it:
-    /// the machine ran here under `epoch`, and is frozen. What to do first comes
-    /// with it.
+    /// A move whose commit was applied, continued by another agent: the machine ran here
+    /// under `epoch` and is frozen. Returns the first commands, too.
     pub fn handed(epoch: Epoch, post_copy: bool) -> (Self, Vec<SourceCommand>) {
         let source = SourceMove {
             state: SourceState::Handed,
@@ -209,12 +186,11 @@ impl SourceMove {
         (source, vec![SourceCommand::TellTarget { epoch }])
     }
 
-    /// Where it is.
     pub fn state(&self) -> &SourceState {
         &self.state
     }
 
-    /// Whether it is over.
+    /// Whether the move has ended.
     pub fn is_over(&self) -> bool {
         matches!(
             self.state,
@@ -225,8 +201,8 @@ impl SourceMove {
         )
     }
 
-    /// Takes an event, answers with what to do. Events that come too late for
-    /// the state they meet change nothing.
+    /// Processes an event; returns the commands. Events that are too late for the state
+    /// have no effect.
     pub fn step(&mut self, event: SourceEvent) -> Vec<SourceCommand> {
         use SourceCommand as C;
         use SourceEvent as E;
@@ -257,8 +233,8 @@ impl SourceMove {
                     epoch: self.epoch.next(),
                 }]
             }
-            // While the transaction is on its way, a lost peer or a cancel
-            // changes nothing: its answer decides.
+            // While the transaction is in flight, a lost peer or a cancellation has no
+            // effect: the transaction's outcome decides.
             (S::Committing, E::CommitUnknown) => {
                 self.state = S::InDoubt;
                 vec![C::SettleByWrite {
@@ -285,7 +261,7 @@ impl SourceMove {
             (S::Handed, E::PeerLost(_)) => vec![C::TellTarget {
                 epoch: self.epoch.next(),
             }],
-            (S::Handed, E::TargetWithout) => {
+            (S::Handed, E::TargetNotRunning) => {
                 self.state = S::TakingBack;
                 vec![C::TakeBack {
                     epoch: self.epoch.next().next(),
@@ -316,7 +292,7 @@ impl SourceMove {
                 E::Refused(reason)
                 | E::Cancel(reason)
                 | E::PeerLost(reason)
-                | E::StoreAway(reason)
+                | E::StoreUnavailable(reason)
                 | E::FreezeLate(reason),
             )
             | (S::Committing, E::CommitRefused(reason)) => self.stay(reason),
@@ -326,7 +302,7 @@ impl SourceMove {
                     reason: "the machine ended".into(),
                 }]
             }
-            // Everything else is late or repeated.
+            // All other events are late or repeated.
             (
                 S::Offered
                 | S::Copying
@@ -387,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn the_straight_way() {
+    fn a_move_without_failures() {
         let (source, last) = after(&to_commit(&[E::CommitWon, E::TargetResumed]));
         assert_eq!(last, [SourceCommand::Forget]);
         assert_eq!(
@@ -399,14 +375,18 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_the_memory_comes_behind() {
+    fn post_copy_follows_the_resumption() {
         let mut source = SourceMove::new(EPOCH, true);
         for event in to_commit(&[E::CommitWon]) {
             source.step(event);
         }
         assert_eq!(source.step(E::TargetResumed), [SourceCommand::Serve]);
-        // It runs there: nothing brings it back.
-        for late in [E::TargetWithout, E::PeerLost("gone".into()), E::OwnWriteWon] {
+        // The machine runs there and cannot return.
+        for late in [
+            E::TargetNotRunning,
+            E::PeerLost("gone".into()),
+            E::OwnWriteWon,
+        ] {
             assert_eq!(source.step(late), []);
         }
         assert!(!source.is_over());
@@ -414,13 +394,13 @@ mod tests {
     }
 
     #[test]
-    fn every_way_out_before_the_freeze_leaves_it_running() {
+    fn every_failure_before_the_freeze_leaves_it_running() {
         for prefix in 0..3 {
             for event in [
                 E::Refused("no".into()),
                 E::Cancel("no".into()),
                 E::PeerLost("no".into()),
-                E::StoreAway("no".into()),
+                E::StoreUnavailable("no".into()),
             ] {
                 let events: Vec<_> = TO_COMMIT[..prefix].iter().cloned().chain([event]).collect();
                 let (source, last) = after(&events);
@@ -484,10 +464,13 @@ mod tests {
         }
     }
 
-    /// Neither copy of the move runs where the machine is somebody else's by now.
+    /// Neither copy of the move may run when the machine has another owner.
     #[test]
     fn a_superseded_move_ends_both_copies() {
-        for before in [&[E::CommitUnknown][..], &[E::CommitWon, E::TargetWithout]] {
+        for before in [
+            &[E::CommitUnknown][..],
+            &[E::CommitWon, E::TargetNotRunning],
+        ] {
             for output_stays in [false, true] {
                 let (mut source, _) = after(&to_commit(before));
                 let commands = source.step(superseded_event(output_stays));
@@ -505,7 +488,7 @@ mod tests {
 
     #[test]
     fn a_target_without_the_machine_gives_it_back_under_a_new_epoch() {
-        let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetWithout]));
+        let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetNotRunning]));
         let epoch = EPOCH.next().next();
         assert_eq!(last, [SourceCommand::TakeBack { epoch }]);
         assert_eq!(
@@ -514,8 +497,8 @@ mod tests {
         );
     }
 
-    /// The machine never runs in two places, whatever happens: a source that
-    /// thaws after the transaction was sent has written a newer epoch first.
+    /// The machine never runs in two places, whatever happens: a source that thaws after
+    /// the transaction was sent has written a newer epoch first.
     #[test]
     fn random_events_never_thaw_under_an_epoch_that_the_target_may_have() {
         use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -526,7 +509,7 @@ mod tests {
             3 => E::Cancel(String::new()),
             4 => E::PeerLost(String::new()),
             5 => E::StoreAnswered,
-            6 => E::StoreAway(String::new()),
+            6 => E::StoreUnavailable(String::new()),
             7 => E::FreezeLate(String::new()),
             8 => E::Prepared,
             9 => E::CommitWon,
@@ -536,7 +519,7 @@ mod tests {
             13 => superseded_event(random.random_range(0..2) == 0),
             14 => E::OwnWriteUnknown,
             15 => E::TargetResumed,
-            16 => E::TargetWithout,
+            16 => E::TargetNotRunning,
             17 => E::Served,
             _ => E::MachineEnded,
         };
@@ -546,7 +529,7 @@ mod tests {
             let (mut committed, mut settled, mut told) = (false, false, false);
             for _ in 0..40 {
                 let event = all(&mut random);
-                // The store's answers come only to what was asked.
+                // The store answers only requests that were made.
                 match event {
                     E::CommitWon | E::CommitRefused(_) | E::CommitUnknown if !committed => continue,
                     E::OwnWriteWon | E::Superseded { .. } if !settled => continue,

@@ -1,4 +1,4 @@
-//! One machine move, seen from the target's worker.
+//! A move of one machine, seen from the target's worker.
 //!
 //! ```text
 //!   Receiving ──state arrived──▶ Preparing ──instances made──▶ Prepared ──go (epoch)──▶ Running
@@ -7,66 +7,63 @@
 //!   Dropped ◀────────────────────────┴─────────────────────────────┘
 //! ```
 //!
-//! Once `Prepared`, a lost source alone does not drop the machine: the commit
-//! may have won. Its own agent, which reads the store, then says `go` or
-//! `abort`. It runs only on a `go` that names an epoch newer than the one it
-//! was offered under.
+//! Once `Prepared`, the loss of the source alone does not drop the machine: the commit
+//! may have been applied. The own agent, which reads the store, then sends `go` or
+//! `abort`. The machine runs only after a `go` with an epoch newer than that of the
+//! offer.
 
 use keel_cluster::Epoch;
 
-/// Where the move is.
+/// State of the move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TargetState {
     /// Pages arrive.
     Receiving,
-    /// Threads and instances are being made.
+    /// Threads and instances are being created.
     Preparing,
-    /// Everything is there; the word to go is awaited.
+    /// All has arrived; the go message is awaited.
     Prepared,
-    /// It runs here.
-    Running {
-        /// Under this epoch.
-        epoch: Epoch,
-    },
-    /// It does not, and never will.
+    /// The machine runs here.
+    Running { epoch: Epoch },
+    /// The machine does not run here and never will.
     Dropped,
 }
 
-/// What happens to it.
+/// An event of the move.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetEvent {
-    /// The last of the state arrived.
+    /// The last part of the state arrived.
     StateArrived,
-    /// It is ready to go on.
+    /// The machine is ready to resume.
     InstancesMade,
-    /// It cannot be made ready.
+    /// The machine cannot be restored.
     Failed(String),
-    /// The commit won; from the source or from the own agent.
+    /// The commit was applied; from the source or the own agent.
     Go(Epoch),
-    /// The source, or the own agent, gave the move up.
+    /// The source or the own agent gave the move up.
     Abort(String),
     /// The connection to the source is lost.
     SourceLost(String),
 }
 
-/// What the runtime is to do.
+/// A command to the runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetCommand {
-    /// Make threads and instances.
+    /// Create threads and instances.
     Prepare,
     /// Tell the source that all is ready.
-    SayPrepared,
-    /// Let the machine go on under an epoch.
+    SendPrepared,
+    /// Resume the machine under an epoch.
     Thaw(Epoch),
-    /// Tell the source, and whoever asks, that it runs.
-    SayResumed(Epoch),
-    /// Forget everything.
+    /// Tell the source, and later askers, that the machine runs.
+    SendResumed(Epoch),
+    /// Drop all that was received.
     Drop(String),
-    /// Tell the own agent that only the store can say how it goes on.
+    /// Tell the own agent that only the store knows the outcome.
     AskAgent,
 }
 
-/// One machine move, seen from the target.
+/// A move of one machine, seen from the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetMove {
     state: TargetState,
@@ -74,7 +71,7 @@ pub struct TargetMove {
 }
 
 impl TargetMove {
-    /// A move that was accepted, of a machine that ran under `offered`.
+    /// A move that was accepted; the machine ran under `offered`.
     pub fn new(offered: Epoch) -> Self {
         TargetMove {
             state: TargetState::Receiving,
@@ -82,12 +79,11 @@ impl TargetMove {
         }
     }
 
-    /// Where it is.
     pub fn state(&self) -> TargetState {
         self.state
     }
 
-    /// Takes an event, answers with what to do.
+    /// Processes an event; returns the commands.
     pub fn step(&mut self, event: TargetEvent) -> Vec<TargetCommand> {
         use TargetCommand as C;
         use TargetEvent as E;
@@ -99,14 +95,14 @@ impl TargetMove {
             }
             (S::Preparing, E::InstancesMade) => {
                 self.state = S::Prepared;
-                vec![C::SayPrepared]
+                vec![C::SendPrepared]
             }
             (S::Prepared, E::Go(epoch)) if epoch > self.offered => {
                 self.state = S::Running { epoch };
-                vec![C::Thaw(epoch), C::SayResumed(epoch)]
+                vec![C::Thaw(epoch), C::SendResumed(epoch)]
             }
-            // Said again because the answer was lost.
-            (S::Running { epoch }, E::Go(_)) => vec![C::SayResumed(epoch)],
+            // Repeated because the answer was lost.
+            (S::Running { epoch }, E::Go(_)) => vec![C::SendResumed(epoch)],
             (S::Prepared, E::SourceLost(_)) => vec![C::AskAgent],
             (S::Receiving | S::Preparing, E::Failed(reason) | E::SourceLost(reason))
             | (S::Receiving | S::Preparing | S::Prepared, E::Abort(reason)) => {
@@ -137,7 +133,7 @@ mod tests {
         );
         assert_eq!(
             target.step(TargetEvent::InstancesMade),
-            [TargetCommand::SayPrepared]
+            [TargetCommand::SendPrepared]
         );
         target
     }
@@ -147,12 +143,12 @@ mod tests {
         let mut target = prepared();
         assert_eq!(target.step(TargetEvent::Go(EPOCH)), []);
         let next = EPOCH.next();
-        let thaw = [TargetCommand::Thaw(next), TargetCommand::SayResumed(next)];
+        let thaw = [TargetCommand::Thaw(next), TargetCommand::SendResumed(next)];
         assert_eq!(target.step(TargetEvent::Go(next)), thaw);
-        // Once only, however often it is told.
+        // Only once, however often it is requested.
         assert_eq!(
             target.step(TargetEvent::Go(next)),
-            [TargetCommand::SayResumed(next)]
+            [TargetCommand::SendResumed(next)]
         );
         assert_eq!(target.step(TargetEvent::Abort("late".into())), []);
     }

@@ -1,51 +1,53 @@
 //! One part of a machine that spans: its pages, its threads, and its connections to the
-//! others.
+//! other parts.
 //!
-//! `keel_wasm::coherence` decides who may have which page; here it is done. Nothing of
-//! it runs on the async runtime: a thread serves faults and hears the other parts, and
-//! one for each of these writes to it what cannot be written at once.
+//! `keel_wasm::coherence` decides which part may hold which page; this module carries
+//! that out. It does not use the async runtime: one thread serves page faults and reads
+//! the connections of all other parts, and one thread per part writes what its socket
+//! could not take at once.
 //!
-//! - `wire`: what is said, byte by byte
+//! - `wire`: the messages between parts and their encoding
 //! - `peer`: the connections to another part
-//! - `meet`: how parts find each other
+//! - `mesh`: connection set-up among all parts
 //! - `pages`: the part's pages
-//! - `keep`: which pages leave a part that has too many
-//! - `idle`: which memory nobody uses
-//! - `sharing`: which pages threads wait for again and again, and what parts share of them
-//! - `ahead`: which pages are asked for before they are touched
+//! - `eviction`: which pages a part evicts when it exceeds its limit
+//! - `idle_pages`: detection of memory that is not accessed
+//! - `false_sharing`: pages that threads repeatedly wait for, and whether parts share
+//!   bytes or only the page
+//! - `prefetch`: pages requested before a thread accesses them
 //! - `threads`: a machine that spans, at its home and at its members
-//! - `change`: parts that come and go
-//! - `succession`: the home moves
-//! - `within`: all parts of a machine in one process
-//! - `spin`: whether to look again rather than to sleep
+//! - `membership`: adding and removing parts
+//! - `home_migration`: moving the home to another part
+//! - `in_process`: all parts of a machine in one process
+//! - `adaptive_polling`: whether to poll again or to sleep
 
-mod ahead;
-mod change;
-mod idle;
-mod keep;
-mod known;
-mod meet;
+mod adaptive_polling;
+mod eviction;
+mod false_sharing;
+mod home_migration;
+mod idle_pages;
+mod in_process;
+mod membership;
+mod mesh;
+mod page_digests;
 mod pages;
 mod peer;
-mod sharing;
-mod spin;
-mod succession;
+mod prefetch;
 mod threads;
 mod wire;
-mod within;
 
-pub use idle::IdleRange;
+pub use false_sharing::{HotPage, Sharing};
+pub use home_migration::{HomeMigration, HomeState, ThreadLocation};
+pub use idle_pages::IdleRange;
+pub use in_process::{InProcess, InProcessError};
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::SpawnPolicy;
 pub use keel_wasm::runtime::{CoreTime, CpuUsage};
-pub(crate) use known::{Known, sort as sort_by_known};
-pub use meet::{MeetError, Meeting, Place};
+pub use mesh::{MeshError, MeshListener, PartAddress};
+pub(crate) use page_digests::{PageDigests, split_unchanged};
 pub use pages::{
-    BeginError, Cut, CutPages, CutPiece, CutSame, CutWord, Heat, Latency, Listener, Object,
-    PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError, Teller,
+    BeginError, Cut, CutMessage, CutPages, CutPiece, Heat, Latency, Listener, Notifier, Object,
+    PART_BYTES_MIN, Pages, PartConfig, PartMemory, SpanError, UnchangedPages,
 };
-pub use peer::{Ends, Hello, PeerError};
-pub use sharing::{HotPage, Sharing};
-pub use succession::{LeavingHome, Legacy, Whereabouts};
-pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
-pub use within::{Within, WithinError};
+pub use peer::{Hello, PeerConnections, PeerError};
+pub use threads::{Home, MemberPart, PartLimits, SpanConfig, SpanningError};

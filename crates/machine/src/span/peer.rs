@@ -1,10 +1,10 @@
-//! The connections to another part: one on which it is told, one on which it is heard.
+//! The connections to another part: one outbound, one inbound.
 //!
-//! Who decides must not wait for who reads slowly: two parts that wait to be read by
-//! each other would wait for ever. So a frame is written at once only where the socket
-//! has room for it; else it is left to a thread that may wait.
+//! The serving thread must not wait for a slow reader: two parts that wait for each other
+//! would deadlock. So a frame is written at once only if the socket has room for it;
+//! otherwise a writer thread takes it.
 
-use super::wire::{self, Parcel, Unpacker, VERSION, WireError};
+use super::wire::{self, FrameReader, PeerMessage, VERSION, WireError};
 use crate::link::keep_alive;
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::coherence::PartId;
@@ -16,54 +16,51 @@ use std::time::Duration;
 
 pub use super::wire::Hello;
 
-/// Bytes that are written at a time where there is a backlog.
+/// Bytes per write of a backlog.
 const BATCH_BYTES: usize = 256 << 10;
-/// As many bytes are written at once where there is room: a frame with a page, and some
-/// without.
+/// The largest frame that is written at once: one with a page, and some without.
 const AT_ONCE_BYTES: usize = 8 << 10;
-/// Bytes of a record of TLS that has pages of many: more of them follow.
+/// A TLS record of this size belongs to a series of pages: more records follow.
 const LONG_BYTES: usize = 12 << 10;
-/// Bytes of which all is taken note of at once.
+/// Bytes processed together, at most.
 const TOGETHER_BYTES: usize = 256 << 10;
-/// For so long what was said may be unheard: about as long as it takes to see that a part
-/// which is not spoken to is not there.
+/// How long sent data may stay unacknowledged: about as long as keep-alive takes to
+/// detect an unreachable part on an idle connection.
 const UNHEARD_MS: u32 = 12_000;
-/// How long a part may take to say who it is.
+/// Time limit for the hello message.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Why a part is not heard any more.
+/// Why a connection to a part failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// The connection.
     #[error(transparent)]
     Bulk(#[from] BulkError),
-    /// What came on it.
+    /// An invalid message.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The socket.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// It is another one.
-    #[error("{found:?} came where {expected:?} was expected")]
+    /// A different part connected.
+    #[error("{found:?} connected where {expected:?} was expected")]
     Stranger {
-        /// Whom the agents agreed on.
+        /// The part that the agents agreed on.
         expected: Box<Hello>,
-        /// Who it says it is.
+        /// The part that connected.
         found: Box<Hello>,
     },
 }
 
-/// Both connections to another part, greeted.
+/// Both connections to another part, after the handshake.
 #[derive(Debug)]
-pub struct Ends {
+pub struct PeerConnections {
     pub(super) out: BulkStream,
     pub(super) heard: BulkStream,
-    pub(super) unpacker: Unpacker,
+    pub(super) unpacker: FrameReader,
 }
 
-impl Ends {
-    /// Dials (`out`) and is dialled (`heard`); `hello` is what this part says, its
-    /// mirror image what the other has to say.
+impl PeerConnections {
+    /// Performs the handshake on the dialled (`out`) and the accepted (`heard`)
+    /// connection; the peer must answer `hello` with its mirror image.
     ///
     /// # Errors
     /// [`PeerError`].
@@ -75,8 +72,8 @@ impl Ends {
         for socket in [&out, &heard] {
             socket.set_nodelay(true)?;
             keep_alive(socket)?;
-            // What is not acknowledged would be sent again for a quarter of an hour, and
-            // nobody asks meanwhile whether the other side is there.
+            // TCP would retransmit for a quarter of an hour, and keep-alive does not
+            // probe meanwhile.
             rustix::net::sockopt::set_tcp_user_timeout(socket, UNHEARD_MS)
                 .map_err(std::io::Error::from)?;
             socket.set_read_timeout(Some(HELLO_PATIENCE))?;
@@ -84,8 +81,8 @@ impl Ends {
         }
         let mut out = BulkStream::client(out, client)?;
         let mut heard = BulkStream::server(heard, server)?;
-        let mut unpacker = Unpacker::default();
-        // Each waits for the other's handshake: both at once.
+        let mut unpacker = FrameReader::default();
+        // Each side waits for the other's handshake, so both run in parallel.
         let frame = wire::encode_hello(hello)?;
         let found = std::thread::scope(|scope| {
             let saying = scope.spawn(|| out.write(&frame));
@@ -119,7 +116,7 @@ impl Ends {
             socket.set_read_timeout(None)?;
             socket.set_write_timeout(None)?;
         }
-        Ok(Ends {
+        Ok(PeerConnections {
             out,
             heard,
             unpacker,
@@ -127,25 +124,25 @@ impl Ends {
     }
 }
 
-/// The connection on which another part is heard. Reading never waits.
-pub(super) struct Heard {
+/// The inbound connection of another part. Reading never blocks.
+pub(super) struct Inbound {
     part: PartId,
     stream: BulkStream,
-    unpacker: Unpacker,
-    parcels: Vec<Parcel>,
+    unpacker: FrameReader,
+    parcels: Vec<PeerMessage>,
 }
 
-impl Heard {
+impl Inbound {
     pub(super) fn new(
         part: PartId,
         stream: BulkStream,
-        mut unpacker: Unpacker,
+        mut unpacker: FrameReader,
     ) -> Result<Self, PeerError> {
         stream.socket().set_nonblocking(true)?;
         let mut parcels = Vec::new();
-        // What came with the hello.
+        // Data that arrived with the hello.
         unpacker.feed(&[], &mut parcels)?;
-        Ok(Heard {
+        Ok(Inbound {
             part,
             stream,
             unpacker,
@@ -162,8 +159,8 @@ impl Heard {
         self.part = part;
     }
 
-    /// Room for what comes next.
-    pub(super) fn keep(&mut self, parcels: Vec<Parcel>) {
+    /// Returns the buffer of messages for reuse.
+    pub(super) fn keep(&mut self, parcels: Vec<PeerMessage>) {
         self.parcels = parcels;
     }
 
@@ -171,15 +168,15 @@ impl Heard {
         self.stream.socket()
     }
 
-    /// What has come: of many pages, as many as are there, so that they are put in place
-    /// and answered at once.
+    /// Messages that have arrived. For a series of pages, all that are available, so that
+    /// they are installed and answered together.
     ///
     /// # Errors
     /// [`PeerError`]: the part is lost.
-    pub(super) fn read(&mut self) -> Result<&mut Vec<Parcel>, PeerError> {
+    pub(super) fn read(&mut self) -> Result<&mut Vec<PeerMessage>, PeerError> {
         let (mut last, mut all) = (0, 0);
-        // Until something is whole, or nothing is left: what the stream has decrypted
-        // already wakes nobody.
+        // Until a message is complete or no data is left: no socket becomes readable for
+        // data that is decrypted already.
         while self.parcels.is_empty() || last >= LONG_BYTES && all < TOGETHER_BYTES {
             let (unpacker, parcels) = (&mut self.unpacker, &mut self.parcels);
             let read = self.stream.read(&mut |bytes| {
@@ -195,7 +192,8 @@ impl Heard {
                 {
                     break;
                 }
-                // What came before it is heard first: it may say who is to blame.
+                // Earlier messages are processed first: they may name the part that is to
+                // blame.
                 Err(_) if !self.parcels.is_empty() => break,
                 Err(error) => return Err(error),
             }
@@ -207,9 +205,9 @@ impl Heard {
 #[derive(Debug, Default)]
 struct Backlog {
     frames: Vec<Vec<u8>>,
-    /// Some were taken out, and are not written yet: what comes after them must wait.
+    /// Frames were taken out and are not written yet: later frames must wait.
     writing: bool,
-    /// Nothing more comes: when all is written the other side is told so.
+    /// No further frames: the connection is shut down after the last one.
     finished: bool,
     closed: bool,
 }
@@ -220,13 +218,13 @@ impl Backlog {
     }
 }
 
-/// The connection on which another part is told.
+/// The outbound connection to another part.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct Outbound {
     out: Mutex<BulkStream>,
     backlog: Mutex<Backlog>,
     changed: Condvar,
-    /// Bytes of the backlog, with what is being written of it.
+    /// Bytes of the backlog, with those being written.
     unwritten: AtomicUsize,
 }
 
@@ -234,9 +232,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-impl Told {
+impl Outbound {
     pub(super) fn new(out: BulkStream) -> Self {
-        Told {
+        Outbound {
             out: Mutex::new(out),
             backlog: Mutex::default(),
             changed: Condvar::new(),
@@ -244,17 +242,17 @@ impl Told {
         }
     }
 
-    /// Bytes that it was told and that are not written yet.
+    /// Bytes sent to the part that are not written yet.
     pub(super) fn unwritten_bytes(&self) -> usize {
         self.unwritten.load(Ordering::Relaxed)
     }
 
-    /// Tells it frames; at once, if they are few and that is possible without waiting.
-    /// What one thread tells comes in that order.
+    /// Sends frames; at once if they are short and the socket has room. Frames of one
+    /// thread stay in order.
     ///
     /// # Errors
     /// [`BulkError`]: the part is lost.
-    pub(super) fn tell(&self, frame: Vec<u8>) -> Result<(), BulkError> {
+    pub(super) fn send(&self, frame: Vec<u8>) -> Result<(), BulkError> {
         if frame.len() <= AT_ONCE_BYTES
             && let Ok(mut out) = self.out.try_lock()
             && locked(&self.backlog).is_empty()
@@ -268,7 +266,7 @@ impl Told {
         Ok(())
     }
 
-    /// Writes what could not be written at once, until it is closed.
+    /// Writes the backlog until the connection is closed.
     ///
     /// # Errors
     /// [`BulkError`]: the part is lost.
@@ -288,7 +286,7 @@ impl Told {
                 }
                 if backlog.frames.is_empty() {
                     drop(backlog);
-                    // It may have ended.
+                    // The peer may have closed it.
                     let _ = locked(&self.out).socket().shutdown(Shutdown::Write);
                     return Ok(());
                 }
@@ -304,34 +302,34 @@ impl Told {
                     batch.clear();
                 }
                 match batch.is_empty() {
-                    true => wire::was_said(std::mem::replace(&mut batch, frame)),
+                    true => wire::recycle(std::mem::replace(&mut batch, frame)),
                     false => {
                         batch.extend_from_slice(&frame);
-                        wire::was_said(frame);
+                        wire::recycle(frame);
                     }
                 }
             }
             out.write(&batch)?;
             self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
-            wire::was_said(batch);
+            wire::recycle(batch);
         }
     }
 
-    /// Ends the writing when what is left is written.
+    /// Closes the connection after the backlog is written.
     pub(super) fn finish(&self) {
         locked(&self.backlog).finished = true;
         self.changed.notify_all();
     }
 
-    /// Ends the writing; what is left is not written.
+    /// Closes the connection and discards the backlog.
     pub(super) fn close(&self) {
         locked(&self.backlog).closed = true;
         self.changed.notify_all();
     }
 }
 
-/// Whether a frame with a page can be written without waiting: the kernel says so while
-/// a third of the socket's buffer is free.
+/// Whether a frame with a page can be written without blocking: the kernel reports this
+/// while a third of the socket's buffer is free.
 fn has_room(socket: &TcpStream) -> bool {
     let mut ready = [PollFd::new(socket, PollFlags::OUT)];
     let at_once = Timespec::default();

@@ -2,87 +2,83 @@
 //! member.
 //!
 //! ```text
-//!            freeze, pages, thaw                      threads home, pages home,
-//!   alone ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ alone
+//!            freeze, pages, thaw                      threads and pages home,
+//!   one part ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ one part
 //!                                  │  ▲  │            freeze, thaw
-//!                a part comes, goes└──┘  │ a part is lost: it ends
+//!                a part joins, leaves└──┘  │ a part is lost: the machine ends
 //! ```
 //!
-//! Who starts parts and connects them is not here.
+//! Starting parts and connecting them happens elsewhere.
 
-use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
-use super::peer::Ends;
+use super::pages::{BeginError, Listener, Notifier, Pages, PartConfig, SpanError};
+use super::peer::PeerConnections;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
-use keel_wasm::runtime::parts::{HomeLink, Member, Members, Order, Report, SpawnPolicy};
+use keel_wasm::runtime::parts::{Member, Members, Order, Report, SpawnPolicy, HomeLink};
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Pages whose directory is at one place: 64 KiB, a page of WebAssembly. What is smaller has
-/// its directory where the rest of its page has it.
+/// Pages per directory segment: 64 KiB, a page of WebAssembly.
 const SEGMENT_PAGES: u32 = 16;
-/// For how long a page stays where it came, at least: about as long as bringing it took.
+/// The least time that a page stays where it arrived: about the time of the transfer.
 const HOLD: Duration = Duration::from_micros(100);
-/// Pause before it is looked again whether threads have come home.
-pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Polling interval while threads move home.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Why a machine does not begin or cease to span. It goes on as it was, unless a part was
+/// Why a machine does not start or stop to span. It goes on as before, unless a part was
 /// lost.
 #[derive(Debug, thiserror::Error)]
 pub enum SpanningError {
-    /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// Its pages.
     #[error(transparent)]
     Begin(#[from] BeginError),
-    /// A part.
     #[error(transparent)]
     Span(#[from] SpanError),
-    /// No memory for a part.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Threads that do not come to a safepoint.
-    #[error("{0} thread(s) did not come home in time")]
+    /// Threads did not reach a safepoint in time.
+    #[error("{0} thread(s) did not move home in time")]
     Away(usize),
 }
 
-/// How it is to span.
+/// How a machine spans.
 #[derive(Debug, Clone, Copy)]
-pub struct Spread {
-    /// Where threads begin that it starts.
+pub struct SpanConfig {
+    /// Where new threads begin.
     pub spawning: SpawnPolicy,
-    /// How long its threads may take to a safepoint.
+    /// Time limit for threads to reach a safepoint.
     pub patience: Duration,
-    /// How much memory its parts keep.
-    pub keeps: Keeps,
-    /// It stands, and stays so: who made it stand lets it go on.
-    pub stands: bool,
+    /// Memory limits of its parts.
+    pub limits: PartLimits,
+    /// The machine is stopped and stays so; the caller resumes it.
+    pub stays_stopped: bool,
 }
 
-/// How much of a machine's memory parts keep, at most, while others have room for the
-/// rest; all that is there by default.
+/// Memory limits of a machine's parts, which apply while other parts have room; none by
+/// default.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Keeps {
-    /// Each of them, in bytes.
+pub struct PartLimits {
+    /// Limit of each part, in bytes.
     pub part_bytes: Option<u64>,
-    /// The one that is told: what its host has room for, in bytes.
+    /// Room of this part's host, in bytes.
     pub room_bytes: Option<u64>,
 }
 
-/// Ends a machine that loses a part, and says what the parts say to it.
+/// Ends a machine that loses a part, and forwards the notes of members to it.
 pub(super) struct HomeListener {
     machine: Machine,
     failure: Arc<Mutex<Option<SpanError>>>,
-    /// The machine cannot do without its members any more.
+    /// The machine depends on its members.
     depends: Arc<AtomicBool>,
 }
 
 impl HomeListener {
-    /// Of a machine that cannot do without its members; and where it says which it lost.
+    /// For a machine that depends on its members; returns the place where a loss is
+    /// recorded, too.
     pub(super) fn depending(machine: &Machine) -> (Self, Arc<Mutex<Option<SpanError>>>) {
         let failure = Arc::default();
         let listener = HomeListener {
@@ -96,7 +92,7 @@ impl HomeListener {
 
 impl Listener for HomeListener {
     fn note(&self, from: PartId, note: &[u8]) -> Result<(), String> {
-        // (What the home said last whose place this one has taken.)
+        // A late message of the former home, whose place this part has taken.
         if from == PartId::HOME {
             return Ok(());
         }
@@ -132,15 +128,15 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-pub(super) struct Way(Teller);
+pub(super) struct MemberChannel(Notifier);
 
-impl Way {
-    pub(super) fn new(teller: Teller) -> Self {
-        Way(teller)
+impl MemberChannel {
+    pub(super) fn new(notifier: Notifier) -> Self {
+        MemberChannel(notifier)
     }
 }
 
-impl Members for Way {
+impl Members for MemberChannel {
     fn order(&self, part: PartId, order: &Order) {
         let is_answered = matches!(
             order,
@@ -150,14 +146,14 @@ impl Members for Way {
     }
 
     fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
-        self.0.stood_at(os_thread)
+        self.0.wait_micros(os_thread)
     }
 }
 
-/// A member's way; it is there as soon as the pages are, which tell what is said.
-struct HomeWay(Arc<OnceLock<Teller>>);
+/// A member's channel to the home; set once the pages exist that send its notes.
+struct HomeChannel(Arc<OnceLock<Notifier>>);
 
-impl HomeLink for HomeWay {
+impl HomeLink for HomeChannel {
     fn report(&self, report: Report) {
         let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
         self.0
@@ -166,8 +162,8 @@ impl HomeLink for HomeWay {
     }
 
     fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
-        let teller = self.0.get();
-        teller.map_or_else(BTreeMap::new, |teller| teller.stood_at(os_thread))
+        let notifier = self.0.get();
+        notifier.map_or_else(BTreeMap::new, |notifier| notifier.wait_micros(os_thread))
     }
 }
 
@@ -177,31 +173,32 @@ pub struct Home {
     machine: Machine,
     pages: Arc<Pages>,
     members: Mutex<PartSet>,
-    /// Those to which nothing goes any more.
+    /// Members to which no threads or pages move any more.
     leaving: Mutex<PartSet>,
-    /// Those that get no page any more that they ask for: they have no way back.
+    /// Members whose requests for pages are no longer served: this cannot be undone.
     pub(super) emptied: Mutex<PartSet>,
     spawning: SpawnPolicy,
     failure: Arc<Mutex<Option<SpanError>>>,
-    stood: Duration,
+    downtime: Duration,
 }
 
 impl Home {
-    /// A machine spans from now on, and runs; `ends` has the connections to its members,
-    /// which have begun ([`MemberPart::begin`]) or do so at the same time.
+    /// Makes a machine span; it runs afterwards. `ends` has the connections to its
+    /// members, which have started ([`MemberPart::begin`]) or do so at the same time.
     ///
     /// # Errors
-    /// [`SpanningError`]; it goes on alone then, or stands as it did.
+    /// [`SpanningError`]; the machine then goes on in one part, or stays stopped as
+    /// before.
     pub fn begin(
         machine: &Machine,
-        ends: BTreeMap<PartId, Ends>,
-        how: Spread,
+        ends: BTreeMap<PartId, PeerConnections>,
+        how: SpanConfig,
     ) -> Result<Self, SpanningError> {
         let members: PartSet = ends.keys().copied().collect();
         let failure = Arc::default();
         let depends = Arc::new(AtomicBool::new(false));
         machine.freeze(how.patience)?;
-        let goes_on = || match how.stands {
+        let goes_on = || match how.stays_stopped {
             true => Ok(()),
             false => machine.thaw(),
         };
@@ -211,20 +208,20 @@ impl Home {
             failure: Arc::clone(&failure),
             depends: depends.clone(),
         };
-        let setup = Setup {
-            room_bytes: how.keeps.room_bytes,
+        let setup = PartConfig {
+            room_bytes: how.limits.room_bytes,
             ..setup(PartId::HOME, members, machine.memories())
         };
         let spans = Pages::begin(setup, ends, Arc::new(listener))
             .map_err(SpanningError::from)
             .and_then(|pages| {
-                let way = Arc::new(Way(pages.teller()));
+                let way = Arc::new(MemberChannel(pages.notifier()));
                 let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
                 match (set, pages.failure()) {
                     (Ok(()), None) => {
-                        // Nothing leaves before it depends on its members.
-                        pages.limit_parts(how.keeps.part_bytes)?;
+                        // No page leaves before the machine depends on its members.
+                        pages.limit_parts(how.limits.part_bytes)?;
                         Ok(pages)
                     }
                     (set, lost) => {
@@ -243,14 +240,15 @@ impl Home {
             Err(error) => {
                 let alone = machine.set_members(Vec::new(), None, SpawnPolicy::Here);
                 if let Err(why) = alone.and_then(|()| goes_on()) {
-                    tracing::warn!(%why, "the machine does not go on alone");
+                    tracing::warn!(%why, "cannot resume the machine in one part");
                 }
                 return Err(error);
             }
         };
         if let Err(error) = goes_on() {
-            // (A thread that could not be launched, or it was ended: then it ends with this.)
-            tracing::warn!(%error, "the machine spans");
+            // A thread could not be started, or the machine was ended: then it ends with
+            // this error.
+            tracing::warn!(%error, "cannot resume the machine that spans");
         }
         Ok(Home {
             machine: machine.clone(),
@@ -260,18 +258,18 @@ impl Home {
             emptied: Mutex::default(),
             spawning: how.spawning,
             failure,
-            stood: begun.elapsed(),
+            downtime: begun.elapsed(),
         })
     }
 
-    /// One that took another's place.
+    /// For a part that took over the home.
     pub(super) fn of(
         machine: &Machine,
         pages: Arc<Pages>,
         members: PartSet,
         spawning: SpawnPolicy,
         failure: Arc<Mutex<Option<SpanError>>>,
-        stood: Duration,
+        downtime: Duration,
     ) -> Self {
         Home {
             machine: machine.clone(),
@@ -281,7 +279,7 @@ impl Home {
             emptied: Mutex::default(),
             spawning,
             failure,
-            stood,
+            downtime,
         }
     }
 
@@ -289,17 +287,15 @@ impl Home {
         self.spawning
     }
 
-    /// How long it stood still to begin, or to take another home's place.
-    pub fn stood(&self) -> Duration {
-        self.stood
+    /// Downtime of the start, or of the takeover.
+    pub fn downtime(&self) -> Duration {
+        self.downtime
     }
 
-    /// Its pages.
     pub fn pages(&self) -> &Arc<Pages> {
         &self.pages
     }
 
-    /// Its members.
     pub fn members(&self) -> PartSet {
         *locked(&self.members)
     }
@@ -308,8 +304,8 @@ impl Home {
         &self.machine
     }
 
-    /// Nothing goes to a member any more, or it may again.
-    pub(super) fn let_leave(&self, part: PartId, leaves: bool) {
+    /// Stops or resumes moving threads and pages to a member.
+    pub(super) fn set_leaving(&self, part: PartId, leaves: bool) {
         let mut leaving = locked(&self.leaving);
         *leaving = match leaves {
             true => leaving.with(part),
@@ -318,11 +314,10 @@ impl Home {
         self.machine.drain_members(*leaving);
     }
 
-    /// It has these members from now on, of which each has memories as large as here. How
-    /// long the machine stood still.
+    /// Sets the members, whose memories must be as large as here. Returns the downtime.
     ///
     /// # Errors
-    /// [`SpanningError`]; it has those that it had, unless one was lost.
+    /// [`SpanningError`]; the members are then as before, unless one was lost.
     pub(super) fn set_members(
         &self,
         members: PartSet,
@@ -331,26 +326,27 @@ impl Home {
         self.machine.freeze(patience)?;
         let begun = Instant::now();
         let set = |members: PartSet| {
-            let way = Arc::new(Way(self.pages.teller()));
+            let way = Arc::new(MemberChannel(self.pages.notifier()));
             let members = members.iter().collect();
             self.machine.set_members(members, Some(way), self.spawning)
         };
         let result = set(members);
         match &result {
             Ok(()) => *locked(&self.members) = members,
-            // (If that fails it is lost, and ends.)
+            // If this fails, the machine is lost and ends.
             Err(_) => set(self.members()).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the machine does not have the members that it had");
+                tracing::warn!(%error, "cannot restore the members of the machine");
             }),
         }
         if let Err(error) = self.machine.thaw() {
-            // (A thread that could not be launched, or it was ended: then it ends with this.)
-            tracing::warn!(%error, "the parts of the machine have changed");
+            // A thread could not be started, or the machine was ended: then it ends with
+            // this error.
+            tracing::warn!(%error, "cannot resume after a change of parts");
         }
         Ok(result.map(|()| begun.elapsed())?)
     }
 
-    /// Why the machine ended, if a part of it was lost.
+    /// Why the machine ended, if a part was lost.
     pub fn failure(&self) -> Option<SpanError> {
         self.failure
             .lock()
@@ -358,37 +354,40 @@ impl Home {
             .clone()
     }
 
-    /// Brings threads and pages home while it runs, and lets it be alone again. How long
-    /// it stood still.
+    /// Brings threads and pages home while the machine runs, and reduces it to one part.
+    /// Returns the downtime.
     ///
     /// # Errors
-    /// [`SpanningError`]. It still has its members; nothing goes to them any more, so it can
-    /// only be tried again.
-    pub fn alone(&self, patience: Duration) -> Result<Duration, SpanningError> {
-        // All that there is comes here, whatever this part would keep, and nothing goes to
-        // members any more, also if it fails.
+    /// [`SpanningError`]. The members remain, but nothing moves to them any more, so this
+    /// can only be tried again.
+    pub fn unspan(&self, patience: Duration) -> Result<Duration, SpanningError> {
+        // All pages move here, whatever the limit, and nothing moves to members any more,
+        // even on failure.
         self.pages.keep_all();
-        let begun = self.try_alone(patience)?;
-        // First: members that end are no loss any more.
-        self.pages.leave_alone();
+        let begun = self.try_unspan(patience)?;
+        // First, so that the end of members is not a loss.
+        self.pages.detach();
         for part in self.members().iter() {
-            self.pages.teller().note(part, &Order::End.encode(), false);
+            self.pages
+                .notifier()
+                .note(part, &Order::End.encode(), false);
         }
         self.pages.finish();
         if let Err(error) = self.machine.thaw() {
-            // (A thread that could not be launched; all others run.)
-            tracing::warn!(%error, "the machine is alone again");
+            // A thread could not be started; all others run.
+            tracing::warn!(%error, "cannot resume the machine in one part");
         }
         Ok(begun.elapsed())
     }
 
-    /// Until it is frozen, and has nothing elsewhere; since when it stands.
-    fn try_alone(&self, patience: Duration) -> Result<Instant, SpanningError> {
+    /// Freezes the machine once nothing is left at members; returns since when it is
+    /// stopped.
+    fn try_unspan(&self, patience: Duration) -> Result<Instant, SpanningError> {
         let deadline = Instant::now() + patience;
         for part in self.members().iter() {
-            self.let_leave(part, true);
+            self.set_leaving(part, true);
         }
-        self.bring_directories(patience)?;
+        self.collect_directories(patience)?;
         self.send_threads(
             |part| part != PartId::HOME,
             PartId::HOME,
@@ -401,9 +400,7 @@ impl Home {
         }
         self.machine.freeze(patience)?;
         let begun = Instant::now();
-        let alone = self
-            .machine
-            .set_members(Vec::new(), None, SpawnPolicy::Here);
+        let alone = self.machine.set_members(Vec::new(), None, SpawnPolicy::Here);
         if let Err(error) = alone {
             self.machine.thaw()?;
             return Err(error.into());
@@ -412,8 +409,8 @@ impl Home {
     }
 }
 
-fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> Setup {
-    Setup {
+fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> PartConfig {
+    PartConfig {
         me,
         parts: members.with(PartId::HOME),
         origin: PartId::HOME,
@@ -430,7 +427,7 @@ struct MemberListener(Member);
 impl Listener for MemberListener {
     fn note(&self, from: PartId, note: &[u8]) -> Result<(), String> {
         if from != PartId::HOME {
-            return Err("only the home says what threads do".into());
+            return Err("only the home may send orders to threads".into());
         }
         self.0
             .receive(Order::decode(note).map_err(|error| error.to_string())?);
@@ -450,7 +447,7 @@ impl Listener for MemberListener {
     }
 }
 
-/// A part that is not the home. Dropping it ends it: then so does the machine.
+/// A part other than the home. Dropping it ends the part and with it the machine.
 #[derive(Debug)]
 pub struct MemberPart {
     member: Member,
@@ -459,32 +456,32 @@ pub struct MemberPart {
 }
 
 impl MemberPart {
-    /// Begins to serve. Each of its memories may grow to `limit_bytes`; the home says how
-    /// large they are. `room_bytes` is what this host has room for, if that is less.
+    /// Starts to serve. Each memory may grow to `limit_bytes`; the home determines the
+    /// present sizes. `room_bytes` is the room of this host, if that is less.
     ///
     /// # Errors
-    /// [`SpanningError`]; nothing of it is left then.
+    /// [`SpanningError`]; all resources are released then.
     pub fn begin(
         program: Arc<Program>,
         limit_bytes: u64,
         room_bytes: Option<u64>,
         me: PartId,
-        ends: BTreeMap<PartId, Ends>,
+        ends: BTreeMap<PartId, PeerConnections>,
     ) -> Result<Self, SpanningError> {
         program.prepare_resume().map_err(MachineError::from)?;
         let memories = make_memories(program.meta(), limit_bytes)?;
-        let teller: Arc<OnceLock<Teller>> = Arc::default();
-        let way = HomeWay(teller.clone());
+        let notifier: Arc<OnceLock<Notifier>> = Arc::default();
+        let way = HomeChannel(notifier.clone());
         let member = Member::new(program, memories.clone(), Box::new(way));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
-        let setup = Setup {
+        let setup = PartConfig {
             room_bytes,
             ..setup(me, members.without(PartId::HOME), &memories)
         };
         let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))
             .inspect_err(|_| member.end())?;
-        // (Nobody else sets it.)
-        let _ = teller.set(pages.teller());
+        // Set only here.
+        let _ = notifier.set(pages.notifier());
         Ok(MemberPart {
             member,
             pages: Arc::new(pages),
@@ -492,17 +489,16 @@ impl MemberPart {
         })
     }
 
-    /// Threads that are here.
+    /// Threads at this part.
     pub fn threads(&self) -> Vec<u32> {
         self.member.threads()
     }
 
-    /// How a thread that is here is asked to come to safepoints.
+    /// The signal that brings a thread of this part to a safepoint.
     pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
         self.member.signal(tid)
     }
 
-    /// Its pages.
     pub fn pages(&self) -> &Arc<Pages> {
         &self.pages
     }
@@ -511,29 +507,29 @@ impl MemberPart {
         &self.member
     }
 
-    /// It has none of a member's threads any more, and is the machine's home.
+    /// This part has no threads as a member any more and is the home.
     pub(super) fn is_home_now(&self) {
         self.is_home.store(true, Ordering::Release);
         self.member.end();
     }
 
-    /// Whether it has become the machine's home, and is no member any more.
-    pub fn has_succeeded(&self) -> bool {
+    /// Whether it has become the home and is no longer a member.
+    pub fn has_become_home(&self) -> bool {
         self.is_home.load(Ordering::Acquire)
     }
 
-    /// Ends it at once, whatever its threads do: then so does the machine.
+    /// Ends the part at once, whatever its threads do, and with it the machine.
     pub fn die(self) {
         self.end();
     }
 
-    /// As [`Self::die`]; what is left of it goes with the last who has it.
+    /// As [`Self::die`]; memory is freed with the last reference.
     pub fn end(&self) {
         self.member.end();
         self.pages.die();
     }
 
-    /// Waits until the machine has ended, or is alone again, and no thread is here.
+    /// Waits until the machine has ended or has one part again, and no thread is here.
     pub fn wait(&self) {
         self.member.wait();
     }
@@ -541,7 +537,7 @@ impl MemberPart {
 
 impl Drop for MemberPart {
     fn drop(&mut self) {
-        // Threads leave before the pages do.
+        // Threads must leave before the pages are dropped.
         self.member.end();
         self.member.wait();
     }

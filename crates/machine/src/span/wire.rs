@@ -1,34 +1,34 @@
-//! What the parts of a machine say to each other, byte by byte: frames of a class of
-//! their own over TLS with pinned certificates.
+//! The messages between the parts of a machine and their encoding: frames of their own
+//! class over TLS with pinned certificates.
 //!
 //! ```text
-//!   who dials                                   who listens
+//!   dialling part                               listening part
 //!     │ HELLO (version, machine, epoch, from, to)  │
 //!     │ MESSAGES, PAGES, NOTE … ──────────────────▶│      one way only
 //! ```
 //!
-//! What is said of pages is in MESSAGEs, one behind the other; pages that come are PAGES: some
-//! in a row, without those that have nothing in them, and behind them what is said of them. A
-//! NOTE is what home and members say of threads
-//! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
-//! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
-//! more, SUCCEEDED that the part is the home now. SETTLE is about that nothing is on its
-//! way, ASK and ANSWER (to and from members) about what they are the directory of. CUT, CUT_PAGES and CUT_SAME are about the memory
-//! of the whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
-//! guest's clock at the part that says it, so that no part's clock is behind what it has
-//! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
-//! 1978). GOODBYE is the last that a part says which
-//! cannot go on: which part is to blame, and why, since the others will all be lost to
-//! each other in a moment.
+//! MESSAGES has one or more messages about pages; PAGES has a run of pages, without zero
+//! pages, followed by the message about them. A NOTE is a message about threads between
+//! home and members ([`keel_wasm::runtime::parts`]), of any length: all pieces but the
+//! last are BEGUN frames, and other frames may come between them. MEMORY reports the
+//! memory of a part. LIMIT, from the home, sets the limit of parts; GONE, from the home
+//! too, removes a part. SUCCEEDED announces a new home. QUIESCENCE is about quiescence, ASK
+//! and ANSWER (to and from members) about directories. CUT, CUT_PAGES and UNCHANGED_PAGES are
+//! about a consistent cut ([`super::pages::Cut`]). TIME is the first frame of each batch:
+//! the guest's clock at the sender, so that no part's clock is behind a message that it
+//! has received (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed
+//! System", 1978). GOODBYE is the last message of a part that cannot go on: it names the
+//! part to blame and the reason, because the parts will lose each other a moment later.
 //!
-//! Of two parts each dials the other, so that no thread reads and writes a connection at
-//! once. A connection belongs to an epoch, that of the machine when it was made: what
-//! comes under another one is refused with its hello.
+//! Of two parts each dials the other, so that no connection is read and written by the
+//! same thread. A connection belongs to an epoch, that of the machine when it was made: a
+//! hello with another epoch is refused.
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::{Answer, CutPages, CutSame, CutWord, PartMemory, Question, SettleWord};
+use super::pages::{
+    Answer, CutMessage, CutPages, PartMemory, Question, QuiescenceMessage, UnchangedPages,
+};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -40,7 +40,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Version of these messages.
 pub(super) const VERSION: u32 = 10;
-/// Whole pages of a segment's directory are the most that is said at once.
+/// The largest message has the pages of a directory segment.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
     version: 1,
@@ -59,37 +59,36 @@ const KIND_CUT: u16 = 10;
 const KIND_CUT_PAGES: u16 = 11;
 const KIND_GONE: u16 = 12;
 const KIND_SUCCEEDED: u16 = 13;
-const KIND_SETTLE: u16 = 14;
+const KIND_QUIESCENCE: u16 = 14;
 const KIND_ASK: u16 = 15;
 const KIND_ANSWER: u16 = 16;
-const KIND_CUT_SAME: u16 = 17;
-/// Bytes of a note in one frame, so that pages need not wait for long ones.
+const KIND_UNCHANGED_PAGES: u16 = 17;
+/// Bytes of a note per frame, so that pages need not wait for long notes.
 const PIECE_BYTES: usize = 128 << 10;
-/// The longest note: a thread that called itself as deep as it may.
+/// The longest note: a thread with the deepest permitted stack.
 const NOTE_BYTES_MAX: usize = 512 << 20;
 const PAGE: usize = PAGE_BYTES as usize;
-/// Bytes of messages in one frame, and of the last of them.
+/// Bytes of messages in one frame; the last message may exceed it.
 const MESSAGES_BYTES: usize = 32 << 10;
-/// Compared with pages, so many bytes at once.
+/// Chunk that pages are compared with.
 const ZEROS: [u8; 128] = [0; 128];
 
-/// The first word on a connection.
+/// The first message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// Version of the messages.
     pub(super) version: u32,
-    /// The machine.
     pub machine: MachineName,
-    /// Under which it spans these parts.
+    /// The epoch under which it spans these parts.
     pub epoch: Epoch,
-    /// Who dials.
+    /// The part that dials.
     pub from: PartId,
-    /// Whom.
+    /// The part that is dialled.
     pub to: PartId,
 }
 
 impl Hello {
-    /// Of a part to another.
+    /// A hello of one part to another.
     pub fn new(machine: MachineName, epoch: Epoch, from: PartId, to: PartId) -> Self {
         Hello {
             version: VERSION,
@@ -101,17 +100,17 @@ impl Hello {
     }
 }
 
-/// Pages in a row that come with a message.
+/// A run of pages that accompanies a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PageBytes {
-    /// Those that have something in them, one behind the other.
+    /// Content of the pages that are not zero.
     bytes: Bytes,
-    /// Those that have nothing in them, bit by bit.
+    /// Zero pages, as a bit set.
     zeros: u64,
     pages: usize,
 }
 
-/// The most pages that come in a row.
+/// The longest run of pages.
 pub(super) const ROW_PAGES_MAX: usize = 64;
 
 impl PageBytes {
@@ -123,13 +122,13 @@ impl PageBytes {
         self.zeros & 1 << at != 0
     }
 
-    /// Where the bytes of a page are, or would be.
+    /// Offset of a page's content, were it not zero.
     fn start(&self, at: usize) -> usize {
         let zeros_before = self.zeros & ((1 << at) - 1);
         (at - zeros_before.count_ones() as usize) * PAGE
     }
 
-    /// One of them.
+    /// One page of the run.
     pub(super) fn page(&self, at: usize) -> PageBytes {
         let (start, is_zero) = (self.start(at), self.is_zero(at));
         let length = if is_zero { 0 } else { PAGE };
@@ -140,7 +139,7 @@ impl PageBytes {
         }
     }
 
-    /// How many follow each other that have something in them, or nothing, and their bytes.
+    /// Sub-runs that are zero or not, with their lengths and contents.
     pub(super) fn pieces(&self) -> impl Iterator<Item = (usize, Option<&[u8]>)> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -156,106 +155,101 @@ impl PageBytes {
     }
 }
 
-/// What comes on a connection.
+/// A message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Parcel {
-    Message(Message),
-    /// [`Message::Data`], and the pages.
+pub(super) enum PeerMessage {
+    Coherence(Message),
+    /// [`Message::Data`] and its pages.
     Pages(Message, PageBytes),
-    /// About threads.
+    /// A message about threads.
     Note(Vec<u8>),
-    /// What the part has of the memory.
+    /// The memory of the sending part.
     Memory(PartMemory),
-    /// The guest's clock where the rest comes from, in nanoseconds.
+    /// The guest's clock at the sender, in nanoseconds.
     Time(u64),
-    /// From the home: what a part keeps at most, in bytes.
+    /// From the home: the limit of a part, in bytes.
     Limit(Option<u64>),
-    /// About the memory of the whole as it is at an instant.
+    /// A message about a consistent cut.
     Cut {
-        /// Which of them.
+        /// Number of the cut.
         number: u64,
-        /// What.
-        word: CutWord,
+        word: CutMessage,
     },
-    /// About that nothing is on its way.
-    Settle {
-        /// Which time.
+    /// A message about quiescence.
+    Quiescence {
+        /// Number of the quiescence.
         number: u64,
-        /// What.
-        word: SettleWord,
+        word: QuiescenceMessage,
     },
-    /// From the home: something is to be said of what a part is the directory of.
+    /// From the home: a numbered query.
     Ask(u64, Question),
-    /// To the home: that.
+    /// To the home: the answer to that query.
     Answer(u64, Answer),
-    /// To the home: pages as they were then.
+    /// To the home: pages as of a cut.
     CutPages {
-        /// Of which of them.
+        /// Number of the cut.
         number: u64,
-        /// The pages.
         pages: CutPages,
     },
-    /// To the home: such as are as they were at the cut before.
-    CutSame(u64, CutSame),
-    /// From the home: a part is none any more, maybe who hears it.
+    /// To the home: pages that are unchanged since the previous cut.
+    UnchangedPages(u64, UnchangedPages),
+    /// From the home: a part has left; possibly the receiver.
     Gone(PartId),
-    /// The part is the home from now on; or, to such a home, the part knows it.
+    /// The sender is the home from now on; sent to the new home, an acknowledgement.
     Succeeded,
-    /// The part cannot go on.
+    /// The sender cannot go on.
     Goodbye {
-        /// Who is to blame.
+        /// The part to blame.
         part: PartId,
-        /// Why.
         reason: String,
     },
 }
 
-/// Why what came cannot be.
+/// Why received bytes are invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// It is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// It is no message.
-    #[error("what it says is not understood ({0})")]
+    /// A frame's payload cannot be decoded.
+    #[error("a message cannot be decoded ({0})")]
     Message(#[from] postcard::Error),
-    /// A page without its message, or the other way round.
-    #[error("a page and its message do not belong together")]
+    /// A message without its pages, or pages without a message.
+    #[error("a page does not match its message")]
     Page,
-    /// No reading of a clock.
-    #[error("a time of another length than 8 bytes")]
+    /// A TIME frame of another length.
+    #[error("a time that does not have 8 bytes")]
     Time,
-    /// A thread cannot be so large.
+    /// A note longer than that of the largest thread.
     #[error("a note of more than {NOTE_BYTES_MAX} bytes")]
     Long,
-    /// It said something else before.
-    #[error("it did not say who it is")]
+    /// The first frame is not a hello.
+    #[error("the first frame is not a hello")]
     Nameless,
-    /// No kind of frame.
-    #[error("frames of kind {0} are not known")]
+    /// An unknown kind of frame.
+    #[error("frames of kind {0} are unknown")]
     Kind(u16),
 }
 
-/// The bytes of the first frame.
+/// Encodes the first frame.
 ///
 /// # Errors
-/// [`WireError`]; none of a hello that was made by [`Hello::new`].
+/// [`WireError`]; does not occur for a hello from [`Hello::new`].
 pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, WireError> {
     let mut frame = Vec::new();
     frame_of(KIND_HELLO, &postcard::to_stdvec(hello)?, &[], &mut frame)?;
     Ok(frame)
 }
 
-/// Puts a frame behind others.
+/// Appends a frame.
 ///
 /// # Errors
-/// [`WireError`], if it is longer than a frame may be; nothing is put then.
-pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireError> {
+/// [`WireError`] if the frame would be too long; nothing is appended then.
+pub(super) fn encode(parcel: &PeerMessage, frames: &mut Vec<u8>) -> Result<(), WireError> {
     match parcel {
-        Parcel::Message(message) => {
+        PeerMessage::Coherence(message) => {
             frame_of(KIND_MESSAGES, &postcard::to_stdvec(message)?, &[], frames)
         }
-        Parcel::Pages(message, pages) => {
+        PeerMessage::Pages(message, pages) => {
             let read = |_: usize, frames: &mut Vec<u8>| {
                 for (count, bytes) in pages.pieces() {
                     match bytes {
@@ -267,44 +261,48 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
             };
             encode_pages(message, frames, read)
         }
-        Parcel::Note(note) => encode_note(note, frames),
-        Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
-        Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
-        Parcel::Limit(limit) => frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames),
-        Parcel::Cut { number, word } => {
+        PeerMessage::Note(note) => encode_note(note, frames),
+        PeerMessage::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
+        PeerMessage::Memory(memory) => {
+            frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames)
+        }
+        PeerMessage::Limit(limit) => {
+            frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames)
+        }
+        PeerMessage::Cut { number, word } => {
             let payload = postcard::to_stdvec(&(number, word))?;
             frame_of(KIND_CUT, &payload, &[], frames)
         }
-        Parcel::Settle { number, word } => {
+        PeerMessage::Quiescence { number, word } => {
             let payload = postcard::to_stdvec(&(number, word))?;
-            frame_of(KIND_SETTLE, &payload, &[], frames)
+            frame_of(KIND_QUIESCENCE, &payload, &[], frames)
         }
-        Parcel::Ask(number, question) => {
+        PeerMessage::Ask(number, question) => {
             let payload = postcard::to_stdvec(&(number, question))?;
             frame_of(KIND_ASK, &payload, &[], frames)
         }
-        Parcel::Answer(number, answer) => {
+        PeerMessage::Answer(number, answer) => {
             let payload = postcard::to_stdvec(&(number, answer))?;
             frame_of(KIND_ANSWER, &payload, &[], frames)
         }
-        Parcel::CutPages { number, pages } => {
+        PeerMessage::CutPages { number, pages } => {
             let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
             frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
         }
-        Parcel::CutSame(number, same) => {
+        PeerMessage::UnchangedPages(number, same) => {
             let payload = postcard::to_stdvec(&(number, same))?;
-            frame_of(KIND_CUT_SAME, &payload, &[], frames)
+            frame_of(KIND_UNCHANGED_PAGES, &payload, &[], frames)
         }
-        Parcel::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
-        Parcel::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
-        Parcel::Goodbye { part, reason } => {
+        PeerMessage::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
+        PeerMessage::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
+        PeerMessage::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
         }
     }
 }
 
-/// As [`encode`], of a note.
+/// As [`encode`], for a note.
 ///
 /// # Errors
 /// As there; [`WireError::Long`].
@@ -322,11 +320,11 @@ pub(super) fn encode_note(note: &[u8], frames: &mut Vec<u8>) -> Result<(), WireE
     frame_of(KIND_NOTE, &[], rest, frames)
 }
 
-/// Puts pages in a row and what is said of them, [`Message::Data`], behind other frames.
-/// `read` puts so many pages there.
+/// Appends a run of pages and their message, [`Message::Data`]. `read` appends the
+/// content of this many pages.
 ///
 /// # Errors
-/// [`WireError`], or that of `read`; nothing is put then.
+/// [`WireError`], or that of `read`; nothing is appended then.
 pub(super) fn encode_pages<E: From<WireError>>(
     message: &Message,
     frames: &mut Vec<u8>,
@@ -340,7 +338,7 @@ pub(super) fn encode_pages<E: From<WireError>>(
     put
 }
 
-/// How many pages come with a message, if any may.
+/// The number of pages that accompany a message.
 fn pages_with(message: &Message) -> Result<usize, WireError> {
     match (message, message.run()) {
         (Message::Data { .. }, Some((_, count))) if count <= ROW_PAGES_MAX => Ok(count),
@@ -356,7 +354,7 @@ fn put_pages<E: From<WireError>>(
     let count = pages_with(message)?;
     let start = frames.len();
     let first = start + HEADER_BYTES;
-    // (The header says how long all is.)
+    // The length in the header is known only afterwards.
     frames.resize(first, 0);
     read(count, frames)?;
     if frames.len() != first + count * PAGE {
@@ -375,8 +373,8 @@ fn put_pages<E: From<WireError>>(
         to += PAGE;
     }
     frames.truncate(to);
-    let said = postcard::to_stdvec(&(message, zeros)).map_err(WireError::from)?;
-    frames.extend_from_slice(&said);
+    let encoded = postcard::to_stdvec(&(message, zeros)).map_err(WireError::from)?;
+    frames.extend_from_slice(&encoded);
     let header = Header {
         kind: KIND_PAGES,
         request: 0,
@@ -387,71 +385,74 @@ fn put_pages<E: From<WireError>>(
     Ok(encoded.map_err(WireError::from)?)
 }
 
-/// (Most pages that are not zero say so in their first words.)
+/// Most pages that are not zero differ in their first words.
 fn is_zero(page: &[u8]) -> bool {
     let mut words = page.chunks(ZEROS.len());
     words.all(|words| *words == ZEROS[..words.len()])
 }
 
-/// What is said to a part at once: whole frames, the first of which is [`Parcel::Time`].
+/// A batch of frames for a part; the first is [`PeerMessage::Time`].
 #[derive(Debug)]
-pub(super) struct Frames {
+pub(super) struct FrameWriter {
     bytes: Vec<u8>,
-    /// What is said of pages, and not in a frame yet.
+    /// Messages about pages that are not in a frame yet.
     messages: Vec<u8>,
 }
 
-/// Buffers in which something was said: the next that is as long need not be had from the
-/// kernel.
-static SAID: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
-/// How many are kept, and how long they are: pages of one step, and what is said of them.
-const SAID_MAX: usize = 8;
-const SAID_BYTES: Range<usize> = 640 << 10..2 << 20;
-/// What is shorter is not worth it.
+/// Buffers of written batches, for reuse: new ones of this size would be mapped by the
+/// kernel each time.
+static RECYCLED: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+/// The number of buffers kept, and their sizes: the pages of one step with their message.
+const RECYCLED_MAX: usize = 8;
+const RECYCLED_BYTES: Range<usize> = 640 << 10..2 << 20;
+/// Shorter batches start with small buffers.
 const SHORT_BYTES: usize = 64 << 10;
 
-/// What was said was written.
-pub(super) fn was_said(mut frames: Vec<u8>) {
-    if SAID_BYTES.contains(&frames.capacity()) {
+/// Returns a buffer for reuse after it was written.
+pub(super) fn recycle(mut frames: Vec<u8>) {
+    if RECYCLED_BYTES.contains(&frames.capacity()) {
         frames.clear();
-        let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.len() < SAID_MAX {
-            said.push(frames);
+        let mut encoded = RECYCLED.lock().unwrap_or_else(PoisonError::into_inner);
+        if encoded.len() < RECYCLED_MAX {
+            encoded.push(frames);
         }
     }
 }
 
-impl Frames {
-    /// Nothing is said yet.
+impl FrameWriter {
+    /// An empty batch.
     ///
     /// # Errors
-    /// [`WireError`]; none that there is.
+    /// [`WireError`]; does not occur.
     pub(super) fn new() -> Result<Self, WireError> {
         let mut bytes = Vec::new();
-        encode(&Parcel::Time(0), &mut bytes)?;
-        Ok(Frames {
+        encode(&PeerMessage::Time(0), &mut bytes)?;
+        Ok(FrameWriter {
             bytes,
             messages: Vec::new(),
         })
     }
 
-    /// So many bytes are about to be said.
+    /// Reserves room for this many bytes.
     pub(super) fn reserve(&mut self, bytes: usize) {
-        if bytes <= SHORT_BYTES || self.bytes.capacity() >= SAID_BYTES.start {
+        if bytes <= SHORT_BYTES || self.bytes.capacity() >= RECYCLED_BYTES.start {
             return;
         }
-        let said = SAID.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut longer = said.unwrap_or_else(|| Vec::with_capacity(SAID_BYTES.start));
+        let encoded = RECYCLED
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let mut longer = encoded.unwrap_or_else(|| Vec::with_capacity(RECYCLED_BYTES.start));
         longer.extend_from_slice(&self.bytes);
         self.bytes = longer;
     }
 
-    /// Says one thing more.
+    /// Appends a message.
     ///
     /// # Errors
     /// As [`encode`].
-    pub(super) fn put(&mut self, parcel: &Parcel) -> Result<(), WireError> {
-        let Parcel::Message(message) = parcel else {
+    pub(super) fn put(&mut self, parcel: &PeerMessage) -> Result<(), WireError> {
+        let PeerMessage::Coherence(message) = parcel else {
             self.end_messages()?;
             return encode(parcel, &mut self.bytes);
         };
@@ -493,10 +494,10 @@ impl Frames {
         Ok(())
     }
 
-    /// All of it, with the guest's clock, in nanoseconds.
+    /// The encoded batch, with the guest's clock in nanoseconds.
     ///
     /// # Errors
-    /// [`WireError`]; none that there is.
+    /// [`WireError`]; does not occur.
     pub(super) fn finish(mut self, guest_ns: u64) -> Result<Vec<u8>, WireError> {
         self.end_messages()?;
         if let Some(time) = self.bytes.get_mut(HEADER_BYTES..HEADER_BYTES + 8) {
@@ -520,26 +521,26 @@ fn frame_of(kind: u16, message: &[u8], page: &[u8], frames: &mut Vec<u8>) -> Res
     Ok(())
 }
 
-/// Buffers of a connection on which much comes: pages in them are put in place before more
-/// is taken, so they are used again, and need not be had from the kernel.
+/// Buffer size for busy connections: pages in a buffer are installed before more is read,
+/// so buffers are reused.
 const BUFFER_BYTES: usize = 512 << 10;
-/// Those of a connection on which little comes.
+/// Buffer size for quiet connections.
 const SMALL_BYTES: usize = 4 << 10;
 
-/// Makes parcels of the bytes of a connection.
+/// Decodes the messages of a connection.
 #[derive(Debug, Default)]
-pub(super) struct Unpacker {
-    /// What has come and is not unpacked: nothing, or the beginning of a frame.
+pub(super) struct FrameReader {
+    /// Received bytes that are not decoded: the beginning of a frame.
     begun: BytesMut,
-    /// The buffer before, of which parcels may still have something.
+    /// The previous buffer, which decoded messages may still refer to.
     before: BytesMut,
-    /// Pieces of a note whose end has not come.
+    /// Pieces of an incomplete note.
     note: Vec<u8>,
 }
 
-impl Unpacker {
-    /// Takes bytes until the first frame is whole, which must be a hello; what came with
-    /// it is fed next.
+impl FrameReader {
+    /// Reads bytes until the first frame is complete, which must be a hello; further
+    /// bytes are decoded by the next call.
     ///
     /// # Errors
     /// [`WireError`].
@@ -578,14 +579,14 @@ impl Unpacker {
         self.begun.extend_from_slice(bytes);
     }
 
-    /// Takes bytes, and gives on what is whole.
+    /// Reads bytes and appends the messages that are complete.
     ///
     /// # Errors
-    /// [`WireError`]; the connection is of no use then.
+    /// [`WireError`]; the connection is unusable then.
     pub(super) fn feed(
         &mut self,
         bytes: &[u8],
-        parcels: &mut Vec<Parcel>,
+        parcels: &mut Vec<PeerMessage>,
     ) -> Result<(), WireError> {
         self.extend(bytes);
         while let Some(header) = Decoder::new(CLASS).header(&self.begun)? {
@@ -601,7 +602,7 @@ impl Unpacker {
                     }
                     self.note.extend_from_slice(&payload);
                     if header.kind == KIND_NOTE {
-                        parcels.push(Parcel::Note(std::mem::take(&mut self.note)));
+                        parcels.push(PeerMessage::Note(std::mem::take(&mut self.note)));
                     }
                 }
                 KIND_MESSAGES => messages_of(&payload, parcels)?,
@@ -613,14 +614,14 @@ impl Unpacker {
     }
 }
 
-/// One or more messages.
-fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), WireError> {
+/// Decodes one or more messages.
+fn messages_of(mut payload: &[u8], parcels: &mut Vec<PeerMessage>) -> Result<(), WireError> {
     loop {
         let (message, rest) = postcard::take_from_bytes(payload)?;
         if matches!(message, Message::Data { .. }) {
             return Err(WireError::Page);
         }
-        parcels.push(Parcel::Message(message));
+        parcels.push(PeerMessage::Coherence(message));
         payload = rest;
         if payload.is_empty() {
             return Ok(());
@@ -628,8 +629,8 @@ fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), Wire
     }
 }
 
-/// Pages in a row, and what is said of them, which is shorter than a page.
-fn pages_of(payload: Bytes) -> Result<Parcel, WireError> {
+/// Decodes a run of pages and its message, which is shorter than a page.
+fn pages_of(payload: Bytes) -> Result<PeerMessage, WireError> {
     let length = payload.len() / PAGE * PAGE;
     let ((message, zeros), rest): ((Message, u64), &[u8]) =
         postcard::take_from_bytes(&payload[length..])?;
@@ -645,32 +646,32 @@ fn pages_of(payload: Bytes) -> Result<Parcel, WireError> {
         zeros,
         pages,
     };
-    Ok(Parcel::Pages(message, pages))
+    Ok(PeerMessage::Pages(message, pages))
 }
 
-fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
+fn parcel(kind: u16, payload: Bytes) -> Result<PeerMessage, WireError> {
     match kind {
         KIND_TIME => match payload[..].try_into() {
-            Ok(bytes) => Ok(Parcel::Time(u64::from_le_bytes(bytes))),
+            Ok(bytes) => Ok(PeerMessage::Time(u64::from_le_bytes(bytes))),
             Err(_) => Err(WireError::Time),
         },
-        KIND_MEMORY => Ok(Parcel::Memory(postcard::from_bytes(&payload)?)),
-        KIND_LIMIT => Ok(Parcel::Limit(postcard::from_bytes(&payload)?)),
+        KIND_MEMORY => Ok(PeerMessage::Memory(postcard::from_bytes(&payload)?)),
+        KIND_LIMIT => Ok(PeerMessage::Limit(postcard::from_bytes(&payload)?)),
         KIND_CUT => {
             let (number, word) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Cut { number, word })
+            Ok(PeerMessage::Cut { number, word })
         }
-        KIND_SETTLE => {
+        KIND_QUIESCENCE => {
             let (number, word) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Settle { number, word })
+            Ok(PeerMessage::Quiescence { number, word })
         }
         KIND_ASK => {
             let (number, question) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Ask(number, question))
+            Ok(PeerMessage::Ask(number, question))
         }
         KIND_ANSWER => {
             let (number, answer) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Answer(number, answer))
+            Ok(PeerMessage::Answer(number, answer))
         }
         KIND_CUT_PAGES => {
             let ((number, memory, first), bytes): ((u64, u32, u32), &[u8]) =
@@ -681,23 +682,23 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
                 bytes: payload.slice_ref(bytes),
             };
             match pages.is_whole() {
-                true => Ok(Parcel::CutPages { number, pages }),
+                true => Ok(PeerMessage::CutPages { number, pages }),
                 false => Err(WireError::Page),
             }
         }
-        KIND_CUT_SAME => {
+        KIND_UNCHANGED_PAGES => {
             let (number, same) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::CutSame(number, same))
+            Ok(PeerMessage::UnchangedPages(number, same))
         }
         KIND_GONE => match postcard::take_from_bytes(&payload)? {
-            (part, []) => Ok(Parcel::Gone(part)),
+            (part, []) => Ok(PeerMessage::Gone(part)),
             _ => Err(postcard::Error::DeserializeBadEncoding.into()),
         },
-        KIND_SUCCEEDED if payload.is_empty() => Ok(Parcel::Succeeded),
+        KIND_SUCCEEDED if payload.is_empty() => Ok(PeerMessage::Succeeded),
         KIND_SUCCEEDED => Err(postcard::Error::DeserializeBadEncoding.into()),
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Goodbye { part, reason })
+            Ok(PeerMessage::Goodbye { part, reason })
         }
         other => Err(WireError::Kind(other)),
     }
@@ -706,13 +707,13 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::span::idle::IdleRange;
-    use crate::span::sharing::Stood;
+    use crate::span::false_sharing::FaultFootprint;
+    use crate::span::idle_pages::IdleRange;
     use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
-    fn samples() -> Vec<Parcel> {
+    fn samples() -> Vec<PeerMessage> {
         let page = PageId {
             memory: 1,
             number: 77,
@@ -735,12 +736,12 @@ mod tests {
             number: 9,
         };
         vec![
-            Parcel::Message(Message::Want {
+            PeerMessage::Coherence(Message::Want {
                 page,
                 access: Access::Read,
                 has: false,
             }),
-            Parcel::Pages(
+            PeerMessage::Pages(
                 data.clone(),
                 PageBytes {
                     bytes: Bytes::new(),
@@ -748,7 +749,7 @@ mod tests {
                     pages: 1,
                 },
             ),
-            Parcel::Pages(
+            PeerMessage::Pages(
                 data.clone(),
                 PageBytes {
                     bytes: Bytes::from_static(&[7; PAGE]),
@@ -756,49 +757,49 @@ mod tests {
                     pages: 1,
                 },
             ),
-            Parcel::Message(Message::SegmentAt {
+            PeerMessage::Coherence(Message::SegmentAt {
                 segment,
                 version: 4,
             }),
-            Parcel::Note(Vec::new()),
-            Parcel::Memory(PartMemory {
+            PeerMessage::Note(Vec::new()),
+            PeerMessage::Memory(PartMemory {
                 resident_bytes: 1 << 33,
                 limit_bytes: Some(1 << 30),
                 given_bytes: 4096,
                 dropped_bytes: 0,
             }),
-            Parcel::Time(1 << 40),
-            Parcel::Limit(None),
-            Parcel::Limit(Some(u64::MAX)),
-            Parcel::Cut {
+            PeerMessage::Time(1 << 40),
+            PeerMessage::Limit(None),
+            PeerMessage::Limit(Some(u64::MAX)),
+            PeerMessage::Cut {
                 number: 7,
-                word: CutWord::More(1 << 20),
+                word: CutMessage::More(1 << 20),
             },
-            Parcel::Settle {
+            PeerMessage::Quiescence {
                 number: 3,
-                word: SettleWord::Quiet({
+                word: QuiescenceMessage::Quiet({
                     let mut traffic = Traffic::default();
-                    traffic.count_sent(part(3));
-                    traffic.count_received(part(63));
+                    traffic.said(part(3));
+                    traffic.heard(part(63));
                     traffic
                 }),
             },
-            Parcel::Settle {
+            PeerMessage::Quiescence {
                 number: 4,
-                word: SettleWord::Over,
+                word: QuiescenceMessage::Over,
             },
-            Parcel::Ask(
+            PeerMessage::Ask(
                 5,
-                Question::Going {
+                Question::InTransit {
                     memory: 0,
                     pages: 16..32,
                     to: part(2),
                 },
             ),
-            Parcel::Ask(6, Question::Placements(page)),
-            Parcel::Ask(7, Question::Stood(page)),
-            Parcel::Ask(8, Question::Idle(1, 4096)),
-            Parcel::Answer(
+            PeerMessage::Ask(6, Question::Placements(page)),
+            PeerMessage::Ask(7, Question::FaultWaits(page)),
+            PeerMessage::Ask(8, Question::Idle(1, 4096)),
+            PeerMessage::Answer(
                 8,
                 Answer::Idle(
                     vec![IdleRange {
@@ -809,9 +810,12 @@ mod tests {
                     Some((2, 0)),
                 ),
             ),
-            Parcel::Answer(7, Answer::Stood(vec![(page, Stood::default())], Some(page))),
-            Parcel::Answer(5, Answer::Going(Some(7))),
-            Parcel::Answer(
+            PeerMessage::Answer(
+                7,
+                Answer::FaultWaits(vec![(page, FaultFootprint::default())], Some(page)),
+            ),
+            PeerMessage::Answer(5, Answer::InTransit(Some(7))),
+            PeerMessage::Answer(
                 6,
                 Answer::Placements(
                     vec![Placement {
@@ -825,12 +829,12 @@ mod tests {
                     Some(page),
                 ),
             ),
-            Parcel::Message(Message::Gather),
-            Parcel::Message(Message::Hand {
+            PeerMessage::Coherence(Message::Gather),
+            PeerMessage::Coherence(Message::Hand {
                 segment,
                 to: part(1),
             }),
-            Parcel::CutPages {
+            PeerMessage::CutPages {
                 number: 7,
                 pages: CutPages {
                     memory: 1,
@@ -838,26 +842,26 @@ mod tests {
                     bytes: Bytes::from_static(&[9; 2 * PAGE]),
                 },
             },
-            Parcel::CutSame(
+            PeerMessage::UnchangedPages(
                 7,
-                CutSame {
+                UnchangedPages {
                     memory: 0,
                     first: 1 << 20,
                     pages: 16,
                     digest: u128::MAX - 1,
                 },
             ),
-            Parcel::Gone(part(5)),
-            Parcel::Succeeded,
-            Parcel::Goodbye {
+            PeerMessage::Gone(part(5)),
+            PeerMessage::Succeeded,
+            PeerMessage::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),
             },
-            Parcel::Note((0..300 << 10).map(|at| at as u8).collect()),
+            PeerMessage::Note((0..300 << 10).map(|at| at as u8).collect()),
         ]
     }
 
-    fn frame(parcel: &Parcel) -> Vec<u8> {
+    fn frame(parcel: &PeerMessage) -> Vec<u8> {
         let mut frame = Vec::new();
         encode(parcel, &mut frame).unwrap();
         frame
@@ -868,7 +872,7 @@ mod tests {
     }
 
     #[test]
-    fn who_it_is_comes_first() {
+    fn the_hello_comes_first() {
         let hello = Hello::new(
             "m".parse().unwrap(),
             Epoch::default(),
@@ -877,7 +881,7 @@ mod tests {
         );
         let bytes = [encode_hello(&hello).unwrap(), stream()].concat();
         for piece in [1, 7, bytes.len()] {
-            let (mut unpacker, mut parcels, mut found) = (Unpacker::default(), Vec::new(), None);
+            let (mut unpacker, mut parcels, mut found) = (FrameReader::default(), Vec::new(), None);
             for piece in bytes.chunks(piece) {
                 match &found {
                     None => found = unpacker.feed_hello(piece).unwrap(),
@@ -890,17 +894,21 @@ mod tests {
                 (Some(&hello), &samples()[..])
             );
         }
-        let nameless = Unpacker::default().feed_hello(&stream());
+        let nameless = FrameReader::default().feed_hello(&stream());
         assert!(matches!(nameless, Err(WireError::Nameless)), "{nameless:?}");
-        // A second time it is no message.
-        assert!(Unpacker::default().feed(&bytes, &mut Vec::new()).is_err());
+        // A second hello is not a message.
+        assert!(
+            FrameReader::default()
+                .feed(&bytes, &mut Vec::new())
+                .is_err()
+        );
     }
 
     #[test]
-    fn comes_as_it_was_said_in_whatever_pieces() {
+    fn messages_are_decoded_from_pieces_of_any_size() {
         let bytes = stream();
         for piece in [1, 2, 19, 20, 21, 4096, bytes.len()] {
-            let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
+            let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
             for piece in bytes.chunks(piece) {
                 unpacker.feed(piece, &mut parcels).unwrap();
             }
@@ -910,7 +918,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_belong_together_is_refused() {
+    fn inconsistent_frames_are_refused() {
         let [_, zeros, page, ..] = &samples()[..] else {
             unreachable!("seven of them");
         };
@@ -920,16 +928,17 @@ mod tests {
             let mut frame = frame.to_vec();
             frame[6..8].copy_from_slice(&kind.to_le_bytes());
             let mut parcels = Vec::new();
-            Unpacker::default().feed(&frame, &mut parcels)
+            FrameReader::default().feed(&frame, &mut parcels)
         };
-        // Data without a page, a page without bytes, pages of others, no such kind.
+        // Data without a page, a page without content, pages of other messages, unknown
+        // kinds.
         for (frame, kind) in [
             (&zeros, KIND_MESSAGES),
             (&page, KIND_MESSAGES),
             (&want, KIND_PAGES),
             (&want, KIND_HELLO),
-            (&want, KIND_CUT_SAME + 1),
-            (&want, KIND_SETTLE),
+            (&want, KIND_UNCHANGED_PAGES + 1),
+            (&want, KIND_QUIESCENCE),
             (&want, KIND_SUCCEEDED),
             (&want, KIND_GONE),
             (&want, KIND_CUT_PAGES),
@@ -956,40 +965,40 @@ mod tests {
         }
     }
 
-    /// Pages in a row are said at once, and those of them that follow each other where they
-    /// come are put in place at once; messages are said together.
+    /// A run of pages is one message, and its adjacent pages are installed together;
+    /// other messages share a frame.
     #[test]
-    fn pages_come_in_rows_and_messages_together() {
+    fn pages_are_sent_in_runs_and_messages_in_batches() {
         let mut bytes = vec![0; ROW_PAGES_MAX * PAGE];
         for at in (0..ROW_PAGES_MAX).filter(|at| ![1, 5, 6].contains(at)) {
             bytes[at * PAGE + 4000] = at as u8 + 1;
         }
         let message = data(100, (1..64).map(|at| 1 << at).collect());
-        let mut frames = Frames::new().unwrap();
+        let mut frames = FrameWriter::new().unwrap();
         let read = |count: usize, frames: &mut Vec<u8>| {
             frames.extend_from_slice(&bytes[..count * PAGE]);
             Ok::<(), WireError>(())
         };
         frames.put_pages(&message, read).unwrap();
-        let gather = || Parcel::Message(Message::Gather);
-        for parcel in [gather(), gather(), Parcel::Succeeded, gather()] {
+        let gather = || PeerMessage::Coherence(Message::Gather);
+        for parcel in [gather(), gather(), PeerMessage::Succeeded, gather()] {
             frames.put(&parcel).unwrap();
         }
-        // What is too long, or has other pages, is not said at all.
+        // A message that is too long or has other pages is not encoded.
         let long = data(0, vec![1; ROW_PAGES_MAX]);
         assert!(frames.put_pages(&long, read).is_err());
         let none = |_: usize, _: &mut Vec<u8>| Ok::<(), WireError>(());
         assert!(frames.put_pages(&message, none).is_err());
-        let said = frames.finish(77).unwrap();
-        let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
-        unpacker.feed(&said, &mut parcels).unwrap();
-        assert_eq!(parcels.remove(0), Parcel::Time(77));
+        let encoded = frames.finish(77).unwrap();
+        let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
+        unpacker.feed(&encoded, &mut parcels).unwrap();
+        assert_eq!(parcels.remove(0), PeerMessage::Time(77));
         let rest = parcels.split_off(1);
-        assert_eq!(rest, [gather(), gather(), Parcel::Succeeded, gather()]);
-        // (Time, a row, two messages at once, and what follows.)
-        let ours = said.windows(4).filter(|it| *it == b"KSPN");
+        assert_eq!(rest, [gather(), gather(), PeerMessage::Succeeded, gather()]);
+        // Time, a run, two messages in one frame, and the rest.
+        let ours = encoded.windows(4).filter(|it| *it == b"KSPN");
         assert_eq!(ours.count(), 5);
-        let Some(Parcel::Pages(found, pages)) = parcels.pop() else {
+        let Some(PeerMessage::Pages(found, pages)) = parcels.pop() else {
             panic!("{parcels:?}");
         };
         assert_eq!((found, pages.pages()), (message, ROW_PAGES_MAX));
@@ -1012,13 +1021,13 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_as_long_as_they_say() {
+    fn runs_have_the_stated_length() {
         let row = |message: Message, zeros: u64, pages: usize| {
-            let said = postcard::to_stdvec(&(message, zeros)).unwrap();
+            let encoded = postcard::to_stdvec(&(message, zeros)).unwrap();
             let mut payload = vec![1; pages * PAGE];
-            payload.extend(said);
+            payload.extend(encoded);
             pages_of(payload.into()).map(|parcel| match parcel {
-                Parcel::Pages(_, pages) => pages.pages(),
+                PeerMessage::Pages(_, pages) => pages.pages(),
                 other => panic!("{other:?}"),
             })
         };
@@ -1027,7 +1036,7 @@ mod tests {
         for (message, zeros, pages) in [
             (data(7, vec![3; 2]), 0b010, 3),
             (data(7, vec![3; 2]), 0b010, 1),
-            // More than it has, pages or zeros; no page.
+            // More pages or zero pages than the message has; no page.
             (data(7, vec![3; 64]), u64::MAX, 1),
             (data(7, vec![3; 2]), 0b1010, 1),
             (data(7, vec![3; 2]), 0b1000, 3),
@@ -1038,11 +1047,11 @@ mod tests {
         }
     }
 
-    /// Anything may come; nothing but parcels and errors comes of it.
+    /// Arbitrary bytes are decoded or refused.
     #[test]
-    fn damaged_bytes_are_errors_or_parcels() {
-        // (Damage in a long note hurts nobody.)
-        let samples: Vec<Parcel> = samples()
+    fn damaged_bytes_are_errors_or_messages() {
+        // Damage in a long note has no effect.
+        let samples: Vec<PeerMessage> = samples()
             .into_iter()
             .filter(|it| frame(it).len() < 9000)
             .collect();
@@ -1052,13 +1061,13 @@ mod tests {
         for _ in 0..20_000 {
             let mut damaged = bytes.clone();
             for _ in 0..rng.random_range(1..4) {
-                // Mostly where it hurts: headers and messages, not pages.
+                // Mostly headers and messages are damaged, not pages.
                 let at = rng.random_range(0..bytes.len());
                 damaged[at] = rng.random();
             }
             damaged.truncate(rng.random_range(0..=bytes.len()));
             let mut parcels = Vec::new();
-            let fed = Unpacker::default().feed(&damaged, &mut parcels);
+            let fed = FrameReader::default().feed(&damaged, &mut parcels);
             refused += u32::from(fed.is_err());
             assert!(parcels.len() <= samples.len());
         }

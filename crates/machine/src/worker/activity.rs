@@ -1,40 +1,39 @@
-//! What the machine does with its memory, looked at for a moment: what a move of
-//! it would have to carry.
+//! Samples a machine's memory writes for a moment, to predict what a move would carry.
 
-use crate::checkpoint::Taker;
-use crate::moves::predict::{Activity, Written};
+use crate::checkpoint::Checkpointer;
+use crate::moves::prediction::{Activity, Written};
 use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// When it is looked at, from the beginning on: two looks tell whether it writes
-/// the same bytes again.
+/// Times of the two samples, from the start: together they show whether the machine
+/// writes the same bytes again.
 const LOOKS: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(60)];
 
-/// Looks at what is written, by the trackers that checkpoints have, where they
-/// have any, else by some of its own.
+/// Samples the dirty pages, with the trackers of checkpoints if there are any, otherwise
+/// with temporary ones.
 pub(super) fn sample(
     memories: &[Arc<GuestMemory>],
-    taker: Option<&mut Taker>,
+    checkpointer: Option<&mut Checkpointer>,
     volume_bytes: u64,
 ) -> Result<Activity, MemoryError> {
     let mut own = Vec::new();
-    let mut taker = taker.filter(|taker| taker.tracks());
-    if taker.is_none() {
+    let mut checkpointer = checkpointer.filter(|checkpointer| checkpointer.tracks());
+    if checkpointer.is_none() {
         for memory in memories {
             own.push(DirtyTracker::start(memory.clone())?);
         }
     }
     let mut look = || -> Result<Vec<Vec<Range<u64>>>, MemoryError> {
-        match &mut taker {
-            // What is found now counts for the next checkpoint all the same.
-            Some(taker) => taker.peek(),
+        match &mut checkpointer {
+            // Pages found now still count for the next checkpoint.
+            Some(checkpointer) => checkpointer.peek(),
             None => own.iter_mut().map(DirtyTracker::take).collect(),
         }
     };
-    // What was written before counts for nothing here.
+    // Earlier writes do not count.
     look()?;
     let begun = Instant::now();
     let mut pages: HashSet<(usize, u64)> = HashSet::new();

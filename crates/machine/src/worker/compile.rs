@@ -1,60 +1,60 @@
-//! The process that compiles one program into the node's cache, so that its threads can
-//! be resumed there: `keel compile`. It prints how far it is, in percent, a line each time
-//! that this changed.
+//! The process that compiles a program into the node's cache, so that its threads can be
+//! resumed there: `keel compile`. It prints its progress in percent, a line per change.
 //!
-//! A small program is compiled at once, as cheap as it is: on a node whose guests want
-//! more than its processors have, its first move would wait for seconds otherwise. What
-//! takes longer gets only what guests leave of the processors, until a line on standard
-//! input says that a move waits for it.
+//! A small program is compiled at once, because it is cheap: on a node with more runnable
+//! guests than processors, its first move would otherwise wait for seconds. A longer
+//! compilation yields to guests, until a line on standard input says that a move waits
+//! for it.
 
-use crate::cgroup::{CompilePriority, set_compile_priority, spend_worker};
+use crate::cgroup::{CompilePriority, expose_worker_to_oom, set_compile_priority};
 use keel_wasm::runtime::{Engine, Options};
 use std::io::{BufRead, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Pause between two lines.
+/// Interval of progress lines.
 const TELL_EVERY: Duration = Duration::from_millis(100);
-/// What takes longer is not small.
+/// The longest compilation of a small program.
 const SMALL_MAX: Duration = Duration::from_millis(500);
 
-/// Whether a move waits, and whether all is done.
+/// State shared with the threads that read input and print progress.
 #[derive(Debug, Default)]
 struct State {
     wanted: AtomicBool,
-    /// It lets guests go first.
+    /// It yields to guests.
     yields: AtomicBool,
     done: AtomicBool,
 }
 
-/// Compiles the instrumented module `program` into the folder `cache`, unless its code
-/// is there already. `wanted`: a move waits for it from the beginning.
+/// Compiles the instrumented module `program` into the folder `cache`, unless its code is
+/// there already. `wanted`: a move waits for it from the start.
 ///
 /// # Errors
 /// If the module cannot be read or compiled, or the cache cannot be used.
 pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String> {
-    // Nobody's machine is lost with it: the kernel is to take its memory first.
-    spend_worker();
+    // No machine is lost with this process, so the kernel should kill it first when
+    // memory runs out.
+    expose_worker_to_oom();
     set_compile_priority(CompilePriority::First);
     let engine = Engine::with_cache(Options::default(), cache).map_err(|e| e.to_string())?;
     let bytes =
         std::fs::read(program).map_err(|error| format!("{}: {error}", program.display()))?;
     let state: &'static State = Box::leak(Box::default());
     state.wanted.store(wanted, Ordering::Release);
-    // (It waits for its input as long as the process lives.)
-    std::thread::spawn(|| hear(state));
+    // The thread waits for input until the process ends.
+    std::thread::spawn(|| read_requests(state));
     std::thread::scope(|scope| {
-        scope.spawn(|| accompany(&engine, state));
+        scope.spawn(|| report_progress(&engine, state));
         let compiled = engine.load_instrumented(bytes);
         state.done.store(true, Ordering::Release);
         compiled.map(drop).map_err(|error| error.to_string())
     })
 }
 
-/// Goes forward once a move waits; ends with the agent, whose successor compiles anew
-/// and shall not wait for the lock of this one.
-fn hear(state: &State) {
+/// Raises the priority once a move waits. Exits with the agent, whose successor compiles
+/// anew and must not wait for this process's lock.
+fn read_requests(state: &State) {
     let mut input = std::io::stdin().lock();
     let mut line = String::new();
     while matches!(input.read_line(&mut line), Ok(1..)) {
@@ -68,27 +68,27 @@ fn hear(state: &State) {
     }
 }
 
-/// Prints how far the engine is, and lets guests go first after a while, until it is
-/// done.
-fn accompany(engine: &Engine, state: &State) {
-    let (begun, mut told) = (Instant::now(), None);
+/// Prints progress, and yields to guests after a while, until the compilation is
+/// complete.
+fn report_progress(engine: &Engine, state: &State) {
+    let (begun, mut printed) = (Instant::now(), None);
     while !state.done.load(Ordering::Acquire) {
         if !state.yields.load(Ordering::Acquire) && begun.elapsed() > SMALL_MAX {
             state.yields.store(true, Ordering::SeqCst);
             if !state.wanted.load(Ordering::SeqCst) {
                 set_compile_priority(CompilePriority::Background);
             }
-            // The word may have come just now.
+            // The request may have arrived just now.
             if state.wanted.load(Ordering::SeqCst) {
                 set_compile_priority(CompilePriority::Wanted);
             }
         }
         let percent = engine.compile_progress().map(|it| it.percent());
-        if percent.is_some() && percent != told {
-            told = percent;
+        if percent.is_some() && percent != printed {
+            printed = percent;
             let line = format!("{}\n", percent.unwrap_or_default());
             if std::io::stdout().write_all(line.as_bytes()).is_err() {
-                // The agent is gone; what is compiled is of use to the next one.
+                // The agent is gone; its successor can use the compiled code.
                 return;
             }
         }

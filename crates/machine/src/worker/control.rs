@@ -1,10 +1,10 @@
-//! Requests, answers and events between an agent and its workers, over
-//! `keel-net`'s rpc on a Unix socket that only this user can reach.
+//! Requests, answers and events between an agent and its workers, over `keel-net`'s RPC
+//! on a Unix socket that only this user can reach.
 
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
-use crate::span::{Legacy, PartMemory, Place};
+use crate::span::{HomeState, PartAddress, PartMemory};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -21,7 +21,7 @@ use std::path::PathBuf;
 pub mod kind {
     /// [`super::Start`] → `()`.
     pub const START: u16 = 0x0401;
-    /// [`super::Receive`] → [`super::Receiving`].
+    /// [`super::Receive`] → [`super::MoveEndpoint`].
     pub const RECEIVE: u16 = 0x0402;
     /// `()` → [`super::Report`].
     pub const REPORT: u16 = 0x0403;
@@ -47,49 +47,52 @@ pub mod kind {
     pub const FORGET: u16 = 0x040c;
     /// [`super::ReadLog`] → stream of [`super::LogChunk`].
     pub const LOG: u16 = 0x040d;
-    /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: where the output begins that
-    /// was written then or later.
+    /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: offset of the first output
+    /// written at that time or later.
     pub const LOG_SINCE: u16 = 0x0413;
     /// [`super::FileRequest`] → [`super::FileDone`].
     pub const FILE: u16 = 0x0414;
-    /// `(name, order)` → `()`: an order for a failpoint, or none.
+    /// `(name, order)` → `()`: sets an injection at a failpoint, or removes it.
     pub const FAILPOINT: u16 = 0x04ff;
-    /// [`super::Checkpoint`] → [`super::Checkpointed`].
+    /// [`super::Checkpoint`] → [`super::CheckpointReport`].
     pub const CHECKPOINT: u16 = 0x040e;
-    /// `()` → [`crate::moves::predict::Activity`]: what it does with its memory.
+    /// `()` → [`crate::moves::prediction::Activity`]: samples the machine's use of
+    /// memory.
     pub const ACTIVITY: u16 = 0x0415;
-    /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
-    /// else of the spec matters here. Nothing changes where it is refused.
+    /// [`super::Spec`] → `()`: changes the limits of memory and CPU, and other settings
+    /// that matter to a worker. Nothing changes if it is refused.
     pub const SET: u16 = 0x0412;
-    /// [`super::MeetParts`] → [`crate::span::Place`]: the worker is to be the home.
+    /// [`super::ConnectParts`] → [`crate::span::PartAddress`]: prepares the worker as the
+    /// home.
     pub const SPAN_READY: u16 = 0x0420;
-    /// [`super::ReadyPart`] → [`crate::span::Place`]: an empty worker is to be a member.
-    pub const PART_READY: u16 = 0x0421;
-    /// [`super::Span`] → `u64`, microseconds that the machine stood still: it spans.
+    /// [`super::PrepareMember`] → [`crate::span::PartAddress`]: prepares an empty worker
+    /// as a member.
+    pub const PREPARE_MEMBER: u16 = 0x0421;
+    /// [`super::Span`] → `u64`, downtime in microseconds: the machine spans.
     pub const SPAN: u16 = 0x0422;
-    /// [`super::Join`] → `()`: the member begins.
+    /// [`super::Join`] → `()`: the member starts.
     pub const JOIN: u16 = 0x0423;
-    /// `()` → `u64`, microseconds that the machine stood still: it is alone again.
+    /// `()` → `u64`, downtime in microseconds: the machine is reduced to one part.
     pub const UNSPAN: u16 = 0x0424;
-    /// `()` → `u64`, bytes that came: the memory of a machine that is held comes to its
-    /// parts, and it runs.
-    pub const BRING: u16 = 0x042a;
-    /// [`super::MeetNew`] → [`crate::span::Place`]: a part, the home or a member, is to meet
-    /// one more.
-    pub const MEET_NEW: u16 = 0x042b;
-    /// [`super::JoinNew`] → `u64`, microseconds that the machine stood still: it is one of
-    /// them. The home is the last that is told.
-    pub const JOIN_NEW: u16 = 0x042c;
-    /// [`super::PartWith`] → `u64`, microseconds that the machine stood still: a member is
-    /// none any more. Of the home.
-    pub const PART_WITH: u16 = 0x042d;
-    /// [`super::CopyHome`] → stream of [`super::CopyEvent`]: as [`COPY`], of a machine that
-    /// spans, whose other parts stay.
+    /// `()` → `u64`, bytes read: reads the memory of a held machine to its parts, and
+    /// starts it.
+    pub const RESTORE_SPANNING: u16 = 0x042a;
+    /// [`super::ConnectNewPart`] → [`crate::span::PartAddress`]: a part, the home or a
+    /// member, prepares to connect to a new one.
+    pub const CONNECT_NEW_PART: u16 = 0x042b;
+    /// [`super::AddPart`] → `u64`, downtime in microseconds: adds a part. The home is
+    /// told last.
+    pub const ADD_PART: u16 = 0x042c;
+    /// [`super::RemovePart`] → `u64`, downtime in microseconds: the home removes a
+    /// member.
+    pub const REMOVE_PART: u16 = 0x042d;
+    /// [`super::CopyHome`] → stream of [`super::CopyEvent`]: as [`COPY`], for a machine
+    /// that spans, whose other parts stay.
     pub const COPY_HOME: u16 = 0x042e;
-    /// `()` → `Option<PartId>`: the part of a machine that this worker is to which it moves,
-    /// or was to move.
+    /// `()` → `Option<PartId>`: the part at this worker, if the machine moves, or was to
+    /// move, to it.
     pub const IS_PART: u16 = 0x042f;
-    /// `()` → `()`: gives up a checkpoint in the making; a move comes first.
+    /// `()` → `()`: gives up a checkpoint in progress, because a move takes precedence.
     pub const END_CHECKPOINT: u16 = 0x0430;
     /// `()` → [`super::PartsReport`].
     pub const PARTS: u16 = 0x0425;
@@ -97,68 +100,56 @@ pub mod kind {
     pub const MOVE_THREAD: u16 = 0x0426;
     /// `()` → list of [`super::ObjectReport`].
     pub const OBJECTS: u16 = 0x0427;
-    /// [`super::MoveObject`] → `u64`, bytes that have been there.
+    /// [`super::MoveObject`] → `u64`, bytes that have arrived.
     pub const MOVE_OBJECT: u16 = 0x0428;
     /// `()` → [`crate::span::Heat`].
     pub const HEAT: u16 = 0x0431;
-    /// `BTreeMap<PartId, f64>`, cores that are free at each part: threads that it starts
-    /// begin where most are.
+    /// `BTreeMap<PartId, f64>`, idle cores of each part: new threads begin where most are
+    /// idle.
     pub const ROOM: u16 = 0x0429;
-    /// `()` → stream of `Option<String>`: where the machine waits for room on
-    /// a disk, the present state first.
-    pub const PAUSES: u16 = 0x0410;
+    /// `()` → stream of `Option<String>`: why the machine waits for disk space, the
+    /// present state first.
+    pub const STALLS: u16 = 0x0410;
 }
 
-/// Where a worker is.
+/// State of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// It has no machine yet.
     Empty,
     /// Its machine runs under an epoch.
-    Running {
-        /// The epoch.
-        epoch: Epoch,
-    },
-    /// Its machine runs, and a part of its memory is still to come (post-copy).
+    Running { epoch: Epoch },
+    /// Its machine runs, and part of its memory has not arrived (post-copy).
     Filling {
-        /// The epoch.
         epoch: Epoch,
-        /// Whether the source is not connected.
+        /// Whether the source is disconnected.
         source_lost: bool,
     },
-    /// A machine that ran under this epoch elsewhere arrives.
+    /// A machine that ran elsewhere is arriving.
     Receiving {
-        /// The epoch that it was offered under.
+        /// The epoch of the offer.
         offered: Epoch,
     },
-    /// It has arrived; the word to go is awaited.
+    /// The machine has arrived and waits for the commit.
     Prepared {
-        /// The epoch that it was offered under.
+        /// The epoch of the offer.
         offered: Epoch,
-        /// Whether the source can no longer say how it goes on: only the store
-        /// can.
+        /// Whether the source is disconnected, so that only the store knows the outcome.
         source_lost: bool,
     },
     /// The machine ended.
     Ended {
         /// The epoch under which it ran.
         epoch: Epoch,
-        /// How.
         status: Status,
     },
-    /// What arrived was dropped.
-    Dropped {
-        /// Why.
-        reason: String,
-    },
-    /// Its machine is made, and its memory is to come when it has parts.
-    Held {
-        /// The epoch.
-        epoch: Epoch,
-    },
+    /// What had arrived was dropped.
+    Dropped { reason: String },
+    /// Its machine is created, and its memory is read once it has parts.
+    Held { epoch: Epoch },
 }
 
-/// What is told to users of a worker that does not do what they ask.
+/// The message for users of a worker that refuses a request.
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -171,76 +162,67 @@ impl fmt::Display for State {
                 f.write_str("some of its memory is still to come, from a node that is lost")
             }
             State::Receiving { .. } => f.write_str("it is still arriving"),
-            State::Prepared { .. } => f.write_str("it has arrived, and does not go on yet"),
+            State::Prepared { .. } => f.write_str("it has arrived, and does not run yet"),
             State::Ended { .. } => f.write_str("it has ended"),
             State::Dropped { reason } => write!(f, "it was dropped: {reason}"),
-            State::Held { .. } => f.write_str("it gets parts, and does not run yet"),
+            State::Held { .. } => f.write_str("its parts are being created, it does not run yet"),
         }
     }
 }
 
-/// Starts a machine from its beginning.
+/// Starts a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Start {
-    /// Its name.
     pub machine: MachineName,
-    /// What was asked for.
     #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
-    /// What it is made of.
     pub from: StartFrom,
-    /// Under this epoch.
     pub epoch: Epoch,
-    /// What is said of it in its output first.
+    /// A first line for the machine's output, if any.
     pub notice: Option<String>,
 }
 
-/// What a machine is made of.
+/// The origin of a machine's state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum StartFrom {
-    /// The module as its author built it, from its beginning.
+    /// The module as its author built it; the machine runs from its start.
     Module(PathBuf),
     /// A checkpoint.
     Checkpoint(Origin),
-    /// As [`StartFrom::Module`], but it stands at its beginning, for it is to have parts
-    /// first.
-    Apart(PathBuf),
+    /// As [`StartFrom::Module`], but the machine is held at its start until it has parts.
+    HeldModule(PathBuf),
 }
 
 /// Makes a checkpoint of the machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// URL of the vault.
-    pub vault: String,
-    /// Whether all of it is stored, whatever was stored before.
+    /// URL of the repository.
+    pub repository: String,
+    /// Whether to store all of it, whatever was stored before.
     pub full: bool,
-    /// Which checkpoints of the machine are kept then.
+    /// Which checkpoints of the machine are kept afterwards.
     pub keep: Retention,
 }
 
 /// A checkpoint that was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checkpointed {
-    /// Its name.
+pub struct CheckpointReport {
     pub id: CheckpointId,
-    /// The one that it stands on.
     pub parent: Option<CheckpointId>,
     /// Bytes of pages in it.
     pub stored_bytes: u64,
-    /// How long the machine stood still, in microseconds.
+    /// Downtime in microseconds.
     pub pause_micros: u64,
-    /// How long all of it took, in microseconds.
+    /// Total time in microseconds.
     pub total_micros: u64,
-    /// Older ones that were deleted.
+    /// Number of older checkpoints deleted.
     pub deleted: u32,
 }
 
 /// Receives a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Receive {
-    /// Its name.
     pub machine: MachineName,
-    /// What was asked for.
     #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// The instrumented module.
@@ -253,107 +235,101 @@ pub struct Receive {
     pub address: String,
     /// Present size of each memory, in 64 KiB pages.
     pub memory_pages: Vec<u64>,
-    /// Whether memory comes after the machine (post-copy).
+    /// Whether this is a post-copy move.
     pub post_copy: bool,
-    /// Bytes that its own volumes take at present.
+    /// Present size of its own volumes, in bytes.
     pub volume_bytes: u64,
 }
 
-/// Where a worker waits for the source.
+/// Where a worker listens for the source.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Receiving {
+pub struct MoveEndpoint {
     /// `address:port`.
     pub address: String,
     /// Its certificate.
     pub fingerprint: Fingerprint,
 }
 
-/// Gives the machine to a target.
+/// Copies the machine to a target.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Copy {
-    /// Where the target's worker listens.
-    pub target: Receiving,
-    /// Whether memory comes after the machine (post-copy).
+    /// The endpoint of the target's worker.
+    pub target: MoveEndpoint,
+    /// Whether this is a post-copy move.
     pub post_copy: bool,
-    /// How long sending what is left may take while it stands still, in
-    /// microseconds.
+    /// Time limit for sending what is left at the freeze, in microseconds.
     pub budget_micros: u64,
 }
 
-/// The home of a machine that spans is to move: to one of its parts, which listens for it.
+/// Moves the home of a machine that spans to one of its parts, which listens for it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CopyHome {
-    /// As of any machine.
     pub copy: Copy,
-    /// The part that succeeds it.
+    /// The part that becomes the home.
     pub successor: PartId,
-    /// The part at which the home's threads are meanwhile.
+    /// The part that the home's threads move to meanwhile.
     pub threads_to: PartId,
 }
 
-/// What the home of a machine that spans leaves to its successor.
+/// State of a home for its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Succession {
-    /// To the part.
-    pub legacy: Legacy,
+pub struct HomeHandover {
+    pub home_state: HomeState,
     /// The node of each part that stays, and of the successor under the home's number.
     pub nodes: BTreeMap<PartId, NodeName>,
 }
 
-/// How copying goes.
+/// An event during copying.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum CopyEvent {
-    /// It goes on.
     Progress(Progress),
-    /// What is left is small enough.
+    /// Few bytes are left.
     Converged {
-        /// The rounds that it took.
+        /// The rounds so far.
         rounds: Vec<Round>,
-        /// Whether the guest was slowed down.
+        /// Whether the guest was throttled.
         slowed: bool,
     },
-    /// It cannot go on; the machine runs here.
+    /// Copying failed; the machine runs here.
     Lost {
-        /// Why.
         reason: String,
     },
 }
 
-/// The machine is frozen and all of it is at the target, ready to go on.
+/// The machine is frozen, and the target is ready to resume it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Frozen {
-    /// Threads to safepoints, in microseconds.
+    /// Time until all threads reached safepoints, in microseconds.
     pub freeze_micros: u64,
-    /// The last pages.
+    /// Time for the last pages, in microseconds.
     pub last_pages_micros: u64,
-    /// Bytes of them.
+    /// Bytes of the last pages.
     pub last_bytes: u64,
-    /// Threads and WASI state, sent and made ready.
+    /// Time for sending and restoring threads and WASI state, in microseconds.
     pub state_micros: u64,
-    /// Bytes sent in all.
+    /// Bytes sent in total.
     pub bytes: u64,
 }
 
-/// What a worker says of its machine.
+/// A worker's report on its machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
-    /// Where it is.
     pub state: State,
-    /// The worker's process.
+    /// Process id of the worker.
     pub pid: u32,
-    /// Whether it is giving its machine away: it may be frozen.
-    pub giving_away: bool,
-    /// Whether memory comes after the machine that it gives away.
+    /// Whether the machine is moving away; it may be frozen.
+    pub moving_away: bool,
+    /// Whether that move is a post-copy move.
     pub post_copy: bool,
-    /// Bytes that are still to be sent behind it.
+    /// Bytes that post-copy has yet to send.
     pub unsent_bytes: u64,
-    /// How that went, once the target has everything.
+    /// The report of post-copy, once the target has everything.
     pub fill: Option<FillReport>,
-    /// Hash of the instrumented module; its file is in the agent's folder.
+    /// Hash of the instrumented module, which is stored in the agent's folder.
     pub program: Option<[u8; 32]>,
-    /// Guest threads.
+    /// Number of guest threads.
     pub threads: u32,
-    /// Bytes of memory that the guest has.
+    /// Size of the guest's memories, in bytes.
     pub memory_bytes: u64,
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
@@ -363,42 +339,40 @@ pub struct Report {
     pub log: (u64, u64),
     /// The machine's own volumes.
     pub volumes: Vec<VolumeReport>,
-    /// Where it waits for room on a disk.
+    /// Why it waits for disk space, if it does.
     pub paused: Option<String>,
-    /// What the kernel counts of the worker, if it has a cgroup.
+    /// Kernel counters of the worker's cgroup, if it has one.
     pub group: Option<GroupUsage>,
-    /// Parts that the machine spans; 0 while it is alone.
+    /// Number of parts that the machine spans; 0 while it has one part.
     pub parts: u32,
-    /// What is still to be done before the machine runs, or can be received; nothing
-    /// from then on.
+    /// What remains to be done before the machine runs or can be received; `None`
+    /// afterwards.
     pub start: Option<StartProgress>,
 }
 
-/// How far a worker is before its machine runs.
+/// Progress of a worker before its machine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartProgress {
-    /// What it does now.
     pub phase: StartPhase,
-    /// Since this phase began.
+    /// Time since this phase began.
     pub elapsed_ms: u64,
-    /// How much of the phase is done, 0 to 100, where that is known: of compiling, the
-    /// share of functions.
+    /// Progress of the phase, 0 to 100, if known: when compiling, the share of functions.
     pub percent: Option<u8>,
 }
 
-/// What is done before a machine runs.
+/// A phase before a machine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StartPhase {
-    /// Its module is read and instrumented, its volumes and memories are made.
+    /// The module is read and instrumented, volumes and memories are created.
     Prepare,
-    /// Its module is compiled.
+    /// The module is compiled.
     Compile,
-    /// It is read from a checkpoint.
+    /// The machine is restored from a checkpoint.
     Restore,
 }
 
 impl StartPhase {
-    /// The word for it.
+    /// Its name for users.
     pub fn word(self) -> &'static str {
         match self {
             StartPhase::Prepare => "prepare",
@@ -408,61 +382,48 @@ impl StartPhase {
     }
 }
 
-/// What one of a machine's own volumes holds.
+/// Use of one of a machine's own volumes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeReport {
     /// Its number in the spec.
     pub number: u32,
     /// Bytes of its files.
     pub bytes: u64,
-    /// Files, directories and links.
+    /// Number of files, directories and links.
     pub inodes: u64,
 }
 
-/// Something to do with a file in a volume, in one piece.
+/// An operation on a file in a volume, one piece of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileOp {
-    /// What a path is.
-    Stat {
-        /// The path.
-        path: String,
-    },
-    /// Reads bytes; fewer than asked for at the end of the file.
+    /// Attributes of a path.
+    Stat { path: String },
+    /// Reads bytes; fewer than requested at the end of the file.
     Read {
-        /// The file.
         path: String,
-        /// From here.
         offset: u64,
-        /// So many.
         bytes_max: u32,
     },
     /// Writes bytes.
     Write {
-        /// The file.
         path: String,
-        /// To here.
         offset: u64,
-        /// The bytes.
         bytes: Vec<u8>,
-        /// Whether the file is made, which then must not be there.
+        /// Whether to create the file, which must not exist.
         begin: bool,
     },
-    /// Gives a file another name in the same volume.
+    /// Renames a file within the volume.
     Rename {
-        /// Its name.
         from: String,
-        /// Its new one; a file that has it is replaced.
+        /// The new path; an existing file is replaced.
         to: String,
     },
     /// Removes a file.
-    Remove {
-        /// The file.
-        path: String,
-    },
+    Remove { path: String },
 }
 
 impl FileOp {
-    /// The path that it is about.
+    /// The path it applies to.
     pub fn path(&self) -> &str {
         match self {
             FileOp::Stat { path }
@@ -473,7 +434,7 @@ impl FileOp {
         }
     }
 
-    /// Whether it changes anything.
+    /// Whether it changes the volume.
     pub fn writes(&self) -> bool {
         match self {
             FileOp::Stat { .. } | FileOp::Read { .. } => false,
@@ -481,7 +442,7 @@ impl FileOp {
         }
     }
 
-    /// The same with other paths; `None` where one has none.
+    /// The same operation with mapped paths; `None` where a path cannot be mapped.
     pub fn map_paths(mut self, other: impl Fn(&str) -> Option<String>) -> Option<Self> {
         match &mut self {
             FileOp::Stat { path }
@@ -497,175 +458,156 @@ impl FileOp {
     }
 }
 
-/// The same, in one of a machine's own volumes; paths are relative to it.
+/// An operation in one of a machine's own volumes; paths are relative to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRequest {
     /// Number of the volume in the spec.
     pub volume: u32,
-    /// What to do.
     pub op: FileOp,
 }
 
-/// What came of it.
+/// Result of an operation on a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileDone {
-    /// It is done.
+    /// The operation succeeded.
     Nothing,
-    /// What the path is.
     Stat(FileStat),
-    /// The bytes.
     Bytes(Vec<u8>),
-    /// Nothing was done: the machine is moving, or being kept.
-    Later,
+    /// Nothing was done: the machine is moving, or a checkpoint is being made.
+    Busy,
 }
 
 /// Reads output.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ReadLog {
-    /// From this offset.
     pub from: u64,
     /// Whether to wait for more until the machine ends or leaves.
     pub follow: bool,
 }
 
-/// Some output.
+/// A piece of output.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LogChunk {
     /// Offset of its first byte.
     pub offset: u64,
-    /// Bytes of the log; records may be cut. None say that this was all there is: a stream
-    /// that ends without broke off.
+    /// Bytes of the log; records may be cut. An empty piece marks the end; a stream
+    /// without it was interrupted.
     pub bytes: Vec<u8>,
 }
 
-/// The parts that a machine is to have.
+/// The parts of a machine that starts to span.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MeetParts {
-    /// All, this one too.
+pub struct ConnectParts {
+    /// All parts, including this one.
     pub parts: PartSet,
     /// Address to listen on (without port).
     pub address: String,
 }
 
-/// What a member is to be.
+/// Prepares a member.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ReadyPart {
-    /// The machine.
+pub struct PrepareMember {
     pub machine: MachineName,
-    /// What was asked for.
     #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// The instrumented module.
     pub program: PathBuf,
-    /// Which of its parts.
+    /// The part that this worker becomes.
     pub me: PartId,
-    /// All, and where to listen.
-    pub meet: MeetParts,
-    /// What its host has room for, in bytes, if that is less than the machine may have.
+    /// All parts, and the address to listen on.
+    pub meet: ConnectParts,
+    /// Room of its host in bytes, if less than the machine's limit.
     pub room_bytes: Option<u64>,
 }
 
-/// Who meets whom.
+/// Addresses of all parts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Join {
-    /// Under this epoch.
     pub epoch: Epoch,
-    /// Where each part is.
-    pub places: BTreeMap<PartId, Place>,
+    pub places: BTreeMap<PartId, PartAddress>,
 }
 
-/// A part of a machine is to meet one more.
+/// Prepares the connection between a part and a new one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct MeetNew {
-    /// The machine.
+pub struct ConnectNewPart {
     pub machine: MachineName,
-    /// Who is to meet it.
+    /// The part that is to connect.
     pub me: PartId,
-    /// The one that comes.
+    /// The new part.
     pub new: PartId,
-    /// Where this one listens.
+    /// Address to listen on.
     pub address: String,
 }
 
-/// One more part is to be one of those that another one knows.
+/// Adds a new part to those that a part knows.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct JoinNew {
-    /// The machine.
+pub struct AddPart {
     pub machine: MachineName,
-    /// Who is to know it.
+    /// The part that is told.
     pub me: PartId,
-    /// The one that comes.
+    /// The new part.
     pub new: PartId,
-    /// Who meets whom.
+    /// Addresses of both.
     pub join: Join,
-    /// Its node.
+    /// Node of the new part.
     pub node: NodeName,
 }
 
-/// A member is to be none any more.
+/// Removes a member.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct PartWith {
-    /// Which.
+pub struct RemovePart {
     pub part: PartId,
-    /// Where its threads go on.
+    /// The part to which its threads move.
     pub threads_to: PartId,
 }
 
-/// The home begins to span.
+/// Makes the home's machine span.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Span {
-    /// Who meets whom.
+    /// Addresses of all parts.
     pub join: Join,
     /// The node of each part.
     pub nodes: BTreeMap<PartId, NodeName>,
-    /// Where threads begin that it starts.
+    /// Where new threads begin.
     pub spawning: SpawnPolicy,
-    /// What the home's host has room for, in bytes, if that is less than the machine may
-    /// have.
+    /// Room of the home's host in bytes, if less than the machine's limit.
     pub room_bytes: Option<u64>,
 }
 
-/// Where a thread is to go on.
+/// Moves a thread.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct MoveThread {
-    /// Which.
     pub tid: u32,
-    /// The part.
     pub to: PartId,
 }
 
-/// A set of pages that is to be at another part.
+/// Moves a range of pages.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct MoveObject {
-    /// The machine's memory.
     pub memory: u32,
-    /// Its first byte.
+    /// Offset of its first byte.
     pub start: u64,
-    /// How many.
     pub bytes: u64,
-    /// The part.
     pub to: PartId,
 }
 
-/// A piece of a machine's memory that the same parts hold.
+/// A range of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectReport {
-    /// What the guest calls it, if it does: names of several objects that have these pages
-    /// with commas between them, the largest first.
+    /// Its name, if the guest gave it one: names of several objects on the same pages are
+    /// separated by commas, the largest object first.
     pub name: Option<String>,
-    /// The machine's memory.
     pub memory: u32,
-    /// Its first byte.
+    /// Offset of its first byte.
     pub start: u64,
-    /// How many.
     pub bytes: u64,
-    /// Who has it, or wrote it last.
+    /// The exclusive holder, or the last writer.
     pub owner: PartId,
-    /// Who else has copies to read.
+    /// Other parts with read copies.
     pub readers: PartSet,
-    /// How often its pages changed hands so far.
+    /// Number of ownership changes of its pages so far.
     pub exchanges: u64,
-    /// The part that knows who has it.
+    /// The part that has its directory.
     pub directory: PartId,
 }
 
@@ -677,40 +619,39 @@ impl ObjectReport {
     }
 }
 
-/// What parts a machine has.
+/// Parts and threads of a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartsReport {
-    /// The node of each part; none while it is alone.
+    /// The node of each part; empty while it has one part.
     pub nodes: BTreeMap<PartId, NodeName>,
-    /// Its threads.
     pub threads: Vec<ThreadReport>,
-    /// How often threads at the home waited for pages, by powers of two of microseconds.
+    /// Waits of threads at the home for pages, by powers of two of microseconds.
     pub waits: Vec<u64>,
-    /// What each part has of its memory, as it told last.
+    /// Memory of each part, as reported last.
     pub memory: BTreeMap<PartId, PartMemory>,
-    /// For how many milliseconds parts have not answered what the home asked.
+    /// For how many milliseconds parts have not answered the home.
     #[serde(default)]
     pub silent_ms: BTreeMap<PartId, u64>,
 }
 
-/// One thread of a machine.
+/// A thread of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThreadReport {
-    /// Its number; the main one has 0.
+    /// Its number; the main thread has 0.
     pub tid: u32,
-    /// The part that it runs at.
+    /// The part at which it runs.
     pub part: PartId,
-    /// Where it goes next, if it moves.
+    /// The part to which it is moving.
     pub moves_to: Option<PartId>,
-    /// It waits to be woken by another one.
+    /// Whether it waits to be woken by another thread.
     pub waits: bool,
-    /// What it took of cores where it is, when that was looked at last.
+    /// Its use of cores at its part, as measured last.
     pub took: Option<CpuUsage>,
-    /// The object that it likes to be near.
+    /// The object that it prefers to be close to.
     pub likes: Option<String>,
 }
 
-/// Bytes that added fields have at the most when they are left out.
+/// The most bytes that omitted trailing fields may have.
 const ADDED_BYTES_MAX: usize = 64;
 
 /// Encodes a message.
@@ -723,13 +664,13 @@ pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
         .map_err(RpcError::refused)
 }
 
-/// Decodes a message, also one of the version before this: a worker lives on when its
-/// agent is upgraded. Fields are only ever added at a message's end, and such as are
-/// nothing, 0 or false when they are left out: those that an older writer did not
-/// know are so then, those that a newer one added are not read.
+/// Decodes a message, also one of the previous or the next version: a worker lives on
+/// when its agent is upgraded. Fields are only added at the end of a message, and their
+/// defaults are none, 0 or false: fields that an older sender did not know have their
+/// defaults, those that a newer one added are not read.
 ///
 /// # Errors
-/// [`RpcError::Refused`] if it is none.
+/// [`RpcError::Refused`] if it is invalid.
 pub fn unpack<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, RpcError> {
     let decoded = match postcard::from_bytes(bytes) {
         Err(postcard::Error::DeserializeUnexpectedEnd) => {
@@ -747,13 +688,13 @@ mod tests {
     use super::*;
 
     #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
-    struct Before {
+    struct Previous {
         number: u64,
         text: String,
     }
 
     #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
-    struct After {
+    struct Current {
         number: u64,
         text: String,
         more: Option<GroupUsage>,
@@ -761,19 +702,19 @@ mod tests {
         flag: bool,
     }
 
-    /// What a home leaves comes from another node: whatever it is, it is read or refused.
+    /// The state of a home comes from another node: any bytes are decoded or refused.
     #[test]
-    fn any_bytes_may_be_a_succession() {
-        use keel_wasm::coherence::{HeldRun, Holders, Holdings};
+    fn any_bytes_are_decoded_or_refused() {
+        use keel_wasm::coherence::{Held, Holders, Holdings};
         let part = |number| PartId::new(number).unwrap();
-        let held = |first, pages| HeldRun {
+        let held = |first, pages| Held {
             memory: 0,
             first,
             pages,
             holders: Holders::Owner(part(1)),
         };
-        let succession = Succession {
-            legacy: Legacy {
+        let succession = HomeHandover {
+            home_state: HomeState {
                 successor: part(2),
                 members: [part(1), part(3)].into_iter().collect(),
                 memory_bytes: vec![1 << 20],
@@ -781,7 +722,7 @@ mod tests {
                     rows: vec![held(0, 3), held(9, 1)],
                     exchanges: vec![1, 300, 7, 2],
                 },
-                threads: vec![crate::span::Whereabouts {
+                threads: vec![crate::span::ThreadLocation {
                     tid: 4,
                     at: part(1),
                     goes_on: part(3),
@@ -792,31 +733,31 @@ mod tests {
             nodes: BTreeMap::from([(part(0), NodeName::new("a").unwrap())]),
         };
         let bytes = postcard::to_stdvec(&succession).unwrap();
-        let again: Succession = postcard::from_bytes(&bytes).unwrap();
-        assert_eq!(again.legacy, succession.legacy);
+        let again: HomeHandover = postcard::from_bytes(&bytes).unwrap();
+        assert_eq!(again.home_state, succession.home_state);
         let mut refused = 0;
         for end in 0..bytes.len() {
-            refused += u32::from(postcard::from_bytes::<Succession>(&bytes[..end]).is_err());
+            refused += u32::from(postcard::from_bytes::<HomeHandover>(&bytes[..end]).is_err());
         }
         assert_eq!(refused as usize, bytes.len());
         for at in 0..bytes.len() {
             for value in 0..=u8::MAX {
                 let mut other = bytes.clone();
                 other[at] = value;
-                // (It may be another one.)
-                drop(postcard::from_bytes::<Succession>(&other));
+                // The result may be a different valid state.
+                drop(postcard::from_bytes::<HomeHandover>(&other));
             }
         }
     }
 
     #[test]
-    fn messages_of_the_version_before_are_read_and_of_the_next() {
-        let before = Before {
+    fn messages_of_adjacent_versions_are_decoded() {
+        let before = Previous {
             number: 7,
             text: "x".into(),
         };
-        let after: After = unpack(&pack(&before).unwrap()).unwrap();
-        let expected = After {
+        let after: Current = unpack(&pack(&before).unwrap()).unwrap();
+        let expected = Current {
             number: 7,
             text: "x".into(),
             more: None,
@@ -824,40 +765,40 @@ mod tests {
             flag: false,
         };
         assert_eq!(after, expected);
-        let after = After {
+        let after = Current {
             list: vec![1, 2],
             flag: true,
             ..expected
         };
-        assert_eq!(unpack::<Before>(&pack(&after).unwrap()).unwrap(), before);
-        // What says that more comes than can be left out is none.
-        assert!(unpack::<Before>(&Bytes::from_static(&[7, 200, 200, 3])).is_err());
-        assert!(unpack::<Before>(&Bytes::from_static(&[0xff; 12])).is_err());
+        assert_eq!(unpack::<Previous>(&pack(&after).unwrap()).unwrap(), before);
+        // A length beyond the permitted defaults is refused.
+        assert!(unpack::<Previous>(&Bytes::from_static(&[7, 200, 200, 3])).is_err());
+        assert!(unpack::<Previous>(&Bytes::from_static(&[0xff; 12])).is_err());
     }
 
-    /// What workers of the version before say and are told.
+    /// Messages of workers of the previous version, in both directions.
     #[test]
-    fn workers_of_the_version_before_are_understood() {
+    fn workers_of_the_previous_version_are_understood() {
         #[derive(Serialize)]
         struct OldCheckpoint {
-            vault: String,
+            repository: String,
             full: bool,
             keep: Option<u32>,
         }
         #[derive(serde::Deserialize)]
         struct OldCopy {
-            target: Receiving,
+            target: MoveEndpoint,
             post_copy: bool,
         }
         let old = OldCheckpoint {
-            vault: "/kept".into(),
+            repository: "/kept".into(),
             full: true,
             keep: Some(3),
         };
         let new: Checkpoint = unpack(&pack(&old).unwrap()).unwrap();
         assert_eq!((new.keep.newest, new.keep.for_s), (Some(3), None));
         let copy = Copy {
-            target: Receiving {
+            target: MoveEndpoint {
                 address: "127.0.0.1:1".into(),
                 fingerprint: Fingerprint([7; 32]),
             },

@@ -1,12 +1,12 @@
-//! What users do with files in volumes, a piece at a time.
+//! Operations of users on files in volumes, in pieces.
 
 use super::control::{FileDone, FileOp};
 use keel_wasi::Files;
 
-/// Does it in one of a machine's volumes; paths are relative to that.
+/// Performs an operation in one of a machine's volumes; paths are relative to it.
 ///
 /// # Errors
-/// The file system's.
+/// That of the file system.
 pub fn act(files: &Files, op: FileOp) -> std::io::Result<FileDone> {
     match op {
         FileOp::Stat { path } => files.stat(&path).map(FileDone::Stat),
@@ -30,9 +30,9 @@ pub fn act(files: &Files, op: FileOp) -> std::io::Result<FileDone> {
     }
 }
 
-/// Lets blocks come that a write needs, as far as they can: what holds others up
-/// while it is written must not wait for them then.
-pub(super) fn fetch_for(files: &Files, op: &FileOp) {
+/// Fetches the blocks that a write needs, as far as possible: the write itself holds
+/// locks and must not wait for them.
+pub(super) fn prefetch_blocks(files: &Files, op: &FileOp) {
     if let FileOp::Write {
         path,
         offset,
@@ -41,6 +41,6 @@ pub(super) fn fetch_for(files: &Files, op: &FileOp) {
     } = op
         && let Err(error) = files.read_at(path, *offset, bytes.len())
     {
-        tracing::debug!(%error, path, "what is written over is not here");
+        tracing::debug!(%error, path, "cannot fetch a block before a write");
     }
 }

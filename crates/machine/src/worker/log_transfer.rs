@@ -1,31 +1,31 @@
-//! How a machine's output travels in a move.
+//! Transfer of a machine's output during a move.
 //!
 //! ```text
 //!   source                                target
-//!     │ LOG (offset, bytes) … ────────────▶│ adds what follows its end
-//!     │ LOG_BEGINS (offset) ──────────────▶│ what was before is kept nowhere any more
-//!     │ ROUND_END, or IMAGE_END ──────────▶│ did some not follow its end?
-//!     │◀──────────────── LOG_AGAIN (offset)│ then from there again
+//!     │ LOG (offset, bytes) … ────────────▶│ appends contiguous output
+//!     │ LOG_BEGINS (offset) ──────────────▶│ earlier output is no longer kept
+//!     │ ROUND_END, or IMAGE_END ──────────▶│ was there a gap?
+//!     │◀─────────────── LOG_RESEND (offset)│ then output from there on
 //!     │ LOG …                              │
 //! ```
 //!
-//! A gap has two causes. The source keeps the newest output only: of a machine that
-//! prints faster than its memory is copied, what was to be sent next may be gone by
-//! then. And whatever else is missing at the target, the source may still have. So a
-//! gap is no reason to give the move up, which would find the same gap the next time.
+//! A gap has two causes. First, the source keeps only the newest output: if a machine
+//! prints faster than its memory is copied, output that was to be sent next may be
+//! dropped. Second, output may be missing at the target while the source still has it. So
+//! a gap is no reason to give the move up: a second attempt would find the same gap.
 
 use crate::link::{CHUNK_BYTES, Message};
 use crate::log::Log;
 use std::io;
 use std::sync::Arc;
 
-/// How often output is asked for again in one move.
+/// How often output is requested again in one move.
 const AGAIN_MAX: u32 = 16;
 
 /// The source's side.
 pub(super) struct LogSource {
     log: Arc<Log>,
-    /// Offset of what is sent next.
+    /// Offset of the next bytes to send.
     next: u64,
 }
 
@@ -37,7 +37,7 @@ impl LogSource {
         }
     }
 
-    /// What is to be sent next; `None` once all of it was.
+    /// The next message; `None` once all output was sent.
     ///
     /// # Errors
     /// If the output cannot be read.
@@ -57,8 +57,8 @@ impl LogSource {
         }))
     }
 
-    /// The target lacks what is from an offset on.
-    pub(super) fn again(&mut self, offset: u64) {
+    /// Continues from an offset that the target requests.
+    pub(super) fn resume_from(&mut self, offset: u64) {
         self.next = self.next.min(offset);
     }
 }
@@ -66,9 +66,9 @@ impl LogSource {
 /// The target's side.
 pub(super) struct LogTarget {
     log: Arc<Log>,
-    /// Whether something came that does not follow its end.
+    /// Whether a piece did not follow the end of the log.
     lacks: bool,
-    asked: u32,
+    requests: u32,
 }
 
 impl LogTarget {
@@ -76,14 +76,14 @@ impl LogTarget {
         LogTarget {
             log,
             lacks: false,
-            asked: 0,
+            requests: 0,
         }
     }
 
-    /// Takes output for an offset; what does not follow the end has to come again.
+    /// Adds output at an offset; a piece that does not follow the end is requested again.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the output cannot be written.
     pub(super) fn take(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if offset > self.log.end() {
             self.lacks = true;
@@ -92,31 +92,30 @@ impl LogTarget {
         self.log.write_at(offset, bytes)
     }
 
-    /// Nobody keeps what was before an offset any more.
+    /// Output before an offset is no longer kept anywhere.
     ///
     /// # Errors
-    /// If that cannot be noted on the disk.
+    /// If this cannot be recorded on disk.
     pub(super) fn begins(&mut self, offset: u64) -> io::Result<()> {
         self.log.begin_at(offset)
     }
 
-    /// What is to be said before what was sent counts as taken: from where the output is
-    /// to come again, if some is missing.
+    /// At the end of a round: a request for missing output, if any.
     ///
     /// # Errors
-    /// If it was asked for too often.
+    /// If output was requested too often.
     pub(super) fn missing(&mut self) -> io::Result<Option<Message>> {
         if !std::mem::take(&mut self.lacks) {
             return Ok(None);
         }
-        self.asked += 1;
+        self.requests += 1;
         let offset = self.log.end();
-        if self.asked > AGAIN_MAX {
+        if self.requests > AGAIN_MAX {
             return Err(io::Error::other(format!(
-                "output from {offset} on does not come, however often it is asked for"
+                "output from {offset} on is missing after repeated requests"
             )));
         }
-        Ok(Some(Message::LogAgain { offset }))
+        Ok(Some(Message::LogResend { offset }))
     }
 }
 
@@ -144,7 +143,7 @@ mod tests {
         }
     }
 
-    /// Sends all there is; `lost` says of each piece whether it is lost.
+    /// Sends all output; `lost` decides for each piece whether it is lost.
     fn round(source: &mut LogSource, target: &mut LogTarget, mut lost: impl FnMut() -> bool) {
         while let Some(message) = source.next().unwrap() {
             match message {
@@ -157,51 +156,51 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_asked_for_again() {
+    fn missing_output_is_requested_again() {
         for seed in 0..50 {
             let mut random = StdRng::seed_from_u64(seed);
             let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
             let [here, there] = [log(&folders[0]), log(&folders[1])];
             let (mut source, mut target) =
                 (LogSource::new(here.clone()), LogTarget::new(there.clone()));
-            let mut asked = 0;
+            let mut requests = 0;
             for number in 0..12u8 {
                 for _ in 0..random.random_range(0..4) {
                     let text = vec![number; random.random_range(1..60_000)];
                     here.append(StreamKind::Output, &text).unwrap();
                 }
-                // Nothing is lost in the last ones.
+                // The last pieces are not lost.
                 round(&mut source, &mut target, || {
                     number < 10 && random.random_bool(0.3)
                 });
-                if let Some(Message::LogAgain { offset }) = target.missing().unwrap() {
+                if let Some(Message::LogResend { offset }) = target.missing().unwrap() {
                     assert_eq!(offset, there.end());
-                    source.again(offset);
-                    asked += 1;
+                    source.resume_from(offset);
+                    requests += 1;
                 }
             }
-            // A piece that was lost last shows only when another follows.
+            // The loss of the last piece is noticed only when another follows.
             here.append(StreamKind::Output, b"end").unwrap();
             for _ in 0..2 {
                 round(&mut source, &mut target, || false);
-                if let Some(Message::LogAgain { offset }) = target.missing().unwrap() {
-                    source.again(offset);
+                if let Some(Message::LogResend { offset }) = target.missing().unwrap() {
+                    source.resume_from(offset);
                 }
             }
             assert_eq!(content(&there), content(&here), "seed {seed}");
-            assert!(asked <= AGAIN_MAX);
+            assert!(requests <= AGAIN_MAX);
         }
     }
 
     #[test]
-    fn output_that_nobody_keeps_any_more_is_no_gap() {
+    fn dropped_output_is_no_gap() {
         let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
         let [here, there] = [log(&folders[0]), log(&folders[1])];
         here.append(StreamKind::Output, b"first").unwrap();
         let mut source = LogSource::new(here.clone());
         let mut target = LogTarget::new(there.clone());
         round(&mut source, &mut target, || false);
-        // While memory is copied it prints more than is kept.
+        // More is printed during the copy than is kept.
         let text = vec![b'x'; 1 << 20];
         for _ in 0..2 * (SEGMENT_BYTES_MAX >> 20) + 8 {
             here.append(StreamKind::Output, &text).unwrap();
@@ -213,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_not_asked_for_for_ever() {
+    fn requests_are_bounded() {
         let folder = tempfile::tempdir().unwrap();
         let mut target = LogTarget::new(log(&folder));
         for _ in 0..AGAIN_MAX {

@@ -1,34 +1,33 @@
-//! The process around one machine, and what its agent says to it.
+//! The process around one machine, and its protocol with its agent.
 //!
 //! - `control`: requests, answers and events between agent and worker
 //! - `process`: the process itself
-//! - `compile`: the process that compiles a program ahead
-//! - `outgoing`: gives the machine away (source of a move)
-//! - `incoming`: receives a machine (target of a move)
-//! - `files`: what users do with files in volumes
-//! - `volumes`: the machine's own volumes, in both directions
-//! - `kept`: the keepers of its cluster volumes
+//! - `compile`: the process that compiles a program in advance
+//! - `source`: the source's side of a move
+//! - `target`: the target's side of a move
+//! - `files`: operations of users on files in volumes
+//! - `volumes`: the machine's own volumes, at the source and the target
+//! - `cluster_volumes`: the machine's cluster volumes
 //! - `spanning`: the worker as one of several parts
-//! - `changing`: a part of a machine whose set of parts changes
-//! - `looking`: what was written last by a machine that stands
+//! - `membership`: changes of the set of parts
+//! - `residual_dirty_scan`: the pages that a frozen machine wrote last
 //!
-//! A worker outlives its agent: it is found again through the socket in its
-//! folder. It never decides who owns the machine; it does what its agent, which
-//! reads the store, tells it.
+//! A worker outlives its agent, which finds it again through the socket in its folder. It
+//! never decides who owns the machine; it obeys its agent, which reads the store.
 
 mod activity;
-mod changing;
+mod cluster_volumes;
 mod compile;
 pub mod control;
 pub mod files;
-mod filling;
-mod incoming;
-mod kept;
 mod log_transfer;
-mod looking;
-mod outgoing;
+mod membership;
+mod post_copy;
 mod process;
+mod residual_dirty_scan;
+mod source;
 mod spanning;
+mod target;
 pub mod volumes;
 
 pub use compile::compile;

@@ -1,23 +1,23 @@
 //! A worker as one of several parts of a machine: the home, which has the machine, or a
-//! member, which has nothing else. Or it is the worker to which the machine moves: a member
-//! that takes the home's place once the move is committed.
+//! member, which has only pages and threads. Or the worker to which the machine moves: a
+//! member that becomes the home once the move is committed.
 //!
-//! A member has no effects of its own: what its threads ask of the host the home does. So
-//! it needs no lease and no decision of the store; when it is lost to the home, or the
-//! home to it, it ends.
+//! A member has no external effects: the host calls of its threads are executed by the
+//! home. So it needs neither a lease nor a decision of the store; when home and member
+//! lose each other, the member ends.
 
 use super::control::{
-    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
-    Succession, ThreadReport,
+    ConnectParts, HomeHandover, Join, MoveObject, MoveThread, ObjectReport, PartsReport,
+    PrepareMember, Span, State, ThreadReport,
 };
-use super::outgoing::HomeParts;
 use super::process::Worker;
-use crate::checkpoint::{Later, VaultError};
+use super::source::SpanningSource;
+use crate::checkpoint::{RepositoryError, SpanningRestore};
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
-    Heat, Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError,
-    SpanningError, Spread,
+    Heat, Home, MemberPart, MeshError, MeshListener, Object, Pages, PartAddress, PartLimits,
+    SpanConfig, SpanError, SpanningError,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
@@ -30,52 +30,53 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Names that are told of a page of several objects, at most.
+/// Names reported for a page of several objects, at most.
 const NAMES_MAX: usize = 8;
-/// How long a part may take to answer before it is said that it does not, and the pause
-/// between two looks.
-const ANSWER_WITHIN: Duration = Duration::from_secs(1);
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
-/// How long parts may take to meet.
+/// How long a part may take to answer before it is reported as silent, and the polling
+/// interval.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// Time limit for connecting the parts.
 pub(super) const MEET_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a member waits to be told whom to meet: others may have to compile first.
+/// How long a member waits for the addresses of the others, which may have to compile
+/// first.
 const JOIN_PATIENCE: Duration = Duration::from_secs(1900);
-/// How long threads may take to safepoints.
+/// Time limit for threads to reach a safepoint.
 pub(super) const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-/// How long threads and pages may take home.
+/// Time limit for moving threads and pages home.
 pub(super) const HOME_PATIENCE: Duration = Duration::from_secs(120);
-/// How long a piece of memory may take to another part.
+/// Time limit for moving an object.
 const OBJECT_PATIENCE: Duration = Duration::from_secs(20);
-/// What a member's process has for its last words.
+/// Delay before a member's process exits, so that its last messages are sent.
 const END_AFTER: Duration = Duration::from_millis(20);
 
-/// What a worker knows of parts.
+/// State of a worker as a part.
 #[derive(Default)]
-pub(super) struct Parts {
-    /// Listens for the others.
-    pub(super) meeting: Option<Meeting>,
-    /// As the home.
+pub(super) struct SpanState {
+    /// Listens for the other parts.
+    pub(super) meeting: Option<MeshListener>,
+    /// Set at the home.
     pub(super) home: Option<Arc<Home>>,
-    /// The node of each part, at the home.
+    /// At the home: the node of each part.
     pub(super) nodes: BTreeMap<PartId, NodeName>,
-    /// What a member is to be.
-    ready: Option<Ready>,
-    /// As a member: of which machine, and which of its parts.
+    /// A member that is prepared and has not joined.
+    ready: Option<PendingMember>,
+    /// At a member: the machine, its part, and the part's state.
     pub(super) member: Option<(MachineName, PartId, Arc<MemberPart>)>,
 }
 
-/// Why the memory of a machine does not come.
+/// Why the memory of a restored machine was not read.
 #[derive(Debug, thiserror::Error)]
-enum BringError {
+enum SpanningRestoreError {
     #[error(transparent)]
-    Vault(#[from] VaultError),
+    Vault(#[from] RepositoryError),
     #[error(transparent)]
     Span(#[from] SpanError),
-    #[error("it was ended while its memory came")]
+    #[error("it was ended while its memory was read")]
     Ended,
 }
 
-/// What is said of a part that is lost.
+/// The message for the loss of a part.
 fn lost(
     nodes: &BTreeMap<PartId, NodeName>,
     part: PartId,
@@ -87,7 +88,7 @@ fn lost(
     }
 }
 
-struct Ready {
+struct PendingMember {
     machine: MachineName,
     program: Arc<Program>,
     memory_bytes: u64,
@@ -95,51 +96,51 @@ struct Ready {
     me: PartId,
 }
 
-impl Parts {
-    /// How many the machine spans; 0 while it is alone.
+impl SpanState {
+    /// Number of parts that the machine spans; 0 while it has one part.
     pub(super) fn count(&self) -> u32 {
         let members = self.home.as_ref().map(|home| home.members());
         members.map_or(0, |members| u32::from(members.len()) + 1)
     }
 
-    /// Why what needs the whole machine cannot be done, if it spans.
+    /// Why an operation on the whole machine is refused, if the machine spans.
     pub(super) fn refusal(&self) -> Option<String> {
         self.home.as_ref().map(|_| {
             let nodes: Vec<String> = self.nodes.values().map(ToString::to_string).collect();
             format!(
-                "it has parts on {}; `keel unspan` brings them together first",
+                "it has parts on {}; `keel unspan` first reduces it to one part",
                 nodes.join(", ")
             )
         })
     }
 
-    /// The part of a machine that is here and is not its home.
+    /// The part of a machine at this worker, unless it is the home.
     pub(super) fn member(&self) -> Option<PartId> {
-        // (Until its process has taken note of its end: others may need it until then.)
+        // Until its process has handled its end: others may need it until then.
         let (_, me, member) = self.member.as_ref()?;
-        (!member.has_succeeded()).then_some(*me)
+        (!member.has_become_home()).then_some(*me)
     }
 
     pub(super) fn is_member(&self) -> bool {
         self.member().is_some()
     }
 
-    /// The part of the machine that arrives here, if it has one here.
+    /// The part of the arriving machine at this worker, if there is one.
     pub(super) fn arriving(&self) -> Option<Arc<MemberPart>> {
         let (_, _, member) = self.member.as_ref().filter(|_| self.is_member())?;
         (!member.pages().is_over()).then(|| member.clone())
     }
 
-    /// The home that is to move, of a machine that spans; to which part, and at which its
-    /// threads are meanwhile.
+    /// The home that is to move, with its successor and the part to which its threads
+    /// move meanwhile.
     pub(super) fn leaving(
         &self,
         to: Option<(PartId, PartId)>,
-    ) -> Result<Option<HomeParts>, String> {
+    ) -> Result<Option<SpanningSource>, String> {
         match (&self.home, to) {
             (None, None) => Ok(None),
-            (Some(home), Some((successor, threads_to))) => Ok(Some(HomeParts {
-                gives_up: Arc::default(),
+            (Some(home), Some((successor, threads_to))) => Ok(Some(SpanningSource {
+                give_up: Arc::default(),
                 home: home.clone(),
                 successor,
                 threads_to,
@@ -147,7 +148,7 @@ impl Parts {
                 leaving: None,
             })),
             (Some(_), None) => Err(self.refusal().unwrap_or_default()),
-            (None, Some(_)) => Err("it was brought together meanwhile; try again".into()),
+            (None, Some(_)) => Err("it was reduced to one part meanwhile; try again".into()),
         }
     }
 
@@ -156,7 +157,7 @@ impl Parts {
         self.home.as_ref().map(|home| home.pages().clone())
     }
 
-    /// What each of them keeps at most from now on, in bytes.
+    /// Sets the memory limit of each part, in bytes.
     pub(super) fn limit(&self, part_bytes: Option<u64>) -> Result<(), SpanError> {
         match &self.home {
             Some(home) => home.pages().limit_parts(part_bytes),
@@ -164,11 +165,11 @@ impl Parts {
         }
     }
 
-    /// Ends it with the machine: why, if a part was lost.
+    /// Ends the parts with the machine; returns why, if a part was lost.
     pub(super) fn end(&mut self) -> Option<String> {
         let home = self.home.take()?;
         let failure = home.failure();
-        // (A move that has begun may still hold it.)
+        // A move in progress may still hold a reference.
         home.pages().die();
         let failure = failure?;
         Some(match &failure {
@@ -183,9 +184,10 @@ pub(super) fn failed(error: impl std::fmt::Display) -> RpcError {
 }
 
 impl Worker {
-    /// The home is to meet members.
-    pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<Place, RpcError> {
-        // What lets threads go on elsewhere is compiled before anybody waits for it.
+    /// Prepares the home to connect to members.
+    pub(super) fn prepare_home(&self, meet: &ConnectParts) -> Result<PartAddress, RpcError> {
+        // The code that threads need to resume elsewhere is compiled before anything
+        // waits for it.
         let machine = self.inner().machine.clone();
         if let Some(machine) = machine {
             machine.program().prepare_resume().map_err(failed)?;
@@ -195,10 +197,10 @@ impl Worker {
         if !matches!(state, State::Running { .. } | State::Held { .. }) {
             return Err(failed("no machine runs here"));
         }
-        if inner.giving_away {
+        if inner.moving_away {
             return Err(failed("the machine is moving; try again"));
         }
-        if inner.filler.is_some() || inner.behind.is_some() {
+        if inner.post_copy_target.is_some() || inner.lazy_restore.is_some() {
             return Err(failed("a part of its memory is still to come; try again"));
         }
         if let Some(refusal) = inner.parts.refusal() {
@@ -210,7 +212,7 @@ impl Worker {
             .is_some_and(|spec| spec.cpu_limit_millis.is_some())
         {
             return Err(failed(
-                "it has a limit of its CPU time, which is kept on one node only (`keel set M --cpu none` takes it away)",
+                "it has a limit of its CPU time, which applies on one node only (`keel set M --cpu none` removes it)",
             ));
         }
         let (meeting, place) = open(PartId::HOME, meet).map_err(failed)?;
@@ -218,9 +220,9 @@ impl Worker {
         Ok(place)
     }
 
-    /// The machine spans from now on. Microseconds that it stood still.
+    /// Makes the machine span. Returns the downtime in microseconds.
     pub(super) fn span(&self, span: Span) -> Result<u64, RpcError> {
-        // Neither a move nor a checkpoint begins meanwhile.
+        // Excludes moves and checkpoints meanwhile.
         let _freezing = self
             .freezing
             .lock()
@@ -231,11 +233,13 @@ impl Worker {
         };
         let (meeting, machine, name, epoch, part_bytes, stands) = {
             let mut inner = self.inner();
-            if inner.giving_away || inner.taking.is_some() {
-                return Err(failed("the machine is moving, or being kept; try again"));
+            if inner.moving_away || inner.give_up_checkpoint.is_some() {
+                return Err(failed(
+                    "the machine is moving, or a checkpoint is being made; try again",
+                ));
             }
-            // What is known of its writes was known of a memory in the other mode.
-            inner.taker = None;
+            // The trackers belong to the other mode of memory.
+            inner.checkpointer = None;
             let meeting = inner.parts.meeting.take();
             match (meeting, &inner.machine, &inner.name) {
                 (Some(meeting), Some(machine), Some(name)) => {
@@ -245,7 +249,7 @@ impl Worker {
                     let stands = matches!(*self.state.borrow(), State::Held { .. });
                     (meeting, machine, name, inner.epoch, part_bytes, stands)
                 }
-                _ => return Err(failed("it is not to meet anybody")),
+                _ => return Err(failed("no connections were prepared")),
             }
         };
         if epoch != span.join.epoch {
@@ -254,39 +258,39 @@ impl Worker {
         let ends = meeting
             .meet(&name, epoch, &span.join.places, MEET_PATIENCE)
             .map_err(failed)?;
-        let how = Spread {
+        let how = SpanConfig {
             spawning: span.spawning,
             patience: FREEZE_PATIENCE,
-            keeps: Keeps {
+            limits: PartLimits {
                 part_bytes,
                 room_bytes: span.room_bytes,
             },
-            stands,
+            stays_stopped: stands,
         };
         let home = Home::begin(&machine, ends, how).map_err(failed)?;
-        let stood = home.stood();
+        let stood = home.downtime();
         {
             let mut inner = self.inner();
             inner.parts.nodes = span.nodes;
             inner.parts.home = Some(Arc::new(home));
         }
-        self.end_parts_of_ended(&machine)?;
+        self.end_orphaned_members(&machine)?;
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// The memory of a machine that is held comes, now that it has parts, if it is to have
-    /// some from a checkpoint; bytes that came. It runs then.
-    pub(super) fn bring_apart(&self) -> Result<u64, RpcError> {
+    /// Reads the memory of a held machine, now that it has parts, if it comes from a
+    /// checkpoint; returns the bytes read. The machine runs afterwards.
+    pub(super) fn restore_to_parts(&self) -> Result<u64, RpcError> {
         if !matches!(*self.state.borrow(), State::Held { .. }) {
             return Err(failed("it is not held"));
         }
-        let (later, machine) = {
+        let (spanning_restore, machine) = {
             let mut inner = self.inner();
-            (inner.later.take(), inner.machine.clone())
+            (inner.spanning_restore.take(), inner.machine.clone())
         };
         let machine = machine.ok_or_else(|| failed("no machine is held here"))?;
-        let bytes = match later {
-            Some(later) => self.bring_later(&machine, later)?,
+        let bytes = match spanning_restore {
+            Some(spanning_restore) => self.read_memory(&machine, spanning_restore)?,
             None => 0,
         };
         failpoint::pass("apart.brought").map_err(failed)?;
@@ -296,48 +300,54 @@ impl Worker {
                 *state = State::Running { epoch };
                 true
             }
-            // (It ended, as a part was lost.)
+            // It ended because a part was lost.
             _ => false,
         });
         Ok(bytes)
     }
 
-    fn bring_later(&self, machine: &Machine, later: Later) -> Result<u64, RpcError> {
+    fn read_memory(
+        &self,
+        machine: &Machine,
+        spanning_restore: SpanningRestore,
+    ) -> Result<u64, RpcError> {
         let pages = self.pages()?;
         let nodes = self.inner().parts.nodes.clone();
-        let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), BringError> {
+        let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), SpanningRestoreError> {
             // It may have been stopped.
             if machine.wait(Some(Duration::ZERO)).is_some() && pages.failure().is_none() {
-                return Err(BringError::Ended);
+                return Err(SpanningRestoreError::Ended);
             }
             pages.await_room()?;
-            // (A program has few memories.)
+            // A program has few memories.
             Ok(pages.write(memory as u32, offset, bytes, OBJECT_PATIENCE)?)
         };
-        let brought = later.bring(&write);
-        let bytes = later.bytes();
-        later.let_go();
+        let brought = spanning_restore.read_pages(&write);
+        let bytes = spanning_restore.bytes();
+        spanning_restore.release();
         brought.map_err(|error| match &error {
-            BringError::Span(SpanError::Lost { part, .. }) => failed(lost(&nodes, *part, &error)),
+            SpanningRestoreError::Span(SpanError::Lost { part, .. }) => {
+                failed(lost(&nodes, *part, &error))
+            }
             _ => failed(error),
         })?;
         Ok(bytes)
     }
 
-    /// The machine is alone again. Microseconds that it stood still. A checkpoint in the
-    /// making is given up, as for a move.
+    /// Reduces the machine to one part. Returns the downtime in microseconds. A
+    /// checkpoint in progress is given up, as for a move.
     pub(super) fn unspan(&self) -> Result<u64, RpcError> {
-        // (In the order in which a checkpoint takes both.)
+        // In the order in which a checkpoint locks both.
         let _tracking = self.without_checkpoint().map_err(failed)?;
         let _freezing = self
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
-        // It would run without it.
+        // The machine would run without its memory.
         if matches!(*self.state.borrow(), State::Held { .. }) {
             return Err(failed("its memory is still to come; try again"));
         }
-        self.stays()?;
+        self.check_not_moving()?;
         let (home, machine) = {
             let inner = self.inner();
             (inner.parts.home.clone(), inner.machine.clone())
@@ -345,7 +355,7 @@ impl Worker {
         let (Some(home), Some(machine)) = (home, machine) else {
             return Err(failed("the machine is on one node already"));
         };
-        match home.alone(HOME_PATIENCE) {
+        match home.unspan(HOME_PATIENCE) {
             Ok(stood) => {
                 let ended = {
                     let parts = &mut self.inner().parts;
@@ -356,14 +366,15 @@ impl Worker {
                 Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
             }
             Err(error) => {
-                self.end_parts_of_ended(&machine)?;
-                Err(self.failed_of_silent(error))
+                self.end_orphaned_members(&machine)?;
+                Err(self.failed_naming_silent(error))
             }
         }
     }
 
-    /// As [`failed`], with which parts do not answer, if any: most likely it is that.
-    fn failed_of_silent(&self, error: impl std::fmt::Display) -> RpcError {
+    /// As [`failed`], and names the parts that do not answer: they are the probable
+    /// cause.
+    fn failed_naming_silent(&self, error: impl std::fmt::Display) -> RpcError {
         let (machine, nodes) = {
             let inner = self.inner();
             (inner.machine.clone(), inner.parts.nodes.clone())
@@ -372,10 +383,10 @@ impl Worker {
             return failed(error);
         };
         machine.request_cpu_times();
-        let deadline = Instant::now() + ANSWER_WITHIN;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
         let mut silent = machine.unresponsive_members();
         while !silent.is_empty() && Instant::now() < deadline {
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::sleep(POLL_INTERVAL);
             silent = machine.unresponsive_members();
         }
         let silent = silent.keys().filter_map(|part| nodes.get(part));
@@ -383,15 +394,15 @@ impl Worker {
         match silent.is_empty() {
             true => failed(error),
             false => failed(format!(
-                "{} does not answer, its process stands still or its node has too much to do: {error}",
+                "{} does not answer, its process is stopped or its node is overloaded: {error}",
                 silent.join(" and ")
             )),
         }
     }
 
-    /// Ends the members of a machine that ended while it came to have them: whoever ended
-    /// the others with it found none.
-    pub(super) fn end_parts_of_ended(&self, machine: &Machine) -> Result<(), RpcError> {
+    /// Ends the members of a machine that ended while it was made to span: its end found
+    /// no members to end.
+    pub(super) fn end_orphaned_members(&self, machine: &Machine) -> Result<(), RpcError> {
         if machine.wait(Some(Duration::ZERO)).is_none() {
             return Ok(());
         }
@@ -402,14 +413,14 @@ impl Worker {
         ))
     }
 
-    /// What parts and threads the machine has.
+    /// Reports parts and threads of the machine.
     pub(super) fn parts(&self) -> Result<PartsReport, RpcError> {
         let inner = self.inner();
         let machine = inner.machine.as_ref();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let threads = machine.thread_infos().into_iter();
         let liked = machine.preferences();
-        // (For the next time.)
+        // For the next report.
         machine.request_cpu_times();
         Ok(PartsReport {
             nodes: inner.parts.nodes.clone(),
@@ -429,7 +440,7 @@ impl Worker {
             },
             silent_ms: {
                 let silent = machine.unresponsive_members().into_iter();
-                // (Less than a day, and a millisecond.)
+                // Less than a day and a millisecond.
                 silent
                     .map(|(part, since)| (part, since.as_millis() as u64))
                     .collect()
@@ -441,7 +452,7 @@ impl Worker {
         })
     }
 
-    /// Cores that are free at each part: threads that it starts begin where most are.
+    /// Sets the idle cores of each part: new threads begin where most are idle.
     pub(super) fn room(&self, room: BTreeMap<PartId, f64>) -> Result<(), RpcError> {
         let machine = self.inner().machine.clone();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
@@ -449,14 +460,14 @@ impl Worker {
         Ok(())
     }
 
-    /// A thread goes on at another part; does not wait for it.
+    /// Starts to move a thread to another part; does not wait.
     pub(super) fn move_thread(&self, thread: MoveThread) -> Result<(), RpcError> {
         let machine = self.inner().machine.clone();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         machine.move_thread(thread.tid, thread.to).map_err(failed)
     }
 
-    /// Its memory in pieces, by who holds them and what the guest calls them.
+    /// The machine's memory as objects, by holders and by the guest's names.
     pub(super) fn objects(&self) -> Result<Vec<ObjectReport>, RpcError> {
         let (machine, pages) = {
             let inner = self.inner();
@@ -466,8 +477,8 @@ impl Worker {
         let objects = match pages {
             Some(pages) => pages
                 .objects()
-                .map_err(|error| self.failed_of_silent(error))?,
-            None => alone(machine.memories()).map_err(failed)?,
+                .map_err(|error| self.failed_naming_silent(error))?,
+            None => objects_on_one_node(machine.memories()).map_err(failed)?,
         };
         let named = machine.named();
         let named = named_pages(&named);
@@ -484,7 +495,8 @@ impl Worker {
                     bytes,
                     owner: object.owner,
                     readers: object.readers,
-                    // (Of a piece it is not known: as if all of it were as hot.)
+                    // Distributed over the object's pages, because it is known only in
+                    // total.
                     exchanges: (u128::from(object.exchanges) * u128::from(bytes)
                         / u128::from(all.max(1))) as u64,
                     directory: object.directory,
@@ -494,20 +506,20 @@ impl Worker {
         Ok(reports)
     }
 
-    /// How its memory was used of late; nothing is known while it is alone.
+    /// Recent use of its memory; empty while it has one part.
     pub(super) fn heat(&self) -> Result<Heat, RpcError> {
         let pages = self.inner().parts.pages();
         let heat = pages.map(|pages| pages.heat()).transpose();
         heat.map(Option::unwrap_or_default).map_err(failed)
     }
 
-    /// Brings a piece of memory to a part; bytes that have been there.
+    /// Moves an object to a part; returns the bytes that have arrived.
     pub(super) fn move_object(&self, object: MoveObject) -> Result<u64, RpcError> {
         let end = object.start.checked_add(object.bytes);
-        let end = end.ok_or_else(|| failed("that is outside of any memory"))?;
+        let end = end.ok_or_else(|| failed("the range is outside of any memory"))?;
         self.pages()?
             .move_object(object.memory, object.start..end, object.to, OBJECT_PATIENCE)
-            .map_err(|error| self.failed_of_silent(error))
+            .map_err(|error| self.failed_naming_silent(error))
     }
 
     fn pages(&self) -> Result<Arc<Pages>, RpcError> {
@@ -515,9 +527,13 @@ impl Worker {
         pages.ok_or_else(|| failed("the machine is on one node (`keel span`)"))
     }
 
-    /// An empty worker is to be a member: compiles, and listens for the others.
-    pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<Place, RpcError> {
-        // (Or it is the one to which the machine moves.)
+    /// Prepares an empty worker as a member: compiles the program and listens for the
+    /// other parts.
+    pub(super) fn prepare_member(
+        self: &Arc<Self>,
+        ready: &PrepareMember,
+    ) -> Result<PartAddress, RpcError> {
+        // Or the machine moves to this worker.
         let arrives = {
             let inner = self.inner();
             let is_free = inner.machine.is_none() && inner.parts.member.is_none();
@@ -531,11 +547,11 @@ impl Worker {
         let bytes = std::fs::read(&ready.program)
             .map_err(|error| failed(format!("{}: {error}", ready.program.display())))?;
         let program = self.engine.load_instrumented(bytes).map_err(failed)?;
-        self.bound(program.meta().memories.len(), &ready.spec);
+        self.limit_memory(program.meta().memories.len(), &ready.spec);
         let (meeting, place) = open(ready.me, &ready.meet).map_err(failed)?;
         let mut inner = self.inner();
         inner.parts.meeting = Some(meeting);
-        inner.parts.ready = Some(Ready {
+        inner.parts.ready = Some(PendingMember {
             machine: ready.machine.clone(),
             program,
             memory_bytes: ready.spec.memory_bytes,
@@ -546,14 +562,14 @@ impl Worker {
         if arrives {
             return Ok(place);
         }
-        // Whoever wanted it may be gone, and nobody else knows of it.
+        // The requester may be gone, and no other process knows of this part.
         let worker = self.clone();
         std::thread::Builder::new()
             .name("unwanted".into())
             .spawn(move || {
                 std::thread::sleep(JOIN_PATIENCE);
                 if worker.inner().parts.ready.is_some() {
-                    tracing::warn!("nobody let this part join");
+                    tracing::warn!("this part was not told to join");
                     std::process::exit(1);
                 }
             })
@@ -561,13 +577,13 @@ impl Worker {
         Ok(place)
     }
 
-    /// The member meets the others and begins. Its process ends with it.
+    /// Connects the member to the others and starts it. Its process ends with it.
     pub(super) fn join(self: &Arc<Self>, join: &Join) -> Result<(), RpcError> {
         let (meeting, ready) = {
             let mut inner = self.inner();
             match (inner.parts.meeting.take(), inner.parts.ready.take()) {
                 (Some(meeting), Some(ready)) => (meeting, ready),
-                _ => return Err(RpcError::refused("this worker is to be no part")),
+                _ => return Err(RpcError::refused("this worker is not prepared as a part")),
             }
         };
         let begun = meeting
@@ -586,21 +602,21 @@ impl Worker {
             .name("end".into())
             .spawn(move || {
                 member.wait();
-                if member.has_succeeded() {
+                if member.has_become_home() {
                     return;
                 }
                 if *worker.state.borrow() == State::Empty {
                     std::thread::sleep(END_AFTER);
                     std::process::exit(0);
                 }
-                worker.is_no_part();
+                worker.end_removed_part();
             })
             .map(drop)
             .map_err(failed)
     }
 
-    /// The part of a machine that was to move here is none any more.
-    fn is_no_part(self: &Arc<Self>) {
+    /// The machine that was to move here has removed its part at this worker.
+    fn end_removed_part(self: &Arc<Self>) {
         let dropped_for = {
             let mut inner = self.inner();
             inner.parts.member = None;
@@ -609,39 +625,39 @@ impl Worker {
         match dropped_for {
             Some(reason) => drop(self.state.send_replace(State::Dropped { reason })),
             None => {
-                let reason = "the machine has no part here any more".to_owned();
+                let reason = "the machine's part here was removed".to_owned();
                 self.step_target(TargetEvent::Abort(reason));
             }
         }
     }
 
-    /// This part takes the home's place: the commit won. Where that fails the machine has
-    /// lost a part, and ended.
-    pub(super) fn succeed(
+    /// Makes this part the home: the commit was applied. If this fails, the machine has
+    /// lost a part and ended.
+    pub(super) fn become_home(
         &self,
         machine: Option<Machine>,
         part: &MemberPart,
-        succession: Succession,
+        handover: HomeHandover,
     ) {
         let Some(machine) = machine else { return };
-        let legacy = &succession.legacy;
+        let home_state = &handover.home_state;
         let succeeded = failpoint::pass("home.succeeds")
             .map_err(|injected| injected.to_string())
             .and_then(|()| {
-                // (There is no way back: who is there and slow is waited for.)
-                let home = part.succeed(&machine, legacy, HOME_PATIENCE);
+                // This cannot be undone, so slow parts are waited for.
+                let home = part.become_home(&machine, home_state, HOME_PATIENCE);
                 home.map_err(|error| error.to_string())
             });
         let mut inner = self.inner();
         match succeeded {
             Ok(home) => {
                 inner.parts.home = Some(Arc::new(home));
-                inner.parts.nodes = succession.nodes;
+                inner.parts.nodes = handover.nodes;
                 inner.parts.member = None;
             }
             Err(reason) => {
-                tracing::error!(reason, "the home of a machine did not come");
-                inner.ended_for = Some(format!("its home moved, and lost it: {reason}"));
+                tracing::error!(reason, "the home of a machine did not arrive");
+                inner.ended_for = Some(format!("it was lost when its home moved: {reason}"));
                 drop(inner);
                 part.end();
                 machine.stop();
@@ -650,12 +666,12 @@ impl Worker {
     }
 }
 
-fn open(me: PartId, meet: &MeetParts) -> Result<(Meeting, Place), MeetError> {
-    Meeting::open(me, meet.parts.without(me), &meet.address)
+fn open(me: PartId, meet: &ConnectParts) -> Result<(MeshListener, PartAddress), MeshError> {
+    MeshListener::open(me, meet.parts.without(me), &meet.address)
 }
 
-/// The memory of a machine on one node.
-fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
+/// The memory of a machine with one part, as objects.
+fn objects_on_one_node(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
     let mut objects = Vec::new();
     for (number, memory) in (0..).zip(memories) {
         let here = memory.populated()?.into_iter();
@@ -671,8 +687,8 @@ fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
     Ok(objects)
 }
 
-/// The pages of named pieces in rising order, cut where one begins or ends, with the names
-/// that they have: what lies in others is named after them.
+/// Page ranges of named objects in rising order, split where one begins or ends, each
+/// with its names: a page with several objects has the names of all.
 fn named_pages(named: &BTreeMap<String, NamedRange>) -> Vec<(Range<u64>, String)> {
     let mut begins: Vec<_> = named
         .iter()
@@ -691,7 +707,7 @@ fn named_pages(named: &BTreeMap<String, NamedRange>) -> Vec<(Range<u64>, String)
     let bounds: BTreeSet<u64> = bounds.collect();
     let mut begins = begins.into_iter().peekable();
     let mut here: BTreeSet<(u64, Reverse<u64>, &str)> = BTreeSet::new();
-    // The same, by where they end.
+    // The same objects, by their ends.
     let mut ends = BTreeSet::new();
     let mut pages: Vec<(Range<u64>, String)> = Vec::new();
     for (start, end) in bounds.iter().zip(bounds.iter().skip(1)) {
@@ -712,7 +728,7 @@ fn named_pages(named: &BTreeMap<String, NamedRange>) -> Vec<(Range<u64>, String)
     pages
 }
 
-/// Cuts a range where names begin and end.
+/// Splits a range where names begin and end.
 fn split<'a>(
     range: &Range<u64>,
     named: &'a [(Range<u64>, String)],
@@ -742,12 +758,12 @@ mod names_of_objects {
     use super::*;
 
     #[test]
-    fn memory_is_cut_where_names_begin_and_end() {
+    fn ranges_are_split_where_names_begin_and_end() {
         let piece = |start: u64, bytes: u64| NamedRange { start, bytes };
         let page = |number: u64| number * PAGE_BYTES;
         let named = BTreeMap::from([
             ("a".to_owned(), piece(page(2) + 7, 10)),
-            // It begins in the page of the first, and within it lies another one.
+            // The second begins in the page of the first and contains a third.
             ("b".to_owned(), piece(page(2) + 100, page(3))),
             ("c".to_owned(), piece(page(4), 1)),
             ("d".to_owned(), piece(page(8), page(2))),
@@ -795,10 +811,10 @@ mod names_of_objects {
         assert_eq!(cut(9, 12), [(9, 10, "d"), (10, 12, "-")]);
     }
 
-    /// As many as there can be, each in the one before: no more names than so many are told
-    /// of a page, the innermost.
+    /// The maximum number of nested objects: the names of a page are limited to the
+    /// innermost.
     #[test]
-    fn pages_in_very_many_pieces_have_few_names() {
+    fn names_of_nested_objects_are_limited() {
         let piece = |number: u64| NamedRange {
             start: number * PAGE_BYTES,
             bytes: (8192 - 2 * number) * PAGE_BYTES,

@@ -1,11 +1,11 @@
-//! A machine's own volumes on one node: where they are, how they are copied to
-//! a target while the machine runs, and how a target takes them in.
+//! A machine's own volumes on one node: where they are stored, and how a move copies them
+//! while the machine runs.
 //!
-//! The bytes of volume `N` of the spec are in `volumes/N` of the worker's
-//! folder. Names and sizes travel in the machine's image; until that is there,
-//! a target only knows numbers of files.
+//! The bytes of volume `N` of the spec are in `volumes/N` of the worker's folder. Names
+//! and sizes travel in the machine's image; before it arrives, a target knows only the
+//! numbers of files.
 
-use super::kept::Keepers;
+use super::cluster_volumes::ClusterVolumes;
 use crate::link::{Link, LinkError, Message};
 use crate::spec::{Spec, VolumeKind};
 use keel_net::Bytes;
@@ -18,7 +18,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Disk that a node keeps for itself.
+/// Disk space that is not given to volumes.
 const SPARE_BYTES: u64 = 256 << 20;
 
 /// Why a machine's volumes could not be copied.
@@ -28,7 +28,7 @@ pub(super) enum VolumeError {
     Link(#[from] LinkError),
     #[error("a file of its volumes cannot be read: {0}")]
     Read(std::io::Error),
-    #[error("its volumes cannot be kept here: {0}")]
+    #[error("its volumes cannot be stored here: {0}")]
     Write(std::io::Error),
     #[error("the machine has no volume {0} of its own, or of the cluster")]
     NoVolume(u32),
@@ -36,30 +36,30 @@ pub(super) enum VolumeError {
     NotClaimed(String),
 }
 
-/// Rounds of catching up, and what is little enough.
+/// Rounds of catching up, and the number of bytes at which they end.
 const CATCH_UP_ROUNDS_MAX: u32 = 8;
 const CATCH_UP_BYTES: u64 = 1 << 20;
 
-/// Where a worker keeps its machine's volumes.
+/// Where a worker stores its machine's volumes.
 pub fn folder(worker: &Path) -> PathBuf {
     worker.join("volumes")
 }
 
-/// Bytes that may still be written in a folder's file system.
+/// Bytes available in a folder's file system.
 ///
 /// # Errors
-/// The host's.
+/// That of the host.
 pub fn free_bytes(folder: &Path) -> std::io::Result<u64> {
     let found = rustix::fs::statvfs(folder)?;
     Ok((found.f_bavail.saturating_mul(found.f_frsize)).saturating_sub(SPARE_BYTES))
 }
 
-/// A machine's directories as they are in a worker's folder.
+/// The directories of a machine in a worker's folder.
 pub(super) fn preopens(
     spec: &Spec,
     worker: &Path,
     stalls: &Arc<Stalls>,
-    keepers: &Keepers,
+    cluster_volumes: &ClusterVolumes,
 ) -> Result<Vec<Preopen>, VolumeError> {
     let source = |number: u32, kind: &VolumeKind| {
         let folder = folder(worker).join(number.to_string());
@@ -71,7 +71,7 @@ pub(super) fn preopens(
                 limits: limits(*bytes, *inodes),
                 stalls,
             },
-            VolumeKind::Cluster { bytes, inodes, .. } => match keepers.backed(number) {
+            VolumeKind::Cluster { bytes, inodes, .. } => match cluster_volumes.backed(number) {
                 Some(backed) => Source::Backed {
                     folder,
                     limits: limits(*bytes, *inodes),
@@ -101,11 +101,11 @@ fn limits(bytes_max: u64, inodes_max: u64) -> VolumeLimits {
     }
 }
 
-/// Removes the bytes of what ended, if there are any.
+/// Removes the bytes of a machine that ended, if there are any.
 pub fn remove(worker: &Path) {
     match std::fs::remove_dir_all(folder(worker)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(%error, folder = %worker.display(), "volumes stay behind");
+            tracing::warn!(%error, folder = %worker.display(), "cannot remove volumes");
         }
         _ => {}
     }
@@ -115,18 +115,17 @@ pub fn remove(worker: &Path) {
 
 /// Copies a machine's volumes to a target.
 #[derive(Default)]
-pub(super) struct OutgoingVolumes {
-    volumes: Vec<OutgoingVolume>,
+pub(super) struct SourceVolumes {
+    volumes: Vec<SourceVolume>,
 }
 
-struct OutgoingVolume {
+struct SourceVolume {
     number: u32,
-    /// The target fetches blocks that it does not get: those that it gets must be
-    /// whole.
+    /// The target requests blocks that it lacks, so those that it receives must be whole.
     is_kept: bool,
     tracker: Tracker,
     reader: BlockReader,
-    /// Noted, but not sent yet.
+    /// Recorded and not sent yet.
     pending: Changes,
 }
 
@@ -137,25 +136,25 @@ fn noted(tracker: &Tracker, whole_blocks: bool) -> Changes {
     }
 }
 
-impl OutgoingVolumes {
-    /// Begins to note what is written. All that is there counts, but of cluster
-    /// volumes only what is in no segment for certain.
-    pub(super) fn start(wasi: &Wasi, keepers: &Keepers) -> Self {
+impl SourceVolumes {
+    /// Starts to record changes. All present blocks count as changed, but of cluster
+    /// volumes only those not known to be in a segment.
+    pub(super) fn start(wasi: &Wasi, cluster_volumes: &ClusterVolumes) -> Self {
         let volumes = wasi.volumes().into_iter();
-        OutgoingVolumes {
+        SourceVolumes {
             volumes: volumes
                 .map(|(number, volume)| {
                     let is_kept = volume.backing().is_some();
                     let tracker = match is_kept {
-                        // In this order: what is written meanwhile is in both.
+                        // In this order: changes made meanwhile appear in both.
                         true => {
                             let tracker = volume.track_changes();
-                            tracker.note(&keepers.uncommitted(number));
+                            tracker.note(&cluster_volumes.uncommitted(number));
                             tracker
                         }
                         false => volume.track(),
                     };
-                    OutgoingVolume {
+                    SourceVolume {
                         number,
                         is_kept,
                         pending: noted(&tracker, is_kept),
@@ -167,11 +166,11 @@ impl OutgoingVolumes {
         }
     }
 
-    /// Notes what was written since the last look; bytes that are to be sent.
-    pub(super) fn look(&mut self) -> u64 {
+    /// Records the changes since the last call; returns the bytes to send.
+    pub(super) fn record_changes(&mut self) -> u64 {
         let mut bytes = 0;
         for volume in &mut self.volumes {
-            // What was not sent yet stays before what came later.
+            // Unsent changes precede later ones.
             if volume.pending == Changes::default() {
                 volume.pending = noted(&volume.tracker, volume.is_kept);
             }
@@ -180,7 +179,7 @@ impl OutgoingVolumes {
         bytes
     }
 
-    /// Sends what was noted; how many bytes.
+    /// Sends the recorded changes; returns the number of bytes.
     pub(super) fn send(&mut self, link: &mut Link) -> Result<u64, VolumeError> {
         let mut sent = 0;
         let mut buffer = vec![0; BLOCK_BYTES as usize];
@@ -214,7 +213,7 @@ impl OutgoingVolumes {
         Ok(sent)
     }
 
-    /// Sends what is written until that is little, or does not become less.
+    /// Sends changes until few are left or their number no longer shrinks.
     pub(super) fn catch_up(&mut self, link: &mut Link) -> Result<(), VolumeError> {
         let mut before = u64::MAX;
         for _ in 0..CATCH_UP_ROUNDS_MAX {
@@ -228,10 +227,10 @@ impl OutgoingVolumes {
         Ok(())
     }
 
-    /// Sends what was written since the last look too.
+    /// Also sends the changes since the last record.
     pub(super) fn send_all(&mut self, link: &mut Link) -> Result<u64, VolumeError> {
         let mut sent = self.send(link)?;
-        self.look();
+        self.record_changes();
         sent += self.send(link)?;
         Ok(sent)
     }
@@ -239,21 +238,20 @@ impl OutgoingVolumes {
 
 // ── target of a move ────────────────────────────────────────────────────
 
-/// Room on the disk for what is to arrive: a file that becomes smaller as it
-/// does.
+/// Reserved disk space for what arrives: a file that shrinks meanwhile.
 #[derive(Debug)]
-struct Ballast {
+struct DiskReservation {
     file: File,
     path: PathBuf,
     bytes: u64,
-    /// What was given back and is not used yet.
+    /// Released and not used yet.
     given: u64,
 }
 
-/// Given back at a time: each time costs a system call.
-const BALLAST_STEP_BYTES: u64 = 16 << 20;
+/// Released by one system call.
+const RESERVATION_STEP_BYTES: u64 = 16 << 20;
 
-impl Ballast {
+impl DiskReservation {
     fn new(folder: &Path, bytes: u64) -> Result<Option<Self>, String> {
         if bytes == 0 {
             return Ok(None);
@@ -269,14 +267,14 @@ impl Ballast {
         let flags = rustix::fs::FallocateFlags::empty();
         match rustix::fs::fallocate(&file, flags, 0, bytes) {
             Ok(()) => {}
-            // A file system that cannot reserve: the look at it must do.
+            // The file system cannot reserve space: the check of free space must suffice.
             Err(rustix::io::Errno::OPNOTSUPP) => {}
             Err(error) => {
                 let _ = std::fs::remove_file(&path);
                 return Err(named(error.into()));
             }
         }
-        Ok(Some(Ballast {
+        Ok(Some(DiskReservation {
             file,
             path,
             bytes,
@@ -284,10 +282,10 @@ impl Ballast {
         }))
     }
 
-    /// Makes sure that there is room for so many bytes.
+    /// Ensures room for this many bytes.
     fn give(&mut self, bytes: u64) -> std::io::Result<()> {
         if self.given < bytes && self.bytes > 0 {
-            let step = BALLAST_STEP_BYTES.max(bytes).min(self.bytes);
+            let step = RESERVATION_STEP_BYTES.max(bytes).min(self.bytes);
             self.bytes -= step;
             self.given += step;
             self.file.set_len(self.bytes)?;
@@ -297,15 +295,15 @@ impl Ballast {
     }
 }
 
-impl Drop for Ballast {
+impl Drop for DiskReservation {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(%error, path = %self.path.display(), "reserved room stays");
+            tracing::warn!(%error, path = %self.path.display(), "cannot release reserved disk space");
         }
     }
 }
 
-/// A sentence for a node that has too little room.
+/// The message for a node with too little disk space.
 pub fn no_room(wanted: u64, free: u64, folder: &Path) -> String {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     format!(
@@ -316,21 +314,21 @@ pub fn no_room(wanted: u64, free: u64, folder: &Path) -> String {
     )
 }
 
-/// Takes in a machine's volumes.
+/// Receives a machine's volumes.
 #[derive(Debug)]
-pub(super) struct IncomingVolumes {
-    /// By their numbers; none for directories of the host.
+pub(super) struct TargetVolumes {
+    /// By volume number; none for directories of the host.
     writers: Vec<Option<BlockWriter>>,
-    /// What came of cluster volumes, by their numbers.
+    /// Blocks of cluster volumes that arrived, by volume number.
     local: BTreeMap<u32, LocalBlocks>,
-    ballast: Option<Ballast>,
+    ballast: Option<DiskReservation>,
 }
 
-impl IncomingVolumes {
-    /// Makes the folders, and reserves room for `bytes`.
+impl TargetVolumes {
+    /// Creates the folders and reserves `bytes`.
     pub(super) fn new(spec: &Spec, worker: &Path, bytes: u64) -> Result<Self, String> {
         let folder = folder(worker);
-        let ballast = Ballast::new(&folder, bytes)?;
+        let ballast = DiskReservation::new(&folder, bytes)?;
         let mut writers = Vec::with_capacity(spec.volumes.len());
         for (number, volume) in spec.volumes.iter().enumerate() {
             writers.push(match volume.kind {
@@ -343,14 +341,14 @@ impl IncomingVolumes {
         }
         let local = spec.cluster_volumes().into_iter();
         let local = local.map(|(number, _)| (number, LocalBlocks::default()));
-        Ok(IncomingVolumes {
+        Ok(TargetVolumes {
             writers,
             local: local.collect(),
             ballast,
         })
     }
 
-    /// All has come: of cluster volumes, which blocks.
+    /// Completes the transfer; returns the blocks of cluster volumes that arrived.
     pub(super) fn finish(self) -> Vec<(u32, LocalBlocks)> {
         self.local.into_iter().collect()
     }

@@ -4,7 +4,7 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 
-/// As it is written when it is created.
+/// A record as written at creation.
 pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Record {
     Record {
         name,

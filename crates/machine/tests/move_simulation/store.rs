@@ -1,5 +1,5 @@
-//! A store for the simulation: one map, transactions one after the other, and those
-//! whose sender never heard of them.
+//! A store for the simulation: one map, serialised transactions, and transactions whose
+//! sender received no answer.
 
 use keel_cluster::store::{Compare, KeyValue, Op, Revision, Txn};
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 pub(crate) struct Store {
     pub(crate) revision: Revision,
     entries: BTreeMap<String, KeyValue>,
-    /// Transactions that may be applied yet.
+    /// Transactions that may still be applied.
     pub(crate) in_flight: Vec<Txn>,
 }
 
@@ -22,7 +22,7 @@ impl Store {
         self.entries.contains_key(key)
     }
 
-    /// Applies a transaction whole or not at all.
+    /// Applies a transaction atomically.
     pub(crate) fn apply(&mut self, txn: &Txn) -> bool {
         if !txn.compare.iter().all(|compare| self.holds(compare)) {
             return false;
@@ -59,7 +59,7 @@ impl Store {
             Compare::ModifiedAt { key, revision } => {
                 self.get(key).is_some_and(|it| it.modified == *revision)
             }
-            other => panic!("a condition that no move has: {other:?}"),
+            other => panic!("an unexpected condition: {other:?}"),
         }
     }
 }

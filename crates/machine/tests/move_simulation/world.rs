@@ -1,11 +1,11 @@
-//! Two nodes, the machine, its user, and all that can go wrong.
+//! Two nodes, the machine, its user, and all faults.
 
 use crate::store::Store;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{KeyValue, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership::{
-    self, ArrivalVerdict, EndEffect, Found, Settlement, Transfer,
+    self, ArrivalVerdict, EndEffect, Settlement, Transfer, VersionedRecord,
 };
 use keel_machine::moves::{
     SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
@@ -17,31 +17,31 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::VecDeque;
 
-/// Steps with faults, and without them after that.
+/// Steps with faults, and steps without them afterwards.
 pub(crate) const FAULTY_STEPS: u32 = 70;
 pub(crate) const CALM_STEPS: u32 = 600;
-/// Pieces of memory that come after a machine which moves by post-copy.
+/// Pieces of memory that post-copy transfers.
 const PIECES: u32 = 3;
-/// Early enough that no life counts as long.
+/// Early enough that no life counts as stable.
 const NOW_UNIX_MS: u64 = 1000;
 
-/// A rule that is broken on purpose.
+/// A rule that is violated on purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Defect {
     None,
-    /// The old rule: a settling write that is refused means that the commit won, the
-    /// target's agent lets an arrival go on without asking the store, and the end of a
-    /// lost worker is written while its move does not know whose the machine is.
+    /// The former rule: a refused settling write means that the commit was applied, the
+    /// target's agent lets an arrival resume without asking the store, and the end of a
+    /// lost worker is written while the outcome of its move is unknown.
     OldRule,
-    /// A source in doubt reads that it is the owner, and goes on.
+    /// A source in doubt reads that it is the owner, and resumes.
     ReadSettles,
-    /// A source forgets its copy before the target has all of it.
+    /// A source drops its copy before the target has all of it.
     ForgetsEarly,
-    /// The settling write puts the record as it was when the move began.
+    /// The settling write restores the record of the start of the move.
     SettlesWithOldRecord,
     /// An end whose answer was lost is written again, whatever the epoch is by then.
     EndsTwice,
-    /// A new agent starts a machine that the one before may have started already.
+    /// A new agent starts a machine that its predecessor may have started already.
     StartsAgainUnderItsEpoch,
 }
 
@@ -56,18 +56,18 @@ impl Defect {
     ];
 }
 
-/// How a run ended.
+/// Outcome of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// It runs at its source under the epoch that it had.
+    /// It runs at its source under its former epoch.
     Stayed,
-    /// It runs at its source under a newer one, by a write of the source's own.
+    /// It runs at its source under a newer epoch, by a write of the source.
     Kept,
     /// It runs at its target.
     Moved,
-    /// It was started again.
+    /// It was restarted.
     Restarted,
-    /// It runs as a later machine of that name.
+    /// A later machine of the same name runs.
     Recreated,
     /// It has ended, and the record says so.
     Ended,
@@ -110,11 +110,11 @@ impl Node {
 struct Process {
     id: u32,
     copy: Copy,
-    /// It gives its machine away, or did.
+    /// It is or was the source of a move.
     giving: bool,
     /// Pieces of memory that only the source of its move has.
     missing: u32,
-    /// It was seen that the source is lost; its agent is to settle.
+    /// The loss of the source was noticed; its agent settles the move.
     source_lost: bool,
 }
 
@@ -122,7 +122,7 @@ struct Process {
 enum Copy {
     /// Started or thawed under this epoch.
     Machine { epoch: Epoch, frozen: bool },
-    /// It arrives, or has.
+    /// An arriving machine.
     Arrival(TargetMove),
 }
 
@@ -149,7 +149,7 @@ impl Process {
     }
 }
 
-/// The agent at the source drives the move, if it lives.
+/// The agent at the source, which drives the move while it lives.
 #[derive(Debug)]
 struct Driver {
     source: SourceMove,
@@ -158,7 +158,7 @@ struct Driver {
     record: Record,
     /// The process that it moves.
     process: u32,
-    /// A write of its own that was decided, and not sent yet.
+    /// A write that was decided and is not sent yet.
     decided: Option<Txn>,
 }
 
@@ -176,23 +176,23 @@ pub(crate) struct World {
     store: Store,
     processes: [Option<Process>; 2],
     endings: [Option<Ending>; 2],
-    /// The store's revision when each agent began: an epoch above it was given to the
-    /// machine later, so no earlier agent started it under that.
+    /// The store's revision when each agent started: epochs above it were assigned later,
+    /// so no earlier agent started the machine under them.
     agent_since: [u64; 2],
-    /// The epoch that each agent gave the machine for its next life here.
+    /// The epoch that each agent assigned to the machine's next life on its node.
     given: [Option<Epoch>; 2],
     driver: Option<Driver>,
     link: bool,
     faults: bool,
     next_process: u32,
-    /// The newest epoch under which a copy ran, and in which process.
+    /// The newest epoch under which a copy ran, and its process.
     newest: (Epoch, u32),
     post_copy: bool,
-    /// Processes that were killed.
+    /// Number of processes killed.
     deaths: u32,
-    /// A process at the source was killed, with the memory that it had.
+    /// A process at the source was killed, with its memory.
     source_killed: bool,
-    /// The number of threads that a user was told of, in the record's creation.
+    /// The last acknowledged number of threads, of the record's creation.
     acknowledged: u32,
     began: Epoch,
     creations: u32,
@@ -268,7 +268,7 @@ impl World {
         self.faults = false;
     }
 
-    /// True one time in `n`, and never when the faults have stopped.
+    /// True with probability 1/n, and never once the faults have stopped.
     fn fault(&mut self, n: u32) -> bool {
         self.faults && self.random.random_range(0..n) == 0
     }
@@ -297,8 +297,8 @@ impl World {
         self.store.get(&self.record_key())
     }
 
-    fn found(&self) -> Option<Found> {
-        Some(Found::read(self.record_entry()?).unwrap())
+    fn found(&self) -> Option<VersionedRecord> {
+        Some(VersionedRecord::read(self.record_entry()?).unwrap())
     }
 
     /// Runs a transaction; `None` if its answer is lost.
@@ -314,7 +314,7 @@ impl World {
         Some(self.store.apply(txn))
     }
 
-    /// A change of the record, on the condition that nobody else changed it meanwhile.
+    /// A change of the record, on the condition that it was not changed meanwhile.
     fn change(&self, record: &Record) -> Txn {
         let revision = self.record_entry().map_or(0, |it| it.modified);
         Txn::new()
@@ -322,9 +322,9 @@ impl World {
             .put(self.record_key(), record.encode().unwrap())
     }
 
-    // ── what must hold ──────────────────────────────────────────────────
+    // ── invariants ──────────────────────────────────────────────────────
 
-    /// A copy of a process begins to run.
+    /// A copy of a process starts to run.
     fn begins(&mut self, process: u32, epoch: Epoch) {
         let (newest, before) = self.newest;
         let rises = match process == before {
@@ -372,7 +372,7 @@ impl World {
         b.is_some_and(|b| b.missing > 0 && b.live().is_some())
     }
 
-    /// How it ended, once nothing is left to be done.
+    /// The outcome, once nothing remains to be done.
     pub(crate) fn end(&self) -> Option<End> {
         if self.driver.is_some() || !self.store.in_flight.is_empty() || self.lacking() {
             return None;
@@ -409,7 +409,7 @@ impl World {
 
     // ── the user ────────────────────────────────────────────────────────
 
-    /// `run` or `restore`, where no machine has the name.
+    /// `run` or `restore`, if no machine has the name.
     fn create(&mut self, node: Node, restart: Restart) {
         let record = new_record(&self.machine, node, restart);
         let txn = Txn::new()
@@ -424,7 +424,7 @@ impl World {
         }
     }
 
-    /// `rm`, which its owner carries out.
+    /// `rm`, which the owner carries out.
     fn remove(&mut self) {
         let Some(found) = self.found().filter(|it| it.record.status.ended()) else {
             return;
@@ -439,9 +439,9 @@ impl World {
         self.say("removed");
     }
 
-    /// `set`, whose check passed before the move began.
+    /// `set`, whose check succeeded before the move began.
     fn set(&mut self) {
-        let Some(Found { mut record, .. }) = self.found() else {
+        let Some(VersionedRecord { mut record, .. }) = self.found() else {
             return;
         };
         record.spec.threads_max += 1;
@@ -486,15 +486,15 @@ impl World {
         let commands = self.step_arrival(TargetEvent::Go(epoch));
         commands
             .iter()
-            .any(|it| matches!(it, TargetCommand::SayResumed(_)))
+            .any(|it| matches!(it, TargetCommand::SendResumed(_)))
     }
 
-    /// Lets the process of the move go on at its source, if it is there.
+    /// Resumes the process of the move at its source, if it exists.
     fn thaw(&mut self, id: u32, epoch: Epoch) {
         let Some(process) = self.processes[A as usize].as_mut().filter(|it| it.id == id) else {
             return;
         };
-        // (It closes its connection to the target.)
+        // It closes its connection to the target.
         process.giving = false;
         if let Copy::Machine {
             epoch: under,
@@ -536,7 +536,7 @@ impl World {
                 b.source_lost = true;
             }
         }
-        // Its agent sees it; what it starts here, it starts once under an epoch.
+        // Its agent notices; it starts each epoch of the machine at most once.
         if let (Copy::Machine { epoch, .. }, false) = (&process.copy, process.giving) {
             self.endings[node as usize] = Some(Ending { epoch: *epoch });
         }
@@ -545,21 +545,21 @@ impl World {
 
     // ── agents ──────────────────────────────────────────────────────────
 
-    /// One thing that a node's agent does: what its schedule, its process and the
-    /// record call for.
+    /// One action of a node's agent, according to its schedule, its process and the
+    /// record.
     fn agent(&mut self, node: Node) {
         if let Some(ending) = self.endings[node as usize] {
             self.write_end(node, ending);
             return;
         }
-        // An offer of an agent that died is withdrawn by the next one.
+        // The offer of a dead agent is withdrawn by its successor.
         let reserved = self.store.has(&self.reservation_key());
         let b_is_empty = self.processes[B as usize].is_none();
         if node == A && self.driver.is_none() && reserved && !b_is_empty {
             self.settle_arrival();
             return;
         }
-        // What was reserved for an arrival that was lost is given back.
+        // The reservation for a lost arrival is released.
         if node == B && reserved && b_is_empty {
             let txn = Txn::new().delete(self.reservation_key());
             self.send(&txn);
@@ -577,9 +577,9 @@ impl World {
         self.say(&format!("the agent at {node:?}"));
     }
 
-    /// Nothing runs here. What the schedule says is started, or its loss written.
+    /// No process runs here. The scheduled machine is started, or its loss is written.
     fn without_process(&mut self, node: Node) {
-        // A lost worker's end waits for its move's.
+        // The end of a lost worker is not written during its move.
         let moving = node == A && self.driver.is_some();
         if moving && self.defect != Defect::OldRule {
             return;
@@ -610,7 +610,7 @@ impl World {
             Status::Running | Status::Filling { .. } => {
                 self.write_end(node, Ending { epoch });
             }
-            // It was lost on its arrival; the source takes it back, if it can.
+            // It was lost while arriving; the source takes it back if it can.
             Status::Arriving { .. } if self.processes[A as usize].is_none() => {
                 self.write_end(node, Ending { epoch });
             }
@@ -618,7 +618,7 @@ impl World {
         }
     }
 
-    /// Writes that a life has ended, until the answer is there.
+    /// Writes the end of a life until the write is answered.
     fn write_end(&mut self, node: Node, ending: Ending) {
         self.endings[node as usize] = None;
         let Some(mut record) = self.found().map(|it| it.record) else {
@@ -649,7 +649,7 @@ impl World {
         }
     }
 
-    /// A machine runs here that no move concerns.
+    /// A machine runs here without a move.
     fn with_machine(&mut self, node: Node) {
         let moving = node == A && self.driver.is_some();
         if !self.store.has(&self.entry_key(node)) && !moving {
@@ -672,7 +672,7 @@ impl World {
         }
     }
 
-    /// An arrival is here, ready or not, or goes on already.
+    /// A machine arrives here, is ready, or has resumed.
     fn with_arrival(&mut self, state: TargetState) {
         let lost = self.processes[B as usize]
             .as_ref()
@@ -681,7 +681,7 @@ impl World {
         let scheduled = self.store.has(&self.entry_key(B));
         match state {
             TargetState::Prepared if lost => self.settle_arrival(),
-            // Nobody sends any more: its connection ended, or none came in time.
+            // No data will follow: the connection was closed, or none was made in time.
             TargetState::Receiving | TargetState::Preparing if self.driver.is_none() => {
                 self.step_arrival(TargetEvent::SourceLost("late".into()));
                 self.settle_arrival();
@@ -701,7 +701,7 @@ impl World {
             TargetState::Running { .. } => {
                 let lacks = self.lacking();
                 if lacks && self.processes[A as usize].is_none() {
-                    // What it lacks is nowhere.
+                    // The missing memory is lost.
                     self.kill(B);
                 } else {
                     self.write_running(B, lacks);
@@ -721,8 +721,8 @@ impl World {
         }
     }
 
-    /// An arrival whose source can no longer say how it goes on: the reservation is
-    /// taken away; where it was gone, the commit may have won, and the record says.
+    /// Settles an arrival whose source is lost: removes the reservation; if it is removed
+    /// already, the commit may have been applied, and the record decides.
     fn settle_arrival(&mut self) {
         let state = self.processes[B as usize]
             .as_ref()
@@ -747,7 +747,7 @@ impl World {
         self.processes[B as usize] = None;
     }
 
-    /// A new agent at the source finds a worker that gave its machine away.
+    /// A new agent at the source finds a worker whose machine was moving.
     fn take_up_move(&mut self) {
         let Some((id, frozen)) = self.processes[A as usize].as_ref().map(|it| {
             let frozen = matches!(it.copy, Copy::Machine { frozen: true, .. });
@@ -791,7 +791,7 @@ impl World {
         });
     }
 
-    // ── the move, seen from its source ──────────────────────────────────
+    // ── the move at its source ───────────────────────────────────────────
 
     fn transfer(&self, epoch: Epoch, revision: u64) -> Transfer {
         Transfer {
@@ -825,7 +825,7 @@ impl World {
         });
     }
 
-    /// The next thing that the driver has to do, with what comes of it.
+    /// Executes the driver's next command and processes the result.
     fn drive(&mut self) {
         let Some(driver) = &mut self.driver else {
             return;
@@ -838,7 +838,7 @@ impl World {
         let Some(command) = driver.commands.pop_front() else {
             if driver.source.is_over() {
                 self.driver = None;
-                // (The connection between the two workers ends with the move.)
+                // The connection between the two workers is closed after the move.
                 self.break_link();
             }
             return;
@@ -875,7 +875,9 @@ impl World {
                     }
                 }
             },
-            SourceCommand::AskStore if self.fault(10) => SourceEvent::StoreAway("away".into()),
+            SourceCommand::AskStore if self.fault(10) => {
+                SourceEvent::StoreUnavailable("away".into())
+            }
             SourceCommand::AskStore => SourceEvent::StoreAnswered,
             SourceCommand::FreezeAndSend => self.freeze_and_send(),
             SourceCommand::Commit { .. } => self.commit(),
@@ -907,7 +909,7 @@ impl World {
         Some(event)
     }
 
-    /// Sends one piece, if it can, and goes on with that until nobody needs any.
+    /// Sends one piece, if possible, and repeats until none is needed.
     fn serve(&mut self) -> Option<SourceEvent> {
         let lost = self.fault(4);
         let needed = match self.found().map(|it| it.record.status) {
@@ -918,7 +920,7 @@ impl World {
         if self.source_process().is_none() || !needed || self.defect == Defect::ForgetsEarly {
             return Some(SourceEvent::Served);
         }
-        // (A lost connection is made anew.)
+        // A lost connection is replaced.
         let b = self.processes[B as usize].as_mut();
         if let Some(b) = b.filter(|_| !lost) {
             b.missing = b.missing.saturating_sub(1);
@@ -953,7 +955,7 @@ impl World {
         self.step_arrival(TargetEvent::StateArrived);
         self.step_arrival(TargetEvent::InstancesMade);
         if self.fault(8) {
-            // It is ready, but the word of it is lost.
+            // The target is ready, but its message is lost.
             self.break_link();
             return SourceEvent::PeerLost("lost".into());
         }
@@ -1007,7 +1009,7 @@ impl World {
         self.decide(settlement)
     }
 
-    /// A write is sent in this step or, as its sender may be slow, in a later one.
+    /// A write is sent in this step or, because its sender may be slow, in a later one.
     fn decide(&mut self, settlement: Settlement) -> Option<SourceEvent> {
         match settlement {
             Settlement::Write { txn, .. } => {
@@ -1050,7 +1052,7 @@ impl World {
             .as_ref()
             .and_then(Process::arrival)
         else {
-            return SourceEvent::TargetWithout;
+            return SourceEvent::TargetNotRunning;
         };
         match state {
             TargetState::Running { .. } => SourceEvent::TargetResumed,
@@ -1067,14 +1069,14 @@ impl World {
                     }
                     ArrivalVerdict::Never => {
                         self.processes[B as usize] = None;
-                        SourceEvent::TargetWithout
+                        SourceEvent::TargetNotRunning
                     }
                     _ => SourceEvent::PeerLost("it was not given".into()),
                 }
             }
             _ => {
                 self.processes[B as usize] = None;
-                SourceEvent::TargetWithout
+                SourceEvent::TargetNotRunning
             }
         }
     }
@@ -1115,7 +1117,7 @@ impl World {
             2 | 3 => self.kill_agent(),
             4 => self.kill(B),
             5 => self.kill(A),
-            // Where nobody knows whether the commit won, this is worst.
+            // The worst moment: the outcome of the commit is unknown.
             6 | 7 if self.in_doubt() => self.kill(A),
             8 => self.remove(),
             9 => {
@@ -1148,7 +1150,7 @@ impl World {
         let Some(driver) = self.driver.take_if(|_| node == A) else {
             return;
         };
-        // What it had sent may still arrive.
+        // A transaction that it sent may still arrive.
         if let Some(SourceCommand::Commit { .. }) = driver.commands.front() {
             let txn = driver.transfer.commit(&driver.record, NOW_UNIX_MS).unwrap();
             self.store.in_flight.push(txn);

@@ -3,7 +3,7 @@
 use super::dirty_rate::EVERY;
 use super::handle::NodeBalancer;
 use keel_cluster::MachineName;
-use keel_machine::moves::predict::Activity;
+use keel_machine::moves::prediction::Activity;
 use keel_machine::worker::control::kind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -10,10 +10,10 @@ use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
-use keel_machine::checkpoint::{CheckpointId, MemoryComes, Origin, Retention, Vault, VaultError};
+use keel_machine::checkpoint::{CheckpointId, MemoryRestore, Origin, Retention, Repository, RepositoryError};
 use keel_machine::failpoint;
 use keel_machine::spec::CheckpointPlan;
-use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
+use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind};
 use keel_net::RpcError;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -34,26 +34,26 @@ pub(crate) fn place(context: &Context, given: Option<&str>) -> String {
     }
 }
 
-pub(crate) async fn open(url: String) -> Result<Vault, CommandError> {
-    opened(move || Vault::open(&url)).await
+pub(crate) async fn open(url: String) -> Result<Repository, CommandError> {
+    opened(move || Repository::open(&url)).await
 }
 
 pub(crate) async fn opened(
-    open: impl FnOnce() -> Result<Vault, VaultError> + Send + 'static,
-) -> Result<Vault, CommandError> {
+    open: impl FnOnce() -> Result<Repository, RepositoryError> + Send + 'static,
+) -> Result<Repository, CommandError> {
     tokio::task::spawn_blocking(open)
         .await
         .map_err(|error| CommandError::Unavailable(error.to_string()))?
         .map_err(|error| CommandError::Invalid(error.to_string()))
 }
 
-pub(crate) fn vault_error(error: &VaultError) -> CommandError {
+pub(crate) fn vault_error(error: &RepositoryError) -> CommandError {
     let text = error.to_string();
     match error {
-        VaultError::Url { .. } => CommandError::Invalid(text),
-        VaultError::None(_) => CommandError::NotFound(text),
-        VaultError::Part { .. } => CommandError::Conflict(text),
-        VaultError::Store(_) => CommandError::Unavailable(text),
+        RepositoryError::Url { .. } => CommandError::Invalid(text),
+        RepositoryError::None(_) => CommandError::NotFound(text),
+        RepositoryError::Part { .. } => CommandError::Conflict(text),
+        RepositoryError::Store(_) => CommandError::Unavailable(text),
     }
 }
 
@@ -132,7 +132,7 @@ impl Checkpoints {
         let vault = place(&self.context, request.to.as_deref());
         // A place that cannot be is named before anything is begun.
         let url = vault.clone();
-        opened(move || Vault::create(&url)).await?;
+        opened(move || Repository::create(&url)).await?;
         let retention = Retention {
             newest: request.keep,
             for_s: request.keep_for_s,
@@ -152,7 +152,7 @@ impl Checkpoints {
         failpoint::pass_async("keep.asked")
             .await
             .map_err(injected)?;
-        let taken: Result<Checkpointed, RpcError> =
+        let taken: Result<CheckpointReport, RpcError> =
             worker.ask(kind::CHECKPOINT, &question, PATIENCE).await;
         let taken = taken.map_err(|error| match error {
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
@@ -194,7 +194,7 @@ impl Checkpoints {
             machine: machine.clone(),
             id: None,
             is_clone: false,
-            memory: MemoryComes::First,
+            memory: MemoryRestore::Eager,
         };
         let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
             Ok(value) => {

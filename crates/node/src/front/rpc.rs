@@ -24,7 +24,7 @@ use crate::volumes::FileCommand;
 use futures::FutureExt;
 use keel_cluster::service::ClusterService;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::worker::control::{JoinNew, MeetNew, pack, unpack};
+use keel_machine::worker::control::{AddPart, ConnectNewPart, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
 use std::sync::Arc;
@@ -160,11 +160,11 @@ impl Service {
             PART => reply(spanning::ready(&at.spanning, &source, unpack(payload)?).await),
             PART_JOIN => reply(spanning::join(&at.spanning, unpack(payload)?).await),
             MEET_NEW => {
-                let request: MeetNew = unpack(payload)?;
+                let request: ConnectNewPart = unpack(payload)?;
                 reply(spanning::meet_new(&at.spanning, &request).await)
             }
             JOIN_NEW => {
-                let request: JoinNew = unpack(payload)?;
+                let request: AddPart = unpack(payload)?;
                 reply(spanning::join_new(&at.spanning, &request).await)
             }
             ARRIVING_PART => {

@@ -7,7 +7,7 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::processes::{PROMPT, Processes};
-use crate::records::{self, Found, MachineCommand, RecordError, at_owner};
+use crate::records::{self, VersionedRecord, MachineCommand, RecordError, at_owner};
 use keel_cluster::MachineName;
 use keel_cluster::keys::Key;
 use keel_cluster::store::Change;
@@ -134,7 +134,7 @@ impl Logs {
         }
         let folder = self.context.dir.worker(machine);
         let found =
-            tokio::task::spawn_blocking(move || Log::left(&folder)?.offset_since(since_unix_ms));
+            tokio::task::spawn_blocking(move || Log::open_read_only(&folder)?.offset_since(since_unix_ms));
         found
             .await
             .map_err(|error| CommandError::Unavailable(error.to_string()))?
@@ -253,7 +253,7 @@ impl Logs {
 }
 
 /// Whether a machine is still where it was found, or is no more.
-async fn is_there(context: &Context, found: &Found) -> bool {
+async fn is_there(context: &Context, found: &VersionedRecord) -> bool {
     match records::get(&*context.store, &found.record.name).await {
         Ok(now) => now.record.owner == found.record.owner,
         Err(error) => matches!(error, RecordError::NoMachine(_)),
@@ -262,7 +262,7 @@ async fn is_there(context: &Context, found: &Found) -> bool {
 
 /// Returns when a machine's record names another owner. Never, if the store does
 /// not tell: then the end of the old owner's stream does.
-async fn owner_changes(context: &Context, found: &Found) {
+async fn owner_changes(context: &Context, found: &VersionedRecord) {
     let key = Key::Machine(found.record.name.clone()).to_string();
     let Ok(mut watch) = context.store.watch(&key, found.revision + 1).await else {
         return std::future::pending().await;
@@ -274,7 +274,7 @@ async fn owner_changes(context: &Context, found: &Found) {
             if entry.key != key {
                 continue;
             }
-            let owner = Found::read(&entry).map(|found| found.record.owner);
+            let owner = VersionedRecord::read(&entry).map(|found| found.record.owner);
             if owner.is_ok_and(|owner| owner != found.record.owner) {
                 return;
             }
@@ -286,7 +286,7 @@ async fn owner_changes(context: &Context, found: &Found) {
 /// Sends what a machine left that has ended, and that this is all. Of one that has not
 /// begun, or is not here any more, there is nothing: whoever asked looks where it is.
 fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
-    let log = Log::left(folder)?;
+    let log = Log::open_read_only(folder)?;
     let mut at = from;
     loop {
         let (offset, bytes) = log.read(at, PIECE_BYTES)?;

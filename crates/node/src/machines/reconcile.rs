@@ -142,7 +142,7 @@ async fn ensure_guarded(
                 return Ok(Again::No);
             }
             // What arrived of an earlier life of that name will never go on.
-            Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
+            Ok(State::MoveEndpoint { .. } | State::Prepared { .. } | State::Dropped { .. })
                 if starts(&record.status) && record.owner == machines.context.name =>
             {
                 machines
@@ -280,7 +280,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
     // In this order: what runs before its entry is looked for, and has none
     // then, is not to run.
     let report = worker.report().await;
-    let giving_away = report.as_ref().is_ok_and(|report| report.giving_away);
+    let moving_away = report.as_ref().is_ok_and(|report| report.moving_away);
     let state = report.map(|report| report.state);
     let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
     match machines.context.store.get(&entry).await {
@@ -293,7 +293,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
     }
     // What gives its machine away is the move's, or is taken up after the death
     // of the agent that began the move.
-    if giving_away
+    if moving_away
         || machines.processes.exclusion.is_moving(machine)
         || machines.processes.exclusion.busy().contains(machine)
     {
@@ -313,7 +313,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         // What arrives has no entry yet. Its worker sees when the source is
         // lost.
         Ok(
-            State::Receiving { .. }
+            State::MoveEndpoint { .. }
             | State::Prepared {
                 source_lost: false, ..
             },

@@ -8,7 +8,7 @@ use crate::error::CommandError;
 use keel_api::{MachineInfo, RestoreRequest};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{CheckpointId, Manifest, MemoryComes, Origin, Vault, VaultError};
+use keel_machine::checkpoint::{CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError};
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Status};
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use std::sync::Arc;
 /// The manifest that says what the machine was: of the one that was asked for,
 /// or of the newest that can be read.
 async fn manifest(
-    vault: &Vault,
+    vault: &Repository,
     machine: &MachineName,
     id: Option<&CheckpointId>,
-) -> Result<Manifest, VaultError> {
+) -> Result<Manifest, RepositoryError> {
     if let Some(id) = id {
         return vault.manifest(machine, id).await;
     }
@@ -27,11 +27,11 @@ async fn manifest(
     for id in vault.list(machine).await? {
         match vault.manifest(machine, &id).await {
             Ok(manifest) => return Ok(manifest),
-            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error @ RepositoryError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
         }
     }
-    Err(damaged.unwrap_or_else(|| VaultError::None(machine.clone())))
+    Err(damaged.unwrap_or_else(|| RepositoryError::None(machine.clone())))
 }
 
 /// Puts a machine that is made of a checkpoint into a node's schedule.
@@ -83,8 +83,8 @@ pub(crate) async fn restore(
         .await
         .map_err(|error| vault_error(&error))?;
     let memory = match (request.nodes.is_empty(), request.warm) {
-        (true, false) => MemoryComes::First,
-        (true, true) => MemoryComes::Behind,
+        (true, false) => MemoryRestore::Eager,
+        (true, true) => MemoryRestore::Lazy,
         (false, true) => {
             let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
             return Err(bad(why.into()));
@@ -99,7 +99,7 @@ pub(crate) async fn restore(
         (false, false) if manifest.spec.cpu_limit_millis.is_some() => {
             return Err(bad(LIMITED_HAS_NO_PARTS.into()));
         }
-        (false, false) => MemoryComes::Apart(parts),
+        (false, false) => MemoryRestore::Spanning(parts),
     };
     let is_clone = name != machine;
     // (What it holds in memory of its epochs is older, also where it is a clone.)

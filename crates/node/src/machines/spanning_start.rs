@@ -20,7 +20,7 @@ use crate::spanning::{self, ROOM_BYTES_MIN};
 use futures::future::join_all;
 use keel_cluster::NodeName;
 use keel_machine::checkpoint::{
-    MemoryComes, Origin, Vault, VaultError, memory_bytes as checkpointed_bytes,
+    MemoryRestore, Origin, Repository, RepositoryError, memory_bytes as checkpointed_bytes,
 };
 use keel_machine::failpoint;
 use keel_machine::span::PARTS_MAX;
@@ -44,14 +44,14 @@ pub(super) async fn placed(
 ) -> Result<Origin, String> {
     // What a user named counts once: nodes may be others when it is started again.
     match origin.memory {
-        MemoryComes::Apart(_) if record.restarts == 0 => return Ok(origin),
+        MemoryRestore::Spanning(_) if record.restarts == 0 => return Ok(origin),
         _ => {}
     }
     let origin = Origin {
         memory: match origin.memory {
             // What is started again has time to look for damage first.
-            MemoryComes::Behind if record.restarts == 0 => MemoryComes::Behind,
-            _ => MemoryComes::First,
+            MemoryRestore::Lazy if record.restarts == 0 => MemoryRestore::Lazy,
+            _ => MemoryRestore::Eager,
         },
         ..origin
     };
@@ -87,7 +87,7 @@ pub(super) async fn placed(
     Ok(match nodes.is_empty() {
         true => origin,
         false => Origin {
-            memory: MemoryComes::Apart(nodes),
+            memory: MemoryRestore::Spanning(nodes),
             ..origin
         },
     })
@@ -130,11 +130,11 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
 /// will say.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
     let url = origin.vault.clone();
-    let vault = checkpoints::opened(move || Vault::open(&url)).await;
+    let vault = checkpoints::opened(move || Repository::open(&url)).await;
     let vault = vault.map_err(|error| error.to_string())?;
     match checkpointed_bytes(&vault, origin, most).await {
         Ok(bytes) => Ok(Some(bytes).filter(|bytes| *bytes > most)),
-        Err(error @ VaultError::Store(_)) => Err(error.to_string()),
+        Err(error @ RepositoryError::Store(_)) => Err(error.to_string()),
         Err(error) => {
             tracing::debug!(%error, "how large a machine is");
             Ok(None)
@@ -229,7 +229,7 @@ pub(super) async fn begin(
     failpoint::pass_async("apart.spans")
         .await
         .map_err(injected)?;
-    let brought: Result<u64, RpcError> = worker.ask(kind::BRING, &(), checkpoints::PATIENCE).await;
+    let brought: Result<u64, RpcError> = worker.ask(kind::RESTORE_SPANNING, &(), checkpoints::PATIENCE).await;
     match brought {
         Ok(bytes) => {
             tracing::info!(machine = %record.name, bytes, "its memory is on its parts");

@@ -18,7 +18,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
     let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
     tokio::spawn(async move {
-        let Ok(mut pauses) = worker.stream(kind::PAUSES, &()).await else {
+        let Ok(mut pauses) = worker.stream(kind::STALLS, &()).await else {
             return;
         };
         let mut next = pauses.recv().await;

@@ -3,7 +3,7 @@
 use super::handle::Machines;
 use super::spanning_start;
 use crate::processes::{COMPILE_PATIENCE, Leftovers};
-use keel_machine::checkpoint::{MemoryComes, Origin};
+use keel_machine::checkpoint::{MemoryRestore, Origin};
 use keel_machine::failpoint;
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, StartFrom, kind};
@@ -34,7 +34,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             spread = spanning_start::spread_over(machines, record).await;
             match spread.is_empty() {
                 true => StartFrom::Module(module),
-                false => StartFrom::Apart(module),
+                false => StartFrom::HeldModule(module),
             }
         }
     };
@@ -48,12 +48,12 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         .map_err(|injected| injected.to_string())?;
     let apart = match &from {
         StartFrom::Checkpoint(Origin {
-            memory: MemoryComes::Apart(nodes),
+            memory: MemoryRestore::Spanning(nodes),
             ..
         }) => nodes.clone(),
         _ => spread,
     };
-    let runs_alone = matches!(from, StartFrom::Apart(_));
+    let runs_alone = matches!(from, StartFrom::HeldModule(_));
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),

@@ -11,7 +11,7 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::VolumeKind;
-use keel_machine::worker::control::{Receive, Receiving, State, kind};
+use keel_machine::worker::control::{Receive, MoveEndpoint, State, kind};
 use keel_machine::worker::volumes;
 use keel_net::RpcError;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub(crate) async fn accept(
     moves: &Arc<Moves>,
     source: NodeName,
     offer: Offer,
-) -> Result<Receiving, String> {
+) -> Result<MoveEndpoint, String> {
     let machine = offer.machine.clone();
     check(moves, &offer).await?;
     passed("offer.checked").await?;
@@ -97,7 +97,7 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     .map_err(|error| error.to_string())?
 }
 
-async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Receiving, String> {
+async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<MoveEndpoint, String> {
     let machine = &offer.machine;
     if let Some(worker) = moves.processes.machines.get(machine) {
         match worker.state().await {

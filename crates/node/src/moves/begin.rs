@@ -10,7 +10,7 @@ use crate::spanning::{release_successors, restore_placement};
 use keel_api::{CheckpointRequest, EventKind, MoveLine};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
 use keel_machine::moves::{Ending, MoveReport, SourceMove, SourceState};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::State;

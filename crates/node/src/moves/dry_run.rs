@@ -15,8 +15,8 @@ use crate::records;
 use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::MoveReport;
-use keel_machine::moves::converge::LAST_PAGES_BUDGET;
-use keel_machine::moves::predict::{Activity, Known, Prediction, predict};
+use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
+use keel_machine::moves::prediction::{Activity, PredictionInput, Prediction, predict};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{kind, pack};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -60,7 +60,7 @@ pub(crate) async fn dry_run(
     let away = |reason: String| CommandError::Unavailable(format!("machine {machine:?}: {reason}"));
     let history = history(moves, &record, target);
     let (activity, trial) = look(moves, &worker, target, &history).await.map_err(away)?;
-    let known = Known {
+    let known = PredictionInput {
         activity: &activity,
         trial_bytes_per_s: trial,
         history: &history,
@@ -110,7 +110,7 @@ pub(crate) async fn before_move(
         }
         Err(_) => return None,
     };
-    let known = Known {
+    let known = PredictionInput {
         activity: &activity,
         trial_bytes_per_s: trial,
         history: &history,

@@ -12,7 +12,7 @@ use crate::spanning::Spanning;
 use keel_api::Urgency;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::MoveReport;
-use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

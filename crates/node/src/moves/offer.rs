@@ -10,7 +10,7 @@ use keel_machine::worker::control::Report;
 use keel_net::Fingerprint;
 use serde::{Deserialize, Serialize};
 
-/// [`Offer`] → `Receiving`.
+/// [`Offer`] → `MoveEndpoint`.
 pub(crate) const OFFER: u16 = 0x0301;
 /// `(machine, epoch)` → [`Arrival`].
 pub(crate) const ARRIVAL: u16 = 0x0303;

@@ -29,7 +29,7 @@ pub(crate) async fn resume_after_move(moves: &Arc<Moves>, machine: &MachineName)
         return;
     };
     // What moves it, ends it or starts it anew waits: its epoch is about to be raised.
-    if worker.report().await.is_ok_and(|report| report.giving_away)
+    if worker.report().await.is_ok_and(|report| report.moving_away)
         && let Some(held) = hold(&moves.processes, machine)
     {
         settle_after_move(moves, machine).await;
@@ -44,7 +44,7 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
             return;
         };
         match worker.report().await {
-            Ok(report) if report.giving_away => {}
+            Ok(report) if report.moving_away => {}
             _ => return,
         }
         let mut mine = false;
@@ -70,7 +70,7 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
                 match thawed {
                     Ok(()) => return,
                     // It ended, or its worker is lost: others see to that.
-                    Err(error) if !worker.report().await.is_ok_and(|it| it.giving_away) => {
+                    Err(error) if !worker.report().await.is_ok_and(|it| it.moving_away) => {
                         tracing::warn!(%machine, %error, "it does not go on");
                         return;
                     }

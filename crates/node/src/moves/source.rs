@@ -17,13 +17,13 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::store::TxnOutcome;
 use keel_cluster::{Epoch, NodeName, StoreError};
 use keel_machine::failpoint;
-use keel_machine::moves::ownership::{Found, Settlement, Transfer};
+use keel_machine::moves::ownership::{VersionedRecord, Settlement, Transfer};
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{
-    Copy, CopyEvent, CopyHome, Frozen, Receiving, State, kind, pack, unpack,
+    Copy, CopyEvent, CopyHome, Frozen, MoveEndpoint, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use std::collections::VecDeque;
@@ -59,7 +59,7 @@ pub(super) struct Driver {
     pub(super) post_copy: bool,
     pub(super) interrupted: watch::Receiver<Option<SourceEvent>>,
     pub(super) lines: mpsc::Sender<MoveLine>,
-    pub(super) receiving: Option<Receiving>,
+    pub(super) receiving: Option<MoveEndpoint>,
     pub(super) report: MoveReport,
     pub(super) begun: Instant,
     /// When the target had everything.
@@ -327,7 +327,7 @@ impl Driver {
         }
     }
 
-    async fn ask_target(&mut self, proofs: &Proofs) -> Result<Receiving, String> {
+    async fn ask_target(&mut self, proofs: &Proofs) -> Result<MoveEndpoint, String> {
         let text = |error: RpcError| match error {
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
             other => other.to_string(),
@@ -438,7 +438,7 @@ impl Driver {
     /// A round trip to the store, in which it is asked what rules demand of the commit.
     async fn ask_store(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.store").await {
-            return SourceEvent::StoreAway(reason);
+            return SourceEvent::StoreUnavailable(reason);
         }
         let claims = self.moves.rules.claim(&self.record.name, &self.target);
         match tokio::time::timeout(STORE_PATIENCE, claims).await {
@@ -449,8 +449,8 @@ impl Driver {
             Ok(Err(error @ (ClaimError::Broken(_) | ClaimError::Draining(_)))) => {
                 SourceEvent::Cancel(error.to_string())
             }
-            Ok(Err(error)) => SourceEvent::StoreAway(error.to_string()),
-            Err(_) => SourceEvent::StoreAway("the store does not answer".into()),
+            Ok(Err(error)) => SourceEvent::StoreUnavailable(error.to_string()),
+            Err(_) => SourceEvent::StoreUnavailable("the store does not answer".into()),
         }
     }
 
@@ -573,7 +573,7 @@ impl Driver {
     }
 
     /// The machine's record as it is now; `None` if there is none any more.
-    async fn found(&self) -> Result<Option<Found>, String> {
+    async fn found(&self) -> Result<Option<VersionedRecord>, String> {
         match records::get(&*self.moves.context.store, &self.record.name).await {
             Ok(found) => Ok(Some(found)),
             Err(RecordError::NoMachine(_)) => Ok(None),
@@ -649,7 +649,7 @@ impl Driver {
                 .and_then(|bytes| unpack(&bytes));
             match answer {
                 Ok(Arrival::Resumed) => return SourceEvent::TargetResumed,
-                Ok(Arrival::Without) => return SourceEvent::TargetWithout,
+                Ok(Arrival::Without) => return SourceEvent::TargetNotRunning,
                 Err(error) => {
                     tracing::warn!(machine = %self.record.name, %error, "the target does not answer; the frozen copy is kept");
                     tokio::time::sleep(RETRY_AFTER).await;

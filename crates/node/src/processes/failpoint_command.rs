@@ -5,7 +5,7 @@ use super::handle::Processes;
 use super::workers::PROMPT;
 use crate::error::CommandError;
 use keel_api::FailpointRequest;
-use keel_machine::failpoint::{self, Order};
+use keel_machine::failpoint::{self, Injection};
 use keel_machine::worker::control::kind;
 
 impl Processes {
@@ -20,13 +20,13 @@ impl Processes {
         let failpoint = failpoint::find(&request.name).ok_or_else(|| {
             CommandError::NotFound(format!("there is no failpoint {:?}", request.name))
         })?;
-        let order: Option<Order> = request
+        let order: Option<Injection> = request
             .order
             .as_deref()
             .map(str::parse)
             .transpose()
-            .map_err(|error: failpoint::BadOrder| CommandError::Invalid(error.to_string()))?;
-        if !failpoint.place.is_worker() {
+            .map_err(|error: failpoint::InvalidInjection| CommandError::Invalid(error.to_string()))?;
+        if !failpoint.site.is_worker() {
             failpoint::set(failpoint.name, order);
             return Ok(());
         }

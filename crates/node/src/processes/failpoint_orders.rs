@@ -1,14 +1,14 @@
 //! Orders for failpoints that workers get which are started later.
 
-use keel_machine::failpoint::Order;
+use keel_machine::failpoint::Injection;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// By the failpoint's name.
-static ORDERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
+static ORDERS: Mutex<BTreeMap<&'static str, Injection>> = Mutex::new(BTreeMap::new());
 
 /// The orders that new workers get.
-pub(super) fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
+pub(super) fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Injection>> {
     ORDERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

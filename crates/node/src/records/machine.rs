@@ -6,7 +6,7 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{KeyValue, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError, members};
 use keel_machine::moves::ownership::EpochBase;
-pub(crate) use keel_machine::moves::ownership::{self, Found};
+pub(crate) use keel_machine::moves::ownership::{self, VersionedRecord};
 use keel_machine::spec::{Record, Status};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -67,11 +67,11 @@ impl From<RecordError> for CommandError {
     }
 }
 
-fn found(entry: &KeyValue) -> Result<Found, RecordError> {
-    Found::read(entry).map_err(RecordError::Damaged)
+fn found(entry: &KeyValue) -> Result<VersionedRecord, RecordError> {
+    VersionedRecord::read(entry).map_err(RecordError::Damaged)
 }
 
-pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<Found, RecordError> {
+pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<VersionedRecord, RecordError> {
     let key = Key::Machine(machine.clone()).to_string();
     match store.get(&key).await? {
         Some(entry) => found(&entry),
@@ -85,7 +85,7 @@ pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<Foun
 pub(crate) async fn settled(
     store: &dyn Store,
     machine: &MachineName,
-) -> Result<Found, RecordError> {
+) -> Result<VersionedRecord, RecordError> {
     let deadline = Instant::now() + SETTLE_PATIENCE;
     loop {
         let found = get(store, machine).await?;
@@ -130,7 +130,7 @@ pub(crate) async fn update(
     let key = Key::Machine(machine.clone()).to_string();
     let mut unknown = None;
     for _ in 0..ATTEMPTS_MAX {
-        let Found {
+        let VersionedRecord {
             mut record,
             revision,
         } = get(store, machine).await?;

@@ -17,7 +17,7 @@ pub(crate) use alive::AliveNodes;
 #[cfg(test)]
 pub(crate) use machine::tests;
 pub(crate) use machine::{
-    Found, NodeRecord, RecordError, Reservation, alive, all, encode, epochs_so_far, first_epoch,
+    VersionedRecord, NodeRecord, RecordError, Reservation, alive, all, encode, epochs_so_far, first_epoch,
     get, nodes, schedule, settled, update,
 };
 pub(crate) use owner::{MachineCommand, at_owner};

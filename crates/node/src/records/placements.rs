@@ -7,7 +7,7 @@ use keel_balance::select::Spreadable;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
-use keel_machine::moves::ownership::Found;
+use keel_machine::moves::ownership::VersionedRecord;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -137,7 +137,7 @@ impl Placements {
         let Ok(Key::Machine(machine)) = entry.key.parse() else {
             return None;
         };
-        let record = Found::read(entry).ok()?.record;
+        let record = VersionedRecord::read(entry).ok()?.record;
         let placed = Placed::of(&record);
         let owner = placed.owner.clone();
         let before = self.table().insert(machine.clone(), placed);

@@ -342,7 +342,7 @@ mod tests {
             for change in changes.changes {
                 match change {
                     Change::Put(entry) if entry.key.starts_with(keys::MACHINES) => {
-                        let record = Found::read(&entry).unwrap().record;
+                        let record = VersionedRecord::read(&entry).unwrap().record;
                         let drained = set.drains.contains_key(record.owner.as_str());
                         assert!(!drained, "revision {seen}: {} came", entry.key);
                         at.insert(entry.key, record);

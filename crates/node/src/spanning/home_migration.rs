@@ -14,7 +14,7 @@ use keel_api::{EventKind, SpanRequest};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::span::PartId;
 use keel_machine::spec::Record;
-use keel_machine::worker::control::{PartWith, kind, pack, unpack};
+use keel_machine::worker::control::{RemovePart, kind, pack, unpack};
 use keel_net::Fingerprint;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -140,11 +140,11 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
         if spanning.processes.exclusion.is_moving(machine) {
             return Err(CommandError::Conflict("it is moving again".into()));
         }
-        let with = PartWith {
+        let with = RemovePart {
             part,
             threads_to: PartId::HOME,
         };
-        let _: u64 = ask(&worker, kind::PART_WITH, &with, UNSPAN_PATIENCE).await?;
+        let _: u64 = ask(&worker, kind::REMOVE_PART, &with, UNSPAN_PATIENCE).await?;
     }
     Ok(())
 }

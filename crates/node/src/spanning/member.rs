@@ -7,7 +7,7 @@ use crate::processes::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker};
 use crate::records;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::span::PartId;
-use keel_machine::worker::control::{MeetParts, ReadyPart, State, kind};
+use keel_machine::worker::control::{ConnectParts, PrepareMember, State, kind};
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,14 +34,14 @@ fn ready_part(
     offer: PartOffer,
     program: std::path::PathBuf,
     room_bytes: Option<u64>,
-) -> ReadyPart {
-    ReadyPart {
+) -> PrepareMember {
+    PrepareMember {
         machine: offer.machine,
         room_bytes,
         spec: offer.spec,
         program,
         me: offer.me,
-        meet: MeetParts {
+        meet: ConnectParts {
             parts: offer.parts,
             address: spanning.context.worker_address(),
         },
@@ -73,7 +73,7 @@ pub(crate) async fn ready(
         }
     };
     let ready = ready_part(spanning, offer, program, room_bytes);
-    match worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await {
+    match worker.ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE).await {
         Ok(place) => {
             clear_at_end(spanning, &name, worker);
             Ok(ReadyMember {
@@ -100,7 +100,7 @@ pub(crate) async fn ready_arriving(
     let program = spanning.images.find_program(owner, &offer.program).await?;
     let name = offer.machine.clone();
     let ready = ready_part(spanning, offer, program, room_bytes);
-    let place = worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await;
+    let place = worker.ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE).await;
     Ok(ReadyMember {
         worker: name,
         place: place.map_err(text)?,
@@ -126,7 +126,7 @@ async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<Worker, 
     let none = || format!("machine {machine:?} does not arrive here");
     let worker = spanning.processes.machines.get(machine).ok_or_else(none)?;
     match worker.state().await {
-        Ok(State::Receiving { .. }) => Ok(worker),
+        Ok(State::MoveEndpoint { .. }) => Ok(worker),
         Ok(_) => Err(none()),
         Err(error) => Err(text(error)),
     }

@@ -13,7 +13,7 @@
 //!
 //! Until the home has it a new part is no loss: where anything fails its process is ended,
 //! and the others forget it. A part that goes the home empties and parts with
-//! ([`kind::PART_WITH`]); its process ends then.
+//! ([`kind::REMOVE_PART`]); its process ends then.
 
 use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, text};
 use super::messages::{self, PartJoin, PartOffer};
@@ -26,9 +26,9 @@ use futures::future::{Either, select};
 use futures::stream::{FuturesUnordered, StreamExt};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
+use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::{Join, JoinNew, MeetNew, PartWith, kind, pack, unpack};
+use keel_machine::worker::control::{Join, AddPart, ConnectNewPart, RemovePart, kind, pack, unpack};
 use keel_net::{Fingerprint, RpcError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,20 +67,20 @@ async fn ask_member<A: DeserializeOwned>(
 }
 
 /// A member here is to meet a part that comes.
-pub(crate) async fn meet_new(spanning: &Spanning, request: &MeetNew) -> Result<Place, String> {
-    let request = MeetNew {
+pub(crate) async fn meet_new(spanning: &Spanning, request: &ConnectNewPart) -> Result<PartAddress, String> {
+    let request = ConnectNewPart {
         address: spanning.context.worker_address(),
         ..request.clone()
     };
-    ask_member(spanning, &request.machine, kind::MEET_NEW, &request, PROMPT).await
+    ask_member(spanning, &request.machine, kind::CONNECT_NEW_PART, &request, PROMPT).await
 }
 
 /// It does, and knows it.
-pub(crate) async fn join_new(spanning: &Spanning, request: &JoinNew) -> Result<u64, String> {
+pub(crate) async fn join_new(spanning: &Spanning, request: &AddPart) -> Result<u64, String> {
     ask_member(
         spanning,
         &request.machine,
-        kind::JOIN_NEW,
+        kind::ADD_PART,
         request,
         SPAN_PATIENCE,
     )
@@ -230,19 +230,19 @@ impl SpanningMachine<'_> {
         new: PartId,
         node: &NodeName,
         has: &BTreeMap<PartId, NodeName>,
-        place: &Place,
+        place: &PartAddress,
         (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, Comes),
     ) -> Result<u64, CommandError> {
         let spanning = self.spanning;
         let mut places = BTreeMap::from([(new, place.clone())]);
         for (me, at) in has {
-            let meet = MeetNew {
+            let meet = ConnectNewPart {
                 machine: self.machine.clone(),
                 me: *me,
                 new,
                 address: spanning.context.worker_address(),
             };
-            let kinds = (messages::MEET_NEW, kind::MEET_NEW);
+            let kinds = (messages::MEET_NEW, kind::CONNECT_NEW_PART);
             let place = self
                 .ask_part(*me, at, kinds, &meet, COMPILE_PATIENCE)
                 .await?;
@@ -260,14 +260,14 @@ impl SpanningMachine<'_> {
                     let passed = failpoint::pass_async("parts.known").await;
                     passed.map_err(|injected| CommandError::Conflict(injected.to_string()))?;
                 }
-                let new = JoinNew {
+                let new = AddPart {
                     machine: self.machine.clone(),
                     me: *me,
                     new,
                     join: join.clone(),
                     node: node.clone(),
                 };
-                let kinds = (messages::JOIN_NEW, kind::JOIN_NEW);
+                let kinds = (messages::JOIN_NEW, kind::ADD_PART);
                 stood = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
             }
             Ok::<u64, CommandError>(stood)
@@ -312,10 +312,10 @@ impl SpanningMachine<'_> {
 
     /// A part goes; the microseconds that the machine stood still.
     async fn part_with(&self, part: PartId, threads_to: PartId) -> Result<u64, CommandError> {
-        let with = PartWith { part, threads_to };
+        let with = RemovePart { part, threads_to };
         let answer = self
             .worker
-            .ask(kind::PART_WITH, &with, UNSPAN_PATIENCE)
+            .ask(kind::REMOVE_PART, &with, UNSPAN_PATIENCE)
             .await;
         answer.map_err(|error| CommandError::Conflict(text(error)))
     }

@@ -1,7 +1,7 @@
 //! Messages between the node of a machine's owner and the nodes of its members.
 
 use keel_cluster::MachineName;
-use keel_machine::span::{PartId, PartSet, Place};
+use keel_machine::span::{PartId, PartSet, PartAddress};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::Join;
 use keel_net::Fingerprint;
@@ -14,10 +14,10 @@ pub(crate) const PART_JOIN: u16 = 0x0315;
 /// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are free
 /// for it.
 pub(crate) const ROOM: u16 = 0x0316;
-/// [`keel_machine::worker::control::MeetNew`] → [`Place`].
-pub(crate) const MEET_NEW: u16 = 0x0317;
-/// [`keel_machine::worker::control::JoinNew`] → `u64`.
-pub(crate) const JOIN_NEW: u16 = 0x0318;
+/// [`keel_machine::worker::control::ConnectNewPart`] → [`PartAddress`].
+pub(crate) const CONNECT_NEW_PART: u16 = 0x0317;
+/// [`keel_machine::worker::control::AddPart`] → `u64`.
+pub(crate) const ADD_PART: u16 = 0x0318;
 /// As [`PART`], of the worker to which the machine moves.
 pub(crate) const ARRIVING_PART: u16 = 0x0319;
 /// As [`PART_JOIN`], of that worker.
@@ -46,7 +46,7 @@ pub(crate) struct PartOffer {
 pub(crate) struct ReadyMember {
     /// Its worker's name on its node.
     pub(crate) worker: MachineName,
-    pub(crate) place: Place,
+    pub(crate) place: PartAddress,
 }
 
 /// Which member is to meet whom; without `join` it ends.

@@ -102,8 +102,8 @@ pub(crate) async fn objects(
         ObjectInfo {
             range: keel_api::object_range_name(object.memory, object.start, object.bytes),
             waits: hot.iter().map(|page| page.waits).sum(),
-            shared_pages: count(|sharing| sharing != Sharing::Nothing),
-            falsely_shared_pages: count(|sharing| sharing == Sharing::PageOnly),
+            shared_pages: count(|sharing| sharing != Sharing::Unshared),
+            falsely_shared_pages: count(|sharing| sharing == Sharing::False),
             idle_bytes: idle.iter().map(|range| range.end - range.start).sum(),
             name: object.name,
             bytes: object.bytes,

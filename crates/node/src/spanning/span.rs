@@ -14,9 +14,9 @@ use crate::records;
 use futures::future::{join_all, try_join_all};
 use keel_api::{EventKind, PartsInfo, SpanRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, SpawnPolicy};
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, PartAddress, SpawnPolicy};
 use keel_machine::spec::{Record, Spawn, Spec};
-use keel_machine::worker::control::{Join, MeetParts, PartsReport, Report, Span, State, kind};
+use keel_machine::worker::control::{Join, ConnectParts, PartsReport, Report, Span, State, kind};
 use keel_net::{Fingerprint, RpcError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -350,15 +350,15 @@ async fn meet(
         .collect::<PartSet>()
         .with(PartId::HOME);
     let address = spanning.context.worker_address();
-    let own: Place = ask(
+    let own: PartAddress = ask(
         worker,
         kind::SPAN_READY,
-        &MeetParts { parts, address },
+        &ConnectParts { parts, address },
         COMPILE_PATIENCE,
     )
     .await
     .map_err(Unmet::certain)?;
-    let mut places: BTreeMap<PartId, Place> = ready
+    let mut places: BTreeMap<PartId, PartAddress> = ready
         .iter()
         .map(|(part, it)| (*part, it.place.clone()))
         .collect();

@@ -9,7 +9,7 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
 use keel_cluster::{MachineName, Store, wire};
 use keel_machine::cluster_volume::{VOLUME_BYTES_MAX, VolumeError, VolumeStore};
-use keel_machine::place::Place;
+use keel_machine::location::StorageLocation;
 use keel_machine::spec::{Record, Spec, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
@@ -63,7 +63,7 @@ async fn get(
 fn volume_error(error: VolumeError) -> CommandError {
     let text = error.to_string();
     match error {
-        VolumeError::Place { .. } => CommandError::Invalid(text),
+        VolumeError::Location { .. } => CommandError::Invalid(text),
         VolumeError::Store { .. } | VolumeError::Contended { .. } => {
             CommandError::Unavailable(text)
         }
@@ -85,10 +85,10 @@ async fn open(
     let name = name.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let place = match make {
-            true => Place::create(&url),
-            false => Place::open(&url),
+            true => StorageLocation::create(&url),
+            false => StorageLocation::open(&url),
         };
-        let place = place.map_err(|source| VolumeError::Place {
+        let place = place.map_err(|source| VolumeError::Location {
             volume: name.clone(),
             source,
         })?;

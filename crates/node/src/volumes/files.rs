@@ -61,10 +61,10 @@ impl VolumeFiles {
         loop {
             let done = at_owner(&self.context, command.clone(), |it| self.act_here(it)).await?;
             match done {
-                FileDone::Later if tokio::time::Instant::now() < deadline => {
+                FileDone::Busy if tokio::time::Instant::now() < deadline => {
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
-                FileDone::Later => {
+                FileDone::Busy => {
                     return Err(CommandError::Unavailable(format!(
                         "machine {:?} is moving, or being kept, all the time; try again",
                         command.machine
@@ -83,7 +83,7 @@ impl VolumeFiles {
         let FileCommand { machine, op } = command;
         let record = records::get(&*self.context.store, &machine).await?.record;
         if record.owner != self.context.name {
-            return Ok(FileDone::Later);
+            return Ok(FileDone::Busy);
         }
         let (number, volume) = volume_of(&record, op.path())?;
         if volume.read_only && op.writes() {
@@ -129,7 +129,7 @@ impl VolumeFiles {
         match record.status {
             Status::Running | Status::Filling { .. } => {}
             Status::Scheduled | Status::Arriving { .. } | Status::Restarting { .. } => {
-                return Ok(FileDone::Later);
+                return Ok(FileDone::Busy);
             }
             Status::Exited { .. }
             | Status::Trapped { .. }
@@ -148,7 +148,7 @@ impl VolumeFiles {
             }
         }
         let Some(worker) = self.processes.machines.get(&record.name) else {
-            return Ok(FileDone::Later);
+            return Ok(FileDone::Busy);
         };
         let request = FileRequest { volume, op };
         let done = worker.ask(kind::FILE, &request, 3 * PROMPT).await;

@@ -1,225 +1,201 @@
-//! A part's pages: what the protocol of coherence decides is done to memory and said to
-//! the other parts.
+//! A part's pages: applies the decisions of the coherence protocol to memory and sends
+//! its messages to the other parts.
 //!
 //! ```text
 //!   faults of memories ─┐
 //!   other parts ────────┼─▶ one thread ─┐                       ┌─▶ install, allow, protect …
 //!   time ───────────────┘               ├─▶ `Coherence` (lock) ─┤
-//!   the host's own accesses ────────────┘                       └─▶ frames, written after it
+//!   accesses by the host ───────────────┘                       └─▶ frames, written after it
 //! ```
 //!
-//! What is done to memory is done under the lock, in the order that the protocol wants
-//! for each page; pages in a row are done at once. What is said is said after it: the
-//! protocol needs no order there.
+//! Memory is changed under the lock, in the order that the protocol requires for each
+//! page; a run of pages is changed by one call. Messages are sent after the lock is
+//! released: the protocol requires no order there.
 //!
-//! One thread serves faults and hears all parts, since to wake a thread costs more than
-//! all that it does for a page; so it does not sleep at once when nothing is left to do
-//! ([`super::spin`]).
+//! One thread serves faults and reads all connections, because waking a second thread
+//! costs more than handling a page. It polls for a while before it sleeps
+//! ([`super::adaptive_polling`]).
 //!
-//! - `serve`: that thread
-//! - `work`: what follows from events is done to memory, and said
-//! - `host`: the host's own accesses
-//! - `keeping`: how much a part keeps, and that no more is there
-//! - `others`: the other parts, which come and go
-//! - `settling`: nothing is on its way
-//! - `cutting`: the memory of the whole as it is at one instant
-//! - `succession`: another part becomes the home
-//! - `objects`: the memory of the whole in pieces, and how they move
+//! - `fault_service`: that thread
+//! - `effects`: applies the results of events to memory and sends messages
+//! - `host_access`: accesses by the host
+//! - `evictor`: keeps a part's memory within its limit
+//! - `peers`: the other parts, which join and leave
+//! - `quiescence`: waits until no message is in flight
+//! - `consistent_cut`: the machine's memory at one instant
+//! - `home_migration`: moves the home to another part
+//! - `objects`: the machine's memory as objects, and moving them
 
-mod cutting;
-mod host;
-mod keeping;
-mod looking;
+mod access_scan;
+mod consistent_cut;
+mod effects;
+mod evictor;
+mod fault_service;
+mod home_migration;
+mod host_access;
 mod objects;
-mod others;
-mod serve;
-mod settling;
-mod succession;
-mod work;
+mod peers;
+mod quiescence;
 
-pub use cutting::{Cut, CutPages, CutPiece, CutSame, CutWord};
-pub use keeping::{PART_BYTES_MIN, PartMemory};
+pub use consistent_cut::{Cut, CutMessage, CutPages, CutPiece, UnchangedPages};
+pub use evictor::{PART_BYTES_MIN, PartMemory};
+pub(super) use home_migration::DrainedHome;
 pub(super) use objects::{Answer, Question};
 pub use objects::{Heat, Object};
-pub(super) use settling::SettleWord;
-pub(super) use succession::Left;
+pub(super) use quiescence::QuiescenceMessage;
 
-use super::ahead::Streams;
-use super::idle::Idle;
-use super::keep::Keep;
-use super::peer::{Ends, PeerError};
-use super::sharing::Standing;
-use super::wire::{self, PageBytes, Parcel};
-use cutting::{Cuts, Cutting};
-use host::{page_of, pieces};
+use super::eviction::EvictionPolicy;
+use super::false_sharing::FaultHistory;
+use super::idle_pages::IdlePages;
+use super::peer::{PeerConnections, PeerError};
+use super::prefetch::StreamPrefetcher;
+use super::wire::{self, PageBytes, PeerMessage};
+use consistent_cut::{CutState, CutStatus};
+use effects::{Effects, EventContext};
+use evictor::Limits;
+use host_access::{page_of, pieces};
 use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet, Traffic};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
-use keeping::Limits;
-use others::Others;
+use peers::Peers;
+use quiescence::QuiescenceState;
 use roaring::RoaringBitmap;
 use rustc_hash::FxHashMap;
 use rustix::event::{EventfdFlags, eventfd};
-use settling::Settling;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use work::{Beside, Work};
 
 const PAGE: usize = PAGE_BYTES as usize;
-/// How long it sleeps at most.
+/// The longest sleep of the serving thread.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
-/// How often the host asks again for a page, unless something comes.
-const ASK_AGAIN: Duration = Duration::from_millis(5);
-/// For how long the answer to a note is looked for without sleeping.
-const ANSWER_MICROS: u64 = 300;
-/// Faults that are taken note of at once.
+/// How often a host access requests its page again, unless something arrives earlier.
+const REQUEST_INTERVAL: Duration = Duration::from_millis(5);
+/// How long the serving thread polls for the answer to a note.
+const ANSWER_POLL_MICROS: u64 = 300;
+/// Faults read from one memory in one pass.
 const FAULTS_MAX: usize = 64;
-/// Moves of pages, or directories, that are asked for at once.
+/// Moves of pages or directories requested in one step.
 const MOVES_MAX: usize = 128;
-/// OS threads of which it is counted what they waited for.
+/// OS threads whose waiting times are recorded, at most.
 const WAITED_MAX: usize = 8192;
-/// Powers of two of microseconds that latencies are told in: up to a minute.
+/// Buckets of the latency histogram, by powers of two of microseconds: up to a minute.
 const BUCKETS: usize = 27;
 
-/// Why a part cannot go on: its machine ends then, as the memory of the whole is not to
-/// be had.
+/// Why a part cannot go on. Its machine ends, because its memory is no longer complete.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpanError {
-    /// Another part is not there any more.
+    /// Another part is unreachable or has ended.
     #[error("part {part} is lost: {reason}")]
-    Lost {
-        /// Which.
-        part: PartId,
-        /// How it is known.
-        reason: String,
-    },
-    /// Parts disagree about a page.
+    Lost { part: PartId, reason: String },
+    /// Parts disagree about the state of a page, or a message violates the protocol.
     #[error("the parts of the machine disagree: {0}")]
-    Disagree(String),
-    /// This host does not do what it is asked for.
+    Inconsistent(String),
+    /// A system call on the machine's memory failed.
     #[error("the machine's memory cannot be served: {0}")]
     Memory(String),
-    /// A page did not come.
-    #[error("page {} of memory {} did not come within {patience:.0?}", page.number, page.memory)]
-    Late {
-        /// Which.
-        page: PageId,
-        /// How long it was waited for.
-        patience: Duration,
-    },
-    /// A part does not say what it is asked.
-    #[error("part {part} did not say where pages are within {patience:.0?}; try again")]
-    Silent {
-        /// Which.
-        part: PartId,
-        /// How long it was waited for.
-        patience: Duration,
-    },
-    /// A part did not give up its pages.
-    #[error("part {part} did not give up its pages within {patience:.0?}")]
-    Slow {
-        /// Which.
-        part: PartId,
-        /// How long it was waited for.
-        patience: Duration,
-    },
-    /// A part is to go, and nobody has room for what it has.
+    /// A page did not arrive in time.
+    #[error("page {} of memory {} did not arrive within {patience:.0?}", page.number, page.memory)]
+    Late { page: PageId, patience: Duration },
+    /// A part did not answer a query in time.
+    #[error("part {part} did not answer within {patience:.0?}; try again")]
+    NoAnswer { part: PartId, patience: Duration },
+    /// A part did not send its pages away in time.
+    #[error("part {part} did not move its pages away within {patience:.0?}")]
+    Slow { part: PartId, patience: Duration },
+    /// A part cannot leave: no other part has room for its pages.
     #[error(
-        "part {part} cannot go: no other part has room for the {} MiB that it has; more nodes, or a larger part memory, would have it",
+        "part {part} cannot leave: no other part has room for its {} MiB (add nodes, or raise the part memory)",
         bytes >> 20
     )]
     Full {
-        /// Which.
         part: PartId,
-        /// What it has.
+        /// Resident bytes of that part.
         bytes: u64,
     },
-    /// The memory of the whole is not to be had as it was at one instant.
-    #[error("pages of the machine were still on their way after {patience:.0?}; try again")]
-    Unsettled {
-        /// How long it was waited for.
-        patience: Duration,
-    },
-    /// It is taken already, or this part cannot.
-    #[error("its memory is being kept already, its parts leave, or this is not its home")]
-    Cut,
-    /// What changes before it is kept is too much to be held meanwhile.
-    #[error("it writes faster than its memory can be stored")]
-    Behind,
-    /// What is brought is more than all parts have room for.
+    /// Messages were still in flight at the deadline, so there is no consistent cut.
+    #[error("pages of the machine were still in transit after {patience:.0?}; try again")]
+    NotQuiescent { patience: Duration },
+    /// A cut is in progress already, parts are leaving, or this part is not the home.
     #[error(
-        "no part has room for more of its memory: {} MiB are here, where {} MiB may be; more nodes, or a larger part memory, would have it",
+        "a checkpoint of its memory is in progress, its parts are leaving, or this is not its home"
+    )]
+    CutUnavailable,
+    /// The guest changed more pages before they were stored than may be buffered.
+    #[error("it writes faster than its memory can be stored")]
+    CutTooSlow,
+    /// Restored memory exceeds the room of all parts.
+    #[error(
+        "no part has room for more of its memory: this part has {} MiB of at most {} MiB (add nodes, or raise the part memory)",
         resident_bytes >> 20,
         room_bytes >> 20
     )]
     NoRoom {
-        /// What is at the part that it is brought to.
+        /// Bytes at the part that receives the memory.
         resident_bytes: u64,
-        /// What its host has room for.
+        /// Bytes for which its host has room.
         room_bytes: u64,
     },
-    /// It was ended.
     #[error("the part has ended")]
     Ended,
 }
 
-/// What a part is made of.
+/// Configuration of a part.
 #[derive(Debug)]
-pub struct Setup {
-    /// This part.
+pub struct PartConfig {
     pub me: PartId,
-    /// All parts.
     pub parts: PartSet,
-    /// The one that has all pages now.
+    /// The part that holds all pages at the start.
     pub origin: PartId,
-    /// This part's memories; those of the origin hold what the machine's memories hold,
-    /// those of others nothing. They have the same size at all parts: one that grows has
-    /// grown at all of them before anybody uses what is new.
+    /// This part's memories. Those of the origin hold the machine's content, those of
+    /// other parts are empty. Their sizes are equal at all parts: a memory grows at every
+    /// part before the new range is used.
     pub memories: Arc<[Arc<GuestMemory>]>,
-    /// Pages whose directory is at one place.
+    /// Pages per directory segment.
     pub segment_pages: u32,
-    /// For how long a page stays where it came, at least.
+    /// The least time that a page stays after it arrived.
     pub hold: Duration,
-    /// What the rest of that is drawn from.
+    /// Seed of the random part of the hold time.
     pub seed: u64,
-    /// Bytes for which this host has room; `None`: for all. It counts from the beginning,
-    /// at the origin from when limits are told ([`Pages::limit_parts`]).
+    /// Bytes for which this host has room; `None` means no bound. It applies from the
+    /// start, but at the origin only once limits are announced ([`Pages::limit_parts`]).
     pub room_bytes: Option<u64>,
 }
 
-/// Who hears what is not about pages. Called on the thread that serves them: it must not
-/// wait for anything.
+/// Receives what does not concern pages. Called on the serving thread, so implementations
+/// must not block.
 pub trait Listener: Send + Sync {
-    /// A part says something about threads.
+    /// A note about threads from another part.
     ///
     /// # Errors
-    /// Why it cannot say that: it is lost then.
+    /// The reason why the note is invalid; the sender counts as lost then.
     fn note(&self, from: PartId, note: &[u8]) -> Result<(), String>;
 
-    /// The guest's monotonic clock here, in nanoseconds: not behind what was [`Self::saw`].
+    /// The guest's monotonic clock at this part, in nanoseconds; never less than a value
+    /// passed to [`Self::saw`].
     fn time(&self) -> u64;
 
-    /// What is heard next has happened when the guest's clock was there. Called before
-    /// anything else of it.
+    /// The messages that follow were sent at this guest time. Called before any of them
+    /// is processed.
     fn saw(&self, guest_ns: u64);
 
-    /// The part cannot go on, or was ended. Threads of the guest must have no effect any
-    /// more after this; those that stand at pages go on, and find anything in them.
+    /// The part cannot go on, or was ended. The guest's threads must have no further
+    /// effect; threads that wait for pages resume with undefined content.
     fn over(&self, reason: &SpanError);
 }
 
-/// How long threads stood at pages that came from other parts.
+/// Latencies of accesses that waited for pages of other parts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Latency {
-    /// By powers of two: the first is below 1 µs, the next below 2 µs, and so on.
+    /// Counts by powers of two: the first bucket is below 1 µs, the next below 2 µs, and
+    /// so on.
     pub buckets: [u64; BUCKETS],
 }
 
 impl Latency {
-    /// All of them.
+    /// Number of all accesses.
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
     }
@@ -227,96 +203,94 @@ impl Latency {
 
 struct State {
     coherence: Coherence,
-    /// Pages that came and are not in place yet, and from whom.
+    /// Pages that arrived and are not installed yet, with their sender.
     arrived: FxHashMap<PageId, (PartId, PageBytes)>,
-    /// Since when somebody stands at a page: the first of them.
+    /// When the first thread began to wait for a page.
     since: FxHashMap<PageId, (Instant, Option<u32>)>,
-    /// Microseconds that OS threads stood at pages, by the part that gave them.
-    stood_at: HashMap<u32, BTreeMap<PartId, u64>>,
-    /// How many of the host's own accesses wait for what.
+    /// Microseconds that each OS thread waited, by the part that sent the page.
+    wait_micros: HashMap<u32, BTreeMap<PartId, u64>>,
+    /// Host accesses that wait, by page and access.
     waiting: HashMap<(PageId, Access), u32>,
-    /// For how many of them the page is here and pinned.
+    /// Host accesses whose page is present and pinned.
     granted: HashMap<(PageId, Access), u32>,
-    /// Parts that have given up all pages, since they were asked to.
+    /// Parts that have sent away all pages since they were asked to.
     emptied: PartSet,
     due: Option<u64>,
-    /// What is gone through in order.
-    streams: Streams,
-    /// What follows pages at which somebody stands, and is to be asked for next.
-    ahead: VecDeque<(PageId, Access)>,
-    /// What threads waited for.
-    standing: Standing,
-    /// What may have to leave, while there is a limit.
-    keep: Option<Keep>,
-    /// Of each memory pages that threads stood at that were here: until they go on there may
-    /// be no such page, as far as the kernel says.
+    streams: StreamPrefetcher,
+    /// Pages behind a faulting page that are to be prefetched next.
+    prefetches: VecDeque<(PageId, Access)>,
+    fault_history: FaultHistory,
+    /// Candidates for eviction, while there is a limit.
+    eviction: Option<EvictionPolicy>,
+    /// For each memory, present pages whose waiting threads were woken: until they run,
+    /// the kernel may not have mapped such a page.
     woken: Vec<RoaringBitmap>,
-    /// What is to be read as it was at an instant, while there is such a thing.
-    cutting: Option<Cutting>,
-    /// It is waited for that nothing is on its way, or so it is; and how often it was.
-    settling: Option<Settling>,
-    settled: u64,
+    /// State of the cut in progress.
+    cut_state: Option<CutState>,
+    /// State of the quiescence in progress, and how many there have been.
+    quiescence: Option<QuiescenceState>,
+    quiescence_count: u64,
     traffic: Traffic,
-    /// What was asked of whom, with what it answered; and how often.
-    asked: BTreeMap<u64, (PartId, Option<Answer>)>,
-    questions: u64,
-    /// No directory moves: parts go.
-    directories_stay: bool,
-    /// At the home: one did, and they were not all brought since.
+    /// Queries in flight with their answers, and how many there have been.
+    queries: BTreeMap<u64, (PartId, Option<Answer>)>,
+    query_count: u64,
+    /// Directories are pinned because parts leave.
+    directories_pinned: bool,
+    /// At the home: a directory has moved since all were last collected.
     directories_moved: bool,
-    /// Pages that have nothing in them, in a row.
+    /// A buffer of zeros that stands for zero pages.
     zeros: Vec<u8>,
     failure: Option<SpanError>,
 }
 
 impl State {
-    /// Whether this part may do that with a page now.
+    /// Whether this part holds a page with at least this access.
     fn is_here(&self, page: PageId, access: Access) -> bool {
         self.coherence.access(page).is_some_and(|has| has >= access)
     }
 
-    /// Whether a page is on its way here, or about to be.
+    /// Whether a page is requested or about to be requested.
     fn is_asked(&self, page: PageId) -> bool {
-        self.coherence.is_requested(page) || self.ahead.iter().any(|(ahead, _)| *ahead == page)
+        self.coherence.is_requested(page) || self.prefetches.iter().any(|(ahead, _)| *ahead == page)
     }
 }
 
 struct Shared {
-    /// This part, by its number; the home's once it succeeded it.
+    /// This part's number; it becomes the home's after a home migration.
     me: AtomicU8,
     memories: Vec<Spanning>,
-    /// Pages whose directory is at one place.
+    /// Pages per directory segment.
     segment_pages: u32,
     state: Mutex<State>,
-    /// Pages have come, or something failed.
+    /// Signalled when pages arrive or the part fails.
     changed: Condvar,
-    /// Wakes the thread that serves.
-    bell: OwnedFd,
-    others: Others,
+    /// Wakes the serving thread.
+    wake_signal: OwnedFd,
+    peers: Peers,
     begun: Instant,
     over: AtomicBool,
     limits: Limits,
-    /// What nobody uses of what is here.
-    idle: Mutex<Idle>,
-    cuts: Cuts,
-    /// It is waited for that nothing is on its way.
-    is_settling: AtomicBool,
-    /// Another part has become the home, and not all may know: nothing moves by itself.
-    is_succeeding: AtomicBool,
-    /// Until when an answer is likely to come, in the time of `now`.
-    awaited: AtomicU64,
-    /// The machine goes on when it is over.
+    idle: Mutex<IdlePages>,
+    cuts: CutStatus,
+    /// A quiescence is in progress.
+    is_quiescing: AtomicBool,
+    /// Another part has become the home and not all parts may know: no background move
+    /// starts.
+    is_changing_home: AtomicBool,
+    /// Until when an answer is expected, on the clock of `now`.
+    answer_expected_until: AtomicU64,
+    /// The machine goes on without this part when the part ends.
     is_alone: AtomicBool,
-    /// Who was lost meanwhile; such a loss is noted with this held.
-    missed: Mutex<Option<SpanError>>,
-    /// Steps that were taken, under the lock, and of which not all is said that follows.
-    unsaid: AtomicU32,
+    /// A part that was lost in that state; held while such a loss is recorded.
+    ignored_loss: Mutex<Option<SpanError>>,
+    /// Steps applied under the lock whose messages are not all sent.
+    unsent_steps: AtomicU32,
     buckets: [AtomicU64; BUCKETS],
     listener: RwLock<Arc<dyn Listener>>,
 }
 
-/// The pages of a part; see the module's documentation. Dropping it ends it: the guest's
-/// threads must have left before.
+/// The pages of a part; see the module's documentation. Dropping it ends the part: the
+/// guest's threads must have left before.
 pub struct Pages {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -328,51 +302,52 @@ impl std::fmt::Debug for Pages {
     }
 }
 
-/// Tells other parts about threads. Keeps nothing alive: what is told when the part has
-/// ended nobody hears.
+/// Sends notes about threads to other parts. It keeps no part alive: notes sent after the
+/// part has ended are discarded.
 #[derive(Clone)]
-pub struct Teller(Weak<Shared>);
+pub struct Notifier(Weak<Shared>);
 
-impl std::fmt::Debug for Teller {
+impl std::fmt::Debug for Notifier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Teller").finish_non_exhaustive()
     }
 }
 
-impl Teller {
-    /// Tells a part something; does not wait for it, nor for the answer that comes at once
-    /// if it `is_answered`. What one thread says comes in that order.
+impl Notifier {
+    /// Sends a note and waits neither for its delivery nor for the immediate answer that
+    /// `is_answered` announces. Notes of one thread are delivered in order.
     pub fn note(&self, to: PartId, note: &[u8], is_answered: bool) {
         let Some(shared) = self.0.upgrade() else {
             return;
         };
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let done = work.put_note(to, note);
         if is_answered {
-            // Whoever hears the answer is awake by then: being woken takes longer than it.
-            let until = shared.now() + ANSWER_MICROS;
-            if shared.awaited.swap(until, Ordering::AcqRel) < shared.now() {
-                shared.ring();
+            // The serving thread polls for the answer: waking it would take longer than
+            // the answer.
+            let until = shared.now() + ANSWER_POLL_MICROS;
+            if shared.answer_expected_until.swap(until, Ordering::AcqRel) < shared.now() {
+                shared.wake();
             }
         }
-        shared.say(done, work);
+        shared.dispatch(done, work);
     }
 
-    /// Microseconds that an OS thread stood at pages so far, by the part that gave them.
-    pub fn stood_at(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    /// Microseconds that an OS thread has waited for pages, by the part that sent them.
+    pub fn wait_micros(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let shared = self.0.upgrade();
-        let stood_at = shared.and_then(|shared| {
+        let wait_micros = shared.and_then(|shared| {
             let state = locked(&shared.state);
-            state.stood_at.get(&os_thread).cloned()
+            state.wait_micros.get(&os_thread).cloned()
         });
-        stood_at.unwrap_or_default()
+        wait_micros.unwrap_or_default()
     }
 }
 
-/// A part that has pages and no threads.
+/// Listener of a part that has pages and no threads.
 impl Listener for () {
     fn note(&self, _from: PartId, _note: &[u8]) -> Result<(), String> {
-        Err("it speaks of threads to a part without any".into())
+        Err("a note about threads was sent to a part that has none".into())
     }
 
     fn time(&self) -> u64 {
@@ -385,11 +360,11 @@ impl Listener for () {
 }
 
 /// Ends a part whose thread panics.
-struct Guard<'a>(&'a Shared);
+struct PanicGuard<'a>(&'a Shared);
 
-impl Drop for Guard<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
-        let what = "a thread that serves it has panicked";
+        let what = "a thread of the part has panicked";
         self.0.end(SpanError::Memory(what.into()));
     }
 }
@@ -398,35 +373,33 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-/// Why a part does not begin.
+/// Why a part does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BeginError {
-    /// The kernel lacks something.
+    /// The kernel lacks a feature.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),
-    /// It is no part as it was told.
-    #[error("a part of a machine cannot begin: {0}")]
+    /// The configuration is inconsistent.
+    #[error("a part of a machine cannot start: {0}")]
     Setup(&'static str),
-    /// Another part says what it should not.
+    /// A connection to another part failed.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// Memory cannot be looked at.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// There are no threads or descriptors left.
     #[error("no resources for a part of a machine: {0}")]
     System(#[from] std::io::Error),
 }
 
 impl Pages {
-    /// Begins to serve: from now on the guest may run on these memories. `ends` has the
-    /// connections to all others.
+    /// Starts to serve faults: from now on the guest may run on these memories. `ends`
+    /// has the connections to all other parts.
     ///
     /// # Errors
-    /// [`BeginError`]; nothing of it is left then.
+    /// [`BeginError`]; all resources are released then.
     pub fn begin(
-        setup: Setup,
-        ends: BTreeMap<PartId, Ends>,
+        setup: PartConfig,
+        ends: BTreeMap<PartId, PeerConnections>,
         listener: Arc<dyn Listener>,
     ) -> Result<Self, BeginError> {
         let others: PartSet = ends.keys().copied().collect();
@@ -434,11 +407,11 @@ impl Pages {
             return Err(BeginError::Setup("it lacks connections to other parts"));
         }
         if !setup.parts.contains(setup.origin) || !setup.parts.contains(PartId::HOME) {
-            return Err(BeginError::Setup("its home is none of the parts"));
+            return Err(BeginError::Setup("the parts lack the home or the origin"));
         }
         for memory in setup.memories.iter().filter(|_| setup.me != setup.origin) {
             if memory.populated_from(0)?.is_some() {
-                return Err(BeginError::Setup("there are pages that nobody gave it"));
+                return Err(BeginError::Setup("its memories are not empty"));
             }
         }
         let memories: Result<Vec<Spanning>, Unavailable> = setup
@@ -454,7 +427,7 @@ impl Pages {
             hold_micros: u64::try_from(setup.hold.as_micros()).unwrap_or(u64::MAX >> 1),
             seed: setup.seed,
         };
-        let (others, mut hearing) = (Others::default(), Vec::new());
+        let (others, mut hearing) = (Peers::default(), Vec::new());
         for (part, ends) in ends {
             hearing.push(others.add(part, ends)?);
         }
@@ -466,42 +439,42 @@ impl Pages {
                 coherence: Coherence::new(config),
                 arrived: FxHashMap::default(),
                 since: FxHashMap::default(),
-                stood_at: HashMap::new(),
+                wait_micros: HashMap::new(),
                 waiting: HashMap::new(),
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
                 due: None,
-                streams: Streams::default(),
-                ahead: VecDeque::new(),
-                standing: Standing::default(),
-                keep: None,
+                streams: StreamPrefetcher::default(),
+                prefetches: VecDeque::new(),
+                fault_history: FaultHistory::default(),
+                eviction: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],
-                cutting: None,
-                settling: None,
-                settled: 0,
+                cut_state: None,
+                quiescence: None,
+                quiescence_count: 0,
                 traffic: Traffic::default(),
-                asked: BTreeMap::new(),
-                questions: 0,
-                directories_stay: false,
+                queries: BTreeMap::new(),
+                query_count: 0,
+                directories_pinned: false,
                 directories_moved: false,
                 zeros: Vec::new(),
                 failure: None,
             }),
             changed: Condvar::new(),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            wake_signal: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(std::io::Error::from)?,
-            others,
+            peers: others,
             begun: Instant::now(),
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
             idle: Mutex::default(),
-            cuts: Cuts::default(),
-            is_settling: AtomicBool::new(false),
-            is_succeeding: AtomicBool::new(false),
-            awaited: AtomicU64::new(0),
+            cuts: CutStatus::default(),
+            is_quiescing: AtomicBool::new(false),
+            is_changing_home: AtomicBool::new(false),
+            answer_expected_until: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
-            missed: Mutex::default(),
-            unsaid: AtomicU32::new(0),
+            ignored_loss: Mutex::default(),
+            unsent_steps: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             listener: RwLock::new(listener),
         });
@@ -509,33 +482,34 @@ impl Pages {
             shared: shared.clone(),
             threads: Mutex::default(),
         };
-        for part in shared.others.parts().iter() {
-            pages.spawn_tell(part)?;
+        for part in shared.peers.parts().iter() {
+            pages.spawn_writer(part)?;
         }
-        pages.spawn("span-keep", Shared::keep_within)?;
+        pages.spawn("span-evict", Shared::run_evictor)?;
         if setup.me != PartId::HOME {
-            pages.spawn("span-cut", Shared::give_cuts)?;
+            pages.spawn("span-cut", Shared::send_cuts)?;
         }
-        // (The last: who waits for it to end may be whom it waits for.)
+        // Spawned last: a part that waits for this one to end may be one that this one
+        // waits for.
         pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
         if setup.me != setup.origin {
             pages.shared.limits.set(None);
-            // (The home waits for a word of who joins.)
-            let mut work = Work::default();
-            let said = work.to(PartId::HOME).map(drop);
-            pages.shared.say(said, work);
+            // The home waits for a first message of a joining part.
+            let mut work = Effects::default();
+            let messages = work.to(PartId::HOME).map(drop);
+            pages.shared.dispatch(messages, work);
         }
         Ok(pages)
     }
 
-    /// A thread that writes to a part what cannot be written at once.
-    fn spawn_tell(&self, part: PartId) -> std::io::Result<()> {
-        let Some(told) = self.shared.others.told(part) else {
+    /// Spawns the thread that writes what a part's socket could not take at once.
+    fn spawn_writer(&self, part: PartId) -> std::io::Result<()> {
+        let Some(outbound) = self.shared.peers.outbound(part) else {
             return Ok(());
         };
         self.spawn("span-tell", move |shared| {
-            if let Err(error) = told.write_backlog() {
-                shared.lost_by(&told, error.to_string());
+            if let Err(error) = outbound.write_backlog() {
+                shared.outbound_lost(&outbound, error.to_string());
             }
         })
     }
@@ -544,37 +518,37 @@ impl Pages {
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || {
-            // Whoever waits for this thread would wait for ever.
-            let guard = Guard(&shared);
+            // A panic of this thread would leave its waiters blocked for ever.
+            let guard = PanicGuard(&shared);
             run(&shared);
             std::mem::forget(guard);
         })?;
         let mut threads = locked(&self.threads);
-        // (Those that wrote to parts that are gone.)
+        // Threads that wrote to parts which have left.
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
         Ok(())
     }
 
-    /// What other parts are told through.
-    pub fn teller(&self) -> Teller {
-        Teller(Arc::downgrade(&self.shared))
+    /// A handle that sends notes to other parts.
+    pub fn notifier(&self) -> Notifier {
+        Notifier(Arc::downgrade(&self.shared))
     }
 
-    /// Has all pages of a part brought to this one, which must be the directory of all;
-    /// the part's threads must have left. Returns when that is done.
+    /// Brings all pages of a part here, and returns when that is done. This part must be
+    /// the directory of all pages, and the other part's threads must have left.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Slow`] if it takes longer.
+    /// [`SpanError`]; [`SpanError::Slow`] at the deadline.
     pub fn empty(&self, part: PartId, to: PartId, patience: Duration) -> Result<(), SpanError> {
         let deadline = Instant::now().checked_add(patience);
         let mut state = locked(&self.shared.state);
         state.emptied = state.emptied.without(part);
-        let mut work = Work::default();
-        let event = (Event::Evacuate { part, to }, Beside::Nothing);
-        let done = self.shared.step_in(&mut state, vec![event], &mut work);
+        let mut work = Effects::default();
+        let event = (Event::Evacuate { part, to }, EventContext::Nothing);
+        let done = self.shared.step_locked(&mut state, vec![event], &mut work);
         drop(state);
-        self.shared.say(done, work);
+        self.shared.dispatch(done, work);
         let mut state = locked(&self.shared.state);
         loop {
             if let Some(failure) = &state.failure {
@@ -590,32 +564,32 @@ impl Pages {
         }
     }
 
-    /// Why it cannot go on, if that is so.
+    /// Why the part cannot go on; `None` while it can.
     pub fn failure(&self) -> Option<SpanError> {
         locked(&self.shared.state).failure.clone()
     }
 
-    /// What of the machine's pages this part may do what with.
+    /// The access that this part has to a page.
     pub fn access(&self, page: PageId) -> Option<Access> {
         locked(&self.shared.state).coherence.access(page)
     }
 
-    /// Whether nothing is under way, as far as this part knows.
-    pub fn is_quiet(&self) -> bool {
+    /// Whether no transaction is in progress, as far as this part knows.
+    pub fn is_quiescent(&self) -> bool {
         locked(&self.shared.state).coherence.is_quiescent()
     }
 
-    /// How long accesses waited so far.
+    /// Latencies of accesses so far.
     pub fn latency(&self) -> Latency {
         Latency {
             buckets: std::array::from_fn(|at| self.shared.buckets[at].load(Ordering::Relaxed)),
         }
     }
 
-    /// The host copies bytes out, page by page: what is elsewhere is fetched.
+    /// Copies bytes out for the host, page by page; pages that are elsewhere are fetched.
     ///
     /// # Errors
-    /// [`SpanError`]; part of the buffer may be filled then.
+    /// [`SpanError`]; the buffer may be partly filled then.
     pub fn read(
         &self,
         memory: u32,
@@ -633,10 +607,10 @@ impl Pages {
         Ok(())
     }
 
-    /// The host copies bytes in, page by page.
+    /// Copies bytes in for the host, page by page.
     ///
     /// # Errors
-    /// [`SpanError`]; part of it may be written then.
+    /// [`SpanError`]; the bytes may be partly written then.
     pub fn write(
         &self,
         memory: u32,
@@ -655,19 +629,19 @@ impl Pages {
         Ok(())
     }
 
-    /// From now on nobody is told that it is over: the machine does not need other parts
-    /// any more, as all pages are here.
-    pub fn leave_alone(&self) {
+    /// From now on the listener is not told when this part ends: all pages are here, and
+    /// the machine needs no other part.
+    pub fn detach(&self) {
         self.shared.is_alone.store(true, Ordering::Release);
     }
 
-    /// Ends it where the machine goes on without other parts, as [`Self::leave_alone`].
+    /// Ends a part without which the machine goes on, as after [`Self::detach`].
     pub fn finish(&self) {
-        self.leave_alone();
+        self.detach();
         self.shared.end(SpanError::Ended);
     }
 
-    /// Ends it at once: others lose it.
+    /// Ends the part at once: the other parts lose it.
     pub fn die(&self) {
         self.shared.end(SpanError::Ended);
     }
@@ -677,7 +651,7 @@ impl Drop for Pages {
     fn drop(&mut self) {
         self.shared.end(SpanError::Ended);
         for thread in locked(&self.threads).drain(..) {
-            // Whoever panicked said so.
+            // The panic has been reported by its thread.
             let _ = thread.join();
         }
     }
@@ -690,7 +664,7 @@ fn offset(page: PageId) -> u64 {
 impl Shared {
     fn me(&self) -> PartId {
         let number = self.me.load(Ordering::Acquire);
-        // (It was made of one.)
+        // The number came from a `PartId`.
         PartId::new(number.into()).unwrap_or(PartId::HOME)
     }
 
@@ -699,12 +673,12 @@ impl Shared {
         listener.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether nothing may move by itself just now.
-    fn must_rest(&self, state: &State) -> bool {
-        state.settling.is_some() || self.is_succeeding.load(Ordering::Acquire)
+    /// Whether background moves must not start now.
+    fn is_paused(&self, state: &State) -> bool {
+        state.quiescence.is_some() || self.is_changing_home.load(Ordering::Acquire)
     }
 
-    /// Waits until something has come, or for so long.
+    /// Waits until something arrives, for at most this long.
     fn wait_changed<'a>(
         &self,
         state: MutexGuard<'a, State>,
@@ -720,7 +694,7 @@ impl Shared {
             .ok_or_else(|| SpanError::Memory(format!("there is no memory {number}")))
     }
 
-    /// Whether a memory can have a page, now or when it has grown.
+    /// Whether a memory can contain a page, now or after it grows.
     fn has(&self, page: PageId) -> bool {
         let memory = self.memories.get(page.memory as usize);
         memory.is_some_and(|memory| offset(page) < memory.memory().limit_bytes())
@@ -730,57 +704,59 @@ impl Shared {
         u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    /// The first reason counts.
+    /// Ends the part; only the first reason is kept.
     fn end(&self, reason: SpanError) {
         if self.over.swap(true, Ordering::AcqRel) {
             return;
         }
         let reason = locked(&self.state).failure.get_or_insert(reason).clone();
-        // Before anybody goes on with what is not the machine's memory.
+        // Before woken threads read content that is not the machine's memory.
         if !self.is_alone.load(Ordering::Acquire) {
             self.listener().over(&reason);
         }
         for memory in &self.memories {
             if let Err(error) = memory.stop() {
-                tracing::error!(%error, "threads may stand at pages that never come");
+                tracing::error!(%error, "cannot release threads that wait for pages");
             }
         }
         self.changed.notify_all();
         self.cuts.changed.notify_all();
-        self.ring();
-        self.limits.ring();
+        self.wake();
+        self.limits.wake();
         self.say_goodbye(&reason);
-        self.others.close();
+        self.peers.close();
     }
 
-    /// Tells the others why it cannot go on, where that is possible without waiting: else
-    /// each of them would name the part that it lost first.
+    /// Sends the reason to the other parts where that does not block: otherwise each
+    /// would report the part that it happened to lose first.
     fn say_goodbye(&self, reason: &SpanError) {
         let goodbye = match reason {
             SpanError::Ended => return,
-            // It was about to join: its end is no loss, and it knows nobody's.
-            _ if self.me() != PartId::HOME && !self.limits.are_told() => return,
-            SpanError::Lost { part, reason } => Parcel::Goodbye {
+            // A part that was about to join: its end is not a loss for the others, and it
+            // knows of none.
+            _ if self.me() != PartId::HOME && !self.limits.is_announced() => return,
+            SpanError::Lost { part, reason } => PeerMessage::Goodbye {
                 part: *part,
                 reason: reason.clone(),
             },
-            own => Parcel::Goodbye {
+            own => PeerMessage::Goodbye {
                 part: self.me(),
                 reason: own.to_string(),
             },
         };
         let mut frame = Vec::new();
         if wire::encode(&goodbye, &mut frame).is_ok() {
-            for told in self.others.all_told() {
-                // (One of them is lost itself.)
-                let _ = told.tell(frame.clone());
+            for outbound in self.peers.all_outbound() {
+                // One of them may be lost itself.
+                let _ = outbound.send(frame.clone());
             }
         }
     }
 
-    /// Wakes the thread that serves.
-    fn ring(&self) {
-        // (It cannot fail but for being full: then it rings already.)
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    /// Wakes the serving thread.
+    fn wake(&self) {
+        // The write fails only when the counter is full: then a wake-up is pending
+        // already.
+        let _ = rustix::io::write(&self.wake_signal, &1u64.to_ne_bytes());
     }
 }

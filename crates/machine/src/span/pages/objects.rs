@@ -1,21 +1,21 @@
-//! A machine's memory in pieces, each of which the same parts hold; and how they move, with
-//! their directories.
+//! A machine's memory as objects, each of which the same parts hold; and moving them
+//! together with their directories.
 //!
-//! What a part is the directory of, and what its threads waited for, only that part knows,
-//! so the home asks:
+//! Only the directory part of a page knows who holds it, and only a part knows what its
+//! threads waited for, so the home queries the parts:
 //!
 //! ```text
 //!   home                                   member
-//!     │─── Ask (where are pages, which are about to be there,   │
-//!     │         for which did threads wait) ───────────────────▶│
+//!     │─── Ask (placements, pages in transit, idle ranges,      │
+//!     │         pages that threads waited for) ────────────────▶│
 //!     │◀── Answer ──────────────────────────────────────────────│
 //! ```
 
-use super::super::idle::IdleRange;
-use super::super::sharing::{self, HotPage, Stood};
-use super::super::wire::Parcel;
-use super::host::page_of;
-use super::work::{Beside, Happened, Work};
+use super::super::false_sharing::{self, FaultFootprint, HotPage};
+use super::super::idle_pages::IdleRange;
+use super::super::wire::PeerMessage;
+use super::effects::{Effects, EventContext, PendingEvent};
+use super::host_access::page_of;
 use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement, Segment};
 use keel_wasm::memory::PAGE_BYTES;
@@ -24,85 +24,82 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Pages that are looked at for one answer: about a millisecond.
-const LOOKED_MAX: usize = 8192;
-/// Pages that threads waited for, or ranges that are idle, in one answer.
-const STOOD_MAX: usize = 2048;
-/// How long all answers are waited for that are of use, and not needed.
-const HEAT_WITHIN: Duration = Duration::from_secs(4);
-/// Answers that are asked of a part for one report.
+/// Pages examined for one answer: about a millisecond.
+const EXAMINED_MAX: usize = 8192;
+/// Pages with waits, or idle ranges, in one answer.
+const ENTRIES_MAX: usize = 2048;
+/// The time limit for answers that are useful but not required.
+const HEAT_TIMEOUT: Duration = Duration::from_secs(4);
+/// Answers requested from one part for one report.
 const PIECES_MAX: usize = 64;
-/// How long an answer is waited for.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
-/// How often it is asked again where pages are, while directories move.
+/// The time limit for a required answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often the placements are read again while directories move.
 const PLACEMENTS_TRIES: u32 = 3;
-/// Pages that are on their way at once, at most, where an object moves: they lie in memory
-/// until they are written, and what threads wait for comes behind them.
-const AHEAD_PAGES: u32 = 2048;
-/// Between two looks whether pages have come.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Pages of a moving object in flight, at most: they occupy memory until they are
+/// written, and pages that threads wait for queue behind them.
+const IN_TRANSIT_PAGES: u32 = 2048;
+/// Polling interval.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What the home asks of what a part is the directory of.
+/// A query of the home about a part's directory or its threads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in super::super) enum Question {
-    /// Where pages are, from one on.
+    /// Placements of pages, from this page on.
     Placements(PageId),
-    /// Which page of a range, of [`LOOKED_MAX`] at most, is the first that is about to be at
-    /// a part, or of which it is not the directory.
-    Going {
-        /// The machine's memory.
+    /// The first page of a range, of [`EXAMINED_MAX`] at most, that is in transit to a part
+    /// or whose directory is elsewhere.
+    InTransit {
         memory: u32,
         /// Numbers of the pages.
         pages: Range<u32>,
-        /// The part.
         to: PartId,
     },
-    /// For which pages its threads waited, from one on.
-    Stood(PageId),
-    /// What it has and does not use, from a byte of a memory on.
+    /// Pages that the part's threads waited for, from this page on.
+    FaultWaits(PageId),
+    /// Idle ranges of the part, from a byte of a memory on.
     Idle(u32, u64),
 }
 
-/// What it says.
+/// An answer to a query.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in super::super) enum Answer {
-    /// Where they are, and the page to ask from next, if there are more.
+    /// The placements, and the page to continue from.
     Placements(Vec<Placement>, Option<PageId>),
-    /// Which; `None`: none of them.
-    Going(Option<u32>),
-    /// For which, and the page to ask from next, if there are more.
-    Stood(Vec<(PageId, Stood)>, Option<PageId>),
-    /// What, and from where to ask next, if there is more.
+    /// The page; `None` if there is none.
+    InTransit(Option<u32>),
+    /// The pages with the accesses that waited, and the page to continue from.
+    FaultWaits(Vec<(PageId, FaultFootprint)>, Option<PageId>),
+    /// The ranges, and where to continue.
     Idle(Vec<IdleRange>, Option<(u32, u64)>),
 }
 
-/// A piece of a machine's memory.
+/// A range of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Object {
-    /// The machine's memory.
     pub memory: u32,
-    /// Its bytes, whole pages.
+    /// Byte range of whole pages.
     pub range: Range<u64>,
-    /// Who has it: the only one, or the one that wrote it last.
+    /// The exclusive holder, or the last writer.
     pub owner: PartId,
-    /// Who else has copies to read.
+    /// Other parts with read copies.
     pub readers: PartSet,
-    /// How often its pages changed hands so far.
+    /// Number of ownership changes of its pages so far.
     pub exchanges: u64,
-    /// The part that knows who holds it, and is asked for it.
+    /// The part that has its directory.
     pub directory: PartId,
 }
 
-/// How a machine's memory was used of late.
+/// Recent use of a machine's memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heat {
     /// Pages that threads waited for, in rising order.
     pub hot: Vec<HotPage>,
-    /// What each part has and does not use, in rising order, rounded to 64 KiB or more.
+    /// Idle ranges of each part, in rising order, rounded to 64 KiB or more.
     pub idle: BTreeMap<PartId, Vec<IdleRange>>,
 }
 
-/// What never changed hands is the home's, where it is anywhere.
+/// Pages that never changed owner belong to the home, if they are populated.
 pub(super) fn objects_of<'a>(
     memory: u32,
     here: &[Range<u64>],
@@ -117,7 +114,7 @@ pub(super) fn objects_of<'a>(
         directory: PartId::HOME,
     };
     let mut objects = Vec::new();
-    // What of `here` lies behind all placements so far.
+    // Bytes of `here` from this offset on are not covered by a placement yet.
     let mut from = 0;
     let rest = |from: u64, to: u64, objects: &mut Vec<Object>| {
         let parts = here
@@ -148,65 +145,65 @@ pub(super) fn objects_of<'a>(
 }
 
 impl Shared {
-    /// Says what the home asks.
+    /// Answers a query of the home.
     ///
     /// # Errors
-    /// [`SpanError::Lost`], of a part that cannot ask.
-    pub(super) fn hear_question(
+    /// [`SpanError::Lost`] if the sender is not the home.
+    pub(super) fn handle_question(
         &self,
         from: PartId,
         number: u64,
         question: Question,
     ) -> Result<(), SpanError> {
         if from != PartId::HOME {
-            let reason = "it asks what only the home asks".into();
+            let reason = "it sent a query that only the home may send".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         let answer = match question {
             Question::Placements(from) => {
                 let state = locked(&self.state);
-                let (placements, next) = state.coherence.placements(from, LOOKED_MAX);
+                let (placements, next) = state.coherence.placements(from, EXAMINED_MAX);
                 Answer::Placements(placements, next)
             }
-            Question::Going { memory, pages, to } => {
+            Question::InTransit { memory, pages, to } => {
                 let coherence = &locked(&self.state).coherence;
-                let mut pages = pages.take(LOOKED_MAX);
-                let going = pages.find(|number| {
+                let mut pages = pages.take(EXAMINED_MAX);
+                let in_transit = pages.find(|number| {
                     let number = *number;
                     let page = PageId { memory, number };
                     !coherence.is_directory_of(page) || coherence.is_moving_to(page, to)
                 });
-                Answer::Going(going)
+                Answer::InTransit(in_transit)
             }
-            Question::Stood(from) => {
+            Question::FaultWaits(from) => {
                 let mut state = locked(&self.state);
-                let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
-                Answer::Stood(stood, next)
+                let (waits, next) = state.fault_history.pages(from, ENTRIES_MAX, self.now());
+                Answer::FaultWaits(waits, next)
             }
             Question::Idle(memory, from) => {
-                let (ranges, next) = locked(&self.idle).ranges((memory, from), STOOD_MAX);
+                let (ranges, next) = locked(&self.idle).ranges((memory, from), ENTRIES_MAX);
                 Answer::Idle(ranges, next)
             }
         };
-        self.tell_part(from, &Parcel::Answer(number, answer))
+        self.send_to(from, &PeerMessage::Answer(number, answer))
     }
 
-    /// Takes note of an answer; one that nobody waits for any more counts no more.
+    /// Records an answer; late answers are ignored.
     ///
     /// # Errors
-    /// [`SpanError::Lost`], of a part that cannot answer.
-    pub(super) fn hear_answer(
+    /// [`SpanError::Lost`] if this part does not send queries.
+    pub(super) fn handle_answer(
         &self,
         from: PartId,
         number: u64,
         answer: Answer,
     ) -> Result<(), SpanError> {
         if !self.is_home() {
-            let reason = "it answers what it was not asked".into();
+            let reason = "it sent an answer that was not requested".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
-        if let Some((part, room)) = state.asked.get_mut(&number)
+        if let Some((part, room)) = state.queries.get_mut(&number)
             && *part == from
         {
             *room = Some(answer);
@@ -215,12 +212,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Asks a part; `None` where it is none any more.
-    fn ask(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
-        self.ask_until(part, question, Instant::now() + ANSWERS_WITHIN)
+    /// Queries a part; `None` if it has left.
+    fn query(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
+        self.query_until(part, question, Instant::now() + ANSWER_TIMEOUT)
     }
 
-    fn ask_until(
+    fn query_until(
         &self,
         part: PartId,
         question: Question,
@@ -229,40 +226,40 @@ impl Shared {
         let patience = deadline.saturating_duration_since(Instant::now());
         let number = {
             let mut state = locked(&self.state);
-            state.questions += 1;
-            let number = state.questions;
-            state.asked.insert(number, (part, None));
+            state.query_count += 1;
+            let number = state.query_count;
+            state.queries.insert(number, (part, None));
             number
         };
-        let told = self.tell_part(part, &Parcel::Ask(number, question));
+        let reports = self.send_to(part, &PeerMessage::Ask(number, question));
         let mut state = locked(&self.state);
         loop {
-            let failure = told.clone().err().or_else(|| state.failure.clone());
+            let failure = reports.clone().err().or_else(|| state.failure.clone());
             let has_answered = state
-                .asked
+                .queries
                 .get(&number)
                 .is_none_or(|(_, answer)| answer.is_some());
             let is_late = Instant::now() >= deadline;
-            let is_gone = !self.others.parts().contains(part);
+            let is_gone = !self.peers.parts().contains(part);
             if failure.is_none() && !has_answered && !is_late && !is_gone {
                 state = self.wait_changed(state, SLEEP_MAX);
                 continue;
             }
-            let answer = state.asked.remove(&number).and_then(|(_, answer)| answer);
+            let answer = state.queries.remove(&number).and_then(|(_, answer)| answer);
             return match (failure, answer) {
                 (Some(failure), _) => Err(failure),
-                (None, None) if !is_gone => Err(SpanError::Silent { part, patience }),
+                (None, None) if !is_gone => Err(SpanError::NoAnswer { part, patience }),
                 (None, answer) => Ok(answer),
             };
         }
     }
 
-    /// All that ever changed hands, in rising order, as the directories know it.
+    /// Placements of all pages that ever changed owner, in rising order.
     fn placements(&self) -> Result<Vec<Placement>, SpanError> {
         for _ in 0..PLACEMENTS_TRIES {
             let before: Vec<_> = self.directories();
             let all = self.placements_once(&before)?;
-            // (Of one that moved meanwhile nobody may have told.)
+            // A directory that moved meanwhile may have been missed.
             if self.directories() == before {
                 return Ok(all);
             }
@@ -276,7 +273,7 @@ impl Shared {
     ) -> Result<Vec<Placement>, SpanError> {
         let (mut all, mut next) = (Vec::new(), Some(PageId::default()));
         while let Some(from) = next {
-            let some = locked(&self.state).coherence.placements(from, LOOKED_MAX);
+            let some = locked(&self.state).coherence.placements(from, EXAMINED_MAX);
             all.extend(some.0);
             next = some.1;
         }
@@ -285,9 +282,9 @@ impl Shared {
             let mut next = Some(PageId::default());
             while let Some(from) = next.take() {
                 if let Some(Answer::Placements(some, rest)) =
-                    self.ask(part, Question::Placements(from))?
+                    self.query(part, Question::Placements(from))?
                 {
-                    // (Of one that goes round in circles no more is wanted.)
+                    // Guards against a part that never finishes.
                     next = rest.filter(|rest| *rest > from);
                     all.extend(some);
                 }
@@ -296,59 +293,59 @@ impl Shared {
         Ok(in_order(all))
     }
 
-    /// How memory is used of late; of parts that do not answer it is not known.
+    /// Recent use of memory; parts that do not answer are left out.
     fn heat(&self) -> Result<Heat, SpanError> {
-        let deadline = Instant::now() + HEAT_WITHIN;
-        let (mut told, mut idle) = (Vec::new(), BTreeMap::new());
-        for part in self.others.parts().with(self.me()).iter() {
+        let deadline = Instant::now() + HEAT_TIMEOUT;
+        let (mut reports, mut idle) = (Vec::new(), BTreeMap::new());
+        for part in self.peers.parts().with(self.me()).iter() {
             let heard = self
-                .stood_at(part, deadline, &mut told)
-                .and_then(|()| self.idle_at(part, deadline));
+                .wait_reports(part, deadline, &mut reports)
+                .and_then(|()| self.idle_ranges_at(part, deadline));
             match heard {
                 Ok(ranges) => drop(idle.insert(part, ranges)),
-                Err(SpanError::Silent { part, patience }) => {
-                    tracing::debug!(%part, ?patience, "it does not say how its memory is used");
+                Err(SpanError::NoAnswer { part, patience }) => {
+                    tracing::debug!(%part, ?patience, "no answer about memory use");
                 }
                 Err(error) => return Err(error),
             }
         }
-        let hot = sharing::together(told);
+        let hot = false_sharing::merged(reports);
         Ok(Heat { hot, idle })
     }
 
-    fn stood_at(
+    fn wait_reports(
         &self,
         part: PartId,
         deadline: Instant,
-        told: &mut Vec<(PartId, PageId, Stood)>,
+        reports: &mut Vec<(PartId, PageId, FaultFootprint)>,
     ) -> Result<(), SpanError> {
         let mut next = Some(PageId::default());
         for _ in 0..PIECES_MAX {
             let Some(from) = next else { break };
-            let (stood, rest) = if part == self.me() {
+            let (waits, rest) = if part == self.me() {
                 let mut state = locked(&self.state);
-                state.standing.pages(from, STOOD_MAX, self.now())
+                state.fault_history.pages(from, ENTRIES_MAX, self.now())
             } else {
-                match self.ask_until(part, Question::Stood(from), deadline)? {
-                    Some(Answer::Stood(stood, rest)) => (stood, rest),
+                match self.query_until(part, Question::FaultWaits(from), deadline)? {
+                    Some(Answer::FaultWaits(waits, rest)) => (waits, rest),
                     _ => break,
                 }
             };
-            told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
+            reports.extend(waits.into_iter().map(|(page, waits)| (part, page, waits)));
             next = rest.filter(|rest| *rest > from);
         }
         Ok(())
     }
 
-    fn idle_at(&self, part: PartId, deadline: Instant) -> Result<Vec<IdleRange>, SpanError> {
+    fn idle_ranges_at(&self, part: PartId, deadline: Instant) -> Result<Vec<IdleRange>, SpanError> {
         let mut ranges: Vec<IdleRange> = Vec::new();
         let mut next = Some((0, 0));
         for _ in 0..PIECES_MAX {
             let Some(from) = next else { break };
             let (some, rest) = if part == self.me() {
-                locked(&self.idle).ranges(from, STOOD_MAX)
+                locked(&self.idle).ranges(from, ENTRIES_MAX)
             } else {
-                match self.ask_until(part, Question::Idle(from.0, from.1), deadline)? {
+                match self.query_until(part, Question::Idle(from.0, from.1), deadline)? {
                     Some(Answer::Idle(some, rest)) => (some, rest),
                     _ => break,
                 }
@@ -356,7 +353,7 @@ impl Shared {
             for range in some {
                 let last = ranges.last();
                 let end = last.map_or((0, 0), |it| (it.memory, it.start + it.bytes));
-                // (What does not rise could not be looked up.)
+                // Ranges out of order could not be searched.
                 let is_sound = range.bytes > 0
                     && range.start.checked_add(range.bytes).is_some()
                     && (range.memory, range.start) >= end;
@@ -369,9 +366,14 @@ impl Shared {
         Ok(ranges)
     }
 
-    /// Of a range of pages that were to move to a part the first that may not have been
-    /// there, some of them looked at; the end if all have.
-    fn first_going(&self, memory: u32, pages: Range<u32>, to: PartId) -> Result<u32, SpanError> {
+    /// The first page of a range that may not have reached its destination, after
+    /// examining some of them; the end of the range if all have.
+    fn first_in_transit(
+        &self,
+        memory: u32,
+        pages: Range<u32>,
+        to: PartId,
+    ) -> Result<u32, SpanError> {
         let (part, there) = {
             let state = locked(&self.state);
             if let Some(failure) = &state.failure {
@@ -383,22 +385,22 @@ impl Shared {
                 Some((part, there)) => (Some(part), there),
                 None => (None, pages.end..pages.end),
             };
-            let mut own = (pages.start..there.start).take(LOOKED_MAX);
-            let going = own.find(|number| {
+            let mut own = (pages.start..there.start).take(EXAMINED_MAX);
+            let in_transit = own.find(|number| {
                 let number = *number;
                 coherence.is_moving_to(PageId { memory, number }, to)
             });
-            let looked = pages.start.saturating_add(LOOKED_MAX as u32);
-            match (going, part) {
+            let examined = pages.start.saturating_add(EXAMINED_MAX as u32);
+            match (in_transit, part) {
                 (Some(number), _) => return Ok(number),
-                (None, None) => return Ok(looked.min(pages.end)),
-                (None, Some(_)) if looked < there.start => return Ok(looked),
+                (None, None) => return Ok(examined.min(pages.end)),
+                (None, Some(_)) if examined < there.start => return Ok(examined),
                 (None, Some(part)) => {
-                    // Segments in a row that are at the same part.
+                    // Adjacent segments whose directory is at the same part.
                     let rest = elsewhere.take_while(|(at, _)| *at == part);
                     let mut there = there;
                     for (_, next) in rest {
-                        if next.start != there.end || there.len() > LOOKED_MAX / 2 {
+                        if next.start != there.end || there.len() > EXAMINED_MAX / 2 {
                             break;
                         }
                         there.end = next.end;
@@ -408,14 +410,14 @@ impl Shared {
             }
         };
         let pages = there.clone();
-        match self.ask(part, Question::Going { memory, pages, to })? {
-            Some(Answer::Going(Some(number))) => Ok(number.clamp(there.start, there.end)),
+        match self.query(part, Question::InTransit { memory, pages, to })? {
+            Some(Answer::InTransit(Some(number))) => Ok(number.clamp(there.start, there.end)),
             _ => Ok(there.end),
         }
     }
 }
 
-/// In rising order, each page once: a directory may have moved since the first was asked.
+/// In rising order, each page once: a directory may have moved between two queries.
 fn in_order(mut all: Vec<Placement>) -> Vec<Placement> {
     all.sort_by_key(|placement| (placement.memory, placement.first));
     let mut end = (0, 0);
@@ -429,7 +431,7 @@ fn in_order(mut all: Vec<Placement>) -> Vec<Placement> {
         if from >= last {
             return false;
         }
-        // (Pages of a memory have numbers of 32 bits.)
+        // Page numbers have 32 bits.
         (placement.first, placement.pages) = (from as u32, (last - from) as u32);
         end = (placement.memory, last);
         true
@@ -438,11 +440,10 @@ fn in_order(mut all: Vec<Placement>) -> Vec<Placement> {
 }
 
 impl Pages {
-    /// The memory of the machine in pieces, in rising order, each of which the same parts
-    /// hold; only of the part that was the origin.
+    /// The memory of the machine as objects, in rising order. Called at the home.
     ///
     /// # Errors
-    /// [`SpanError::Memory`]; [`SpanError::Silent`].
+    /// [`SpanError::Memory`]; [`SpanError::NoAnswer`].
     pub fn objects(&self) -> Result<Vec<Object>, SpanError> {
         let placements = self.shared.placements()?;
         let mut objects = Vec::new();
@@ -455,21 +456,22 @@ impl Pages {
         Ok(objects)
     }
 
-    /// How the machine's memory was used of late, as all parts tell that answer within some
-    /// seconds; only of the home.
+    /// Recent use of the machine's memory, from the parts that answer within some
+    /// seconds. Called at the home.
     ///
     /// # Errors
-    /// Why it is over.
+    /// The failure of this part.
     pub fn heat(&self) -> Result<Heat, SpanError> {
         self.shared.heat()
     }
 
-    /// Has whole pages brought to a part, some after the other, and waits until each of them
-    /// has been there; how many bytes from the first on have, if that takes longer. That part
-    /// is the directory of whole segments of them when all have. Only of the home.
+    /// Moves whole pages to a part and waits until each has been there; returns the
+    /// number of bytes, from the first on, that have within `patience`. Once all have,
+    /// that part becomes the directory of the whole segments among them. Called at the
+    /// home.
     ///
     /// # Errors
-    /// As [`Self::move_pages`]; [`SpanError::Late`] if not even one has been there in time.
+    /// As [`Self::move_pages`]; [`SpanError::Late`] if no page has arrived in time.
     pub fn move_object(
         &self,
         memory: u32,
@@ -479,21 +481,23 @@ impl Pages {
     ) -> Result<u64, SpanError> {
         self.check_move(memory, &range, to)?;
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        // (A memory of 64 GiB has 16 million.)
+        // A memory of 64 GiB has 16 Mi pages.
         let (first, last) = (first as u32, last as u32);
-        let (mut number, mut asked) = (first, first);
+        let (mut number, mut requested) = (first, first);
         let deadline = Instant::now().checked_add(patience);
         while number < last && deadline.is_none_or(|deadline| Instant::now() < deadline) {
-            let ahead = number.saturating_add(AHEAD_PAGES).min(last);
-            let more = u64::from(asked) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
+            let ahead = number.saturating_add(IN_TRANSIT_PAGES).min(last);
+            let more = u64::from(requested) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
             self.move_pages(memory, more, to)?;
-            asked = ahead;
-            // They mostly come in order. One that is elsewhere again was there, so whoever was
-            // seen to have been is not looked at again: to look at all of them each time would
-            // hold up those that bring them.
-            number = self.shared.first_going(memory, number..asked, to)?;
-            if number < asked {
-                std::thread::sleep(LOOK_AGAIN);
+            requested = ahead;
+            // Pages mostly arrive in order. A page that has left again has been there, so
+            // pages that were seen are not examined again: examining all of them each
+            // time would delay the transfer.
+            number = self
+                .shared
+                .first_in_transit(memory, number..requested, to)?;
+            if number < requested {
+                std::thread::sleep(POLL_INTERVAL);
             }
         }
         if number == last {
@@ -508,7 +512,7 @@ impl Pages {
         Ok(u64::from(number - first) * PAGE_BYTES)
     }
 
-    /// A part is the directory of whole segments of some pages, soon.
+    /// Makes a part the directory of the whole segments among some pages, asynchronously.
     fn move_directories(&self, memory: u32, pages: Range<u32>, to: PartId) {
         let segments = locked(&self.shared.state)
             .coherence
@@ -516,24 +520,26 @@ impl Pages {
         for some in segments.chunks(MOVES_MAX) {
             let events = some.iter().map(|segment| {
                 let segment = *segment;
-                (Event::MoveDirectory { segment, to }, Beside::Nothing)
+                (Event::MoveDirectory { segment, to }, EventContext::Nothing)
             });
             self.step_unless_cut(events.collect());
         }
     }
 
-    /// Has whole pages brought to a part: of an object, or of what is too much here. Does
-    /// not wait for it.
+    /// Starts to move whole pages to a part; does not wait.
     ///
     /// # Errors
-    /// [`SpanError::Memory`] for a range that the memory does not have, or no such part.
+    /// [`SpanError::Memory`] for a range outside the memory, or an unknown part.
     pub fn move_pages(&self, memory: u32, range: Range<u64>, to: PartId) -> Result<(), SpanError> {
         self.check_move(memory, &range, to)?;
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
         for at in (first..last).step_by(MOVES_MAX) {
             let page = page_of(memory, at * PAGE_BYTES)?;
             let pages = (last - at).min(MOVES_MAX as u64) as u32;
-            self.step_unless_cut(vec![(Event::Move { page, pages, to }, Beside::Nothing)]);
+            self.step_unless_cut(vec![(
+                Event::Move { page, pages, to },
+                EventContext::Nothing,
+            )]);
         }
         Ok(())
     }
@@ -546,7 +552,7 @@ impl Pages {
                 range.start, range.end
             )));
         }
-        let others = &self.shared.others;
+        let others = &self.shared.peers;
         if !others.parts().with(self.shared.me()).contains(to) || others.is_joining(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
         }
@@ -554,9 +560,8 @@ impl Pages {
     }
 }
 
-/// One page more is to be at a part: where the one before it is, too, they are said to be
-/// at once.
-pub(super) fn push_move(events: &mut Vec<Happened>, page: PageId, to: PartId) {
+/// Adds the move of a page, joined to the previous one where both are adjacent.
+pub(super) fn push_move(events: &mut Vec<PendingEvent>, page: PageId, to: PartId) {
     if let Some((
         Event::Move {
             page: first,
@@ -574,14 +579,14 @@ pub(super) fn push_move(events: &mut Vec<Happened>, page: PageId, to: PartId) {
         return;
     }
     let pages = 1;
-    events.push((Event::Move { page, pages, to }, Beside::Nothing));
+    events.push((Event::Move { page, pages, to }, EventContext::Nothing));
 }
 
 impl Pages {
-    /// Takes note of events, but not while threads stand so that nothing is on its way.
-    fn step_unless_cut(&self, mut events: Vec<Happened>) {
+    /// Processes events, but not during a quiescence.
+    fn step_unless_cut(&self, mut events: Vec<PendingEvent>) {
         let mut state = locked(&self.shared.state);
-        while state.failure.is_none() && self.shared.must_rest(&state) {
+        while state.failure.is_none() && self.shared.is_paused(&state) {
             state = self
                 .shared
                 .cuts
@@ -590,15 +595,15 @@ impl Pages {
                 .unwrap_or_else(|error| error.into_inner())
                 .0;
         }
-        if state.directories_stay {
+        if state.directories_pinned {
             events.retain(|(event, _)| !matches!(event, Event::MoveDirectory { .. }));
         }
         let mut all = events.iter();
         state.directories_moved |= all.any(|(it, _)| matches!(it, Event::MoveDirectory { .. }));
-        let mut work = Work::default();
-        let done = self.shared.step_in(&mut state, events, &mut work);
+        let mut work = Effects::default();
+        let done = self.shared.step_locked(&mut state, events, &mut work);
         drop(state);
-        self.shared.say(done, work);
+        self.shared.dispatch(done, work);
     }
 }
 
@@ -607,7 +612,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_two_tell_is_told_once() {
+    fn overlapping_placements_are_merged() {
         let row = |first, pages, directory| Placement {
             memory: 0,
             first,
@@ -625,7 +630,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_told_piece_by_piece() {
+    fn memory_is_split_into_objects() {
         let part = |number| PartId::new(number).unwrap();
         let at = |page: u64| page * PAGE_BYTES;
         let placed = [
@@ -642,17 +647,17 @@ mod tests {
                 first: 9,
                 pages: 1,
                 holders: Holders::Readers {
-                    owner: part(0),
+                    keeper: part(0),
                     readers: [part(0), part(2)].into_iter().collect(),
                 },
                 exchanges: 1,
                 directory: part(0),
             },
         ];
-        // (Pages that another part has are not here.)
+        // Pages of another part are not populated here.
         let here = [at(0)..at(2), at(4)..at(6), at(9)..at(12)];
         let objects = objects_of(0, &here, placed.iter());
-        let told: Vec<_> = objects
+        let reports: Vec<_> = objects
             .iter()
             .map(|it| {
                 let pages = it.range.start / PAGE_BYTES..it.range.end / PAGE_BYTES;
@@ -666,7 +671,7 @@ mod tests {
             (9..10, 0, 1, 1),
             (10..12, 0, 0, 0),
         ];
-        assert_eq!(told, expected);
+        assert_eq!(reports, expected);
         assert_eq!(objects_of(0, &[], [].iter()), []);
     }
 }

@@ -1,8 +1,8 @@
-//! Checkpoints of the machine: taken, and given up where a move wants it.
+//! Making checkpoints of the machine, and giving them up for a move.
 
-use super::super::control::{Checkpoint, Checkpointed, State};
+use super::super::control::{Checkpoint, CheckpointReport, State};
 use super::Worker;
-use crate::checkpoint::{Destination, Subject, Vault};
+use crate::checkpoint::{Destination, Repository, Subject};
 use keel_cluster::clock::unix_ms;
 use keel_net::RpcError;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,31 +18,33 @@ impl Worker {
         &self,
         request: &Checkpoint,
         runtime: &Handle,
-    ) -> Result<Checkpointed, RpcError> {
-        let vault = Vault::create(&request.vault).map_err(RpcError::failed)?;
+    ) -> Result<CheckpointReport, RpcError> {
+        let repository = Repository::create(&request.repository).map_err(RpcError::failed)?;
         self.await_memory().map_err(RpcError::failed)?;
         let give_up = Arc::new(AtomicBool::new(false));
         let tracking = match self.tracking.try_lock() {
             Ok(tracking) => tracking,
             Err(std::sync::TryLockError::Poisoned(error)) => error.into_inner(),
-            Err(std::sync::TryLockError::WouldBlock) if self.inner().taking.is_some() => {
+            Err(std::sync::TryLockError::WouldBlock)
+                if self.inner().give_up_checkpoint.is_some() =>
+            {
                 return Err(RpcError::failed("a checkpoint of it is being made already"));
             }
-            // It is only looked at, for a moment.
+            // The machine is being sampled, for a moment.
             Err(std::sync::TryLockError::WouldBlock) => self
                 .tracking
                 .lock()
                 .unwrap_or_else(|error| error.into_inner()),
         };
-        let (machine, log, subject, mut taker, keepers, apart) = {
+        let (machine, log, subject, mut checkpointer, cluster_volumes, spanning_pages) = {
             let mut inner = self.inner();
-            if inner.giving_away {
+            if inner.moving_away {
                 return Err(RpcError::failed("the machine is moving; try again"));
             }
-            if inner.taking.is_some() {
+            if inner.give_up_checkpoint.is_some() {
                 return Err(RpcError::failed("a checkpoint of it is being made already"));
             }
-            if inner.filler.is_some() {
+            if inner.post_copy_target.is_some() {
                 return Err(RpcError::failed(
                     "a part of its memory is still to come; try again",
                 ));
@@ -56,43 +58,56 @@ impl Worker {
                         epoch: inner.epoch,
                     };
                     let parts = (machine.clone(), log.clone(), subject);
-                    inner.taking = Some(give_up.clone());
-                    let taker = inner.taker.take().unwrap_or_default();
-                    let keepers = inner.keepers.clone();
-                    let apart = inner.parts.pages();
-                    (parts.0, parts.1, parts.2, taker, keepers, apart)
+                    inner.give_up_checkpoint = Some(give_up.clone());
+                    let checkpointer = inner.checkpointer.take().unwrap_or_default();
+                    let cluster_volumes = inner.cluster_volumes.clone();
+                    let spanning_pages = inner.parts.pages();
+                    (
+                        parts.0,
+                        parts.1,
+                        parts.2,
+                        checkpointer,
+                        cluster_volumes,
+                        spanning_pages,
+                    )
                 }
                 _ => return Err(RpcError::failed("no machine runs here")),
             }
         };
         let destination = Destination {
-            vault: &vault,
+            repository: &repository,
             runtime,
             full: request.full,
             give_up: &give_up,
-            keepers: keepers.all(),
+            cluster_volumes: cluster_volumes.all(),
         };
-        // What a user is writing to its volumes ends first.
+        // Operations of users on its volumes end first.
         drop(self.freezing.lock());
         let name = subject.name.clone();
-        let taken = taker.take(&machine, apart.as_deref(), subject, &log, destination);
+        let taken = checkpointer.take(
+            &machine,
+            spanning_pages.as_deref(),
+            subject,
+            &log,
+            destination,
+        );
         {
             let mut inner = self.inner();
-            inner.taking = None;
-            // What is to move has its writes tracked for that from now on.
+            inner.give_up_checkpoint = None;
+            // A move tracks the machine's writes from now on.
             if !give_up.load(Ordering::Relaxed) {
-                inner.taker = Some(taker);
+                inner.checkpointer = Some(checkpointer);
             }
         }
-        // What is left is the store's business: a move need not wait for it.
+        // The rest concerns only the store: a move need not wait for it.
         drop(tracking);
         let taken = taken.map_err(RpcError::failed)?;
         let deleted = match request.keep {
             all if all.is_all() => Ok(Vec::new()),
-            some => vault.keep(runtime, &name, some, unix_ms()),
+            some => repository.apply_retention(runtime, &name, some, unix_ms()),
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        Ok(Checkpointed {
+        Ok(CheckpointReport {
             stored_bytes: taken.manifest.stored_bytes(),
             id: taken.manifest.id,
             parent: taken.manifest.parent,
@@ -100,11 +115,11 @@ impl Worker {
             total_micros: micros(taken.total),
             deleted: match deleted {
                 Ok(gone) => {
-                    keepers.forget_checkpoints(&name, &gone);
+                    cluster_volumes.forget_checkpoints(&name, &gone);
                     gone.len() as u32
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "old checkpoints stay");
+                    tracing::warn!(%error, "cannot delete old checkpoints");
                     0
                 }
             },
@@ -113,20 +128,20 @@ impl Worker {
 }
 
 impl Worker {
-    /// A move comes first: a checkpoint in the making is given up, and what is
-    /// known for the next one is dropped. Nor is the machine looked at any more.
+    /// Gives up a checkpoint in progress and drops its trackers, because a move takes
+    /// precedence. Sampling ends, too.
     pub(super) fn end_checkpoints(&self) -> Result<(), String> {
-        // (Nobody begins another one now.)
+        // No other checkpoint can start now.
         self.without_checkpoint().map(drop)
     }
 
-    /// Gives up a checkpoint in the making, and what is known for the next one; while this
-    /// is held there is none.
+    /// Gives up a checkpoint in progress and drops its trackers; none starts while the
+    /// guard is held.
     pub(in super::super) fn without_checkpoint(&self) -> Result<MutexGuard<'_, ()>, String> {
         let deadline = Instant::now() + CHECKPOINT_PATIENCE;
         loop {
-            if let Some(taking) = &self.inner().taking {
-                taking.store(true, Ordering::Relaxed);
+            if let Some(give_up_checkpoint) = &self.inner().give_up_checkpoint {
+                give_up_checkpoint.store(true, Ordering::Relaxed);
             }
             let tracking = match self.tracking.try_lock() {
                 Ok(tracking) => Some(tracking),
@@ -134,12 +149,13 @@ impl Worker {
                 Err(std::sync::TryLockError::WouldBlock) => None,
             };
             if let Some(tracking) = tracking {
-                self.inner().taker = None;
+                self.inner().checkpointer = None;
                 return Ok(tracking);
             }
             if Instant::now() > deadline {
                 return Err(
-                    "a checkpoint of it, or a part that goes, is still under way; try again".into(),
+                    "a checkpoint of it is being made, or a part is being removed; try again"
+                        .into(),
                 );
             }
             std::thread::sleep(Duration::from_millis(1));

@@ -1,32 +1,32 @@
-//! The worker process: one machine, a socket for its agent, and the threads
-//! that moves need.
+//! The worker process: one machine, a socket for its agent, and the threads that moves
+//! need.
 //!
-//! - `starting`: how the machine begins
-//! - `checkpoints`: they are taken
-//! - `giving`: it is given away
-//! - `receiving`: it comes from another worker
+//! - `start`: starting the machine
+//! - `checkpoints`: making checkpoints
+//! - `source`: moving the machine away
+//! - `target`: receiving the machine
 
 mod checkpoints;
-mod giving;
-mod receiving;
-mod starting;
+mod source;
+mod start;
+mod target;
 
 use super::SOCKET;
 use super::activity;
+use super::cluster_volumes::ClusterVolumes;
 use super::control::{
-    Checkpoint, Copy, CopyHome, FileDone, FileRequest, LogChunk, ReadLog, Receive, Report, Start,
-    StartPhase, StartProgress, State, Succession, VolumeReport, kind, pack, unpack,
+    Checkpoint, Copy, CopyHome, FileDone, FileRequest, HomeHandover, LogChunk, ReadLog, Receive,
+    Report, Start, StartPhase, StartProgress, State, VolumeReport, kind, pack, unpack,
 };
 use super::files;
-use super::filling::Filler;
-use super::kept::Keepers;
-use super::outgoing::Leaving;
-use super::spanning::Parts;
+use super::post_copy::PostCopyTarget;
+use super::source::SourceTask;
+use super::spanning::SpanState;
 use super::volumes;
 use crate::cgroup::{self, Group};
-use crate::checkpoint::{Behind, Later, Taker};
+use crate::checkpoint::{Checkpointer, LazyRestore, SpanningRestore};
 use crate::log::{Log, StreamKind};
-use crate::moves::predict::Activity;
+use crate::moves::prediction::Activity;
 use crate::moves::{FillReport, TargetMove};
 use crate::span::MemberPart;
 use crate::spec::{Spec, Status};
@@ -47,18 +47,19 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// What the answer to a worker's last request has, and what it leaves in a store.
+/// Time for the answer to a worker's last request to be sent, and for entries in a store
+/// to be removed.
 const FORGET_AFTER: Duration = Duration::from_millis(20);
-const LET_GO_WITHIN: Duration = Duration::from_millis(300);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(300);
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
 pub(super) struct Worker {
     /// Held while the machine is being frozen and sent, or thawed.
     pub(super) freezing: Mutex<()>,
-    /// Held by whoever tracks the machine's writes, but for a move.
+    /// Held while the machine's writes are tracked, except by a move.
     pub(super) tracking: Mutex<()>,
-    /// Held while what arrives takes a step.
+    /// Held during a step of the target's state machine.
     stepping: Mutex<()>,
     folder: PathBuf,
     programs: PathBuf,
@@ -66,9 +67,9 @@ pub(super) struct Worker {
     inner: Mutex<Inner>,
     pub(super) state: watch::Sender<State>,
     stalls: Arc<Stalls>,
-    /// Where the machine waits for room on a disk.
+    /// Why the machine waits for disk space, if it does.
     paused: watch::Sender<Option<String>>,
-    /// The cgroup that this process is in, if it has one of its own.
+    /// The cgroup of this process, if it has its own.
     group: Option<Group>,
 }
 
@@ -79,85 +80,83 @@ pub(super) struct Inner {
     log: Option<Arc<Log>>,
     pub(super) epoch: Epoch,
     pub(super) spec: Option<Spec>,
-    /// Makes checkpoints; not here while it does.
-    pub(super) taker: Option<Taker>,
-    /// Set while one is being made; ends it early.
-    pub(super) taking: Option<Arc<AtomicBool>>,
-    /// The parts of the machine, if it spans, or the one that this process is.
-    pub(super) parts: Parts,
+    /// Makes checkpoints; absent while it does.
+    pub(super) checkpointer: Option<Checkpointer>,
+    /// Set while a checkpoint is made; ends it early.
+    pub(super) give_up_checkpoint: Option<Arc<AtomicBool>>,
+    /// The parts of the machine, or the part that this process is.
+    pub(super) parts: SpanState,
     identity: Option<PinnedIdentity>,
-    outgoing: Option<Leaving>,
-    /// From the first page sent until the machine goes on here.
-    pub(super) giving_away: bool,
-    /// A thread copies, or tells the target to go on: it has what is known of the move.
+    outgoing: Option<SourceTask>,
+    /// From the first page sent until the machine resumes here.
+    pub(super) moving_away: bool,
+    /// A thread copies, or tells the target to resume, and owns the session of the move.
     copying: bool,
     going: bool,
     /// Ends the copying of a machine that spans.
-    gives_up: Option<Arc<AtomicBool>>,
-    /// Counts what was begun of giving the machine away: a thread of an attempt that
-    /// was given up may wake late, and must leave the next one alone.
+    give_up: Option<Arc<AtomicBool>>,
+    /// Counts the attempts to move the machine: a late thread of an earlier attempt must
+    /// not affect the next one.
     attempt: u64,
-    /// The move was given up: a freeze that comes, or is under way, must not
-    /// leave the machine frozen.
+    /// The move was given up: a freeze that starts or is in progress must not leave the
+    /// machine frozen.
     given_up: bool,
-    /// Breaks the connection of a copy that another thread is busy with.
+    /// Closes the connection that a copying thread uses.
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
-    /// Of a machine that spans and stands ready here: the part that is to be its home.
-    succession: Option<(Arc<MemberPart>, Succession)>,
-    /// Why what arrived was dropped, where this is a part of the machine, and stays one.
+    /// For a machine that spans and is ready here: the part that becomes its home.
+    handover: Option<(Arc<MemberPart>, HomeHandover)>,
+    /// Why a received machine was dropped, where this process remains a part of it.
     pub(super) dropped_for: Option<String>,
-    /// Brings the memory of a machine that arrived, while it runs.
-    pub(super) filler: Option<Filler>,
-    /// Brings that of a machine made of a checkpoint, while it runs.
-    pub(super) behind: Option<Arc<Behind>>,
-    /// All of that, where it is to come once the machine has parts.
-    pub(super) later: Option<Later>,
-    /// Set from the first page that is sent behind the machine on.
+    /// Receives the memory of a machine that arrived, while it runs.
+    pub(super) post_copy_target: Option<PostCopyTarget>,
+    /// Reads the memory of a restored machine, while it runs.
+    pub(super) lazy_restore: Option<Arc<LazyRestore>>,
+    /// The memory of a restored machine, to be read once it has parts.
+    pub(super) spanning_restore: Option<SpanningRestore>,
+    /// Set once the source sends pages of a machine that runs at the target.
     serving: bool,
     post_copy: bool,
     /// Bytes that are still to be sent.
     unsent: Arc<AtomicU64>,
-    /// How that went.
+    /// The report of post-copy.
     fill: Option<FillReport>,
-    /// Of its cluster volumes.
-    keepers: Keepers,
+    cluster_volumes: ClusterVolumes,
     /// Why it had to be ended.
     pub(super) ended_for: Option<String>,
-    /// What is done before the machine runs, and since when.
+    /// The present phase of the start, and since when.
     starting: Option<(StartPhase, Instant)>,
 }
 
 impl Inner {
-    /// Whether an attempt to give the machine away is the one under way.
+    /// Whether an attempt to move the machine is the present one.
     fn is_attempt(&self, attempt: u64) -> bool {
         self.attempt == attempt && !self.given_up
     }
 }
 
-/// Runs a worker until its agent ends it. `folder` holds its socket and
-/// output, `cache` the node's compiled code, `programs` its instrumented
-/// modules.
+/// Runs a worker until its agent ends it. `folder` has its socket and output, `cache` the
+/// node's compiled code, `programs` its instrumented modules.
 ///
 /// # Errors
 /// If its folder or socket cannot be used.
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     crate::failpoint::set_from_environment();
-    cgroup::spend_worker();
-    // First: what is allocated from here on is counted there.
+    cgroup::expose_worker_to_oom();
+    // First, so that all further allocations are counted in the cgroup.
     let group = Group::load(folder).filter(|group| {
         let joined = group.join();
         if let Err(error) = &joined {
-            tracing::warn!(error, "this worker is in no cgroup of its own");
+            tracing::warn!(error, "this worker has no cgroup of its own");
         }
         joined.is_ok()
     });
     std::fs::create_dir_all(programs)
         .map_err(|error| format!("{}: {error}", programs.display()))?;
-    // Compiling uses all processors; running guests come first.
+    // Compilation uses all processors but yields to running guests.
     rayon::ThreadPoolBuilder::new()
         .thread_name(|number| format!("compile-{number}"))
-        .start_handler(|_| cgroup::compile_beside_guests())
+        .start_handler(|_| cgroup::yield_compile_thread())
         .build_global()
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
@@ -194,7 +193,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
 async fn serve(worker: Arc<Worker>) -> Result<(), String> {
     let path = worker.folder.join(SOCKET);
     let temporary = worker.folder.join("socket.new");
-    // A socket that exists answers: it is put in place once it listens.
+    // A socket that exists accepts connections: it is renamed into place once it listens.
     let _ = std::fs::remove_file(&temporary);
     let listener = tokio::net::UnixListener::bind(&temporary)
         .and_then(|listener| std::fs::rename(&temporary, &path).map(|()| listener))
@@ -207,7 +206,7 @@ async fn serve(worker: Arc<Worker>) -> Result<(), String> {
             .map_err(|error| format!("{}: {error}", path.display()))?;
         tokio::spawn(Server::serve_connection(
             stream,
-            // The socket lies in a folder that only this user can enter.
+            // Only this user can enter the socket's folder.
             PeerId::Pinned(Fingerprint([0; 32])),
             everyone_is_member(),
             handler.clone(),
@@ -230,7 +229,7 @@ impl Handler for Service {
     }
 }
 
-/// Runs something that may block away from the runtime.
+/// Runs a blocking function outside of the runtime.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, RpcError> + Send + 'static,
 ) -> Result<T, RpcError> {
@@ -263,7 +262,7 @@ impl Worker {
                 Ok(pack(&report)?.into())
             }
             kind::STATES => Ok(Reply::Stream(follow(self.state.subscribe()))),
-            kind::PAUSES => Ok(Reply::Stream(follow(self.paused.subscribe()))),
+            kind::STALLS => Ok(Reply::Stream(follow(self.paused.subscribe()))),
             kind::IDENTITY => {
                 let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
                 let fingerprint = identity.fingerprint;
@@ -335,12 +334,12 @@ impl Worker {
             }
             kind::SPAN_READY => {
                 let meet = unpack(&payload)?;
-                let place = blocking(move || self.span_ready(&meet)).await?;
+                let place = blocking(move || self.prepare_home(&meet)).await?;
                 Ok(pack(&place)?.into())
             }
-            kind::PART_READY => {
+            kind::PREPARE_MEMBER => {
                 let ready = unpack(&payload)?;
-                let place = blocking(move || self.part_ready(&ready)).await?;
+                let place = blocking(move || self.prepare_member(&ready)).await?;
                 Ok(pack(&place)?.into())
             }
             kind::SPAN => {
@@ -357,23 +356,23 @@ impl Worker {
                 let micros = blocking(move || self.unspan()).await?;
                 Ok(pack(&micros)?.into())
             }
-            kind::BRING => {
-                let bytes = blocking(move || self.bring_apart()).await?;
+            kind::RESTORE_SPANNING => {
+                let bytes = blocking(move || self.restore_to_parts()).await?;
                 Ok(pack(&bytes)?.into())
             }
-            kind::MEET_NEW => {
+            kind::CONNECT_NEW_PART => {
                 let meet = unpack(&payload)?;
-                let place = blocking(move || self.meet_new(&meet)).await?;
+                let place = blocking(move || self.connect_new_part(&meet)).await?;
                 Ok(pack(&place)?.into())
             }
-            kind::JOIN_NEW => {
+            kind::ADD_PART => {
                 let join = unpack(&payload)?;
-                let micros = blocking(move || self.join_new(join)).await?;
+                let micros = blocking(move || self.add_part(join)).await?;
                 Ok(pack(&micros)?.into())
             }
-            kind::PART_WITH => {
+            kind::REMOVE_PART => {
                 let part = unpack(&payload)?;
-                let micros = blocking(move || self.part_with(part)).await?;
+                let micros = blocking(move || self.remove_part(part)).await?;
                 Ok(pack(&micros)?.into())
             }
             kind::PARTS => {
@@ -414,14 +413,16 @@ impl Worker {
                 Ok(pack(&done)?.into())
             }
             kind::FORGET => {
-                // (A checkpoint that is not read any more.)
-                let later = self.inner().later.take();
-                let let_go = later.map(|later| tokio::task::spawn_blocking(|| later.let_go()));
-                // The answer goes out first; nothing here is worth keeping.
+                // The checkpoint is not read any more.
+                let spanning_restore = self.inner().spanning_restore.take();
+                let release = spanning_restore.map(|spanning_restore| {
+                    tokio::task::spawn_blocking(|| spanning_restore.release())
+                });
+                // The answer is sent first; nothing here needs to be saved.
                 tokio::spawn(async {
                     tokio::time::sleep(FORGET_AFTER).await;
-                    if let Some(let_go) = let_go {
-                        let _ = tokio::time::timeout(LET_GO_WITHIN, let_go).await;
+                    if let Some(release) = release {
+                        let _ = tokio::time::timeout(RELEASE_TIMEOUT, release).await;
                     }
                     std::process::exit(0);
                 });
@@ -466,23 +467,23 @@ impl Worker {
         }
     }
 
-    /// Looks for a moment at what the machine writes.
+    /// Samples the machine's writes for a moment.
     fn activity(&self) -> Result<Activity, RpcError> {
         let busy = |why| Err(RpcError::failed(format!("{why}; try again")));
         let Ok(_tracking) = self.tracking.try_lock() else {
             return busy("a checkpoint of it is being made");
         };
-        let (machine, mut taker) = {
+        let (machine, mut checkpointer) = {
             let mut inner = self.inner();
-            if inner.giving_away {
+            if inner.moving_away {
                 return busy("the machine is moving");
             }
             if inner.parts.count() > 0 {
                 return Err(RpcError::failed(
-                    "of a machine with parts only its home moves, and how long that takes is not foretold",
+                    "of a machine with parts only its home moves, and its duration is not predicted",
                 ));
             }
-            if inner.filler.is_some() || inner.behind.is_some() {
+            if inner.post_copy_target.is_some() || inner.lazy_restore.is_some() {
                 return busy("a part of its memory is still to come");
             }
             if matches!(*self.state.borrow(), State::Held { .. }) {
@@ -490,21 +491,21 @@ impl Worker {
             }
             let machine = inner.machine.clone();
             let machine = machine.ok_or_else(|| RpcError::failed("no machine runs here"))?;
-            (machine, inner.taker.take())
+            (machine, inner.checkpointer.take())
         };
         let volumes = volume_reports(&machine);
         let volume_bytes = volumes.iter().map(|volume| volume.bytes).sum();
-        let sampled = activity::sample(machine.memories(), taker.as_mut(), volume_bytes);
+        let sampled = activity::sample(machine.memories(), checkpointer.as_mut(), volume_bytes);
         let mut inner = self.inner();
-        // A move that began meanwhile has its own.
-        if !inner.giving_away {
-            inner.taker = taker;
+        // A move that began meanwhile has its own trackers.
+        if !inner.moving_away {
+            inner.checkpointer = checkpointer;
         }
         sampled.map_err(RpcError::failed)
     }
 
-    /// Loads what its threads need to go on after a safepoint, or compiles it where the
-    /// agent has not had that done: a freeze shall not wait for it.
+    /// Loads the code that threads need to resume after a safepoint, or compiles it if
+    /// the agent has not: a freeze must not wait for it.
     fn prepare_resume(&self) {
         let Some(machine) = self.inner().machine.clone() else {
             return;
@@ -517,12 +518,12 @@ impl Worker {
                 }
             });
         if let Err(error) = thread {
-            tracing::warn!(%error, "the first move will have to load its code");
+            tracing::warn!(%error, "its code is not loaded: the first move will load it");
         }
     }
 
-    /// Keeps an instrumented module where other nodes can get it.
-    fn keep_program(&self, hash: &[u8; 32], bytes: &[u8]) -> Result<(), RpcError> {
+    /// Stores an instrumented module where other nodes can fetch it.
+    fn store_program(&self, hash: &[u8; 32], bytes: &[u8]) -> Result<(), RpcError> {
         let path = self.programs.join(format!("{}.wasm", Fingerprint(*hash)));
         if path.exists() {
             return Ok(());
@@ -533,7 +534,7 @@ impl Worker {
             .map_err(|error| RpcError::failed(format!("{}: {error}", path.display())))
     }
 
-    /// Tells the agent when the machine ends.
+    /// Reports the end of the machine to the agent.
     fn watch_end(self: &Arc<Self>, machine: Machine) -> Result<(), RpcError> {
         let worker = self.clone();
         std::thread::Builder::new()
@@ -549,13 +550,14 @@ impl Worker {
                     }
                     inner.epoch
                 };
-                // (Its members end with it; taken out first, as ending them takes a moment.)
+                // Members end with the machine; taken out first, because ending them
+                // takes a moment.
                 let mut parts = std::mem::take(&mut worker.inner().parts);
                 let lost = parts.end();
                 machine.wasi().finish();
-                // Who takes its volumes next finds all that it wrote.
-                let keepers = worker.inner().keepers.clone();
-                keepers.finish();
+                // The next holder of its volumes must find all that it wrote.
+                let cluster_volumes = worker.inner().cluster_volumes.clone();
+                cluster_volumes.finish();
                 volumes::remove(&worker.folder);
                 let log = worker.inner().log.clone();
                 let status = match outcome {
@@ -564,7 +566,7 @@ impl Worker {
                         if let Some(log) = &log {
                             let text = format!("keel: {trap}\n");
                             if let Err(error) = log.append(StreamKind::Error, text.as_bytes()) {
-                                tracing::warn!(%error, "a trap is not in the output");
+                                tracing::warn!(%error, "cannot write a trap to the output");
                             }
                         }
                         Status::Trapped {
@@ -599,7 +601,7 @@ impl Worker {
         Report {
             state: self.state.borrow().clone(),
             pid: std::process::id(),
-            giving_away: inner.giving_away,
+            moving_away: inner.moving_away,
             post_copy: inner.post_copy,
             unsent_bytes: inner.unsent.load(Ordering::Relaxed),
             fill: inner.fill.clone(),
@@ -617,8 +619,8 @@ impl Worker {
         }
     }
 
-    /// What is still to be done before the machine runs; also what the target of a move
-    /// compiles before it can receive the machine.
+    /// The phase before the machine runs; also the compilation at the target of a move
+    /// before it can receive the machine.
     fn start_progress(&self, inner: &Inner) -> Option<StartProgress> {
         if inner.machine.is_some() {
             return None;
@@ -638,12 +640,12 @@ impl Worker {
         })
     }
 
-    /// Does something with a file in one of the machine's own volumes.
+    /// Performs a user's operation on a file in one of the machine's own volumes.
     fn file(&self, request: FileRequest) -> Result<FileDone, RpcError> {
-        // What is written while the machine stands still would be in no move and no
-        // checkpoint, or in half of one: freezing waits for this, and this for that.
+        // A write while the machine is frozen would be missing in moves and checkpoints,
+        // or partly included: operations and freezing exclude each other.
         let Some(machine) = self.inner().machine.clone() else {
-            return Ok(FileDone::Later);
+            return Ok(FileDone::Busy);
         };
         let volumes = machine.wasi().volumes().into_iter();
         let mut volumes = volumes.filter(|(number, _)| *number == request.volume);
@@ -652,26 +654,26 @@ impl Worker {
             .ok_or_else(|| RpcError::failed("the machine has no such volume"))?;
         let files = Files::Volume(volume);
         if !request.op.writes() {
-            // It may have to wait for blocks that are elsewhere, and holds up nobody.
+            // Waits for missing blocks without holding locks.
             return files::act(&files, request.op).map_err(RpcError::failed);
         }
-        files::fetch_for(&files, &request.op);
+        files::prefetch_blocks(&files, &request.op);
         let _freezing = self
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
         {
             let inner = self.inner();
-            if inner.giving_away || inner.taking.is_some() || inner.machine.is_none() {
-                return Ok(FileDone::Later);
+            if inner.moving_away || inner.give_up_checkpoint.is_some() || inner.machine.is_none() {
+                return Ok(FileDone::Busy);
             }
         }
         files::act(&files, request.op).map_err(RpcError::failed)
     }
 
-    /// Takes other limits for the machine that runs here.
+    /// Changes the limits of the running machine.
     fn set(&self, spec: Spec) -> Result<(), RpcError> {
-        // A move has told its target what the machine may have.
+        // A move has told its target the machine's limits.
         let _freezing = self
             .freezing
             .lock()
@@ -679,7 +681,7 @@ impl Worker {
         let (machine, before) = {
             let inner = self.inner();
             match (&inner.machine, &inner.spec) {
-                _ if inner.giving_away => return Err(RpcError::failed("it is moving")),
+                _ if inner.moving_away => return Err(RpcError::failed("it is moving")),
                 (_, Some(before))
                     if inner.parts.count() > 0
                         && (spec.memory_bytes != before.memory_bytes
@@ -693,9 +695,9 @@ impl Worker {
             }
         };
         let memories = machine.memories().len();
-        // The kernel's bound is never below the machine's own.
+        // The cgroup's limit is never below the machine's own.
         if spec.memory_bytes > before.memory_bytes {
-            self.bound(memories, &spec);
+            self.limit_memory(memories, &spec);
         }
         if let Err(size) = machine.limit_memory(spec.memory_bytes) {
             return Err(RpcError::failed(format!(
@@ -704,19 +706,20 @@ impl Worker {
             )));
         }
         machine.limit_cpu(spec.cpu_limit_millis);
-        self.bound(memories, &spec);
+        self.limit_memory(memories, &spec);
         let part_bytes = spec.balancing.part_memory_bytes;
         let mut inner = self.inner();
         inner.spec = Some(spec);
         inner.parts.limit(part_bytes).map_err(RpcError::failed)
     }
 
-    /// Bounds this process's cgroup for a machine of so many memories.
-    pub(super) fn bound(&self, memories: usize, spec: &Spec) {
+    /// Sets the memory limit of this process's cgroup for a machine with this number of
+    /// memories.
+    pub(super) fn limit_memory(&self, memories: usize, spec: &Spec) {
         let Some(group) = &self.group else { return };
         let limit = cgroup::memory_limit_bytes(memories, spec.memory_bytes, spec.threads_max);
         if let Err(error) = group.limit_memory(limit) {
-            tracing::warn!(error, "this worker's memory is not bounded");
+            tracing::warn!(error, "cannot limit the memory of this worker");
         }
     }
 
@@ -729,7 +732,8 @@ impl Worker {
                 .is_some_and(|bytes| chunks.blocking_send(bytes).is_ok())
         };
         let Some(log) = self.inner().log.clone() else {
-            // It has not begun. That nobody hears this does not matter here or below.
+            // The log does not exist yet. A missing receiver does not matter here or
+            // below.
             let _ = send(read.from, Vec::new());
             return;
         };
@@ -738,7 +742,7 @@ impl Worker {
             let (offset, bytes) = match log.read(at, LOG_CHUNK_BYTES) {
                 Ok(read) => read,
                 Err(error) => {
-                    tracing::warn!(%error, "output cannot be read");
+                    tracing::warn!(%error, "cannot read output");
                     return;
                 }
             };
@@ -763,14 +767,14 @@ impl Worker {
     }
 }
 
-/// Says something in a machine's error output, among what it says itself.
-fn say(log: &Log, text: &str) {
+/// Writes a notice of the system to a machine's error output.
+fn write_notice(log: &Log, text: &str) {
     if let Err(error) = log.append(StreamKind::Error, format!("keel: {text}\n").as_bytes()) {
-        tracing::warn!(%error, "a notice is not in the output");
+        tracing::warn!(%error, "cannot write a notice to the output");
     }
 }
 
-/// What a value is, and becomes.
+/// Streams the present and all later values.
 fn follow<T>(mut values: watch::Receiver<T>) -> mpsc::Receiver<Bytes>
 where
     T: Clone + Serialize + Send + Sync + 'static,
@@ -810,10 +814,10 @@ fn cpu_micros() -> u64 {
     seconds.saturating_mul(1_000_000).saturating_add(rest)
 }
 
-/// A machine was let go, and is shown so, unless it has ended since: whoever watches for that
-/// may have been faster than who let it go.
-fn goes_on(shown: &watch::Sender<State>, log: Option<&Log>, state: State) {
-    // (Of one that was about to leave it was closed.)
+/// Publishes the state of a machine that was resumed, unless it has ended since: the
+/// thread that watches for the end may have been faster.
+fn publish_resumed(shown: &watch::Sender<State>, log: Option<&Log>, state: State) {
+    // The log was closed for the move.
     if let Some(log) = log {
         log.open_again();
     }
@@ -830,27 +834,27 @@ fn goes_on(shown: &watch::Sender<State>, log: Option<&Log>, state: State) {
 }
 
 #[cfg(test)]
-mod machines_that_go_on {
+mod resumed_machines {
     use super::*;
 
     #[test]
-    fn what_has_ended_is_not_shown_to_run() {
+    fn ended_machines_are_not_published_as_running() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let epoch = Epoch::default();
         let running = State::Running { epoch };
-        // As it is while it stands for a move; the target was told.
+        // State during a move; the target was told.
         let shown = watch::Sender::new(running.clone());
         log.close();
-        goes_on(&shown, Some(&log), running.clone());
+        publish_resumed(&shown, Some(&log), running.clone());
         assert_eq!(*shown.borrow(), running);
         assert!(!log.is_closed());
-        // It runs, and ends before who let it go says that it does.
+        // The machine runs and ends before its state is published.
         let status = Status::Exited { code: 0 };
         let ended = State::Ended { epoch, status };
         shown.send_replace(ended.clone());
         log.close();
-        goes_on(&shown, Some(&log), running);
+        publish_resumed(&shown, Some(&log), running);
         assert_eq!(*shown.borrow(), ended);
         assert!(log.is_closed());
     }

@@ -159,10 +159,10 @@ fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
     let (mut all, mut truly, mut falsely) = (0, 0, 0);
     for page in pages.iter().filter(both) {
         match page.sharing {
-            Sharing::Nothing => continue,
+            Sharing::Unshared => continue,
             Sharing::Unclear => {}
-            Sharing::Bytes => truly += page.waits,
-            Sharing::PageOnly => falsely += page.waits,
+            Sharing::True => truly += page.waits,
+            Sharing::False => falsely += page.waits,
         }
         all += page.waits;
     }
@@ -549,11 +549,11 @@ mod tests {
             sharing,
         };
         let pages = [
-            page(1, 30, [0, 1], Sharing::PageOnly),
-            page(2, 6, [0, 1], Sharing::Bytes),
+            page(1, 30, [0, 1], Sharing::False),
+            page(2, 6, [0, 1], Sharing::True),
             page(5, 4, [0, 1], Sharing::Unclear),
-            page(3, 500, [0, 1], Sharing::Nothing),
-            page(4, 500, [0, 2], Sharing::Bytes),
+            page(3, 500, [0, 1], Sharing::Unshared),
+            page(4, 500, [0, 2], Sharing::True),
         ];
         let drawn = |known: &mut Known, report: &PartsReport| {
             let mut all = threads(report, known);
@@ -610,7 +610,7 @@ mod tests {
             number,
             waits,
             parts: PartSet::default(),
-            sharing: Sharing::Nothing,
+            sharing: Sharing::Unshared,
         };
         let heat = Heat {
             // (The first and the last are outside of it.)

@@ -1,0 +1,715 @@
+//! Repositories of checkpoints: a directory, or an S3-compatible store.
+//!
+//! Object names consist of machine names and checkpoint ids, which contain no separators.
+//! Async; for a worker's own runtime, not for an agent's latency-critical tasks: stores
+//! may be slow.
+
+use super::compaction::compact;
+use super::create::CreateError;
+use super::folder;
+use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
+use crate::storage_location::{StorageLocation, StorageLocationError};
+use futures::{StreamExt, TryStreamExt};
+use keel_cluster::MachineName;
+use keel_net::{Bytes, Fingerprint};
+use object_store::path::Path;
+use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// Name suffix of the marks of checkpoints being read, and how long a mark is valid, in
+/// milliseconds.
+const READING: &str = "reading";
+const READ_MS: u64 = 3_600_000;
+
+/// Why a repository cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    #[error(transparent)]
+    Url(#[from] StorageLocationError),
+    #[error("checkpoint store: {0}")]
+    Store(#[from] object_store::Error),
+    /// An object is missing or damaged.
+    #[error("checkpoint {id} of machine {machine:?} cannot be used: {part}: {reason}")]
+    Part {
+        machine: MachineName,
+        id: CheckpointId,
+        part: String,
+        reason: String,
+    },
+    /// The machine has no checkpoint.
+    #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
+    None(MachineName),
+}
+
+/// Names a pack of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PackName {
+    /// Pages of memory.
+    Pages(usize),
+    /// Blocks of volumes.
+    Blocks(usize),
+}
+
+impl std::fmt::Display for PackName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            PackName::Pages(number) => write!(f, "{number}"),
+            PackName::Blocks(number) => write!(f, "v{number}"),
+        }
+    }
+}
+
+/// The objects that a checkpoint consists of, beside its manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outline {
+    pub id: CheckpointId,
+    /// Number of compactions.
+    pub generation: u32,
+    /// Its packs, with their sizes in bytes.
+    pub packs: Vec<(PackName, u64)>,
+}
+
+/// A repository of checkpoints.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    place: StorageLocation,
+}
+
+/// Receives a verified block with its number.
+pub type BlockSink<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
+
+/// Checkpoints of a machine, newest first.
+pub type Candidates = Vec<CheckpointId>;
+
+impl Repository {
+    /// Opens a repository for writing; creates its directory if it is missing.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Url`].
+    pub fn create(url: &str) -> Result<Self, RepositoryError> {
+        let place = StorageLocation::create(url)?;
+        Ok(Repository { place })
+    }
+
+    /// Opens the repository in a [`StorageLocation`].
+    ///
+    /// # Errors
+    /// [`RepositoryError::Url`].
+    pub fn open(url: &str) -> Result<Self, RepositoryError> {
+        let place = StorageLocation::open(url)?;
+        Ok(Repository { place })
+    }
+
+    /// As [`Self::open`], with these settings in place of environment variables, and this
+    /// time limit for the retries of a request.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Url`].
+    pub fn open_with(
+        url: &str,
+        settings: impl IntoIterator<Item = (String, String)>,
+        retry_for: Duration,
+    ) -> Result<Self, RepositoryError> {
+        let place = StorageLocation::open_with(url, settings, retry_for)?;
+        Ok(Repository { place })
+    }
+
+    /// Its URL, as given.
+    pub fn url(&self) -> &str {
+        self.place.url()
+    }
+
+    fn store(&self) -> &dyn ObjectStore {
+        &**self.place.store()
+    }
+
+    fn pack_place(
+        &self,
+        machine: &MachineName,
+        (id, generation): (&CheckpointId, u32),
+        piece: PackName,
+    ) -> Path {
+        let name = match generation {
+            0 => format!("{id}.{piece}.pack"),
+            _ => format!("{id}.g{generation}.{piece}.pack"),
+        };
+        self.place.path(&["machines", machine.as_ref(), &name])
+    }
+
+    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Path {
+        self.place
+            .path(&["machines", machine.as_ref(), &format!("{id}.manifest")])
+    }
+
+    fn program_place(&self, program: &[u8; 32]) -> Path {
+        self.place
+            .path(&["programs", &format!("{}.wasm", Fingerprint(*program))])
+    }
+
+    /// Stores a pack of a checkpoint's generation.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn put_pack(
+        &self,
+        machine: &MachineName,
+        of: (&CheckpointId, u32),
+        piece: PackName,
+        bytes: Bytes,
+    ) -> Result<(), RepositoryError> {
+        let place = self.pack_place(machine, of, piece);
+        match self.place.file(&place)? {
+            Some(path) => in_folder(move || folder::write(&path, &bytes)).await?,
+            None => drop(self.store().put(&place, PutPayload::from(bytes)).await?),
+        }
+        Ok(())
+    }
+
+    /// Reads the wanted blocks of a pack in order, one at a time, and passes on those
+    /// whose checksum is correct. Blocking, outside of the runtime.
+    ///
+    /// # Errors
+    /// [`RepositoryError`], or the error of `take`; earlier blocks were intact.
+    pub fn read_blocks<E: From<RepositoryError>>(
+        &self,
+        runtime: &Handle,
+        (manifest, piece): (&Manifest, PackName),
+        expected: &Pack,
+        wanted: &mut dyn FnMut(usize) -> bool,
+        take: &mut BlockSink<'_, E>,
+    ) -> Result<(), E> {
+        let part = |reason: String| -> E { Self::part(manifest, piece, reason).into() };
+        let store = |error: object_store::Error| -> E { RepositoryError::Store(error).into() };
+        let place = self.pack_place(
+            &manifest.machine,
+            (&manifest.id, manifest.generation),
+            piece,
+        );
+        let got = match runtime.block_on(self.store().get(&place)) {
+            Ok(got) => got,
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(part("it is missing".into()));
+            }
+            Err(error) => return Err(store(error)),
+        };
+        if got.meta.size != expected.bytes {
+            return Err(part(format!(
+                "it is damaged: it has {} bytes instead of {}",
+                got.meta.size, expected.bytes
+            )));
+        }
+        let damaged = |number: usize| {
+            part(format!(
+                "it is damaged: the checksum of its MiB {number} is wrong"
+            ))
+        };
+        match got.payload {
+            GetResultPayload::File(file, _) => {
+                let mut reader = folder::Reader::new(file);
+                for number in 0..expected.blocks.len() {
+                    if !wanted(number) {
+                        continue;
+                    }
+                    let bytes = reader
+                        .read(expected.block_range(number))
+                        .map_err(|error| part(error.to_string()))?;
+                    if !expected.has_block(number, bytes) {
+                        return Err(damaged(number));
+                    }
+                    take(number, bytes)?;
+                }
+            }
+            GetResultPayload::Stream(mut stream) => {
+                let mut buffer = Vec::with_capacity(BLOCK_BYTES);
+                let mut number = 0;
+                while number < expected.blocks.len() {
+                    let mut bytes = match runtime.block_on(stream.next()) {
+                        Some(bytes) => bytes.map_err(store)?,
+                        None => return Err(part("it ends too early".into())),
+                    };
+                    while !bytes.is_empty() && number < expected.blocks.len() {
+                        let range = expected.block_range(number);
+                        let length = (range.end - range.start) as usize;
+                        let now = bytes.split_to((length - buffer.len()).min(bytes.len()));
+                        buffer.extend_from_slice(&now);
+                        if buffer.len() < length {
+                            continue;
+                        }
+                        if wanted(number) {
+                            if !expected.has_block(number, &buffer) {
+                                return Err(damaged(number));
+                            }
+                            take(number, &buffer)?;
+                        }
+                        buffer.clear();
+                        number += 1;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that all parts of a machine's checkpoints exist, by name and size.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Part`] for a missing or truncated part,
+    /// [`RepositoryError::Store`].
+    pub async fn check_parts(
+        &self,
+        machine: &MachineName,
+        chain: &[Outline],
+    ) -> Result<(), RepositoryError> {
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let there: HashMap<Path, u64> = self
+            .store()
+            .list(Some(&folder))
+            .map_ok(|object| (object.location, object.size))
+            .try_collect()
+            .await?;
+        for outline in chain {
+            let part = |part: String, reason: String| RepositoryError::Part {
+                machine: machine.clone(),
+                id: outline.id.clone(),
+                part,
+                reason,
+            };
+            let manifest = self.manifest_place(machine, &outline.id);
+            if !there.contains_key(&manifest) && self.size(&manifest).await?.is_none() {
+                return Err(part("its manifest".into(), "it is missing".into()));
+            }
+            for (piece, expected) in &outline.packs {
+                let of = (&outline.id, outline.generation);
+                let place = self.pack_place(machine, of, *piece);
+                if there.get(&place) == Some(expected) {
+                    continue;
+                }
+                // Listings may be outdated: the object itself decides.
+                let reason = match self.size(&place).await? {
+                    Some(bytes) if bytes == *expected => continue,
+                    Some(bytes) => {
+                        format!("it is damaged: it has {bytes} bytes instead of {expected}")
+                    }
+                    None => "it is missing".into(),
+                };
+                return Err(part(format!("pack {piece}"), reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Size of an object in bytes; `None` if it is missing.
+    async fn size(&self, place: &Path) -> Result<Option<u64>, RepositoryError> {
+        match self.store().head(place).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reads one block of a pack and verifies it.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub async fn block(
+        &self,
+        manifest: &Manifest,
+        piece: PackName,
+        expected: &Pack,
+        number: usize,
+    ) -> Result<Bytes, RepositoryError> {
+        let place = self.pack_place(
+            &manifest.machine,
+            (&manifest.id, manifest.generation),
+            piece,
+        );
+        let range = expected.block_range(number);
+        let bytes = match self.store().get_range(&place, range).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(Self::part(manifest, piece, "it is missing".into()));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if expected.has_block(number, &bytes) {
+            Ok(bytes)
+        } else {
+            let reason = format!("it is damaged: the checksum of its MiB {number} is wrong");
+            Err(Self::part(manifest, piece, reason))
+        }
+    }
+
+    fn part(manifest: &Manifest, piece: PackName, reason: String) -> RepositoryError {
+        RepositoryError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: format!("pack {piece}"),
+            reason,
+        }
+    }
+
+    /// Stores a manifest, which completes the checkpoint.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub async fn put_manifest(&self, manifest: &Manifest) -> Result<(), RepositoryError> {
+        let bytes = manifest.encode().map_err(|error| RepositoryError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: "its manifest".into(),
+            reason: error.to_string(),
+        })?;
+        let place = self.manifest_place(&manifest.machine, &manifest.id);
+        // The names of its packs must be durable before it is.
+        let folder = self.place.file(&place)?;
+        let folder = folder.as_deref().and_then(std::path::Path::parent);
+        if let Some(folder) = folder.map(std::path::Path::to_owned) {
+            in_folder(move || match folder::sync(&folder) {
+                // It has no packs.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                synced => synced,
+            })
+            .await?;
+        }
+        self.store().put(&place, PutPayload::from(bytes)).await?;
+        Ok(())
+    }
+
+    /// Marks a checkpoint as being read, so that it is not deleted for at most an hour;
+    /// returns the name of the mark.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn begin_reading(&self, manifest: &Manifest) -> Result<String, RepositoryError> {
+        let name = format!("{}.{:016x}.{READING}", manifest.id, rand::random::<u64>());
+        let place = self
+            .place
+            .path(&["machines", manifest.machine.as_ref(), &name]);
+        self.store().put(&place, PutPayload::new()).await?;
+        Ok(name)
+    }
+
+    /// Removes such a mark.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn end_reading(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+    ) -> Result<(), RepositoryError> {
+        let place = self
+            .place
+            .path(&["machines", manifest.machine.as_ref(), name]);
+        Ok(self.store().delete(&place).await?)
+    }
+
+    /// Reads a manifest and validates it.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub async fn manifest(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+    ) -> Result<Manifest, RepositoryError> {
+        let part = |reason: String| RepositoryError::Part {
+            machine: machine.clone(),
+            id: id.clone(),
+            part: "its manifest".into(),
+            reason,
+        };
+        let bytes = match self.place.read(&self.manifest_place(machine, id)).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
+            Err(error) => return Err(error.into()),
+        };
+        let manifest =
+            Manifest::decode(&bytes).map_err(|error: FormatError| part(error.to_string()))?;
+        if manifest.machine != *machine || manifest.id != *id {
+            return Err(part(format!(
+                "it is of checkpoint {} of machine {:?}",
+                manifest.id, manifest.machine
+            )));
+        }
+        Ok(manifest)
+    }
+
+    /// A checkpoint and its ancestors, the full one first.
+    ///
+    /// # Errors
+    /// [`RepositoryError`], also if the chain is too long.
+    pub async fn chain(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+    ) -> Result<Vec<Manifest>, RepositoryError> {
+        let mut chain = vec![self.manifest(machine, id).await?];
+        while let Some(parent) = chain.last().and_then(|manifest| manifest.parent.clone()) {
+            let last = chain.last().map(|manifest| manifest.id.clone());
+            if chain.len() >= super::CHAIN_MAX || last.is_some_and(|last| parent >= last) {
+                return Err(RepositoryError::Part {
+                    machine: machine.clone(),
+                    id: id.clone(),
+                    part: "its chain".into(),
+                    reason: "its chain of ancestors does not end".into(),
+                });
+            }
+            chain.push(self.manifest(machine, &parent).await?);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// Names of a machine's checkpoints, newest first.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn list(&self, machine: &MachineName) -> Result<Candidates, RepositoryError> {
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let mut found: Candidates = self
+            .store()
+            .list(Some(&folder))
+            .try_filter_map(|object| async move {
+                let name = object.location.filename().unwrap_or_default();
+                Ok(name
+                    .strip_suffix(".manifest")
+                    .and_then(|id| id.parse().ok()))
+            })
+            .try_collect()
+            .await?;
+        found.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(found)
+    }
+
+    /// Names of machines that have objects here.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn machines(&self) -> Result<Vec<MachineName>, RepositoryError> {
+        let folder = self.place.path(&["machines"]);
+        let listing = self.store().list_with_delimiter(Some(&folder)).await?;
+        let mut names: Vec<MachineName> = listing
+            .common_prefixes
+            .iter()
+            .filter_map(|place| place.filename()?.parse().ok())
+            .collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Stores an instrumented module, unless it exists.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Store`].
+    pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), RepositoryError> {
+        let place = self.program_place(hash);
+        match self.store().head(&place).await {
+            Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.store().put(&place, PutPayload::from(bytes)).await?;
+        Ok(())
+    }
+
+    /// Reads a checkpoint's instrumented module and verifies it.
+    ///
+    /// # Errors
+    /// [`RepositoryError`].
+    pub async fn program(&self, manifest: &Manifest) -> Result<Bytes, RepositoryError> {
+        let part = |reason: &str| RepositoryError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: "its program".into(),
+            reason: reason.into(),
+        };
+        let bytes = match self
+            .place
+            .read(&self.program_place(&manifest.program))
+            .await
+        {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing")),
+            Err(error) => return Err(error.into()),
+        };
+        if *blake3::hash(&bytes).as_bytes() == manifest.program {
+            Ok(bytes)
+        } else {
+            Err(part("it is damaged: its checksum is wrong"))
+        }
+    }
+
+    /// Applies a retention policy: deletes a machine's checkpoints except those to keep
+    /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
+    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
+    /// deleted checkpoints. Blocking, outside of the runtime.
+    ///
+    /// # Errors
+    /// [`CreateError`], also if the required objects cannot be determined; none of them
+    /// is deleted then.
+    pub fn apply_retention(
+        &self,
+        runtime: &Handle,
+        machine: &MachineName,
+        retention: Retention,
+        now_unix_ms: u64,
+    ) -> Result<Vec<CheckpointId>, CreateError> {
+        let all = runtime.block_on(self.list(machine))?;
+        let wanted: Vec<&CheckpointId> = (0..)
+            .zip(&all)
+            .filter(|(newer, id)| retention.keeps(*newer, id, now_unix_ms))
+            .map(|(_, id)| id)
+            .collect();
+        if let Some(oldest) = wanted.last() {
+            // An unreadable checkpoint is kept: it may be readable later.
+            let chain = runtime.block_on(self.chain(machine, oldest));
+            if let Ok(chain) = chain
+                && chain.len() > 1
+                && let Ok((stored, counts)) = super::compaction::bytes_of(&chain)
+                && stored - counts >= counts
+            {
+                let bytes = compact(self, runtime, machine, oldest)?;
+                tracing::info!(%machine, %oldest, stored, ?bytes, "compacted a checkpoint");
+            }
+        }
+        Ok(runtime.block_on(self.delete_others(machine, &all, &wanted, now_unix_ms))?)
+    }
+
+    async fn delete_others(
+        &self,
+        machine: &MachineName,
+        all: &[CheckpointId],
+        wanted: &[&CheckpointId],
+        now_unix_ms: u64,
+    ) -> Result<Vec<CheckpointId>, RepositoryError> {
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let objects: Vec<(Path, i64)> = self
+            .store()
+            .list(Some(&folder))
+            .map_ok(|object| (object.location, object.last_modified.timestamp_millis()))
+            .try_collect()
+            .await?;
+        // Checkpoints being read are kept with their generations.
+        let mut read = BTreeSet::new();
+        let mut over = Vec::new();
+        for (place, since) in &objects {
+            if place.extension() != Some(READING) {
+                continue;
+            }
+            let young = now_unix_ms.saturating_sub(u64::try_from(*since).unwrap_or(0)) < READ_MS;
+            match place.filename().and_then(id_of).filter(|_| young) {
+                Some((id, _)) => drop(read.insert(id)),
+                None => over.push(Ok(place.clone())),
+            }
+        }
+        // With its generation, if its manifest can be read.
+        let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
+        // Objects not newer than an unreadable checkpoint may belong to it.
+        let mut below = None;
+        for id in wanted.iter().copied().chain(&read) {
+            needed.entry(id.clone()).or_insert(None);
+            match self.chain(machine, id).await {
+                Ok(chain) => {
+                    let of = |it: Manifest| {
+                        let now = (!read.contains(id)).then_some(it.generation);
+                        (it.id, now)
+                    };
+                    for (id, generation) in chain.into_iter().map(of) {
+                        let known = needed.entry(id).or_insert(generation);
+                        *known = (*known).and(generation);
+                    }
+                }
+                Err(RepositoryError::Part { .. }) => below = below.max(Some(id.clone())),
+                Err(error) => return Err(error),
+            }
+        }
+        let newest = all.first();
+        let mut gone = BTreeSet::new();
+        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
+        for (place, _) in objects {
+            if place.extension() == Some(READING) {
+                continue;
+            }
+            let Some((id, generation)) = place.filename().and_then(id_of) else {
+                continue;
+            };
+            if below.as_ref().is_some_and(|below| id <= *below) {
+                continue;
+            }
+            // Objects newer than the newest checkpoint may belong to one in progress.
+            if newest.is_none_or(|newest| id > *newest) {
+                continue;
+            }
+            let is_manifest = place.extension() == Some("manifest");
+            match needed.get(&id) {
+                // Packs of earlier generations.
+                Some(Some(now)) if !is_manifest && generation < *now => packs.push(Ok(place)),
+                Some(_) => {}
+                None if newest == Some(&id) => {}
+                None if is_manifest => {
+                    gone.insert(id);
+                    manifests.push(Ok(place));
+                }
+                None => packs.push(Ok(place)),
+            }
+        }
+        // Manifests first: a checkpoint never lacks a part while its manifest exists.
+        for places in [manifests, packs, over] {
+            let places = futures::stream::iter(places).boxed();
+            self.store()
+                .delete_stream(places)
+                .try_collect::<Vec<_>>()
+                .await?;
+        }
+        Ok(gone.into_iter().collect())
+    }
+}
+
+/// Runs file operations on threads beside the runtime's own.
+async fn in_folder(
+    work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+) -> Result<(), RepositoryError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    Ok(done.map_err(|error| object_store::Error::Generic {
+        store: "directory",
+        source: error.into(),
+    })?)
+}
+
+/// The checkpoint and generation that an object belongs to.
+fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
+    let (id, rest) = name.split_once('.')?;
+    let generation = rest
+        .strip_prefix('g')
+        .and_then(|rest| rest.split_once('.')?.0.parse().ok());
+    Some((id.parse().ok()?, generation.unwrap_or(0)))
+}
+
+/// Which of a machine's checkpoints are kept: those selected by any of these criteria,
+/// and always the newest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    /// The number of newest ones to keep.
+    pub newest: Option<u32>,
+    /// The maximum age of those to keep, in seconds.
+    pub for_s: Option<u64>,
+}
+
+impl Retention {
+    /// Whether all are kept.
+    pub fn is_all(&self) -> bool {
+        *self == Retention::default()
+    }
+
+    fn keeps(&self, newer: u32, id: &CheckpointId, now_unix_ms: u64) -> bool {
+        let young = self
+            .for_s
+            .is_some_and(|s| id.unix_ms().saturating_add(s.saturating_mul(1000)) >= now_unix_ms);
+        newer == 0 || self.is_all() || young || self.newest.is_some_and(|newest| newer < newest)
+    }
+}
