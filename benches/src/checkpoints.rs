@@ -122,13 +122,13 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     ]);
     for rate in ["10", "50", "200"] {
         let bench = Bench::start(guests, folder, rate)?;
-        let mut taker = Checkpointer::default();
-        bench.take(&mut taker)?;
+        let mut checkpointer = Checkpointer::default();
+        bench.take(&mut checkpointer)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
             told::check()?;
             std::thread::sleep(Duration::from_millis(500));
-            let (taken, _) = bench.take(&mut taker)?;
+            let (taken, _) = bench.take(&mut checkpointer)?;
             stored.push(taken.manifest.stored_bytes() as f64 / 1e6);
             times.push(taken.total.as_secs_f64() * 1e3);
         }
@@ -197,15 +197,15 @@ impl Bench {
     }
 
     /// Takes one, and how many megabytes a second that were.
-    fn take(&self, taker: &mut Checkpointer) -> Result<(CreatedCheckpoint, f64)> {
-        self.take_of(None, taker)
+    fn take(&self, checkpointer: &mut Checkpointer) -> Result<(CreatedCheckpoint, f64)> {
+        self.take_of(None, checkpointer)
     }
 
     /// As [`Self::take`], of a machine with parts.
     fn take_of(
         &self,
         apart: Option<&Pages>,
-        taker: &mut Checkpointer,
+        checkpointer: &mut Checkpointer,
     ) -> Result<(CreatedCheckpoint, f64)> {
         let repository = self.repository()?;
         let destination = Destination {
@@ -220,7 +220,7 @@ impl Bench {
             spec: self.spec.clone(),
             epoch: keel_cluster::Epoch::default(),
         };
-        let taken = taker.take(&self.machine, apart, subject, &self.log, destination)?;
+        let taken = checkpointer.take(&self.machine, apart, subject, &self.log, destination)?;
         let rate = taken.manifest.stored_bytes() as f64 / taken.total.as_micros() as f64;
         Ok((taken, rate))
     }

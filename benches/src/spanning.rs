@@ -371,13 +371,13 @@ const COUNTED: Duration = Duration::from_secs(4);
 /// A program that uses some of its memory more than other, where its part may keep less
 /// than it has.
 fn limits() -> Result<()> {
-    let mut table = Table::new(&["a part keeps", "uses/s", "waits/s", "uses for one wait"]);
+    let mut table = Table::new(&["limit of a part", "uses/s", "waits/s", "uses for one wait"]);
     for kept in std::iter::once(None).chain(KEPT.into_iter().rev().map(Some)) {
-        let keeps = PartLimits {
+        let limits = PartLimits {
             part_bytes: kept,
             room_bytes: None,
         };
-        let spanned = Spanned::begin(USES, PARTS, SpawnPolicy::Here, keeps)?;
+        let spanned = Spanned::begin(USES, PARTS, SpawnPolicy::Here, limits)?;
         let pages = spanned.parts.home().pages();
         let memory = &spanned.machine.memories()[0];
         let count = || {

@@ -219,7 +219,7 @@ struct Running {
     machine: Machine,
     engine: Engine,
     log: Log,
-    taker: Checkpointer,
+    checkpointer: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
     repository: Repository,
@@ -268,7 +268,7 @@ impl Running {
             machine,
             engine,
             log: Log::open(folder.path(), 0).unwrap(),
-            taker: Checkpointer::default(),
+            checkpointer: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
@@ -294,7 +294,7 @@ impl Running {
             give_up: &AtomicBool::new(false),
             cluster_volumes: Vec::new(),
         };
-        self.taker
+        self.checkpointer
             .take(&self.machine, None, subject, &self.log, destination)
             .map_err(|error| error.to_string())
     }

@@ -35,7 +35,7 @@ struct Running {
     output: Arc<MemorySink>,
     log: Log,
     engine: Engine,
-    taker: Checkpointer,
+    checkpointer: Checkpointer,
     runtime: tokio::runtime::Runtime,
     folder: tempfile::TempDir,
 }
@@ -116,7 +116,7 @@ impl Running {
             output,
             log: Log::open(&folder.path().join("log"), 0).unwrap(),
             engine,
-            taker: Checkpointer::default(),
+            checkpointer: Checkpointer::default(),
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
@@ -171,7 +171,7 @@ impl Running {
             give_up,
             cluster_volumes: Vec::new(),
         };
-        self.taker
+        self.checkpointer
             .take(&self.machine, apart, subject, &self.log, destination)
     }
 
