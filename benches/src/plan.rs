@@ -146,7 +146,7 @@ fn rounds(files: &Path, problem: &Problem) -> Result<Option<Vec<String>>> {
     let begun = Instant::now();
     let cluster = Cluster::of(&scenario)?;
     let mut world = World::new(cluster.settings, &cluster.nodes, &cluster.machines);
-    world.forget_decisions();
+    world.discard_decisions();
     world.run_until(ROUNDS_S * 1000);
     let took = begun.elapsed();
     let mut end = problem.clone();
