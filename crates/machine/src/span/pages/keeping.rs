@@ -376,7 +376,7 @@ impl Shared {
                     }
                     let bytes = TAKEN_BYTES.min(range.end - start);
                     let whole = bytes.next_multiple_of(PAGE_BYTES);
-                    if let Err(error) = memory.uses().take(start, whole) {
+                    if let Err(error) = memory.access_tracker().take(start, whole) {
                         tracing::debug!(%error, start, "which of its memory is used");
                     }
                 }
@@ -388,7 +388,7 @@ impl Shared {
     /// which that cannot be seen it is not known, and it goes in its turn.)
     fn is_used(&self, page: PageId) -> bool {
         let memory = self.memories.get(page.memory as usize);
-        let used = memory.map(|it| it.uses().take(offset(page), PAGE_BYTES));
+        let used = memory.map(|it| it.access_tracker().take(offset(page), PAGE_BYTES));
         let used = matches!(used, Some(Ok(used)) if used == [true]);
         let (memory, at) = (page.memory, offset(page));
         used || locked(&self.idle).was_just_used(memory, at, self.now())

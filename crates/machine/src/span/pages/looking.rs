@@ -68,7 +68,9 @@ impl Shared {
         // (It may leave while it is looked at: then it is not used, and another is next.)
         let is_used = |start: u64| -> Result<bool, MemoryError> {
             let end = start.saturating_add(LOOKED_BYTES).min(size);
-            let used = spanning.uses().take(start, end.saturating_sub(start))?;
+            let used = spanning
+                .access_tracker()
+                .take(start, end.saturating_sub(start))?;
             Ok(used.contains(&true))
         };
         let used = known.map(is_used).transpose()?.unwrap_or(false);
