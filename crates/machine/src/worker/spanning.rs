@@ -430,7 +430,7 @@ impl Worker {
                     part: thread.part,
                     moves_to: thread.moves_to,
                     waits: thread.waits,
-                    took: thread.took,
+                    took: thread.cpu_usage,
                     likes: liked.get(&thread.tid).cloned(),
                 })
                 .collect(),

@@ -165,7 +165,7 @@ impl<'s> Lower<'s> {
     fn new(scan: &'s Scan) -> Self {
         let mut added = Vec::new();
         for (index, memory) in (0u32..).zip(&scan.memories) {
-            let uses = &scan.memory_uses[index as usize];
+            let uses = &scan.memory_usage[index as usize];
             let wanted = [
                 (uses.grow, Added::Grow(index)),
                 (uses.size && memory.shared, Added::Size(index)),

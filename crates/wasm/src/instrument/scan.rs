@@ -13,7 +13,7 @@ use wasmparser::{
 
 /// Uses of one memory by the code.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct MemoryUses {
+pub(crate) struct MemoryUsage {
     pub(crate) grow: bool,
     pub(crate) size: bool,
     pub(crate) bulk: bool,
@@ -41,7 +41,7 @@ pub(crate) struct Scan {
     pub(crate) functions: Vec<u32>,
     pub(crate) imported_functions: u32,
     pub(crate) memories: Vec<Memory>,
-    pub(crate) memory_uses: Vec<MemoryUses>,
+    pub(crate) memory_usage: Vec<MemoryUsage>,
     pub(crate) globals: u32,
     pub(crate) start: Option<u32>,
     pub(crate) active_data: Vec<DataSegment>,
@@ -269,25 +269,25 @@ impl Scan {
             memory64: ty.memory64,
             shared: ty.shared,
         });
-        self.memory_uses.push(MemoryUses::default());
+        self.memory_usage.push(MemoryUsage::default());
     }
 
     fn op(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
         match *op {
-            Operator::MemoryGrow { mem } => self.memory_uses[mem as usize].grow = true,
-            Operator::MemorySize { mem } => self.memory_uses[mem as usize].size = true,
+            Operator::MemoryGrow { mem } => self.memory_usage[mem as usize].grow = true,
+            Operator::MemorySize { mem } => self.memory_usage[mem as usize].size = true,
             Operator::MemoryFill { mem } => {
-                self.memory_uses[mem as usize].bulk = true;
+                self.memory_usage[mem as usize].bulk = true;
                 self.fills.insert(Store::Memory(mem));
             }
             Operator::MemoryCopy { dst_mem, src_mem } => {
-                self.memory_uses[dst_mem as usize].bulk = true;
-                self.memory_uses[src_mem as usize].bulk = true;
+                self.memory_usage[dst_mem as usize].bulk = true;
+                self.memory_usage[src_mem as usize].bulk = true;
                 self.copies
                     .insert((Store::Memory(dst_mem), Store::Memory(src_mem)));
             }
             Operator::MemoryInit { data_index, mem } => {
-                self.memory_uses[mem as usize].bulk = true;
+                self.memory_usage[mem as usize].bulk = true;
                 self.inits.insert((data_index, Store::Memory(mem)));
             }
             Operator::TableFill { table } => {
@@ -304,13 +304,13 @@ impl Scan {
                 self.inits.insert((elem_index, Store::Table(table)));
             }
             Operator::MemoryAtomicWait32 { memarg } => {
-                self.memory_uses[memory_of(memarg)? as usize].wait32 = true;
+                self.memory_usage[memory_of(memarg)? as usize].wait32 = true;
             }
             Operator::MemoryAtomicWait64 { memarg } => {
-                self.memory_uses[memory_of(memarg)? as usize].wait64 = true;
+                self.memory_usage[memory_of(memarg)? as usize].wait64 = true;
             }
             Operator::MemoryAtomicNotify { memarg } => {
-                self.memory_uses[memory_of(memarg)? as usize].notify = true;
+                self.memory_usage[memory_of(memarg)? as usize].notify = true;
             }
             Operator::DataDrop { data_index } => self.note_drop((false, data_index)),
             Operator::ElemDrop { elem_index } => self.note_drop((true, elem_index)),

@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn what_is_used_is_seen_once_and_stays_as_it_is() {
         let spanning = spanning();
-        let (memory, uses) = (spanning.memory(), spanning.uses());
+        let (memory, uses) = (spanning.memory(), spanning.access_tracker());
         let take = || uses.take(0, PAGES * PAGE_BYTES).unwrap();
         let which = |used: Vec<bool>| {
             let pages = used.iter().enumerate().filter(|(_, used)| **used);
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn what_is_protected_stays_protected() {
         let spanning = spanning();
-        let (memory, uses) = (spanning.memory(), spanning.uses());
+        let (memory, uses) = (spanning.memory(), spanning.access_tracker());
         for page in [0, PAGE_BYTES] {
             spanning.protect(page, PAGE_BYTES).unwrap();
         }
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn looking_disturbs_nobody() {
         let spanning = spanning();
-        let (memory, uses) = (spanning.memory(), spanning.uses());
+        let (memory, uses) = (spanning.memory(), spanning.access_tracker());
         let (over, seen, protected) = (
             AtomicBool::new(false),
             AtomicUsize::new(0),

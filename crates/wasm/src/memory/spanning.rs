@@ -31,7 +31,7 @@ use std::time::Duration;
 pub struct Spanning {
     memory: Arc<GuestMemory>,
     uffd: OwnedFd,
-    uses: AccessTracker,
+    access_tracker: AccessTracker,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,8 +64,12 @@ impl Spanning {
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
-        let uses = AccessTracker::of(memory.clone())?;
-        Ok(Spanning { memory, uffd, uses })
+        let access_tracker = AccessTracker::of(memory.clone())?;
+        Ok(Spanning {
+            memory,
+            uffd,
+            access_tracker,
+        })
     }
 
     /// Stops once all pages are present and writable: no access waits any more.
@@ -81,8 +85,8 @@ impl Spanning {
     }
 
     /// The access tracker of its resident pages.
-    pub fn uses(&self) -> &AccessTracker {
-        &self.uses
+    pub fn access_tracker(&self) -> &AccessTracker {
+        &self.access_tracker
     }
 
     /// Readable when an access waits.

@@ -93,7 +93,7 @@ pub struct ThreadInfo {
     /// Whether it is blocked in `memory.atomic.wait`.
     pub waits: bool,
     /// CPU usage at its part, if known.
-    pub took: Option<CpuUsage>,
+    pub cpu_usage: Option<CpuUsage>,
 }
 
 /// CPU usage of a thread at its part. Only differences are meaningful, and only while the thread

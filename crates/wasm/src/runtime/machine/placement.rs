@@ -177,7 +177,7 @@ impl Machine {
                 part,
                 moves_to: (part != thread.place).then_some(thread.place),
                 waits: waits.has(*tid),
-                took: match part == PartId::HOME {
+                cpu_usage: match part == PartId::HOME {
                     true => thread.clock.as_ref().and_then(|clock| {
                         let time = clock.cpu_time()?;
                         let stalled_us = link.as_ref().map(|link| link.stalled_us(clock.os_thread));

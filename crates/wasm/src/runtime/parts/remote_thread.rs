@@ -184,22 +184,22 @@ impl Parts {
         let mut inner = locked(&self.inner);
         inner.times_requested.remove(&part);
         inner.cpu_usage.retain(|_, (from, _)| *from != part);
-        let took = threads.into_iter().map(|(tid, time, stalled_us)| {
-            let took = CpuUsage {
+        let usage = threads.into_iter().map(|(tid, time, stalled_us)| {
+            let usage = CpuUsage {
                 at_ns,
                 time,
                 stalled_us,
             };
-            (tid, (part, took))
+            (tid, (part, usage))
         });
-        inner.cpu_usage.extend(took);
+        inner.cpu_usage.extend(usage);
     }
 
     /// Last known CPU usage of a thread at a part.
     pub(crate) fn cpu_usage(&self, tid: u32, part: PartId) -> Option<CpuUsage> {
         let inner = locked(&self.inner);
-        let (from, took) = inner.cpu_usage.get(&tid)?;
-        (*from == part).then(|| took.clone())
+        let (from, usage) = inner.cpu_usage.get(&tid)?;
+        (*from == part).then(|| usage.clone())
     }
 
     /// Requests CPU times from all members; the reports arrive asynchronously.
