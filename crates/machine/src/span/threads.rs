@@ -14,7 +14,7 @@ use super::pages::{BeginError, Listener, Notifier, Pages, PartConfig, SpanError}
 use super::peer::PeerConnections;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
-use keel_wasm::runtime::parts::{Member, Members, Order, Report, SpawnPolicy, HomeLink};
+use keel_wasm::runtime::parts::{HomeLink, Member, Members, Order, Report, SpawnPolicy};
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -400,7 +400,9 @@ impl Home {
         }
         self.machine.freeze(patience)?;
         let begun = Instant::now();
-        let alone = self.machine.set_members(Vec::new(), None, SpawnPolicy::Here);
+        let alone = self
+            .machine
+            .set_members(Vec::new(), None, SpawnPolicy::Here);
         if let Err(error) = alone {
             self.machine.thaw()?;
             return Err(error.into());

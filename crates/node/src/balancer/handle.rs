@@ -16,7 +16,7 @@ use crate::spanning::Spanning;
 use keel_api::PeerTraffic;
 use keel_balance::Name;
 use keel_balance::ledger::{Decision, Line};
-use keel_balance::round::{Response, Balancer, Event, Request};
+use keel_balance::round::{Balancer, Event, Request, Response};
 use keel_cluster::NodeName;
 use keel_cluster::clock::unix_ms;
 use std::sync::{Arc, Mutex};

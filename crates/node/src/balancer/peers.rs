@@ -4,7 +4,7 @@ use super::handle::NodeBalancer;
 use crate::error::CommandError;
 use keel_api::Silence;
 use keel_balance::policy::Mode;
-use keel_balance::round::{Response, Request};
+use keel_balance::round::{Request, Response};
 use keel_cluster::NodeName;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::RpcError;

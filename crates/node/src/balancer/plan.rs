@@ -17,7 +17,7 @@ use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Outcome};
 use keel_balance::load::{Factors, MachineSample, Weights};
-use keel_balance::plan::{Amounts, Goal, Workload, Plan, Problem, RESOURCES, Site, plan};
+use keel_balance::plan::{Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan};
 use keel_balance::select::Constraint;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;

@@ -12,7 +12,7 @@ use keel_api::{BalanceInfo, HistoryInfo, HistoryPoint, LedgerInfo, NodeLoad, Why
 use keel_balance::Name;
 use keel_balance::ledger::Line;
 use keel_balance::policy::Policy;
-use keel_balance::round::{Response, Event, Request};
+use keel_balance::round::{Event, Request, Response};
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};

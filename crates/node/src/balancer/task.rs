@@ -18,7 +18,7 @@ use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
 use keel_balance::load::NodeSample;
 use keel_balance::policy::{Mode, Policy};
-use keel_balance::round::{Response, Balancer, Command, Event};
+use keel_balance::round::{Balancer, Command, Event, Response};
 use keel_balance::rules::{Repair, repair};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{MachineName, NodeName};

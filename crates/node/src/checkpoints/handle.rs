@@ -10,7 +10,9 @@ use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
-use keel_machine::checkpoint::{CheckpointId, MemoryRestore, Origin, Retention, Repository, RepositoryError};
+use keel_machine::checkpoint::{
+    CheckpointId, MemoryRestore, Origin, Repository, RepositoryError, Retention,
+};
 use keel_machine::failpoint;
 use keel_machine::spec::CheckpointPlan;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind};
@@ -144,7 +146,7 @@ impl Checkpoints {
             ))
         })?;
         let question = Checkpoint {
-            vault: vault.clone(),
+            repository: vault.clone(),
             full: request.full,
             keep: retention,
         };
@@ -190,7 +192,7 @@ impl Checkpoints {
     /// from when it is lost.
     async fn note_newest(&self, machine: &MachineName, vault: &str) {
         let origin = Origin {
-            vault: vault.to_owned(),
+            repository: vault.to_owned(),
             machine: machine.clone(),
             id: None,
             is_clone: false,

@@ -11,7 +11,7 @@ use keel_machine::spec::{Record, Status};
 impl Note {
     /// The checkpoint that a machine is made of, in words.
     pub(crate) fn origin(origin: &Origin) -> String {
-        let (machine, vault) = (&origin.machine, &origin.vault);
+        let (machine, vault) = (&origin.machine, &origin.repository);
         match &origin.id {
             Some(id) => format!("checkpoint {id} of {machine} in {vault}"),
             None => format!("the newest checkpoint of {machine} in {vault}"),

@@ -17,8 +17,9 @@ use crate::moves::{
 };
 use crate::records::MachineCommand;
 use crate::spanning::{
-    self, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, JOIN_NEW, MEET_NEW, MoveObjectCommand,
-    MoveThreadCommand, ObjectsQuery, PART, PART_JOIN, PartsQuery, ROOM, SpanCommand, UnspanCommand,
+    self, ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART,
+    MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PART, PART_JOIN, PartsQuery, ROOM,
+    SpanCommand, UnspanCommand,
 };
 use crate::volumes::FileCommand;
 use futures::FutureExt;
@@ -159,11 +160,11 @@ impl Service {
             }
             PART => reply(spanning::ready(&at.spanning, &source, unpack(payload)?).await),
             PART_JOIN => reply(spanning::join(&at.spanning, unpack(payload)?).await),
-            MEET_NEW => {
+            CONNECT_NEW_PART => {
                 let request: ConnectNewPart = unpack(payload)?;
                 reply(spanning::meet_new(&at.spanning, &request).await)
             }
-            JOIN_NEW => {
+            ADD_PART => {
                 let request: AddPart = unpack(payload)?;
                 reply(spanning::join_new(&at.spanning, &request).await)
             }

@@ -7,7 +7,7 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::processes::{PROMPT, Processes};
-use crate::records::{self, VersionedRecord, MachineCommand, RecordError, at_owner};
+use crate::records::{self, MachineCommand, RecordError, VersionedRecord, at_owner};
 use keel_cluster::MachineName;
 use keel_cluster::keys::Key;
 use keel_cluster::store::Change;
@@ -133,8 +133,9 @@ impl Logs {
             }
         }
         let folder = self.context.dir.worker(machine);
-        let found =
-            tokio::task::spawn_blocking(move || Log::open_read_only(&folder)?.offset_since(since_unix_ms));
+        let found = tokio::task::spawn_blocking(move || {
+            Log::open_read_only(&folder)?.offset_since(since_unix_ms)
+        });
         found
             .await
             .map_err(|error| CommandError::Unavailable(error.to_string()))?

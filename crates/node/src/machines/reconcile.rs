@@ -142,7 +142,7 @@ async fn ensure_guarded(
                 return Ok(Again::No);
             }
             // What arrived of an earlier life of that name will never go on.
-            Ok(State::MoveEndpoint { .. } | State::Prepared { .. } | State::Dropped { .. })
+            Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
                 if starts(&record.status) && record.owner == machines.context.name =>
             {
                 machines
@@ -313,7 +313,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         // What arrives has no entry yet. Its worker sees when the source is
         // lost.
         Ok(
-            State::MoveEndpoint { .. }
+            State::Receiving { .. }
             | State::Prepared {
                 source_lost: false, ..
             },

@@ -8,7 +8,9 @@ use crate::error::CommandError;
 use keel_api::{MachineInfo, RestoreRequest};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError};
+use keel_machine::checkpoint::{
+    CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError,
+};
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Status};
 use std::sync::Arc;
@@ -117,7 +119,7 @@ pub(crate) async fn restore(
         created_unix_ms: unix_ms(),
         paused: None,
         origin: Some(Origin {
-            vault: vault.url().to_owned(),
+            repository: vault.url().to_owned(),
             machine,
             id,
             is_clone,

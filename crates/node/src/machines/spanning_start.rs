@@ -129,7 +129,7 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
 /// bytes; `None` also where there is no such checkpoint, or no whole one, as its worker
 /// will say.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
-    let url = origin.vault.clone();
+    let url = origin.repository.clone();
     let vault = checkpoints::opened(move || Repository::open(&url)).await;
     let vault = vault.map_err(|error| error.to_string())?;
     match checkpointed_bytes(&vault, origin, most).await {
@@ -229,7 +229,9 @@ pub(super) async fn begin(
     failpoint::pass_async("apart.spans")
         .await
         .map_err(injected)?;
-    let brought: Result<u64, RpcError> = worker.ask(kind::RESTORE_SPANNING, &(), checkpoints::PATIENCE).await;
+    let brought: Result<u64, RpcError> = worker
+        .ask(kind::RESTORE_SPANNING, &(), checkpoints::PATIENCE)
+        .await;
     match brought {
         Ok(bytes) => {
             tracing::info!(machine = %record.name, bytes, "its memory is on its parts");

@@ -11,7 +11,7 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::VolumeKind;
-use keel_machine::worker::control::{Receive, MoveEndpoint, State, kind};
+use keel_machine::worker::control::{MoveEndpoint, Receive, State, kind};
 use keel_machine::worker::volumes;
 use keel_net::RpcError;
 use std::sync::Arc;

@@ -109,7 +109,7 @@ async fn goes_on(
             gone.map(|_| true).map_err(|error| error.to_string())
         }
         // It is being made ready, and says so; then it is asked for again.
-        State::MoveEndpoint { offered } => {
+        State::Receiving { offered } => {
             let verdict = ownership::arrival(&moves.context.name, *offered, record.as_ref());
             Ok(matches!(verdict, ArrivalVerdict::Goes(_)))
         }
@@ -158,8 +158,8 @@ pub(crate) async fn arrival(
             }
         }
         // (A part of a machine that stays: whoever has its home parts with it.)
-        State::MoveEndpoint { .. } if part_of(&worker).await?.is_some() => Ok(Arrival::Without),
-        State::Empty | State::MoveEndpoint { .. } | State::Dropped { .. } | State::Held { .. } => {
+        State::Receiving { .. } if part_of(&worker).await?.is_some() => Ok(Arrival::Without),
+        State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
             moves
                 .processes
                 .machines

@@ -16,7 +16,7 @@ use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::MoveReport;
 use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
-use keel_machine::moves::prediction::{Activity, PredictionInput, Prediction, predict};
+use keel_machine::moves::prediction::{Activity, Prediction, PredictionInput, predict};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{kind, pack};
 use keel_net::{Bytes, Fingerprint, RpcError};

@@ -17,7 +17,7 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::store::TxnOutcome;
 use keel_cluster::{Epoch, NodeName, StoreError};
 use keel_machine::failpoint;
-use keel_machine::moves::ownership::{VersionedRecord, Settlement, Transfer};
+use keel_machine::moves::ownership::{Settlement, Transfer, VersionedRecord};
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };

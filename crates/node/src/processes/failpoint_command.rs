@@ -25,7 +25,9 @@ impl Processes {
             .as_deref()
             .map(str::parse)
             .transpose()
-            .map_err(|error: failpoint::InvalidInjection| CommandError::Invalid(error.to_string()))?;
+            .map_err(|error: failpoint::InvalidInjection| {
+                CommandError::Invalid(error.to_string())
+            })?;
         if !failpoint.site.is_worker() {
             failpoint::set(failpoint.name, order);
             return Ok(());

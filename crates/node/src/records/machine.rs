@@ -71,7 +71,10 @@ fn found(entry: &KeyValue) -> Result<VersionedRecord, RecordError> {
     VersionedRecord::read(entry).map_err(RecordError::Damaged)
 }
 
-pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<VersionedRecord, RecordError> {
+pub(crate) async fn get(
+    store: &dyn Store,
+    machine: &MachineName,
+) -> Result<VersionedRecord, RecordError> {
     let key = Key::Machine(machine.clone()).to_string();
     match store.get(&key).await? {
         Some(entry) => found(&entry),

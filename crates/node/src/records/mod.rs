@@ -17,8 +17,8 @@ pub(crate) use alive::AliveNodes;
 #[cfg(test)]
 pub(crate) use machine::tests;
 pub(crate) use machine::{
-    VersionedRecord, NodeRecord, RecordError, Reservation, alive, all, encode, epochs_so_far, first_epoch,
-    get, nodes, schedule, settled, update,
+    NodeRecord, RecordError, Reservation, VersionedRecord, alive, all, encode, epochs_so_far,
+    first_epoch, get, nodes, schedule, settled, update,
 };
 pub(crate) use owner::{MachineCommand, at_owner};
 pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};

@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::records::{AliveNodes, Placements};
 use keel_balance::Name;
 use keel_balance::rules::{
-    Violation, Holders, Rule, Subject, violations_of, domains_of, forbidden, holders_of,
+    Holders, Rule, Subject, Violation, domains_of, forbidden, holders_of, violations_of,
 };
 use keel_cluster::StoreError;
 use keel_cluster::keys::{self, Key};

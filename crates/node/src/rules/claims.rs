@@ -3,7 +3,7 @@
 
 use super::rule_set::{RuleSet, placed};
 use crate::error::CommandError;
-use keel_balance::rules::{Violation, Claim, Rule, Subject, holders_of};
+use keel_balance::rules::{Claim, Rule, Subject, Violation, holders_of};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Op, Revision, Txn};
 use keel_cluster::{MachineName, NodeName, Store, StoreError};

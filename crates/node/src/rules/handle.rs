@@ -7,7 +7,7 @@ use super::rule_set::{RuleSet, placed, read_entry};
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::records::{AliveNodes, Placements};
-use keel_balance::rules::{Labels, RULES_MAX, Rule, Subject, violations_of, conflict, holders_of};
+use keel_balance::rules::{Labels, RULES_MAX, Rule, Subject, conflict, holders_of, violations_of};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};

@@ -73,7 +73,10 @@ pub(crate) async fn ready(
         }
     };
     let ready = ready_part(spanning, offer, program, room_bytes);
-    match worker.ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE).await {
+    match worker
+        .ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE)
+        .await
+    {
         Ok(place) => {
             clear_at_end(spanning, &name, worker);
             Ok(ReadyMember {
@@ -100,7 +103,9 @@ pub(crate) async fn ready_arriving(
     let program = spanning.images.find_program(owner, &offer.program).await?;
     let name = offer.machine.clone();
     let ready = ready_part(spanning, offer, program, room_bytes);
-    let place = worker.ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE).await;
+    let place = worker
+        .ask(kind::PREPARE_MEMBER, &ready, COMPILE_PATIENCE)
+        .await;
     Ok(ReadyMember {
         worker: name,
         place: place.map_err(text)?,
@@ -126,7 +131,7 @@ async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<Worker, 
     let none = || format!("machine {machine:?} does not arrive here");
     let worker = spanning.processes.machines.get(machine).ok_or_else(none)?;
     match worker.state().await {
-        Ok(State::MoveEndpoint { .. }) => Ok(worker),
+        Ok(State::Receiving { .. }) => Ok(worker),
         Ok(_) => Err(none()),
         Err(error) => Err(text(error)),
     }

@@ -4,11 +4,11 @@
 //! ```text
 //!   owner's agent        new part's node     other members' nodes     home's worker
 //!       │─── PART ────────────▶│ listens for all   │                      │
-//!       │─── MEET_NEW ─────────┼──────────────────▶│ listens for it       │
-//!       │ MEET_NEW ────────────┼───────────────────┼─────────────────────▶│
+//!       │─── CONNECT_NEW_PART ─────────┼──────────────────▶│ listens for it       │
+//!       │ CONNECT_NEW_PART ────────────┼───────────────────┼─────────────────────▶│
 //!       │─── PART_JOIN ───────▶│ meets them        │                      │
-//!       │─── JOIN_NEW ─────────┼──────────────────▶│ knows it             │
-//!       │ JOIN_NEW, the last ──┼───────────────────┼─────────────────────▶│ it is one of them
+//!       │─── ADD_PART ─────────┼──────────────────▶│ knows it             │
+//!       │ ADD_PART, the last ──┼───────────────────┼─────────────────────▶│ it is one of them
 //! ```
 //!
 //! Until the home has it a new part is no loss: where anything fails its process is ended,
@@ -28,7 +28,9 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::{Join, AddPart, ConnectNewPart, RemovePart, kind, pack, unpack};
+use keel_machine::worker::control::{
+    AddPart, ConnectNewPart, Join, RemovePart, kind, pack, unpack,
+};
 use keel_net::{Fingerprint, RpcError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,12 +69,22 @@ async fn ask_member<A: DeserializeOwned>(
 }
 
 /// A member here is to meet a part that comes.
-pub(crate) async fn meet_new(spanning: &Spanning, request: &ConnectNewPart) -> Result<PartAddress, String> {
+pub(crate) async fn meet_new(
+    spanning: &Spanning,
+    request: &ConnectNewPart,
+) -> Result<PartAddress, String> {
     let request = ConnectNewPart {
         address: spanning.context.worker_address(),
         ..request.clone()
     };
-    ask_member(spanning, &request.machine, kind::CONNECT_NEW_PART, &request, PROMPT).await
+    ask_member(
+        spanning,
+        &request.machine,
+        kind::CONNECT_NEW_PART,
+        &request,
+        PROMPT,
+    )
+    .await
 }
 
 /// It does, and knows it.
@@ -242,7 +254,7 @@ impl SpanningMachine<'_> {
                 new,
                 address: spanning.context.worker_address(),
             };
-            let kinds = (messages::MEET_NEW, kind::CONNECT_NEW_PART);
+            let kinds = (messages::CONNECT_NEW_PART, kind::CONNECT_NEW_PART);
             let place = self
                 .ask_part(*me, at, kinds, &meet, COMPILE_PATIENCE)
                 .await?;
@@ -267,7 +279,7 @@ impl SpanningMachine<'_> {
                     join: join.clone(),
                     node: node.clone(),
                 };
-                let kinds = (messages::JOIN_NEW, kind::ADD_PART);
+                let kinds = (messages::ADD_PART, kind::ADD_PART);
                 stood = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
             }
             Ok::<u64, CommandError>(stood)

@@ -1,7 +1,7 @@
 //! Messages between the node of a machine's owner and the nodes of its members.
 
 use keel_cluster::MachineName;
-use keel_machine::span::{PartId, PartSet, PartAddress};
+use keel_machine::span::{PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::Join;
 use keel_net::Fingerprint;

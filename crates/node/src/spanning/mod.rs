@@ -46,7 +46,7 @@ pub(crate) use home_migration::{
 pub(crate) use member::{adopt, arrived_part, join, join_arriving, part_of, ready, ready_arriving};
 pub(crate) use membership::{join_new, meet_new};
 pub(crate) use messages::{
-    ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, JOIN_NEW, MEET_NEW, PART, PART_JOIN, ROOM,
+    ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART, PART, PART_JOIN, ROOM,
 };
 pub(crate) use parts::{
     heat_of, hot_in, idle_in, object_to, objects_report, parts_report, tell_room, thread_to,

@@ -69,7 +69,9 @@ impl Shared {
         // is sampled next.
         let is_used = |start: u64| -> Result<bool, MemoryError> {
             let end = start.saturating_add(SAMPLE_BYTES).min(size);
-            let used = spanning.uses().take(start, end.saturating_sub(start))?;
+            let used = spanning
+                .access_tracker()
+                .take(start, end.saturating_sub(start))?;
             Ok(used.contains(&true))
         };
         let used = known.map(is_used).transpose()?.unwrap_or(false);

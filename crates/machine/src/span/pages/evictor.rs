@@ -378,7 +378,7 @@ impl Shared {
                     }
                     let bytes = CLEAR_BATCH_BYTES.min(range.end - start);
                     let whole = bytes.next_multiple_of(PAGE_BYTES);
-                    if let Err(error) = memory.uses().take(start, whole) {
+                    if let Err(error) = memory.access_tracker().take(start, whole) {
                         tracing::debug!(%error, start, "cannot read accessed bits");
                     }
                 }
@@ -390,7 +390,7 @@ impl Shared {
     /// page whose accesses cannot be observed counts as not accessed.
     fn was_accessed(&self, page: PageId) -> bool {
         let memory = self.memories.get(page.memory as usize);
-        let used = memory.map(|it| it.uses().take(offset(page), PAGE_BYTES));
+        let used = memory.map(|it| it.access_tracker().take(offset(page), PAGE_BYTES));
         let used = matches!(used, Some(Ok(used)) if used == [true]);
         let (memory, at) = (page.memory, offset(page));
         used || locked(&self.idle).was_just_used(memory, at, self.now())

@@ -314,7 +314,10 @@ impl Shared {
         }
         // Until the new home announces limits: other parts may not know it yet.
         self.is_changing_home.store(true, Ordering::Release);
-        self.step(vec![(Event::HomeMigrated { new_home: from }, EventContext::Nothing)]);
+        self.step(vec![(
+            Event::HomeMigrated { new_home: from },
+            EventContext::Nothing,
+        )]);
         self.peers.replace_home(from);
         self.end_cut();
         heard.is_now(PartId::HOME);

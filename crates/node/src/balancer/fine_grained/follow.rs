@@ -12,7 +12,7 @@ use crate::processes::Worker;
 use crate::spanning;
 use keel_api::EventKind;
 use keel_balance::Name;
-use keel_balance::fine_grained::{Choice, Action, Part, Observation, decide, gather_if_slower};
+use keel_balance::fine_grained::{Action, Choice, Observation, Part, decide, gather_if_slower};
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_cluster::{Epoch, MachineName, NodeName};
