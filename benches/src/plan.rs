@@ -13,7 +13,9 @@
 
 use crate::table::Table;
 use anyhow::{Context, Result, bail, ensure};
-use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan, unevenness};
+use keel_balance::plan::{
+    Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan, unevenness,
+};
 use keel_balance::policy::Strategy;
 use keel_balance::rules::Labels;
 use keel_sim::scenario::{Cluster, Scenario};
@@ -205,7 +207,7 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
             };
             free[site] -= memory;
             let used = cpus * rng.random_range(0.2..0.8);
-            Load {
+            Workload {
                 name: format!("i{number}").as_str().into(),
                 labels: Labels::new(),
                 site,

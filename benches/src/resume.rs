@@ -26,7 +26,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
         let (wasi, output) = start.wasi()?;
         let machine = Machine::start(program.clone(), wasi, Limits::default())?;
         std::thread::sleep(whole / 2);
-        ensure!(machine.shake(0), "the guest ended before it was moved");
+        ensure!(machine.recapture(0), "the guest ended before it was moved");
         let outcome = machine
             .wait(Some(Duration::from_secs(120)))
             .unwrap_or(Outcome::Stopped);

@@ -1,20 +1,27 @@
-//! What a change must pass.
+//! What a change must pass: lints, the usual tests, and of the long ones those that it may
+//! have broken and as many others as fit into a quarter of an hour.
 
-use crate::command::{cargo, check, has};
-use crate::{licences, suite};
+use crate::command::{cargo, check, has, root};
+use crate::suite::{self, LONG};
+use crate::{imports, licences};
 use anyhow::Result;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-pub(crate) fn run() -> Result<()> {
+/// How long those long tests may take that no change asks for.
+const OTHERS_MAX: Duration = Duration::from_secs(15 * 60);
+/// Names the commit from which on changes count.
+const BASE: &str = "KEEL_CI_BASE";
+/// Where nobody names one: so many commits back.
+const COMMITS: u32 = 10;
+
+/// Formatter, lints, documentation, imports, licences.
+pub(crate) fn lint() -> Result<()> {
     check(cargo().args(["fmt", "--all", "--check"]))?;
+    imports::check(&root())?;
     check(
         cargo()
             .args(["clippy", "--release", "--workspace", "--all-targets"])
-            .args(["--", "-D", "warnings"]),
-    )?;
-    check(
-        cargo()
-            .args(["clippy", "--release", "--workspace", "--all-targets"])
-            .args(suite::FAILPOINTS)
             .args(["--", "-D", "warnings"]),
     )?;
     check(
@@ -22,10 +29,78 @@ pub(crate) fn run() -> Result<()> {
             .args(["doc", "--release", "--workspace", "--no-deps"])
             .env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-    if has("cargo-deny") {
-        check(cargo().args(["deny", "check", "licenses", "bans", "sources"]))?;
-    } else {
-        licences::check()?;
+    match has("cargo-deny") {
+        true => check(cargo().args(["deny", "check", "licenses", "bans", "sources"])),
+        false => licences::check(),
     }
-    suite::run(&[])
+}
+
+/// All that `.ci/run` runs.
+pub(crate) fn run() -> Result<()> {
+    lint()?;
+    // Long tests first, so that the usual ones' summary is the last word.
+    check(Command::new(std::env::current_exe()?).arg("long-tests"))?;
+    suite::run(&[], false)
+}
+
+/// Long tests: the groups whose crates changed, then others in turn.
+pub(crate) fn long_tests() -> Result<()> {
+    let changed = changed_crates();
+    let asked = |group: &&suite::Group| {
+        let mut crates = group.crates.iter();
+        crates.any(|name| changed.iter().any(|it| it == name))
+    };
+    let (mut skipped, mut ran) = (Vec::new(), Vec::new());
+    for group in LONG.iter().filter(asked) {
+        suite::run_group(group)?;
+        ran.push(group.name);
+    }
+    let others: Vec<&suite::Group> = LONG.iter().filter(|group| !asked(group)).collect();
+    let begun = Instant::now();
+    for turn in 0..others.len() {
+        let group = others[(first_of(others.len()) + turn) % others.len()];
+        if begun.elapsed() > OTHERS_MAX {
+            skipped.push(group.name);
+            continue;
+        }
+        suite::run_group(group)?;
+        ran.push(group.name);
+    }
+    println!("long tests that ran: {}", ran.join(", "));
+    println!("long tests left for another turn: {}", skipped.join(", "));
+    Ok(())
+}
+
+/// The one of so many groups that is the first by this commit's turn.
+fn first_of(count: usize) -> usize {
+    let hash = git(&["rev-parse", "HEAD"]).unwrap_or_default();
+    let digits = hash.get(..7).unwrap_or_default();
+    let number = usize::from_str_radix(digits, 16).unwrap_or(0);
+    number % count.max(1)
+}
+
+/// Crates that changed, by their folders; all where that is not known.
+fn changed_crates() -> Vec<String> {
+    let base = std::env::var(BASE).unwrap_or_else(|_| format!("HEAD~{COMMITS}"));
+    let Some(files) = git(&["diff", "--name-only", &base, "HEAD"]) else {
+        let crates = LONG.iter().flat_map(|group| group.crates);
+        return crates.map(ToString::to_string).collect();
+    };
+    let folders = files.lines().filter_map(|file| {
+        let rest = file.strip_prefix("crates/")?;
+        Some(rest.split('/').next()?.to_owned())
+    });
+    folders.collect()
+}
+
+fn git(args: &[&str]) -> Option<String> {
+    let output = Command::new("git")
+        .args(args)
+        .current_dir(root())
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

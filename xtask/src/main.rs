@@ -1,7 +1,7 @@
 //! Development tasks: `cargo xtask TASK`.
 //!
 //! - `ci`: what a change must pass
-//! - `suite`: the whole test-suite
+//! - `suite`: the tests, usual and long
 //! - `licences`: which licences dependencies may have
 //! - `imports`: which file imports which
 //! - `guests`: guest programs from their sources
@@ -45,14 +45,21 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Runs all tests.
+    /// Runs the usual tests, or those that the arguments name.
     Test {
+        /// The long tests, the soak and nemesis, too.
+        #[arg(long, conflicts_with = "args")]
+        all: bool,
         /// Passed on to the runner.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Runs formatter, lints, documentation, licences, all tests.
+    /// Runs formatter, lints, documentation, import and licence checks.
+    Lint,
+    /// Runs the lints, the usual tests, and some of the long ones: `.ci/run`.
     Ci,
+    /// Runs the long tests that a change asks for, and others for a quarter of an hour.
+    LongTests,
     /// Checks that imports form no circles, and that layers import what is below them.
     Imports,
     /// Checks the licences of all dependencies against deny.toml.
@@ -145,8 +152,10 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
-        Task::Test { args } => suite::run(&args),
+        Task::Test { all, args } => suite::run(&args, all),
+        Task::Lint => ci::lint(),
         Task::Ci => ci::run(),
+        Task::LongTests => ci::long_tests(),
         Task::Imports => imports::check(&command::root()),
         Task::Licences => licences::check(),
         Task::Package => package::make(),

@@ -1,63 +1,222 @@
-//! The whole test-suite, and what it needs from the system.
+//! The test-suite in two parts: the usual one, which takes some minutes, and groups of long
+//! tests, each about one subject. `all` runs both, with the soak and nemesis behind them.
 
 use crate::command::{cargo, check, has};
+use crate::nemesis;
+use crate::soak::{self, Soak};
 use anyhow::{Result, bail};
 use std::process::Command;
 
 /// Programs that tests or builds need, and the Debian packages that have them.
 const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
 
-/// Nodes in tests can be made to fail at any step.
-pub(crate) const FAILPOINTS: [&str; 2] = ["--features", "keel/failpoints"];
+/// Runs of the soak, and minutes of nemesis, behind all tests.
+const SOAK_RUNS: u64 = 60;
+const NEMESIS_MINUTES: u64 = 5;
 
-/// Tests of several nodes, which must hold on slow networks too, and how late each
-/// message is there.
-const NODES: &str = "t30_cluster";
-const DELAY_MS: &str = "30";
+/// Long tests about one subject.
+pub(crate) struct Group {
+    pub(crate) name: &'static str,
+    /// Crates whose change asks for it, by their folders.
+    pub(crate) crates: &'static [&'static str],
+    /// Milliseconds by which each message between nodes is delayed.
+    message_delay_ms: Option<&'static str>,
+    /// Names of tests, with their modules.
+    tests: &'static [&'static str],
+}
 
-/// All tests, or those that the arguments name. Without any, the tests of several
-/// nodes come first with every message delayed.
-pub(crate) fn run(args: &[String]) -> Result<()> {
-    // Of a whole run what failed and why is to be seen at its end, not frames.
-    let backtraces = match args.is_empty() {
-        true => Some("0".into()),
-        false => std::env::var_os("RUST_BACKTRACE"),
-    };
-    let cargo = || {
-        let mut cargo = cargo();
-        cargo.envs(backtraces.iter().map(|it| ("RUST_BACKTRACE", it)));
-        cargo
-    };
+/// All groups of long tests. What is in none of them is in the usual suite.
+pub(crate) const LONG: &[Group] = &[
+    Group {
+        name: "failpoints at every step",
+        crates: &["machine", "node", "cluster"],
+        message_delay_ms: None,
+        tests: &[
+            "at_the_source_agent",
+            "at_the_target_agent",
+            "at_the_source_worker",
+            "at_the_target_worker",
+            "at_post_copy",
+            "at_checkpoints",
+            "at_restores_starts_and_ends",
+            "at_beginnings_on_several_nodes",
+            "at_moves_of_homes",
+            "at_moves_of_homes_in_workers",
+        ],
+    },
+    Group {
+        name: "spanning",
+        crates: &["machine", "wasm", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "parts_come_and_go_while_it_runs",
+            "who_is_lost_while_parts_come_and_go",
+            "what_is_larger_than_a_part_begins_on_several",
+            "a_node_that_is_cut_off_is_a_lost_part",
+            "rules_and_drains_hold_for_parts",
+            "who_does_not_answer_is_named",
+            "threads_are_spread_from_the_first_on",
+            "the_home_of_what_is_larger_than_a_part_moves",
+            "the_home_moves_while_it_runs",
+            "what_nobody_uses_is_known",
+        ],
+    },
+    Group {
+        name: "checkpoints",
+        crates: &["machine", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "volumes_are_in_it",
+            "of_a_machine_with_parts_it_is_of_one_instant",
+            "what_is_larger_than_a_part_comes_to_several",
+            "alone_again_a_full_one_comes_first",
+            "every_checkpoint_of_a_chain_goes_on_where_it_was",
+            "threads_and_what_they_wait_for_are_in_it",
+            "of_parts_what_did_not_change_is_not_stored_again",
+            "chains_are_made_full_ones_and_nothing_changes",
+            "a_store_that_is_gone_is_named",
+        ],
+    },
+    Group {
+        name: "clusters",
+        crates: &["cluster", "net", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "silence_is_no_proof_of_death",
+            "threads_move_with_their_machine_and_results_are_the_same",
+            "a_machine_that_starts_is_shown_and_runs_when_detach_returns",
+            "output_never_becomes_less",
+        ],
+    },
+    Group {
+        name: "clusters with late messages",
+        crates: &["cluster", "net", "node"],
+        message_delay_ms: Some("30"),
+        tests: &[
+            "machines_are_kept_and_made_again",
+            "memory_comes_after_the_machine",
+            "threads_move_with_their_machine_and_results_are_the_same",
+            "silence_is_no_proof_of_death",
+        ],
+    },
+    Group {
+        name: "volumes",
+        crates: &["wasi", "machine", "node"],
+        message_delay_ms: None,
+        tests: &["nothing_synced_is_lost_at_any_step_of_a_move"],
+    },
+    Group {
+        name: "balancing",
+        crates: &["balance", "sim", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "the_past_is_known_when_the_source_is_gone",
+            "unlike_nodes_end_level_in_relative_load",
+            "a_drained_node_is_empty_closed_and_opened_again",
+            "a_program_outgrows_its_node_by_itself",
+            "what_is_suggested_is_not_done",
+            "it_converges_from_any_start",
+            "no_move_breaks_a_rule_on_any_seed",
+        ],
+    },
+    Group {
+        name: "coherence",
+        crates: &["wasm"],
+        message_delay_ms: None,
+        tests: &[
+            "exhaustive::pages_and_directories_that_move",
+            "exhaustive::the_home_moves",
+            "exhaustive::a_part_that_leaves",
+            "randomized::seeds",
+        ],
+    },
+    Group {
+        name: "engine",
+        crates: &["wasm", "wasi"],
+        message_delay_ms: None,
+        tests: &[
+            "changed_modules",
+            "changed_instrumented_modules",
+            "core",
+            "operands::a_block_with_very_many_operands",
+            "programs_with_threads",
+            "threads_at_a_high_rate",
+            "zstd",
+            "descriptors_end_at_their_limit",
+        ],
+    },
+];
+
+/// Runs what `args` ask the runner for; without any the usual suite, and everything else
+/// too where `all` is wanted.
+pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
     provide()?;
-    if args.is_empty() {
-        let mut delayed = cargo();
-        match has("cargo-nextest") {
-            true => delayed
-                .args(["nextest", "run", "--release", "--workspace"])
-                .args(FAILPOINTS)
-                .args(["-E", &format!("binary({NODES})")]),
-            false => delayed
-                .args(["test", "--release", "--workspace"])
-                .args(FAILPOINTS)
-                .args(["--test", NODES]),
-        };
-        check(delayed.env("KEEL_NET_DELAY_MS", DELAY_MS))?;
+    if !args.is_empty() {
+        return check(runner(None).args(args));
     }
+    run_usual()?;
+    if all {
+        for group in LONG {
+            run_group(group)?;
+        }
+        soak::soak(&Soak {
+            minutes: None,
+            runs: SOAK_RUNS,
+            busy: 2,
+            only: None,
+            keel: None,
+            seed: 1,
+        })?;
+        nemesis::run(NEMESIS_MINUTES, false, None)?;
+    }
+    Ok(())
+}
+
+/// Runs the usual suite: all tests but the long ones.
+pub(crate) fn run_usual() -> Result<()> {
+    let long = LONG.iter().flat_map(|group| group.tests);
+    let mut command = runner(None);
     if has("cargo-nextest") {
-        check(
-            cargo()
-                .args(["nextest", "run", "--release", "--workspace"])
-                .args(FAILPOINTS)
-                .args(args),
-        )
+        let long: Vec<String> = long.map(|name| format!("test(={name})")).collect();
+        command.args(["-E", &format!("not ({})", long.join(" | "))]);
     } else {
-        check(
-            cargo()
-                .args(["test", "--release", "--workspace"])
-                .args(FAILPOINTS)
-                .args(args),
-        )
+        command.args(["--", "--exact"]);
+        for name in long {
+            command.args(["--skip", name]);
+        }
     }
+    check(&mut command)
+}
+
+/// Runs a group of long tests.
+pub(crate) fn run_group(group: &Group) -> Result<()> {
+    println!("long tests: {}", group.name);
+    let mut command = runner(group.message_delay_ms);
+    if has("cargo-nextest") {
+        let names = group.tests.iter().map(|name| format!("test(={name})"));
+        command.args(["-E", &names.collect::<Vec<String>>().join(" | ")]);
+    } else {
+        command.args(["--", "--exact"]).args(group.tests);
+    }
+    check(&mut command)
+}
+
+/// The test runner with the whole workspace.
+fn runner(message_delay_ms: Option<&str>) -> Command {
+    let mut command = cargo();
+    match has("cargo-nextest") {
+        true => command.args(["nextest", "run"]),
+        false => command.arg("test"),
+    };
+    command.args(["--release", "--workspace"]);
+    // Of a whole run what failed and why is to be seen at its end, not frames.
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        command.env("RUST_BACKTRACE", "0");
+    }
+    if let Some(delay) = message_delay_ms {
+        command.env("KEEL_NET_DELAY_MS", delay);
+    }
+    command
 }
 
 /// Installs what is missing, or names it.
@@ -80,4 +239,40 @@ fn provide() -> Result<()> {
             .args(["install", "--yes", "--no-install-recommends"])
             .args(packages),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::root;
+    use std::path::Path;
+
+    fn sources(folder: &Path, text: &mut String) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, text);
+            } else if path.extension().is_some_and(|it| it == "rs") {
+                text.push_str(&std::fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+
+    /// A test that was renamed would be in the usual suite, and in no group, unnoticed.
+    #[test]
+    fn long_tests_exist() {
+        let mut text = String::new();
+        sources(&root().join("crates"), &mut text);
+        for group in LONG {
+            for crate_name in group.crates {
+                let folder = root().join("crates").join(crate_name);
+                assert!(folder.is_dir(), "{}: {crate_name}", group.name);
+            }
+            for test in group.tests {
+                let name = test.rsplit("::").next().unwrap();
+                let is_there = text.contains(&format!("fn {name}("));
+                assert!(is_there, "{}: there is no test {test}", group.name);
+            }
+        }
+    }
 }

@@ -305,7 +305,7 @@ fn shaken(machine: &Machine, parts: Option<&InProcess>, rate: f64, seed: u64) ->
             (1 | 2, Some(place)) if places > 1 => {
                 moves += u64::from(machine.move_thread(thread, place).is_ok());
             }
-            _ => drop(machine.shake(thread)),
+            _ => drop(machine.recapture(thread)),
         }
     };
     let moved = match places {

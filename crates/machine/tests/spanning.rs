@@ -153,7 +153,7 @@ fn shake(running: &Running, count: usize, seed: u64) -> u32 {
         let thread = threads[rng.random_range(0..threads.len())];
         match rng.random_range(0..8) {
             0 => drop(running.machine.recapture_all(LONG)),
-            1 => drop(running.machine.shake(thread)),
+            1 => drop(running.machine.recapture(thread)),
             _ => {
                 let to = part(rng.random_range(0..count));
                 moves += u32::from(running.machine.move_thread(thread, to).is_ok());
@@ -416,7 +416,7 @@ fn returning_to_one_part_can_be_retried() {
     let running = Running::new(&program, &args);
     let parts = running.span(3);
     let away = || {
-        let places = running.machine.places();
+        let places = running.machine.thread_locations();
         places.values().any(|place| *place != PartId::HOME)
     };
     let begun = Instant::now();
@@ -724,7 +724,7 @@ fn threads_elsewhere_are_frozen_and_stopped() {
     let running = Running::new(&program, &[]);
     let parts = running.span(3);
     let machine = &running.machine;
-    while machine.places().len() < 5 {
+    while machine.thread_locations().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
     for _ in 0..20 {
@@ -732,7 +732,7 @@ fn threads_elsewhere_are_frozen_and_stopped() {
         assert_eq!(machine.image().unwrap().threads(), 5);
         machine.thaw().unwrap();
     }
-    let places = machine.places();
+    let places = machine.thread_locations();
     for number in 0..3 {
         let here = places.values().filter(|place| **place == part(number));
         assert!(here.count() >= 1, "{places:?}");
@@ -762,7 +762,7 @@ fn a_lost_part_ends_the_machine_by_name() {
     );
     let running = Running::new(&program, &[]);
     let mut parts = running.span(3);
-    while running.machine.places().len() < 5 {
+    while running.machine.thread_locations().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
     // Not the next thread: it would be told.

@@ -202,7 +202,7 @@ pub(crate) fn check_label(label: &str, value: &str) -> Result<(), CommandError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::Found;
+    use crate::records::VersionedRecord;
     use crate::records::tests::record;
     use keel_balance::rules::{Domain, Requirement, Selector};
     use keel_cluster::Store;
