@@ -779,8 +779,8 @@ mod tests {
                 number: 3,
                 word: QuiescenceMessage::Quiet({
                     let mut traffic = Traffic::default();
-                    traffic.said(part(3));
-                    traffic.heard(part(63));
+                    traffic.count_sent(part(3));
+                    traffic.count_received(part(63));
                     traffic
                 }),
             },

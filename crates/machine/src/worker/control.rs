@@ -705,9 +705,9 @@ mod tests {
     /// The state of a home comes from another node: any bytes are decoded or refused.
     #[test]
     fn any_bytes_are_decoded_or_refused() {
-        use keel_wasm::coherence::{Held, Holders, Holdings};
+        use keel_wasm::coherence::{HeldRun, Holders, Holdings};
         let part = |number| PartId::new(number).unwrap();
-        let held = |first, pages| Held {
+        let held = |first, pages| HeldRun {
             memory: 0,
             first,
             pages,

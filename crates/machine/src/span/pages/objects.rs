@@ -647,7 +647,7 @@ mod tests {
                 first: 9,
                 pages: 1,
                 holders: Holders::Readers {
-                    keeper: part(0),
+                    owner: part(0),
                     readers: [part(0), part(2)].into_iter().collect(),
                 },
                 exchanges: 1,
