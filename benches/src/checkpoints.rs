@@ -74,7 +74,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
         ]);
     }
     table.print(&format!("Checkpoints of 1 GiB ({rounds} rounds)"));
-    println!("\nstood still for one: {:.2} ms p50", median(pauses));
+    println!("\ndowntime of one: {:.2} ms p50", median(pauses));
     drop(quiet);
     apart(guests, folder.path(), rounds)?;
     increments(guests, folder.path(), rounds)
@@ -105,7 +105,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     }
     let (rate, plain) = (median(rates), median(writing));
     println!(
-        "\nof a machine with two parts that writes 50 MB/s: {rate:.0} MB/s p50, plain writing beside it {plain:.0}, ratio {:.2}; stood still {:.2} ms p50",
+        "\nof a machine with two parts that writes 50 MB/s: {rate:.0} MB/s p50, plain writing beside it {plain:.0}, ratio {:.2}; downtime {:.2} ms p50",
         rate / plain,
         median(pauses)
     );

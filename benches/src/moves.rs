@@ -87,7 +87,7 @@ fn rounds_line(report: &MoveReport) -> String {
         })
         .collect();
     format!(
-        "{}; then {:.2} MB while it stood still",
+        "{}; then {:.2} MB in its downtime",
         rounds.join(", "),
         report.last_bytes as f64 / 1e6
     )
@@ -118,7 +118,7 @@ type Phase = fn(&MoveReport) -> u64;
 
 fn print_busy(reports: &[MoveReport], streams: Vec<f64>) {
     let phases: [(&str, Phase); 7] = [
-        ("stood still", |report| report.downtime_micros),
+        ("downtime", |report| report.downtime_micros),
         ("freeze", |report| report.freeze_micros),
         ("last pages", |report| report.last_pages_micros),
         ("state", |report| report.state_micros),

@@ -80,7 +80,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
 fn print(after: &[MoveReport], before: &[MoveReport]) {
     type Phase = fn(&MoveReport) -> u64;
     let phases: [(&str, Phase); 6] = [
-        ("stood still", |report| report.downtime_micros),
+        ("downtime", |report| report.downtime_micros),
         ("freeze", |report| report.freeze_micros),
         ("last pages", |report| report.last_pages_micros),
         ("state, and naming pages", |report| report.state_micros),

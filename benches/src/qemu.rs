@@ -104,7 +104,7 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
 fn print(theirs: &[Pause], ours: &[Pause]) {
     let mut table = Table::new(&[
         "",
-        "stands still, as seen p50 ms",
+        "downtime, as seen p50 ms",
         "max",
         "reported p50",
         "total p50",

@@ -89,7 +89,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
         }
     }
     spanned.end()?;
-    let mut table = Table::new(&["a thread stands still", "p50 µs", "p90", "p99", "most"]);
+    let mut table = Table::new(&["downtime of a thread", "p50 µs", "p90", "p99", "most"]);
     for (name, figures) in [("home → member", &mut away), ("member → home", &mut home)] {
         let mut row = vec![name.to_owned()];
         row.extend([0.5, 0.9, 0.99, 1.0].map(|share| format!("{:.1}", percentile(figures, share))));

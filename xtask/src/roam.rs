@@ -123,7 +123,7 @@ pub(crate) fn run(
     programs.push(("zstd, 4 workers".into(), zstd.to_vec()));
     println!(
         "{:<18} {:>8} {:>8} {:>6} {:>24}  output",
-        "program", "alone s", "moved s", "moves", "stood still ms p50, max"
+        "program", "alone s", "moved s", "moves", "downtime ms p50, max"
     );
     let mut unlike = 0;
     for (number, (name, arguments)) in programs.iter().enumerate() {

@@ -171,7 +171,7 @@ pub struct MachineInfo {
     pub remove_at_end: bool,
     /// The checkpoint that it was made of, in words.
     #[serde(default)]
-    pub made_of: Option<String>,
+    pub created_from: Option<String>,
     /// Limit of its CPU time, in thousandths of a core.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,
@@ -557,7 +557,7 @@ pub struct CheckpointInfo {
     pub created_unix_ms: u64,
     /// Bytes of pages in it.
     pub stored_bytes: u64,
-    /// How long the machine stood still, in microseconds; only when it is made.
+    /// Downtime in microseconds; only when it is made.
     pub pause_micros: Option<u64>,
     /// How long all of it took, in microseconds; only when it is made.
     pub total_micros: Option<u64>,
@@ -618,9 +618,9 @@ pub struct PartsInfo {
     /// microseconds: below 1, below 2, below 4, …
     #[serde(default)]
     pub waits: Vec<u64>,
-    /// How long it stood still to come to this, in microseconds; only after a change.
+    /// Downtime of the change, in microseconds; only after a change.
     #[serde(default)]
-    pub stood_micros: Option<u64>,
+    pub downtime_micros: Option<u64>,
 }
 
 /// A part of a machine.
@@ -681,7 +681,7 @@ pub struct ThreadInfo {
     pub cpu_micros: Option<u64>,
     /// Microseconds that it stood at pages of other nodes, by the node that gave them.
     #[serde(default)]
-    pub stood_micros: BTreeMap<String, u64>,
+    pub stalled_micros: BTreeMap<String, u64>,
     /// The object that it likes to be near, if it said so (`guests/evenkeel.h`).
     #[serde(default)]
     pub likes: Option<String>,

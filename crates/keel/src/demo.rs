@@ -2,11 +2,11 @@
 //! itself, a program that spreads over all of them, machines that are moved among them under load, and a node that is switched
 //! off. Ends by checking that nothing was lost: every numbered line once and in order.
 //!
-//! - `cure`: the hot node
+//! - `hot_node`: the hot node
 //! - `spread`: a program with threads over three nodes
 //! - `view`: what is shown on a terminal while it runs
 
-mod cure;
+mod hot_node;
 mod spread;
 mod view;
 
@@ -98,7 +98,7 @@ struct Summary {
     /// What is wrong, if anything.
     problems: Vec<String>,
     /// How the hot node cured itself.
-    cure: cure::Cure,
+    hot_node: hot_node::HotNodeReport,
     /// How a program spread over all nodes.
     spread: spread::Spread,
     /// Machines and what they printed.
@@ -172,18 +172,18 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
 }
 
 fn print_summary(summary: &Summary) {
-    for decision in &summary.cure.decisions {
+    for decision in &summary.hot_node.decisions {
         outln!("{decision}");
     }
-    let spread = summary.cure.machines.iter();
+    let spread = summary.hot_node.machines.iter();
     let spread: Vec<String> = spread
         .map(|(node, count)| format!("{node}: {count}"))
         .collect();
     outln!(
-        "node {} cured itself in {:.1} s by {} moves that nobody asked for; machines now {}",
+        "node {} levelled its load in {:.1} s by {} moves that nobody ordered; machines now {}",
         summary.nodes.first().map_or("", String::as_str),
-        summary.cure.took_ms as f64 / 1000.0,
-        summary.cure.decisions.len(),
+        summary.hot_node.took_ms as f64 / 1000.0,
+        summary.hot_node.decisions.len(),
         spread.join(", ")
     );
     for decision in &summary.spread.decisions {
@@ -242,7 +242,7 @@ async fn play(
     let begun = Instant::now();
     headline(scene, "starting three nodes");
     let mut cluster = LocalCluster::start(program, folder, &NODES).await?;
-    let cure = cure::play(scene, &cluster, &NODES).await?;
+    let hot_node = hot_node::play(scene, &cluster, &NODES).await?;
     let spread = spread::play(scene, &cluster, program, folder, &NODES).await?;
     headline(
         scene,
@@ -285,7 +285,7 @@ async fn play(
     cluster.power_off(DOOMED_NODE);
     let before = lines_of_all(&cluster).await?;
     settle(scene, &cluster, &before).await?;
-    let summary = sum_up(&cluster, (cure, spread), moves, &before, begun).await;
+    let summary = sum_up(&cluster, (hot_node, spread), moves, &before, begun).await;
     look(scene, &cluster).await;
     headline(scene, "done");
     summary
@@ -352,7 +352,7 @@ async fn settle(scene: &SharedScene, cluster: &LocalCluster, before: &[u64]) -> 
 
 async fn sum_up(
     cluster: &LocalCluster,
-    (cure, spread): (cure::Cure, spread::Spread),
+    (hot_node, spread): (hot_node::HotNodeReport, spread::Spread),
     moves: Vec<MoveReport>,
     before: &[u64],
     begun: Instant,
@@ -395,7 +395,7 @@ async fn sum_up(
         nodes: NODES.iter().map(|node| (*node).to_owned()).collect(),
         switched_off: DOOMED_NODE.to_owned(),
         problems,
-        cure,
+        hot_node,
         spread,
         machines,
         moves,

@@ -2,7 +2,7 @@
 //! in its life, what it has and may touch, and what happened to it last.
 
 use crate::cluster::Reach;
-use crate::events::{self, Told};
+use crate::events::{self, EventPage};
 use crate::output::{self, Format};
 use crate::when;
 use anyhow::Result;
@@ -25,15 +25,16 @@ struct Described {
     /// Its parts, if it is on several nodes.
     parts: Vec<PartInfo>,
     #[serde(flatten)]
-    told: Told,
+    history: EventPage,
 }
 
 pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     let client = reach.client()?;
     let machine: MachineInfo = client.get(&keel_api::path(["machines", name])).await?;
-    let mut told = events::newest(&client, Some(name), None, EVENTS_ASKED).await?;
+    let mut history = events::newest(&client, Some(name), None, EVENTS_ASKED).await?;
     // An earlier machine may have had the same name.
-    told.events
+    history
+        .events
         .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
     // (One that does not run has none.)
     let parts = client
@@ -44,7 +45,7 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     let described = Described {
         machine,
         parts,
-        told,
+        history,
     };
     match reach.format() {
         Format::Json => outln!("{}", serde_json::to_string_pretty(&described)?),
@@ -85,7 +86,7 @@ fn moment(unix_ms: u64) -> String {
 }
 
 fn page(described: &Described) -> String {
-    let (machine, told) = (&described.machine, &described.told);
+    let (machine, history) = (&described.machine, &described.history);
     let mut page = Page(Vec::new());
     what_it_is(&mut page, machine);
     what_it_has(&mut page, machine);
@@ -112,7 +113,7 @@ fn page(described: &Described) -> String {
             format!("{begun}  {}", report.line())
         }),
     );
-    let checkpoints = told.events.iter().rev().filter(|event| {
+    let checkpoints = history.events.iter().rev().filter(|event| {
         matches!(
             event.kind,
             EventKind::CheckpointMade | EventKind::CheckpointFailed
@@ -126,9 +127,14 @@ fn page(described: &Described) -> String {
     );
     page.list(
         "Last events",
-        told.events.iter().rev().take(EVENTS).map(events::sentence),
+        history
+            .events
+            .iter()
+            .rev()
+            .take(EVENTS)
+            .map(events::sentence),
     );
-    for silence in &told.silent {
+    for silence in &history.silent {
         page.0.push(format!(
             "  node {} does not answer ({}): what it would tell is missing",
             silence.node, silence.reason
@@ -157,7 +163,7 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
     if !machine.ready_on.is_empty() {
         page.line("compiled", format!("on {}", machine.ready_on.join(", ")));
     }
-    if let Some(origin) = &machine.made_of {
+    if let Some(origin) = &machine.created_from {
         page.line("made of", origin);
     }
     page.line(

@@ -32,7 +32,7 @@ pub(crate) struct Args {
 
 /// What nodes told.
 #[derive(Debug, Default, Serialize)]
-pub(crate) struct Told {
+pub(crate) struct EventPage {
     /// Oldest first.
     pub(crate) events: Vec<Event>,
     /// Nodes that did not answer: what they would tell is missing.
@@ -66,9 +66,9 @@ pub(crate) async fn newest(
     machine: Option<&str>,
     since: Option<u64>,
     limit: u32,
-) -> Result<Told> {
+) -> Result<EventPage> {
     let mut lines = ask(client, machine, since, limit, false).await?;
-    let mut told = Told::default();
+    let mut told = EventPage::default();
     while let Some(line) = lines.line().await? {
         match line {
             EventLine::Event(event) => told.events.push(event),

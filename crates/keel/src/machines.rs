@@ -161,7 +161,7 @@ pub(crate) fn checkpoint_plan(
     }
     Ok(CheckpointPlan {
         every_s: every.as_secs(),
-        to: to.map(crate::keep::place).transpose()?,
+        to: to.map(crate::checkpoint::place).transpose()?,
         retention,
     })
 }

@@ -3,7 +3,7 @@
 //! - `wasm`: `keel wasm`, one program in the foreground, without a cluster
 //! - `up`: `keel up`, `keel join` and the processes behind them
 //! - `machines`: `run`, `ps`, `logs`, `inspect`, `stop`, `kill`, `rm`, `move`
-//! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
+//! - `checkpoint`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
 //! - `apply`: `keel apply`
 //! - `cp`: `keel cp`
@@ -29,6 +29,7 @@ mod output;
 
 mod apply;
 mod balance;
+mod checkpoint;
 mod cluster;
 mod cp;
 mod demo;
@@ -39,7 +40,6 @@ mod dry_run;
 mod events;
 mod help;
 mod history;
-mod keep;
 mod machines;
 mod objects;
 mod parts;
@@ -204,7 +204,7 @@ enum Command {
     /// Labels a machine, or a node, for rules to select by.
     Label(rule::LabelArgs),
     /// Makes a checkpoint of a running machine.
-    Checkpoint(keep::CheckpointArgs),
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Lists a machine's checkpoints.
     Checkpoints {
         /// The machine.
@@ -214,12 +214,12 @@ enum Command {
         from: Option<String>,
     },
     /// Makes a machine of a checkpoint.
-    Restore(keep::RestoreArgs),
+    Restore(checkpoint::RestoreArgs),
     /// Makes, lists and removes the cluster's volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
     /// Makes another machine of a running one: a copy that goes on by itself.
-    Clone(keep::CloneArgs),
+    Clone(checkpoint::CloneArgs),
     /// Writes the manual: a page for each command.
     Man {
         /// Folder for the pages; it must exist.
@@ -388,11 +388,11 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::History(args) => history::run(&reach, &args).await,
         Command::Rule(command) => rule::run(&reach, command).await,
         Command::Label(args) => rule::label(&reach, &args).await,
-        Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,
-        Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
-        Command::Restore(args) => keep::restore(&reach, &args).await,
+        Command::Checkpoint(args) => checkpoint::checkpoint(&reach, &args).await,
+        Command::Checkpoints { machine, from } => checkpoint::list(&reach, &machine, from).await,
+        Command::Restore(args) => checkpoint::restore(&reach, &args).await,
         Command::Volume(command) => volume::run(&reach, command).await,
-        Command::Clone(args) => keep::clone(&reach, &args).await,
+        Command::Clone(args) => checkpoint::clone(&reach, &args).await,
         Command::Debug(command) => debug(&reach, command).await,
         // Dispatched before, without a runtime.
         Command::Wasm(_)

@@ -80,8 +80,8 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
 }
 
 fn stood(info: &PartsInfo) -> String {
-    match info.stood_micros {
-        Some(micros) => format!("; it stood still for {:.1} ms", micros as f64 / 1000.0),
+    match info.downtime_micros {
+        Some(micros) => format!("; downtime {:.1} ms", micros as f64 / 1000.0),
         None => String::new(),
     }
 }
@@ -162,7 +162,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
 
 /// How long it stood at pages, by the nodes that gave them.
 fn stood_for(thread: &ThreadInfo) -> String {
-    let from = thread.stood_micros.iter();
+    let from = thread.stalled_micros.iter();
     let from: Vec<String> = from
         .map(|(node, micros)| format!("{node} {:.2} s", *micros as f64 / 1e6))
         .collect();

@@ -27,7 +27,7 @@ const LATE_AFTER: Duration = Duration::from_secs(4);
 
 /// What a plan makes of the cluster.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-pub(crate) enum Aim {
+pub(crate) enum Objective {
     /// All nodes level.
     Level,
     /// As few nodes as carry the load.
@@ -41,7 +41,7 @@ pub(crate) struct PlanArgs {
     plan: bool,
     /// What the plan is for.
     #[arg(long, requires = "plan", value_enum, default_value = "level")]
-    aim: Aim,
+    objective: Objective,
     /// At most so many machines: those whose moves level most. (Stops at a third node on the
     /// way are not counted.)
     #[arg(long, value_name = "N", requires = "plan")]
@@ -54,7 +54,7 @@ pub(crate) struct PlanArgs {
     yes: bool,
     /// Takes a plan that was shown with `-o json` from a file, instead of computing one: that
     /// very one is carried out, or none where the cluster changed since.
-    #[arg(long, value_name = "FILE", requires = "plan", conflicts_with_all = ["aim", "moves"])]
+    #[arg(long, value_name = "FILE", requires = "plan", conflicts_with_all = ["objective", "moves"])]
     from: Option<PathBuf>,
 }
 
@@ -83,14 +83,16 @@ pub(crate) struct DrainArgs {
 /// Makes a plan and, once confirmed, carries it out.
 pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> {
     let client = reach.client()?;
-    let goal = match args.aim {
-        Aim::Level => PlanGoal::Level {
+    let goal = match args.objective {
+        Objective::Level => PlanGoal::Level {
             moves_max: args.moves,
         },
-        Aim::Pack if args.moves.is_some() => {
-            bail!("--moves is for --aim level: a node that is not empty in the end is no gain")
+        Objective::Pack if args.moves.is_some() => {
+            bail!(
+                "--moves is for --objective level: a node that is not empty in the end is no gain"
+            )
         }
-        Aim::Pack => PlanGoal::Pack,
+        Objective::Pack => PlanGoal::Pack,
     };
     let plan: PlanInfo = match &args.from {
         Some(file) => read(file)?,
@@ -162,13 +164,7 @@ fn show(plan: &PlanInfo) {
         outln!("no move would help");
     } else {
         let head = [
-            "wave",
-            "machine",
-            "from",
-            "to",
-            "sends",
-            "takes",
-            "stands still",
+            "wave", "machine", "from", "to", "sends", "takes", "downtime",
         ];
         outln!("{}", output::table(&head, plan.steps.iter().map(row)));
         outln!(

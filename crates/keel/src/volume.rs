@@ -65,7 +65,7 @@ pub(crate) async fn run(reach: &Reach, command: VolumeCommand) -> Result<ExitCod
         VolumeCommand::Create { name, at, size } => {
             let request = VolumeCreateRequest {
                 name,
-                at: crate::keep::place(&at)?,
+                at: crate::checkpoint::place(&at)?,
                 bytes: size,
                 inodes: None,
             };

@@ -69,7 +69,7 @@ async fn drill_as(
         }
     }
     assert!(drilled > 0);
-    println!("{drilled} drills: {:?}", drill.testimony().unwrap());
+    println!("{drilled} drills: {:?}", drill.evidence().unwrap());
 }
 
 fn begins(failpoint: &Failpoint, words: &[&str]) -> bool {

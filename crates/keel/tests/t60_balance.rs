@@ -591,7 +591,7 @@ async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
     }
     let (done, said) = try_keel(&cluster, &confirm);
     assert!(!done && said.contains("moved from a to"), "{said}");
-    let (done, said) = try_keel(&cluster, &["balance", "--plan", "--aim", "nowhere"]);
+    let (done, said) = try_keel(&cluster, &["balance", "--plan", "--objective", "nowhere"]);
     assert!(!done && said.contains("possible values"), "{said}");
 }
 

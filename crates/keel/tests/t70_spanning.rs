@@ -75,7 +75,7 @@ impl Bench {
             parts,
             threads: serde_json::from_str(&text).expect("JSON"),
             waits: Vec::new(),
-            stood_micros: None,
+            downtime_micros: None,
         }
     }
 
@@ -123,7 +123,7 @@ async fn a_machine_spans_nodes_while_it_runs() {
     // Its home is named or not; two parts on one node; then another home.
     for nodes in ["a,b,c", "b,c", "a,a,b"] {
         let said = bench.does(&["span", "spread", "--nodes", nodes]);
-        assert!(said.contains("stood still"), "{said}");
+        assert!(said.contains("downtime"), "{said}");
         let parts = bench.parts("spread").parts;
         assert_eq!(parts.len(), 3, "{parts:?}");
         assert_eq!(parts[0].node, "a");
@@ -434,7 +434,7 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
     again("a", "b").await;
     for number in 0..3 {
         let said = bench.does(&["checkpoint", "m"]);
-        assert!(said.contains("stood still"), "{said}");
+        assert!(said.contains("downtime"), "{said}");
         // Each but the first has only what changed since.
         assert_eq!(said.contains(" since "), number > 0, "{said}");
         let now = bench.parts("m");

@@ -2,7 +2,7 @@
 //! was broken is mended, and then the machine must run on exactly one node, go on
 //! writing its lines, and have rewound only where its process was taken from it.
 
-use crate::witness::{Testimony, examine};
+use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
 use keel_api::{
@@ -132,7 +132,7 @@ impl Drill<'_> {
     ///
     /// # Errors
     /// If two copies wrote, or lines are missing.
-    pub fn testimony(&self) -> Result<Testimony> {
+    pub fn evidence(&self) -> Result<Evidence> {
         examine(&std::fs::read_to_string(self.file())?)
     }
 
@@ -173,7 +173,7 @@ impl Drill<'_> {
                 let expected = usize::from(*node == info.node);
                 self.cluster.workers_of(node, self.machine) == expected
             });
-            let told = self.testimony().ok()?;
+            let told = self.evidence().ok()?;
             (info.status == "running" && settled && told.lines > lines).then_some(info.node)
         })
         .await;
@@ -181,7 +181,7 @@ impl Drill<'_> {
             Ok(node) => Ok(node),
             Err(error) => {
                 // What it wrote says more than that it does not write.
-                self.testimony()?;
+                self.evidence()?;
                 let info = self.info().await;
                 Err(error.context(format!("{info:?}")))
             }
@@ -214,7 +214,7 @@ impl Drill<'_> {
         if self.spans {
             self.span().await?;
         }
-        let before = self.testimony()?;
+        let before = self.evidence()?;
         let (trigger, ways) = way_to(failpoint.name);
         let at = self.place(failpoint.site, &source).to_owned();
         let passed = self.cluster.failpoints_passed(&at).len();
@@ -263,10 +263,10 @@ impl Drill<'_> {
         for (node, name) in &given {
             self.order(node, name, None).await?;
         }
-        let lines = self.testimony()?.lines;
+        let lines = self.evidence()?.lines;
         self.goes_on(lines.max(before.lines)).await?;
         let recovery = fault.elapsed();
-        let after = self.testimony()?;
+        let after = self.evidence()?;
         let rewinds = after.rewinds - before.rewinds;
         // (Between the commit and the last part that knows its home nothing may fail.)
         let part = self.spans

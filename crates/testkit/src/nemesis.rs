@@ -6,7 +6,7 @@
 
 use crate::disk::SmallDisk;
 use crate::network::Network;
-use crate::witness::{Testimony, examine};
+use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
 use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
@@ -171,7 +171,7 @@ pub struct Nemesis {
     disks: BTreeMap<&'static str, SmallDisk>,
     shared: PathBuf,
     random: StdRng,
-    told: Vec<Testimony>,
+    told: Vec<Evidence>,
     /// Where each machine was last seen to run.
     owners: Vec<String>,
     /// What happened so far.
@@ -219,7 +219,7 @@ impl Nemesis {
             disks,
             shared,
             random: StdRng::seed_from_u64(seed),
-            told: vec![Testimony::default(); MACHINES.len()],
+            told: vec![Evidence::default(); MACHINES.len()],
             owners: vec![String::new(); MACHINES.len()],
             tally: Arc::default(),
         };
@@ -242,7 +242,7 @@ impl Nemesis {
         Ok(())
     }
 
-    fn testimony(&self, machine: &str) -> Result<Testimony> {
+    fn evidence(&self, machine: &str) -> Result<Evidence> {
         let text = std::fs::read_to_string(self.shared.join(format!("{machine}.lines")))?;
         examine(&text).with_context(|| format!("machine {machine}"))
     }
@@ -259,9 +259,7 @@ impl Nemesis {
                     let expected = usize::from(*node == info.node);
                     cluster.workers_of(node, name) == expected
                 });
-                let more = self
-                    .testimony(name)
-                    .is_ok_and(|told| told.lines > lines + 1);
+                let more = self.evidence(name).is_ok_and(|told| told.lines > lines + 1);
                 (info.status == "running" && one && more).then_some(info.node)
             })
             .await;
@@ -269,7 +267,7 @@ impl Nemesis {
                 Ok(owner) => self.owners[number] = owner,
                 Err(error) => {
                     // What it wrote says more than that it does not write.
-                    self.testimony(name)?;
+                    self.evidence(name)?;
                     let info = inspect().await.map(|info| MachineInfo {
                         moves: Vec::new(),
                         ..info
@@ -557,7 +555,7 @@ impl Nemesis {
         let before = self.told.clone();
         for (number, (name, _)) in MACHINES.iter().enumerate() {
             // A tail that is being written is read again below.
-            if let Ok(told) = self.testimony(name) {
+            if let Ok(told) = self.evidence(name) {
                 self.told[number] = told;
             }
         }
@@ -567,7 +565,7 @@ impl Nemesis {
         let settled = mended.elapsed().as_millis() as u64;
         let mut rewinds = 0;
         for (number, (name, _)) in MACHINES.iter().enumerate() {
-            let told = self.testimony(name)?;
+            let told = self.evidence(name)?;
             let back = told.rewinds - before[number].rewinds;
             ensure!(
                 back == 0 || fault.kills_machines(),

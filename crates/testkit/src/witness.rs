@@ -5,7 +5,7 @@ use anyhow::{Result, bail, ensure};
 
 /// What a witness's file tells.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Testimony {
+pub struct Evidence {
     /// Whole lines.
     pub lines: u64,
     /// Number of the last one.
@@ -29,7 +29,7 @@ pub struct Testimony {
 ///
 /// # Errors
 /// The first line that cannot be.
-pub fn examine(text: &str) -> Result<Testimony> {
+pub fn examine(text: &str) -> Result<Evidence> {
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut lines = Vec::new();
     for (at, line) in whole.lines().enumerate() {
@@ -44,9 +44,9 @@ pub fn examine(text: &str) -> Result<Testimony> {
         };
         lines.push((number, epoch));
     }
-    let mut told = Testimony {
+    let mut told = Evidence {
         lines: lines.len() as u64,
-        ..Testimony::default()
+        ..Evidence::default()
     };
     let mut newest = 0;
     let mut before: Option<u64> = None;
@@ -96,7 +96,7 @@ fn stale(lines: &[(u64, u64)], at: usize, newest: u64) -> bool {
 mod tests {
     use super::*;
 
-    fn told(lines: &[(u64, u64)]) -> Result<Testimony> {
+    fn told(lines: &[(u64, u64)]) -> Result<Evidence> {
         let lines: Vec<String> = lines
             .iter()
             .map(|(number, epoch)| format!("{number} {epoch}\n"))

@@ -45,7 +45,7 @@ pub(crate) struct Args {
 /// What becomes of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Fate {
+enum Action {
     Create,
     Change,
     Replace,
@@ -56,7 +56,7 @@ enum Fate {
 #[derive(Serialize)]
 struct Plan {
     machine: String,
-    fate: Fate,
+    action: Action,
     changes: Vec<FieldChange>,
     /// Whether it was done, and not only looked at.
     done: bool,
@@ -95,7 +95,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     match reach.format() {
         Format::Json => outln!("{}", serde_json::to_string_pretty(&plans)?),
         Format::Name => {
-            for plan in plans.iter().filter(|plan| plan.fate != Fate::Unchanged) {
+            for plan in plans.iter().filter(|plan| plan.action != Action::Unchanged) {
                 outln!("{}", plan.machine);
             }
         }
@@ -118,15 +118,15 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
     // Whether it is a name at all is the node's to say.
     let path = keel_api::path(["machines", &machine, "diff"]);
     let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
-    let fate = match (&found.node, &found.changes[..]) {
-        (None, _) => Fate::Create,
-        (Some(_), []) => Fate::Unchanged,
-        (Some(_), changes) if changes.iter().all(|change| change.live) => Fate::Change,
-        (Some(_), _) => Fate::Replace,
+    let action = match (&found.node, &found.changes[..]) {
+        (None, _) => Action::Create,
+        (Some(_), []) => Action::Unchanged,
+        (Some(_), changes) if changes.iter().all(|change| change.live) => Action::Change,
+        (Some(_), _) => Action::Replace,
     };
     Ok(Plan {
         machine,
-        fate,
+        action,
         changes: found.changes.clone(),
         done: false,
         wanted: request,
@@ -137,7 +137,7 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
 
 /// Says what a checkpoint does not bring back.
 fn warn(plan: &Plan) {
-    if plan.fate == Fate::Unchanged || plan.wanted.restart == Restart::No {
+    if plan.action == Action::Unchanged || plan.wanted.restart == Restart::No {
         return;
     }
     for volume in &plan.wanted.volumes {
@@ -157,7 +157,7 @@ fn warn(plan: &Plan) {
 
 fn refuse_replacing(plans: &[Plan]) -> Result<()> {
     let mut lines = Vec::new();
-    for plan in plans.iter().filter(|plan| plan.fate == Fate::Replace) {
+    for plan in plans.iter().filter(|plan| plan.action == Action::Replace) {
         for change in plan.changes.iter().filter(|change| !change.live) {
             lines.push(format!("  {}: {}", plan.machine, line(change)));
         }
@@ -172,10 +172,10 @@ fn refuse_replacing(plans: &[Plan]) -> Result<()> {
 }
 
 async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
-    match plan.fate {
-        Fate::Unchanged => Ok(()),
-        Fate::Create => create(client, plan, plan.wanted.on.clone()).await,
-        Fate::Change => {
+    match plan.action {
+        Action::Unchanged => Ok(()),
+        Action::Create => create(client, plan, plan.wanted.on.clone()).await,
+        Action::Change => {
             let wanted = &plan.wanted;
             let changes = |field| plan.changes.iter().any(|change| change.field == field);
             let request = SetRequest {
@@ -204,7 +204,7 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
             let _: MachineInfo = client.post(&path, &request).await?;
             Ok(())
         }
-        Fate::Replace => {
+        Action::Replace => {
             remove(client, plan).await?;
             let node = plan.wanted.on.clone().or_else(|| plan.found.node.clone());
             create(client, plan, node).await
@@ -252,14 +252,14 @@ fn line(change: &FieldChange) -> String {
 fn page(plans: &[Plan]) -> String {
     let mut text = String::new();
     for plan in plans {
-        let word = match (plan.fate, plan.done) {
-            (Fate::Unchanged, _) => "unchanged",
-            (Fate::Create, false) => "create",
-            (Fate::Create, true) => "created",
-            (Fate::Change, false) => "change",
-            (Fate::Change, true) => "changed",
-            (Fate::Replace, false) => "replace",
-            (Fate::Replace, true) => "replaced",
+        let word = match (plan.action, plan.done) {
+            (Action::Unchanged, _) => "unchanged",
+            (Action::Create, false) => "create",
+            (Action::Create, true) => "created",
+            (Action::Change, false) => "change",
+            (Action::Change, true) => "changed",
+            (Action::Replace, false) => "replace",
+            (Action::Replace, true) => "replaced",
         };
         text += &format!("{word:<10}{}\n", plan.machine);
         for change in &plan.changes {

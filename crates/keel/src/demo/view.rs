@@ -134,7 +134,7 @@ fn draw(frame: &mut Frame<'_>, scene: &Scene) {
             format!("{} → {}", report.source, report.target),
             format!("{:.1} MB", report.bytes as f64 / 1e6),
             format!("{:.0} ms", report.total_micros as f64 / 1e3),
-            format!("stood still {:.2} ms", report.downtime_micros as f64 / 1e3),
+            format!("downtime {:.2} ms", report.downtime_micros as f64 / 1e3),
         ])
     });
     let widths = [12, 10, 12, 10, 28].map(Constraint::Length);

@@ -23,7 +23,7 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Pause before a new plan, where the last one came to nothing.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// For how long a machine may stand still where the time is nearly over, at most.
+/// The longest downtime of a machine where the time is nearly over.
 const HURRIED_STILL: Duration = Duration::from_secs(1);
 
 // ── ordering ────────────────────────────────────────────────────────────
@@ -245,7 +245,7 @@ async fn go(
 }
 
 /// Where the time that is left is less than twice what is predicted, moves go first, and
-/// machines may stand still for longer rather than stay.
+/// machines may have a longer downtime rather than stay.
 fn hurry(drain: &Drain, rest_ms: f64) -> (Urgency, Option<u64>) {
     let Some(deadline) = drain.deadline_unix_ms else {
         return (Urgency::Normal, None);

@@ -1,6 +1,6 @@
 //! The part's state, and the handle by which others reach the balancer's task.
 
-use super::bounds::Snapshot;
+use super::constraints::Snapshot;
 use super::dirty_rate::DirtyRates;
 use super::drain_progress::Progress;
 use super::ledger::Ledger;

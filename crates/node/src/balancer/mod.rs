@@ -12,7 +12,7 @@
 //! - `task`: events in, commands out
 //! - `actions`, `slots`: moves that it makes, and how many may be under way
 //! - `meter`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measures this node
-//! - `bounds`: what rules and machines' specs allow
+//! - `constraints`: what rules and machines' specs allow
 //! - `promises`: machines that count as what their specs promise
 //! - `policy`: the policy in the store
 //! - `ledger`, `ledger_transfer`, `recorder`, `database`: decisions and loads as they are
@@ -27,9 +27,9 @@
 
 mod actions;
 mod answers;
-mod bounds;
 mod compile_ahead;
 mod confirmed;
+mod constraints;
 mod database;
 mod dirty_rate;
 mod dirty_rate_sampler;

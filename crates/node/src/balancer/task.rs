@@ -2,7 +2,7 @@
 //! asked and answered, and carries out its commands.
 
 use super::actions::{carry_out_move, repair_now};
-use super::bounds::Snapshot;
+use super::constraints::Snapshot;
 use super::handle::{Inbox, Input, NodeBalancer};
 use super::ledger_transfer::{send_along, send_ledger_lines};
 use super::meter::{Measured, Meter, Runs};

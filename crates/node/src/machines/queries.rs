@@ -131,7 +131,7 @@ pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         threads_max: record.spec.threads_max,
         output_bytes_per_s: record.spec.output_bytes_per_s,
         remove_at_end: record.spec.remove_at_end,
-        made_of: record.origin.as_ref().map(Note::origin),
+        created_from: record.origin.as_ref().map(Note::origin),
         cpu_limit_millis: record.spec.cpu_limit_millis,
         restart: record.spec.restart,
         checkpoints: record.spec.checkpoints.clone(),

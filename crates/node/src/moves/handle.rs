@@ -31,7 +31,7 @@ pub(crate) struct MoveOrder {
     /// Where the checkpoint goes that such a move begins with.
     pub(crate) checkpoint_to: Option<String>,
     pub(crate) urgency: Urgency,
-    /// How long sending what is left may take while the machine stands still, in
+    /// The longest downtime for sending what is left, in
     /// microseconds.
     pub(crate) budget_micros: Option<u64>,
 }

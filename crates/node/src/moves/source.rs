@@ -66,7 +66,7 @@ pub(super) struct Driver {
     pub(super) prepared: Option<Instant>,
     /// Its place among the moves that copy.
     pub(super) place: Option<QueuePlace>,
-    /// How long sending what is left may take while the machine stands still.
+    /// The longest downtime for sending what is left.
     pub(super) budget: Duration,
     /// What rules demand of the commit.
     pub(super) claims: Claims,

@@ -118,7 +118,7 @@ pub(super) struct Changed {
     pub(crate) came: Vec<NodeName>,
     /// Nodes that had one.
     pub(crate) went: Vec<NodeName>,
-    /// Microseconds that the machine stood still, all together.
+    /// Downtime in microseconds, all together.
     pub(crate) stood: u64,
 }
 
@@ -187,7 +187,7 @@ impl SpanningMachine<'_> {
         }
     }
 
-    /// One more part; which, and the microseconds that the machine stood still.
+    /// One more part; which, and its downtime in microseconds.
     pub(super) async fn add(
         &self,
         node: &NodeName,
@@ -322,7 +322,7 @@ impl SpanningMachine<'_> {
         unpack(&answer).map_err(|error| bytes(&error))
     }
 
-    /// A part goes; the microseconds that the machine stood still.
+    /// A part goes; its downtime in microseconds.
     async fn part_with(&self, part: PartId, threads_to: PartId) -> Result<u64, CommandError> {
         let with = RemovePart { part, threads_to };
         let answer = self

@@ -56,7 +56,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         }
         .into(),
         cpu_micros: thread.took.as_ref().map(|took| took.time.run_ns / 1000),
-        stood_micros: {
+        stalled_micros: {
             let mut by_node: BTreeMap<String, u64> = BTreeMap::new();
             let stood = thread.took.iter().flat_map(|took| &took.stalled_us);
             for (from, micros) in stood {
@@ -70,7 +70,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         parts: parts.collect(),
         threads: threads.collect(),
         waits: report.waits.clone(),
-        stood_micros: None,
+        downtime_micros: None,
     }
 }
 

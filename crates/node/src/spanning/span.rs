@@ -97,17 +97,17 @@ pub(crate) async fn span(
         let nodes: Vec<NodeName> = members.into_values().collect();
         let stood = change(spanning, machine, &record.spec, &worker, &found, &nodes).await?;
         let mut info = parts_of(spanning, machine).await?;
-        info.stood_micros = Some(stood);
+        info.downtime_micros = Some(stood);
         return Ok(info);
     }
     let stood = spread(spanning, &record, &worker, &found, &members, request.here).await?;
     let mut info = parts_of(spanning, machine).await?;
-    info.stood_micros = Some(stood);
+    info.downtime_micros = Some(stood);
     Ok(info)
 }
 
 /// A machine that spans has parts on these nodes, and its home, and on no others.
-/// Microseconds that it stood still.
+/// Downtime in microseconds.
 async fn change(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -140,7 +140,7 @@ async fn change(
         (came, went) => format!("has parts on {}, and none on {}", named(came), named(went)),
     };
     let stood = changed.stood as f64 / 1000.0;
-    let what = format!("{what}; it stood still for {stood:.1} ms");
+    let what = format!("{what}; downtime {stood:.1} ms");
     let note = Note::machine(EventKind::MachineSpans, machine, what);
     spanning.context.events.record(note.under(*epoch));
     done.map(|()| changed.stood)
@@ -280,7 +280,7 @@ async fn spread(
     };
     let nodes: Vec<&str> = members.values().map(NodeName::as_str).collect();
     let what = format!(
-        "spans {} and {}; it stood still for {:.1} ms",
+        "spans {} and {}; downtime {:.1} ms",
         spanning.context.name,
         nodes.join(", "),
         stood as f64 / 1000.0
@@ -450,7 +450,7 @@ pub(crate) async fn unspan(
     let stood: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
     spanning.marked().remove(machine);
     let what = format!(
-        "is on {} alone; it stood still for {:.1} ms",
+        "is on {} alone; downtime {:.1} ms",
         spanning.context.name,
         stood as f64 / 1000.0
     );

@@ -35,7 +35,7 @@ async fn leave(
         false => span(handle, machine, &keeps).await,
     };
     let why = match left {
-        Ok(stood) => return Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3)),
+        Ok(stood) => return Ok(format!("downtime {:.1} ms", stood as f64 / 1e3)),
         Err(error) => text(error),
     };
     let has_part =
@@ -62,7 +62,7 @@ async fn leave(
     keeps.extend(new.iter().cloned());
     let stood = span(handle, machine, &keeps).await.map_err(text)?;
     Ok(format!(
-        "{why}; so it has parts on {}; it stood still for {:.1} ms",
+        "{why}; so it has parts on {}; downtime {:.1} ms",
         new.join(", "),
         stood as f64 / 1e3
     ))
@@ -85,7 +85,7 @@ async fn span(
         here: false,
     };
     let info = spanning::span(&handle.spanning, machine, &request).await?;
-    Ok(info.stood_micros.unwrap_or(0))
+    Ok(info.downtime_micros.unwrap_or(0))
 }
 
 pub(super) async fn carry_out(
@@ -102,14 +102,14 @@ pub(super) async fn carry_out(
         Action::Spread { nodes } => {
             let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
             let stood = span(handle, machine, &nodes).await.map_err(text)?;
-            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+            Ok(format!("downtime {:.1} ms", stood as f64 / 1e3))
         }
         Action::Leave { nodes } => leave(handle, machine, nodes).await,
         Action::Gather => {
             let stood = spanning::unspan(&handle.spanning, machine)
                 .await
                 .map_err(text)?;
-            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+            Ok(format!("downtime {:.1} ms", stood as f64 / 1e3))
         }
         Action::Thread {
             tid,

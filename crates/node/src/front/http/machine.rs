@@ -130,7 +130,7 @@ pub(super) async fn unspan(State(at): Shared, Path(name): Path<String>) -> Reply
     };
     let downtime_micros = at.spanning.unspan(command).await?;
     let mut parts = at.spanning.parts(PartsQuery { machine }).await?;
-    parts.stood_micros = Some(downtime_micros);
+    parts.downtime_micros = Some(downtime_micros);
     Ok(Json(parts))
 }
 

@@ -114,7 +114,7 @@ pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<E
             count => format!("; {count} older deleted"),
         };
         format!(
-            "{} ({kind}) in {:.0} ms, stood still {:.1} ms{deleted}",
+            "{} ({kind}) in {:.0} ms, downtime {:.1} ms{deleted}",
             info.id,
             ms(info.total_micros),
             ms(info.pause_micros)

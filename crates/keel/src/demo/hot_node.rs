@@ -17,7 +17,7 @@ const APART_MAX: usize = 2;
 
 /// What became of the hot node.
 #[derive(Debug, Serialize)]
-pub(super) struct Cure {
+pub(super) struct HotNodeReport {
     /// The balancer's decisions, in words.
     pub(super) decisions: Vec<String>,
     /// Machines of each node in the end.
@@ -31,7 +31,7 @@ pub(super) async fn play(
     scene: &SharedScene,
     cluster: &LocalCluster,
     nodes: &[&str],
-) -> Result<Cure> {
+) -> Result<HotNodeReport> {
     let hot = *nodes.first().context("no node")?;
     cluster.set_policy("mode", "automatic").await?;
     headline(
@@ -64,7 +64,7 @@ pub(super) async fn play(
     for number in 0..BURNERS {
         cluster.end(hot, &format!("burn-{number}")).await?;
     }
-    Ok(Cure {
+    Ok(HotNodeReport {
         decisions,
         machines,
         took_ms,
