@@ -1,10 +1,11 @@
-//! The envelope of every payload on the wire and every record in the store:
-//! one version byte, then postcard.
+//! The envelope of every record in the store and of every payload about it: one version
+//! byte, then CBOR (RFC 8949).
 //!
-//! Policy: fields are never reordered or removed within a version; a changed
-//! type raises [`VERSION`], and the older one is then read by a type of its
-//! own or refused by name, as here. Lengths are bounded by the frame and the
-//! store's limits; trailing bytes are an error.
+//! CBOR names the fields, so a field can be added without a new version: a reader that does
+//! not know it ignores it, and one that misses it takes its default (`#[serde(default)]`,
+//! or none for an `Option`). A field whose meaning changes gets another name; only a change
+//! of the envelope raises [`VERSION`], and other versions are refused by name. Lengths are
+//! bounded by the frame and the store's limits; trailing bytes are an error.
 //!
 //! The kinds of request that this crate answers are numbered here.
 
@@ -47,16 +48,38 @@ pub enum WireError {
     Damaged { what: &'static str, reason: String },
 }
 
+/// CBOR without an envelope.
+///
+/// # Errors
+/// A sentence, for a type that cannot be written.
+pub fn to_cbor<T: Serialize>(value: &T, into: Vec<u8>) -> Result<Vec<u8>, String> {
+    let mut bytes = into;
+    ciborium::into_writer(value, &mut bytes).map_err(|error| error.to_string())?;
+    Ok(bytes)
+}
+
+/// Reads CBOR without an envelope, to its last byte.
+///
+/// # Errors
+/// A sentence, for bytes that are no such value.
+pub fn from_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let mut rest = bytes;
+    let value = ciborium::from_reader(&mut rest).map_err(|error| match error {
+        ciborium::de::Error::Io(_) => "it is cut off".to_owned(),
+        other => other.to_string(),
+    })?;
+    match rest.len() {
+        0 => Ok(value),
+        left => Err(format!("{left} bytes too many")),
+    }
+}
+
 /// `value` in its envelope.
 ///
 /// # Errors
-/// [`WireError::Damaged`] for a type that postcard cannot write (a sequence of
-/// unknown length); none of this crate's is.
+/// [`WireError::Damaged`] for a type that cannot be written; none of this crate's is.
 pub fn encode<T: Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, WireError> {
-    postcard::to_extend(value, vec![VERSION]).map_err(|e| WireError::Damaged {
-        what,
-        reason: e.to_string(),
-    })
+    to_cbor(value, vec![VERSION]).map_err(|reason| WireError::Damaged { what, reason })
 }
 
 /// As [`encode`], into a payload.
@@ -72,14 +95,14 @@ pub fn payload<T: Serialize>(what: &'static str, value: &T) -> Result<Bytes, Wir
 /// # Errors
 /// [`WireError`].
 pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, WireError> {
-    let damaged = |reason: String| WireError::Damaged { what, reason };
     match bytes.split_first() {
-        None => Err(damaged("it is empty".into())),
-        Some((&VERSION, rest)) => match postcard::take_from_bytes(rest) {
-            Ok((value, [])) => Ok(value),
-            Ok((_, rest)) => Err(damaged(format!("{} bytes too many", rest.len()))),
-            Err(error) => Err(damaged(error.to_string())),
-        },
+        None => Err(WireError::Damaged {
+            what,
+            reason: "it is empty".into(),
+        }),
+        Some((&VERSION, body)) => {
+            from_cbor(body).map_err(|reason| WireError::Damaged { what, reason })
+        }
         Some((&found, _)) => Err(WireError::Version { what, found }),
     }
 }
@@ -87,16 +110,17 @@ pub fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde::Deserialize;
 
     #[test]
     fn version_1_is_read_and_others_are_refused_by_name() -> Result<(), WireError> {
         let bytes = encode("a pair", &(7u32, "x".to_owned()))?;
-        assert_eq!(bytes, [1, 7, 1, b'x']);
+        assert_eq!(bytes, [1, 0x82, 7, 0x61, b'x']);
         assert_eq!(
             decode::<(u32, String)>("a pair", &bytes)?,
             (7, "x".to_owned())
         );
-        let error = decode::<(u32, String)>("a pair", &[2, 7, 1, b'x']);
+        let error = decode::<(u32, String)>("a pair", &[2, 0x82, 7, 0x61, b'x']);
         assert_eq!(
             error.map_err(|e| e.to_string()),
             Err("a pair has version 2, this node reads version 1: upgrade the older one".into())
@@ -106,11 +130,57 @@ mod tests {
 
     #[test]
     fn empty_short_and_long_bytes_are_refused() {
-        for bytes in [&[][..], &[1], &[1, 7], &[1, 7, 1], &[1, 7, 1, b'x', 0]] {
+        let whole = [1, 0x82, 7, 0x61, b'x', 0];
+        for end in (0..whole.len() - 1).chain([whole.len()]) {
+            let bytes = &whole[..end];
             assert!(
                 decode::<(u32, String)>("a pair", bytes).is_err(),
                 "{bytes:?}"
             );
         }
+    }
+
+    /// A field is added, and later another one is taken away: older and newer writers are
+    /// read by each other.
+    #[test]
+    fn fields_come_and_go() -> Result<(), WireError> {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Older {
+            name: String,
+            port: u16,
+        }
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Newer {
+            name: String,
+            zone: Option<String>,
+            #[serde(default)]
+            weight: u32,
+        }
+        let older = Older {
+            name: "a".into(),
+            port: 7,
+        };
+        let newer: Newer = decode("a node", &encode("a node", &older)?)?;
+        assert_eq!(
+            (newer.name.as_str(), newer.zone, newer.weight),
+            ("a", None, 0)
+        );
+        let missing = decode::<Older>("a node", &encode("a node", &("a",))?);
+        assert!(missing.is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn any_bytes_are_read_or_refused() -> Result<(), WireError> {
+        let value = vec![("key".to_owned(), Some(3u64)), (String::new(), None)];
+        let bytes = encode("a list", &value)?;
+        for at in 0..bytes.len() {
+            for byte in 0..=u8::MAX {
+                let mut changed = bytes.clone();
+                changed[at] = byte;
+                drop(decode::<Vec<(String, Option<u64>)>>("a list", &changed));
+            }
+        }
+        Ok(())
     }
 }

@@ -24,7 +24,6 @@ pub mod failpoint;
 pub mod link;
 pub mod log;
 pub mod moves;
-pub mod past;
 pub mod restart;
 pub mod span;
 pub mod spec;

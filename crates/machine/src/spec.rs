@@ -2,16 +2,13 @@
 
 use crate::checkpoint::{Origin, Retention};
 use crate::moves::MoveReport;
-use crate::past;
 use crate::restart::Restart;
-use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_cluster::{Epoch, MachineName, NodeName, wire};
 use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
 
 /// Reports of moves in a record; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
-/// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 7;
 
 /// Where the files of a volume are stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -389,7 +386,7 @@ impl Record {
     /// # Errors
     /// If it cannot be encoded.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
-        postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|error| error.to_string())
+        wire::encode("a machine's record", self).map_err(|error| error.to_string())
     }
 
     /// Decodes the stored form;
@@ -399,17 +396,7 @@ impl Record {
     /// # Errors
     /// A message for a damaged record or one of another version.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
-        match bytes.split_first() {
-            Some((&RECORD_VERSION, body)) => postcard::from_bytes(body)
-                .map_err(|error| format!("a machine's record is damaged: {error}")),
-            Some((&past::VERSION, body)) => past::decode(body)
-                .map_err(|error| format!("a machine's record is damaged: {error}")),
-            Some((version, _)) => Err(format!(
-                "a machine's record is of version {version}, this reads versions {} and {RECORD_VERSION}: upgrade one version at a time",
-                past::VERSION
-            )),
-            None => Err("a machine's record is empty".into()),
-        }
+        wire::decode("a machine's record", bytes).map_err(|error| error.to_string())
     }
 
     /// Sets the status.
@@ -425,5 +412,25 @@ impl Record {
         self.reports.push(report);
         let excess = self.reports.len().saturating_sub(REPORTS_MAX);
         self.reports.drain(..excess);
+    }
+}
+
+/// A spec within a form that does not name its fields, as the body of a checkpoint's
+/// manifest: as CBOR, so that a field can be added to specs.
+pub(crate) mod as_cbor {
+    use super::Spec;
+    use keel_cluster::wire;
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(spec: &Spec, to: S) -> Result<S::Ok, S::Error> {
+        let bytes = wire::to_cbor(spec, Vec::new()).map_err(S::Error::custom)?;
+        serde_bytes::serialize(&bytes, to)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Spec, D::Error> {
+        let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
+        wire::from_cbor(&bytes).map_err(D::Error::custom)
     }
 }

@@ -1,5 +1,5 @@
 //! The store's requests and answers as they go over the wire. Version and
-//! kinds: [`crate::wire`]. The order of variants and fields is the format.
+//! kinds: [`crate::wire`]. Names of variants and fields are the format.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +13,7 @@ pub(super) type Answer<T> = Result<T, Failure>;
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Entry {
     key: String,
+    #[serde(with = "serde_bytes")]
     value: Vec<u8>,
     created: u64,
     modified: u64,
@@ -24,7 +25,7 @@ pub(super) enum Condition {
     Absent(String),
     Exists(String),
     ModifiedAt(String, u64),
-    Value(String, Vec<u8>),
+    Value(String, #[serde(with = "serde_bytes")] Vec<u8>),
     Attached(String, u64),
     LeaseAlive(u64),
     NoneUnder(String),
@@ -32,7 +33,7 @@ pub(super) enum Condition {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Step {
-    Put(String, Vec<u8>, Option<u64>),
+    Put(String, #[serde(with = "serde_bytes")] Vec<u8>, Option<u64>),
     Delete(String),
 }
 

@@ -9,7 +9,6 @@
 //! previous version is read too, others are refused with an error that names the version.
 
 use super::repository::{Outline, PackName};
-use crate::past;
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
@@ -19,7 +18,7 @@ use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 6;
+const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
@@ -191,6 +190,7 @@ pub struct Manifest {
     pub epoch: Epoch,
     /// Time of the freeze, in milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
+    #[serde(with = "crate::spec::as_cbor")]
     pub spec: Spec,
     /// Hash of the instrumented module.
     pub program: [u8; 32],
@@ -217,10 +217,7 @@ pub enum FormatError {
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
     /// Of another version of this program.
-    #[error(
-        "it is of version {0}, this program reads versions {before} and {VERSION}",
-        before = past::CHECKPOINT_VERSION
-    )]
+    #[error("it is of version {0}, this program reads version {VERSION}")]
     Version(u32),
 }
 
@@ -255,7 +252,7 @@ impl Manifest {
             return Err(damaged("it does not begin with \"KCKP\""));
         }
         let version = u32::from_le_bytes(word(4));
-        if version != VERSION && version != past::CHECKPOINT_VERSION {
+        if version != VERSION {
             return Err(FormatError::Version(version));
         }
         let length = u64::from_le_bytes(header[8..16].try_into().unwrap_or_default());
@@ -271,11 +268,8 @@ impl Manifest {
             return Err(damaged("its checksum is wrong"));
         }
         let body = &content[HEADER_BYTES..];
-        let manifest = match version {
-            VERSION => postcard::from_bytes(body),
-            _ => past::decode_checkpoint(body),
-        };
-        let manifest = manifest.map_err(|_| damaged("its body cannot be decoded"))?;
+        let manifest: Manifest =
+            postcard::from_bytes(body).map_err(|_| damaged("its body cannot be decoded"))?;
         manifest.check()?;
         Ok(manifest)
     }

@@ -6,7 +6,7 @@ use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
 use crate::span::{HomeState, PartAddress, PartMemory};
 use crate::spec::{Spec, Status};
-use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_cluster::{Epoch, MachineName, NodeName, wire};
 use keel_net::{Bytes, Fingerprint, RpcError};
 use keel_wasi::FileStat;
 use keel_wasm::coherence::{PartId, PartSet};
@@ -174,7 +174,6 @@ impl fmt::Display for State {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Start {
     pub machine: MachineName,
-    #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     pub from: StartFrom,
     pub epoch: Epoch,
@@ -201,6 +200,7 @@ pub struct Checkpoint {
     /// Whether to store all of it, whatever was stored before.
     pub full: bool,
     /// Which checkpoints of the machine are kept afterwards.
+    #[serde(default)]
     pub keep: Retention,
 }
 
@@ -223,7 +223,6 @@ pub struct CheckpointReport {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Receive {
     pub machine: MachineName,
-    #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// The instrumented module.
     pub program: PathBuf,
@@ -408,6 +407,7 @@ pub enum FileOp {
     Write {
         path: String,
         offset: u64,
+        #[serde(with = "serde_bytes")]
         bytes: Vec<u8>,
         /// Whether to create the file, which must not exist.
         begin: bool,
@@ -472,7 +472,7 @@ pub enum FileDone {
     /// The operation succeeded.
     Nothing,
     Stat(FileStat),
-    Bytes(Vec<u8>),
+    Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
     /// Nothing was done: the machine is moving, or a checkpoint is being made.
     Busy,
 }
@@ -492,6 +492,7 @@ pub struct LogChunk {
     pub offset: u64,
     /// Bytes of the log; records may be cut. An empty piece marks the end; a stream
     /// without it was interrupted.
+    #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
 }
 
@@ -508,7 +509,6 @@ pub struct ConnectParts {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PrepareMember {
     pub machine: MachineName,
-    #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// The instrumented module.
     pub program: PathBuf,
@@ -651,56 +651,29 @@ pub struct ThreadReport {
     pub likes: Option<String>,
 }
 
-/// The most bytes that omitted trailing fields may have.
-const ADDED_BYTES_MAX: usize = 64;
-
-/// Encodes a message.
+/// Encodes a message as CBOR: fields are named, so an agent and a worker, or two agents, of
+/// neighbouring versions understand each other. A field that is added has a default.
 ///
 /// # Errors
 /// [`RpcError::Refused`] if it cannot be encoded.
 pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
-    postcard::to_stdvec(value)
+    wire::to_cbor(value, Vec::new())
         .map(Bytes::from)
         .map_err(RpcError::refused)
 }
 
-/// Decodes a message, also one of the previous or the next version: a worker lives on
-/// when its agent is upgraded. Fields are only added at the end of a message, and their
-/// defaults are none, 0 or false: fields that an older sender did not know have their
-/// defaults, those that a newer one added are not read.
+/// Decodes a message of [`pack`].
 ///
 /// # Errors
-/// [`RpcError::Refused`] if it is invalid.
+/// [`RpcError::Refused`] if it is none.
 pub fn unpack<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, RpcError> {
-    let decoded = match postcard::from_bytes(bytes) {
-        Err(postcard::Error::DeserializeUnexpectedEnd) => {
-            let mut longer = bytes.to_vec();
-            longer.resize(bytes.len() + ADDED_BYTES_MAX, 0);
-            postcard::from_bytes(&longer)
-        }
-        decoded => decoded,
-    };
-    decoded.map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
+    wire::from_cbor(bytes)
+        .map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
-    struct Previous {
-        number: u64,
-        text: String,
-    }
-
-    #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
-    struct Current {
-        number: u64,
-        text: String,
-        more: Option<GroupUsage>,
-        list: Vec<u32>,
-        flag: bool,
-    }
 
     /// The state of a home comes from another node: any bytes are decoded or refused.
     #[test]
@@ -750,53 +723,25 @@ mod tests {
         }
     }
 
+    /// Messages of workers of another version, in both directions.
     #[test]
-    fn messages_of_adjacent_versions_are_decoded() {
-        let before = Previous {
-            number: 7,
-            text: "x".into(),
-        };
-        let after: Current = unpack(&pack(&before).unwrap()).unwrap();
-        let expected = Current {
-            number: 7,
-            text: "x".into(),
-            more: None,
-            list: Vec::new(),
-            flag: false,
-        };
-        assert_eq!(after, expected);
-        let after = Current {
-            list: vec![1, 2],
-            flag: true,
-            ..expected
-        };
-        assert_eq!(unpack::<Previous>(&pack(&after).unwrap()).unwrap(), before);
-        // A length beyond the permitted defaults is refused.
-        assert!(unpack::<Previous>(&Bytes::from_static(&[7, 200, 200, 3])).is_err());
-        assert!(unpack::<Previous>(&Bytes::from_static(&[0xff; 12])).is_err());
-    }
-
-    /// Messages of workers of the previous version, in both directions.
-    #[test]
-    fn workers_of_the_previous_version_are_understood() {
+    fn messages_of_neighbouring_versions_are_decoded() {
         #[derive(Serialize)]
-        struct OldCheckpoint {
+        struct OlderCheckpoint {
             repository: String,
             full: bool,
-            keep: Option<u32>,
         }
-        #[derive(serde::Deserialize)]
-        struct OldCopy {
+        #[derive(Deserialize)]
+        struct OlderCopy {
             target: MoveEndpoint,
             post_copy: bool,
         }
-        let old = OldCheckpoint {
+        let older = OlderCheckpoint {
             repository: "/kept".into(),
             full: true,
-            keep: Some(3),
         };
-        let new: Checkpoint = unpack(&pack(&old).unwrap()).unwrap();
-        assert_eq!((new.keep.newest, new.keep.for_s), (Some(3), None));
+        let newer: Checkpoint = unpack(&pack(&older).unwrap()).unwrap();
+        assert_eq!((newer.keep.newest, newer.keep.for_s), (None, None));
         let copy = Copy {
             target: MoveEndpoint {
                 address: "127.0.0.1:1".into(),
@@ -805,8 +750,11 @@ mod tests {
             post_copy: true,
             budget_micros: 2000,
         };
-        let old: OldCopy = unpack(&pack(&copy).unwrap()).unwrap();
-        assert_eq!(old.target.address, "127.0.0.1:1");
-        assert!(old.post_copy);
+        let older: OlderCopy = unpack(&pack(&copy).unwrap()).unwrap();
+        assert_eq!(older.target.address, "127.0.0.1:1");
+        assert!(older.post_copy);
+        for bytes in [&[][..], &[0xff; 12], &[0xbf, 0x61]] {
+            assert!(unpack::<Copy>(&Bytes::copy_from_slice(bytes)).is_err());
+        }
     }
 }

@@ -29,7 +29,6 @@ pub(crate) const WOULD_ACCEPT: u16 = 0x030b;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) machine: MachineName,
-    #[serde(with = "keel_machine::past::spec_for_others")]
     pub(crate) spec: Spec,
     pub(crate) program: Fingerprint,
     pub(crate) epoch: Epoch,

@@ -30,7 +30,6 @@ pub(crate) const ARRIVED_PART: u16 = 0x031b;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartOffer {
     pub(crate) machine: MachineName,
-    #[serde(with = "keel_machine::past::spec_for_others")]
     pub(crate) spec: Spec,
     pub(crate) program: Fingerprint,
     pub(crate) me: PartId,
