@@ -36,8 +36,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::frame::Class;
-use crate::name::NodeName;
-use crate::tls::{Fingerprint, TlsError};
+use crate::tls::TlsError;
 use crate::traffic::Traffic;
 
 mod client;
@@ -46,6 +45,7 @@ mod peers;
 mod server;
 mod wire;
 
+pub use crate::tls::PeerId;
 pub use client::{Client, StreamReceiver};
 pub use peers::Peers;
 pub use server::{MemberCheck, Server, ServerHandle, everyone_is_member};
@@ -56,35 +56,6 @@ pub const KIND_RESERVED: u16 = 0xff00;
 
 /// Most items of one stream that may be ahead of its consumer.
 const STREAM_CREDIT_MAX: u32 = 1 << 16;
-
-/// The authenticated peer of a connection.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum PeerId {
-    Node(NodeName),
-    /// The worker with the agreed certificate.
-    Pinned(Fingerprint),
-    Anonymous,
-}
-
-impl PeerId {
-    /// The node's name, if the peer is a node.
-    pub fn node(&self) -> Option<&NodeName> {
-        match self {
-            PeerId::Node(node) => Some(node),
-            PeerId::Pinned(_) | PeerId::Anonymous => None,
-        }
-    }
-}
-
-impl fmt::Display for PeerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            PeerId::Node(node) => write!(f, "node {node}"),
-            PeerId::Pinned(fingerprint) => write!(f, "worker {fingerprint}"),
-            PeerId::Anonymous => f.write_str("an anonymous peer"),
-        }
-    }
-}
 
 /// A request that brought no answer, by what is known of its execution.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

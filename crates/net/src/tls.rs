@@ -31,7 +31,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::name::NodeName;
-use crate::rpc::PeerId;
 
 mod verify;
 
@@ -72,6 +71,35 @@ impl FromStr for Fingerprint {
                 what: "a fingerprint",
                 reason: "it is not 64 hex digits".into(),
             })
+    }
+}
+
+/// The authenticated peer of a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum PeerId {
+    Node(NodeName),
+    /// The worker with the agreed certificate.
+    Pinned(Fingerprint),
+    Anonymous,
+}
+
+impl PeerId {
+    /// The node's name, if the peer is a node.
+    pub fn node(&self) -> Option<&NodeName> {
+        match self {
+            PeerId::Node(node) => Some(node),
+            PeerId::Pinned(_) | PeerId::Anonymous => None,
+        }
+    }
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PeerId::Node(node) => write!(f, "node {node}"),
+            PeerId::Pinned(fingerprint) => write!(f, "worker {fingerprint}"),
+            PeerId::Anonymous => f.write_str("an anonymous peer"),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Expectations of a run, and their evaluation.
 
-use crate::run::Report;
-use serde::{Deserialize, Serialize};
+use crate::report::{CheckResult, Report};
+use serde::Deserialize;
 
 /// Expectations; each is optional.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
@@ -39,16 +39,6 @@ pub struct Expect {
     pub energy_kwh_max: Option<f64>,
     /// Nodes that no move involves.
     pub untouched: Vec<String>,
-}
-
-/// An expectation and its result.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct CheckResult {
-    pub expectation: String,
-    pub expected: String,
-    pub found: String,
-    /// Whether it came so.
-    pub met: bool,
 }
 
 impl Expect {

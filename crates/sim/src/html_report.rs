@@ -1,7 +1,7 @@
 //! Loads over time as a self-contained HTML page: few nodes as lines, many as rows of a heat map;
 //! moves are marked.
 
-use crate::run::Report;
+use crate::report::Report;
 use std::fmt::Write;
 
 /// Maximum number of nodes drawn as lines.

@@ -6,7 +6,8 @@
 //!   determines all random choices
 //! - [`scenario`]: scenario files
 //! - [`traces`]: readers of recorded clusters and loads
-//! - [`run`]: runs a scenario and reports the result
+//! - [`run`]: runs a scenario
+//! - [`report`]: result of a run
 //! - [`expect`]: expectations of a scenario
 //! - [`what_if`]: changes of a scenario, for comparison
 //! - [`html_report`]: loads over time as an HTML page
@@ -24,6 +25,7 @@ pub mod energy;
 pub mod expect;
 pub mod html_report;
 pub mod replay;
+pub mod report;
 pub mod run;
 pub mod scenario;
 pub mod traces;

@@ -5,10 +5,14 @@
 use crate::abi::{self, Exited, Interrupted, Result, types, wasi_snapshot_preview1 as p1};
 use crate::descriptor::{Descriptor, Kind};
 use crate::file::{self, Position};
+use crate::function::{self, Function};
 use crate::guest::{Scatter, check_range, gather, read_path, write_strings};
+use crate::lock::locked;
+use crate::outcome::{CallState, Outcome};
 use crate::path::{Request, directory_of};
+use crate::state::Wasi;
 use crate::wait::Interrupt;
-use crate::{CallState, Function, Outcome, Wasi, directory, function, locked, socket};
+use crate::{directory, socket};
 use std::sync::Arc;
 use types::{Errno, Rights, Size};
 use wiggle::{GuestError, GuestMemory, GuestPtr};

@@ -5,8 +5,8 @@
 //! operations.
 
 use crate::abi::{Result, types};
-use crate::directory::Listing;
-use crate::locked;
+use crate::listing::Listing;
+use crate::lock::locked;
 use crate::volume::OpenNode;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;

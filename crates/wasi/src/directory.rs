@@ -3,22 +3,13 @@
 
 use crate::abi::{Result, types};
 use crate::descriptor::{OpenDirectory, Place};
-use crate::locked;
+use crate::listing::{Entry, Listing};
+use crate::lock::locked;
 use crate::unlinked_open::is_hidden_name;
 use cap_std::fs::Dir;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno as HostErrno;
 use types::{Errno, Filetype};
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) name: String,
-    pub(crate) inode: u64,
-    pub(crate) filetype: u8,
-}
-
-/// A directory listing of one moment, without `.` and `..`. Cookie `n + 2` precedes entry `n`.
-pub(crate) type Listing = Vec<Entry>;
 
 /// Bytes of a `dirent` before the name.
 const HEAD_BYTES: usize = 24;

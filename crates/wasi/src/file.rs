@@ -4,10 +4,12 @@
 use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Kind, OpenFile, Place};
 use crate::directory::filetype_of_path;
+use crate::lock::locked;
+use crate::socket;
+use crate::state::Wasi;
 use crate::stream::sink_result;
 use crate::volume::{OpenNode, WriteFault, wait_done};
 use crate::wait::{Interrupt, retry};
-use crate::{Wasi, locked, socket};
 use cap_std::fs::{Metadata, MetadataExt};
 use rustix::event::PollFlags;
 use rustix::fd::AsFd;

@@ -5,9 +5,10 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Dropped, FileId, Kind, OpenDirectory, OpenFile, Place};
 use crate::directory::filetype_of;
 use crate::file::{filestat_of, volume_device};
+use crate::lock::locked;
+use crate::state::Wasi;
 use crate::unlinked_open::names_hidden;
 use crate::volume::{OpenMode, OpenNode};
-use crate::{Wasi, locked};
 use cap_fs_ext::{
     DirExt, FollowSymlinks, OpenOptionsFollowExt, OpenOptionsSyncExt, SystemTimeSpec,
 };

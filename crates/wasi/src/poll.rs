@@ -3,8 +3,10 @@
 
 use crate::abi::{Result, interrupted, types};
 use crate::descriptor::{Descriptor, Kind};
+use crate::lock::locked;
+use crate::outcome::CallState;
+use crate::state::Wasi;
 use crate::wait::{Interrupt, Waited, wait};
-use crate::{CallState, Wasi, locked};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! `random_get`: one ChaCha20 stream per guest thread from the machine's seed.
 //! Only the positions are state, so a capture does not change the sequence.
 
-use crate::locked;
+use crate::lock::locked;
 use rand::rngs::ChaCha20Rng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;

@@ -17,9 +17,10 @@
 
 use crate::function::Function;
 use crate::guest::{BUFFERS_MAX, TRANSFER_BYTES_MAX};
+use crate::outcome::{CallState, Outcome};
 use crate::snapshot_0::{FILESTAT_BYTES, SUBSCRIPTION_BYTES};
+use crate::state::Wasi;
 use crate::wait::Interrupt;
-use crate::{CallState, Outcome, Wasi};
 use serde::{Deserialize, Serialize};
 use wiggle::{GuestMemory, GuestPtr};
 

@@ -7,18 +7,21 @@ use crate::config::{Limits, Preopen, Source, check_preopen_names, check_strings}
 use crate::descriptor::{
     Connection, Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
 };
-use crate::directory::{Entry, filetype_of};
+use crate::directory::filetype_of;
 use crate::error::Error;
+use crate::listing::Entry;
 use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
+use crate::root::{Root, RootPlace, open_root};
 use crate::snapshot::{
     DescriptorKind, DirectoryRecord, FileRecord, HostPlace, Place, SNAPSHOT_VERSION, Snapshot,
     StdinRecord, boot_id,
 };
+use crate::socket;
+use crate::state::Wasi;
 use crate::stream::{DiscardSink, Input, Sink, Stdin};
 use crate::unlinked_open::OpenFiles;
 use crate::volume::OpenNode;
-use crate::{Root, RootPlace, Wasi, open_root, socket};
 use cap_std::fs::Dir;
 use rustix::fs::FileType;
 use std::net::TcpListener;

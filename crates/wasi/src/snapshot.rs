@@ -8,10 +8,12 @@ use crate::descriptor::{
     Connection, Data, Descriptor, Kind, OpenDirectory, OpenFile, Place as DirPlace,
 };
 use crate::error::Error;
+use crate::lock::locked;
+use crate::root::{Root, RootPlace};
+use crate::state::Wasi;
 use crate::stream::Stdin;
 use crate::unlinked_open::{self, file_fd};
 use crate::volume::VolumeRecord;
-use crate::{Root, RootPlace, Wasi, locked};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;

@@ -4,8 +4,9 @@
 use crate::abi::{Result, types};
 use crate::descriptor::{Connection, Descriptor, Kind, Listener};
 use crate::error::Error;
+use crate::lock::locked;
+use crate::state::Wasi;
 use crate::wait::{Interrupt, retry};
-use crate::{Wasi, locked};
 use rustix::event::PollFlags;
 use rustix::fd::AsFd;
 use rustix::io::Errno as HostErrno;

@@ -3,7 +3,7 @@
 
 use crate::abi::types::Errno;
 use crate::abi::{Result, interrupted, types};
-use crate::locked;
+use crate::lock::locked;
 use crate::wait::{Interrupt, WaitEnd, ready_now, wait_for};
 use rustix::event::PollFlags;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

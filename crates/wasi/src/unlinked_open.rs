@@ -14,7 +14,9 @@
 use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, FileId, Kind, Place};
 use crate::directory::entries;
-use crate::{Root, RootPlace, Wasi, locked};
+use crate::lock::locked;
+use crate::root::{Root, RootPlace};
+use crate::state::Wasi;
 use cap_std::fs::Dir;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::fs::RenameFlags;

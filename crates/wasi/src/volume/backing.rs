@@ -7,7 +7,7 @@
 
 use super::Volume;
 use crate::abi::{Result, interrupted, types};
-use crate::locked;
+use crate::lock::locked;
 use crate::wait::{Interrupt, Waited, wait};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::fd::{AsFd, OwnedFd};

@@ -7,7 +7,7 @@
 //! that creates and removes files all day produces no records.
 
 use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, units_of};
-use crate::locked;
+use crate::lock::locked;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

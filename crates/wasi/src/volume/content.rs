@@ -5,7 +5,7 @@
 
 use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, blocks_of};
 use super::tree::Times;
-use crate::locked;
+use crate::lock::locked;
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;

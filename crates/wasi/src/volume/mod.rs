@@ -36,8 +36,8 @@ pub use record::{NodeBody, NodeRecord, VolumeRecord};
 pub use stall::{RETRY_AFTER, Stalls, is_disk_full};
 pub use transfer::{BlockReader, BlockWriter};
 
-use crate::directory::Entry;
-use crate::locked;
+use crate::listing::Entry;
+use crate::lock::locked;
 use change_tracking::Trackers;
 use content::{Content, Quota, State};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};

@@ -2,7 +2,7 @@
 //! display to users.
 
 use crate::abi::{Result, interrupted};
-use crate::locked;
+use crate::lock::locked;
 use crate::wait::{Interrupt, wait};
 use rustix::io::Errno;
 use std::collections::BTreeMap;

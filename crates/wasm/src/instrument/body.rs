@@ -4,8 +4,8 @@
 //! Unreachable code is dropped here, so that later phases never meet a stack of unknown types.
 //! `emit` writes the output.
 
-use super::InstrumentError;
 use super::callgraph::CallGraph;
+use super::error::InstrumentError;
 use wasmparser::{
     BlockType, FuncValidator, FunctionBody, Operator, OperatorsReader, ValType, ValidatorResources,
     WasmModuleResources,

@@ -21,9 +21,9 @@ mod save_area;
 mod spill;
 
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
-use super::meta::{self, SlotType};
+use super::error::InstrumentError;
+use super::meta::{self, SlotType, slot_type};
 use super::plan::{BlockTypes, Plan, RESULT};
-use super::{InstrumentError, slot_type};
 use spill::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};

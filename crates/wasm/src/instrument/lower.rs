@@ -9,7 +9,7 @@
 //!   a call of the runtime; dropped segments are recorded in globals, so that instances created
 //!   later drop them too.
 
-use super::InstrumentError;
+use super::error::InstrumentError;
 use super::meta::{DataSegment, HOST_MODULE, PREFIX, TABLE_ENTRIES_MAX};
 use super::scan::{Scan, Store, memory_of};
 use std::collections::HashMap;

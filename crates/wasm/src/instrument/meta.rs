@@ -11,7 +11,9 @@
 //! it is used again, and so short recursive functions would spend a register for the cold code that
 //! saves their frames. (In loops the poll needs that register anyway; two memories would need two.)
 
+use super::error::InstrumentError;
 use serde::{Deserialize, Serialize};
+use wasmparser::ValType;
 
 /// Name of the custom section that holds the metadata.
 pub const SECTION: &str = "keel.meta";
@@ -84,6 +86,27 @@ impl SlotType {
             SlotType::V128 => 16,
         }
     }
+}
+
+/// The slot type of values of a WebAssembly type.
+///
+/// # Errors
+/// [`InstrumentError::Unsupported`] for references other than `funcref`.
+pub(crate) fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
+    Ok(match ty {
+        ValType::I32 => SlotType::I32,
+        ValType::I64 => SlotType::I64,
+        ValType::F32 => SlotType::F32,
+        ValType::F64 => SlotType::F64,
+        ValType::V128 => SlotType::V128,
+        ValType::Ref(reference) if reference == wasmparser::RefType::FUNCREF => SlotType::FuncRef,
+        ValType::Ref(other) => {
+            return Err(InstrumentError::Unsupported {
+                what: format!("values of type {other}"),
+                place: "a function's locals, operands or results".into(),
+            });
+        }
+    })
 }
 
 /// A safepoint, at which a function can be left and re-entered.

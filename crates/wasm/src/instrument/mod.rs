@@ -20,11 +20,13 @@
 //! - `emit`: writes the hot version and the clone
 //! - `relocate`: the second pass
 //! - `meta`: metadata for the runtime, stored in the module
+//! - `error`: why a module is refused
 //! - `strip`: the module without its clones, in which programs start
 
 mod body;
 mod callgraph;
 mod emit;
+mod error;
 mod liveness;
 mod lower;
 pub mod meta;
@@ -33,40 +35,13 @@ mod relocate;
 mod scan;
 mod strip;
 
+pub use error::InstrumentError;
+pub use scan::MODULE_BYTES_MAX;
 pub use strip::without_clones;
-
-use meta::SlotType;
-use wasmparser::ValType;
-
-/// Maximum size of a module, in bytes.
-pub const MODULE_BYTES_MAX: usize = 256 << 20;
 
 /// Incremented when the same module is instrumented differently than before with the same
 /// [`meta::VERSION`]: modules instrumented before remain usable, but are no longer produced.
 pub const REVISION: u32 = 1;
-
-/// Why a module cannot become a machine.
-#[derive(Debug, thiserror::Error)]
-pub enum InstrumentError {
-    /// Invalid WebAssembly, or an unsupported proposal.
-    #[error("the module is not valid here: {0}")]
-    Invalid(#[from] wasmparser::BinaryReaderError),
-    /// It uses an unsupported feature.
-    #[error("the module uses {what} ({place}), which machines do not support")]
-    Unsupported {
-        what: String,
-        /// The place, or a remedy.
-        place: String,
-    },
-    #[error("the module is malformed: {0}")]
-    Malformed(String),
-}
-
-impl From<wasm_encoder::reencode::Error> for InstrumentError {
-    fn from(error: wasm_encoder::reencode::Error) -> Self {
-        InstrumentError::Malformed(error.to_string())
-    }
-}
 
 /// Rewrites a module. The result is a valid module that carries its own
 /// [`meta::Meta`]; the same input gives the same bytes.
@@ -108,21 +83,4 @@ pub fn read_meta(module: &[u8]) -> Result<meta::Meta, InstrumentError> {
         "it has no section {:?}: not an instrumented module",
         meta::SECTION
     )))
-}
-
-pub(crate) fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
-    Ok(match ty {
-        ValType::I32 => SlotType::I32,
-        ValType::I64 => SlotType::I64,
-        ValType::F32 => SlotType::F32,
-        ValType::F64 => SlotType::F64,
-        ValType::V128 => SlotType::V128,
-        ValType::Ref(reference) if reference == wasmparser::RefType::FUNCREF => SlotType::FuncRef,
-        ValType::Ref(other) => {
-            return Err(InstrumentError::Unsupported {
-                what: format!("values of type {other}"),
-                place: "a function's locals, operands or results".into(),
-            });
-        }
-    })
 }

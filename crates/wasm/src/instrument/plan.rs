@@ -3,8 +3,9 @@
 
 use super::body::{Body, PointKind};
 use super::callgraph::CallGraph;
+use super::error::InstrumentError;
 use super::liveness::{self, LocalSet};
-use super::{InstrumentError, meta, slot_type};
+use super::meta::{self, slot_type};
 use std::collections::HashMap;
 use wasm_encoder::BlockType;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};

@@ -3,11 +3,12 @@
 
 use super::callgraph::{self, CallGraph, Calls};
 use super::emit::Written;
+use super::error::InstrumentError;
 use super::lower::Lowered;
-use super::meta::{self, Global, Import, Meta, PREFIX};
+use super::meta::{self, Global, Import, Meta, PREFIX, slot_type};
 use super::plan::{BlockTypes, Plan, PlanContext};
 use super::scan::{self, Scan};
-use super::{InstrumentError, body, emit, slot_type};
+use super::{body, emit};
 use std::collections::BTreeSet;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
 use wasm_encoder::{

@@ -3,13 +3,16 @@
 //! Modules are refused here: by the WebAssembly validator, for unsupported proposals, and for
 //! imports that only another instance could provide.
 
+use super::error::InstrumentError;
 use super::meta::{DataSegment, Memory, PREFIX};
-use super::{InstrumentError, MODULE_BYTES_MAX};
 use std::collections::{BTreeMap, BTreeSet};
 use wasmparser::{
     BinaryReader, DataKind, ElementItems, ElementKind, FuncType, KnownCustom, Name, Operator,
     Parser, Payload, TypeRef, Validator, WasmFeatures,
 };
+
+/// Maximum size of a module, in bytes.
+pub const MODULE_BYTES_MAX: usize = 256 << 20;
 
 /// Uses of one memory by the code.
 #[derive(Debug, Default, Clone)]

@@ -4,7 +4,7 @@
 //! memories and tables are those of the whole module, so a thread captured in an instance of this
 //! one resumes in an instance of the whole.
 
-use super::InstrumentError;
+use super::error::InstrumentError;
 use super::meta::{self, Meta};
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
 use wasm_encoder::{

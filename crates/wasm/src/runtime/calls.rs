@@ -3,7 +3,8 @@
 use super::frame::Progress;
 use super::hints::{NAME_BYTES_MAX, NamedRange};
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
-use super::machine::{Shared, locked};
+use super::lock::locked;
+use super::machine::Shared;
 use super::signal::Signal;
 use crate::memory::WASM_PAGE_BYTES;
 use keel_wasi::{Errno, Outcome as WasiOutcome};

@@ -5,85 +5,12 @@
 //! [`Budget`] (a token bucket) decides, [`govern`] acts. Holding is implemented by `machine`.
 
 use super::machine::{Hold, Machine, Shared};
-use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(10);
 /// Burst after idling, as time at the limit.
 const BURST: Duration = Duration::from_millis(50);
-
-/// CPU time of one OS thread of this process.
-#[derive(Debug)]
-pub(crate) struct ThreadClock {
-    pub(crate) os_thread: u32,
-    schedstat: File,
-    stat: File,
-}
-
-impl ThreadClock {
-    /// The clock of the calling thread; `None` where /proc has no `schedstat`.
-    pub(crate) fn of_this_thread() -> Option<Self> {
-        let clock = ThreadClock {
-            os_thread: rustix::thread::gettid()
-                .as_raw_nonzero()
-                .get()
-                .unsigned_abs(),
-            schedstat: File::open("/proc/thread-self/schedstat").ok()?,
-            stat: File::open("/proc/thread-self/stat").ok()?,
-        };
-        clock.run_ns().map(|_| clock)
-    }
-
-    /// Run time so far, in nanoseconds.
-    pub(super) fn run_ns(&self) -> Option<u64> {
-        let mut buffer = [0; 64];
-        numbers(&self.schedstat, &mut buffer)?.next()?
-    }
-
-    /// CPU time so far.
-    pub(crate) fn cpu_time(&self) -> Option<CoreTime> {
-        let mut buffer = [0; 64];
-        let mut numbers = numbers(&self.schedstat, &mut buffer)?;
-        let mut next = || numbers.next().flatten();
-        let (run_ns, waited_ns, turns) = (next()?, next()?, next()?);
-        let mut buffer = [0; 64];
-        let count = self.stat.read_at(&mut buffer, 0).ok()?;
-        // The state follows the name, which is in parentheses.
-        let text = buffer.get(..count)?;
-        let name_end = text.iter().rposition(|byte| *byte == b')')?;
-        Some(CoreTime {
-            run_ns,
-            waited_ns,
-            turns,
-            is_runnable: text.get(name_end + 2) == Some(&b'R'),
-        })
-    }
-}
-
-fn numbers<'a>(
-    file: &File,
-    buffer: &'a mut [u8],
-) -> Option<impl Iterator<Item = Option<u64>> + 'a> {
-    let count = file.read_at(buffer, 0).ok()?;
-    let text = std::str::from_utf8(buffer.get(..count)?).ok()?;
-    Some(text.split_ascii_whitespace().map(|word| word.parse().ok()))
-}
-
-/// CPU time since the start of the OS thread, which may have hosted other guest threads before:
-/// only differences are meaningful.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CoreTime {
-    /// Run time, in nanoseconds.
-    pub run_ns: u64,
-    /// Completed waits for a core, in nanoseconds.
-    pub waited_ns: u64,
-    pub turns: u64,
-    /// Whether it is running or runnable.
-    pub is_runnable: bool,
-}
 
 /// Token bucket of a machine.
 #[derive(Debug, Default)]
@@ -217,16 +144,5 @@ mod tests {
             budget.tick(10 * MS, 100, &[]);
         }
         assert_eq!(budget.tokens, 5 * MS as i64);
-    }
-
-    #[test]
-    fn a_threads_clock_runs_with_it() {
-        let clock = ThreadClock::of_this_thread().expect("schedstat");
-        let begun = Instant::now();
-        let mut sum = 0u64;
-        while begun.elapsed() < Duration::from_millis(50) {
-            sum = std::hint::black_box(sum + 1);
-        }
-        assert!(clock.run_ns().expect("schedstat") > 0);
     }
 }

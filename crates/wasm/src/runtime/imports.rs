@@ -3,7 +3,7 @@
 
 use super::host::guest_kind;
 use super::program::ProgramError;
-use crate::instrument::{meta::Import, slot_type};
+use crate::instrument::meta::{Import, slot_type};
 use wasmparser::{FuncType, Parser, Payload, TypeRef};
 
 /// Checks the imports of an original module. `has` tells of a non-function import whether it is

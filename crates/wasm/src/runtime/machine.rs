@@ -20,12 +20,14 @@ mod execution;
 mod placement;
 
 use super::calls::AddressLocks;
+use super::cpu_usage::{CpuUsage, ThreadClock};
 use super::fiber::{FiberError, Trap};
 use super::frame::{FrameError, ThreadState};
-use super::governor::{CoreTime, ThreadClock, govern};
+use super::governor::govern;
 use super::hints::{Hints, NamedRange};
 use super::host::Host;
 use super::image::{Entry, Image};
+use super::lock::locked;
 use super::parts::{Inbox, Parts};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
@@ -38,7 +40,7 @@ use keel_wasi::Wasi;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// The entry point of a command.
@@ -94,18 +96,6 @@ pub struct ThreadInfo {
     pub waits: bool,
     /// CPU usage at its part, if known.
     pub cpu_usage: Option<CpuUsage>,
-}
-
-/// CPU usage of a thread at its part. Only differences are meaningful, and only while the thread
-/// stays there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuUsage {
-    /// Time of measurement, in nanoseconds since its part started.
-    pub at_ns: u64,
-    pub time: CoreTime,
-    /// Microseconds stalled on remote pages, by the part that supplied them.
-    #[serde(rename = "stood")]
-    pub stalled_us: BTreeMap<PartId, u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -249,20 +239,6 @@ impl std::fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("program", &self.shared.program)
             .finish_non_exhaustive()
-    }
-}
-
-pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|error| error.into_inner())
-}
-
-/// Lowers the calling thread's priority to that of guests.
-pub(super) fn lower_priority(program: &Program) {
-    if let Some(nice) = program.guest_nice()
-        // (On Linux the nice value is per thread.)
-        && let Err(error) = rustix::process::setpriority_process(None, nice)
-    {
-        tracing::debug!(%error, "the priority of a guest thread cannot be lowered");
     }
 }
 

@@ -11,16 +11,19 @@
 //! - `image`: a frozen machine as plain data
 //! - `calls`: implementation of a machine's host calls
 //! - `hints`: placement hints of the guest
+//! - `cpu_usage`: CPU time of threads
 //! - `governor`: enforces `cpu.limit`
 //! - `parts`: threads of one machine on several parts
 //! - `tables`: limits of tables
 //! - `uninstrumented`: the original module on plain wasmtime, for comparison
 //! - `wait`: `memory.atomic.wait` and `notify`
+//! - `lock`: locks a mutex
 //! - `signal`: safepoint requests to a thread
 
 mod cache;
 mod calls;
 mod compile_progress;
+mod cpu_usage;
 mod fiber;
 pub mod frame;
 mod governor;
@@ -28,6 +31,7 @@ mod hints;
 mod host;
 mod image;
 mod imports;
+mod lock;
 mod machine;
 pub mod parts;
 mod program;
@@ -38,14 +42,12 @@ mod wait;
 
 pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
 pub use compile_progress::CompileProgress;
+pub use cpu_usage::{CoreTime, CpuUsage};
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
-pub use governor::CoreTime;
 pub use hints::{NamedRange, is_object_name};
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
-pub use machine::{
-    CpuUsage, Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories,
-};
+pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories};
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES, program_of_code};
 pub use signal::Signal;
 pub use tables::{TABLES_ENTRIES_MAX, TableBudget};

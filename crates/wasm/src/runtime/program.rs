@@ -323,7 +323,7 @@ impl std::fmt::Debug for Program {
 
 impl Program {
     /// Nice value of guest threads, if it differs from their process.
-    pub(super) fn guest_nice(&self) -> Option<i32> {
+    fn guest_nice(&self) -> Option<i32> {
         self.engine.guest_nice
     }
 
@@ -402,5 +402,15 @@ impl Program {
 
     fn code_name(&self, which: &str) -> String {
         format!("{}.{which}", hex(&self.hash))
+    }
+}
+
+/// Lowers the calling thread's priority to that of guests.
+pub(super) fn lower_priority(program: &Program) {
+    if let Some(nice) = program.guest_nice()
+        // (On Linux the nice value is per thread.)
+        && let Err(error) = rustix::process::setpriority_process(None, nice)
+    {
+        tracing::debug!(%error, "the priority of a guest thread cannot be lowered");
     }
 }

@@ -1,11 +1,12 @@
 //! Safepoint requests to a guest thread: one flag, seen by running code (the request word), by
 //! waiting code (a condition variable) and by blocking system calls (a readable eventfd).
 
+use super::lock::locked;
 use crate::memory::Control;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// One per guest thread; outlives its instances.
@@ -26,10 +27,6 @@ pub struct Signal {
 fn begun() -> Instant {
     static BEGUN: OnceLock<Instant> = OnceLock::new();
     *BEGUN.get_or_init(Instant::now)
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
 impl Signal {

@@ -1,7 +1,7 @@
 //! Points with more operands than a block may have.
 
 use super::Writer;
-use crate::instrument::InstrumentError;
+use crate::instrument::error::InstrumentError;
 use wasm_encoder::{BlockType, Instruction};
 use wasmparser::ValType;
 

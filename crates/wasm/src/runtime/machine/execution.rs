@@ -1,16 +1,17 @@
 //! The life cycle of a thread: launched, run stage by stage, parked at safepoints, rebuilt in
 //! another instance, and ended; and the end of the machine caused by one of its threads.
 
+use super::super::cpu_usage::ThreadClock;
 use super::super::fiber::{Fiber, Run, Stop, Trap};
 use super::super::frame::{ThreadState, Value};
-use super::super::governor::ThreadClock;
 use super::super::host::HostThread;
 use super::super::image::Entry;
+use super::super::lock::locked;
 use super::super::parts::RemoteThread;
-use super::super::program::STACK_BYTES;
+use super::super::program::{STACK_BYTES, lower_priority};
 use super::super::signal::Signal;
 use super::super::tables::TableShare;
-use super::{MAIN_EXPORT, Outcome, Phase, Shared, Threads, locked, lower_priority};
+use super::{MAIN_EXPORT, Outcome, Phase, Shared, Threads};
 use crate::coherence::PartId;
 use crate::instrument::meta::PREFIX;
 use std::collections::BTreeMap;

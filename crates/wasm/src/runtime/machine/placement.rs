@@ -1,10 +1,12 @@
 //! Placement of the threads of a machine: the part of each, its CPU usage there, and its moves, to
 //! another part or, for tests, to a fresh instance. The policy is elsewhere.
 
+use super::super::cpu_usage::CpuUsage;
 use super::super::image::Image;
+use super::super::lock::locked;
 use super::super::parts::{Members, Order, Report, SpawnPolicy};
 use super::super::signal::Signal;
-use super::{CpuUsage, Machine, MachineError, Outcome, Phase, Thread, ThreadInfo, locked};
+use super::{Machine, MachineError, Outcome, Phase, Thread, ThreadInfo};
 use crate::coherence::{PartId, PartSet};
 use std::collections::BTreeMap;
 use std::sync::Arc;

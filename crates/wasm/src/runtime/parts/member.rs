@@ -4,12 +4,12 @@
 use super::message::{Answer, Call, Entering, Order, Report};
 use crate::coherence::PartId;
 use crate::memory::GuestMemory;
+use crate::runtime::cpu_usage::ThreadClock;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{Progress, ThreadState};
-use crate::runtime::governor::ThreadClock;
 use crate::runtime::host::{Host, HostOutcome, HostThread, ImportKind};
-use crate::runtime::machine::{locked, lower_priority};
-use crate::runtime::program::{Program, STACK_BYTES};
+use crate::runtime::lock::locked;
+use crate::runtime::program::{Program, STACK_BYTES, lower_priority};
 use crate::runtime::signal::Signal;
 use crate::runtime::tables::TableBudget;
 use keel_wasi::{CausalClock, Function, SystemClock};

@@ -8,9 +8,9 @@
 //! integrity.
 
 use crate::coherence::PartId;
+use crate::runtime::cpu_usage::CoreTime;
 use crate::runtime::fiber::Stop;
 use crate::runtime::frame::{Progress, Value};
-use crate::runtime::governor::CoreTime;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
