@@ -21,6 +21,8 @@
 //! - `relocate`: the second pass
 //! - `meta`: metadata for the runtime, stored in the module
 //! - `strip`: the module without its clones, in which programs start
+//!
+//! `docs/instrumentation.md` explains rewriting, capture, resume and compilation.
 
 mod body;
 mod callgraph;
