@@ -13,6 +13,8 @@
 //! ([`StoreError::Unknown`]). Whoever gets the last must settle it by a *write*
 //! that excludes the transaction, never by a read: the transaction may still
 //! be on its way.
+//!
+//! `docs/store.md` explains records, ownership and leases.
 
 use std::fmt;
 

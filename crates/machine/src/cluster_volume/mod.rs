@@ -41,6 +41,8 @@
 //! Architecture Invariant: a machine is never stopped while it waits for a store: not in
 //! a move, whose target receives uncommitted blocks from the source, nor in a checkpoint,
 //! which copies them within memory.
+//!
+//! `docs/volumes.md` explains all kinds of volumes.
 
 mod backend;
 mod format;

@@ -5,6 +5,8 @@
 //! the target) passes events to them and executes their commands in order. `ownership`
 //! has the transactions that change the owner, `convergence` decides when copying ends,
 //! `prediction` predicts the course of a move.
+//!
+//! `docs/moves.md` explains the whole protocol.
 
 pub mod convergence;
 pub mod ownership;

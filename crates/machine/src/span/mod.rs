@@ -21,6 +21,8 @@
 //! - `home_migration`: moving the home to another part
 //! - `in_process`: all parts of a machine in one process
 //! - `adaptive_polling`: whether to poll again or to sleep
+//!
+//! `docs/spanning.md` explains parts and their protocols.
 
 mod adaptive_polling;
 mod eviction;

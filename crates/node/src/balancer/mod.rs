@@ -24,6 +24,8 @@
 //! - `drain`, `drain_progress`: emptying this node
 //! - `fine_grained`, `spreading`: threads and memory of machines that may have parts
 //!   elsewhere
+//!
+//! `docs/balancing.md` explains load, rounds, plans and drains.
 
 mod actions;
 mod answers;

@@ -22,6 +22,8 @@
 //! - `meta`: metadata for the runtime, stored in the module
 //! - `error`: why a module is refused
 //! - `strip`: the module without its clones, in which programs start
+//!
+//! `docs/instrumentation.md` explains rewriting, capture, resume and compilation.
 
 mod body;
 mod callgraph;
