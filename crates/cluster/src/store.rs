@@ -3,7 +3,7 @@
 //!
 //! [`Store`] is what everything else sees. Behind it: [`RedbStore`], the
 //! embedded engine of one voter; [`RemoteStore`], the same over the network to
-//! the voter. Both pass one conformance suite (`tests/store.rs`).
+//! the voter. Both pass one conformance suite (`tests/t20_store.rs`).
 //!
 //! Each transaction that changes something gets one [`Revision`], counted up
 //! by one. A transaction whose compares do not all hold changes nothing.

@@ -1,5 +1,5 @@
 //! Every failpoint, driven: a kill and a failure at each step of moves,
-//! checkpoints, restores, starts and ends. The table of ARCHITECTURE.md names the
+//! checkpoints, restores, starts and ends. The table of docs/moves.md names the
 //! tests of this file.
 
 use keel_machine::failpoint::{ALL, Failpoint, Site};

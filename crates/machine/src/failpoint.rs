@@ -1,8 +1,8 @@
 //! Failpoints: named points in critical operations at which a test makes the process die,
 //! stop, wait or fail.
 //!
-//! They have no effect unless built with the feature `failpoints`, which only tests
-//! enable. An [`Injection`] is set by the failpoint's name: through an agent's API (`keel
+//! They have no effect unless the process was started with [`ENABLE_ENVIRONMENT`] = 1: the
+//! binary that is tested is the one that is shipped. An [`Injection`] is set by the failpoint's name: through an agent's API (`keel
 //! debug failpoint`), which passes on those for workers to running ones and, by
 //! [`ENVIRONMENT`], to those that it starts later. An injection belongs to one process:
 //! its successor after a kill has none.
@@ -626,7 +626,7 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_in_the_table_of_the_architecture() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../ARCHITECTURE.md");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/moves.md");
         let page = std::fs::read_to_string(path).unwrap();
         for (number, failpoint) in ALL.iter().enumerate() {
             let name = failpoint.name;
