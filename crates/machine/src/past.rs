@@ -1,8 +1,9 @@
 //! What the version before this one wrote: a cluster that is upgraded has its records
-//! in the store, and its checkpoints. They are read, and written anew whenever they
-//! change. What is older is refused by name: versions are not skipped.
+//! in the store, and its checkpoints (`checkpoint::previous_version`). They are read, and
+//! written anew whenever they change. What is older is refused by name: versions are not
+//! skipped.
 
-use crate::checkpoint::{BlockRun, CheckpointId, Manifest, Origin, Pack, Run};
+use crate::checkpoint::origin::Origin;
 use crate::moves::MoveReport;
 use crate::restart::Restart;
 use crate::spec::{BalanceBy, Balancing, CheckpointPlan, Record, Spec, Status, Volume};
@@ -11,17 +12,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The version of records that is read here.
 pub(crate) const VERSION: u8 = 6;
-/// The version of checkpoints that is.
-pub(crate) const CHECKPOINT_VERSION: u32 = 5;
 
 /// Reads what stands behind a record's version.
 pub(crate) fn decode(body: &[u8]) -> Result<Record, postcard::Error> {
     postcard::from_bytes::<PastRecord>(body).map(Record::from)
-}
-
-/// Reads a checkpoint's body.
-pub(crate) fn decode_checkpoint(body: &[u8]) -> Result<Manifest, postcard::Error> {
-    postcard::from_bytes::<PastManifest>(body).map(Manifest::from)
 }
 
 #[derive(Deserialize)]
@@ -43,7 +37,7 @@ struct PastRecord {
 
 /// Without parts.
 #[derive(Deserialize)]
-struct PastSpec {
+pub(crate) struct PastSpec {
     plain: PlainSpec,
     balancing: PastBalancing,
 }
@@ -92,25 +86,6 @@ pub mod spec_for_others {
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Spec, D::Error> {
         PlainSpec::deserialize(deserializer).map(Spec::from)
     }
-}
-
-#[derive(Deserialize)]
-struct PastManifest {
-    id: CheckpointId,
-    machine: MachineName,
-    parent: Option<CheckpointId>,
-    generation: u32,
-    epoch: Epoch,
-    created_unix_ms: u64,
-    spec: PastSpec,
-    program: [u8; 32],
-    log_end: u64,
-    memory_pages: Vec<u64>,
-    runs: Vec<Run>,
-    packs: Vec<Pack>,
-    block_runs: Vec<BlockRun>,
-    block_packs: Vec<Pack>,
-    image: Vec<u8>,
 }
 
 impl From<PastRecord> for Record {
@@ -191,30 +166,8 @@ impl From<Spec> for PlainSpec {
     }
 }
 
-impl From<PastManifest> for Manifest {
-    fn from(past: PastManifest) -> Self {
-        Manifest {
-            id: past.id,
-            machine: past.machine,
-            parent: past.parent,
-            generation: past.generation,
-            epoch: past.epoch,
-            created_unix_ms: past.created_unix_ms,
-            spec: past.spec.into(),
-            program: past.program,
-            log_end: past.log_end,
-            memory_pages: past.memory_pages,
-            runs: past.runs,
-            packs: past.packs,
-            block_runs: past.block_runs,
-            block_packs: past.block_packs,
-            image: past.image,
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A record as a node of that version wrote it.
@@ -225,17 +178,7 @@ mod tests {
          7570010300020190030001050161010101f8c9f7d29f34f8c9f7d29f340000a2c8f7d29f340001022f760165\
          00010101016d016e016e00000000000000000000000000000000000000\
          ";
-    /// A checkpoint's manifest, likewise.
-    const CHECKPOINT: &str = "\
-         4b434b5005000000d60000000000000016303030303030303030303030372d39343136623338630165000000\
-         0007403033313066303962626565643065653365316338616534353233626432303136613231313939613932\
-         353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d700132013002\
-         3230000101808080048008042f746d70008080808010800201dc0b80808008000001d80401072f6261636b75\
-         7001030002019003000105030303030303030303030303030303030303030303030303030303030303030309\
-         0101000000000301020349cd33252d95c5d1ca37d87fb42c4ecc318eac1bfb8cfd98cf3aa0350ef2eac5\
-         ";
-
-    fn bytes(text: &str) -> Vec<u8> {
+    pub(crate) fn bytes(text: &str) -> Vec<u8> {
         let digits: Vec<u8> = text.trim().bytes().collect();
         let byte = |pair: &[u8]| {
             let text = std::str::from_utf8(pair).unwrap();
@@ -244,8 +187,8 @@ mod tests {
         digits.chunks(2).map(byte).collect()
     }
 
-    /// What stands in both.
-    fn promised() -> Balancing {
+    /// What stands in both, the record and the checkpoint.
+    pub(crate) fn promised() -> Balancing {
         Balancing {
             by: BalanceBy::Target,
             cpu_target_millis: Some(400),
@@ -297,22 +240,6 @@ mod tests {
         assert_eq!(postcard::to_stdvec(&message).unwrap(), written);
         let read: Message = postcard::from_bytes(&written).unwrap();
         assert_eq!(read.behind, [1, 2, 3]);
-    }
-
-    #[test]
-    fn a_checkpoint_of_the_version_before_is_read() {
-        let written = bytes(CHECKPOINT);
-        let manifest = Manifest::decode(&written).unwrap();
-        assert_eq!(manifest.machine.as_ref(), "e");
-        assert_eq!(manifest.spec.checkpoints.as_ref().unwrap().every_s, 600);
-        assert_eq!(manifest.spec.balancing, promised());
-        assert_eq!(manifest.image, [1, 2, 3]);
-        let anew = manifest.encode().unwrap();
-        assert_ne!(anew[4..8], written[4..8]);
-        assert_eq!(Manifest::decode(&anew).unwrap(), manifest);
-        for end in 0..written.len() {
-            assert!(Manifest::decode(&written[..end]).is_err(), "{end}");
-        }
     }
 
     #[test]

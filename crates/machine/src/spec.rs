@@ -1,6 +1,7 @@
 //! The specification of a machine by its user, and its record in the store.
 
-use crate::checkpoint::{Origin, Retention};
+use crate::checkpoint::origin::Origin;
+use crate::checkpoint::retention::Retention;
 use crate::moves::MoveReport;
 use crate::past;
 use crate::restart::Restart;

@@ -7,7 +7,8 @@
 //! the old manifest that misses a pack reads the manifest again.
 
 use super::create::{CreateError, Packer, note_page};
-use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest};
+use super::format::{BLOCK_BYTES, BlockRun, Manifest};
+use super::id::CheckpointId;
 use super::layout::{Layout, LiveRange};
 use super::repository::{PackName, Repository, RepositoryError};
 use super::volumes::note_block;

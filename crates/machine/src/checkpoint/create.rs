@@ -4,7 +4,8 @@
 
 use super::CHAIN_MAX;
 use super::folder::AlignedBuffer;
-use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
+use super::format::{BLOCK_BYTES, BlockRun, Manifest, Pack, Run};
+use super::id::CheckpointId;
 use super::repository::{Outline, PackName, Repository, RepositoryError};
 use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{CommitHold, UnfinishedSnapshots, VolumeBackend, VolumeError};

@@ -8,14 +8,13 @@
 //! Numbers are little-endian. [`VERSION`] is raised with every change of the body; the
 //! previous version is read too, others are refused with an error that names the version.
 
+use super::id::CheckpointId;
+use super::previous_version;
 use super::repository::{Outline, PackName};
-use crate::past;
 use crate::spec::Spec;
-use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_cluster::{Epoch, MachineName};
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::ops::Range;
-use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
@@ -24,92 +23,6 @@ const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
 pub(super) const BLOCK_BYTES: usize = 1 << 20;
-
-/// Identifies a checkpoint of a machine: ids increase with time.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct CheckpointId(String);
-
-impl CheckpointId {
-    /// A new id for this time.
-    pub fn new(unix_ms: u64) -> Self {
-        CheckpointId(format!("{unix_ms:013}-{:08x}", rand::random::<u32>()))
-    }
-
-    /// Time of the checkpoint, in milliseconds since 1970-01-01 UTC.
-    pub fn unix_ms(&self) -> u64 {
-        let time = self.0.split('-').next();
-        time.and_then(|time| time.parse().ok()).unwrap_or(0)
-    }
-}
-
-impl fmt::Display for CheckpointId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl From<CheckpointId> for String {
-    fn from(id: CheckpointId) -> Self {
-        id.0
-    }
-}
-
-impl TryFrom<String> for CheckpointId {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl FromStr for CheckpointId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let well = text.split_once('-').is_some_and(|(time, rest)| {
-            time.len() == 13
-                && time.bytes().all(|byte| byte.is_ascii_digit())
-                && rest.len() == 8
-                && rest.bytes().all(|byte| byte.is_ascii_hexdigit())
-        });
-        if well {
-            Ok(CheckpointId(text.to_owned()))
-        } else {
-            Err(format!(
-                "{text:?} is not the name of a checkpoint (see `keel checkpoints MACHINE`)"
-            ))
-        }
-    }
-}
-
-/// The checkpoint that a machine is restored from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// URL of the repository.
-    pub repository: String,
-    /// The machine whose checkpoint it is.
-    pub machine: MachineName,
-    /// The checkpoint; `None` for the newest intact one.
-    pub id: Option<CheckpointId>,
-    /// Whether the machine is a clone, with random numbers of its own.
-    pub is_clone: bool,
-    /// When its memory is read, and to where.
-    pub memory: MemoryRestore,
-}
-
-/// When the memory of a restored machine is read, and to where. Records store the first
-/// two as `false` and `true`, as in earlier versions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryRestore {
-    /// Before it runs.
-    Eager,
-    /// While it runs: it starts sooner, but damage is found only then and ends it.
-    Lazy,
-    /// Before it runs, to its home and to a part on each of these nodes: for machines
-    /// larger than one node.
-    Spanning(Vec<NodeName>),
-}
 
 /// Pages of one memory, in the order of the packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,7 +132,7 @@ pub enum FormatError {
     /// Of another version of this program.
     #[error(
         "it is of version {0}, this program reads versions {before} and {VERSION}",
-        before = past::CHECKPOINT_VERSION
+        before = previous_version::VERSION
     )]
     Version(u32),
 }
@@ -255,7 +168,7 @@ impl Manifest {
             return Err(damaged("it does not begin with \"KCKP\""));
         }
         let version = u32::from_le_bytes(word(4));
-        if version != VERSION && version != past::CHECKPOINT_VERSION {
+        if version != VERSION && version != previous_version::VERSION {
             return Err(FormatError::Version(version));
         }
         let length = u64::from_le_bytes(header[8..16].try_into().unwrap_or_default());
@@ -273,7 +186,7 @@ impl Manifest {
         let body = &content[HEADER_BYTES..];
         let manifest = match version {
             VERSION => postcard::from_bytes(body),
-            _ => past::decode_checkpoint(body),
+            _ => previous_version::decode(body),
         };
         let manifest = manifest.map_err(|_| damaged("its body cannot be decoded"))?;
         manifest.check()?;

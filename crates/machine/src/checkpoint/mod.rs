@@ -1,6 +1,10 @@
 //! Checkpoints: stored states of machines, from which they can be restored.
 //!
+//! - `id`: the ids of checkpoints
+//! - `origin`: which checkpoint a machine is restored from
+//! - `retention`: which checkpoints are kept
 //! - `format`: the stored form and its validation
+//! - `previous_version`: reads manifests of the previous version
 //! - `repository`: storage in a directory or an S3-compatible store
 //! - `folder`: writing and reading packs in a directory
 //! - `create`: makes a checkpoint while the machine runs
@@ -34,21 +38,26 @@ mod compaction;
 mod create;
 mod folder;
 mod format;
+mod id;
 mod layout;
 mod lazy_restore;
+pub(crate) mod origin;
+mod previous_version;
 mod repository;
 mod restore;
+pub(crate) mod retention;
 mod spanning_restore;
 mod volumes;
 
 pub use compaction::compact;
 pub use create::{Checkpointer, CreateError, CreatedCheckpoint, Destination, Subject};
-pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryRestore, Origin, Pack, Run};
+pub use format::{BlockRun, FormatError, Manifest, Pack, Run};
+pub use id::CheckpointId;
 pub use lazy_restore::LazyRestore;
-pub use repository::{
-    BlockSink, Candidates, Outline, PackName, Repository, RepositoryError, Retention,
-};
+pub use origin::{MemoryRestore, Origin};
+pub use repository::{BlockSink, Candidates, Outline, PackName, Repository, RepositoryError};
 pub use restore::{RemainingMemory, RestoreError, Restored, memory_bytes, restore};
+pub use retention::Retention;
 pub use spanning_restore::SpanningRestore;
 
 /// Name of a cluster volume's snapshot for a checkpoint.

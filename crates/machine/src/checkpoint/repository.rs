@@ -7,14 +7,15 @@
 use super::compaction::compact;
 use super::create::CreateError;
 use super::folder;
-use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
+use super::format::{BLOCK_BYTES, FormatError, Manifest, Pack};
+use super::id::CheckpointId;
+use super::retention::Retention;
 use crate::storage_location::{StorageLocation, StorageLocationError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
 use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload};
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -688,28 +689,4 @@ fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
         .strip_prefix('g')
         .and_then(|rest| rest.split_once('.')?.0.parse().ok());
     Some((id.parse().ok()?, generation.unwrap_or(0)))
-}
-
-/// Which of a machine's checkpoints are kept: those selected by any of these criteria,
-/// and always the newest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Retention {
-    /// The number of newest ones to keep.
-    pub newest: Option<u32>,
-    /// The maximum age of those to keep, in seconds.
-    pub for_s: Option<u64>,
-}
-
-impl Retention {
-    /// Whether all are kept.
-    pub fn is_all(&self) -> bool {
-        *self == Retention::default()
-    }
-
-    fn keeps(&self, newer: u32, id: &CheckpointId, now_unix_ms: u64) -> bool {
-        let young = self
-            .for_s
-            .is_some_and(|s| id.unix_ms().saturating_add(s.saturating_mul(1000)) >= now_unix_ms);
-        newer == 0 || self.is_all() || young || self.newest.is_some_and(|newest| newer < newest)
-    }
 }

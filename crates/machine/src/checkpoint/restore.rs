@@ -3,9 +3,11 @@
 //! If no checkpoint is named, the newest intact one is used: one with missing or damaged
 //! parts is passed over, which the result reports.
 
-use super::format::{CheckpointId, Manifest, MemoryRestore, Origin};
+use super::format::Manifest;
+use super::id::CheckpointId;
 use super::layout::{Block, Layout};
 use super::lazy_restore::LazyRestore;
+use super::origin::{MemoryRestore, Origin};
 use super::repository::{PackName, Repository, RepositoryError};
 use super::spanning_restore::SpanningRestore;
 use super::volumes;

@@ -6,7 +6,8 @@
 //! the connections of all other parts, and one thread per part writes what its socket
 //! could not take at once.
 //!
-//! - `wire`: the messages between parts and their encoding
+//! - `messages`: what parts tell each other about pages, besides the coherence protocol
+//! - `wire`: the encoding of all messages between parts
 //! - `peer`: the connections to another part
 //! - `mesh`: connection set-up among all parts
 //! - `pages`: the part's pages
@@ -29,6 +30,7 @@ mod idle_pages;
 mod in_process;
 mod membership;
 mod mesh;
+mod messages;
 mod page_digests;
 mod pages;
 mod peer;
@@ -44,10 +46,11 @@ pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::SpawnPolicy;
 pub use keel_wasm::runtime::{CoreTime, CpuUsage};
 pub use mesh::{MeshError, MeshListener, PartAddress};
+pub use messages::{CutMessage, CutPages, CutPiece, PartMemory, UnchangedPages};
 pub(crate) use page_digests::{PageDigests, split_unchanged};
 pub use pages::{
-    BeginError, Cut, CutMessage, CutPages, CutPiece, Heat, Latency, Listener, Notifier, Object,
-    PART_BYTES_MIN, Pages, PartConfig, PartMemory, SpanError, UnchangedPages,
+    BeginError, Cut, Heat, Latency, Listener, Notifier, Object, PART_BYTES_MIN, Pages, PartConfig,
+    SpanError,
 };
 pub use peer::{Hello, PeerConnections, PeerError};
 pub use threads::{Home, MemberPart, PartLimits, SpanConfig, SpanningError};

@@ -2,7 +2,7 @@
 //! writes are not tracked, only changed pages are sent and stored again. 16 bytes per
 //! page of 4 KiB.
 
-use super::pages::{CutPages, CutPiece, UnchangedPages};
+use super::messages::{CutPages, CutPiece, UnchangedPages};
 use keel_wasm::memory::PAGE_BYTES;
 
 const PAGE: usize = PAGE_BYTES as usize;

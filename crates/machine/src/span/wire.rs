@@ -26,7 +26,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::{
+use super::messages::{
     Answer, CutMessage, CutPages, PartMemory, Question, QuiescenceMessage, UnchangedPages,
 };
 use bytes::{Buf, Bytes, BytesMut};

@@ -25,15 +25,14 @@
 //! written since the preparation. Members send as many bytes as the home has requested,
 //! so a slow store fills no memory.
 
+use super::super::messages::{CutMessage, CutPages, CutPiece, PIECE_PAGES_MAX, UnchangedPages};
 use super::super::page_digests::{self, PageDigests};
 use super::super::wire::PeerMessage;
 use super::effects::Effects;
 use super::{PAGE, Pages, Shared, SpanError, State, locked};
-use bytes::Bytes;
 use keel_wasm::coherence::{Copy, PageId, PartId, PartSet};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};
 use roaring::RoaringBitmap;
-use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar};
@@ -42,8 +41,6 @@ use std::time::{Duration, Instant};
 /// Pages read while holding the lock once: other users of the lock wait for some
 /// microseconds.
 const PIECE_PAGES: u32 = 16;
-/// The most pages in one message.
-const PIECE_PAGES_MAX: usize = 64;
 /// Bytes that a member may send ahead of the home's requests.
 const AHEAD_BYTES: u32 = 1 << 20;
 /// Bytes that a message about unchanged pages counts as.
@@ -58,67 +55,6 @@ const COPIED_BYTES_SLOW: usize = 32 << 20;
 const COPIED_BYTES_MAX: usize = 256 << 20;
 /// Polling interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Messages about a cut between home and members.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CutMessage {
-    /// To members: a cut is prepared. Pages that they sent at the earlier cut `since` and
-    /// that are unchanged need not be sent again.
-    Prepare { since: Option<u64> },
-    /// To the home: almost all owned pages are protected.
-    Prepared,
-    /// To members: this is the instant of the cut; no message is in flight.
-    Mark,
-    /// To the home: the cut is marked.
-    Marked,
-    /// To members: this many further bytes may be sent; all parts have marked.
-    More(u32),
-    /// To the home: all pages were sent.
-    Done,
-    /// To the home: too many pages changed before they were requested.
-    GaveUp,
-    /// To members: the cut is over; pages not sent are not needed.
-    End,
-}
-
-/// A run of pages as of a cut.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CutPages {
-    pub memory: u32,
-    /// Number of the first page.
-    pub first: u32,
-    /// Content of whole pages.
-    pub bytes: Bytes,
-}
-
-/// A run of pages that are unchanged since the previous cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UnchangedPages {
-    pub memory: u32,
-    /// Number of the first page.
-    pub first: u32,
-    pub pages: u32,
-    /// Digest over the hashes of the pages: a receiver with other content detects the
-    /// difference.
-    pub digest: u128,
-}
-
-/// An element of a cut.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CutPiece {
-    /// Content as of the cut.
-    Pages(CutPages),
-    /// Unchanged since the previous cut.
-    Unchanged(UnchangedPages),
-}
-
-impl CutPages {
-    /// Whether the content has a valid length for one message.
-    pub(in super::super) fn is_whole(&self) -> bool {
-        let pages = self.bytes.len() / PAGE;
-        self.bytes.len().is_multiple_of(PAGE) && (1..=PIECE_PAGES_MAX).contains(&pages)
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {

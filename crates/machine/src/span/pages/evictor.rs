@@ -14,6 +14,7 @@
 //! machine's own limit bounds its memory in total.
 
 use super::super::eviction::EvictionPolicy;
+use super::super::messages::PartMemory;
 use super::super::wire::PeerMessage;
 use super::access_scan::AccessScan;
 use super::effects::{Effects, EventContext, PendingEvent};
@@ -21,7 +22,6 @@ use super::objects::push_move;
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
-use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -69,19 +69,6 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(20);
 /// The room that a part must have to receive pages from a part with this limit.
 fn room_min_bytes(limit: u64) -> u64 {
     (limit / OVERRUN_DIVISOR).min(PART_BYTES_MIN)
-}
-
-/// Memory of a machine at one part.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PartMemory {
-    /// Resident bytes, with read copies.
-    pub resident_bytes: u64,
-    /// The limit, which is exceeded where no other part has room; `None` for no limit.
-    pub limit_bytes: Option<u64>,
-    /// Bytes moved away so far because of the limit.
-    pub given_bytes: u64,
-    /// Bytes of read copies dropped for the same reason.
-    pub dropped_bytes: u64,
 }
 
 impl PartMemory {

@@ -37,16 +37,15 @@ mod objects;
 mod peers;
 mod quiescence;
 
-pub use consistent_cut::{Cut, CutMessage, CutPages, CutPiece, UnchangedPages};
-pub use evictor::{PART_BYTES_MIN, PartMemory};
+pub use consistent_cut::Cut;
+pub use evictor::PART_BYTES_MIN;
 pub(super) use home_migration::DrainedHome;
-pub(super) use objects::{Answer, Question};
 pub use objects::{Heat, Object};
-pub(super) use quiescence::QuiescenceMessage;
 
 use super::eviction::EvictionPolicy;
 use super::false_sharing::FaultHistory;
 use super::idle_pages::IdlePages;
+use super::messages::Answer;
 use super::peer::{PeerConnections, PeerError};
 use super::prefetch::StreamPrefetcher;
 use super::wire::{self, PageBytes, PeerMessage};

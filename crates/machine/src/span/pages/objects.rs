@@ -13,6 +13,7 @@
 
 use super::super::false_sharing::{self, FaultFootprint, HotPage};
 use super::super::idle_pages::IdleRange;
+use super::super::messages::{Answer, EXAMINED_MAX, Question};
 use super::super::wire::PeerMessage;
 use super::effects::{Effects, EventContext, PendingEvent};
 use super::host_access::page_of;
@@ -24,8 +25,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Pages examined for one answer: about a millisecond.
-const EXAMINED_MAX: usize = 8192;
 /// Pages with waits, or idle ranges, in one answer.
 const ENTRIES_MAX: usize = 2048;
 /// The time limit for answers that are useful but not required.
@@ -41,38 +40,6 @@ const PLACEMENTS_TRIES: u32 = 3;
 const IN_TRANSIT_PAGES: u32 = 2048;
 /// Polling interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-
-/// A query of the home about a part's directory or its threads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum Question {
-    /// Placements of pages, from this page on.
-    Placements(PageId),
-    /// The first page of a range, of [`EXAMINED_MAX`] at most, that is in transit to a part
-    /// or whose directory is elsewhere.
-    InTransit {
-        memory: u32,
-        /// Numbers of the pages.
-        pages: Range<u32>,
-        to: PartId,
-    },
-    /// Pages that the part's threads waited for, from this page on.
-    FaultWaits(PageId),
-    /// Idle ranges of the part, from a byte of a memory on.
-    Idle(u32, u64),
-}
-
-/// An answer to a query.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum Answer {
-    /// The placements, and the page to continue from.
-    Placements(Vec<Placement>, Option<PageId>),
-    /// The page; `None` if there is none.
-    InTransit(Option<u32>),
-    /// The pages with the accesses that waited, and the page to continue from.
-    FaultWaits(Vec<(PageId, FaultFootprint)>, Option<PageId>),
-    /// The ranges, and where to continue.
-    Idle(Vec<IdleRange>, Option<(u32, u64)>),
-}
 
 /// A range of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,11 +11,11 @@
 //!     │─── Over ────────────────────────▶│
 //! ```
 
+use super::super::messages::QuiescenceMessage;
 use super::super::wire::PeerMessage;
 use super::effects::EventContext;
 use super::{MOVES_MAX, Pages, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Event, PartId, Segment, Traffic};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,18 +26,6 @@ use std::time::{Duration, Instant};
 const RECALL_TIMEOUT: Duration = Duration::from_millis(100);
 /// Polling interval.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Messages about quiescence between home and members.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum QuiescenceMessage {
-    /// To members: all threads are stopped.
-    Begin,
-    /// To the home: no transaction is in progress at this part, whose message counts
-    /// these are.
-    Quiet(Traffic),
-    /// To members: threads go on.
-    Over,
-}
 
 /// State of a quiescence at one part.
 #[derive(Debug)]
