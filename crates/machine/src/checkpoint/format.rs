@@ -5,8 +5,9 @@
 //!  pack:      pages without framing; the manifest has a BLAKE3 of each MiB
 //! ```
 //!
-//! Numbers are little-endian. [`VERSION`] is raised with every change of the body; the
-//! previous version is read too, others are refused with an error that names the version.
+//! Numbers are little-endian. The machine's spec within the body is CBOR, so that fields can
+//! be added to specs; [`VERSION`] is raised with every other change of the body. Other
+//! versions are refused with an error that names them.
 
 use super::id::CheckpointId;
 use super::repository::{Outline, PackName};

@@ -32,8 +32,6 @@
 //!
 //! Architecture Invariant: the machine is stopped only while its last pages are copied
 //! *within memory*; it waits for no store meanwhile.
-//!
-//! `docs/checkpoints.md` explains checkpoints and consistent cuts.
 
 mod compaction;
 mod create;

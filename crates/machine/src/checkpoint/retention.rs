@@ -19,7 +19,7 @@ impl Retention {
         *self == Retention::default()
     }
 
-    /// Whether a checkpoint is kept of which `newer` ones of the machine exist.
+    /// Whether a checkpoint is kept; `newer` is the number of newer ones of its machine.
     pub(super) fn keeps(&self, newer: u32, id: &CheckpointId, now_unix_ms: u64) -> bool {
         let young = self
             .for_s
