@@ -29,7 +29,7 @@ pub(crate) struct Group {
 pub(crate) const LONG: &[Group] = &[
     Group {
         name: "failpoints at every step",
-        crates: &["machine", "node", "cluster"],
+        crates: &["machine", "node", "store", "cluster"],
         message_delay_ms: None,
         tests: &[
             "at_the_source_agent",
@@ -79,7 +79,7 @@ pub(crate) const LONG: &[Group] = &[
     },
     Group {
         name: "clusters",
-        crates: &["cluster", "net", "node"],
+        crates: &["store", "cluster", "net", "node"],
         message_delay_ms: None,
         tests: &[
             "silence_is_no_proof_of_death",
@@ -90,7 +90,7 @@ pub(crate) const LONG: &[Group] = &[
     },
     Group {
         name: "clusters with late messages",
-        crates: &["cluster", "net", "node"],
+        crates: &["store", "cluster", "net", "node"],
         message_delay_ms: Some("30"),
         tests: &[
             "machines_are_kept_and_made_again",

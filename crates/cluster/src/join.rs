@@ -24,11 +24,15 @@ use crate::identity::{
     CSR_BYTES_MAX, CertificateAuthority, ClusterId, IdentityError, NodeIdentity, SigningRequest,
     make_csr,
 };
-use crate::keys::{Key, TokenId};
 use crate::members::{self, MemberError, Voter, check_address, member_record};
-use crate::store::{Store, StoreError, Txn, TxnOutcome};
 use crate::tokens::{self, JoinToken, Secret, TokenError};
-use crate::wire::{self, WireError, kind};
+use keel_store::encoding::{self, WireError};
+use keel_store::keys::{Key, TokenId};
+use keel_store::{Store, StoreError, Txn, TxnOutcome};
+
+/// Become a member: the only request for anonymous peers. (`0x0200..0x0300` are this crate's
+/// kinds of request.)
+pub const JOIN: u16 = 0x0200;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinRequest {
@@ -199,19 +203,19 @@ pub async fn join(
     address: &str,
 ) -> Result<(NodeIdentity, Vec<Voter>), JoinError> {
     let (signing, request) = prepare(token, node, address)?;
-    let request = wire::payload("a join request", &request)?;
+    let request = encoding::payload("a join request", &request)?;
     let tls = ClientTls::join(token.authority)?;
     let mut attempts = 0;
     let answer = loop {
         attempts += 1;
         let client = Client::connect_unnamed(via, &tls, Options::default()).await?;
         let limit = Duration::from_secs(15);
-        match client.call(kind::JOIN, request.clone(), limit).await {
+        match client.call(JOIN, request.clone(), limit).await {
             Err(RpcError::Unknown { .. }) if attempts < 3 => continue,
             answered => break answered?,
         }
     };
-    let response: JoinResponse = wire::decode("the answer to a join request", &answer)?;
+    let response: JoinResponse = encoding::decode("the answer to a join request", &answer)?;
     let identity = conclude(signing, &response)?;
     Ok((identity, response.voters))
 }

@@ -1,17 +1,12 @@
-//! Identity, membership and consensus of the nodes of a cluster.
+//! Identity and membership of the nodes of a cluster.
 //!
 //! - [`epoch`]: the version of a machine's ownership.
-//! - [`keys`]: all keys of the store.
-//! - [`store`]: the linearizable store: the trait, its embedded engine, and
-//!   the same trait over the network.
 //! - [`identity`]: the cluster's certificate authority and the nodes'
 //!   certificates.
 //! - [`tokens`]: join tokens and users' tokens.
 //! - [`members`]: current membership.
 //! - [`join`]: how a node becomes a member.
 //! - [`service`]: the requests that a voter answers over `keel-net`.
-//! - [`wire`]: the versioned envelope of every payload and record.
-//! - [`clock`]: the clock that leases are measured by.
 //! - [`state_file`]: atomically written files.
 //!
 //! Invariants: wall clocks only affect the expiry of tokens. An unknown outcome is never reported
@@ -19,18 +14,13 @@
 //! between voters.
 #![forbid(unsafe_code)]
 
-pub mod clock;
 pub mod epoch;
 pub mod identity;
 pub mod join;
-pub mod keys;
 pub mod members;
 pub mod service;
 pub mod state_file;
-pub mod store;
 pub mod tokens;
-pub mod wire;
 
 pub use epoch::Epoch;
 pub use keel_net::{MachineName, NodeName};
-pub use store::{RedbStore, RemoteStore, Store, StoreError};

@@ -16,9 +16,9 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 use crate::identity::ClusterId;
-use crate::keys::{Key, MEMBERS, schedule_of};
-use crate::store::{Change, Compare, Store, StoreError, Txn, TxnOutcome};
-use crate::wire::{self, WireError};
+use keel_store::encoding::{self, WireError};
+use keel_store::keys::{Key, MEMBERS, schedule_of};
+use keel_store::{Change, Compare, Store, StoreError, Txn, TxnOutcome};
 
 /// Longest address, in bytes.
 pub const ADDRESS_BYTES_MAX: usize = 300;
@@ -109,14 +109,14 @@ pub(crate) fn member_record(
         joined_unix_ms,
         key: Fingerprint(*blake3::hash(csr_pem.as_bytes()).as_bytes()),
     };
-    wire::encode("a member's record", &record)
+    encoding::encode("a member's record", &record)
 }
 
 fn member(key: &str, value: &[u8]) -> Option<Result<Member, WireError>> {
     let Ok(Key::Member(node)) = key.parse() else {
         return None;
     };
-    let record = wire::decode::<MemberRecord>("a member's record", value);
+    let record = encoding::decode::<MemberRecord>("a member's record", value);
     Some(record.map(|record| Member {
         node,
         address: record.address,
@@ -142,10 +142,13 @@ pub async fn found(
     };
     let txn = Txn::new()
         .when_absent(Key::Cluster)
-        .put(Key::Cluster, wire::encode("the cluster's record", &record)?)
+        .put(
+            Key::Cluster,
+            encoding::encode("the cluster's record", &record)?,
+        )
         .put(
             Key::Voters,
-            wire::encode("the list of voters", &vec![first])?,
+            encoding::encode("the list of voters", &vec![first])?,
         )
         .put(
             Key::Member(first.node.clone()),
@@ -167,7 +170,7 @@ pub async fn found(
 pub async fn cluster_of(store: &dyn Store) -> Result<(ClusterId, u32), MemberError> {
     let entry = store.get(&Key::Cluster.to_string()).await?;
     let entry = entry.ok_or(MemberError::NoCluster)?;
-    let record: ClusterRecord = wire::decode("the cluster's record", &entry.value)?;
+    let record: ClusterRecord = encoding::decode("the cluster's record", &entry.value)?;
     Ok((record.id, record.incarnation))
 }
 
@@ -178,7 +181,7 @@ pub async fn cluster_of(store: &dyn Store) -> Result<(ClusterId, u32), MemberErr
 pub async fn voters(store: &dyn Store) -> Result<Vec<Voter>, MemberError> {
     let entry = store.get(&Key::Voters.to_string()).await?;
     let entry = entry.ok_or(MemberError::NoCluster)?;
-    Ok(wire::decode("the list of voters", &entry.value)?)
+    Ok(encoding::decode("the list of voters", &entry.value)?)
 }
 
 /// All members, by name.
@@ -205,14 +208,14 @@ pub async fn set_address(
     loop {
         let absent = || MemberError::NotAMember(node.clone());
         let entry = store.get(&key).await?.ok_or_else(absent)?;
-        let mut record: MemberRecord = wire::decode("a member's record", &entry.value)?;
+        let mut record: MemberRecord = encoding::decode("a member's record", &entry.value)?;
         if record.address == address {
             return Ok(());
         }
         record.address = address.into();
         let txn = Txn::new()
             .when_modified_at(key.clone(), entry.modified)
-            .put(key.clone(), wire::encode("a member's record", &record)?);
+            .put(key.clone(), encoding::encode("a member's record", &record)?);
         // Refused because of a concurrent change: retry.
         if store.txn(txn).await?.is_committed() {
             return Ok(());

@@ -2,17 +2,18 @@
 //! request from anyone. An agent wraps it in its own handler for the kinds that
 //! [`ClusterService::handles`] names.
 
+use crate::join::JOIN;
 use std::fmt;
 use std::sync::Arc;
 
 use futures::FutureExt;
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 
-use crate::clock::unix_ms;
 use crate::identity::CertificateAuthority;
 use crate::join::{JoinError, JoinRequest, accept_join};
-use crate::store::{Store, StoreError, StoreHandler};
-use crate::wire::{self, kind};
+use keel_store::clock::unix_ms;
+use keel_store::encoding;
+use keel_store::{Store, StoreError, StoreHandler};
 
 /// Store and joining, as one handler.
 #[derive(Clone)]
@@ -34,15 +35,15 @@ impl ClusterService {
 
     /// Whether requests of `kind` belong here.
     pub fn handles(kind: u16) -> bool {
-        kind == kind::JOIN || StoreHandler::handles(kind)
+        kind == JOIN || StoreHandler::handles(kind)
     }
 
     async fn join(&self, request: &[u8]) -> Result<Reply, RpcError> {
         let request: JoinRequest =
-            wire::decode("a join request", request).map_err(RpcError::refused)?;
+            encoding::decode("a join request", request).map_err(RpcError::refused)?;
         let joined = accept_join(self.store.as_ref(), &self.authority, &request, unix_ms()).await;
         match joined {
-            Ok(response) => wire::payload("the answer to a join request", &response)
+            Ok(response) => encoding::payload("the answer to a join request", &response)
                 .map(Reply::One)
                 .map_err(RpcError::unknown),
             Err(error @ JoinError::Store(StoreError::Unknown { .. })) => {
@@ -62,7 +63,7 @@ impl Handler for ClusterService {
     fn permits(&self, peer: &PeerId, kind: u16) -> bool {
         match peer {
             PeerId::Node(_) => true,
-            PeerId::Anonymous => kind == kind::JOIN,
+            PeerId::Anonymous => kind == JOIN,
             PeerId::Pinned(_) => false,
         }
     }
@@ -70,7 +71,7 @@ impl Handler for ClusterService {
     fn call(&self, _: PeerId, kind: u16, payload: Bytes) -> BoxFuture<'_, Result<Reply, RpcError>> {
         async move {
             match kind {
-                kind::JOIN => self.join(&payload).await,
+                JOIN => self.join(&payload).await,
                 kind => self.handler.answer(kind, &payload).await,
             }
         }

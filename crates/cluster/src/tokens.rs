@@ -17,9 +17,9 @@ use keel_net::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::keys::{Key, TOKENS, TokenId};
-use crate::store::{Revision, Store, StoreError, Txn, TxnOutcome};
-use crate::wire::{self, WireError};
+use keel_store::encoding::{self, WireError};
+use keel_store::keys::{Key, TOKENS, TokenId};
+use keel_store::{Revision, Store, StoreError, Txn, TxnOutcome};
 
 const JOIN_PREFIX: &str = "keel1-";
 const USER_PREFIX: &str = "keelu1-";
@@ -143,7 +143,7 @@ pub async fn create_join_token(
 async fn put_new<T: Serialize>(store: &dyn Store, key: Key, record: &T) -> Result<(), TokenError> {
     let txn = Txn::new()
         .when_absent(key.clone())
-        .put(key, wire::encode("a token's record", record)?);
+        .put(key, encoding::encode("a token's record", record)?);
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),
         TxnOutcome::Refused { .. } => Err(TokenError::Parameter(
@@ -154,7 +154,7 @@ async fn put_new<T: Serialize>(store: &dyn Store, key: Key, record: &T) -> Resul
 
 async fn remove_expired(store: &dyn Store, now_unix_ms: u64) -> Result<(), TokenError> {
     for entry in store.list(TOKENS).await?.entries {
-        let record = wire::decode::<JoinRecord>("a join token's record", &entry.value);
+        let record = encoding::decode::<JoinRecord>("a join token's record", &entry.value);
         if record.is_ok_and(|record| record.expires_unix_ms <= now_unix_ms) {
             let txn = Txn::new()
                 .when_modified_at(entry.key.clone(), entry.modified)
@@ -190,7 +190,7 @@ pub(crate) async fn redeem(
     let key = Key::Token(id);
     let entry = store.get(&key.to_string()).await?;
     let entry = entry.ok_or(TokenError::NotValid)?;
-    let mut record: JoinRecord = wire::decode("a join token's record", &entry.value)?;
+    let mut record: JoinRecord = encoding::decode("a join token's record", &entry.value)?;
     if !secret.matches(record.secret_hash) {
         return Err(TokenError::NotValid);
     }
@@ -212,7 +212,7 @@ pub(crate) async fn redeem(
         mark: Some(Mark {
             key,
             modified: entry.modified,
-            record: wire::encode("a join token's record", &record)?,
+            record: encoding::encode("a join token's record", &record)?,
         }),
     })
 }
@@ -327,7 +327,7 @@ pub async fn verify_user_token(
     let token: UserToken = text.parse()?;
     let entry = store.get(&Key::UserToken(token.id).to_string()).await?;
     let entry = entry.ok_or(TokenError::NotValid)?;
-    let record: UserRecord = wire::decode("a user token's record", &entry.value)?;
+    let record: UserRecord = encoding::decode("a user token's record", &entry.value)?;
     if !token.secret.matches(record.secret_hash) {
         return Err(TokenError::NotValid);
     }
@@ -347,11 +347,11 @@ pub async fn verify_user_token(
 /// [`TokenError::Store`], [`TokenError::Record`].
 pub async fn list_user_tokens(store: &dyn Store) -> Result<Vec<User>, TokenError> {
     let mut users = Vec::new();
-    for entry in store.list(crate::keys::USER_TOKENS).await?.entries {
+    for entry in store.list(keel_store::keys::USER_TOKENS).await?.entries {
         let Ok(Key::UserToken(id)) = entry.key.parse() else {
             continue;
         };
-        let record: UserRecord = wire::decode("a user token's record", &entry.value)?;
+        let record: UserRecord = encoding::decode("a user token's record", &entry.value)?;
         users.push(User {
             id,
             name: record.name,

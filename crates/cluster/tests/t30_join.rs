@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity, make_csr};
 use keel_cluster::join::{self, JoinError, accept_join};
-use keel_cluster::keys::Key;
 use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
-use keel_cluster::store::{RedbOptions, RedbStore, RemoteStore, Store, Txn};
 use keel_cluster::tokens::{self, JoinToken, Role, TokenError, UserToken};
 use keel_net::rpc::ServerHandle;
 use keel_net::{Client, NodeName, Options, Peers, Server};
+use keel_store::keys::Key;
+use keel_store::{RedbOptions, RedbStore, RemoteStore, Store, Txn};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -172,7 +172,7 @@ async fn tokens_go_both_ways_and_slips_are_found() -> Outcome {
     assert!(text.parse::<UserToken>().is_err());
     // The store has neither secret nor token.
     for entry in cluster.store.list("").await?.entries {
-        let secret = keel_cluster::wire::to_cbor(&token.secret, Vec::new())?;
+        let secret = keel_store::encoding::to_cbor(&token.secret, Vec::new())?;
         assert!(!entry.value.windows(secret.len()).any(|w| w == secret));
     }
     assert!(!format!("{token:?}").contains(&text[14..40]));
@@ -379,7 +379,7 @@ async fn a_node_joins_works_and_is_removed() -> Outcome {
     // The service checks expiry by the wall clock.
     let store = cluster.store.as_ref();
     let hash = cluster.authority.fingerprint();
-    let now = keel_cluster::clock::unix_ms();
+    let now = keel_store::clock::unix_ms();
     let token = tokens::create_join_token(store, hash, HOUR, now).await?;
     let token: JoinToken = token.to_string().parse()?;
     let (identity, voters) = join::join(&via, &token, &name("b"), "127.0.0.1:2").await?;
@@ -429,8 +429,7 @@ async fn an_anonymous_peer_can_only_join() -> Outcome {
     let tls = keel_net::ClientTls::join(cluster.authority.fingerprint())?;
     let address = server.address().to_string();
     let client = Client::connect_unnamed(&address, &tls, Options::default()).await?;
-    use keel_cluster::wire::kind;
-    for asked in kind::GET..=kind::REVISION {
+    for asked in keel_store::encoding::kind::GET..=keel_store::encoding::kind::REVISION {
         let answer = client
             .call(
                 asked,
@@ -443,7 +442,7 @@ async fn an_anonymous_peer_can_only_join() -> Outcome {
     }
     let junk = client
         .call(
-            kind::JOIN,
+            join::JOIN,
             keel_net::Bytes::from_static(&[1, 0]),
             Duration::from_secs(10),
         )

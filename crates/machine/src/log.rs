@@ -8,7 +8,7 @@
 mod record_boundary;
 mod time;
 
-use keel_cluster::clock::unix_ms;
+use keel_store::clock::unix_ms;
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
 use record_boundary::Boundary;

@@ -4,7 +4,8 @@ use crate::checkpoint::origin::Origin;
 use crate::checkpoint::retention::Retention;
 use crate::moves::MoveReport;
 use crate::restart::Restart;
-use keel_cluster::{Epoch, MachineName, NodeName, wire};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_store::encoding;
 use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
 
@@ -387,7 +388,7 @@ impl Record {
     /// # Errors
     /// If it cannot be encoded.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
-        wire::encode("a machine's record", self).map_err(|error| error.to_string())
+        encoding::encode("a machine's record", self).map_err(|error| error.to_string())
     }
 
     /// Decodes the stored form;
@@ -397,7 +398,7 @@ impl Record {
     /// # Errors
     /// A message for a damaged record or one of another version.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
-        wire::decode("a machine's record", bytes).map_err(|error| error.to_string())
+        encoding::decode("a machine's record", bytes).map_err(|error| error.to_string())
     }
 
     /// Sets the status.
@@ -420,18 +421,18 @@ impl Record {
 /// manifest: as CBOR, so that a field can be added to specs.
 pub(crate) mod as_cbor {
     use super::Spec;
-    use keel_cluster::wire;
+    use keel_store::encoding;
     use serde::de::Error as _;
     use serde::ser::Error as _;
     use serde::{Deserializer, Serializer};
 
     pub(crate) fn serialize<S: Serializer>(spec: &Spec, to: S) -> Result<S::Ok, S::Error> {
-        let bytes = wire::to_cbor(spec, Vec::new()).map_err(S::Error::custom)?;
+        let bytes = encoding::to_cbor(spec, Vec::new()).map_err(S::Error::custom)?;
         serde_bytes::serialize(&bytes, to)
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Spec, D::Error> {
         let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
-        wire::from_cbor(&bytes).map_err(D::Error::custom)
+        encoding::from_cbor(&bytes).map_err(D::Error::custom)
     }
 }

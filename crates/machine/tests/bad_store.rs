@@ -2,7 +2,6 @@
 //! listings. It implements the necessary part of S3, on loopback.
 
 use keel_cluster::Epoch;
-use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
     Checkpointer, Destination, MemoryRestore, Origin, RemainingMemory, Repository, Retention,
     Subject, compact, restore,
@@ -10,6 +9,7 @@ use keel_machine::checkpoint::{
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Balancing, Spec};
+use keel_store::clock::unix_ms;
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options};
 use std::collections::BTreeMap;

@@ -2,7 +2,6 @@
 //! restored.
 
 use keel_cluster::Epoch;
-use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
     CHAIN_MAX, CheckpointId, Checkpointer, CreateError, CreatedCheckpoint, Destination,
     MemoryRestore, Origin, RemainingMemory, Repository, RepositoryError, RestoreError, Restored,
@@ -11,6 +10,7 @@ use keel_machine::checkpoint::{
 use keel_machine::log::Log;
 use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
+use keel_store::clock::unix_ms;
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
 use keel_wasm::coherence::PartId;

@@ -3,7 +3,6 @@
 #[path = "common/record.rs"]
 mod record;
 
-use keel_cluster::store::{Compare, KeyValue, Txn};
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::moves::ownership::{
     ArrivalVerdict, EndEffect, EpochBase, Settlement, Transfer, VersionedRecord, arrival,
@@ -11,6 +10,7 @@ use keel_machine::moves::ownership::{
 };
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Status};
+use keel_store::{Compare, KeyValue, Txn};
 
 const EPOCH: Epoch = Epoch {
     incarnation: 1,

@@ -20,17 +20,19 @@ use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
 use crate::volumes::VolumeFiles;
 use keel_api::EventKind;
-use keel_cluster::clock::unix_ms;
+use keel_cluster::NodeName;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
-use keel_cluster::keys::Key;
 use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
-use keel_cluster::store::{RedbOptions, RedbStore, RemoteStore, Txn};
 use keel_cluster::tokens::JoinToken;
-use keel_cluster::{NodeName, Store, StoreError};
 use keel_machine::cgroup::Slice;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
+use keel_store::Store;
+use keel_store::StoreError;
+use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
+use keel_store::{RedbOptions, RedbStore, RemoteStore, Txn};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -498,7 +500,7 @@ async fn follow_addresses(context: Arc<Context>) {
 /// Writes what this node is into the store, until it is there.
 async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
     let record = describe(&context, &processes);
-    let Ok(value) = keel_cluster::wire::encode("a node's record", &record) else {
+    let Ok(value) = keel_store::encoding::encode("a node's record", &record) else {
         return;
     };
     loop {

@@ -4,11 +4,11 @@ use crate::context::Context;
 use crate::error::CommandError;
 use crate::records;
 use keel_api::{ClusterInfo, NodeInfo, Token, TokenRequest};
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::{self, Key};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{MachineName, NodeName, members};
 use keel_machine::spec::Status;
+use keel_store::clock::unix_ms;
+use keel_store::keys::{self, Key};
 
 /// The machines in a node's schedule.
 ///

@@ -3,11 +3,12 @@
 
 use crate::events::Events;
 use crate::state_dir::StateDir;
+use keel_cluster::NodeName;
 use keel_cluster::identity::{ClusterId, NodeIdentity};
 use keel_cluster::members::MemberSet;
-use keel_cluster::store::LeaseId;
-use keel_cluster::{NodeName, Store};
 use keel_net::{Peers, Traffic};
+use keel_store::LeaseId;
+use keel_store::Store;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! Why a command was not carried out, as its user is told and as it travels between agents.
 
-use keel_cluster::StoreError;
+use keel_store::StoreError;
 use serde::{Deserialize, Serialize};
 
 /// Why a command was not carried out; each variant has one HTTP status.

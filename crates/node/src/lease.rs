@@ -4,9 +4,11 @@
 
 use crate::events::{Events, Note};
 use keel_api::EventKind;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Change, LeaseId, Txn};
-use keel_cluster::{NodeName, Store, StoreError};
+use keel_cluster::NodeName;
+use keel_store::Store;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
+use keel_store::{Change, LeaseId, Txn};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;

@@ -27,9 +27,9 @@
 
 use crate::restart::{self, Restart};
 use crate::spec::{Record, Status};
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Compare, KeyValue, Revision, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_store::keys::Key;
+use keel_store::{Compare, KeyValue, Revision, Txn};
 use serde::{Deserialize, Serialize};
 
 /// A machine's record with the revision of its last change.

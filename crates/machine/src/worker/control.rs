@@ -6,8 +6,9 @@ use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
 use crate::span::{HomeState, PartAddress, PartMemory};
 use crate::spec::{Spec, Status};
-use keel_cluster::{Epoch, MachineName, NodeName, wire};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
+use keel_store::encoding;
 use keel_wasi::FileStat;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::runtime::CpuUsage;
@@ -657,7 +658,7 @@ pub struct ThreadReport {
 /// # Errors
 /// [`RpcError::Refused`] if it cannot be encoded.
 pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
-    wire::to_cbor(value, Vec::new())
+    encoding::to_cbor(value, Vec::new())
         .map(Bytes::from)
         .map_err(RpcError::refused)
 }
@@ -667,7 +668,7 @@ pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
 /// # Errors
 /// [`RpcError::Refused`] if it is none.
 pub fn unpack<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, RpcError> {
-    wire::from_cbor(bytes)
+    encoding::from_cbor(bytes)
         .map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
 }
 

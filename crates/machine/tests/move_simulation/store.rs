@@ -1,7 +1,7 @@
 //! A store for the simulation: one map, serialised transactions, and transactions whose
 //! sender received no answer.
 
-use keel_cluster::store::{Compare, KeyValue, Op, Revision, Txn};
+use keel_store::{Compare, KeyValue, Op, Revision, Txn};
 use std::collections::BTreeMap;
 
 /// Entries by key.

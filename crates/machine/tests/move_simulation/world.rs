@@ -1,8 +1,6 @@
 //! Two nodes, the machine, its user, and all faults.
 
 use crate::store::Store;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{KeyValue, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership::{
     self, ArrivalVerdict, EndEffect, Settlement, Transfer, VersionedRecord,
@@ -13,6 +11,8 @@ use keel_machine::moves::{
 };
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Status};
+use keel_store::keys::Key;
+use keel_store::{KeyValue, Txn};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::VecDeque;
@@ -732,7 +732,7 @@ impl World {
         }
         let key = self.reservation_key();
         let take = Txn::new()
-            .when(keel_cluster::store::Compare::Exists { key: key.clone() })
+            .when(keel_store::Compare::Exists { key: key.clone() })
             .delete(key);
         let Some(taken) = self.send(&take) else {
             return;

@@ -6,8 +6,8 @@ use super::handle::NodeBalancer;
 use crate::error::CommandError;
 use crate::records::{self, RecordError};
 use keel_api::{PlanRequest, PlanStep, PlannedMachine};
-use keel_cluster::keys::Key;
 use keel_cluster::{MachineName, NodeName};
+use keel_store::keys::Key;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 

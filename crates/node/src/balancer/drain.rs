@@ -13,9 +13,9 @@ use futures::{StreamExt, stream};
 use keel_api::{DrainInfo, DrainRequest, DrainState, LeftBehind, PlanGoal, PlanStep, Urgency};
 use keel_balance::ledger::Outcome;
 use keel_cluster::NodeName;
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Txn, TxnOutcome};
+use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
+use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ pub(crate) async fn begin(
 pub(crate) async fn end(handle: &Arc<NodeBalancer>, node: &NodeName) -> Result<(), CommandError> {
     let key = Key::Drain(node.clone()).to_string();
     let txn = Txn::new()
-        .when(keel_cluster::store::Compare::Exists { key: key.clone() })
+        .when(keel_store::Compare::Exists { key: key.clone() })
         .delete(key);
     match handle.context.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),

@@ -18,7 +18,7 @@ use keel_balance::Name;
 use keel_balance::ledger::{Decision, Line};
 use keel_balance::round::{Balancer, Event, Request, Response};
 use keel_cluster::NodeName;
-use keel_cluster::clock::unix_ms;
+use keel_store::clock::unix_ms;
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;

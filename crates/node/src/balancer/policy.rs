@@ -3,9 +3,9 @@
 use super::handle::NodeBalancer;
 use keel_balance::policy::Policy;
 use keel_balance::round::Event;
-use keel_cluster::StoreError;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Change, KeyValue, Revision};
+use keel_store::StoreError;
+use keel_store::keys::Key;
+use keel_store::{Change, KeyValue, Revision};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;

@@ -13,9 +13,9 @@ use keel_balance::Name;
 use keel_balance::ledger::Line;
 use keel_balance::policy::Policy;
 use keel_balance::round::{Event, Request, Response};
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
+use keel_store::keys::Key;
+use keel_store::{Txn, TxnOutcome};
 use std::sync::{Arc, PoisonError};
 
 /// This node's load, as its balancer sees it.

@@ -125,7 +125,7 @@ impl Recorder {
                     }
                     if pruned.is_none_or(|at| at.elapsed() >= PRUNE_EVERY) {
                         pruned = Some(Instant::now());
-                        let now_unix_ms = keel_cluster::clock::unix_ms();
+                        let now_unix_ms = keel_store::clock::unix_ms();
                         if let Err(error) = prune(&of_thread, now_unix_ms) {
                             tracing::warn!(%error, "old loads are not deleted");
                         }
@@ -165,7 +165,7 @@ impl Recorder {
     /// The database's, in a sentence.
     pub(crate) async fn of(&self, span: Span) -> Result<Vec<HistoryPoint>, String> {
         let recorder = self.clone();
-        tokio::task::spawn_blocking(move || recorder.read(&span, keel_cluster::clock::unix_ms()))
+        tokio::task::spawn_blocking(move || recorder.read(&span, keel_store::clock::unix_ms()))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the history of loads cannot be read: {error}"))
@@ -439,7 +439,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("loads.redb");
         // (What is old is deleted when it begins.)
-        let at = keel_cluster::clock::unix_ms() / 60_000 * 60_000;
+        let at = keel_store::clock::unix_ms() / 60_000 * 60_000;
         for turn in 0..2u64 {
             let recorder = loop {
                 // The writer lets the file go after its last handle.

@@ -3,9 +3,9 @@
 //! dead node holds none for long.
 
 use super::handle::NodeBalancer;
-use keel_cluster::StoreError;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Compare, Txn};
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
+use keel_store::{Compare, Txn};
 use std::collections::HashSet;
 
 /// A token; given back by [`give_back`].

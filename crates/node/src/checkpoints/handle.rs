@@ -7,9 +7,6 @@ use crate::processes::Processes;
 use crate::records::{MachineCommand, at_owner};
 use keel_api::{CheckpointInfo, CheckpointRequest};
 use keel_cluster::MachineName;
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Compare, Txn};
 use keel_machine::checkpoint::{
     CheckpointId, MemoryRestore, Origin, Repository, RepositoryError, Retention,
 };
@@ -17,6 +14,9 @@ use keel_machine::failpoint;
 use keel_machine::spec::CheckpointPlan;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind};
 use keel_net::RpcError;
+use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
+use keel_store::{Compare, Txn};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -198,7 +198,7 @@ impl Checkpoints {
             is_clone: false,
             memory: MemoryRestore::Eager,
         };
-        let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
+        let written = match keel_store::encoding::encode("where a checkpoint is", &origin) {
             Ok(value) => {
                 let txn = Txn::new()
                     .when(Compare::Exists {
@@ -223,7 +223,7 @@ impl Checkpoints {
     pub(crate) async fn newest(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
         let key = Key::Checkpoint(machine.clone()).to_string();
         match self.context.store.get(&key).await {
-            Ok(Some(entry)) => keel_cluster::wire::decode("where a checkpoint is", &entry.value)
+            Ok(Some(entry)) => keel_store::encoding::decode("where a checkpoint is", &entry.value)
                 .map(Some)
                 .map_err(|error| error.to_string()),
             Ok(None) => Ok(None),

@@ -9,8 +9,8 @@ use crate::processes::Worker;
 use crate::records::{self, RecordError};
 use keel_api::CheckpointRequest;
 use keel_cluster::MachineName;
-use keel_cluster::clock::unix_ms;
 use keel_machine::spec::{CheckpointPlan, Status};
+use keel_store::clock::unix_ms;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -1,9 +1,10 @@
 //! Which nodes have the code of which programs, as far as this one knows.
 
-use keel_cluster::keys::Key;
-use keel_cluster::store::KeyValue;
-use keel_cluster::{NodeName, wire};
+use keel_cluster::NodeName;
 use keel_net::Fingerprint;
+use keel_store::KeyValue;
+use keel_store::encoding;
+use keel_store::keys::Key;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -34,7 +35,7 @@ impl Published {
         let Ok(Key::Code(node)) = entry.key.parse() else {
             return;
         };
-        match wire::decode("a node's code", &entry.value) {
+        match encoding::decode("a node's code", &entry.value) {
             Ok(programs) => drop(self.table().insert(node, programs)),
             Err(error) => tracing::warn!(%node, %error, "what code it has is not known"),
         }

@@ -4,9 +4,10 @@
 use super::compilations::Code;
 use super::nodes_with_code::Published;
 use crate::context::Context;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Change, Txn};
-use keel_cluster::{StoreError, wire};
+use keel_store::StoreError;
+use keel_store::encoding;
+use keel_store::keys::{self, Key};
+use keel_store::{Change, Txn};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ pub(super) async fn publish(context: Arc<Context>, code: Arc<Code>) {
 
 async fn write(context: &Context, code: &Code) -> Result<(), String> {
     let ready = code.inner().ready.clone();
-    let value = wire::encode("a node's code", &ready).map_err(|error| error.to_string())?;
+    let value = encoding::encode("a node's code", &ready).map_err(|error| error.to_string())?;
     let txn = Txn::new().put(Key::Code(context.name.clone()), value);
     context
         .store

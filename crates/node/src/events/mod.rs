@@ -20,8 +20,8 @@ mod notes;
 
 use file::{EventFile, Newest};
 use keel_api::{Event, EventKind};
-use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_store::clock::unix_ms;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -7,12 +7,12 @@ use crate::events::Note;
 use crate::moves::HELD;
 use crate::processes::{PROMPT, Worker};
 use crate::records::{self, RecordError};
-use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership;
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{State, pack, unpack};
+use keel_store::clock::unix_ms;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -8,12 +8,12 @@ use crate::events::Note;
 use crate::records;
 use crate::volumes;
 use keel_api::{MachineInfo, RunRequest};
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership;
 use keel_machine::spec::{Record, Status, Volume, VolumeKind};
+use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
+use keel_store::{Compare, Txn, TxnOutcome};
 use std::sync::Arc;
 
 /// Puts a new machine into a node's schedule.

@@ -6,11 +6,11 @@ use super::remove::remove_ended;
 use crate::events::Note;
 use crate::records::{self, RecordError};
 use keel_api::EventKind;
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::moves::ownership::{self, EndEffect};
 use keel_machine::spec::{Record, Status};
+use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -16,14 +16,14 @@ use crate::moves::settle;
 use crate::processes::PROMPT;
 use crate::records::{self, RecordError};
 use keel_api::EventKind;
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::{self, Key};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{self, ArrivalVerdict};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{State, kind};
 use keel_net::RpcError;
+use keel_store::clock::unix_ms;
+use keel_store::keys::{self, Key};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,8 +84,8 @@ async fn follow_once(machines: &Arc<Machines>) -> Result<(), RecordError> {
                 continue;
             };
             match change {
-                keel_cluster::store::Change::Put(_) => spawn_ensure(machines, machine, None),
-                keel_cluster::store::Change::Delete { .. } => {
+                keel_store::Change::Put(_) => spawn_ensure(machines, machine, None),
+                keel_store::Change::Delete { .. } => {
                     let machines = machines.clone();
                     tokio::spawn(async move { settle_unscheduled(&machines, &machine).await });
                 }

@@ -6,13 +6,13 @@ use super::spec_check::LIMITED_HAS_NO_PARTS;
 use crate::checkpoints::{open, place, vault_error};
 use crate::error::CommandError;
 use keel_api::{MachineInfo, RestoreRequest};
-use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{
     CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError,
 };
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Status};
+use keel_store::clock::unix_ms;
 use std::sync::Arc;
 
 /// The manifest that says what the machine was: of the one that was asked for,

@@ -7,13 +7,13 @@ use crate::host::cpu_features;
 use crate::processes::{COMPILE_PATIENCE, Leftovers};
 use crate::records::{Reservation, check_room};
 use crate::spanning::part_of;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::VolumeKind;
 use keel_machine::worker::control::{MoveEndpoint, Receive, State, kind};
 use keel_machine::worker::volumes;
 use keel_net::RpcError;
+use keel_store::keys::Key;
+use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 
 /// Answers an offer. Whatever was begun is undone when it fails.
@@ -196,7 +196,7 @@ async fn reserve(moves: &Arc<Moves>, source: &NodeName, offer: &Offer) -> Result
         source: source.clone(),
         bytes: offer.memory_pages.iter().sum::<u64>() << 16,
     };
-    let value = keel_cluster::wire::encode("a reservation", &reservation)
+    let value = keel_store::encoding::encode("a reservation", &reservation)
         .map_err(|error| error.to_string())?;
     let key = Key::Reservation(moves.context.name.clone(), offer.machine.clone());
     let txn = Txn::new()

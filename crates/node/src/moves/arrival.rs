@@ -6,12 +6,12 @@ use super::offer::{Arrival, passed};
 use crate::processes::{PROMPT, Worker};
 use crate::records::{self, RecordError};
 use crate::spanning::part_of;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Compare, Txn};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::moves::ownership::{self, ArrivalVerdict};
 use keel_machine::worker::control::{State, kind};
 use keel_net::RpcError;
+use keel_store::keys::Key;
+use keel_store::{Compare, Txn};
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -9,10 +9,10 @@ use crate::processes::{MoveHandle, PROMPT, Processes};
 use crate::records::{self, RecordError, Reservation};
 use keel_api::EventKind;
 use keel_cluster::MachineName;
-use keel_cluster::keys::{self, Key};
 use keel_machine::spec::Record;
 use keel_machine::worker::control::{kind, pack};
 use keel_net::RpcError;
+use keel_store::keys::{self, Key};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -142,7 +142,7 @@ pub(crate) async fn withdraw_old_offers(moves: Arc<Moves>) {
         let Ok(Key::Reservation(target, machine)) = entry.key.parse() else {
             continue;
         };
-        let made_here = keel_cluster::wire::decode("a reservation", &entry.value)
+        let made_here = keel_store::encoding::decode("a reservation", &entry.value)
             .is_ok_and(|reservation: Reservation| reservation.source == moves.context.name);
         if !made_here || moves.processes.exclusion.is_moving(&machine) {
             continue;

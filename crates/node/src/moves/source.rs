@@ -13,9 +13,7 @@ use crate::records::{self, RecordError};
 use crate::rules::{ClaimError, Claims};
 use crate::spanning::{Placement, Successor, successor};
 use keel_api::{MoveLine, Urgency};
-use keel_cluster::clock::unix_ms;
-use keel_cluster::store::TxnOutcome;
-use keel_cluster::{Epoch, NodeName, StoreError};
+use keel_cluster::{Epoch, NodeName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{Settlement, Transfer, VersionedRecord};
 use keel_machine::moves::{
@@ -26,6 +24,9 @@ use keel_machine::worker::control::{
     Copy, CopyEvent, CopyHome, Frozen, MoveEndpoint, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
+use keel_store::StoreError;
+use keel_store::TxnOutcome;
+use keel_store::clock::unix_ms;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,9 +1,10 @@
 //! The nodes that are alive, by the store: followed.
 
 use crate::context::Context;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::Change;
-use keel_cluster::{NodeName, StoreError};
+use keel_cluster::NodeName;
+use keel_store::Change;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::sync::watch;

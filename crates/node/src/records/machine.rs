@@ -2,12 +2,14 @@
 //! transactions that change them.
 
 use crate::error::CommandError;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{KeyValue, Txn, TxnOutcome};
-use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError, members};
+use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::moves::ownership::EpochBase;
 pub(crate) use keel_machine::moves::ownership::{self, VersionedRecord};
 use keel_machine::spec::{Record, Status};
+use keel_store::Store;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
+use keel_store::{KeyValue, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -181,7 +183,7 @@ pub(crate) async fn first_epoch(
     if needed == base {
         return Ok(txn);
     }
-    let value = keel_cluster::wire::encode("the base of epochs", &needed)
+    let value = keel_store::encoding::encode("the base of epochs", &needed)
         .map_err(|error| RecordError::Damaged(error.to_string()))?;
     Ok(txn.put(key, value))
 }
@@ -192,7 +194,7 @@ async fn epoch_base(store: &dyn Store) -> Result<(Option<KeyValue>, EpochBase), 
         .map_err(|error| RecordError::Refused(error.to_string()))?;
     let entry = store.get(&Key::EpochBase.to_string()).await?;
     let base = match &entry {
-        Some(entry) => keel_cluster::wire::decode("the base of epochs", &entry.value)
+        Some(entry) => keel_store::encoding::decode("the base of epochs", &entry.value)
             .map_err(|error| RecordError::Damaged(error.to_string()))?,
         None => EpochBase::default(),
     };
@@ -229,7 +231,7 @@ pub(crate) async fn nodes(store: &dyn Store) -> Result<Vec<(NodeName, NodeRecord
         .iter()
         .filter_map(|entry| match entry.key.parse() {
             Ok(Key::Node(node)) => {
-                let record = keel_cluster::wire::decode("a node's record", &entry.value).ok()?;
+                let record = keel_store::encoding::decode("a node's record", &entry.value).ok()?;
                 Some((node, record))
             }
             _ => None,
@@ -254,9 +256,9 @@ pub(crate) async fn alive(store: &dyn Store) -> Result<Vec<NodeName>, StoreError
 pub(crate) mod tests {
     use super::*;
     use keel_cluster::Epoch;
-    use keel_cluster::store::{RedbOptions, RedbStore};
     use keel_machine::restart::Restart;
     use keel_machine::spec::{Balancing, Spec};
+    use keel_store::{RedbOptions, RedbStore};
     use std::sync::Arc;
 
     /// One that runs.

@@ -5,7 +5,7 @@ use super::machine::Reservation;
 use crate::context::Context;
 use crate::host::memory_available_bytes;
 use keel_cluster::MachineName;
-use keel_cluster::keys::{self, Key};
+use keel_store::keys::{self, Key};
 
 /// Memory that a node keeps for itself.
 const SPARE_BYTES: u64 = 256 << 20;
@@ -45,7 +45,7 @@ async fn available(context: &Context, machine: &MachineName) -> Result<(u64, u64
         .entries
         .iter()
         .filter(|entry| entry.key != own)
-        .filter_map(|entry| keel_cluster::wire::decode("a reservation", &entry.value).ok())
+        .filter_map(|entry| keel_store::encoding::decode("a reservation", &entry.value).ok())
         .map(|reservation: Reservation| reservation.bytes)
         .fold(0, u64::saturating_add);
     Ok((free_bytes(), promised))

@@ -9,9 +9,9 @@ use keel_balance::Name;
 use keel_balance::rules::{
     Holders, Rule, Subject, Violation, domains_of, forbidden, holders_of, violations_of,
 };
-use keel_cluster::StoreError;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::Change;
+use keel_store::Change;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

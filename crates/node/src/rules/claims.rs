@@ -4,9 +4,11 @@
 use super::rule_set::{RuleSet, placed};
 use crate::error::CommandError;
 use keel_balance::rules::{Claim, Rule, Subject, Violation, holders_of};
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Compare, Op, Revision, Txn};
-use keel_cluster::{MachineName, NodeName, Store, StoreError};
+use keel_cluster::{MachineName, NodeName};
+use keel_store::Store;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
+use keel_store::{Compare, Op, Revision, Txn};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Why a machine is not placed.

@@ -8,9 +8,9 @@ use crate::context::Context;
 use crate::error::CommandError;
 use crate::records::{AliveNodes, Placements};
 use keel_balance::rules::{Labels, RULES_MAX, Rule, Subject, conflict, holders_of, violations_of};
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
+use keel_store::keys::{self, Key};
+use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 
 /// Labels that a node or machine may have.
@@ -205,9 +205,9 @@ mod tests {
     use crate::records::VersionedRecord;
     use crate::records::tests::record;
     use keel_balance::rules::{Domain, Requirement, Selector};
-    use keel_cluster::Store;
-    use keel_cluster::store::{Change, RedbOptions, RedbStore};
     use keel_machine::spec::Record;
+    use keel_store::Store;
+    use keel_store::{Change, RedbOptions, RedbStore};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
     use std::collections::BTreeMap;

@@ -2,10 +2,11 @@
 
 use keel_balance::Name;
 use keel_balance::rules::{Labels, Rule, Subject};
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{Compare, KeyValue, Revision};
-use keel_cluster::{Store, StoreError};
 use keel_machine::spec::Record;
+use keel_store::Store;
+use keel_store::StoreError;
+use keel_store::keys::{self, Key};
+use keel_store::{Compare, KeyValue, Revision};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

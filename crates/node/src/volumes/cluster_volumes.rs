@@ -4,13 +4,15 @@ use crate::context::Context;
 use crate::error::CommandError;
 use crate::records::RecordError;
 use keel_api::{ClusterVolumeInfo, VolumeContent, VolumeCreateRequest};
-use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
-use keel_cluster::{MachineName, Store, wire};
+use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{VOLUME_BYTES_MAX, VolumeError, VolumeStore};
 use keel_machine::spec::{Record, Spec, VolumeKind};
 use keel_machine::storage_location::StorageLocation;
+use keel_store::Store;
+use keel_store::clock::unix_ms;
+use keel_store::encoding;
+use keel_store::keys::{self, Key};
+use keel_store::{KeyValue, Revision, Txn, TxnOutcome};
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -37,11 +39,12 @@ struct VolumeEntry {
 }
 
 fn entry(value: &KeyValue) -> Result<VolumeEntry, CommandError> {
-    wire::decode(WHAT, &value.value).map_err(|error| CommandError::Unavailable(error.to_string()))
+    encoding::decode(WHAT, &value.value)
+        .map_err(|error| CommandError::Unavailable(error.to_string()))
 }
 
 fn encode(entry: &VolumeEntry) -> Result<Vec<u8>, CommandError> {
-    wire::encode(WHAT, entry).map_err(|error| CommandError::Unavailable(error.to_string()))
+    encoding::encode(WHAT, entry).map_err(|error| CommandError::Unavailable(error.to_string()))
 }
 
 fn volume_name(name: &str) -> Result<MachineName, CommandError> {
@@ -156,7 +159,7 @@ pub(crate) async fn create(
     if let Ok(TxnOutcome::Committed { .. }) = outcome {
         return Ok(info(&name, &made));
     }
-    if let Err(error @ keel_cluster::StoreError::Unknown { .. }) = outcome {
+    if let Err(error @ keel_store::StoreError::Unknown { .. }) = outcome {
         return Err(CommandError::Unavailable(format!(
             "{error}; whether volume {name:?} was made is not known: see `keel volume ls`"
         )));
@@ -393,7 +396,7 @@ pub(crate) async fn give_back(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_cluster::store::{RedbOptions, RedbStore};
+    use keel_store::{RedbOptions, RedbStore};
 
     async fn put(store: &dyn Store, name: &MachineName, id: u8) {
         let made = VolumeEntry {

@@ -3,8 +3,8 @@
 use super::super::control::{Checkpoint, CheckpointReport, State};
 use super::Worker;
 use crate::checkpoint::{Destination, Repository, Subject};
-use keel_cluster::clock::unix_ms;
 use keel_net::RpcError;
+use keel_store::clock::unix_ms;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};

@@ -38,7 +38,7 @@ use super::{
     Store, StoreError, Txn, TxnOutcome, Watch,
 };
 use crate::clock::boottime;
-use crate::wire;
+use crate::encoding;
 
 const ENTRIES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("entries");
 const LEASES: TableDefinition<'_, u64, u64> = TableDefinition::new("leases");
@@ -490,7 +490,7 @@ fn refuse(ask: Ask, reason: &str) {
     }
 }
 
-/// The stored value of an entry, in the envelope of [`crate::wire`].
+/// The stored value of an entry, in the envelope of [`crate::encoding`].
 #[derive(Serialize, Deserialize)]
 struct Record {
     value: Vec<u8>,
@@ -564,7 +564,7 @@ impl Disk {
         }
         for item in read.open_table(ENTRIES)?.iter()? {
             let (key, record) = item?;
-            let record: Record = wire::decode("an entry of the store", record.value())
+            let record: Record = encoding::decode("an entry of the store", record.value())
                 .map_err(|e| LoadError::Reason(e.to_string()))?;
             model.load(KeyValue {
                 key: key.value().into(),
@@ -627,7 +627,7 @@ fn record(entry: &KeyValue) -> Result<Vec<u8>, LoadError> {
         modified: entry.modified,
         lease: entry.lease.map(|lease| lease.0),
     };
-    wire::encode("an entry of the store", &record).map_err(|e| LoadError::Reason(e.to_string()))
+    encoding::encode("an entry of the store", &record).map_err(|e| LoadError::Reason(e.to_string()))
 }
 
 fn explain(error: DatabaseError) -> String {

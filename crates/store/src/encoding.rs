@@ -17,7 +17,7 @@ use thiserror::Error;
 /// Version of all payloads and records of this crate.
 pub const VERSION: u8 = 1;
 
-/// Kinds of request, as `keel-net` numbers them; `0x0100..0x0300` are this
+/// Kinds of request, as `keel-net` numbers them; `0x0100..0x0200` are this
 /// crate's.
 pub mod kind {
     pub const GET: u16 = 0x0101;
@@ -34,8 +34,6 @@ pub mod kind {
     /// End a lease.
     pub const LEASE_REVOKE: u16 = 0x0107;
     pub const REVISION: u16 = 0x0108;
-    /// Become a member: the only request for anonymous peers.
-    pub const JOIN: u16 = 0x0200;
 }
 
 /// Bytes that cannot be decoded.

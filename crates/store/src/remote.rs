@@ -21,7 +21,7 @@ use super::{
     Changes, KeyValue, LIST_BYTES_MAX, LIST_ENTRIES_MAX, LeaseId, Listing, Revision, Store,
     StoreError, Txn, TxnOutcome, Watch, model,
 };
-use crate::wire::{decode, kind, payload};
+use crate::encoding::{decode, kind, payload};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {

@@ -15,6 +15,14 @@
 //! be on its way.
 //!
 //! `docs/store.md` explains records, ownership and leases.
+//!
+//! - [`keys`]: all keys
+//! - [`encoding`]: the envelope of records and requests
+//! - [`clock`]: the clock that leases are measured by
+//! - `redb`, `model`, `view`: the embedded engine
+//! - `remote`, `server`, `wire`: the same over the network
+
+#![forbid(unsafe_code)]
 
 use std::fmt;
 
@@ -23,6 +31,9 @@ use futures::stream::BoxStream;
 use keel_net::BoxFuture;
 use thiserror::Error;
 
+pub mod clock;
+pub mod encoding;
+pub mod keys;
 mod model;
 mod redb;
 mod remote;
@@ -292,7 +303,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    pub(crate) fn unavailable(reason: impl fmt::Display) -> Self {
+    /// The store does not answer: nothing was changed.
+    pub fn unavailable(reason: impl fmt::Display) -> Self {
         StoreError::Unavailable {
             reason: reason.to_string(),
         }

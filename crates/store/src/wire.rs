@@ -1,5 +1,5 @@
 //! The store's requests and answers as they go over the wire. Version and
-//! kinds: [`crate::wire`]. Names of variants and fields are the format.
+//! kinds: [`crate::encoding`]. Names of variants and fields are the format.
 
 use serde::{Deserialize, Serialize};
 

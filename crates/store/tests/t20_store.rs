@@ -10,14 +10,12 @@ use std::time::{Duration, Instant};
 
 use conformance::Outcome;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
-use keel_cluster::store::{
-    RedbOptions, RedbStore, RemoteStore, Store, StoreError, StoreHandler, Txn,
-};
-use keel_cluster::wire::kind;
 use keel_net::rpc::{ServerHandle, everyone_is_member};
 use keel_net::{
     BoxFuture, Bytes, Handler, NodeName, Options, PeerId, Peers, Reply, RpcError, Server,
 };
+use keel_store::encoding::kind;
+use keel_store::{RedbOptions, RedbStore, RemoteStore, Store, StoreError, StoreHandler, Txn};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 

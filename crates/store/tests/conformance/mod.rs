@@ -5,7 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use keel_cluster::store::{
+use keel_store::{
     Change, Changes, Compare, KEY_BYTES_MAX, LeaseId, Op, Store, StoreError, TXN_PARTS_MAX, Txn,
     TxnOutcome, VALUE_BYTES_MAX, Watch,
 };
