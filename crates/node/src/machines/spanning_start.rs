@@ -29,7 +29,7 @@ use keel_machine::worker::control::kind;
 use keel_net::RpcError;
 use std::sync::Arc;
 
-/// Reciprocal of the extra room for growth: one byte for so many that the machine has.
+/// Room for growth: one byte more for so many that the machine has.
 const SPARE_PART: u64 = 16;
 
 /// The origin of a machine, with the nodes of its parts if it is larger than this node or than the

@@ -125,7 +125,7 @@ pub(super) fn check_parts(most: u32) -> Result<(), CommandError> {
     )))
 }
 
-/// Whether a machine may promise so much disk traffic.
+/// Checks a target of disk traffic.
 pub(super) fn check_io_target(rate: u64) -> Result<(), CommandError> {
     if (1..=IO_TARGET_MAX).contains(&rate) {
         return Ok(());
