@@ -1,5 +1,5 @@
-//! Machines that arrived here, or were started: the store is told that they run; what
-//! becomes of one whose source or worker is lost meanwhile.
+//! Records in the store that machines run here after a start or an arrival, and handles an arrived
+//! machine whose source or worker is lost before that.
 
 use super::ends::finish;
 use super::handle::{Again, Machines, starts};
@@ -16,13 +16,13 @@ use keel_store::clock::unix_ms;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause after the store did not answer.
+/// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// How long a source without a lease may still come back with its copy.
+/// How long a source without a lease may still return with its copy.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Writes that a machine which was started here, or arrived here, runs, until
-/// the store has it.
+/// Records that a machine that started or arrived here runs; retries until the store accepts the
+/// write.
 pub(super) async fn is_running(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -31,8 +31,7 @@ pub(super) async fn is_running(
     runs(machines, machine, epoch, false).await
 }
 
-/// As [`is_running`]; of a machine that is `filling` a part of the memory is still
-/// to come.
+/// As [`is_running`]; `filling` means that part of the memory has still to arrive.
 pub(super) async fn runs(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -46,9 +45,9 @@ pub(super) async fn runs(
             continue;
         }
         let running = |record: &mut Record| {
-            // A word that comes late must not count for its next life.
+            // A delayed write must not count for the machine's next life.
             let next = ownership::running(record, &machines.context.name, epoch, filling);
-            // Of two that are here at once, the one that writes it tells it.
+            // Of two concurrent writers, the one whose write succeeds emits the event.
             before = next.is_some().then(|| record.status.clone());
             let Some(next) = next else { return false };
             if starts(&record.status) {
@@ -64,7 +63,7 @@ pub(super) async fn runs(
         }
         match written {
             Err(RecordError::Store(error)) => {
-                tracing::warn!(%machine, %error, "that it runs is not in the store yet");
+                tracing::warn!(%machine, %error, "cannot record yet that the machine runs");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
             Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(()),
@@ -73,10 +72,10 @@ pub(super) async fn runs(
     }
 }
 
-/// A machine whose move was committed, but whose worker here was lost before it
-/// was known to go on. Its source has the frozen copy and takes it back. It is
-/// lost only when the source has none any more (it was told that the machine
-/// runs here, which then was true), or its node is gone too.
+/// Handles a machine whose move was committed but whose worker here was lost before it was known
+/// to run. The source holds the frozen copy and takes the machine back. The machine is lost only
+/// if the source has dropped its copy, because it was informed that the machine runs here, or if
+/// the source's node is gone too.
 pub(super) async fn lost_on_arrival(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -92,7 +91,7 @@ pub(super) async fn lost_on_arrival(
             Ok(found) if waits(&found.record) => found.record.epoch,
             Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(Again::No),
             Err(error) => {
-                tracing::warn!(%machine, %error, "not known yet who has it");
+                tracing::warn!(%machine, %error, "the owner is not known yet");
                 tokio::time::sleep(RETRY_AFTER).await;
                 continue;
             }
@@ -101,7 +100,7 @@ pub(super) async fn lost_on_arrival(
         let gone = alive.is_ok_and(|alive| !alive.contains(from));
         let since = gone.then(|| gone_since.unwrap_or_else(tokio::time::Instant::now));
         gone_since = since;
-        // An agent that is only away for a moment still has the copy.
+        // An agent that is away only briefly still has the copy.
         let gone = since.is_some_and(|since| since.elapsed() > GONE_PATIENCE);
         if gone || source_holds(machines, machine, from).await == Some(false) {
             let reason = format!(
@@ -113,9 +112,8 @@ pub(super) async fn lost_on_arrival(
     }
 }
 
-/// A machine runs here whose memory is not all here, and its source is not
-/// connected: waits for it. When the source is gone for good, so are pages of the
-/// machine, and it can only go on from its checkpoint.
+/// Waits for the disconnected source of a machine that runs here with incomplete memory. If the
+/// source is lost for good, so are pages of the machine, which then restarts from its checkpoint.
 pub(super) async fn await_source(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
     let mut gone_since = None;
     loop {
@@ -123,9 +121,9 @@ pub(super) async fn await_source(machines: &Arc<Machines>, machine: &MachineName
             Ok(State::Filling {
                 source_lost: true, ..
             }) => {}
-            // It came back, or all is there.
+            // The source reconnected, or all memory has arrived.
             Ok(_) => return,
-            // Busy, or lost, which is seen to elsewhere.
+            // Busy, or lost, which the watch handles.
             Err(_) => {
                 if !machines
                     .processes
@@ -147,7 +145,7 @@ pub(super) async fn await_source(machines: &Arc<Machines>, machine: &MachineName
             let gone = since.is_some_and(|since| since.elapsed() > GONE_PATIENCE);
             if gone || source_holds(machines, machine, from).await == Some(false) {
                 tracing::error!(%machine, %from, "a part of its memory is lost with its source");
-                // What follows is seen as a lost worker.
+                // The watch handles the rest as a lost worker.
                 worker.kill().await;
                 return;
             }
@@ -156,7 +154,7 @@ pub(super) async fn await_source(machines: &Arc<Machines>, machine: &MachineName
     }
 }
 
-/// Whether a source has the frozen copy; `None` if it does not say.
+/// Whether a source has the frozen copy; `None` if it does not answer.
 pub(super) async fn source_holds(
     machines: &Arc<Machines>,
     machine: &MachineName,

@@ -1,4 +1,4 @@
-//! Creating a machine: the transaction that puts it into a node's schedule.
+//! Creates a machine: the transaction that inserts it into a node's schedule.
 
 use super::handle::Machines;
 use super::queries::info;
@@ -16,7 +16,7 @@ use keel_store::keys::Key;
 use keel_store::{Compare, Txn, TxnOutcome};
 use std::sync::Arc;
 
-/// Puts a new machine into a node's schedule.
+/// Inserts a new machine into a node's schedule.
 pub(crate) async fn run(
     machines: &Arc<Machines>,
     request: RunRequest,
@@ -31,7 +31,7 @@ pub(crate) async fn run(
     let of_host = |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. });
     let node = match &request.on {
         Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
-        // A directory of a host is meant of the host where it is named.
+        // A host directory refers to the host on which the request names it.
         None if spec.volumes.iter().any(of_host) => machines.context.name.clone(),
         None => {
             let promised = request.balancing.memory_target_bytes;
@@ -70,8 +70,8 @@ pub(crate) async fn run(
     schedule(machines, record, None).await
 }
 
-/// Puts a new machine into its owner's schedule; its epochs begin above all that its
-/// name ever had, and above the one under which it ran when its checkpoint was made.
+/// Inserts a new machine into its owner's schedule. Its epochs start above every epoch that its
+/// name ever had and above the epoch of its checkpoint.
 pub(crate) async fn schedule(
     machines: &Arc<Machines>,
     mut record: Record,

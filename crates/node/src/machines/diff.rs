@@ -1,6 +1,5 @@
-//! What would change of a machine if it were as a request for a new one says.
-//! Nothing is changed, and nothing told that only the machine's own node may know:
-//! of variables of the environment the names.
+//! Compares a machine with a request for a new one. Nothing is changed, and nothing is disclosed
+//! that only the machine's own node may know: of environment variables only the names.
 
 use super::handle::Machines;
 use super::spec_check::spec;
@@ -46,8 +45,8 @@ pub(crate) async fn diff(
     }
 }
 
-/// What differs, in the words of a file of machines. Of a machine that runs some
-/// can be changed as it is.
+/// The differences, in the terms of a machine file. Some fields of a running machine can be
+/// changed live.
 fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
     let mut changes = Vec::new();
     let mut compare = |field: &str, old: String, new: String, live: bool| {
@@ -66,7 +65,7 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
     let (old_env, new_env) = (env(old), env(new));
     let names: BTreeSet<&str> = old_env.keys().chain(new_env.keys()).copied().collect();
     for name in names {
-        // The values are the machine's own business.
+        // The values are private to the machine.
         let (before, after) = match (old_env.get(name), new_env.get(name)) {
             (Some(old), Some(new)) if old == new => continue,
             (Some(_), Some(_)) => ("a value", "another value"),
@@ -157,7 +156,7 @@ fn volumes(spec: &Spec) -> BTreeMap<&str, String> {
         .collect()
 }
 
-/// A size as exactly as it was written.
+/// A size with the precision in which it was written.
 fn size(bytes: u64) -> String {
     for (shift, unit) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
         if bytes != 0 && bytes.is_multiple_of(1 << shift) {
@@ -275,7 +274,7 @@ mod tests {
                 "cpu-target: none → 0.25 (live)",
             ]
         );
-        // Of one that has ended nothing can be changed as it is.
+        // No field of an ended machine can be changed live.
         assert!(
             changes(&example(), &new, false)
                 .iter()

@@ -1,5 +1,5 @@
-//! Writes the end of a machine's life into the store, and removes machines that are not
-//! wanted after their end.
+//! Records the end of a machine's life in the store, and removes machines with `rm = true` after
+//! their end.
 
 use super::handle::{Again, Machines};
 use super::remove::remove_ended;
@@ -14,15 +14,15 @@ use keel_store::keys::Key;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause after the store did not answer.
+/// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// How long a machine that is removed at its end can still be asked about.
+/// How long a machine that is removed at its end can still be queried.
 const REMOVE_AFTER: Duration = Duration::from_secs(3);
 
-/// Writes the end of the life that a machine had here under `epoch`, and takes it out
-/// of the schedule, until the store has it; removes the machine if it was to be. Where
-/// its policy says so, it stays scheduled under its next epoch instead, and is started
-/// again.
+/// Records the end of the life that a machine had here under `epoch`, and deletes its schedule
+/// entry; retries until the store accepts the write. Removes the machine if its spec asks for
+/// that. If its restart policy says so, the machine instead stays scheduled under its next epoch
+/// and is restarted.
 pub(super) async fn finish(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -56,13 +56,13 @@ pub(super) async fn finish(
             machines.context.events.record(Note::status(record, before));
         }
         match written {
-            // (An earlier attempt may have written it, whose answer was lost.)
+            // An earlier attempt may have written it and lost the answer.
             Ok(record) if effect == EndEffect::None && !record.status.ended() => {
                 return Ok(Again::No);
             }
             Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
                 let reason = status.end().unwrap_or_default();
-                tracing::info!(%machine, restarts = record.restarts, reason, "it is started again");
+                tracing::info!(%machine, restarts = record.restarts, reason, "restarting the machine");
                 return Ok(Again::Under(record.epoch));
             }
             Ok(record) => {
@@ -75,7 +75,7 @@ pub(super) async fn finish(
                 return Ok(Again::No);
             }
             Err(RecordError::Store(error)) => {
-                tracing::warn!(%machine, %error, "its end is not in the store yet");
+                tracing::warn!(%machine, %error, "cannot record the end yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
             Err(RecordError::NoMachine(_)) => return Ok(Again::No),
@@ -83,8 +83,8 @@ pub(super) async fn finish(
         }
     }
 }
-/// Removes a machine that is not wanted any more, a little later: whoever waits for
-/// its end wants to know how it ended.
+/// Removes a machine after a delay, so that clients that wait for its end can still read how it
+/// ended.
 fn remove_later(machines: &Arc<Machines>, record: &Record) {
     let (machines, machine) = (machines.clone(), record.name.clone());
     let (created, epoch) = (record.created_unix_ms, record.epoch);
@@ -92,7 +92,7 @@ fn remove_later(machines: &Arc<Machines>, record: &Record) {
         tokio::time::sleep(REMOVE_AFTER).await;
         loop {
             match records::get(&*machines.context.store, &machine).await {
-                // Another of that name is not meant.
+                // Not another machine of the same name.
                 Ok(found)
                     if found.record.created_unix_ms == created && found.record.epoch == epoch => {}
                 Ok(_) | Err(RecordError::NoMachine(_)) => return,
@@ -104,7 +104,7 @@ fn remove_later(machines: &Arc<Machines>, record: &Record) {
             match remove_ended(&machines, &machine).await {
                 Ok(()) => return,
                 Err(error) => {
-                    tracing::warn!(%machine, %error, "it is not removed yet");
+                    tracing::warn!(%machine, %error, "cannot remove the machine yet");
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }
@@ -112,7 +112,7 @@ fn remove_later(machines: &Arc<Machines>, record: &Record) {
     });
 }
 
-/// Removes what an earlier agent was to remove.
+/// Removes ended machines whose removal an earlier agent did not complete.
 pub(super) async fn sweep_ended(machines: &Arc<Machines>) {
     let all = loop {
         match records::all(&*machines.context.store).await {
@@ -130,14 +130,14 @@ pub(super) async fn sweep_ended(machines: &Arc<Machines>) {
     }
 }
 
-/// Why the kernel ended a machine's process, if it did for want of memory.
+/// The reason, if the kernel killed a machine's process for lack of memory.
 pub(super) fn named_end(machines: &Machines, machine: &MachineName) -> Option<String> {
     let reason = machines
         .processes
         .machines
         .out_of_memory(&machines.context.dir, machine)?
         .to_string();
-    tracing::error!(%machine, reason, "the kernel ended its process");
+    tracing::error!(%machine, reason, "the kernel killed the process");
     let told = Note::machine(EventKind::OutOfMemory, machine, &reason);
     machines.context.events.record(told);
     Some(reason)

@@ -1,4 +1,4 @@
-//! The part's state.
+//! State of the machines layer.
 
 use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
@@ -15,7 +15,7 @@ use keel_machine::spec::Status;
 use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-/// Machines that are to be started again, under epochs that they were just given.
+/// Machines to restart, each with its new epoch.
 pub(crate) type Restarts = UnboundedReceiver<(MachineName, Epoch)>;
 
 /// Machines of this node.
@@ -29,13 +29,13 @@ pub(crate) struct Machines {
     pub(super) spanning: Arc<Spanning>,
     pub(super) moves: Arc<Moves>,
     pub(super) balancer: Arc<NodeBalancer>,
-    /// No epoch was above this one when this agent began to follow its schedule: what is
-    /// to be started under an older one, an earlier agent may have started.
+    /// No epoch was above this one when this agent began to follow its schedule. A machine to be
+    /// started under an older epoch may already have been started by an earlier agent.
     pub(super) epochs_before: OnceLock<Epoch>,
     restarts: UnboundedSender<(MachineName, Epoch)>,
 }
 
-/// The parts below.
+/// The lower layers.
 pub(crate) struct Below {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
@@ -67,8 +67,8 @@ impl Machines {
         (machines, receiver)
     }
 
-    /// Has a machine started again where its end says so; to be called once nothing else
-    /// is under way with it.
+    /// Queues a restart if the end of a machine calls for one. To be called once no other
+    /// operation on the machine is in progress.
     pub(super) fn start_again(
         &self,
         machine: &MachineName,
@@ -82,15 +82,15 @@ impl Machines {
     }
 }
 
-/// Whether a machine is to be started again after its end.
+/// Whether a machine restarts after its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Again {
-    /// Under this epoch, which it was just given.
+    /// Under this new epoch.
     Under(Epoch),
     No,
 }
 
-/// Whether a machine of this status is to be started where it is scheduled.
+/// Whether a machine with this status is to be started where it is scheduled.
 pub(super) fn starts(status: &Status) -> bool {
     matches!(status, Status::Scheduled | Status::Restarting { .. })
 }

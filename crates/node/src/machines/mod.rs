@@ -1,15 +1,15 @@
 //! Machines of this node: their life from the transaction that creates them to the one that
-//! removes them. This part stands above moves and the balancer, because starting a machine
-//! asks where to place it, and ending one waits for its move.
+//! removes them. This layer is above moves and the balancer, because starting a machine asks for
+//! its placement, and ending one waits for its move.
 //!
-//! - `handle`: the part's state
-//! - `create`, `restore`, `spec_check`: new machines, and what they may ask for
+//! - `handle`: the state of this layer
+//! - `create`, `restore`, `spec_check`: new machines, and the limits of their specs
 //! - `reconcile`: schedule → processes
-//! - `start`, `spanning_start`: a worker gets its machine, on one node or several
+//! - `start`, `spanning_start`: start a machine in a worker, on one node or several
 //! - `watch`, `arrivals`, `ends`: states of workers → records
-//! - `stop`, `remove`, `set`: what users change
-//! - `queries`, `diff`: what users see
-//! - `stall_status`: machines that wait for a disk or a volume's store
+//! - `stop`, `remove`, `set`: commands of users
+//! - `queries`, `diff`: queries of users
+//! - `stall_status`: machines that wait for a disk or a volume's backend
 
 mod arrivals;
 mod create;

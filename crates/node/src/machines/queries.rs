@@ -1,4 +1,4 @@
-//! Machines as users see them.
+//! Queries for machines, in the form that users see.
 
 use super::handle::Machines;
 use crate::error::CommandError;
@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a list waits for what the worker of a machine says that starts.
+/// How long a list waits for the progress report of a starting machine's worker.
 const LIST_PATIENCE: Duration = Duration::from_millis(500);
 
-/// The report of a machine's worker, if it has one that answers.
+/// Asks for the report of a machine's worker, if it has one that answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ReportQuery {
     pub(crate) machine: MachineName,
@@ -47,10 +47,10 @@ impl Machines {
         })
     }
 
-    /// One machine, with what its worker says.
+    /// One machine, with the report of its worker.
     ///
     /// # Errors
-    /// [`CommandError`] if there is none.
+    /// [`CommandError`] if there is no such machine.
     pub(crate) async fn inspect(
         self: &Arc<Self>,
         machine: &MachineName,
@@ -58,7 +58,7 @@ impl Machines {
         inspect(self, machine).await
     }
 
-    /// All machines; of those that start, with what their workers do.
+    /// All machines; starting ones with the progress of their workers.
     ///
     /// # Errors
     /// [`CommandError`] if the store does not answer.
@@ -67,7 +67,7 @@ impl Machines {
     }
 }
 
-/// What a machine's volumes are, and hold while it runs.
+/// A machine's volumes, with their contents while it runs.
 fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
     let held = |number: u32| {
         let volumes = report.map_or(&[][..], |report| &report.volumes);
@@ -91,7 +91,7 @@ fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
     (0..).zip(&record.spec.volumes).map(info).collect()
 }
 
-/// A machine as users see it.
+/// A machine in the form that users see.
 pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
     let running = report
         .filter(|report| matches!(report.state, State::Running { .. } | State::Filling { .. }));
@@ -99,7 +99,7 @@ pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         name: record.name.to_string(),
         node: record.owner.to_string(),
         status: match record.status {
-            // As its user sees it: what an agent has to do first is no difference.
+            // Users need not see the difference: the agent's preparation is internal.
             Status::Scheduled => "starting".into(),
             _ => record.word(),
         },
@@ -172,7 +172,7 @@ async fn inspect(
     Ok(info)
 }
 
-/// What a machine's worker says; what its node does not say just now is left out.
+/// The report of a machine's worker; `None` if its node does not answer in time.
 async fn report(machines: &Arc<Machines>, machine: &MachineName) -> Option<Report> {
     let machine = machine.clone();
     match machines.report(ReportQuery { machine }).await {
@@ -181,7 +181,7 @@ async fn report(machines: &Arc<Machines>, machine: &MachineName) -> Option<Repor
     }
 }
 
-/// All machines; of those that start, what their workers do.
+/// All machines; starting ones with the reports of their workers.
 async fn list(machines: &Arc<Machines>) -> Result<Vec<MachineInfo>, CommandError> {
     let records = records::all(&*machines.context.store).await?;
     let infos = records.iter().map(|record| async move {

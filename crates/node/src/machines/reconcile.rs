@@ -1,9 +1,9 @@
 //! Makes the processes of this node equal to its schedule.
 //!
-//! The schedule in the store is the truth. An entry without a worker is started if its
-//! machine was never started; a machine whose worker is lost is reported as failed, or
-//! started again where its restart policy says so. A worker whose entry is gone is ended,
-//! unless a move or an arrival is under way, whose own protocol decides.
+//! The schedule in the store is the truth. An entry without a worker is started if its machine was
+//! never started. A machine whose worker is lost is reported as failed, or restarted if its
+//! restart policy says so. A worker without an entry is ended, unless a move or an arrival is in
+//! progress, whose own protocol decides.
 
 use super::arrivals::{is_running, lost_on_arrival};
 use super::ends::{finish, named_end, sweep_ended};
@@ -27,21 +27,21 @@ use keel_store::keys::{self, Key};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause after the store did not answer.
+/// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// Pause between looks at a machine that another operation is under way with.
+/// Pause between checks of a machine with another operation in progress.
 const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
-/// The longest that a restart is waited for, whatever the clock says.
+/// The longest delay of a restart, whatever the clock says.
 const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Starts again the machines that ended and have another life before them.
+/// Restarts the ended machines whose policy says so.
 pub(crate) async fn follow_restarts(machines: Arc<Machines>, mut restarts: Restarts) {
     while let Some((machine, epoch)) = restarts.recv().await {
         spawn_ensure(&machines, machine, Some(epoch));
     }
 }
 
-/// Follows this node's schedule for ever.
+/// Follows this node's schedule until the agent ends.
 pub(crate) async fn follow_schedule(machines: Arc<Machines>) {
     sweep_ended(&machines).await;
     loop {
@@ -95,8 +95,8 @@ async fn follow_once(machines: &Arc<Machines>) -> Result<(), RecordError> {
     Ok(())
 }
 
-/// Makes a scheduled machine run. `given` is the epoch that this agent gave it for its
-/// next life, if it did.
+/// Makes a scheduled machine run. `given` is the epoch that this agent assigned to its next life,
+/// if any.
 fn spawn_ensure(machines: &Arc<Machines>, machine: MachineName, given: Option<Epoch>) {
     let machines = machines.clone();
     tokio::spawn(async move {
@@ -106,13 +106,13 @@ fn spawn_ensure(machines: &Arc<Machines>, machine: MachineName, given: Option<Ep
     });
 }
 
-/// Makes a scheduled machine run, or says in the store why it does not.
+/// Makes a scheduled machine run, or records in the store why it does not.
 async fn ensure(
     machines: &Arc<Machines>,
     machine: &MachineName,
     given: Option<Epoch>,
 ) -> Result<(), RecordError> {
-    // Its earlier end may still be being written.
+    // The write of its earlier end may still be in progress.
     while !machines.processes.exclusion.busy().insert(machine.clone()) {
         tokio::time::sleep(BUSY_AGAIN_AFTER).await;
     }
@@ -130,18 +130,19 @@ async fn ensure_guarded(
         let found = records::get(&*machines.context.store, machine).await?;
         let record = &found.record;
         match worker.state().await {
-            // It arrived, and the commit won: the source may not live to say so.
+            // The machine arrived and the commit won: the source may be gone before it reports
+            // that.
             Ok(State::Prepared { offered, .. })
                 if let ArrivalVerdict::Goes(epoch) =
                     ownership::arrival(&machines.context.name, offered, Some(record)) =>
             {
                 let go: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
                 if let Err(error) = go {
-                    tracing::info!(%machine, %error, "it was told to go on by its source first");
+                    tracing::info!(%machine, %error, "the source resumed it first");
                 }
                 return Ok(Again::No);
             }
-            // What arrived of an earlier life of that name will never go on.
+            // A copy that arrived for an earlier life of that name never runs.
             Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
                 if starts(&record.status) && record.owner == machines.context.name =>
             {
@@ -163,7 +164,7 @@ async fn ensure_guarded(
                     .end(&machines.context.dir, machine)
                     .await;
             }
-            // Its limits may have been changed while no agent told it.
+            // Its limits may have changed while no agent was running.
             Ok(State::Running { epoch })
                 if record.owner == machines.context.name && record.epoch == epoch =>
             {
@@ -185,7 +186,7 @@ async fn start_scheduled(
     if let Status::Restarting { at_unix_ms, .. } = found.record.status {
         let rest = Duration::from_millis(at_unix_ms.saturating_sub(unix_ms()));
         tokio::time::sleep(rest.min(RESTART_WAIT_MAX)).await;
-        // It may have been stopped meanwhile.
+        // It may have been stopped in the meantime.
         found = records::get(&*machines.context.store, machine).await?;
     }
     if found.record.owner != machines.context.name {
@@ -209,14 +210,14 @@ async fn start_scheduled(
         Status::Scheduled | Status::Restarting { .. } => match start(machines, &found.record).await
         {
             Ok(()) => {
-                // First: its end must be seen, whatever the store does.
+                // Watch first: the end must be seen, whatever the store does.
                 watch_worker(machines, machine);
                 let passed = failpoint::pass_async("start.running").await;
                 if passed.is_ok() {
                     is_running(machines, machine, found.record.epoch).await?;
                 }
-                // (Else the watch says it.) It may have been stopped while it
-                // was started.
+                // Otherwise the watch reports it. The machine may have been stopped during its
+                // start.
                 let now = records::get(&*machines.context.store, machine)
                     .await?
                     .record;
@@ -237,7 +238,7 @@ async fn start_scheduled(
                 {
                     let told: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
                     if let Err(error) = told {
-                        tracing::warn!(%machine, %error, "it is not stopped yet");
+                        tracing::warn!(%machine, %error, "the machine has not stopped yet");
                     }
                 }
                 return Ok(Again::No);
@@ -257,8 +258,8 @@ async fn start_scheduled(
     finish(machines, machine, epoch, Status::Failed { reason }).await
 }
 
-/// Raises the epoch of a machine that is to be started here and that an earlier agent
-/// may have started already: that process is gone, but an epoch names one life only.
+/// Raises the epoch of a machine that is to start here and that an earlier agent may have started
+/// already. That process is gone, but an epoch names one life only.
 async fn under_next_epoch(machines: &Arc<Machines>, found: &Record) -> Result<Record, RecordError> {
     let raise = |record: &mut Record| {
         let same = record.owner == machines.context.name
@@ -272,13 +273,13 @@ async fn under_next_epoch(machines: &Arc<Machines>, found: &Record) -> Result<Re
     records::update(&*machines.context.store, &found.name, raise, |txn, _| txn).await
 }
 
-/// A worker whose machine is not in this node's schedule.
+/// Settles a worker whose machine is not in this node's schedule.
 async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
     let Some(worker) = machines.processes.machines.get(machine) else {
         return;
     };
-    // In this order: what runs before its entry is looked for, and has none
-    // then, is not to run.
+    // The order matters: a worker that runs before its entry is looked up, and has none then, is
+    // not scheduled here.
     let report = worker.report().await;
     let moving_away = report.as_ref().is_ok_and(|report| report.moving_away);
     let state = report.map(|report| report.state);
@@ -287,12 +288,12 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         Ok(None) => {}
         Ok(Some(_)) => return,
         Err(error) => {
-            tracing::warn!(%machine, %error, "not known whether it is to run here");
+            tracing::warn!(%machine, %error, "cannot read whether it is scheduled here");
             return;
         }
     }
-    // What gives its machine away is the move's, or is taken up after the death
-    // of the agent that began the move.
+    // A worker that sends its machine belongs to its move, or to the recovery after the death of
+    // the agent that began the move.
     if moving_away
         || machines.processes.exclusion.is_moving(machine)
         || machines.processes.exclusion.busy().contains(machine)
@@ -308,10 +309,9 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         return;
     }
     match state {
-        // Its end is on its way into the store.
+        // The write of its end is in progress.
         Ok(State::Ended { .. }) => {}
-        // What arrives has no entry yet. Its worker sees when the source is
-        // lost.
+        // An arriving machine has no entry yet. Its worker detects the loss of the source.
         Ok(
             State::Receiving { .. }
             | State::Prepared {
@@ -321,11 +321,11 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         Ok(State::Prepared { .. } | State::Dropped { .. }) => {
             settle(&machines.moves, machine).await;
         }
-        // Whether it is lost is found out where it is watched.
+        // The watch detects whether it is lost.
         Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
         Ok(State::Empty | State::Running { .. } | State::Filling { .. } | State::Held { .. }) => {
-            tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
-            let text = "is not to run here any more; its process is ended";
+            tracing::warn!(%machine, "no longer scheduled here, ending its worker");
+            let text = "is no longer scheduled here; its process is ended";
             machines
                 .context
                 .events

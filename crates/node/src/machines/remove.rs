@@ -1,4 +1,4 @@
-//! Removing a machine that has ended: its record, its output, its worker.
+//! Removes an ended machine: its record, output and worker.
 
 use super::handle::Machines;
 use crate::error::CommandError;
@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause between looks at a machine that another operation is under way with.
+/// Pause between checks of a machine with another operation in progress.
 const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
-/// How long that may hold up a removal.
+/// The longest wait of a removal for such an operation.
 const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 
-/// An ended machine is to be removed.
+/// Removes an ended machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct RemoveMachine {
     pub(crate) machine: MachineName,
@@ -66,9 +66,8 @@ pub(super) async fn remove_ended(
     machines: &Arc<Machines>,
     machine: &MachineName,
 ) -> Result<(), RecordError> {
-    // A new machine of that name may be started here as soon as the record is gone: it
-    // waits until the folder is gone, too. (What sleeps until a restart that was called
-    // off makes it wait by itself.)
+    // A new machine of that name may be started here as soon as the record is gone, so it waits
+    // until the folder is gone too. A pending restart that was cancelled does not hold it up.
     let deadline = tokio::time::Instant::now() + BUSY_PATIENCE;
     let mut guarded = machines.processes.exclusion.busy().insert(machine.clone());
     while !guarded && tokio::time::Instant::now() < deadline {

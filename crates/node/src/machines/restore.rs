@@ -1,4 +1,4 @@
-//! Creating a machine from a checkpoint.
+//! Creates a machine from a checkpoint.
 
 use super::create::schedule;
 use super::handle::Machines;
@@ -15,8 +15,7 @@ use keel_machine::spec::{Record, Status};
 use keel_store::clock::unix_ms;
 use std::sync::Arc;
 
-/// The manifest that says what the machine was: of the one that was asked for,
-/// or of the newest that can be read.
+/// The manifest of the requested checkpoint, or of the newest readable one.
 async fn manifest(
     vault: &Repository,
     machine: &MachineName,
@@ -36,7 +35,7 @@ async fn manifest(
     Err(damaged.unwrap_or_else(|| RepositoryError::None(machine.clone())))
 }
 
-/// Puts a machine that is made of a checkpoint into a node's schedule.
+/// Inserts a machine that is created from a checkpoint into a node's schedule.
 pub(crate) async fn restore(
     machines: &Arc<Machines>,
     request: RestoreRequest,
@@ -64,7 +63,7 @@ pub(crate) async fn restore(
         }
         None => parts[0].clone(),
     };
-    // Named further times it has further parts.
+    // Each repeated name adds a part.
     if let Some(at) = parts.iter().position(|part| *part == node) {
         parts.remove(at);
     }
@@ -104,7 +103,7 @@ pub(crate) async fn restore(
         (false, false) => MemoryRestore::Spanning(parts),
     };
     let is_clone = name != machine;
-    // (What it holds in memory of its epochs is older, also where it is a clone.)
+    // The epochs in its memory are older, also for a clone.
     let ran = manifest.epoch;
     let record = Record {
         name,

@@ -1,11 +1,10 @@
-//! Other limits, or another restart policy, for a machine that has not ended.
+//! Changes the limits, or the policies, of a machine that has not ended.
 //!
-//! The worker is told first: it alone knows whether its memories fit. Then the
-//! record is changed, on the condition that nobody else did; where that fails the
-//! worker gets the old limits back. What the record says is told to the worker
-//! again whenever an agent finds it, so an agent that dies in between leaves
-//! nothing half-done for long. A move that begins meanwhile fails, or has failed
-//! by then: it holds for one revision of the record only.
+//! The worker is asked first, because only it knows whether its memories fit. Then the record is
+//! changed by compare-and-swap; if that fails, the worker gets the old limits back. Each agent
+//! that finds the worker applies the record to it again, so the death of an agent leaves no
+//! lasting inconsistency. A concurrent move fails, because a move holds for one revision of the
+//! record only.
 
 use super::handle::Machines;
 use super::spec_check::{
@@ -24,7 +23,7 @@ use keel_net::RpcError;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// A machine's limits, or how it is restarted, checkpointed or balanced, are to change.
+/// Changes a machine's limits, or its restart, checkpoint or balancing policy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct SetMachine {
     pub(crate) machine: MachineName,
@@ -43,8 +42,7 @@ impl MachineCommand for SetMachine {
 impl Machines {
     /// Changes a machine of any node.
     ///
-    /// # Errors
-    /// [`CommandError`]; then it stays as it was.
+    /// [`CommandError`]; the machine is unchanged then.
     pub(crate) async fn set(self: &Arc<Self>, command: SetMachine) -> Result<(), CommandError> {
         at_owner(&self.context, command, |it| self.set_here(it)).await
     }
@@ -65,7 +63,7 @@ async fn set(
 ) -> Result<(), CommandError> {
     check(request)?;
     records::settled(&*machines.context.store, machine).await?;
-    // One at a time: two would undo each other at the worker.
+    // Serialised: two concurrent changes would undo each other at the worker.
     let _setting = machines.processes.exclusion.changes.lock().await;
     if machines.processes.exclusion.is_moving(machine) {
         return Err(moving(machine));
@@ -83,7 +81,7 @@ async fn set(
     }
     let worker = match before.status {
         Status::Running => machines.processes.machines.get(machine),
-        // It is started with what the record says then.
+        // It starts with the limits of the record.
         _ => None,
     };
     if let Some(worker) = &worker {
@@ -113,7 +111,7 @@ async fn set(
             Ok(())
         }
         Err(error) => {
-            // What the store has counts, whatever was to be written.
+            // The store's version counts, whatever this call wanted to write.
             if let Some(worker) = &worker
                 && let Ok(found) = records::get(&*machines.context.store, machine).await
             {
@@ -124,8 +122,8 @@ async fn set(
     }
 }
 
-/// Tells a worker what its machine's record says; where it cannot be done any more
-/// (it has grown meanwhile), the machine goes on as it is.
+/// Applies a machine's record to its worker. If the limits no longer fit because the machine has
+/// grown, it keeps its current ones.
 pub(super) async fn apply_record(machines: &Machines, machine: &MachineName, worker: &Worker) {
     let _setting = machines.processes.exclusion.changes.lock().await;
     match records::get(&*machines.context.store, machine).await {
@@ -133,7 +131,9 @@ pub(super) async fn apply_record(machines: &Machines, machine: &MachineName, wor
             worker.apply_limits(&found.record).await
         }
         Ok(_) => {}
-        Err(error) => tracing::warn!(%machine, %error, "its limits may not be those of its record"),
+        Err(error) => {
+            tracing::warn!(%machine, %error, "the worker's limits may differ from the record")
+        }
     }
 }
 
@@ -182,7 +182,7 @@ fn moving(machine: &MachineName) -> CommandError {
     ))
 }
 
-/// Whether a machine is where it can be changed.
+/// Whether a machine can be changed in its present state.
 fn can_change(machines: &Machines, record: &Record) -> Result<(), CommandError> {
     let machine = &record.name;
     if record.owner != machines.context.name {
@@ -234,7 +234,7 @@ fn changed(spec: &Spec, request: &SetRequest) -> Spec {
     }
 }
 
-/// What is asked for, 0 being none; what there is, where nothing is asked for.
+/// The requested value, 0 meaning none; the present value if nothing is requested.
 fn or_none<T: PartialEq + Default>(asked: Option<T>, there: Option<T>) -> Option<T> {
     match asked {
         None => there,
@@ -243,7 +243,7 @@ fn or_none<T: PartialEq + Default>(asked: Option<T>, there: Option<T>) -> Option
     }
 }
 
-/// Whether this node has room for what its memories may have more from now on.
+/// Whether this node has room for the increase of its memory limits.
 async fn check_room(
     machines: &Machines,
     machine: &MachineName,
@@ -269,8 +269,8 @@ async fn check_room(
         })
 }
 
-/// Writes the change into the record that was looked at, or one that differs in
-/// nothing that matters here.
+/// Writes the change into the record that was checked, or into a newer revision with no relevant
+/// difference.
 async fn write(
     machines: &Machines,
     before: &Record,
@@ -295,14 +295,14 @@ async fn write(
     let written =
         records::update(&*machines.context.store, &before.name, change, |txn, _| txn).await;
     match (refused, written) {
-        // An answer that was lost: it is there.
+        // An earlier write succeeded and its answer was lost.
         (Some(_), Ok(record)) if record.spec == changed(&before.spec, request) => Ok(record),
         (Some(error), Ok(_)) => Err(error),
         (_, written) => Ok(written?),
     }
 }
 
-/// What changed, for people.
+/// The differences as text for users.
 fn text(before: &Spec, after: &Spec) -> String {
     let mut parts = Vec::new();
     if before.memory_bytes != after.memory_bytes {

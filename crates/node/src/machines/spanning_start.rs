@@ -1,10 +1,10 @@
-//! Machines that have parts from their beginning: those made of a checkpoint that are larger
-//! than their node, which get parts before their memory is read, and run when all of it has
-//! come; and those that are to spread their threads from the first on
-//! ([`Spawn::Spread`]), which stand at their beginning until they have parts.
+//! Starts machines that have several parts from the beginning. Those created from a checkpoint
+//! that is larger than their node get parts before their memory is read, and run once it is
+//! complete. Those that spread their threads from the first ([`Spawn::Spread`]) are held at their
+//! entry point until they have parts.
 //!
 //! ```text
-//!   agent ── START ─▶ worker: made, and held     (nothing of its memory is there)
+//! ```text
 //!     │───── as for `keel span` ───────────────▶ parts on other nodes
 //!     │───── BRING ─▶ reads, writes, and gives away what is too much ─▶ it runs
 //! ```
@@ -29,40 +29,41 @@ use keel_machine::worker::control::kind;
 use keel_net::RpcError;
 use std::sync::Arc;
 
-/// One in so many bytes more than it has is to have room: it goes on growing.
+/// Room for growth: one byte more for so many that the machine has.
 const SPARE_PART: u64 = 16;
 
-/// What a machine is made of, with the nodes of its parts if it is larger than this node,
-/// or than a part is to be.
+/// The origin of a machine, with the nodes of its parts if it is larger than this node or than the
+/// limit of a part.
 ///
 /// # Errors
-/// A sentence, where no nodes have room for it.
+/// A sentence, if no set of nodes has room.
 pub(super) async fn placed(
     machines: &Arc<Machines>,
     record: &Record,
     origin: Origin,
 ) -> Result<Origin, String> {
-    // What a user named counts once: nodes may be others when it is started again.
+    // A user's choice of nodes counts for the first start only: the cluster may differ at a
+    // restart.
     match origin.memory {
         MemoryRestore::Spanning(_) if record.restarts == 0 => return Ok(origin),
         _ => {}
     }
     let origin = Origin {
         memory: match origin.memory {
-            // What is started again has time to look for damage first.
+            // A restart has time to check for damage first.
             MemoryRestore::Lazy if record.restarts == 0 => MemoryRestore::Lazy,
             _ => MemoryRestore::Eager,
         },
         ..origin
     };
     let balancing = &record.spec.balancing;
-    // (What has a limit of its CPU time has no parts.)
+    // A machine with a CPU limit has no parts.
     let may_span = record.spec.cpu_limit_millis.is_none();
     let may_span_by_itself = may_span && balancing.parts_max.is_some();
     let part_bytes = balancing.part_memory_bytes.filter(|_| may_span_by_itself);
     let here = room_bytes(&machines.context, &record.name).await;
     let here = here.unwrap_or_else(|error| {
-        tracing::warn!(machine = %record.name, error, "what is promised here is not known");
+        tracing::warn!(machine = %record.name, error, "the reservations of this node are not known");
         free_bytes()
     });
     let keeps = part_bytes.unwrap_or(u64::MAX).min(here);
@@ -93,9 +94,9 @@ pub(super) async fn placed(
     })
 }
 
-/// The nodes of the parts that a machine has from its beginning, since its threads are to be
-/// spread: the least loaded of those where it may be, and that have room; none where it is
-/// not to have parts, or nobody else may have one.
+/// The nodes of the initial parts of a machine that spreads its threads: the least loaded ones
+/// that are allowed and have room. Empty if the machine may have no parts, or no other node may
+/// hold one.
 pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Vec<NodeName> {
     let balancing = &record.spec.balancing;
     let others = balancing.parts_max.map_or(0, |most| most.saturating_sub(1));
@@ -113,7 +114,7 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
     });
     let mut nodes: Vec<(NodeName, Option<f64>)> = join_all(loads).await;
     nodes.sort_by(|(one, of_one), (other, of_other)| {
-        // (One that has just begun measures still.)
+        // A node that has just joined has no measurements yet.
         let load = |load: &Option<f64>| load.unwrap_or(f64::MAX);
         let by_load = load(of_one).total_cmp(&load(of_other));
         by_load.then_with(|| one.cmp(other))
@@ -125,9 +126,8 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
     nodes.into_iter().map(|(node, _)| node).collect()
 }
 
-/// What a machine has in memory that is made of a checkpoint, if that is more than `most`
-/// bytes; `None` also where there is no such checkpoint, or no whole one, as its worker
-/// will say.
+/// Size in memory of a machine created from a checkpoint, if it exceeds `most` bytes. Also `None`
+/// if there is no complete checkpoint, which its worker reports.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
     let url = origin.repository.clone();
     let vault = checkpoints::opened(move || Repository::open(&url)).await;
@@ -136,26 +136,26 @@ async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String>
         Ok(bytes) => Ok(Some(bytes).filter(|bytes| *bytes > most)),
         Err(error @ RepositoryError::Store(_)) => Err(error.to_string()),
         Err(error) => {
-            tracing::debug!(%error, "how large a machine is");
+            tracing::debug!(%error, "the size of the checkpoint is not known");
             Ok(None)
         }
     }
 }
 
-/// What a machine needs that is larger than a node.
+/// Requirements of a machine that is larger than a node.
 #[derive(Debug, Clone, Copy)]
 struct Wanted {
-    /// What it has in memory.
+    /// Its bytes in memory.
     bytes: u64,
-    /// What a part is to keep at most.
+    /// The most that a part keeps.
     part_bytes: Option<u64>,
-    /// Parts that it may have, its home among them.
+    /// The most parts that it may have, including the home.
     parts_max: usize,
 }
 
 impl Wanted {
-    /// The nodes with most room, until all that there is has room, and some more. (Only the
-    /// home keeps more than a part is to keep, where others have no room.)
+    /// The nodes with most room, until the total has room for the machine and its growth. Only the
+    /// home exceeds the limit of a part, and only if the others have no room.
     fn choose(
         self,
         home: (&NodeName, u64),
@@ -203,11 +203,11 @@ impl Wanted {
     }
 }
 
-/// A machine that is held gets its parts and its memory, and runs; one that `runs_alone` also
-/// where it gets no parts.
+/// Gives a held machine its parts and its memory, and runs it. With `runs_alone` it also runs if
+/// it gets no parts.
 ///
 /// # Errors
-/// A sentence; its worker is to be ended then.
+/// A sentence; the worker is to be ended then.
 pub(super) async fn begin(
     machines: &Arc<Machines>,
     record: &Record,
@@ -222,7 +222,7 @@ pub(super) async fn begin(
     match spanning::span_held(&machines.spanning, record, worker, nodes).await {
         Ok(()) => {}
         Err(error) if runs_alone => {
-            tracing::warn!(machine = %record.name, %error, "it begins on one node");
+            tracing::warn!(machine = %record.name, %error, "starting on one node");
         }
         Err(error) => return Err(error.to_string()),
     }
@@ -234,7 +234,7 @@ pub(super) async fn begin(
         .await;
     match brought {
         Ok(bytes) => {
-            tracing::info!(machine = %record.name, bytes, "its memory is on its parts");
+            tracing::info!(machine = %record.name, bytes, "memory distributed to the parts");
             Ok(())
         }
         Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => Err(reason),
@@ -265,7 +265,7 @@ mod tests {
         let others = [("b", 100), ("c", 200), ("d", 50), ("e", 100)];
         let of = |home| chosen(wanted, home, &others);
         assert_eq!(of(140).unwrap(), ["c"]);
-        // 320 is too little: it goes on growing.
+        // 320 leaves too little room for growth.
         assert_eq!(of(120).unwrap(), ["c", "b"]);
         assert_eq!(of(20).unwrap(), ["c", "b", "e"]);
         assert_eq!(of(340).unwrap(), Vec::<String>::new());
@@ -287,7 +287,7 @@ mod tests {
         };
         let others = [("b", 1000), ("c", 1000), ("d", 1000)];
         assert_eq!(chosen(wanted, 1000, &others).unwrap(), ["b", "c"]);
-        // Of others only what a part keeps counts.
+        // Of other nodes only the limit of a part counts.
         let all = [("b", 40), ("c", 20), ("d", 40)];
         let why = chosen(wanted, 50, &all).unwrap_err();
         assert!(why.contains("its 3 parts at most"), "{why}");

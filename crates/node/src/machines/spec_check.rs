@@ -1,4 +1,4 @@
-//! What a spec may ask for.
+//! Validates specs.
 
 use crate::balancer::IO_TARGET_MAX;
 use crate::checkpoints::check_plan;
@@ -10,7 +10,7 @@ use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 
-/// Largest limits that a machine may ask for.
+/// Largest limits of a machine.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
 const THREADS_MAX: u32 = 16_384;
 /// Volumes of one machine, and the size of its own ones.
@@ -21,11 +21,11 @@ const VOLUME_BYTES_MAX: u64 = 8 << 40;
 const CPU_LIMIT_MILLIS_MIN: u32 = 10;
 const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
 
-/// Why a limit of CPU time and parts do not go together.
+/// Why a CPU limit excludes parts.
 pub(super) const LIMITED_HAS_NO_PARTS: &str =
     "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)";
 
-/// The spec that a request asks for, checked.
+/// Builds a validated spec from a request.
 pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
     let bad = |what: String| Err(CommandError::Invalid(what));
     check_memory("limit", request.memory_bytes)?;
@@ -85,7 +85,7 @@ pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
     })
 }
 
-/// Whether a machine may ask for such a limit of each of its memories.
+/// Checks a limit for each memory of a machine.
 pub(super) fn check_memory(what: &str, bytes: u64) -> Result<(), CommandError> {
     if (1 << 16..=MEMORY_BYTES_MAX).contains(&bytes) {
         return Ok(());
@@ -95,7 +95,7 @@ pub(super) fn check_memory(what: &str, bytes: u64) -> Result<(), CommandError> {
     )))
 }
 
-/// Whether parts of a machine may be asked to keep so much.
+/// Checks the memory limit of a part.
 pub(super) fn check_part_memory(bytes: u64) -> Result<(), CommandError> {
     if (PART_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes) {
         return Ok(());
@@ -105,7 +105,7 @@ pub(super) fn check_part_memory(bytes: u64) -> Result<(), CommandError> {
     )))
 }
 
-/// Whether a machine may ask for such a `cpu.limit`.
+/// Checks a `cpu.limit`.
 pub(super) fn check_cpu(what: &str, millis: u32) -> Result<(), CommandError> {
     if (CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&millis) {
         return Ok(());
@@ -115,7 +115,7 @@ pub(super) fn check_cpu(what: &str, millis: u32) -> Result<(), CommandError> {
     )))
 }
 
-/// Whether a machine may have so many parts.
+/// Checks a limit of the number of parts.
 pub(super) fn check_parts(most: u32) -> Result<(), CommandError> {
     if (2..=PARTS_MAX as u32).contains(&most) {
         return Ok(());
@@ -125,7 +125,7 @@ pub(super) fn check_parts(most: u32) -> Result<(), CommandError> {
     )))
 }
 
-/// Whether a machine may promise so much disk traffic.
+/// Checks a target of disk traffic.
 pub(super) fn check_io_target(rate: u64) -> Result<(), CommandError> {
     if (1..=IO_TARGET_MAX).contains(&rate) {
         return Ok(());
@@ -135,7 +135,7 @@ pub(super) fn check_io_target(rate: u64) -> Result<(), CommandError> {
     )))
 }
 
-/// The volumes that a machine asks for, checked.
+/// Builds the validated volumes of a request.
 fn volumes(requests: &[VolumeRequest]) -> Result<Vec<Volume>, CommandError> {
     let bad = |what: String| Err(CommandError::Invalid(what));
     if requests.len() > VOLUMES_MAX {
@@ -185,7 +185,7 @@ fn volumes(requests: &[VolumeRequest]) -> Result<Vec<Volume>, CommandError> {
                     read_only: false,
                 }
             }
-            // The rest is filled in when the machine gets it.
+            // The other fields are set when the machine acquires it.
             VolumeRequest::Cluster {
                 name,
                 guest,

@@ -1,6 +1,5 @@
-//! Writes into the store which machines of this node wait for room on a disk, or
-//! for the store of a volume: that pauses a machine, and people must see why it does
-//! nothing.
+//! Records in the store which machines of this node wait for disk space or for the backend of a
+//! volume. Such a machine is paused, and users must see why.
 
 use super::handle::Machines;
 use crate::processes::Worker;
@@ -11,10 +10,10 @@ use keel_machine::worker::control::{kind, unpack};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause after the store did not answer, or while the machine moves.
+/// Pause after a failed store access, or while the machine moves.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// Follows a worker until it is gone.
+/// Follows a worker until it ends.
 pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
     let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
     tokio::spawn(async move {
@@ -26,7 +25,7 @@ pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Wo
             let Ok(full) = unpack::<Option<String>>(&bytes) else {
                 return;
             };
-            // The newest word counts, also over one that is not written yet.
+            // The newest state counts, also over one that is not written yet.
             tokio::select! {
                 () = write(&machines, &machine, full) => next = pauses.recv().await,
                 newer = pauses.recv() => next = newer,
@@ -35,11 +34,10 @@ pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Wo
     });
 }
 
-/// Writes it until the store has it.
+/// Writes the state; retries until the store accepts it.
 async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<String>) {
     let paused = full.map(|path| {
-        // A worker names the folder that is full, or says in a sentence what else it
-        // waits for.
+        // A worker reports the full folder by its path, or another reason in a sentence.
         if !path.starts_with('/') {
             return format!("{path}: it goes on by itself when that is mended");
         }
@@ -50,7 +48,7 @@ async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<Str
         )
     });
     loop {
-        // Each write to the record would make its move's commit impossible.
+        // A write to the record would make the commit of its move impossible.
         if machines.processes.exclusion.is_moving(machine) {
             tokio::time::sleep(RETRY_AFTER).await;
             continue;
@@ -64,7 +62,7 @@ async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<Str
             differs
         };
         match records::update(&*machines.context.store, machine, change, |txn, _| txn).await {
-            // It is only just starting here.
+            // Its start is still in progress.
             Ok(record)
                 if record.owner == machines.context.name
                     && paused.is_some()
@@ -75,7 +73,7 @@ async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<Str
             }
             Ok(_) | Err(RecordError::NoMachine(_)) => return,
             Err(error) => {
-                tracing::warn!(%machine, %error, "that it waits is not in the store yet");
+                tracing::warn!(%machine, %error, "cannot record yet that the machine waits");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
         }

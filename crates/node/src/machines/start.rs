@@ -15,7 +15,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         Status::Restarting {
             from_checkpoint, ..
         } => {
-            // What it said before stays.
+            // Its earlier output stays.
             let kept = match from_checkpoint {
                 true => machines.checkpoints.newest(&record.name).await?,
                 false => None,

@@ -1,4 +1,4 @@
-//! Ending a machine: by its own shutdown, or by its process.
+//! Ends a machine: by an orderly shutdown, or by killing its process.
 
 use super::handle::Machines;
 use crate::error::CommandError;
@@ -19,7 +19,7 @@ use std::time::Duration;
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
-/// A machine is to end.
+/// Stops a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct StopMachine {
     pub(crate) machine: MachineName,
@@ -58,8 +58,7 @@ async fn stop(
     machine: &MachineName,
     kill: bool,
 ) -> Result<(), CommandError> {
-    // A move in progress is ended first: what is stopped must not go on
-    // elsewhere.
+    // A move in progress is cancelled first: a stopped machine must not resume elsewhere.
     let handle = machines.processes.exclusion.moves().get(machine).cloned();
     if let Some(handle) = handle {
         handle.cancel("the machine is being stopped");
@@ -81,7 +80,7 @@ async fn stop(
             .under(found.record.epoch)
             .with("how", how),
     );
-    // First: whatever becomes of it, it is not started again.
+    // First, so that it is not restarted, whatever happens next.
     let marked = mark_stopped(machines, machine).await?;
     if marked.status.ended() {
         if matches!(found.record.status, Status::Restarting { .. }) {
@@ -92,15 +91,15 @@ async fn stop(
     }
     let asked: Result<(), RpcError> = match machines.processes.machines.get(machine) {
         Some(worker) if kill => {
-            // What follows is seen as a lost worker.
+            // The watch handles the rest as a lost worker.
             worker.kill().await;
             Ok(())
         }
         Some(worker) => worker.ask(kind::STOP, &(), PROMPT).await,
-        // Whoever starts it just now sees that it is not wanted any more.
+        // A concurrent start sees that the machine is stopped.
         None => Ok(()),
     };
-    // (One that just came to its own end does not answer any more: its record says.)
+    // A machine that has just ended does not answer; its record has the result.
     let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
     loop {
         match records::get(&*machines.context.store, machine).await {
@@ -121,8 +120,8 @@ async fn stop(
     }
 }
 
-/// Writes that a user wants a machine to end. One that waits for its restart has
-/// ended with that.
+/// Records that a user wants a machine to end. A machine that waits for its restart ends with this
+/// write.
 async fn mark_stopped(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -131,7 +130,7 @@ async fn mark_stopped(
     let starting = machines.processes.exclusion.busy().contains(machine)
         && machines.processes.machines.get(machine).is_some();
     let mark = |record: &mut Record| {
-        // It may have moved away meanwhile: then it is another node's to stop.
+        // If it has moved away, the other node stops it.
         let mine = record.owner == machines.context.name;
         let changes = mine && !record.stop_wanted && !record.status.ended();
         if changes {

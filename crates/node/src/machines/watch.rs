@@ -1,4 +1,4 @@
-//! Follows the states of a worker, and writes into the store what becomes of its machine.
+//! Follows the states of a worker, and records the resulting state of its machine in the store.
 
 use super::arrivals::{await_source, is_running, lost_on_arrival, runs};
 use super::ends::{finish, named_end};
@@ -18,10 +18,10 @@ use keel_machine::worker::volumes;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause after the store did not answer.
+/// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// Follows a worker's state, and tells the store of its end.
+/// Follows a worker's state, and records its end in the store.
 pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
     let (machines, machine) = (machines.clone(), machine.clone());
     tokio::spawn(async move {
@@ -41,7 +41,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                     }
                     Ok(State::Dropped { reason }) => {
                         tracing::info!(%machine, reason, "an arriving machine was dropped");
-                        let text = format!("what had arrived of it was dropped: {reason}");
+                        let text = format!("its incomplete copy was dropped: {reason}");
                         let dropped = Note::machine(EventKind::ArrivalDropped, &machine, text);
                         machines.context.events.record(dropped);
                         settle(&machines.moves, &machine).await;
@@ -52,7 +52,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                     }) => settle(&machines.moves, &machine).await,
                     Ok(State::Running { epoch }) => {
                         if let Err(error) = is_running(&machines, &machine, epoch).await {
-                            tracing::warn!(%machine, %error, "that it runs is not in the store");
+                            tracing::warn!(%machine, %error, "cannot record that the machine runs");
                         }
                         let (machines, machine) = (machines.clone(), machine.clone());
                         let worker = worker.clone();
@@ -62,7 +62,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                     }
                     Ok(State::Filling { epoch, source_lost }) => {
                         if let Err(error) = runs(&machines, &machine, epoch, true).await {
-                            tracing::warn!(%machine, %error, "that it runs is not in the store");
+                            tracing::warn!(%machine, %error, "cannot record that the machine runs");
                         }
                         if source_lost {
                             let (machines, machine) = (machines.clone(), machine.clone());
@@ -99,13 +99,13 @@ async fn ended(
     if let Some(handle) = handle {
         handle.over().await;
     }
-    // Its output stays in its folder; nobody needs the process any more, and
-    // where the machine is started again it must be gone.
+    // Its output stays in its folder. The process is no longer needed, and must be gone before a
+    // restart.
     let guarded = machines.processes.exclusion.busy().insert(machine.clone());
-    // It stays in the table until its end is written: a source that asks what
-    // became of it must not be told that it never ran.
+    // It stays in the table until its end is recorded: a source that asks for it must not get the
+    // answer that it never ran.
     worker.forget().await;
-    // Where it is not in the table any more, another has come in its place.
+    // If it is not in the table any more, another worker has replaced it.
     let end = match machines
         .processes
         .machines
@@ -127,9 +127,9 @@ async fn ended(
     settled(machines, machine, guarded, end);
 }
 
-/// The epoch under which the store has the life of a machine whose worker here ran
-/// under `epoch` when it ended. It was raised meanwhile where the worker ended before
-/// it was told of a write that keeps the machine here.
+/// The epoch under which the store has the life of a machine whose worker here ended under
+/// `epoch`. It is higher if the worker ended before it received a write that keeps the machine
+/// here.
 async fn epoch_of_life(machines: &Arc<Machines>, machine: &MachineName, epoch: Epoch) -> Epoch {
     loop {
         match records::get(&*machines.context.store, machine).await {
@@ -141,7 +141,7 @@ async fn epoch_of_life(machines: &Arc<Machines>, machine: &MachineName, epoch: E
                 return if raised { record.epoch } else { epoch };
             }
             Err(RecordError::Store(error)) => {
-                tracing::warn!(%machine, %error, "its end is not in the store yet");
+                tracing::warn!(%machine, %error, "cannot record the end yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
             Err(_) => return epoch,
@@ -149,7 +149,7 @@ async fn epoch_of_life(machines: &Arc<Machines>, machine: &MachineName, epoch: E
     }
 }
 
-/// After a machine's end was written, or not.
+/// Handles the result of recording a machine's end.
 fn settled(
     machines: &Arc<Machines>,
     machine: &MachineName,
@@ -160,7 +160,7 @@ fn settled(
         machines.processes.exclusion.busy().remove(machine);
     }
     if let Err(error) = machines.start_again(machine, end) {
-        tracing::error!(%machine, %error, "its end is not in the store");
+        tracing::error!(%machine, %error, "cannot record the end");
     }
 }
 
@@ -170,7 +170,7 @@ async fn worker_lost(
     worker: &Worker,
     reason: &str,
 ) {
-    // A worker that was told to go away is not in the table any more.
+    // A worker that was ended on purpose is not in the table any more.
     if !machines
         .processes
         .machines
@@ -194,7 +194,7 @@ async fn worker_lost(
         watch_worker(machines, machine);
         return;
     }
-    // From here on it is certain that nothing of it runs here.
+    // From here on no process of it runs here.
     worker.mark_lost();
     let reason = named_end(machines, machine)
         .unwrap_or_else(|| format!("its worker process was lost ({reason})"));
@@ -203,14 +203,14 @@ async fn worker_lost(
         .machines
         .drop_group(&machines.context.dir, machine)
         .await;
-    // Whose the machine is then, only its move knows: its commit may be under way, and
-    // what had been sent may go on at the target.
+    // Only the move knows the owner now: its commit may be in progress, and the copy may resume at
+    // the target.
     machines.processes.exclusion.machine_ended(machine);
     let handle = machines.processes.exclusion.moves().get(machine).cloned();
     if let Some(handle) = handle {
         handle.over().await;
     }
-    // The move may have dropped it, and another life of that name may have its folder.
+    // The move may have dropped it, and another life of that name may use its folder.
     if !machines
         .processes
         .machines
@@ -220,19 +220,19 @@ async fn worker_lost(
         return;
     }
     let folder = machines.context.dir.worker(machine);
-    // Its volumes are lost with its memory. (A panic in it removes nothing.)
+    // Its volumes are lost with its memory. A panic in the task removes nothing.
     let _ = tokio::task::spawn_blocking(move || volumes::remove(&folder)).await;
     let found = loop {
         match records::get(&*machines.context.store, machine).await {
             Ok(found) => break Some(found.record),
             Err(RecordError::Store(error)) => {
-                tracing::warn!(%machine, %error, "not known yet whose it is");
+                tracing::warn!(%machine, %error, "the owner is not known yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
             Err(_) => break None,
         }
     };
-    // Another may have come meanwhile.
+    // Another worker may have replaced it.
     if !machines
         .processes
         .machines

@@ -1,5 +1,5 @@
-//! Target of a move: checks an offer, fetches and compiles the module, reserves room, and
-//! starts a worker that receives. Whatever was begun is undone when it fails.
+//! Target of a move: checks an offer, fetches and compiles the module, reserves room, and starts a
+//! worker that receives. A failure undoes every completed step.
 
 use super::handle::Moves;
 use super::offer::{Offer, passed};
@@ -16,7 +16,7 @@ use keel_store::keys::Key;
 use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 
-/// Answers an offer. Whatever was begun is undone when it fails.
+/// Answers an offer. A failure undoes every completed step.
 pub(crate) async fn accept(
     moves: &Arc<Moves>,
     source: NodeName,
@@ -36,7 +36,7 @@ pub(crate) async fn accept(
     result
 }
 
-/// Whether an offer would be taken, as far as that shows without beginning.
+/// Whether an offer would be accepted, by the checks that change nothing.
 pub(crate) async fn would_accept(moves: &Moves, offer: &Offer) -> Result<(), String> {
     check(moves, offer).await?;
     check_room(&moves.context, &offer.machine, &offer.memory_pages).await
@@ -81,7 +81,7 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
             let Some((name, content)) = proof else {
                 continue;
             };
-            // A name without slashes: nothing outside the volume is looked at.
+            // A name without slashes: no path outside the volume is read.
             let seen = (!name.contains('/'))
                 .then(|| std::fs::read_to_string(folder.join(name)).ok())
                 .flatten();
@@ -119,7 +119,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     let program = moves.images.find_program(&source, &offer.program).await?;
     passed("offer.fetched").await?;
     {
-        // One at a time: two that fit alone may not fit together.
+        // Serialised: two machines that each fit may not fit together.
         let _reserving = moves.reserving.lock().await;
         check_room(&moves.context, machine, &offer.memory_pages).await?;
         reserve(moves, &source, &offer).await?;
@@ -187,8 +187,8 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     }
 }
 
-/// Reserves room in the store: the commit demands that the reservation is
-/// there, so whoever deletes it makes the commit impossible.
+/// Reserves room in the store. The commit compares the reservation, so that deleting it makes the
+/// commit impossible.
 async fn reserve(moves: &Arc<Moves>, source: &NodeName, offer: &Offer) -> Result<(), String> {
     let lease = (*moves.context.lease.borrow())
         .ok_or("this node has no lease in the store just now; try again")?;
@@ -215,6 +215,6 @@ pub(crate) async fn drop_reservation(moves: &Arc<Moves>, machine: &MachineName) 
     let key = Key::Reservation(moves.context.name.clone(), machine.clone());
     if let Err(error) = moves.context.store.txn(Txn::new().delete(key)).await {
         // It ends with this node's lease at the latest.
-        tracing::warn!(%machine, %error, "a reservation stays for a while");
+        tracing::warn!(%machine, %error, "cannot delete the reservation; it ends with the lease");
     }
 }

@@ -1,5 +1,5 @@
-//! Target of a move: settles what a lost source left behind, and answers a source that does
-//! not know whether its machine runs here.
+//! Target of a move: settles an arrival after the loss of its source, and answers a source that
+//! does not know whether its machine runs here.
 
 use super::handle::Moves;
 use super::offer::{Arrival, passed};
@@ -18,9 +18,9 @@ use std::time::Duration;
 /// Pause between attempts to settle.
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
-/// Settles an arrival whose source is lost: takes the reservation away, which
-/// makes a commit that is still on its way impossible. Where it is gone
-/// already, the commit had won, and the machine is this node's.
+/// Settles an arrival whose source is lost: deletes the reservation, which makes a pending commit
+/// impossible. If the reservation is gone already, the commit has won and the machine belongs to
+/// this node.
 pub(crate) async fn settle(moves: &Arc<Moves>, machine: &MachineName) {
     loop {
         match settle_once(moves, machine).await {
@@ -38,8 +38,8 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
         return Ok(());
     };
     let state = worker.state().await.map_err(|error| error.to_string())?;
-    // Only what arrives is settled: it may be the source that asks to withdraw,
-    // while this node gives the machine to it.
+    // Only an arrival is settled: the source may ask to withdraw while this node moves the machine
+    // back to it.
     if matches!(
         state,
         State::Running { .. } | State::Filling { .. } | State::Ended { .. }
@@ -65,14 +65,14 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
     drop_copy(moves, machine, &worker).await
 }
 
-/// Drops a copy that arrived here and will never go on.
+/// Drops a copy that arrived here and will never run.
 async fn drop_copy(
     moves: &Arc<Moves>,
     machine: &MachineName,
     worker: &Worker,
 ) -> Result<(), String> {
     if part_of(worker).await?.is_some() {
-        // The machine needs what it has; it ends when the home parts with it.
+        // The machine needs its pages; it ends when the home removes it as a part.
         let reason = "the machine stays where it was".to_owned();
         let told: Result<(), RpcError> = worker.ask(kind::ABORT, &reason, PROMPT).await;
         return told.map_err(|error| error.to_string());
@@ -85,8 +85,8 @@ async fn drop_copy(
     Ok(())
 }
 
-/// Lets an arrival whose reservation is gone go on, if the record says that the commit
-/// of its move has won. False if that will never be.
+/// Resumes an arrival whose reservation is gone, if the record shows that the commit of its move
+/// has won. False if it can never win.
 async fn goes_on(
     moves: &Arc<Moves>,
     machine: &MachineName,
@@ -108,12 +108,13 @@ async fn goes_on(
             let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
             gone.map(|_| true).map_err(|error| error.to_string())
         }
-        // It is being made ready, and says so; then it is asked for again.
+        // Its worker is still preparing it and reports when it is ready; the source then asks
+        // again.
         State::Receiving { offered } => {
             let verdict = ownership::arrival(&moves.context.name, *offered, record.as_ref());
             Ok(matches!(verdict, ArrivalVerdict::Goes(_)))
         }
-        // No copy of a move: a machine of that name is being started here.
+        // Not a copy of a move: a machine of that name is being started here.
         State::Empty | State::Held { .. } => {
             Ok(record.is_some_and(|it| it.owner == moves.context.name && !it.status.ended()))
         }
@@ -121,8 +122,8 @@ async fn goes_on(
     }
 }
 
-/// Answers a source that does not know whether its machine runs here: makes it
-/// go on, or makes sure that it never will.
+/// Answers a source that does not know whether its machine runs here: resumes it, or ensures that
+/// it never runs here.
 pub(crate) async fn arrival(
     moves: &Arc<Moves>,
     machine: &MachineName,
@@ -134,7 +135,7 @@ pub(crate) async fn arrival(
     };
     match worker.state().await.map_err(|error| error.to_string())? {
         State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
-        // (Whoever asks believes that its commit has won: the store knows.)
+        // The source assumes that its commit has won; the store decides.
         State::Prepared { offered, .. } => {
             let found = match records::get(&*moves.context.store, machine).await {
                 Ok(found) => Some(found.record),
@@ -157,7 +158,7 @@ pub(crate) async fn arrival(
                 )),
             }
         }
-        // (A part of a machine that stays: whoever has its home parts with it.)
+        // A part of a machine that stays is removed by its home.
         State::Receiving { .. } if part_of(&worker).await?.is_some() => Ok(Arrival::Without),
         State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
             moves
@@ -175,9 +176,9 @@ pub(crate) async fn holds_copy(moves: &Moves, machine: &MachineName) -> bool {
     let worker = moves.processes.machines.get(machine);
     match worker.filter(|it| !it.is_lost()) {
         Some(worker) => match worker.report().await {
-            // (Else it is another life of that name.)
+            // Otherwise it is another life of that name.
             Ok(report) => report.moving_away,
-            // It may have the copy as long as its process is there.
+            // The copy may exist as long as its process does.
             Err(_) => !worker.gone_within(Duration::ZERO).await,
         },
         None => false,

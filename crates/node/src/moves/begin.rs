@@ -1,4 +1,4 @@
-//! How a move begins, and how the next agent takes up one whose agent has died.
+//! Begins a move, or recovers one whose agent has died.
 
 use super::handle::{MoveOrder, Moves};
 use super::source::Driver;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
 
-/// Begins a move of a machine that runs here. What comes is told line by line.
+/// Begins a move of a machine that runs here. Progress is streamed line by line.
 pub(crate) async fn begin(
     moves: &Arc<Moves>,
     machine: &MachineName,
@@ -57,7 +57,7 @@ pub(crate) async fn begin(
         .machines
         .get(machine)
         .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
-    // (All memory of one that spans stays with its parts.)
+    // The memory of a spanning machine stays with its parts.
     let spans = worker.report().await.is_ok_and(|report| report.parts > 0);
     let post_copy = order.post_copy && !spans;
     if post_copy {
@@ -73,7 +73,7 @@ pub(crate) async fn begin(
                 format!("a post-copy move needs a checkpoint to fall back on: {error}")
             })?;
     }
-    // It may have been given to this node and not have gone on yet.
+    // A move to this node may have committed without having resumed the machine yet.
     match worker.state().await {
         Ok(State::Running { epoch }) if epoch == record.epoch => {}
         Ok(State::Ended { .. }) => return Err(format!("machine {machine:?} has ended")),
@@ -127,7 +127,7 @@ pub(crate) async fn begin(
         driver.drive(urgency).await;
         moves.processes.exclusion.moves().remove(&machine);
         let placement = driver.placement.take();
-        // (What came of its successor may not be known.)
+        // The state of its successor part may be unknown.
         let stays = matches!(driver.source.state(), SourceState::Stayed { .. });
         if driver.spans || placement.is_some() {
             let (spanning, machine) = (moves.spanning.clone(), machine.clone());
@@ -145,9 +145,9 @@ pub(crate) async fn begin(
     Ok(receiver)
 }
 
-/// Takes up a move that was handed over by an agent that has died since: the
-/// frozen copy is kept until the target says that the machine runs, or taken
-/// back. `record` is what the commit wrote.
+/// Takes over a committed move whose agent has died. The frozen copy is kept until the target
+/// reports that the machine runs, or the machine is taken back. `record` is the state that the
+/// commit wrote.
 pub(crate) async fn take_up(moves: &Arc<Moves>, record: Record, worker: Worker, post_copy: bool) {
     let target = record.owner.clone();
     let epoch = Epoch {

@@ -1,4 +1,4 @@
-//! What users ask about moves; carried out by the machine's owner.
+//! Commands of users for moves; carried out by the machine's owner.
 
 use super::begin::begin;
 use super::dry_run::dry_run;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// A machine's move is to be cancelled.
+/// Cancels a machine's move.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct CancelMove {
     pub(crate) machine: MachineName,
@@ -31,12 +31,12 @@ impl MachineCommand for CancelMove {
     }
 }
 
-/// What a move would be like.
+/// Predicts a move.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct DryRunCommand {
     pub(crate) machine: MachineName,
     pub(crate) target: NodeName,
-    /// How long sending what is left may take, in microseconds.
+    /// The longest downtime for sending the residual dirty pages, in microseconds.
     pub(crate) budget_micros: Option<u64>,
 }
 
@@ -50,7 +50,7 @@ impl MachineCommand for DryRunCommand {
 }
 
 impl Moves {
-    /// Cancels the move of a machine; it may be too late.
+    /// Cancels the move of a machine. The move may complete all the same.
     ///
     /// # Errors
     /// [`CommandError`] if it is not moving.
@@ -67,13 +67,13 @@ impl Moves {
             )));
         };
         handle.cancel("it was cancelled");
-        let text = "its move is to be cancelled";
+        let text = "its move is being cancelled";
         let asked = Note::machine(EventKind::MoveCancelled, machine, text);
         self.context.events.record(asked);
         Ok(())
     }
 
-    /// What a move would be like; nothing is reserved or changed.
+    /// Predicts a move; nothing is reserved or changed.
     ///
     /// # Errors
     /// [`CommandError`].

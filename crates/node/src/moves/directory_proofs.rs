@@ -1,5 +1,4 @@
-//! Proof that a target sees the same directories of hosts as the source: a file with
-//! random content in each.
+//! Proof that source and target see the same host directories: a file with random content in each.
 
 use keel_machine::spec::{Spec, VolumeKind};
 
@@ -48,11 +47,11 @@ impl Proofs {
         let removed = tokio::task::spawn_blocking(move || {
             for (path, _, _) in self.0.into_iter().flatten() {
                 if let Err(error) = std::fs::remove_file(&path) {
-                    tracing::warn!(%error, path = %path.display(), "a proof stays behind");
+                    tracing::warn!(%error, path = %path.display(), "cannot remove a proof file");
                 }
             }
         });
-        // A panic in it has removed nothing; the names tell what they are.
+        // A panic in the task removes nothing; the file names identify the leftovers.
         let _ = removed.await;
     }
 }

@@ -1,10 +1,9 @@
-//! What a move would be like: whether the target would take the machine, how long
-//! it would take and stand still. Nothing is reserved or changed.
+//! Predicts a move: whether the target would accept the machine, the duration and the downtime.
+//! Nothing is reserved or changed.
 //!
-//! The figures are `keel-machine`'s to compute ([`predict`]); here is gathered what
-//! it needs to know: what the machine writes (looked at for a moment), and what the
-//! link carries (by earlier moves, or by a trial of a few hundred milliseconds at
-//! the most, where there were none).
+//! `keel-machine` computes the figures ([`predict`]). This file gathers the inputs: the machine's
+//! dirty rate, sampled briefly, and the throughput of the link, known from earlier moves or else
+//! measured by a trial of at most a few hundred milliseconds.
 
 use super::directory_proofs::Proofs;
 use super::handle::Moves;
@@ -23,13 +22,13 @@ use keel_net::{Bytes, Fingerprint, RpcError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes of one message of a trial of a link, and how many there are.
+/// Bytes of one message of a trial, and the number of messages.
 const TRIAL_BYTES: usize = 256 << 10;
 const TRIAL_MESSAGES: usize = 8;
-/// How long a move waits for its prediction beside its offer.
+/// How long a move waits for its prediction during its offer.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// What a user's move of a machine that runs here would be like.
+/// Predicts a user's move of a machine that runs here.
 pub(crate) async fn dry_run(
     moves: &Arc<Moves>,
     machine: &MachineName,
@@ -66,10 +65,14 @@ pub(crate) async fn dry_run(
         history: &history,
         budget: budget.unwrap_or(LAST_PAGES_BUDGET),
     };
-    let unknown = || away(format!("what the link to {target} carries is not known"));
+    let unknown = || {
+        away(format!(
+            "the throughput of the link to {target} is not known"
+        ))
+    };
     let pre_copy = predict(&known, false).ok_or_else(unknown)?;
     let post_copy = predict(&known, true).ok_or_else(unknown)?;
-    // Apart: what it leaves in volumes for a moment goes also if nobody waits any more.
+    // In a task of its own, so that the proof files are removed even if the client disconnects.
     let (asking, to) = (moves.clone(), target.clone());
     let asked =
         tokio::spawn(
@@ -91,7 +94,7 @@ pub(crate) async fn dry_run(
     })
 }
 
-/// The prediction for a move that begins; `None` where it is not to be had soon.
+/// The prediction for a move that begins; `None` if it is not available soon.
 pub(crate) async fn before_move(
     moves: Arc<Moves>,
     record: Record,
@@ -123,7 +126,7 @@ fn history(moves: &Moves, record: &Record, target: &NodeName) -> Vec<MoveReport>
     moves.history().of(record, &moves.context.name, target)
 }
 
-/// Looks at what the machine writes, and at the link if nothing is known of it.
+/// Samples the machine's dirty rate, and measures the link if no earlier move did.
 async fn look(
     moves: &Moves,
     worker: &Worker,
@@ -149,10 +152,10 @@ async fn look(
     Ok((activity, trial.await))
 }
 
-/// Bytes a second that a link carries.
+/// Throughput of a link in bytes a second.
 async fn trial(moves: &Moves, target: &NodeName) -> Result<u64, RpcError> {
     let payload = Bytes::from(vec![0x5a; TRIAL_BYTES]);
-    // The connection, and the way there and back.
+    // Establishes the connection and measures the round trip.
     let call = |payload: Bytes| moves.context.peers.call(target, TRIAL, payload, PROMPT);
     call(Bytes::new()).await?;
     let begun = Instant::now();
@@ -168,7 +171,7 @@ async fn trial(moves: &Moves, target: &NodeName) -> Result<u64, RpcError> {
     Ok((bytes / took.as_secs_f64().max(1e-6)) as u64)
 }
 
-/// Whether the target would take it.
+/// Whether the target would accept the machine.
 async fn would_accept(
     moves: &Moves,
     record: &Record,

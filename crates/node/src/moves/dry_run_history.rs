@@ -1,11 +1,11 @@
-//! Earlier moves away from this node: what links to other nodes carried.
+//! Earlier moves away from this node: the throughput of links to other nodes.
 
 use keel_cluster::NodeName;
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::spec::Record;
 use std::collections::{HashMap, VecDeque};
 
-/// Moves that are remembered for each target.
+/// Moves kept for each target.
 const REMEMBERED: usize = 16;
 /// Earlier moves away from here, by target.
 #[derive(Debug, Default)]
@@ -23,8 +23,8 @@ impl History {
         }
     }
 
-    /// All that is known of moves to a target: of this node's memory, or, after it
-    /// was started anew, of the machine's record.
+    /// All known moves to a target: from this node's memory, or, after a restart of the agent,
+    /// from the machine's record.
     pub(super) fn of(
         &self,
         record: &Record,

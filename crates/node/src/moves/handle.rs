@@ -1,4 +1,4 @@
-//! The part's state.
+//! State of the moves layer.
 
 use super::dry_run_history::History;
 use super::queue::MoveQueue;
@@ -18,21 +18,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::broadcast;
 
-/// Reports of moves that one who follows may be behind before some are lost to it.
+/// Reports that a subscriber may lag behind before it loses some.
 const BEHIND_MAX: usize = 256;
 
-/// What a user wants moved, and how.
+/// A user's order to move a machine, with its options.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MoveOrder {
     pub(crate) machine: MachineName,
     pub(crate) target: NodeName,
-    /// Whether memory comes after the machine.
+    /// Whether the move is post-copy.
     pub(crate) post_copy: bool,
-    /// Where the checkpoint goes that such a move begins with.
+    /// Where the checkpoint that precedes a post-copy move is stored.
     pub(crate) checkpoint_to: Option<String>,
     pub(crate) urgency: Urgency,
-    /// The longest downtime for sending what is left, in
-    /// microseconds.
+    /// The longest downtime for sending the residual dirty pages, in microseconds.
     pub(crate) budget_micros: Option<u64>,
 }
 
@@ -54,13 +53,13 @@ pub(crate) struct Moves {
     pub(super) spanning: Arc<Spanning>,
     /// Which moves away from here copy at a time.
     pub(crate) queue: Arc<MoveQueue>,
-    /// Held while room for an arriving machine is looked for and reserved.
+    /// Held during the check and reservation of room for an arriving machine.
     pub(super) reserving: tokio::sync::Mutex<()>,
     history: Mutex<History>,
     ended: broadcast::Sender<Arc<MoveReport>>,
 }
 
-/// The parts below.
+/// The lower layers.
 pub(crate) struct Below {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
@@ -95,11 +94,11 @@ impl Moves {
 
     /// Announces the end of a move.
     pub(super) fn announce_end(&self, report: &MoveReport) {
-        // (Nobody may follow.)
+        // There may be no subscriber.
         let _ = self.ended.send(Arc::new(report.clone()));
     }
 
-    /// How earlier moves away from here went.
+    /// Earlier moves away from here.
     pub(super) fn history(&self) -> MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }

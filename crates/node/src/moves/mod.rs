@@ -1,16 +1,16 @@
-//! Moves of whole machines: away from this node (the source feeds the state machine of
-//! [`keel_machine::moves`] with what happens, and carries out its commands) and to it.
+//! Moves of whole machines: away from this node (the source feeds events to the state machine of
+//! [`keel_machine::moves`] and carries out its commands) and to it.
 //!
-//! - `handle`, `commands`: the part's state, and what users ask of it
+//! - `handle`, `commands`: the state of this layer, and the commands of users
 //! - `queue`: which moves away from here copy at a time
-//! - `begin`: how a move begins, or is taken up
+//! - `begin`: begins a move, or recovers one
 //! - `source`: the source, step by step
-//! - `offer`: what a source asks of a target
-//! - `admission`: whether a target accepts
-//! - `arrival`: how a target settles what came of it
+//! - `offer`: the messages from a source to a target
+//! - `admission`: how a target checks and accepts an offer
+//! - `arrival`: how a target settles an arrival
 //! - `recovery`: moves whose agent has died
 //! - `directory_proofs`: that both nodes see the same directories
-//! - `dry_run`, `dry_run_history`: what a move would be like
+//! - `dry_run`, `dry_run_history`: predictions of moves
 
 mod admission;
 mod arrival;

@@ -1,4 +1,4 @@
-//! What a source asks of a target, and what becomes of it.
+//! Messages from a source to a target, and their answers.
 
 use super::directory_proofs::Proofs;
 use crate::host::needed_features;
@@ -20,12 +20,12 @@ pub(crate) const WITHDRAW: u16 = 0x0304;
 pub(crate) const MOVE: u16 = 0x0306;
 /// `machine` → `bool`: whether a source still has the frozen copy.
 pub(crate) const HELD: u16 = 0x0308;
-/// Any bytes → `()`: how fast they come.
+/// Any bytes → `()`: measures the throughput of a link.
 pub(crate) const TRIAL: u16 = 0x030a;
 /// [`Offer`] → `()`: whether it would be accepted; nothing is reserved.
 pub(crate) const WOULD_ACCEPT: u16 = 0x030b;
 
-/// What a source asks of a target.
+/// A source's offer of a machine to a target.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) machine: MachineName,
@@ -38,19 +38,19 @@ pub(crate) struct Offer {
     pub(crate) worker: Fingerprint,
     /// Size of each memory in 64 KiB pages.
     pub(crate) memory_pages: Vec<u64>,
-    /// Bytes that its own volumes take.
+    /// Bytes in the volumes that move with the machine.
     pub(crate) volume_bytes: u64,
-    /// CPU features that the source's compiled code may use are of no matter;
-    /// those that the cluster's baseline names must be here.
+    /// CPU features of the cluster's baseline, which the target must have. Those of the source's
+    /// compiled code do not matter.
     pub(crate) features: Vec<String>,
-    /// A file that the source just made in each writable volume, and what is in
-    /// it: proof that this node sees the same directory.
+    /// A file that the source just created in each writable volume, with its content: proof that
+    /// the target sees the same directory.
     pub(crate) proofs: Vec<Option<(String, String)>>,
-    /// Whether memory comes after the machine.
+    /// Whether the move is post-copy.
     pub(crate) post_copy: bool,
 }
 
-/// What became of a machine that was handed over to this node.
+/// State of a machine that was handed over to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Arrival {
     /// It runs here, or ran and ended.
@@ -59,7 +59,7 @@ pub(crate) enum Arrival {
     Without,
 }
 
-/// What is asked of a target.
+/// Builds the offer for a target.
 pub(super) fn offer_of(
     record: &Record,
     revision: u64,
@@ -68,7 +68,7 @@ pub(super) fn offer_of(
     proofs: &Proofs,
     post_copy: bool,
 ) -> Result<Offer, String> {
-    // (Of cluster volumes next to nothing comes.)
+    // The contents of cluster volumes are not transferred.
     let own = record.spec.own_volumes();
     let volumes = report.volumes.iter();
     let volumes = volumes.filter(|volume| own.contains(&volume.number));
@@ -87,8 +87,8 @@ pub(super) fn offer_of(
     })
 }
 
-/// How much of each memory is to come. Of a machine that spans nothing must: its home becomes
-/// one of its parts, which have the rest.
+/// Bytes of each memory to transfer. Zero for a spanning machine: its home becomes one of its
+/// parts, and the others hold the rest.
 fn to_come(report: &Report) -> Vec<u64> {
     let mut pages = report.memory_pages.clone();
     if report.parts > 0 {
@@ -108,7 +108,7 @@ pub(crate) fn needs_copy(source: &NodeName, status: &Status) -> bool {
     }
 }
 
-/// Passes a failpoint; why the step fails.
+/// Passes a failpoint; the error is the reason for which the step fails.
 pub(super) async fn passed(name: &'static str) -> Result<(), String> {
     failpoint::pass_async(name)
         .await

@@ -1,9 +1,8 @@
-//! How many machines leave this node at a time, and which is next.
+//! Limits how many machines leave this node at a time, and orders those that wait.
 //!
-//! A link that many moves share makes all of them late, so only
-//! [`TOGETHER_MAX`] copy at once, at most [`LARGE_TOGETHER_MAX`] of them large: a
-//! large machine never holds up the small ones behind it. The most urgent is next,
-//! among equals the one that waits longest.
+//! Moves that share a link slow each other down, so only [`TOGETHER_MAX`] copy at once, and at
+//! most [`LARGE_TOGETHER_MAX`] of these are large: a large machine never delays the small ones
+//! behind it. The most urgent is next, among equals the one that waits longest.
 
 use keel_api::Urgency;
 use keel_cluster::MachineName;
@@ -15,10 +14,10 @@ use tokio::sync::Notify;
 const TOGETHER_MAX: usize = 4;
 /// Of these, moves of large machines.
 const LARGE_TOGETHER_MAX: usize = 2;
-/// From so many bytes of memory on a machine is large.
+/// Bytes of memory from which a machine is large.
 const LARGE_BYTES: u64 = 256 << 20;
 
-/// Who copies, and who waits; without any waiting of its own.
+/// The machines that copy and those that wait; a pure state machine.
 #[derive(Debug, Default)]
 struct Order {
     /// Machines that copy, and whether they are large.
@@ -53,7 +52,7 @@ impl Order {
         self.fill();
     }
 
-    /// Lets as many begin as may.
+    /// Starts as many waiting machines as the limits allow.
     fn fill(&mut self) {
         while self.running.len() < TOGETHER_MAX {
             let large = self.running.values().filter(|large| **large).count();
@@ -70,7 +69,7 @@ impl Order {
         }
     }
 
-    /// How many begin before a machine; `None` if it has begun.
+    /// Number of machines before this one in the queue; `None` if it has started.
     fn ahead(&self, machine: &MachineName) -> Option<usize> {
         let this = self.waiting.iter().find(|it| it.machine == *machine)?;
         let rank = |it: &Waiting| (it.urgency, std::cmp::Reverse(it.number));
@@ -90,8 +89,7 @@ pub(crate) struct MoveQueue {
     changed: Notify,
 }
 
-/// A place among those that copy; given up when it is dropped, also by one that
-/// only waits.
+/// A place in the queue or among those that copy; released on drop.
 #[derive(Debug)]
 pub(crate) struct QueuePlace {
     queue: Arc<MoveQueue>,
@@ -103,7 +101,7 @@ impl MoveQueue {
         self.order.lock().unwrap_or_else(|error| error.into_inner())
     }
 
-    /// Whether a machine of such a size would have to wait.
+    /// Whether a machine of this size would have to wait.
     pub(crate) fn is_full(&self, bytes: u64) -> bool {
         let order = self.order();
         let large = order.running.values().filter(|large| **large).count();
@@ -111,7 +109,7 @@ impl MoveQueue {
         !order.waiting.is_empty() || order.running.len() >= TOGETHER_MAX || of_large
     }
 
-    /// Takes a place in the order.
+    /// Enters the queue.
     pub(crate) fn enter(
         self: &Arc<Self>,
         machine: &MachineName,
@@ -127,15 +125,15 @@ impl MoveQueue {
 }
 
 impl QueuePlace {
-    /// How many begin before this one; `None` once it may begin.
+    /// Number of moves before this one; `None` once it may begin.
     pub(crate) fn ahead(&self) -> Option<usize> {
         self.queue.order().ahead(&self.machine)
     }
 
-    /// Waits until something has changed since `ahead` was asked, or a moment.
+    /// Waits until the queue changes, or for a short time.
     pub(crate) async fn changed(&self) {
         let moment = std::time::Duration::from_millis(500);
-        // A change that is missed is seen a moment later.
+        // The time-out covers a missed notification.
         let _ = tokio::time::timeout(moment, self.queue.changed.notified()).await;
     }
 }
@@ -171,7 +169,7 @@ mod tests {
         }
         assert_eq!(running(&order), ["l1", "l2", "s1", "s2"]);
         assert_eq!(order.ahead(&name("s3")), Some(2));
-        // A small one leaves: a small one comes, since large ones may not.
+        // A small one leaves and a small one starts, since the large ones may not.
         order.remove(&name("s1"));
         assert_eq!(running(&order), ["l1", "l2", "s2", "s3"]);
         order.remove(&name("l2"));
@@ -198,7 +196,7 @@ mod tests {
             order.remove(&name(done));
             assert!(running(&order).contains(&next), "{next}");
         }
-        // One that gives up while it waits is forgotten.
+        // One that gives up while it waits leaves the queue.
         order.add(&name("e"), 1, Urgency::High);
         order.remove(&name("e"));
         assert_eq!((order.running.len(), order.waiting.len()), (4, 0));

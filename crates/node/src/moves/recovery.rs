@@ -1,5 +1,5 @@
-//! Moves that an earlier agent of this node began and did not see the end of: its offers are
-//! withdrawn; a machine that it was giving away is taken back, or its move is taken up.
+//! Recovers moves that an earlier agent of this node began: withdraws its offers, and takes back
+//! the machine that it was moving away, or continues the move.
 
 use super::begin::take_up;
 use super::handle::Moves;
@@ -17,18 +17,18 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Pause after the store or the worker did not answer.
+/// Pause after a failed access to the store or the worker.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// Takes up a machine that an earlier agent was giving away when it died: the
-/// machine may be frozen, and the commit may have been sent. A write of this
-/// node's own, under a new epoch, makes that commit impossible; where it had won
-/// already, the machine is not this node's any more.
+/// Recovers a machine that an earlier agent was moving away when it died: the machine may be
+/// frozen, and the commit may have been sent. A write of this node's own, under a new epoch, makes
+/// that commit impossible. If the commit has won already, the machine does not belong to this node
+/// any more.
 pub(crate) async fn resume_after_move(moves: &Arc<Moves>, machine: &MachineName) {
     let Some(worker) = moves.processes.machines.get(machine) else {
         return;
     };
-    // What moves it, ends it or starts it anew waits: its epoch is about to be raised.
+    // Moves, stops and restarts of the machine wait: its epoch is about to be raised.
     if worker.report().await.is_ok_and(|report| report.moving_away)
         && let Some(held) = hold(&moves.processes, machine)
     {
@@ -39,7 +39,7 @@ pub(crate) async fn resume_after_move(moves: &Arc<Moves>, machine: &MachineName)
 
 async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
     loop {
-        // (Each time: another machine of its name may have come, and be moving.)
+        // Checked each time: another machine of its name may have arrived, and be moving.
         let Some(worker) = moves.processes.machines.get(machine) else {
             return;
         };
@@ -51,7 +51,7 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
         let mut raised = None;
         let claim = |record: &mut Record| {
             mine = record.owner == moves.context.name && !record.status.ended();
-            // Once, also where the answer to it was lost.
+            // Raised only once, also if the answer was lost.
             let raises = mine && raised != Some(record.epoch);
             if raises {
                 record.epoch = record.epoch.next();
@@ -61,28 +61,28 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
         };
         match records::update(&*moves.context.store, machine, claim, |txn, _| txn).await {
             Ok(record) if mine => {
-                tracing::warn!(%machine, "a move was cut off by the moves's end; it goes on here");
-                let text = "its move was cut off by the moves's end; it goes on here";
+                tracing::warn!(%machine, "a move was interrupted by the agent's end; the machine continues here");
+                let text = "its move was interrupted by the agent's end; it continues here";
                 let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
                 moves.context.events.record(taken_up.under(record.epoch));
                 let thawed: Result<(), RpcError> =
                     worker.ask(kind::THAW, &record.epoch, PROMPT).await;
                 match thawed {
                     Ok(()) => return,
-                    // It ended, or its worker is lost: others see to that.
+                    // It ended, or its worker is lost: the watch handles that.
                     Err(error) if !worker.report().await.is_ok_and(|it| it.moving_away) => {
-                        tracing::warn!(%machine, %error, "it does not go on");
+                        tracing::warn!(%machine, %error, "cannot resume the machine");
                         return;
                     }
                     Err(error) => {
-                        tracing::error!(%machine, %error, "it does not go on yet");
+                        tracing::error!(%machine, %error, "cannot resume the machine yet");
                         tokio::time::sleep(RETRY_AFTER).await;
                     }
                 }
             }
-            // The commit had won, and the target may not live to go on.
+            // The commit had won, and the target may be gone before it resumes the machine.
             Ok(record) if needs_copy(&moves.context.name, &record.status) => {
-                let text = "its move was committed when the moves ended; it is taken up";
+                let text = "its move was committed when the agent ended; it is resumed";
                 let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
                 moves.context.events.record(taken_up.under(record.epoch));
                 let post_copy = worker.report().await.is_ok_and(|report| report.post_copy);
@@ -99,17 +99,17 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
                 return;
             }
             Err(error) => {
-                tracing::warn!(%machine, %error, "whose it is is not settled yet");
+                tracing::warn!(%machine, %error, "the owner is not settled yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
         }
     }
 }
 
-/// Keeps a machine from being moved, ended or started anew until it is released.
+/// Keeps a machine from being moved, ended or restarted until it is released.
 struct Held(watch::Sender<bool>);
 
-/// Holds a machine that no move concerns; `None` if one does.
+/// Holds a machine that has no move in progress; `None` if it has one.
 fn hold(processes: &Processes, machine: &MachineName) -> Option<Held> {
     let (handle, ends) = MoveHandle::new();
     let mut under_way = processes.exclusion.moves();
@@ -121,20 +121,20 @@ fn hold(processes: &Processes, machine: &MachineName) -> Option<Held> {
 }
 
 impl Held {
-    /// Lets whoever waits go on.
+    /// Releases the machine to waiting operations.
     fn release(self, processes: &Processes, machine: &MachineName) {
         processes.exclusion.moves().remove(machine);
         self.0.send_replace(true);
     }
 }
 
-/// Withdraws what an earlier agent of this node offered and can no longer go on
-/// with, so that the targets need not wait for it.
+/// Withdraws the offers of an earlier agent of this node that can no longer be carried out, so
+/// that the targets need not wait for them.
 pub(crate) async fn withdraw_old_offers(moves: Arc<Moves>) {
     let listing = match moves.context.store.list(keys::RESERVATIONS).await {
         Ok(listing) => listing,
         Err(error) => {
-            tracing::warn!(%error, "old offers end by themselves");
+            tracing::warn!(%error, "cannot read old offers; they expire at their targets");
             return;
         }
     };
@@ -147,7 +147,7 @@ pub(crate) async fn withdraw_old_offers(moves: Arc<Moves>) {
         if !made_here || moves.processes.exclusion.is_moving(&machine) {
             continue;
         }
-        tracing::info!(%machine, %target, "withdrawing the offer of an earlier moves");
+        tracing::info!(%machine, %target, "withdrawing the offer of an earlier agent");
         if let Ok(payload) = pack(&machine) {
             let told = moves
                 .context
@@ -155,7 +155,7 @@ pub(crate) async fn withdraw_old_offers(moves: Arc<Moves>) {
                 .call(&target, WITHDRAW, payload, PROMPT)
                 .await;
             if let Err(error) = told {
-                tracing::info!(%machine, %target, %error, "it ends by itself there");
+                tracing::info!(%machine, %target, %error, "cannot withdraw the offer; it expires at the target");
             }
         }
     }

@@ -1,5 +1,5 @@
-//! One move, step by step: what each command of the source's state machine does, and what
-//! came of it.
+//! Source of a move: carries out each command of the source's state machine and returns the
+//! resulting event.
 
 use super::directory_proofs::Proofs;
 use super::dry_run;
@@ -32,22 +32,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
-/// Begins the reason of a commit that lost against another placement.
+/// Prefix of the reason of a commit that lost against another placement.
 pub(crate) const RACED: &str = "raced with another change of what a rule holds:";
 
-/// How long the store may take before a move is given up.
+/// How long the store may take before a move is aborted.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
-/// Pause between looks at how far compiling is.
+/// Pause between checks of the progress of compiling.
 const CODE_AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// Pause between looks at whether the target has written that it has all memory.
+/// Pause between checks whether the target has recorded that it has all memory.
 const FILLED_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// Pause between attempts to settle what is unknown.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
-/// How long the word may be on its way that the target has all memory.
+/// How long the target's notification that it has all memory may take.
 const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
-/// How long whoever watches a move may take to read how it ended.
+/// How long the clients of a move may take to read its result.
 const WATCHER_PATIENCE: Duration = Duration::from_secs(1);
-/// How long freezing and sending the rest may take.
+/// How long freezing and sending the residual dirty pages may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) struct Driver {
@@ -63,17 +63,17 @@ pub(super) struct Driver {
     pub(super) receiving: Option<MoveEndpoint>,
     pub(super) report: MoveReport,
     pub(super) begun: Instant,
-    /// When the target had everything.
+    /// When the target had all pages.
     pub(super) prepared: Option<Instant>,
-    /// Its place among the moves that copy.
+    /// Its place in the move queue.
     pub(super) place: Option<QueuePlace>,
-    /// The longest downtime for sending what is left.
+    /// The longest downtime for sending the residual dirty pages.
     pub(super) budget: Duration,
-    /// What rules demand of the commit.
+    /// Conditions that rules add to the commit.
     pub(super) claims: Claims,
-    /// Whether it had parts when it was offered.
+    /// Whether the machine had parts when it was offered.
     pub(super) spans: bool,
-    /// Where its parts were before its home was to move.
+    /// Where its parts were before its home moved.
     pub(super) placement: Option<Placement>,
 }
 
@@ -89,7 +89,7 @@ impl Driver {
         };
         let offered = match interrupted {
             None => {
-                // Foretold meanwhile: the target has to compile anyway.
+                // Predicted in the meantime: the target has to compile anyway.
                 let predicted = dry_run::before_move(
                     self.moves.clone(),
                     self.record.clone(),
@@ -100,7 +100,7 @@ impl Driver {
                 );
                 let mut interrupted = self.interrupted.clone();
                 let offer = async { tokio::join!(self.offer(), predicted) };
-                // (A target that accepts too late hears nothing more, and drops it.)
+                // A target that accepts too late gets no further message, and drops the machine.
                 let offered = tokio::select! {
                     offered = offer => Ok(offered),
                     event = interruption(&mut interrupted) => Err(event),
@@ -149,7 +149,7 @@ impl Driver {
             SourceCommand::Serve => Some(self.serve().await),
             SourceCommand::Forget => {
                 if passed("move.forget").await.is_err() {
-                    // As if it had come later.
+                    // Handled as if it had arrived later.
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
                 let (moves, machine) = (&self.moves, &self.record.name);
@@ -166,7 +166,7 @@ impl Driver {
         }
     }
 
-    /// Ends the worker of a machine whose end is in the store; what it said stays.
+    /// Ends the worker of a machine whose end is recorded; its output stays.
     async fn end(&self) {
         let (moves, machine) = (&self.moves, &self.record.name);
         if moves
@@ -188,12 +188,12 @@ impl Driver {
         }
     }
 
-    /// Lets the machine go on here, however often that must be said: a machine
-    /// that stays must not stand still.
+    /// Resumes the machine here, and retries until it succeeds: a machine that stays must not
+    /// remain frozen.
     async fn thaw(&self, epoch: Epoch) {
         loop {
-            // A lost worker is seen to elsewhere; one whose connection was lost
-            // has another by now.
+            // The watch handles a lost worker; a worker with a lost connection has been replaced
+            // in the table by now.
             let worker = self.moves.processes.machines.get(&self.record.name);
             let Some(worker) = worker.filter(|now| now.is(&self.worker) && !now.is_lost()) else {
                 return;
@@ -208,20 +208,20 @@ impl Driver {
             {
                 return;
             }
-            tracing::error!(machine = %self.record.name, %error, "it does not go on yet");
+            tracing::error!(machine = %self.record.name, %error, "cannot resume the machine yet");
             tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 
-    // ── its code ────────────────────────────────────────────────────────
+    // ── code ────────────────────────────────────────────────────────────
 
-    /// Waits until source and target have the code with which threads of the program are
-    /// resumed; what came first if it is not let go.
+    /// Waits until source and target have the compiled code of the program, with which threads are
+    /// resumed. Returns the event that interrupts the wait, if any.
     async fn compile(&mut self) -> Option<SourceEvent> {
         let begun = Instant::now();
         let program = match self.worker.report().await.map(|report| report.program) {
             Ok(Some(program)) => Fingerprint(program),
-            // The offer says why it cannot be made.
+            // The offer fails with the reason.
             Ok(None) | Err(_) => return None,
         };
         loop {
@@ -229,7 +229,7 @@ impl Driver {
             let there = match self.code_there(program).await {
                 Ok(there) => there,
                 Err(reason) => {
-                    let reason = format!("{} does not take it: {reason}", self.target);
+                    let reason = format!("{} refuses it: {reason}", self.target);
                     return Some(SourceEvent::Refused(reason));
                 }
             };
@@ -249,7 +249,7 @@ impl Driver {
                 percent: Some(percent),
                 ..Progress::of(Phase::Compile)
             };
-            // Whoever watches may have gone.
+            // The client may have disconnected.
             let _ = self.lines.try_send(MoveLine::Progress(progress));
             tokio::select! {
                 () = tokio::time::sleep(CODE_AGAIN_AFTER) => {}
@@ -267,18 +267,19 @@ impl Driver {
             .call(&self.target, CODE, payload, PROMPT)
             .await;
         match answer {
-            // An agent of the version before compiles while it is offered the machine.
+            // An agent of the previous version compiles while it handles the offer.
             Err(error) if is_older(&error.to_string()) => Ok(CodeState::Ready),
             Err(error) => Err(error.to_string()),
             Ok(answer) => unpack(&answer).map_err(|error: RpcError| error.to_string()),
         }
     }
 
-    // ── its turn ────────────────────────────────────────────────────────
+    // ── queue ───────────────────────────────────────────────────────────
 
-    /// Waits until not too many others copy; what came first if it is not let go.
+    /// Waits for a free place among the moves that copy. Returns the event that interrupts the
+    /// wait, if any.
     async fn wait_for_turn(&mut self, urgency: Urgency) -> Option<SourceEvent> {
-        // Its worker says how large it is; one that does not will not move anyway.
+        // Its worker reports its size; if it does not answer, the move fails anyway.
         let bytes = self.worker.report().await.map_or(0, |it| it.memory_bytes);
         let queue = &self.moves.queue;
         let place = queue.enter(&self.record.name, bytes, urgency);
@@ -288,7 +289,7 @@ impl Driver {
                 remaining_bytes: bytes,
                 ..Progress::of(Phase::Wait)
             };
-            // Whoever watches may have gone.
+            // The client may have disconnected.
             let _ = self.lines.try_send(MoveLine::Progress(waits));
             tokio::select! {
                 () = place.changed() => {}
@@ -322,9 +323,7 @@ impl Driver {
                 self.receiving = Some(receiving);
                 SourceEvent::Accepted
             }
-            Err(reason) => {
-                SourceEvent::Refused(format!("{} does not take it: {reason}", self.target))
-            }
+            Err(reason) => SourceEvent::Refused(format!("{} refuses it: {reason}", self.target)),
         }
     }
 
@@ -357,7 +356,7 @@ impl Driver {
 
     async fn copy(&mut self) -> SourceEvent {
         let Some(target) = self.receiving.clone() else {
-            return SourceEvent::PeerLost("the target said nothing".into());
+            return SourceEvent::PeerLost("the target did not answer".into());
         };
         let (spanning_part, worker) = (self.moves.spanning.clone(), self.worker.clone());
         let (record, node) = (self.record.clone(), self.target.clone());
@@ -373,7 +372,7 @@ impl Driver {
                 Err(panic) => return SourceEvent::Cancel(panic.to_string()),
             },
             event = interruption(&mut self.interrupted) => {
-                // (It comes, or does not: it is let go then.)
+                // A successor that is made is recorded, so that it can be released.
                 if let Ok(Ok(Some(successor))) = successor.await {
                     self.placement = Some(successor.before);
                 }
@@ -421,7 +420,7 @@ impl Driver {
             };
             match event {
                 Ok(CopyEvent::Progress(progress)) => {
-                    // Whoever watches may have gone.
+                    // The client may have disconnected.
                     let _ = self.lines.try_send(MoveLine::Progress(progress));
                 }
                 Ok(CopyEvent::Converged { rounds, slowed }) => {
@@ -436,7 +435,7 @@ impl Driver {
         }
     }
 
-    /// A round trip to the store, in which it is asked what rules demand of the commit.
+    /// A round trip to the store, which also reads the conditions that rules add to the commit.
     async fn ask_store(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.store").await {
             return SourceEvent::StoreUnavailable(reason);
@@ -477,7 +476,7 @@ impl Driver {
                 self.report.state_micros = frozen.state_micros;
                 self.report.bytes = frozen.bytes;
                 self.prepared = Some(Instant::now());
-                // What follows takes no room on the links.
+                // The remaining steps use little of the link.
                 self.place = None;
                 SourceEvent::Prepared
             }
@@ -489,8 +488,8 @@ impl Driver {
         }
     }
 
-    /// What the move began with; the record is never another one, or a write that was
-    /// repeated would be judged by what it wrote.
+    /// The state with which the move began. It never comes from a newer record, or a repeated
+    /// write would be compared with its own result.
     fn transfer(&self) -> Transfer {
         Transfer {
             machine: self.record.name.clone(),
@@ -501,7 +500,7 @@ impl Driver {
         }
     }
 
-    /// One transaction: the two schedule entries, the owner, the epoch and the
+    /// Commits in one transaction: the two schedule entries, the owner, the epoch and the
     /// reservation.
     async fn commit(&mut self) -> SourceEvent {
         let begun = Instant::now();
@@ -540,7 +539,7 @@ impl Driver {
         }
     }
 
-    /// A write of the source's own, that makes a pending commit impossible.
+    /// A write of the source's own that makes a pending commit impossible.
     async fn settle(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.settle").await {
             return self.later(&reason).await;
@@ -573,7 +572,7 @@ impl Driver {
         }
     }
 
-    /// The machine's record as it is now; `None` if there is none any more.
+    /// The machine's current record; `None` if it has none any more.
     async fn found(&self) -> Result<Option<VersionedRecord>, String> {
         match records::get(&*self.moves.context.store, &self.record.name).await {
             Ok(found) => Ok(Some(found)),
@@ -582,8 +581,8 @@ impl Driver {
         }
     }
 
-    /// Makes the write that a settlement asks for. One that is refused, or whose answer
-    /// is lost, decides nothing: the record is looked at again.
+    /// Makes the write that a settlement requires. A refusal or a lost answer settles nothing: the
+    /// record is read again.
     async fn own_write(&self, next: Result<Settlement, String>) -> SourceEvent {
         match next {
             Ok(Settlement::Write { txn, .. }) => match self.moves.context.store.txn(txn).await {
@@ -621,7 +620,7 @@ impl Driver {
         let event = match direct {
             Ok(_) => SourceEvent::TargetResumed,
             Err(error) => {
-                tracing::warn!(machine = %self.record.name, %error, "asking the target's moves");
+                tracing::warn!(machine = %self.record.name, %error, "asking the target's agent");
                 self.ask_arrival(epoch).await
             }
         };
@@ -634,7 +633,7 @@ impl Driver {
         event
     }
 
-    /// Asks the target's agent until it answers: only it knows.
+    /// Asks the target's agent until it answers, because only the target knows.
     async fn ask_arrival(&self, epoch: Epoch) -> SourceEvent {
         loop {
             let payload = match pack(&(self.record.name.clone(), epoch)) {
@@ -659,12 +658,12 @@ impl Driver {
         }
     }
 
-    /// Keeps the frozen copy and lets its worker send pages of it until nobody
-    /// needs them: the target has all of them, or the machine ended there.
+    /// Keeps the frozen copy and lets its worker send pages of it until the target has all of
+    /// them, or the machine has ended there.
     async fn serve(&mut self) -> SourceEvent {
         let asked: Result<(), RpcError> = self.worker.ask(kind::SERVE, &(), PROMPT).await;
         if let Err(error) = asked {
-            tracing::warn!(machine = %self.record.name, %error, "its memory is not sent");
+            tracing::warn!(machine = %self.record.name, %error, "cannot send the rest of its memory");
         }
         loop {
             match self.worker.report().await {
@@ -685,24 +684,23 @@ impl Driver {
                         downtime_micros: self.report.downtime_micros,
                         ..Progress::of(Phase::Fill)
                     };
-                    // Whoever watches may have gone.
+                    // The client may have disconnected.
                     let _ = self.lines.try_send(MoveLine::Progress(progress));
                 }
                 Err(error) => {
-                    tracing::warn!(machine = %self.record.name, %error, "its frozen copy does not answer");
+                    tracing::warn!(machine = %self.record.name, %error, "the worker of the frozen copy does not answer");
                     let worker = self.moves.processes.machines.get(&self.record.name);
                     match worker.filter(|now| now.is(&self.worker) && !now.is_lost()) {
-                        // The connection may be another by now.
+                        // The connection may have been replaced.
                         Some(worker) => self.worker = worker,
-                        // The target finds out that there is no copy any more.
+                        // The target detects that the copy is gone.
                         None => return SourceEvent::Served,
                     }
                 }
             }
             match records::get(&*self.moves.context.store, &self.record.name).await {
                 Ok(found) if needs_copy(&self.moves.context.name, &found.record.status) => {
-                    // It went on there; its worker may have died before that was
-                    // written.
+                    // It resumed there; its worker may have died before that was recorded.
                     if matches!(found.record.status, Status::Arriving { .. })
                         && self.is_lost_there(found.record.epoch).await
                     {
@@ -710,7 +708,7 @@ impl Driver {
                     }
                 }
                 Ok(_) | Err(RecordError::NoMachine(_)) => {
-                    // The target tells its agent and this worker at once.
+                    // The target notifies its agent and this worker at the same time.
                     let deadline = Instant::now() + LAST_WORD_PATIENCE;
                     while self.report.fill.is_none() && Instant::now() < deadline {
                         tokio::time::sleep(RETRY_AFTER / 10).await;
@@ -720,16 +718,16 @@ impl Driver {
                     return SourceEvent::Served;
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "not known whether its memory is still needed");
+                    tracing::debug!(%error, "cannot read whether the target still needs the memory");
                 }
             }
             tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 
-    /// Waits until the store says that the machine has all of its memory at the target:
-    /// what its user asks for next is not to be refused for it. Not for ever: it is the
-    /// target's to write.
+    /// Waits until the store records that the machine has all of its memory at the target, so that
+    /// the user's next command is not refused. The wait is bounded, because the target makes that
+    /// write.
     async fn await_filled(&self) {
         let deadline = Instant::now() + STORE_PATIENCE;
         while Instant::now() < deadline {
@@ -742,8 +740,8 @@ impl Driver {
         }
     }
 
-    /// Whether the target's agent says that a machine which went on there does not
-    /// run any more.
+    /// Whether the target's agent reports that a machine which resumed there does not run any
+    /// more.
     async fn is_lost_there(&self, epoch: Epoch) -> bool {
         let Ok(payload) = pack(&(self.record.name.clone(), epoch)) else {
             return false;
@@ -770,7 +768,7 @@ impl Driver {
             tracing::debug!(%error, "the worker has no move to abort");
         }
         if let Ok(payload) = pack(&self.record.name) {
-            // If it does not hear it, its worker sees the connection end.
+            // If the target misses the message, its worker detects the end of the connection.
             let _ = self
                 .moves
                 .context
@@ -803,14 +801,14 @@ impl Driver {
         tracing::info!("{}", self.report.line());
         self.moves.history().add(&self.report);
         self.moves.context.events.record(Note::moved(&self.report));
-        // (Its worker sent them.)
+        // Its worker sent them.
         self.moves
             .context
             .traffic
             .add_sent(&self.target, self.report.bytes);
         self.moves.announce_end(&self.report);
         if let Err(reason) = passed("move.report").await {
-            tracing::warn!(reason, "the move's report is not kept");
+            tracing::warn!(reason, "cannot store the move report");
             return;
         }
         let report = self.report.clone();
@@ -823,18 +821,19 @@ impl Driver {
         };
         let (store, machine) = (&*self.moves.context.store, &self.record.name);
         if let Err(error) = records::update(store, machine, add, |txn, _| txn).await {
-            tracing::warn!(%machine, %error, "the move's report is not kept");
+            tracing::warn!(%machine, %error, "cannot store the move report");
         }
-        // Whoever watched may have gone, or read no more: others wait for the move's end.
+        // The clients may have disconnected or stopped reading; others wait for the end of the
+        // move.
         let report = MoveLine::Report(Box::new(self.report.clone()));
         let told = self.lines.send_timeout(report, WATCHER_PATIENCE).await;
         if let Err(error) = told {
-            tracing::debug!(%error, "nobody reads the move's report");
+            tracing::debug!(%error, "no client reads the move report");
         }
     }
 }
 
-/// How far the one is that is behind, in percent; `None` once all are ready.
+/// Progress of the slowest one in percent; `None` once all are ready.
 fn least_percent(states: &[CodeState]) -> Option<u8> {
     let percent = |state: &CodeState| match state {
         CodeState::Ready => None,
@@ -847,7 +846,7 @@ fn least_percent(states: &[CodeState]) -> Option<u8> {
 async fn interruption(interrupted: &mut watch::Receiver<Option<SourceEvent>>) -> SourceEvent {
     let event = match interrupted.wait_for(Option::is_some).await {
         Ok(event) => event.clone(),
-        // The handle is gone: nobody can interrupt.
+        // The handle is dropped, so that no event can interrupt.
         Err(_) => None,
     };
     match event {
