@@ -8,6 +8,7 @@
 //! - `cluster_volume`: volumes that outlive their machines, stored outside nodes
 //! - `clock`: whether this host's wall clock is synchronised
 //! - `failpoint`: fault injection for tests
+//! - `guest_memory`: the memory of machines as an agent sees it
 //! - `link`: the connection between the two workers of a move
 //! - `storage_location`: directories and object stores for checkpoints and volumes
 //! - `restart`: whether a machine that ended is restarted
@@ -21,6 +22,7 @@ pub mod checkpoint;
 pub mod clock;
 pub mod cluster_volume;
 pub mod failpoint;
+pub mod guest_memory;
 pub mod link;
 pub mod log;
 pub mod moves;

@@ -20,8 +20,8 @@ use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
+use keel_machine::guest_memory;
 use keel_net::traffic::{self, Traffic};
-use keel_wasm::memory;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -464,7 +464,7 @@ fn field(text: &str, name: &str) -> u64 {
 /// in the process's page table.
 fn resident_bytes(process: &Path) -> u64 {
     let mapped = mapped_bytes(process);
-    let Some(memory) = memory::bytes_of_process(process) else {
+    let Some(memory) = guest_memory::bytes_of_process(process) else {
         return mapped;
     };
     let status = std::fs::read_to_string(process.join("status")).unwrap_or_default();
@@ -653,16 +653,16 @@ mod tests {
         assert!(resident_bytes(own) > 1 << 20);
         // A machine's memory counts as soon as something is in it, used or not.
         let before = mapped_bytes(own);
-        let memory = memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
+        let memory = guest_memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
         memory.write(0, &vec![1; 24 << 20]).unwrap();
-        assert_eq!(memory::bytes_of_process(own), Some(24 << 20));
+        assert_eq!(guest_memory::bytes_of_process(own), Some(24 << 20));
         let whole = resident_bytes(own);
         assert!(
             whole >= 24 << 20 && whole >= before / 2 + (24 << 20),
             "{whole}, {before}"
         );
         drop(memory);
-        assert_eq!(memory::bytes_of_process(own), None);
+        assert_eq!(guest_memory::bytes_of_process(own), None);
     }
 
     #[test]

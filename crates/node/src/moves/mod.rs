@@ -4,7 +4,7 @@
 //! - `handle`, `commands`: the state of this layer, and the commands of users
 //! - `queue`: which moves away from here copy at a time
 //! - `begin`: begins a move, or recovers one
-//! - `source`: the source, step by step
+//! - `source`, `ownership_change`: the source, step by step, and its commit
 //! - `offer`: the messages from a source to a target
 //! - `admission`: how a target checks and accepts an offer
 //! - `arrival`: how a target settles an arrival
@@ -21,6 +21,7 @@ mod dry_run;
 mod dry_run_history;
 mod handle;
 mod offer;
+mod ownership_change;
 mod queue;
 mod recovery;
 mod source;
@@ -31,5 +32,5 @@ pub(crate) use begin::begin;
 pub(crate) use commands::{CancelMove, DryRunCommand};
 pub(crate) use handle::{Below, MoveOrder, Moves};
 pub(crate) use offer::{ARRIVAL, HELD, MOVE, OFFER, Offer, TRIAL, WITHDRAW, WOULD_ACCEPT};
+pub(crate) use ownership_change::RACED;
 pub(crate) use recovery::{resume_after_move, withdraw_old_offers};
-pub(crate) use source::RACED;

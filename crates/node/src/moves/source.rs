@@ -15,25 +15,19 @@ use crate::spanning::{Placement, Successor, successor};
 use keel_api::{MoveLine, Urgency};
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::failpoint;
-use keel_machine::moves::ownership::{Settlement, Transfer, VersionedRecord};
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{
-    Copy, CopyEvent, CopyHome, Frozen, MoveEndpoint, State, kind, pack, unpack,
+    Copy, CopyEvent, CopyHome, MoveEndpoint, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
-use keel_store::StoreError;
-use keel_store::TxnOutcome;
 use keel_store::clock::unix_ms;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
-
-/// Prefix of the reason of a commit that lost against another placement.
-pub(crate) const RACED: &str = "raced with another change of what a rule holds:";
 
 /// How long the store may take before a move is aborted.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
@@ -42,13 +36,11 @@ const CODE_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Pause between checks whether the target has recorded that it has all memory.
 const FILLED_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// Pause between attempts to settle what is unknown.
-const RETRY_AFTER: Duration = Duration::from_millis(200);
+pub(super) const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long the target's notification that it has all memory may take.
 const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the clients of a move may take to read its result.
 const WATCHER_PATIENCE: Duration = Duration::from_secs(1);
-/// How long freezing and sending the residual dirty pages may take.
-const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) struct Driver {
     pub(super) moves: Arc<Moves>,
@@ -77,7 +69,7 @@ pub(super) struct Driver {
     pub(super) placement: Option<Placement>,
 }
 
-fn micros(since: Instant) -> u64 {
+pub(super) fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -452,161 +444,6 @@ impl Driver {
             Ok(Err(error)) => SourceEvent::StoreUnavailable(error.to_string()),
             Err(_) => SourceEvent::StoreUnavailable("the store does not answer".into()),
         }
-    }
-
-    // ── the change of owner ─────────────────────────────────────────────
-
-    async fn freeze(&mut self) -> SourceEvent {
-        let interrupted = self.interrupted.borrow().clone();
-        if let Some(event) = interrupted {
-            return event;
-        }
-        if let Err(reason) = passed("move.freeze").await {
-            return SourceEvent::FreezeLate(reason);
-        }
-        match self
-            .worker
-            .ask::<_, Frozen>(kind::FREEZE, &(), FREEZE_PATIENCE)
-            .await
-        {
-            Ok(frozen) => {
-                self.report.freeze_micros = frozen.freeze_micros;
-                self.report.last_pages_micros = frozen.last_pages_micros;
-                self.report.last_bytes = frozen.last_bytes;
-                self.report.state_micros = frozen.state_micros;
-                self.report.bytes = frozen.bytes;
-                self.prepared = Some(Instant::now());
-                // The remaining steps use little of the link.
-                self.place = None;
-                SourceEvent::Prepared
-            }
-            Err(RpcError::Failed { reason, .. }) if reason.contains("has ended") => {
-                SourceEvent::MachineEnded
-            }
-            Err(RpcError::Failed { reason, .. }) => SourceEvent::FreezeLate(reason),
-            Err(error) => SourceEvent::PeerLost(error.to_string()),
-        }
-    }
-
-    /// The state with which the move began. It never comes from a newer record, or a repeated
-    /// write would be compared with its own result.
-    fn transfer(&self) -> Transfer {
-        Transfer {
-            machine: self.record.name.clone(),
-            source: self.moves.context.name.clone(),
-            target: self.target.clone(),
-            epoch: self.record.epoch,
-            revision: self.revision,
-        }
-    }
-
-    /// Commits in one transaction: the two schedule entries, the owner, the epoch and the
-    /// reservation.
-    async fn commit(&mut self) -> SourceEvent {
-        let begun = Instant::now();
-        let txn = match self.transfer().commit(&self.record, unix_ms()) {
-            Ok(txn) => txn,
-            Err(error) => return SourceEvent::CommitRefused(error),
-        };
-        let before = txn.compare.len();
-        let txn = self.claims.add_to(txn);
-        if let Err(reason) = passed("move.commit").await {
-            return SourceEvent::CommitRefused(reason);
-        }
-        let outcome = self.moves.context.store.txn(txn).await;
-        self.report.commit_micros = micros(begun);
-        if passed("move.committed").await.is_err() {
-            return SourceEvent::CommitUnknown;
-        }
-        match outcome {
-            Ok(TxnOutcome::Committed { .. }) => SourceEvent::CommitWon,
-            Ok(TxnOutcome::Refused { failed, .. })
-                if let Some(rule) = self.claims.raced(failed, before) =>
-            {
-                SourceEvent::CommitRefused(format!("{RACED} {rule:?}"))
-            }
-            Ok(TxnOutcome::Refused { failed, .. }) => SourceEvent::CommitRefused(
-                match failed {
-                    0 | 1 => "the machine was changed by others meanwhile",
-                    2 => "the target gave its reservation up",
-                    3 => "this node's lease ended",
-                    _ => "the target's lease ended",
-                }
-                .to_owned(),
-            ),
-            Err(StoreError::Unknown { .. }) => SourceEvent::CommitUnknown,
-            Err(error) => SourceEvent::CommitRefused(error.to_string()),
-        }
-    }
-
-    /// A write of the source's own that makes a pending commit impossible.
-    async fn settle(&mut self) -> SourceEvent {
-        if let Err(reason) = passed("move.settle").await {
-            return self.later(&reason).await;
-        }
-        let event = match self.found().await {
-            Ok(found) => self.own_write(self.transfer().settle(found.as_ref())).await,
-            Err(error) => self.later(&error).await,
-        };
-        match passed("move.settled").await {
-            Ok(()) => event,
-            Err(reason) => self.later(&reason).await,
-        }
-    }
-
-    /// Takes the machine back from a target that does not run it.
-    async fn take_back(&mut self) -> SourceEvent {
-        if let Err(reason) = passed("move.take-back").await {
-            return self.later(&reason).await;
-        }
-        let event = match self.found().await {
-            Ok(found) => {
-                let next = self.transfer().take_back(found.as_ref(), unix_ms());
-                self.own_write(next).await
-            }
-            Err(error) => self.later(&error).await,
-        };
-        match passed("move.taken-back").await {
-            Ok(()) => event,
-            Err(reason) => self.later(&reason).await,
-        }
-    }
-
-    /// The machine's current record; `None` if it has none any more.
-    async fn found(&self) -> Result<Option<VersionedRecord>, String> {
-        match records::get(&*self.moves.context.store, &self.record.name).await {
-            Ok(found) => Ok(Some(found)),
-            Err(RecordError::NoMachine(_)) => Ok(None),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    /// Makes the write that a settlement requires. A refusal or a lost answer settles nothing: the
-    /// record is read again.
-    async fn own_write(&self, next: Result<Settlement, String>) -> SourceEvent {
-        match next {
-            Ok(Settlement::Write { txn, .. }) => match self.moves.context.store.txn(txn).await {
-                Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon,
-                Ok(TxnOutcome::Refused { .. }) => SourceEvent::OwnWriteUnknown,
-                Err(error) => self.later(&error.to_string()).await,
-            },
-            Ok(Settlement::Kept) => SourceEvent::OwnWriteWon,
-            Ok(Settlement::Won) => SourceEvent::CommitWon,
-            Ok(Settlement::Superseded {
-                reason,
-                output_stays,
-            }) => SourceEvent::Superseded {
-                reason,
-                output_stays,
-            },
-            Err(error) => self.later(&error).await,
-        }
-    }
-
-    async fn later(&self, error: &str) -> SourceEvent {
-        tracing::warn!(machine = %self.record.name, error, "the owner is not settled yet");
-        tokio::time::sleep(RETRY_AFTER).await;
-        SourceEvent::OwnWriteUnknown
     }
 
     // ── handing over ────────────────────────────────────────────────────
