@@ -175,10 +175,8 @@ async fn inspect(
 /// The report of a machine's worker; `None` if its node does not answer in time.
 async fn report(machines: &Arc<Machines>, machine: &MachineName) -> Option<Report> {
     let machine = machine.clone();
-    match machines.report(ReportQuery { machine }).await {
-        Ok(report) => report,
-        Err(_) => None,
-    }
+    let report = machines.report(ReportQuery { machine }).await;
+    report.unwrap_or_default()
 }
 
 /// All machines; starting ones with the reports of their workers.

@@ -23,7 +23,6 @@ use keel_machine::worker::control::{
     Copy, CopyEvent, CopyHome, MoveEndpoint, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
-use keel_store::clock::unix_ms;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -79,7 +79,7 @@ pub(crate) async fn successor(
     };
     let program = found.program.map(Fingerprint);
     let parts = SpanningMachine {
-        spanning: spanning,
+        spanning,
         machine: &record.name,
         spec: &record.spec,
         worker,

@@ -120,7 +120,7 @@ async fn change(
         return Err(CommandError::Conflict("it has no module".into()));
     };
     let parts = SpanningMachine {
-        spanning: spanning,
+        spanning,
         machine,
         spec,
         worker,
