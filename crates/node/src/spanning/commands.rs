@@ -1,5 +1,4 @@
-//! What users ask about the parts, threads and memory of a machine; carried out by its
-//! owner.
+//! Commands of users for the parts, threads and memory of a machine; carried out by its owner.
 
 use super::handle::{PATIENCE, Spanning};
 use super::parts::{move_object, move_thread, objects, parts_of};
@@ -12,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A machine gets parts on other nodes.
+/// Creates parts of a machine on other nodes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct SpanCommand {
     pub(crate) machine: MachineName,
@@ -29,7 +28,7 @@ impl MachineCommand for SpanCommand {
     }
 }
 
-/// A machine has no parts any more; answered with its downtime in microseconds.
+/// Removes all parts of a machine but its home; the answer is the downtime in microseconds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct UnspanCommand {
     pub(crate) machine: MachineName,
@@ -45,7 +44,7 @@ impl MachineCommand for UnspanCommand {
     }
 }
 
-/// The parts and threads of a machine.
+/// Asks for the parts and threads of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartsQuery {
     pub(crate) machine: MachineName,
@@ -60,7 +59,7 @@ impl MachineCommand for PartsQuery {
     }
 }
 
-/// The memory of a machine, by the part that holds it.
+/// Asks for the memory of a machine, by the part that holds it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ObjectsQuery {
     pub(crate) machine: MachineName,
@@ -75,8 +74,8 @@ impl MachineCommand for ObjectsQuery {
     }
 }
 
-/// A range of a machine's memory, or an object by its name, moves to the part on a node;
-/// answered with its bytes.
+/// Moves a range of a machine's memory, or a named object, to the part on a node; the answer is
+/// its size in bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MoveObjectCommand {
     pub(crate) machine: MachineName,
@@ -93,7 +92,7 @@ impl MachineCommand for MoveObjectCommand {
     }
 }
 
-/// A thread of a machine moves to the part on a node.
+/// Moves a thread of a machine to the part on a node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MoveThreadCommand {
     pub(crate) machine: MachineName,
@@ -111,7 +110,7 @@ impl MachineCommand for MoveThreadCommand {
 }
 
 impl Spanning {
-    /// Gives a machine parts on other nodes.
+    /// Creates parts of a machine on other nodes.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -129,7 +128,7 @@ impl Spanning {
         span(self, &command.machine, &command.request).await
     }
 
-    /// Brings a machine's parts together; its downtime in microseconds.
+    /// Merges a machine's parts into its home; returns the downtime in microseconds.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -183,7 +182,7 @@ impl Spanning {
         objects(self, &query.machine).await
     }
 
-    /// Moves memory to the part on a node; bytes.
+    /// Moves memory to the part on a node; returns its bytes.
     ///
     /// # Errors
     /// [`CommandError`].
