@@ -1,4 +1,4 @@
-//! The ledger's lines about a machine follow it when it moves.
+//! Sends a machine's ledger lines after it when it moves.
 
 use super::handle::NodeBalancer;
 use super::ledger::{ALONG_AMONG, ALONG_MAX, Wanted};
@@ -8,8 +8,7 @@ use keel_machine::moves::Ending;
 use std::sync::Arc;
 use tokio::sync::broadcast::error::RecvError;
 
-/// Sends the lines about each machine that moves away to its new node, until the agent
-/// ends.
+/// Sends the lines of each machine that moves away to its new node, until the agent ends.
 pub(super) async fn send_ledger_lines(handle: Arc<NodeBalancer>) {
     let mut ended = handle.moves.ended();
     loop {
@@ -17,15 +16,15 @@ pub(super) async fn send_ledger_lines(handle: Arc<NodeBalancer>) {
             Ok(report) if report.ending == Ending::Moved => {
                 send_along(&handle, &report.machine, &report.target);
             }
-            // (Of moves that were missed the lines stay here.)
+            // Lines of missed moves stay here.
             Ok(_) | Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,
         }
     }
 }
 
-/// Sends what this node's ledger says of a machine after it, in the background; what
-/// does not arrive is still here.
+/// Sends this node's ledger lines of a machine after it, in the background. The lines also stay
+/// here.
 pub(super) fn send_along(handle: &Arc<NodeBalancer>, machine: &MachineName, target: &NodeName) {
     let (handle, machine, target) = (handle.clone(), machine.clone(), target.clone());
     tokio::spawn(async move {
@@ -47,7 +46,7 @@ pub(super) fn send_along(handle: &Arc<NodeBalancer>, machine: &MachineName, targ
         }
         .await;
         if let Err(error) = sent {
-            tracing::debug!(%machine, %target, error, "the ledger did not go along");
+            tracing::debug!(%machine, %target, error, "cannot send the machine's ledger lines");
         }
     });
 }
