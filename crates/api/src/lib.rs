@@ -414,8 +414,34 @@ pub struct RunRequest {
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
     /// What balancing makes of it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict_balancing")]
     pub balancing: Balancing,
+}
+
+/// Settings of a user: one that is not known is refused. (Those of a record may be of a
+/// newer node, and are ignored where they are not known.)
+fn strict_balancing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Balancing, D::Error> {
+    #[derive(Deserialize, Default)]
+    #[serde(deny_unknown_fields, default)]
+    struct Strict {
+        by: BalanceBy,
+        cpu_target_millis: Option<u32>,
+        memory_target_bytes: Option<u64>,
+        io_target_bytes_per_s: Option<u64>,
+        parts_max: Option<u32>,
+        spawn: Spawn,
+        part_memory_bytes: Option<u64>,
+    }
+    let strict = Strict::deserialize(from)?;
+    Ok(Balancing {
+        by: strict.by,
+        cpu_target_millis: strict.cpu_target_millis,
+        memory_target_bytes: strict.memory_target_bytes,
+        io_target_bytes_per_s: strict.io_target_bytes_per_s,
+        parts_max: strict.parts_max,
+        spawn: strict.spawn,
+        part_memory_bytes: strict.part_memory_bytes,
+    })
 }
 
 /// What would change of a machine if it were as a request says.

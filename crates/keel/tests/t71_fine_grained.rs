@@ -228,14 +228,14 @@ async fn threads_that_share_pages_are_brought_together() {
         let mut moved = decided
             .into_iter()
             .filter_map(|(_, action, why)| match action {
-                Action::Thread { .. } if why.contains("it stands at pages") => Some(why),
+                Action::Thread { .. } if why.contains("it waits for pages") => Some(why),
                 _ => None,
             });
         moved.next()
     };
     let why = wait_for("one of them goes to the other", followed).await;
     let why = why.unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "pair"])));
-    assert!(why.contains("that come from there"), "{why}");
+    assert!(why.contains("for pages from there"), "{why}");
     assert!(why.contains("both use the same bytes"), "{why}");
     wait_for("both are on one node", || async {
         let workers = parts(&cluster, "pair").await.threads.into_iter();

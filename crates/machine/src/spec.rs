@@ -86,7 +86,7 @@ pub struct Spec {
 
 /// A machine's settings for load balancing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Balancing {
     /// The load that counts.
     pub by: BalanceBy,

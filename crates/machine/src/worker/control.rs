@@ -652,6 +652,27 @@ pub struct ThreadReport {
     pub likes: Option<String>,
 }
 
+/// A value within a message that is encoded by position, by postcard: of many rows of one
+/// type the names of fields would be most of the bytes, and a message is bounded. Such a
+/// type does not change without another kind of request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Positional<T>(pub T);
+
+impl<T: Serialize> Serialize for Positional<T> {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let bytes = postcard::to_stdvec(&self.0).map_err(serde::ser::Error::custom)?;
+        serde_bytes::serialize(&bytes, to)
+    }
+}
+
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Positional<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let bytes: Vec<u8> = serde_bytes::deserialize(from)?;
+        let value = postcard::from_bytes(&bytes).map_err(serde::de::Error::custom)?;
+        Ok(Positional(value))
+    }
+}
+
 /// Encodes a message as CBOR: fields are named, so an agent and a worker, or two agents, of
 /// neighbouring versions understand each other. A field that is added has a default.
 ///
@@ -722,6 +743,27 @@ mod tests {
                 drop(postcard::from_bytes::<HomeHandover>(&other));
             }
         }
+    }
+
+    /// Fifty thousand pieces of memory fit into one message.
+    #[test]
+    fn rows_take_few_bytes() {
+        let piece = |number: u64| ObjectReport {
+            memory: 0,
+            start: number << 16,
+            bytes: 65536,
+            owner: PartId::HOME,
+            readers: PartSet::default(),
+            exchanges: 0,
+            directory: PartId::HOME,
+            name: None,
+        };
+        let pieces: Vec<ObjectReport> = (0..50_000).map(piece).collect();
+        let message = pack(&Positional(pieces)).unwrap();
+        assert!(message.len() < 1 << 20, "{}", message.len());
+        let Positional::<Vec<ObjectReport>>(again) = unpack(&message).unwrap();
+        assert_eq!(again.len(), 50_000);
+        assert!(unpack::<Positional<Vec<ObjectReport>>>(&message.slice(..9999)).is_err());
     }
 
     /// Messages of workers of another version, in both directions.

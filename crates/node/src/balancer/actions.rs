@@ -1,4 +1,4 @@
-//! Moves that the balancer makes.
+//! Carries out the balancer's moves.
 
 use super::handle::{Input, NodeBalancer};
 use super::slots;
@@ -11,7 +11,7 @@ use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::{Ending, MoveReport};
 use std::sync::Arc;
 
-/// Moves a machine that breaks a rule where it is.
+/// Moves a machine that violates a rule on its present node.
 pub(super) async fn repair_now(
     handle: &Arc<NodeBalancer>,
     machine: Name,
@@ -33,7 +33,7 @@ pub(super) async fn repair_now(
     let _ = handle.inputs.send(Input::RepairOver);
 }
 
-/// Moves a machine with a token; how it ended.
+/// Moves a machine with a token; returns the outcome.
 pub(super) async fn carry_out_move(
     handle: &Arc<NodeBalancer>,
     machine: &str,
@@ -41,7 +41,8 @@ pub(super) async fn carry_out_move(
     slots_max: u32,
 ) -> Outcome {
     let stayed = |why: String| Outcome::Stayed { why };
-    // The target's promise does not wait until others have left this node.
+    // The target's promise expires before a queued move would start, so the move does not wait in
+    // the queue.
     let worker = MachineName::new(machine).map(|machine| handle.processes.machines.get(&machine));
     if let Ok(Some(worker)) = worker {
         let bytes = worker.report().await.map_or(0, |it| it.memory_bytes);
@@ -97,5 +98,5 @@ pub(super) async fn run_move(
             MoveLine::Error(error) => return Err(error),
         }
     }
-    Err("it was cut off".into())
+    Err("it was interrupted".into())
 }

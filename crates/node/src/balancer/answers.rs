@@ -1,4 +1,4 @@
-//! Answers to other nodes' requests about this node's balancer, as JSON.
+//! Answers other nodes' requests to this node's balancer, as JSON.
 
 use super::drain::info_here;
 use super::handle::NodeBalancer;
@@ -8,8 +8,7 @@ use super::queries::{confirm_here, load, why_not_here};
 use keel_machine::worker::control::unpack;
 use keel_net::Bytes;
 
-/// Answers a user or another node, as JSON: so that older and newer versions
-/// understand each other.
+/// Answers a user or another node. JSON, so that older and newer versions understand each other.
 pub(crate) async fn answer(
     handle: &NodeBalancer,
     kind: u16,
@@ -23,8 +22,7 @@ pub(crate) async fn answer(
             serde_json::to_vec(&lines)
         }
         LEDGER_TRANSFER => {
-            let json: Vec<u8> = unpack(&payload).map_err(|error| error.to_string())?;
-            let lines = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
+            let lines = unpack(&payload).map_err(|error| error.to_string())?;
             serde_json::to_vec(&handle.ledger.take_along(lines).await?)
         }
         HISTORY => {

@@ -1,5 +1,5 @@
-//! What is compiled before anything waits for it: the programs of machines that run here,
-//! and of machines elsewhere that rules would let come here.
+//! Compiles programs before they are needed: those of machines that run here, and those of
+//! machines elsewhere that rules allow here.
 
 use super::handle::NodeBalancer;
 use crate::code::{PROGRAM, program_here};
@@ -11,9 +11,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause between two looks at where machines are.
+/// Pause between two checks of the placement of machines.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// How long a machine's program may take to be named.
+/// How long a node may take to report a machine's program.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A machine that runs here or may come here.
@@ -25,9 +25,9 @@ struct Eligible {
     module: String,
 }
 
-/// Looks again and again until the agent ends.
+/// Compiles eligible programs until the agent ends.
 pub(super) async fn run(handle: Arc<NodeBalancer>) {
-    // By the module as its author built it: each node makes the same program of it.
+    // By the hash of the original module: each node produces the same program from it.
     let mut programs: HashMap<String, Fingerprint> = HashMap::new();
     loop {
         let mut running = BTreeMap::new();
@@ -37,7 +37,7 @@ pub(super) async fn run(handle: Arc<NodeBalancer>) {
                 Some(program) => Some(program),
                 None => program_of(&handle, &machine.owner, &machine.name).await,
             };
-            // (One that has no worker yet is asked for again.)
+            // A machine without a worker is asked again.
             let Some(program) = program else { continue };
             if !machine.module.is_empty() {
                 programs.insert(machine.module, program);
@@ -54,7 +54,7 @@ pub(super) async fn run(handle: Arc<NodeBalancer>) {
     }
 }
 
-/// The program of a machine, as the node that runs it knows it.
+/// The program of a machine, as reported by the node that runs it.
 async fn program_of(
     handle: &NodeBalancer,
     owner: &NodeName,
@@ -73,7 +73,7 @@ async fn program_of(
     unpack::<Option<Fingerprint>>(&answer).ok()?
 }
 
-/// The machines that run here first, then those that no rule keeps from coming here.
+/// The machines that run here first, then those that rules allow here.
 fn eligible(handle: &NodeBalancer) -> Vec<Eligible> {
     let here = Name::from(handle.context.name.as_str());
     let members = handle.context.members.all();

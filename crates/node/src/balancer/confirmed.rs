@@ -1,6 +1,6 @@
-//! Whether a plan that a person confirmed is the one that was shown, and the cluster
-//! still what it was made of. Otherwise none of it is carried out: a plan of which a
-//! part is out of date is not what the person agreed to.
+//! Checks that a plan which a user confirmed is the one that was shown, and that the cluster has
+//! not changed since. Otherwise no step is carried out: a partly outdated plan is not the plan
+//! that the user confirmed.
 
 use super::handle::NodeBalancer;
 use crate::error::CommandError;
@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 /// Hexadecimal digits of an id.
 const ID_DIGITS: usize = 16;
-/// The most steps that a request may have.
+/// The most steps of a request.
 const STEPS_MAX: usize = 100_000;
 
-/// Names steps, and the machines that they were made for. Predictions are no part of it.
+/// The id of a list of steps and of the machines that they were made for. It does not cover
+/// predictions.
 pub(super) fn id(steps: &[PlanStep], machines: &[PlannedMachine]) -> String {
     let mut hasher = blake3::Hasher::new();
     let mut word = |text: &str| {
@@ -39,8 +40,8 @@ pub(super) fn id(steps: &[PlanStep], machines: &[PlannedMachine]) -> String {
 }
 
 /// # Errors
-/// [`CommandError::Invalid`] if these are not the steps of that id, or they name nobody;
-/// [`CommandError::Conflict`] with everything that changed since.
+/// [`CommandError::Invalid`] if the steps do not match the id, or there are no machines;
+/// [`CommandError::Conflict`] with everything that has changed since.
 pub(super) async fn check(
     handle: &Arc<NodeBalancer>,
     plan: &PlanRequest,
@@ -92,7 +93,7 @@ pub(super) async fn check(
     }
 }
 
-/// What became of a machine since a plan was made.
+/// Change of a machine since a plan was made, if any.
 async fn machine_change(
     handle: &NodeBalancer,
     planned: &PlannedMachine,

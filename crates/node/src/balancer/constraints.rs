@@ -1,6 +1,5 @@
-//! Constraints of a balancing round: rules, machines that opted out, machines that span, and
-//! what compiling a program at a target costs. Read from what was followed, never by
-//! asking.
+//! Constraints of a balancing round: rules, machines that opted out, spanning machines, and the
+//! cost of compiling a program at a target. Read from local caches, never by a request.
 
 use super::spreading::Spreading;
 use crate::code::Code;
@@ -54,12 +53,12 @@ impl Snapshot {
         self.rules.nodes()
     }
 
-    /// Machines of a node that break a rule where they are.
+    /// Machines of a node that violate a rule there.
     pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         self.rules.broken_on(node)
     }
 
-    /// The rule that does not allow a machine on a node.
+    /// The rule that forbids a machine on a node.
     pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         self.rules.forbids(machine, target)
     }

@@ -1,27 +1,26 @@
-//! How much machines write: what a move must copy again. To find it their memory is
-//! watched for a moment, so it is done seldom, one machine after the other, and never
-//! while something moves.
+//! Dirty rates of machines: what a move must copy again. A measurement tracks writes for a short
+//! time, so it is made seldom, for one machine at a time, and never during a move.
 
 use keel_cluster::MachineName;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Between two machines that are looked at.
+/// Pause between two machines.
 pub(super) const EVERY: Duration = Duration::from_secs(5);
-/// Until the same one is looked at again.
+/// Pause between two measurements of one machine.
 const AGAIN_AFTER: Duration = Duration::from_secs(300);
-/// Until a machine that came is looked at: it has enough to do.
+/// Delay of the first measurement of a new machine, which is busy with its start.
 const FIRST_AFTER: Duration = Duration::from_secs(10);
 
-/// What is known of a machine that runs here.
+/// Measurements of a machine that runs here.
 #[derive(Debug)]
 struct Looked {
     bytes_per_s: f64,
     due: Instant,
 }
 
-/// What machines of this node write.
+/// Dirty rates of the machines of this node.
 #[derive(Debug, Clone, Default)]
 pub(super) struct DirtyRates(Arc<Mutex<HashMap<MachineName, Looked>>>);
 
@@ -30,12 +29,12 @@ impl DirtyRates {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes a second that a machine writes; 0 while that is not known.
+    /// Bytes a second that a machine writes; 0 while that is unknown.
     pub(super) fn of(&self, machine: &MachineName) -> f64 {
         self.table().get(machine).map_or(0.0, |it| it.bytes_per_s)
     }
 
-    /// The machine to look at now: of those that are due the one that waits longest.
+    /// The machine to measure now: of those that are due the one that waits longest.
     pub(super) fn next(&self, here: &[MachineName], now: Instant) -> Option<MachineName> {
         let mut table = self.table();
         table.retain(|machine, _| here.contains(machine));
@@ -50,11 +49,11 @@ impl DirtyRates {
         Some(machine.clone())
     }
 
-    /// Takes what was seen; where nothing could be seen, what was known stays.
+    /// Records a measurement; a failed one leaves the earlier value.
     pub(super) fn looked(&self, machine: &MachineName, bytes_per_s: Option<f64>, now: Instant) {
         if let Some(looked) = self.table().get_mut(machine) {
             looked.bytes_per_s = bytes_per_s.unwrap_or(looked.bytes_per_s);
-            // One that could not be looked at may be arriving still.
+            // A machine that could not be measured may still be arriving.
             looked.due = now + bytes_per_s.map_or(FIRST_AFTER, |_| AGAIN_AFTER);
         }
     }
@@ -87,7 +86,7 @@ mod tests {
         now += AGAIN_AFTER;
         writes.looked(&second, Some(3.0), now);
         assert_eq!(writes.next(&here, now), Some(first.clone()));
-        // What could not be seen again is what it was.
+        // A failed measurement keeps the earlier value.
         writes.looked(&first, None, now);
         assert_eq!(writes.of(&first), 7.0);
         // One that left is forgotten.

@@ -1,4 +1,4 @@
-//! Measures how much the machines of this node write, one after the other.
+//! Measures the dirty rate of the machines of this node, one after the other.
 
 use super::dirty_rate::EVERY;
 use super::handle::NodeBalancer;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// How long a worker may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Looks at this node's machines for ever.
+/// Measures this node's machines until the agent ends.
 pub(super) async fn follow(handle: Arc<NodeBalancer>) {
     let rates = handle.dirty_rates.clone();
     loop {
@@ -29,7 +29,7 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
         };
         let looked: Result<Activity, _> = worker.ask(kind::ACTIVITY, &(), PATIENCE).await;
         let looked = looked.inspect_err(|error| {
-            tracing::debug!(%machine, %error, "what it writes was not looked at");
+            tracing::debug!(%machine, %error, "the dirty rate was not measured");
         });
         let bytes_per_s = looked.ok().map(|it| it.bytes_per_s() as f64);
         rates.looked(&machine, bytes_per_s, Instant::now());

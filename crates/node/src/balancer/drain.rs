@@ -1,7 +1,7 @@
-//! Emptying a node. That it is to be empty is a key of the store, which every placement
-//! there compares; who empties it is the node itself, so that there is one who does,
-//! whatever else dies, and nobody if it is dead. After each plan's steps a new plan is
-//! made of what is left, until nothing is, or the key is gone.
+//! Drains a node. A drain is a key in the store, which every placement on the node compares. The
+//! node itself moves its machines, so that there is exactly one actor, and none if the node is
+//! dead. After the steps of a plan, a new plan is made for the remaining machines, until none
+//! remains or the key is deleted.
 
 use super::drain_progress::State;
 use super::handle::NodeBalancer;
@@ -19,16 +19,16 @@ use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often it is looked whether this node is to be emptied.
+/// Pause between checks for a drain of this node.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Pause before a new plan, where the last one came to nothing.
+/// Pause before a new plan, if the last one moved no machine.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// The longest downtime of a machine where the time is nearly over.
+/// The longest downtime of a machine close to the deadline.
 const HURRIED_STILL: Duration = Duration::from_secs(1);
 
-// ── ordering ────────────────────────────────────────────────────────────
+// ── commands ────────────────────────────────────────────────────────────
 
-/// Has a node emptied, or changes until when.
+/// Starts the drain of a node, or changes its deadline.
 pub(crate) async fn begin(
     handle: &Arc<NodeBalancer>,
     node: &NodeName,
@@ -67,11 +67,11 @@ pub(crate) async fn begin(
         }
     }
     Err(CommandError::Conflict(
-        "others change the same drain all the time; try again".into(),
+        "the drain is being changed concurrently; try again".into(),
     ))
 }
 
-/// Opens a node again. What has moved away stays where it is.
+/// Ends the drain of a node. Machines that have moved away do not return.
 pub(crate) async fn end(handle: &Arc<NodeBalancer>, node: &NodeName) -> Result<(), CommandError> {
     let key = Key::Drain(node.clone()).to_string();
     let txn = Txn::new()
@@ -89,7 +89,7 @@ pub(crate) async fn end(handle: &Arc<NodeBalancer>, node: &NodeName) -> Result<(
     }
 }
 
-/// How far it has come, asked of any node.
+/// The progress of a drain, queried from any node.
 pub(crate) async fn info(
     handle: &Arc<NodeBalancer>,
     node: &NodeName,
@@ -101,7 +101,7 @@ pub(crate) async fn info(
     ask_node(handle, node, DRAIN, &(), info_here(handle)).await
 }
 
-/// The same of this node.
+/// The progress of this node's drain.
 pub(super) async fn info_here(handle: &NodeBalancer) -> Result<DrainInfo, String> {
     let node = handle.context.name.to_string();
     let key = Key::Drain(handle.context.name.clone()).to_string();
@@ -115,7 +115,7 @@ pub(super) async fn info_here(handle: &NodeBalancer) -> Result<DrainInfo, String
     };
     let live = handle.placements.live();
     let here = live.iter().filter(|(_, owner)| **owner == *node).count();
-    // (Their homes have them leave.)
+    // Parts are moved away by their homes.
     let parts = handle.processes.members.names().len();
     let state = handle.drain.locked();
     let deadline = drain.as_ref().and_then(|drain| drain.deadline_unix_ms);
@@ -140,14 +140,14 @@ pub(super) async fn info_here(handle: &NodeBalancer) -> Result<DrainInfo, String
     })
 }
 
-// ── emptying ────────────────────────────────────────────────────────────
+// ── draining ────────────────────────────────────────────────────────────
 
-/// Empties this node whenever the store says so.
+/// Drains this node whenever the store requires it.
 pub(super) async fn follow(handle: Arc<NodeBalancer>) {
     let ordered = |handle: &NodeBalancer| handle.rules.cache.drain_of(handle.context.name.as_str());
     loop {
         let Some(drain) = ordered(&handle) else {
-            // What was left behind, or went, is of a drain that is over.
+            // The machines that stayed, or left, belong to an earlier drain.
             *handle.drain.locked() = State::default();
             tokio::time::sleep(LOOK_EVERY).await;
             continue;
@@ -163,7 +163,7 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
     }
 }
 
-/// Makes a plan and carries it out; how many machines went.
+/// Makes a plan and carries it out; returns the number of machines that left.
 async fn empty(handle: &Arc<NodeBalancer>, drain: &Drain) -> u32 {
     let progress = &handle.drain;
     let goal = PlanGoal::Drain {
@@ -191,7 +191,7 @@ async fn empty(handle: &Arc<NodeBalancer>, drain: &Drain) -> u32 {
         state.rest = Some((plan.duration_ms, unix_ms()));
     }
     let (urgency, budget_micros) = hurry(drain, plan.duration_ms);
-    // Steps of one machine follow each other; those of several go at the same time.
+    // Steps of one machine run one after the other, those of different machines concurrently.
     let mut of_machines: Vec<Vec<PlanStep>> = Vec::new();
     for step in plan.steps {
         let known = of_machines
@@ -208,7 +208,7 @@ async fn empty(handle: &Arc<NodeBalancer>, drain: &Drain) -> u32 {
     ended.into_iter().filter(|went| *went).count() as u32
 }
 
-/// Moves one machine away, unless the node was opened again; whether it went.
+/// Moves one machine away, unless the drain has ended; returns whether it left.
 async fn go(
     handle: &Arc<NodeBalancer>,
     steps: &[PlanStep],
@@ -244,8 +244,8 @@ async fn go(
     true
 }
 
-/// Where the time that is left is less than twice what is predicted, moves go first, and
-/// machines may have a longer downtime rather than stay.
+/// If the remaining time is less than twice the prediction, moves become urgent and the downtime
+/// limit is raised.
 fn hurry(drain: &Drain, rest_ms: f64) -> (Urgency, Option<u64>) {
     let Some(deadline) = drain.deadline_unix_ms else {
         return (Urgency::Normal, None);

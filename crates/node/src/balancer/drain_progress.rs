@@ -1,9 +1,9 @@
-//! How far emptying this node has come.
+//! Progress of the drain of this node.
 
 use keel_api::{LeftBehind, PlanStep};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// How far emptying this node has come.
+/// Progress of the drain of this node.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Progress(Arc<Mutex<State>>);
 
@@ -12,7 +12,7 @@ pub(super) struct State {
     pub(super) moved: u32,
     pub(super) moving: Vec<PlanStep>,
     pub(super) left: Vec<LeftBehind>,
-    /// What is left, in milliseconds, as predicted, and when that was.
+    /// Predicted remaining time in milliseconds, and when it was predicted.
     pub(super) rest: Option<(f64, u64)>,
 }
 

@@ -1,4 +1,4 @@
-//! The part's state, and the handle by which others reach the balancer's task.
+//! State of the balancer, and the handle to its task.
 
 use super::constraints::Snapshot;
 use super::dirty_rate::DirtyRates;
@@ -18,21 +18,22 @@ use keel_balance::Name;
 use keel_balance::ledger::{Decision, Line};
 use keel_balance::round::{Balancer, Event, Request, Response};
 use keel_cluster::NodeName;
+use keel_machine::moves::MoveReport;
 use keel_store::clock::unix_ms;
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot};
 
-/// Looks at the balancer between two of its steps.
+/// A query that runs on the balancer between two of its steps.
 pub(super) type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
 
-/// What comes to the balancer's task.
+/// Inputs of the balancer's task.
 pub(super) enum Input {
     Event(Event),
     Measured(Box<super::meter::Measured>),
     Asked(Name, Request, oneshot::Sender<Response>),
     Look(Look),
-    /// A machine that broke a rule was moved, or was not.
+    /// The repair of a rule violation has ended.
     RepairOver,
 }
 
@@ -55,10 +56,14 @@ pub(crate) struct NodeBalancer {
     pub(super) drain: Progress,
 }
 
-/// What comes to a balancer, until its task runs.
-pub(crate) struct Inbox(pub(super) UnboundedReceiver<Input>);
+/// Inputs that are queued until the task runs.
+pub(crate) struct Inbox {
+    pub(super) inputs: UnboundedReceiver<Input>,
+    /// Moves that end from now on.
+    pub(super) ended_moves: broadcast::Receiver<Arc<MoveReport>>,
+}
 
-/// The parts below, and the files in which decisions and loads are kept.
+/// The lower layers, and the files of the ledger and of the load history.
 pub(crate) struct Below {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
@@ -75,9 +80,13 @@ pub(crate) struct Below {
 const ENDED: &str = "this node's balancer has ended with its agent";
 
 impl NodeBalancer {
-    /// A balancer whose task does not run yet.
+    /// Creates a balancer whose task does not run yet.
     pub(crate) fn new(below: Below) -> (Self, Inbox) {
-        let (inputs, inbox) = unbounded_channel();
+        let (inputs, receiver) = unbounded_channel();
+        let inbox = Inbox {
+            inputs: receiver,
+            ended_moves: below.moves.ended(),
+        };
         let balancer = NodeBalancer {
             context: below.context,
             processes: below.processes,
@@ -95,7 +104,7 @@ impl NodeBalancer {
             spreading: Spreading::default(),
             drain: Progress::default(),
         };
-        (balancer, Inbox(inbox))
+        (balancer, inbox)
     }
 
     /// Answers another node's balancer.
@@ -116,7 +125,7 @@ impl NodeBalancer {
     ) -> Result<T, String> {
         let (reply, answer) = oneshot::channel();
         let look: Look = Box::new(|balancer, now_ms, snapshot| {
-            // Whoever asked may have gone.
+            // The caller may have gone.
             let _ = reply.send(look(balancer, now_ms, snapshot));
         });
         self.inputs
@@ -126,11 +135,11 @@ impl NodeBalancer {
     }
 
     pub(super) fn tell(&self, event: Event) {
-        // It ends with the agent.
+        // The task ends with the agent.
         let _ = self.inputs.send(Input::Event(event));
     }
 
-    /// Keeps a decision in the ledger that no round came to.
+    /// Records in the ledger a decision that was made outside a round.
     pub(super) fn keep(&self, decision: Decision) {
         self.ledger.keep(Line {
             at_unix_ms: unix_ms(),

@@ -1,10 +1,9 @@
-//! The ledger of one node: decisions of its balancer, kept in a database of its own,
-//! bounded. Writing has a thread of its own; nobody waits for it, and who reads finds
-//! what is not written yet.
+//! The ledger of one node: decisions of its balancer, kept in a database of its own, bounded. A
+//! separate thread writes it, so no caller waits for the disk, and reads include the lines that
+//! are not written yet.
 //!
-//! What says something of a machine goes after it when it moves, so that its node can
-//! explain where it has been when those nodes are gone. Lines that are known already
-//! are not kept twice.
+//! When a machine moves, its lines are sent after it, so that its node can explain its history
+//! after the loss of earlier nodes. Lines that are already in the ledger are not stored twice.
 
 use super::database;
 use keel_balance::Name;
@@ -17,32 +16,32 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Lines by number, as JSON.
 const LINES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("lines");
-/// Lines that are kept; the oldest go.
+/// The most lines; the oldest are deleted.
 const LINES_MAX: u64 = 50_000;
-/// Lines that may wait to be written.
+/// The most lines that wait to be written.
 const UNWRITTEN_MAX: usize = 1024;
-/// Lines that are written together at most.
+/// The most lines of one write.
 const BATCH_MAX: usize = 256;
 
-/// Lines that go with a machine.
+/// The most lines that are sent with a machine.
 pub(super) const ALONG_MAX: u32 = 64;
-/// Newest lines of all among which those of a machine are looked for that leaves.
+/// Number of newest lines that are searched for those of a departing machine.
 pub(super) const ALONG_AMONG: u32 = 10_000;
-/// Newest lines among which one that came along is looked for.
+/// Number of newest lines that are searched for duplicates of received ones.
 const LOOKED_THROUGH: usize = 2_000;
 
-/// What of a ledger is wanted.
+/// A query of a ledger.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Wanted {
-    /// Only what says something of this machine.
+    /// Only lines about this machine.
     pub(crate) machine: Option<String>,
-    /// Not before this, in milliseconds since 1970-01-01 UTC.
+    /// Earliest time, in milliseconds since 1970-01-01 UTC.
     pub(crate) since_unix_ms: u64,
-    /// Not after this; 0 is now.
+    /// Latest time; 0 is now.
     pub(crate) until_unix_ms: u64,
-    /// The newest so many.
+    /// The most lines of the answer, newest first.
     pub(crate) limit: u32,
-    /// Of the newest so many of all; 0 is all.
+    /// The most lines that are searched, newest first; 0 is all.
     #[serde(default)]
     pub(crate) among: u32,
 }
@@ -60,8 +59,8 @@ impl Wanted {
     }
 }
 
-/// Lines that are on their way to the database, oldest first, and the number of the one
-/// that comes next. A line leaves when it is written.
+/// Lines that wait to be written, oldest first, and the number of the next line. A line is removed
+/// when it is written.
 #[derive(Default)]
 struct Unwritten {
     lines: VecDeque<(u64, Line)>,
@@ -73,7 +72,7 @@ struct Unwritten {
 pub(crate) struct Ledger {
     database: Arc<Database>,
     unwritten: Arc<Mutex<Unwritten>>,
-    /// Wakes the writer. One that is not heard yet is enough.
+    /// Wakes the writer. One pending signal is enough.
     bell: SyncSender<()>,
     node: Name,
 }
@@ -83,7 +82,7 @@ fn lock(unwritten: &Mutex<Unwritten>) -> MutexGuard<'_, Unwritten> {
 }
 
 impl Ledger {
-    /// Goes on with the one in a file. Its writer ends with the last handle.
+    /// Opens the ledger in a file. Its writer ends with the last handle.
     ///
     /// # Errors
     /// If the file cannot be used, in a sentence.
@@ -112,33 +111,33 @@ impl Ledger {
         })
     }
 
-    /// Whose it is.
+    /// The node of this ledger.
     pub(crate) fn node(&self) -> &Name {
         &self.node
     }
 
-    /// Keeps a line. Never waits: what finds no room is logged instead.
+    /// Appends a line. Never waits: if the queue is full, the line is logged instead.
     pub(crate) fn keep(&self, line: Line) {
         let mut unwritten = lock(&self.unwritten);
         if unwritten.lines.len() >= UNWRITTEN_MAX {
             drop(unwritten);
-            tracing::warn!(decision = %line.decision, "a decision is not kept: the disk is slow");
+            tracing::warn!(decision = %line.decision, "a decision is lost: the disk is slow");
             return;
         }
         let number = unwritten.next;
         unwritten.next += 1;
         unwritten.lines.push_back((number, line));
         drop(unwritten);
-        // (Where it is full the writer has yet to hear one, and sees this line then.)
+        // If the channel is full, the writer has a pending signal and will see this line.
         let _ = self.bell.try_send(());
     }
 
-    /// Keeps what another node told of a machine that came from there.
+    /// Appends the lines that another node sent with a machine.
     ///
     /// # Errors
     /// The database's, in a sentence.
     pub(super) async fn take_along(&self, mut lines: Vec<Line>) -> Result<(), String> {
-        // (Its own are here, or were too old to be kept.)
+        // Lines of this node are here already, or were deleted for their age.
         lines.retain(|line| line.node != self.node);
         let ledger = self.clone();
         let known = tokio::task::spawn_blocking(move || ledger.unknown_of(lines)).await;
@@ -151,7 +150,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// The newest lines that are wanted, oldest first.
+    /// The newest matching lines, oldest first.
     ///
     /// # Errors
     /// The database's, in a sentence.
@@ -163,8 +162,8 @@ impl Ledger {
             .map_err(|error| format!("the ledger cannot be read: {error}"))
     }
 
-    /// Of lines that came with a machine, those that are not here yet. Further back than
-    /// the newest [`LOOKED_THROUGH`] nobody looks: whoever reads takes equal lines for one.
+    /// The received lines that are not here yet. Only the newest [`LOOKED_THROUGH`] are compared;
+    /// readers merge equal lines.
     fn unknown_of(&self, mut lines: Vec<Line>) -> Result<Vec<Line>, redb::Error> {
         lines.truncate(ALONG_MAX as usize);
         self.look_back(LOOKED_THROUGH, |here| {
@@ -181,7 +180,7 @@ impl Ledger {
             among => among as usize,
         };
         self.look_back(among, |line| {
-            // Those that came with a machine are older than their place here.
+            // Received lines are older than their position suggests.
             if line.at_unix_ms < wanted.since_unix_ms && line.node == self.node {
                 return false;
             }
@@ -194,13 +193,15 @@ impl Ledger {
         Ok(found)
     }
 
-    /// Shows the newest so many lines, newest first, until one is the last that is wanted.
+    /// Passes the given number of newest lines, newest first, to a callback until it stops the
+    /// scan.
     fn look_back(
         &self,
         among: usize,
         mut goes_on: impl FnMut(Line) -> bool,
     ) -> Result<(), redb::Error> {
-        // These before the database: what is written meanwhile is in both, and has its number.
+        // Before the database: a line that is written meanwhile appears in both, under the same
+        // number.
         let unwritten: Vec<(u64, Line)> = lock(&self.unwritten).lines.iter().cloned().collect();
         let written_before = unwritten.first().map_or(u64::MAX, |(number, _)| *number);
         let mut left = among;
@@ -214,7 +215,7 @@ impl Ledger {
         let table = txn.open_table(LINES)?;
         for entry in table.range(..written_before)?.rev().take(left) {
             let (_, json) = entry?;
-            // What a newer version wrote is not read.
+            // Lines of a newer version are skipped.
             let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
                 continue;
             };
@@ -228,7 +229,7 @@ impl Ledger {
 
 fn last(database: &Database) -> Result<Option<u64>, redb::Error> {
     let txn = database.begin_write()?;
-    // (Makes the table where there is none yet.)
+    // Creates the table if there is none yet.
     let table = txn.open_table(LINES)?;
     let last = table.last()?.map(|(number, _)| number.value());
     drop(table);
@@ -236,7 +237,7 @@ fn last(database: &Database) -> Result<Option<u64>, redb::Error> {
     Ok(last)
 }
 
-/// Writes until nothing is unwritten. What the disk does not take is lost.
+/// Writes all waiting lines. Those that cannot be written are lost.
 fn write_all(database: &Database, unwritten: &Mutex<Unwritten>) {
     loop {
         let batch: Vec<(u64, Line)> = {
@@ -247,7 +248,7 @@ fn write_all(database: &Database, unwritten: &Mutex<Unwritten>) {
             return;
         }
         if let Err(error) = write(database, &batch) {
-            tracing::error!(%error, "decisions are not kept: is the disk full?");
+            tracing::error!(%error, "cannot write decisions: is the disk full?");
         }
         lock(unwritten).lines.drain(..batch.len());
     }
@@ -320,7 +321,7 @@ mod tests {
         };
         assert_eq!(ledger.newest(between).await.unwrap().len(), 2);
         drop(ledger);
-        // The writer lets the file go after its last handle.
+        // The writer closes the file after its last handle.
         let reopened = loop {
             match Ledger::open(&path, "a") {
                 Ok(ledger) => break ledger,
@@ -350,7 +351,7 @@ mod tests {
             assert_eq!(found.len(), 3, "{found:?}");
         }
         ledger.take_along(vec![own.clone()]).await.unwrap();
-        // An own line that is newer than what came does not hide it, nor the reverse.
+        // A newer line of this node does not hide a received one, nor the reverse.
         let since = Wanted {
             since_unix_ms: 20,
             ..wanted(None)
@@ -359,13 +360,13 @@ mod tests {
         assert_eq!(found, [own, line(20, "m")]);
     }
 
-    /// A disk that takes its time hides nothing, and nothing is told twice when it comes.
+    /// A slow disk hides no line, and no line appears twice once it is written.
     #[tokio::test]
     async fn what_is_not_written_yet_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::open(&folder.path().join("ledger.redb"), "a").unwrap();
         let all: Vec<Line> = (0..40).map(|at| line(at, "m")).collect();
-        // (While this one is open the writer waits.)
+        // The writer waits while this transaction is open.
         let busy = ledger.database.begin_write().unwrap();
         for line in &all[..20] {
             ledger.keep(line.clone());

@@ -1,31 +1,32 @@
-//! The ledger's lines about a machine follow it when it moves.
+//! Sends a machine's ledger lines after it when it moves.
 
 use super::handle::NodeBalancer;
 use super::ledger::{ALONG_AMONG, ALONG_MAX, Wanted};
 use super::peers::{LEDGER_TRANSFER, ask_node};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::moves::Ending;
+use keel_machine::moves::{Ending, MoveReport};
 use std::sync::Arc;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{self, error::RecvError};
 
-/// Sends the lines about each machine that moves away to its new node, until the agent
-/// ends.
-pub(super) async fn send_ledger_lines(handle: Arc<NodeBalancer>) {
-    let mut ended = handle.moves.ended();
+/// Sends the lines of each machine that moves away to its new node, until the agent ends.
+pub(super) async fn send_ledger_lines(
+    handle: Arc<NodeBalancer>,
+    mut ended: broadcast::Receiver<Arc<MoveReport>>,
+) {
     loop {
         match ended.recv().await {
             Ok(report) if report.ending == Ending::Moved => {
                 send_along(&handle, &report.machine, &report.target);
             }
-            // (Of moves that were missed the lines stay here.)
+            // Lines of missed moves stay here.
             Ok(_) | Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,
         }
     }
 }
 
-/// Sends what this node's ledger says of a machine after it, in the background; what
-/// does not arrive is still here.
+/// Sends this node's ledger lines of a machine after it, in the background. The lines also stay
+/// here.
 pub(super) fn send_along(handle: &Arc<NodeBalancer>, machine: &MachineName, target: &NodeName) {
     let (handle, machine, target) = (handle.clone(), machine.clone(), target.clone());
     tokio::spawn(async move {
@@ -40,14 +41,13 @@ pub(super) fn send_along(handle: &Arc<NodeBalancer>, machine: &MachineName, targ
             if lines.is_empty() {
                 return Ok(());
             }
-            let json = serde_json::to_vec(&lines).map_err(|error| error.to_string())?;
             let taken: Result<(), _> =
-                ask_node(&handle, &target, LEDGER_TRANSFER, &json, async { Ok(()) }).await;
+                ask_node(&handle, &target, LEDGER_TRANSFER, &lines, async { Ok(()) }).await;
             taken.map_err(|error| error.to_string())
         }
         .await;
         if let Err(error) = sent {
-            tracing::debug!(%machine, %target, error, "the ledger did not go along");
+            tracing::debug!(%machine, %target, error, "cannot send the machine's ledger lines");
         }
     });
 }

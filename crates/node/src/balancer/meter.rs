@@ -1,18 +1,15 @@
-//! Measures this node: what its machines demand, and what it can give. Reads `/proc`
-//! and control groups; the kernel's counters rise, and differences of two readings
-//! are rates.
+//! Measures this node: the demand of its machines, and its capacity. Reads `/proc` and control
+//! groups, whose counters increase; the difference of two readings gives a rate.
 //!
-//! Of a machine's process only guest threads count as its demand: those that copy it
-//! away do so for the node. A thread's demand is the time that it ran and the time
-//! that it waited for a core (`/proc/PID/task/TID/schedstat`), also where a quota
-//! around the node made it wait. A machine's own limit holds its threads asleep, so
-//! what it holds back is in neither.
+//! Only the guest threads of a machine's process count as its demand: threads that copy it to
+//! another node count for the node. A thread's demand is its run time plus its run-queue wait
+//! (`/proc/PID/task/TID/schedstat`), also if a quota around the node caused the wait. A machine's
+//! own limit makes its threads sleep, so throttling by it is in neither.
 //!
-//! A working set is found by having the kernel forget which pages were touched, and
-//! looking later which were touched again (`/proc/PID/clear_refs`, `smaps_rollup`):
-//! seldom, and the more so the more memory there is to go through. Pages that the
-//! processor still has translations of are missed: some MiB of a machine that touches
-//! little else.
+//! A working set is measured by clearing the kernel's referenced bits and counting the pages with
+//! the bit set later (`/proc/PID/clear_refs`, `smaps_rollup`). The larger the memory, the less
+//! often this is done. Pages with translations still in the TLB are missed: some MiB of a machine
+//! with a small working set.
 
 use crate::processes::Workers;
 use crate::state_dir::StateDir;
@@ -26,44 +23,44 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What disks carry where nothing else is known, in bytes a second.
+/// Assumed disk throughput, in bytes a second, if none is known.
 const IO_BYTES_PER_S: f64 = 1e9;
-/// Readings that are nearer than this tell nothing.
+/// The least time between two readings.
 const APART_S_MIN: f64 = 0.05;
-/// How long touched pages are gathered for a working set; so long again for each GiB
+/// How long referenced pages of a working set are collected; the time is added again for each GiB
 /// that the machine occupies.
 const WORKING_SET_SPAN: Duration = Duration::from_secs(60);
 
-/// What was measured.
+/// The result of a measurement.
 #[derive(Debug, Clone)]
 pub(super) struct Measured {
-    /// What the node can give.
+    /// The node's capacity.
     pub(super) capacity: Capacity,
-    /// What others than machines use.
+    /// Use by processes that are not machines.
     pub(super) base: Factors,
     /// Each process of a machine here, whether the machine runs here or not.
     pub(super) machines: HashMap<MachineName, (Factors, Usage)>,
-    /// Shares of time waited, by machines.
+    /// Share of time that machines waited.
     pub(super) cpu_pressure: f64,
     pub(super) stall_pressure: f64,
-    /// To and from other nodes.
+    /// Traffic with other nodes.
     pub(super) traffic: Vec<PeerTraffic>,
 }
 
-/// What is known of a machine that runs here.
+/// State of a machine that runs here.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Runs {
     /// Limit of its CPU time, in cores.
     pub(super) cores_max: Option<f64>,
-    /// Memory that it writes.
+    /// Bytes a second that it writes.
     pub(super) dirty_bytes_per_s: f64,
 }
 
 impl Measured {
-    /// What of it is this node's load. `runs` knows the machines that run here: of others
-    /// there is a copy that is not this node's yet, or any more. What such a copy occupies
-    /// counts. What its threads did does not, which was before it left: a node would seem
-    /// loaded by what it has just given away, and give away more.
+    /// The part of the measurement that is this node's load. `runs` returns the machines that run
+    /// here. Other processes are copies that do not run here yet or any more: their memory counts,
+    /// but not their CPU time, which is from before the move. Otherwise a node would seem loaded
+    /// by a machine that it has just moved away, and move more away.
     pub(super) fn sample(self, runs: impl Fn(&MachineName) -> Option<Runs>) -> NodeSample {
         let mut base = self.base;
         let mut machines = Vec::with_capacity(self.machines.len());
@@ -104,13 +101,13 @@ struct Thread {
     is_guest: bool,
     /// Nanoseconds that it waited for a core.
     waited: u64,
-    /// Nanoseconds run, and of guests waited for a core too. What the node itself does
-    /// does not weigh more because it waits: a compiling thread of low priority would
-    /// else count for a core.
+    /// Nanoseconds of run time, for guest threads plus the time that they waited for a core. The
+    /// node's own threads do not weigh more because they wait: a low-priority compiling thread
+    /// would otherwise count as a core.
     nanos: u64,
-    /// Whether it ran, or waited for a core, when it was looked at.
+    /// Whether it was runnable at the reading.
     runnable: bool,
-    /// How often it went to sleep.
+    /// Number of times that it went to sleep.
     rests: u64,
 }
 
@@ -119,12 +116,12 @@ struct Thread {
 struct Counters {
     threads: HashMap<u32, Thread>,
     io_bytes: u64,
-    /// Microseconds stood still for memory and disks.
+    /// Microseconds stalled for memory and disks.
     stalled_micros: u64,
     group: GroupCounts,
 }
 
-/// Looking for what a process touches.
+/// The measurement of a working set in progress.
 #[derive(Debug)]
 struct Touched {
     since: Instant,
@@ -139,7 +136,7 @@ struct Host {
     all: u64,
 }
 
-/// Reads and remembers.
+/// Takes readings and keeps the last one.
 pub(super) struct Meter {
     dir: StateDir,
     previous: HashMap<u32, Counters>,
@@ -165,7 +162,7 @@ impl Meter {
         }
     }
 
-    /// What happened since the last call; `None` the first time.
+    /// The measurement since the last call; `None` for the first one.
     pub(super) fn measure(
         &mut self,
         workers: &Workers,
@@ -227,7 +224,7 @@ impl Meter {
             let guests: f64 = machines.values().map(|(it, _)| it.cpu_cores).sum();
             let cores_of_host = cores_of_host();
             let host_share = host_shares(&self.host, &host);
-            // A node that is bounded shares with nobody what it is bounded to.
+            // A node with a limit of its own shares it with no other process.
             let (cores, others) = match budget.cores {
                 Some(cores) => (cores.min(cores_of_host), 0.0),
                 None => {
@@ -273,8 +270,8 @@ impl Meter {
 }
 
 impl Meter {
-    /// Looks at what processes touched: of those that are due the one that waits
-    /// longest, since it takes as long as there is memory to go through.
+    /// Measures working sets: of the processes that are due the one that waits longest, since the
+    /// time grows with the memory to scan.
     fn look_at_working_sets(&mut self, residents: &[(u32, u64)]) {
         self.touched
             .retain(|pid, _| residents.iter().any(|(it, _)| it == pid));
@@ -282,7 +279,7 @@ impl Meter {
             let gibs = u32::try_from(resident >> 30).unwrap_or(u32::MAX);
             let span = WORKING_SET_SPAN.saturating_mul(gibs.saturating_add(1));
             let since = self.touched.get(pid).map(|it| it.since.elapsed());
-            // One that was never looked at waits longest.
+            // A process that was never measured waits longest.
             let late = since.map_or(Some(Duration::MAX), |since| since.checked_sub(span))?;
             Some((late, *pid))
         };
@@ -292,7 +289,7 @@ impl Meter {
         let process = PathBuf::from(format!("/proc/{pid}"));
         let known = self.touched.contains_key(&pid);
         let bytes = known.then(|| referenced_bytes(&process)).flatten();
-        // 1: of all pages.
+        // 1 clears the bits of all pages.
         let forgotten = std::fs::write(process.join("clear_refs"), "1").is_ok();
         let touched = Touched {
             since: Instant::now(),
@@ -302,7 +299,7 @@ impl Meter {
     }
 }
 
-/// What went to and came from each node that there was anything of.
+/// Traffic rates with each node that had any traffic.
 fn traffic_rates(
     before: &BTreeMap<NodeName, traffic::Bytes>,
     now: &BTreeMap<NodeName, traffic::Bytes>,
@@ -322,7 +319,7 @@ fn traffic_rates(
         .collect()
 }
 
-/// Bytes of a process that were touched since the kernel was told to forget it.
+/// Bytes of a process that were referenced since the bits were cleared.
 fn referenced_bytes(process: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(process.join("smaps_rollup")).ok()?;
     let line = text
@@ -332,7 +329,7 @@ fn referenced_bytes(process: &Path) -> Option<u64> {
     Some(kib.saturating_mul(1024))
 }
 
-/// What else of a process is a rate.
+/// The other rates of a process.
 fn usage(before: &Counters, now: &Counters, seconds: f64) -> Usage {
     let rate = |before: Option<u64>, now: Option<u64>| {
         let more = now?.saturating_sub(before?);
@@ -354,8 +351,8 @@ fn usage(before: &Counters, now: &Counters, seconds: f64) -> Usage {
     }
 }
 
-/// That of this node's machines; where the kernel keeps it for no group, that of the
-/// host, if the host is the node's alone.
+/// Pressure of this node's machines; if the kernel has none for the group, that of the host,
+/// provided that the node uses the whole host.
 fn pressure(workers: &Workers, budget: &Budget) -> Pressure {
     let own = workers.slice().pressure();
     if own.cpu_micros.is_some() || budget.cores.is_some() {
@@ -373,7 +370,7 @@ fn share(before: Option<u64>, now: Option<u64>, seconds: f64) -> f64 {
     }
 }
 
-/// Rates of guests' threads, and of the others.
+/// Rates of guest threads, and of the other threads.
 fn rates(before: &Counters, now: &Counters, seconds: f64) -> (Factors, Factors) {
     let (mut guest, mut other) = (Factors::default(), Factors::default());
     for (tid, thread) in &now.threads {
@@ -385,14 +382,14 @@ fn rates(before: &Counters, now: &Counters, seconds: f64) -> (Factors, Factors) 
         if !thread.is_guest {
             other.cpu_cores += cores;
         } else if never_rested {
-            // Exactly one: the kernel counts waiting only once it is over.
+            // Exactly one core: the kernel counts a wait only once it has ended.
             guest.cpu_cores += 1.0;
             guest.cpu_bound_cores += 1.0;
         } else if earlier.is_some() {
             guest.cpu_cores += cores;
         } else {
-            // Of a thread that is younger than the last reading all counts: no more than
-            // there was time for.
+            // All counters of a thread that is younger than the last reading count, up to the
+            // elapsed time.
             guest.cpu_cores += cores.min(1.0);
         }
     }
@@ -408,7 +405,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
     for task in tasks.into_iter().flatten().flatten() {
         let path = task.path();
         let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok());
-        // A thread may end while it is looked at.
+        // A thread may end during the reading.
         let (Some(tid), Ok(stat)) = (tid, std::fs::read_to_string(path.join("schedstat"))) else {
             continue;
         };
@@ -448,7 +445,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
     counters
 }
 
-/// Nanoseconds run and waited: `RUN WAITED SLICES`.
+/// Nanoseconds of run time and run-queue wait: `RUN WAITED SLICES`.
 fn ran_and_waited_nanos(schedstat: &str) -> Option<(u64, u64)> {
     let mut words = schedstat.split_whitespace();
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
@@ -460,7 +457,7 @@ fn field(text: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// What a process occupies. Of a machine's memory all that is there counts, not only what is
+/// Memory that a process occupies. All present pages of a machine's memory count, not only those
 /// in the process's page table.
 fn resident_bytes(process: &Path) -> u64 {
     let mapped = mapped_bytes(process);
@@ -503,7 +500,7 @@ fn parse_host(text: &str) -> Option<Host> {
         .skip(1)
         .map_while(|word| word.parse().ok())
         .collect();
-    // What guests of KVM ran is in `user` already.
+    // The run time of KVM guests is included in `user`.
     let all: u64 = ticks.iter().take(8).sum();
     let idle = ticks.get(3)? + ticks.get(4)?;
     let stolen = ticks.get(7).copied().unwrap_or(0);
@@ -514,7 +511,7 @@ fn parse_host(text: &str) -> Option<Host> {
     })
 }
 
-/// Shares of all cores' time that were busy, and stolen by the host of this host.
+/// Shares of all cores' time that were busy, and stolen by the hypervisor.
 fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
     let all = now.all.saturating_sub(before.all);
     if all == 0 {
@@ -527,7 +524,7 @@ fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
     )
 }
 
-/// Memory that the node has, and what of it others than machines occupy.
+/// The node's memory, and the part that other processes than machines occupy.
 fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
     let total = crate::host::memory_bytes();
     match budget.memory_bytes {
@@ -569,18 +566,18 @@ mod tests {
             (3, thread(true, 0, 0)),
         ]);
         let now = counters(&[
-            // Waits since a while, which the kernel has not counted yet.
+            // It has waited for a while, which the kernel has not counted yet.
             (1, thread(true, 5 * second + second / 3, 7)),
             (2, thread(false, second / 2, 0)),
             (3, thread(true, second / 4, 1)),
-            // Began meanwhile.
+            // Started after the first reading.
             (4, thread(true, second / 4, 0)),
         ]);
         let (guest, other) = rates(&before, &now, 1.0);
         assert_eq!(guest.cpu_cores, 1.5);
         assert_eq!(guest.cpu_bound_cores, 1.0);
         assert_eq!(other.cpu_cores, 0.5);
-        // (Half of each is waiting here.)
+        // Half of each is waiting in this example.
         let waited = usage(&before, &now, 1.0).cpu_waited_cores;
         assert!((waited - 1.0 / 6.0 - 1.0 / 8.0).abs() < 1e-6, "{waited}");
         assert_eq!(ran_and_waited_nanos("300 700 5\n"), Some((300, 700)));
@@ -620,7 +617,7 @@ mod tests {
                 dirty_bytes_per_s: 5.0,
             })
         });
-        // Its process had run for a part of the time that was measured.
+        // Its process had run for part of the measured time.
         assert_eq!(sample.base.cpu_cores, 0.05);
         assert_eq!(sample.base.memory_bytes, 64 << 20);
         let [here] = &sample.machines[..] else {
@@ -648,10 +645,10 @@ mod tests {
         let now = read_process(own, None);
         let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
         burner.join().unwrap();
-        // Run or waited for: however busy the host is.
+        // Run time or wait: independent of the load of the host.
         assert!(guest.cpu_cores > 0.5, "{guest:?}");
         assert!(resident_bytes(own) > 1 << 20);
-        // A machine's memory counts as soon as something is in it, used or not.
+        // A page of a machine's memory counts once it is present, mapped or not.
         let before = mapped_bytes(own);
         let memory = guest_memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
         memory.write(0, &vec![1; 24 << 20]).unwrap();
@@ -678,8 +675,8 @@ mod tests {
         }
         let touched = referenced_bytes(own).expect("the kernel tells");
         std::hint::black_box(&held);
-        // (Other tests run in processes of their own. What the processor still had a
-        // translation of, some MiB, is not seen to be touched again.)
+        // Other tests run in processes of their own. Pages with translations still in the TLB,
+        // some MiB, are not seen as referenced again.
         assert!((48 << 20..96 << 20).contains(&touched), "{touched}");
     }
 

@@ -1,5 +1,5 @@
-//! The balancer of this node: feeds the state machine of `keel-balance` with what is
-//! measured, asked and answered, and carries out its commands.
+//! The balancer of this node: feeds measurements, requests and answers to the state machine of
+//! `keel-balance`, and carries out its commands.
 //!
 //! ```text
 //!   meter thread ──┐
@@ -8,22 +8,20 @@
 //!                                               └▶ decisions ─▶ ledger thread
 //! ```
 //!
-//! - `handle`: the part's state
+//! - `handle`: the state of the balancer
 //! - `task`: events in, commands out
-//! - `actions`, `slots`: moves that it makes, and how many may be under way
-//! - `meter`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measures this node
-//! - `constraints`: what rules and machines' specs allow
-//! - `promises`: machines that count as what their specs promise
+//! - `actions`, `slots`: its moves, and the limit of concurrent ones
+//! - `meter`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measure this node
+//! - `constraints`: constraints from rules and specs
+//! - `promises`: machines whose target load counts
 //! - `policy`: the policy in the store
-//! - `ledger`, `ledger_transfer`, `recorder`, `database`: decisions and loads as they are
-//!   kept
-//! - `peers`, `answers`, `queries`: requests between balancers, and what users ask
+//! - `ledger`, `ledger_transfer`, `recorder`, `database`: records of decisions and loads
+//! - `peers`, `answers`, `queries`: requests between balancers, and queries of users
 //! - `placement`: where new machines start
-//! - `compile_ahead`: programs that are compiled before they are needed here
-//! - `plan`, `confirmed`: plans for all nodes, and carrying them out
-//! - `drain`, `drain_progress`: emptying this node
-//! - `fine_grained`, `spreading`: threads and memory of machines that may have parts
-//!   elsewhere
+//! - `compile_ahead`: compiles programs before they are needed here
+//! - `plan`, `confirmed`: plans for all nodes, and their execution
+//! - `drain`, `drain_progress`: drains this node
+//! - `fine_grained`, `spreading`: threads and memory of machines that may have parts elsewhere
 //!
 //! `docs/balancing.md` explains load, rounds, plans and drains.
 

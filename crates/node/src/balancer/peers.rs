@@ -16,19 +16,19 @@ use tokio::task::JoinSet;
 
 /// `keel_balance::round::Request` → `Response`.
 pub(crate) const BALANCE: u16 = 0x030c;
-/// [`super::Wanted`], which is not looked at → `NodeLoad` as JSON.
+/// [`super::Wanted`], which is ignored → `NodeLoad` as JSON.
 pub(crate) const LOAD: u16 = 0x030d;
 /// [`super::Wanted`] → list of `Line` as JSON.
 pub(crate) const LEDGER: u16 = 0x030e;
 /// `(machine, node)` → `WhyNot` as JSON.
 pub(crate) const WHY_NOT: u16 = 0x030f;
-/// `machine` → `()` as JSON: a proposed move is to be made.
+/// `machine` → `()` as JSON: confirms a proposed move.
 pub(crate) const CONFIRM: u16 = 0x0310;
 /// nothing → `DrainInfo` as JSON.
 pub(crate) const DRAIN: u16 = 0x0311;
 /// [`super::Span`] → list of `HistoryPoint` as JSON.
 pub(crate) const HISTORY: u16 = 0x0312;
-/// List of `Line` as JSON, of a machine that came → `()` as JSON.
+/// List of `Line`, of an arrived machine → `()` as JSON.
 pub(crate) const LEDGER_TRANSFER: u16 = 0x0313;
 
 /// How long another node's balancer may take to answer.
@@ -36,7 +36,7 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a node may take to answer a user's question.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Asks another node's balancer.
+/// Sends a request to another node's balancer.
 pub(super) async fn ask(
     handle: &NodeBalancer,
     peer: &str,
@@ -53,10 +53,10 @@ pub(super) async fn ask(
     unpack(&answer).map_err(|error| error.to_string())
 }
 
-/// Asks a node: another one by a request, this one by `here`.
+/// Queries a node: another one by a request, this one by `here`.
 ///
 /// # Errors
-/// [`CommandError`] if it does not answer, or says why not.
+/// [`CommandError`] if it does not answer, or answers with an error.
 pub(super) async fn ask_node<Q: Serialize, A: DeserializeOwned>(
     handle: &NodeBalancer,
     node: &NodeName,
@@ -75,10 +75,10 @@ pub(super) async fn ask_node<Q: Serialize, A: DeserializeOwned>(
         other => unavailable(other.to_string()),
     })?;
     serde_json::from_slice(&json)
-        .map_err(|error| unavailable(format!("{node} answered something else: {error}")))
+        .map_err(|error| unavailable(format!("{node} gave an unexpected answer: {error}")))
 }
 
-/// Asks all nodes; their answers, and the nodes that did not answer.
+/// Queries all nodes; returns their answers, and the nodes that did not answer.
 pub(super) async fn ask_all<Q, T, F>(
     handle: &Arc<NodeBalancer>,
     kind: u16,
@@ -115,13 +115,13 @@ where
 }
 
 impl NodeBalancer {
-    /// Whether what the balancer decides is done.
+    /// Whether the balancer carries out its decisions.
     pub(crate) async fn is_automatic(&self) -> bool {
         let mode = self.look(|it, _, _| it.policy().0.mode).await;
         mode == Ok(Mode::Automatic)
     }
 
-    /// How loaded another node is, as it says.
+    /// The load of another node, as it reports it.
     pub(crate) async fn load_of(&self, node: &NodeName) -> Option<f64> {
         match ask(self, node.as_str(), &Request::View).await {
             Ok(Response::View(view)) => Some(view.state.load),

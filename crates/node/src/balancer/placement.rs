@@ -1,7 +1,7 @@
-//! Where a new machine starts if nobody says where: on the lightest of a few nodes,
-//! which are drawn at random, this one among them. To ask a few is nearly as good as to
-//! ask all (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", TPDS
-//! 2001), and as quick in a cluster of thousands.
+//! Places a new machine without a requested node on the least loaded of a few nodes: this one, and
+//! others drawn at random. Asking a few is nearly as good as asking all (Mitzenmacher, "The Power
+//! of Two Choices in Randomized Load Balancing", TPDS 2001), and as fast in a cluster of
+//! thousands.
 
 use super::handle::NodeBalancer;
 use super::ledger::Wanted;
@@ -17,15 +17,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// Other nodes that are asked.
+/// Number of other nodes that are asked.
 const ASKED: usize = 5;
-/// How long a node may take to answer before the others decide.
+/// How long a node may take to answer before it is ignored.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// By how much less another node must be loaded than this one: what is near is taken.
+/// The least difference in load for which another node is preferred to this one.
 const NEARER: f64 = 0.1;
 
 impl NodeBalancer {
-    /// The node for a new machine that nobody placed.
+    /// The node for a new machine without a requested node.
     pub(crate) async fn choose_node(
         self: &Arc<Self>,
         machine: &str,
@@ -35,8 +35,8 @@ impl NodeBalancer {
     }
 }
 
-/// The node for a new machine of such a memory limit: this one, where balancing is off,
-/// or nobody else is clearly lighter.
+/// The node for a new machine with this memory limit: this one if balancing is off, or no other
+/// node is clearly less loaded.
 async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) -> NodeName {
     let here = handle.context.name.clone();
     let machine: Name = machine.into();
@@ -79,8 +79,8 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
     lightest(may_stay, own.as_ref(), &sides, memory_bytes).unwrap_or(here)
 }
 
-/// A node as it tells of itself, with what was placed there since: for each machine
-/// that it has not measured what that promises, or a core.
+/// A node's reported state, with the machines that were placed there since: for each machine that
+/// it has not measured, the promised load, or one core.
 fn with_newest(handle: &NodeBalancer, told: NodeLoad) -> Option<NodeState> {
     let mut side = told.side?;
     let sample = told.sample?;
@@ -98,14 +98,14 @@ fn with_newest(handle: &NodeBalancer, told: NodeLoad) -> Option<NodeState> {
     Some(side)
 }
 
-/// The lightest of other nodes, if it is to be taken.
+/// The least loaded of the other nodes, if it is preferred.
 fn lightest(
     may_stay: bool,
     own: Option<&NodeState>,
     others: &[(NodeName, NodeState)],
     memory_bytes: u64,
 ) -> Option<NodeName> {
-    // Where none has room for all that it may ask for, the lightest is as good.
+    // If none has room for the whole limit, the least loaded one is as good.
     let has_room = |side: &NodeState| side.memory_free_bytes >= memory_bytes;
     let key = |side: &NodeState| (!has_room(side), side.load);
     let least = others.iter().min_by(|(_, one), (_, other)| {
@@ -114,7 +114,7 @@ fn lightest(
     });
     let (node, side) = least?;
     let taken = match own {
-        // It has not measured for long enough to know.
+        // The node has not measured for long enough.
         None => !may_stay,
         Some(own) => match (has_room(own), has_room(side)) {
             (false, true) => true,
@@ -158,7 +158,7 @@ mod tests {
         let level = others((0.5, 200), (0.45, 200));
         assert_eq!(chosen(Some((0.5, 200)), &level), None);
         assert_eq!(chosen(Some((0.6, 200)), &level).as_deref(), Some("c"));
-        // Room counts first.
+        // Room takes precedence.
         assert_eq!(chosen(Some((0.1, 50)), &level).as_deref(), Some("c"));
         let full = others((0.5, 200), (0.1, 50));
         assert_eq!(chosen(Some((0.9, 200)), &full).as_deref(), Some("b"));
@@ -170,7 +170,7 @@ mod tests {
             chosen(Some((0.9, 200)), &others((0.1, 50), (0.2, 50))),
             None
         );
-        // Nobody knows this node's load, or nobody else answers.
+        // The load of this node is unknown, or no other node answers.
         assert_eq!(chosen(None, &level), None);
         assert_eq!(chosen(Some((0.9, 200)), &[]), None);
         // A rule, or a drain, forbids this node.

@@ -1,6 +1,6 @@
-//! Plans for all nodes: made of what they tell now, and carried out wave by wave. The
-//! planner is `keel-balance`'s; every move is an ordinary one, which the store may
-//! refuse, so a plan that is out of date does less, and nothing wrong.
+//! Plans for all nodes: made from their current reports, and carried out wave by wave. The planner
+//! is in `keel-balance`. Every move is an ordinary one, which the store may refuse, so an outdated
+//! plan moves less, but never wrongly.
 
 use super::actions::{ended, run_move};
 use super::confirmed;
@@ -29,24 +29,24 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// What a plan weighs: work in cores of the reference speed, memory, and disks.
+/// The resources of a plan: work in cores of the reference speed, memory, and disks.
 const CPU: usize = 0;
 const MEMORY: usize = 1;
 const IO: usize = 2;
-/// Least share of the unevenness of one node in a cluster of two that a move takes
-/// away; less with more nodes.
+/// The least reduction of unevenness by a move, as a share of that of one node in a cluster of
+/// two; less with more nodes.
 const GAIN_MIN: f64 = 0.02;
-/// Machines that leave a node, and come to it, at the same time.
+/// The most concurrent moves from a node, and to a node.
 pub(super) const AT_ONCE: (usize, usize) = (4, 2);
-/// The role of carrying out a plan: one at a time.
+/// The role of the executor of a plan: one at a time.
 const ROLE: &str = "plan";
 
-/// All nodes and machines, as they are told of now.
+/// All nodes and machines, as currently reported.
 pub(super) struct View {
     problem: Problem,
     /// The epoch of each machine.
     epochs: Vec<String>,
-    /// Why a machine is not to be moved, by its number.
+    /// Why a machine must not move, by its number.
     fixed: BTreeMap<usize, String>,
     factors: Vec<Factors>,
     fill: f64,
@@ -55,7 +55,7 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Asks all nodes.
+    /// Queries all nodes.
     pub(super) async fn gather(
         handle: &Arc<NodeBalancer>,
         goal: &PlanGoal,
@@ -84,14 +84,14 @@ impl View {
             let Some(at) = sites.iter().position(|site| site.name == owner) else {
                 continue;
             };
-            // (One that has just come is in no sample yet.)
+            // A machine that has just arrived is in no sample yet.
             let used = samples.get(&*name).map(|it| it.factors).unwrap_or_default();
             let thing = rules_now.machine(&name);
             let placed = handle.placements.get(&name);
             let mut rules = rules_now.rules.iter();
             let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
                 _ if placed.as_ref().is_none_or(|placed| !placed.movable) => {
-                    Some("it does not run just now".to_owned())
+                    Some("it is not running at present".to_owned())
                 }
                 None if !for_drain
                     && placed
@@ -127,7 +127,8 @@ impl View {
             at_once: AT_ONCE,
         };
         problem.hard[MEMORY] = true;
-        // What neither machines nor headroom leave free is others'.
+        // Memory that is neither of machines nor of headroom, nor free, belongs to other
+        // processes.
         for (number, node) in told.nodes.iter().enumerate() {
             let of_machines: f64 = problem
                 .loads
@@ -150,19 +151,18 @@ impl View {
         })
     }
 
-    /// Machines that are on a node, or are to be.
+    /// Number of machines that are on a node or planned there.
     pub(super) fn machines_on(&self, node: &str) -> usize {
         let sites = &self.problem.sites;
         let on = |load: &&Workload| *sites[load.site].name == *node;
         self.problem.loads.iter().filter(on).count()
     }
 
-    /// Makes a plan, which takes a processor for seconds in a large cluster: on a thread
-    /// that nobody waits for.
+    /// Makes a plan on a blocking thread, because it takes a processor for seconds in a large
+    /// cluster.
     ///
     /// # Errors
-    /// [`CommandError::NotFound`] if a node is to be emptied that does not tell its
-    /// load.
+    /// [`CommandError::NotFound`] if a node to be drained does not report its load.
     pub(super) async fn plan(self, goal: PlanGoal) -> Result<PlanInfo, CommandError> {
         tokio::task::spawn_blocking(move || self.compute(&goal))
             .await
@@ -238,7 +238,7 @@ impl View {
     }
 }
 
-/// How long steps take, of which those of a wave go at the same time.
+/// Duration of steps, of which those of a wave run concurrently.
 fn duration(steps: &[PlanStep]) -> f64 {
     let mut waves: BTreeMap<usize, f64> = BTreeMap::new();
     for step in steps {
@@ -254,7 +254,7 @@ fn weighed(weights: &Weights) -> Amounts {
     amounts
 }
 
-/// A node; one that has not measured for long enough takes nothing.
+/// A node; one that has not measured for long enough accepts no machine.
 fn site(node: &NodeLoad, rules_now: &RuleSet) -> Site {
     let name: Name = node.node.as_str().into();
     let (mut capacity, mut base) = ([0.0; RESOURCES], [0.0; RESOURCES]);
@@ -283,7 +283,7 @@ fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
     amounts
 }
 
-/// Makes a plan of what all nodes tell now.
+/// Makes a plan from the current reports of all nodes.
 pub(crate) async fn make(
     handle: &Arc<NodeBalancer>,
     goal: &PlanGoal,
@@ -291,9 +291,9 @@ pub(crate) async fn make(
     View::gather(handle, goal).await?.plan(goal.clone()).await
 }
 
-// ── carrying out ────────────────────────────────────────────────────────
+// ── execution ───────────────────────────────────────────────────────────
 
-/// Moves the machine of a step; how that ended.
+/// Moves the machine of a step; returns the outcome.
 pub(super) async fn take_step(
     handle: &Arc<NodeBalancer>,
     step: &PlanStep,
@@ -322,7 +322,7 @@ pub(super) async fn take_step(
     outcome
 }
 
-/// Whether a machine is still where a plan found it.
+/// Whether a machine is still where the plan assumes it.
 async fn is_there(handle: &NodeBalancer, step: &PlanStep) -> Result<(), String> {
     let machine = MachineName::new(&step.machine).map_err(|error| error.to_string())?;
     let found = records::get(&*handle.context.store, &machine).await;
@@ -334,26 +334,25 @@ async fn is_there(handle: &NodeBalancer, step: &PlanStep) -> Result<(), String> 
     }
 }
 
-/// Carries out steps, wave by wave; what becomes of them is told. It goes on when
-/// nobody listens any more, and ends early with this node's agent: what has not begun
-/// then is not done.
+/// Carries out steps, wave by wave, and reports their outcomes. It continues if the client
+/// disconnects, and ends early with this node's agent: remaining steps are not carried out then.
 ///
 /// # Errors
-/// [`CommandError::Conflict`] while another plan is carried out, or where the cluster
-/// is not any more what the plan was made of; [`CommandError::Invalid`] for steps that are
-/// not those of the plan. Nothing moved then.
+/// [`CommandError::Conflict`] while another plan is carried out, or if the cluster has changed
+/// since the plan was made; [`CommandError::Invalid`] for steps that are not those of the plan. No
+/// machine moves then.
 pub(crate) async fn carry_out(
     handle: &Arc<NodeBalancer>,
     plan: PlanRequest,
 ) -> Result<mpsc::Receiver<PlanLine>, CommandError> {
     let role = take_role(handle).await?;
-    // (No other plan changes anything from here on.)
+    // From here on no other plan changes the placement.
     if let Err(error) = confirmed::check(handle, &plan).await {
         give_role_back(handle, &role).await;
         return Err(error);
     }
     let steps = plan.steps;
-    // Room for all: whoever listens slowly holds nothing up.
+    // Unbounded by the client's speed: a slow reader delays no step.
     let (send, lines) = mpsc::channel(2 * steps.len() + 1);
     let handle = handle.clone();
     tokio::spawn(async move {
@@ -363,7 +362,7 @@ pub(crate) async fn carry_out(
             let mut moves = JoinSet::new();
             let of_wave = steps.iter().filter(|step| step.wave == wave);
             for step in of_wave.filter(|step| !stayed.contains(&step.machine)) {
-                // (Whoever asked may have gone.)
+                // The client may have disconnected.
                 let _ = send.send(PlanLine::Begun(step.clone())).await;
                 let (handle, step) = (handle.clone(), step.clone());
                 moves.spawn(async move {
@@ -413,7 +412,7 @@ async fn take_role(handle: &NodeBalancer) -> Result<Key, CommandError> {
     }
 }
 
-/// If that fails it is free when this node's lease ends.
+/// If this fails, the role is released when this node's lease ends.
 async fn give_role_back(handle: &NodeBalancer, key: &Key) {
     let key = key.to_string();
     let txn = Txn::new()

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 
-/// Pause before the store is followed anew.
+/// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// The policy in the store, and its revision; the default one where none was set.
+/// The policy in the store, and its revision; the default one if none is set.
 pub(super) fn policy_of(entry: Option<&KeyValue>) -> Result<(Policy, Revision), String> {
     let Some(entry) = entry else {
         return Ok((Policy::default(), 0));
@@ -29,7 +29,7 @@ pub(super) async fn follow_policy(handle: Arc<NodeBalancer>, events: UnboundedSe
         Ok((policy, revision)) => {
             let _ = events.send(Event::Policy(Box::new(policy), revision));
         }
-        // That of before goes on.
+        // The earlier policy stays in force.
         Err(error) => tracing::error!(error),
     };
     while !events.is_closed() {

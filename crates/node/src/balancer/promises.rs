@@ -1,14 +1,14 @@
-//! What a machine's spec promises, which may count instead of what is measured.
+//! Target loads promised by specs, which may count instead of measurements.
 
 use keel_balance::load::{Capacity, Factors};
 use keel_balance::policy::Basis;
 use keel_machine::spec::{BalanceBy, Balancing};
 
-/// Most disk traffic that a machine may promise, in bytes a second.
+/// The highest promised disk traffic, in bytes a second.
 pub(crate) const IO_TARGET_MAX: u64 = 1 << 40;
 
-/// A machine's load as it counts: what it promises, where that is wanted. Memory that
-/// it occupies beyond its promise is occupied all the same.
+/// The load of a machine that counts: the promised one, if the policy says so. Memory that it
+/// occupies beyond its promise counts as measured.
 pub(super) fn promised(
     balancing: &Balancing,
     measured: Factors,

@@ -1,5 +1,5 @@
-//! What users and other nodes ask of balancers: loads, the ledger, why something does
-//! not move; and what users change: the policy, confirmed moves.
+//! Queries of users and other nodes: loads, the ledger, why a machine does not move; and commands
+//! of users: the policy, confirmed moves.
 
 use super::handle::NodeBalancer;
 use super::ledger::Wanted;
@@ -18,7 +18,7 @@ use keel_store::keys::Key;
 use keel_store::{Txn, TxnOutcome};
 use std::sync::{Arc, PoisonError};
 
-/// This node's load, as its balancer sees it.
+/// This node's load, as seen by its balancer.
 pub(super) async fn load(handle: &NodeBalancer) -> Result<NodeLoad, String> {
     let node = handle.context.name.to_string();
     let traffic = handle.traffic.lock();
@@ -53,7 +53,7 @@ pub(crate) async fn gather_loads(handle: &Arc<NodeBalancer>) -> Result<BalanceIn
     })
 }
 
-/// What a node was measured to be, or a machine wherever it was.
+/// The measured history of a node, or of a machine wherever it was.
 ///
 /// # Errors
 /// [`CommandError::NotFound`] if there is no such node, or it does not answer.
@@ -98,7 +98,7 @@ pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, wanted: &Wanted) -
         })
         .await;
     let mut lines: Vec<Line> = told.into_iter().flatten().collect();
-    // Some nodes have lines of others, which came with machines.
+    // Several nodes may have the same line, which was sent with a machine.
     let order = |line: &Line| (line.at_unix_ms, line.node.clone());
     lines.sort_by_cached_key(|line| (order(line), line.decision.to_string()));
     lines.dedup();
@@ -107,7 +107,7 @@ pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, wanted: &Wanted) -
     LedgerInfo { lines, silent }
 }
 
-/// Why a machine does not go to a node, asked of any node.
+/// Why a machine does not move to a node, queried from any node.
 pub(crate) async fn why_not(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
@@ -129,7 +129,7 @@ pub(crate) async fn why_not(
     ask_node(handle, &owner, WHY_NOT, &(machine, to), here).await
 }
 
-/// The same of a machine that runs here.
+/// The same for a machine that runs here.
 pub(super) async fn why_not_here(
     handle: &NodeBalancer,
     machine: &MachineName,
@@ -141,11 +141,11 @@ pub(super) async fn why_not_here(
     let view = match ask(handle, to.as_str(), &Request::View).await? {
         Response::View(view) => view,
         Response::NotReady => return Err(format!("{to} has not measured for long enough")),
-        other => return Err(format!("{to} answered something else: {other:?}")),
+        other => return Err(format!("{to} gave an unexpected answer: {other:?}")),
     };
     let weights = match ask(handle, to.as_str(), &question).await? {
         Response::Weights(weights) => weights,
-        other => return Err(format!("{to} answered something else: {other:?}")),
+        other => return Err(format!("{to} gave an unexpected answer: {other:?}")),
     };
     let peer: Name = to.as_str().into();
     let explained = handle.look(move |balancer, now_ms, rules| {
@@ -160,7 +160,7 @@ pub(super) async fn why_not_here(
     })
 }
 
-/// Sets the policy, if it is still of the revision that the change was made from.
+/// Sets the policy, if its revision is still the one that the change is based on.
 pub(crate) async fn change_policy(
     handle: &Arc<NodeBalancer>,
     policy: &Policy,
@@ -183,12 +183,12 @@ pub(crate) async fn change_policy(
     {
         TxnOutcome::Committed { .. } => Ok(()),
         TxnOutcome::Refused { .. } => Err(CommandError::Conflict(
-            "the policy was changed by somebody else just now; look at it, and try again".into(),
+            "the policy was changed concurrently; check it, and try again".into(),
         )),
     }
 }
 
-/// A proposed move is to be made. The machine's node knows whether it still is one.
+/// Confirms a proposed move. The machine's node knows whether the proposal is still valid.
 pub(crate) async fn confirm(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
@@ -207,7 +207,7 @@ pub(crate) async fn confirm(
     .await
 }
 
-/// The same of a machine that runs here.
+/// The same for a machine that runs here.
 pub(super) async fn confirm_here(
     handle: &NodeBalancer,
     machine: &MachineName,

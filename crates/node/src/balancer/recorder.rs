@@ -1,9 +1,9 @@
-//! What this node and its machines were measured to be, for a month, at falling
-//! resolution: the day before yesterday is known by the minute, last month by ten.
-//! Kept in a database of its own, by a thread of its own; nobody waits for it.
+//! Measurements of this node and its machines for a month, at decreasing resolution: by the minute
+//! for two days, by ten minutes after that. Kept in a database of its own by a thread of its own,
+//! so no caller waits for the disk.
 //!
-//! Samples are added up in buckets of each resolution; a bucket that is over is
-//! written. What was measured last is in no file yet, and lost with the agent.
+//! Samples are aggregated into buckets of each resolution; a complete bucket is written. The
+//! newest measurements are in memory only, and lost with the agent.
 
 use super::database;
 use keel_api::HistoryPoint;
@@ -15,16 +15,16 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Points by tier, series, and when they begin (milliseconds since 1970-01-01 UTC), as
-/// postcard. Another form of them needs another name.
+/// Points by tier, series and start time (milliseconds since 1970-01-01 UTC), as postcard. Another
+/// encoding needs another table name.
 const POINTS: TableDefinition<'_, (u8, &str, u64), &[u8]> = TableDefinition::new("points-1");
-/// The series of the node itself; a machine's has its name.
+/// The series of the node itself; a machine's series has its name.
 const NODE: &str = "";
-/// Samples that may wait.
+/// The most samples that wait.
 const QUEUE_MAX: usize = 64;
-/// How often what is over is written.
+/// Interval of writing complete buckets.
 const WRITE_EVERY: Duration = Duration::from_secs(30);
-/// How often what is too old is deleted.
+/// Interval of deleting expired points.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 
 /// A resolution.
@@ -32,7 +32,7 @@ const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 struct Tier {
     bucket_ms: u64,
     kept_ms: u64,
-    /// Whether it has machines too, and not the node alone.
+    /// Whether it has series of machines, and not of the node alone.
     machines: bool,
 }
 
@@ -57,20 +57,20 @@ const TIERS: [Tier; 3] = [
     },
 ];
 
-/// What of the past is wanted.
+/// A query of the history.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Span {
-    /// Of this machine; of the node, without.
+    /// The machine; `None` for the node.
     pub(crate) machine: Option<String>,
-    /// From then on, in milliseconds since 1970-01-01 UTC.
+    /// Start, in milliseconds since 1970-01-01 UTC.
     pub(crate) since_unix_ms: u64,
-    /// Until then.
+    /// End.
     pub(crate) until_unix_ms: u64,
-    /// In so many points at most.
+    /// The most points of the answer.
     pub(crate) points_max: u32,
 }
 
-/// A sample of a moment.
+/// A sample with its time.
 struct Measured {
     at_unix_ms: u64,
     load: f64,
@@ -80,7 +80,7 @@ struct Measured {
 
 type Bucket = (u8, String);
 
-/// Points that are not written: those that are not over, and those that are.
+/// Points that are not written: incomplete and complete ones.
 #[derive(Default)]
 struct Unwritten {
     open: HashMap<Bucket, HistoryPoint>,
@@ -96,14 +96,14 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Goes on with what is in a file. Its writer ends with the last handle.
+    /// Opens the history in a file. Its writer ends with the last handle.
     ///
     /// # Errors
     /// If the file cannot be used, in a sentence.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
         let database = Arc::new(database::open(path, "the history of loads")?);
         let said = |error: redb::Error| format!("{}: {error}", path.display());
-        // (Makes the table where there is none yet.)
+        // Creates the table if there is none yet.
         write(&database, &[]).map_err(said)?;
         let unwritten = Arc::new(Mutex::new(Unwritten::default()));
         let (queue, samples) = sync_channel::<Measured>(QUEUE_MAX);
@@ -127,7 +127,7 @@ impl Recorder {
                         pruned = Some(Instant::now());
                         let now_unix_ms = keel_store::clock::unix_ms();
                         if let Err(error) = prune(&of_thread, now_unix_ms) {
-                            tracing::warn!(%error, "old loads are not deleted");
+                            tracing::warn!(%error, "cannot delete expired loads");
                         }
                     }
                 }
@@ -145,7 +145,7 @@ impl Recorder {
         })
     }
 
-    /// Takes a sample. Never waits: what finds no room is missing.
+    /// Records a sample. Never waits: a sample that finds the queue full is lost.
     pub(super) fn take(&self, at_unix_ms: u64, load: f64, sample: &NodeSample, weights: Weights) {
         let measured = Measured {
             at_unix_ms,
@@ -154,12 +154,11 @@ impl Recorder {
             weights,
         };
         if self.queue.try_send(measured).is_err() {
-            tracing::debug!("a sample is missing in the history: its disk is slow");
+            tracing::debug!("a sample of the history is lost: the disk is slow");
         }
     }
 
-    /// What is known of a span, oldest first, in the finest resolution that has all of
-    /// it.
+    /// The points of a span, oldest first, at the finest resolution that covers all of it.
     ///
     /// # Errors
     /// The database's, in a sentence.
@@ -197,7 +196,7 @@ impl Recorder {
     }
 }
 
-/// The finest tier that has a span from its beginning, and the series.
+/// The finest tier that covers the start of a span for the series.
 fn tier_of(span: &Span, now_unix_ms: u64) -> u8 {
     let ago_ms = now_unix_ms.saturating_sub(span.since_unix_ms);
     let has = |tier: &Tier| {
@@ -260,7 +259,7 @@ impl Unwritten {
                 self.add_to(number, tier, &machine.name, point);
             }
         }
-        // What has gone, or ended, has no more samples.
+        // A machine that has left or ended has no more samples.
         let old = |((tier, _), point): &(Bucket, HistoryPoint)| {
             let bucket_ms = TIERS[usize::from(*tier)].bucket_ms;
             point.at_unix_ms + bucket_ms <= at_unix_ms
@@ -282,7 +281,7 @@ impl Unwritten {
         let bucket = (number, series.to_owned());
         match self.open.get_mut(&bucket) {
             Some(open) if open.at_unix_ms == point.at_unix_ms => open.add(&point),
-            // (Also where a clock went back.)
+            // Also if a clock was set back.
             _ => {
                 let before = self.open.insert(bucket.clone(), point);
                 self.over.extend(before.map(|it| (bucket, it)));
@@ -291,14 +290,14 @@ impl Unwritten {
     }
 }
 
-/// Writes what is over; what cannot be written is lost.
+/// Writes complete buckets; those that cannot be written are lost.
 fn keep(database: &Database, unwritten: &Mutex<Unwritten>) {
     let over = std::mem::take(&mut lock(unwritten).over);
     if over.is_empty() {
         return;
     }
     if let Err(error) = write(database, &over) {
-        tracing::error!(%error, "measured loads are not kept: is the disk full?");
+        tracing::error!(%error, "cannot write measured loads: is the disk full?");
     }
 }
 
@@ -308,7 +307,7 @@ fn write(database: &Database, over: &[(Bucket, HistoryPoint)]) -> Result<(), red
         let mut table = txn.open_table(POINTS)?;
         for ((tier, series), point) in over {
             let key = (*tier, series.as_str(), point.at_unix_ms);
-            // A machine that came back, or an agent that was started again, goes on.
+            // Continues the point of a machine that returned, or of an agent that was restarted.
             let before = table.get(key)?;
             let before =
                 before.and_then(|it| postcard::from_bytes::<HistoryPoint>(it.value()).ok());
@@ -326,7 +325,7 @@ fn write(database: &Database, over: &[(Bucket, HistoryPoint)]) -> Result<(), red
     Ok(())
 }
 
-/// Deletes what is older than its tier keeps.
+/// Deletes points older than the retention of their tier.
 fn prune(database: &Database, now_unix_ms: u64) -> Result<(), redb::Error> {
     let txn = database.begin_write()?;
     let mut table = txn.open_table(POINTS)?;
@@ -390,7 +389,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let recorder = Recorder::open(&folder.path().join("loads.redb")).unwrap();
         let begun = 100 * DAY_MS;
-        // A day, a sample every ten seconds: a core in the first half of each minute.
+        // One day, one sample every ten seconds: a core in the first half of each minute.
         for at in (0..DAY_MS).step_by(10_000) {
             let cores = if at % 60_000 < 30_000 { 1.0 } else { 0.0 };
             let mut unwritten = lock(&recorder.unwritten);
@@ -402,7 +401,7 @@ mod tests {
         }
         let end = begun + DAY_MS;
         let hour = 3_600_000;
-        // Who asks for all that a tier has asks a little before it is asked.
+        // A query for the whole span of a tier arrives a little later than its start.
         let all = span(None, end - DAY_MS / 4, end);
         let fine = recorder.read(&all, end + 300).unwrap();
         assert_eq!(fine[0].lasts_ms, 30_000, "2160 points of 10 s in 720");
@@ -413,7 +412,7 @@ mod tests {
         assert_eq!(by_minute.len(), 720, "1440 minutes in 1000 points at most");
         let minute = &by_minute[7];
         assert!((minute.load - 0.5).abs() < 1e-9 && minute.load_max == 1.0);
-        // A machine has no seconds.
+        // Machines have no series in seconds.
         let machine = recorder.read(&span(Some("m"), end - hour, end), end);
         let machine = machine.unwrap();
         assert_eq!((machine.len(), machine[0].samples), (60, 6));
@@ -438,11 +437,11 @@ mod tests {
     fn it_goes_on_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("loads.redb");
-        // (What is old is deleted when it begins.)
+        // Expired points are deleted at the start.
         let at = keel_store::clock::unix_ms() / 60_000 * 60_000;
         for turn in 0..2u64 {
             let recorder = loop {
-                // The writer lets the file go after its last handle.
+                // The writer closes the file after its last handle.
                 match Recorder::open(&path) {
                     Ok(recorder) => break recorder,
                     Err(_) => std::thread::sleep(Duration::from_millis(10)),

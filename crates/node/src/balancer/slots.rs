@@ -1,6 +1,6 @@
-//! Tokens for moves: as many may be under way in the cluster as the policy allows.
-//! Each is a key of the store, attached to the lease of the node that moves, so that a
-//! dead node holds none for long.
+//! Tokens for moves: the policy limits the number of concurrent moves in the cluster. Each token
+//! is a key of the store, attached to the lease of the node that moves, so that a dead node
+//! releases its tokens soon.
 
 use super::handle::NodeBalancer;
 use keel_store::StoreError;
@@ -8,11 +8,11 @@ use keel_store::keys::{self, Key};
 use keel_store::{Compare, Txn};
 use std::collections::HashSet;
 
-/// A token; given back by [`give_back`].
+/// A token; released by [`give_back`].
 #[derive(Debug)]
 pub(super) struct Slot(u32);
 
-/// Takes a free one; `None` if all are taken, or others were faster.
+/// Takes a free token; `None` if all are taken, or concurrent requests won.
 pub(super) async fn take(
     handle: &NodeBalancer,
     slots_max: u32,
@@ -33,7 +33,7 @@ pub(super) async fn take(
     if free.is_empty() {
         return Ok(None);
     }
-    // Not always the first: several nodes look at the same time.
+    // A varying start, since several nodes search at the same time.
     let first = rand::random_range(0..free.len());
     for offset in 0..free.len().min(4) {
         let number = free[(first + offset) % free.len()];
@@ -50,8 +50,8 @@ pub(super) async fn take(
     Ok(None)
 }
 
-/// Lets others have it. If that fails it is free when this node's lease ends, or when
-/// it is given back by its next holder.
+/// Releases a token. If this fails, it is released when this node's lease ends, or by its next
+/// holder.
 pub(super) async fn give_back(handle: &NodeBalancer, slot: Slot) {
     let key = Key::MoveSlot(slot.0).to_string();
     let txn = Txn::new()
@@ -64,7 +64,7 @@ pub(super) async fn give_back(handle: &NodeBalancer, slot: Slot) {
         match handle.context.store.txn(txn.clone()).await {
             Ok(_) => return,
             Err(error) => {
-                tracing::warn!(%error, "a token for moves is not given back yet");
+                tracing::warn!(%error, "cannot release a token for moves yet");
                 tokio::time::sleep(std::time::Duration::from_millis(300)).await;
             }
         }

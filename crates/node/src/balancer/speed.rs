@@ -1,37 +1,37 @@
-//! How fast a core of this node is beside the cluster's reference core: the same small
-//! calculation everywhere, in time that its thread ran. The median of nine runs,
-//! pinned to one core, so that neither a move between cores nor one interrupt decides.
+//! The speed of a core of this node relative to the cluster's reference core: the same small
+//! calculation everywhere, in CPU time of its thread. The result is the median of nine runs,
+//! pinned to one core, so that neither migrations between cores nor single interrupts matter.
 
 use keel_balance::load::SPEED_RANGE;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds that the calculation takes the reference core.
+/// Nanoseconds of the calculation on the reference core.
 const REFERENCE_NANOS: f64 = 8.0e6;
-/// Turns of the calculation.
+/// Iterations of the calculation.
 const TURNS: u64 = 2_000_000;
 const RUNS: usize = 9;
-/// The slowest run beside the fastest above which the host was too busy to tell.
+/// The highest ratio of the slowest to the fastest run; above it the host is too busy to measure.
 const SPREAD_MAX: f64 = 1.5;
 
-/// The speed factor; `None` while too much else runs to tell. Takes about a tenth of
-/// a second of one core.
+/// The speed factor; `None` if the host is too busy to measure. Takes about a tenth of a second of
+/// one core.
 pub(super) fn calibrate() -> Option<f64> {
     let everywhere = sched_getaffinity(None).ok();
     let mut here = CpuSet::new();
     here.set(sched_getcpu());
-    // Where it may not be pinned the runs show by themselves whether they agree.
+    // If pinning is not allowed, the spread of the runs shows whether they are usable.
     let pinned = sched_setaffinity(None, &here).is_ok();
     let mut runs: Vec<f64> = (0..RUNS).map(|_| run()).collect();
     if pinned && let Some(everywhere) = everywhere {
-        // It was allowed before.
+        // The earlier affinity was allowed.
         let _ = sched_setaffinity(None, &everywhere);
     }
     runs.sort_by(f64::total_cmp);
     factor(&runs)
 }
 
-/// From the times of all runs, least first.
+/// The factor from the times of all runs, in ascending order.
 fn factor(runs: &[f64]) -> Option<f64> {
     let (fastest, slowest) = (runs.first()?, runs.last()?);
     if slowest / fastest > SPREAD_MAX {
@@ -47,7 +47,7 @@ fn ran_nanos() -> f64 {
     time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
 }
 
-/// One run: integers and floating point in turns, each waiting for the one before.
+/// One run: alternating integer and floating-point operations, each dependent on the one before.
 fn run() -> f64 {
     let begun = ran_nanos();
     let (mut bits, mut sum) = (0x9e37_79b9_7f4a_7c15_u64, 1.0f64);

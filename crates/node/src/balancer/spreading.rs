@@ -1,11 +1,11 @@
-//! Machines of this node that are given parts at this moment.
+//! Machines of this node that are getting parts.
 
 use keel_balance::Name;
 use keel_cluster::MachineName;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Machines of this node that are given parts just now: rounds do not move them meanwhile.
+/// Machines of this node that are getting parts: rounds do not move them meanwhile.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Spreading(Arc<Mutex<BTreeSet<Name>>>);
 
@@ -18,7 +18,7 @@ impl Spreading {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A machine is one of them until that is dropped.
+    /// Adds a machine until the returned guard is dropped.
     pub(super) fn begin(&self, machine: &MachineName) -> Begun {
         let machine = Name::from(machine.as_str());
         self.machines().insert(machine.clone());

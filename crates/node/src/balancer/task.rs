@@ -1,5 +1,5 @@
-//! The balancer's task: feeds the state machine of `keel-balance` with what is measured,
-//! asked and answered, and carries out its commands.
+//! The balancer's task: feeds measurements, requests and answers to the state machine of
+//! `keel-balance`, and carries out its commands.
 
 use super::actions::{carry_out_move, repair_now};
 use super::constraints::Snapshot;
@@ -29,13 +29,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-/// Pause between two repairs, where one failed too.
+/// Pause between two repairs if the first one failed.
 const REPAIR_EVERY: Duration = Duration::from_secs(2);
-/// Pause before a rule that no node can keep is reported again.
+/// Pause before the violation of an unsatisfiable rule is reported again.
 const HELPLESS_EVERY: Duration = Duration::from_secs(60);
 /// How long a repair may take.
 const ARRIVAL_MAX: Duration = Duration::from_secs(3600);
-/// Samples between two tries to tell how fast this node is.
+/// Samples between two attempts to measure the speed of this node.
 const CALIBRATE_EVERY: u32 = 30;
 
 /// Runs until the agent ends.
@@ -49,7 +49,7 @@ pub(crate) fn start(
     tokio::spawn(dirty_rate_sampler::follow(handle.clone()));
     tokio::spawn(fine_grained::follow(handle.clone()));
     tokio::spawn(compile_ahead::run(handle.clone()));
-    tokio::spawn(send_ledger_lines(handle.clone()));
+    tokio::spawn(send_ledger_lines(handle.clone(), inbox.ended_moves));
     tokio::spawn(follow_policy(handle.clone(), events.clone()));
     tokio::spawn(follow_placements(changes, events.clone()));
     tokio::spawn(follow_peers(handle.clone(), events));
@@ -63,7 +63,7 @@ pub(crate) fn start(
     });
     let sample_ms = Arc::new(AtomicU64::new(Policy::default().sample_ms));
     if let Err(error) = measure_for_ever(handle, sample_ms.clone()) {
-        tracing::error!(%error, "this node is not measured, and takes no part in balancing");
+        tracing::error!(%error, "cannot measure this node; it takes no part in balancing");
     }
     let seed = rand::random();
     let task = Task {
@@ -76,10 +76,10 @@ pub(crate) fn start(
         sample_ms,
         repair_after: Instant::now(),
     };
-    tokio::spawn(task.run(inbox.0));
+    tokio::spawn(task.run(inbox.inputs));
 }
 
-/// Measures on a thread of its own: `/proc` may take its time.
+/// Measures on a thread of its own, because reading `/proc` may block.
 fn measure_for_ever(handle: &Arc<NodeBalancer>, sample_ms: Arc<AtomicU64>) -> std::io::Result<()> {
     let inputs = handle.inputs.clone();
     let (workers, parts) = (
@@ -117,9 +117,9 @@ struct Task {
     tickets: u64,
     /// Other nodes that are alive.
     peers: Vec<Name>,
-    /// Milliseconds from one sample to the next, as the policy says.
+    /// Sample interval in milliseconds, by the policy.
     sample_ms: Arc<AtomicU64>,
-    /// When machines that break rules are looked for again.
+    /// Time of the next search for rule violations.
     repair_after: Instant,
 }
 
@@ -190,7 +190,7 @@ impl Task {
         )
     }
 
-    /// Moves a machine away that breaks a rule here, whatever the loads are.
+    /// Moves a machine that violates a rule here to another node, whatever the loads are.
     fn repair(&mut self, snapshot: &Snapshot) {
         if Instant::now() < self.repair_after || self.balancer.policy().0.mode != Mode::Automatic {
             return;
@@ -236,7 +236,8 @@ impl Task {
         u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The same as it counts: machines by what they promise, where that is wanted.
+    /// The sample with target loads in place of measurements, for the machines to which they
+    /// apply.
     fn counted(&self, measured: &NodeSample) -> NodeSample {
         let basis = self.balancer.policy().0.basis;
         let mut counted = measured.clone();
@@ -249,7 +250,7 @@ impl Task {
         counted
     }
 
-    /// What runs here of what was measured.
+    /// The part of the measurement that runs here.
     fn sample(&self, mut measured: Measured) -> NodeSample {
         *self
             .handle
@@ -290,7 +291,7 @@ impl Task {
                 response: answer,
             } => {
                 if let Some(reply) = self.replies.remove(&ticket) {
-                    // Whoever asked may have gone.
+                    // The caller may have gone.
                     let _ = reply.send(answer);
                 }
             }
@@ -307,7 +308,7 @@ impl Task {
                         carry_out_move(&handle, &machine, &target, slots_max).await
                     } else {
                         Outcome::Stayed {
-                            why: "it does not run just now".into(),
+                            why: "it is not running at present".into(),
                         }
                     };
                     handle.tell(Event::MoveEnded { machine, outcome });
@@ -355,14 +356,14 @@ impl Task {
             model: decides.then(|| *self.balancer.model()),
             decision,
         });
-        // What is said of a move when it is over goes after the machine.
+        // The outcome of a move follows the machine.
         if let Some((machine, target)) = along {
             send_along(&self.handle, &machine, &target);
         }
     }
 }
 
-/// Tells the balancer of machines that came, left, or are arriving.
+/// Informs the balancer of machines that arrived, left, or are arriving.
 async fn follow_placements(
     mut changes: UnboundedReceiver<PlacementChange>,
     events: UnboundedSender<Event>,
@@ -391,7 +392,7 @@ async fn follow_placements(
     }
 }
 
-/// Tells the balancer which other nodes are alive.
+/// Informs the balancer which other nodes are alive.
 async fn follow_peers(handle: Arc<NodeBalancer>, events: UnboundedSender<Event>) {
     let mut alive = handle.alive.changes();
     alive.mark_changed();

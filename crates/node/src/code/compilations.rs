@@ -213,6 +213,9 @@ impl Inner {
     pub(super) fn begin(&mut self) -> Vec<(Job, watch::Receiver<bool>)> {
         let mut jobs: Vec<(Job, bool)> = self.urgent.drain(..).map(|job| (job, true)).collect();
         if !self.current.values().any(|current| current.ahead) {
+            // What the cache had may have been found since it was queued.
+            let ready = &self.ready;
+            self.queue.retain(|job| !ready.contains(&job.program));
             jobs.extend(self.queue.pop_front().map(|job| (job, false)));
         }
         let begin = |(job, wanted): (Job, bool)| {
@@ -308,5 +311,17 @@ mod tests {
         code.prepare(program(1), &node);
         assert_eq!(code.demand(program(1), &node), CodeState::Ready);
         assert!(code.inner().queue.is_empty());
+    }
+
+    #[test]
+    fn what_is_found_in_the_cache_late_is_not_compiled() {
+        let code = Code::new();
+        let node: NodeName = "a".parse().unwrap();
+        code.prepare(program(1), &node);
+        code.prepare(program(2), &node);
+        code.set_ready(program(1));
+        let begun = code.inner().begin();
+        let programs: Vec<_> = begun.iter().map(|(job, _)| job.program).collect();
+        assert_eq!(programs, [program(2)]);
     }
 }

@@ -1,6 +1,5 @@
-//! Which operations are under way with the machines of this node, so that two that
-//! contradict each other do not run at the same time: a move and a change of limits, a
-//! start and a removal.
+//! The operations in progress on the machines of this node, so that conflicting ones exclude each
+//! other: a move and a change of limits, a start and a removal.
 
 use keel_cluster::MachineName;
 use keel_machine::moves::SourceEvent;
@@ -8,18 +7,18 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
-/// What others can do to a move that is under way.
+/// Control of a move in progress by other operations.
 #[derive(Debug, Clone)]
 pub(crate) struct MoveHandle {
     interrupt: watch::Sender<Option<SourceEvent>>,
     over: watch::Receiver<bool>,
 }
 
-/// The ends of a [`MoveHandle`] that its move has.
+/// The move's ends of the channels of a [`MoveHandle`].
 pub(crate) struct MoveEnds {
-    /// What interrupts it, once something does.
+    /// The event that interrupts the move, once there is one.
     pub(crate) interrupted: watch::Receiver<Option<SourceEvent>>,
-    /// Set to true when it is over.
+    /// Set to true at the end of the move.
     pub(crate) over: watch::Sender<bool>,
 }
 
@@ -34,25 +33,25 @@ impl MoveHandle {
         (MoveHandle { interrupt, over }, ends)
     }
 
-    /// Asks the move to stop; it may be too late.
+    /// Asks the move to stop. It may complete all the same.
     pub(crate) fn cancel(&self, reason: &str) {
         self.interrupt
             .send_replace(Some(SourceEvent::Cancel(reason.to_owned())));
     }
 
-    /// Waits until the move is over, one way or the other.
+    /// Waits for the end of the move, with either result.
     pub(crate) async fn over(mut self) {
-        // A sender that is gone means the same.
+        // A dropped sender means the same.
         let _ = self.over.wait_for(|over| *over).await;
     }
 }
 
-/// Operations that are under way, by machine.
+/// Operations in progress, by machine.
 #[derive(Debug, Default)]
 pub(crate) struct Exclusion {
     moves: Mutex<HashMap<MachineName, MoveHandle>>,
     busy: Mutex<HashSet<MachineName>>,
-    /// Held while a machine's limits or its set of parts are changed.
+    /// Held during a change of a machine's limits or its set of parts.
     pub(crate) changes: tokio::sync::Mutex<()>,
 }
 
@@ -72,7 +71,7 @@ impl Exclusion {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The machine ended by itself: a move of it, if there is one, is interrupted.
+    /// Interrupts a move of a machine that has ended by itself.
     pub(crate) fn machine_ended(&self, machine: &MachineName) {
         if let Some(handle) = self.moves().get(machine) {
             handle

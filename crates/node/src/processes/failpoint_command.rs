@@ -1,4 +1,5 @@
-//! The command that gives an order for a failpoint, or takes it back: for this process, or for the workers of its machines, present and to come.
+//! Sets or clears a failpoint in this process or in the workers of its machines, present and
+//! future.
 
 use super::failpoint_orders::orders;
 use super::handle::Processes;
@@ -9,7 +10,7 @@ use keel_machine::failpoint::{self, Injection};
 use keel_machine::worker::control::kind;
 
 impl Processes {
-    /// Gives an order for a failpoint to this process or to all workers, or takes it back.
+    /// Sets or clears a failpoint in this process or in all workers.
     ///
     /// # Errors
     /// [`CommandError`] if there is no such failpoint or order.
@@ -41,7 +42,7 @@ impl Processes {
             if let Some(worker) = self.machines.get(&machine) {
                 let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
                 if let Err(error) = told {
-                    tracing::debug!(%machine, %error, "a worker does not hear of a failpoint");
+                    tracing::debug!(%machine, %error, "cannot set a failpoint in a worker");
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! The folder of a worker: made before its process, removed after it. All of it
-//! blocks, for as long as a large tree takes, and runs on threads that may.
+//! The folder of a worker: created before its process, removed after it. All functions block, for
+//! as long as a large tree takes, and run on blocking threads.
 
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, Slice};
@@ -8,23 +8,23 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What a worker's process says, but for its machine's output.
+/// The log of a worker's process, without its machine's output.
 pub(super) const LOG: &str = "worker.log";
 
-/// What an earlier worker of a machine left in its folder.
+/// Content that an earlier worker left in its folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Leftovers {
-    /// Is another machine's, which had the name.
+    /// Belongs to another machine, which had the name.
     Remove,
-    /// Is this machine's: what it said stays.
+    /// Belongs to this machine: its output stays.
     KeepOutput,
 }
 
-/// Makes the folder of a new worker, with its cgroup and the file for what its process
-/// says; removes what an earlier one left. Blocks.
+/// Creates the folder of a new worker, with its cgroup and its log file; removes what an earlier
+/// one left. Blocks.
 ///
 /// # Errors
-/// What could not be made or removed, with its path.
+/// The operation that failed, with its path.
 pub(super) fn prepare(
     slice: &Slice,
     machine: &MachineName,
@@ -40,7 +40,7 @@ pub(super) fn prepare(
     File::create(folder.join(LOG)).map_err(|error| fail("cannot make the worker's log in", error))
 }
 
-/// Makes the group that a new worker finds in its folder.
+/// Creates the cgroup of a new worker, linked from its folder.
 fn make_group(slice: &Slice, machine: &MachineName, folder: &Path) -> Result<(), String> {
     let Some(group) = slice.make(machine.as_str())? else {
         return Ok(());
@@ -48,11 +48,11 @@ fn make_group(slice: &Slice, machine: &MachineName, folder: &Path) -> Result<(),
     group.save(folder).inspect_err(|_| group.remove())
 }
 
-/// Removes what an earlier worker left.
+/// Removes the content that an earlier worker left.
 fn clear(folder: &Path, leftovers: Leftovers) -> io::Result<()> {
     let found = match leftovers {
         Leftovers::Remove => std::fs::remove_dir_all(folder),
-        // A socket that is there would be taken for an answer.
+        // An old socket would be mistaken for the new worker's.
         Leftovers::KeepOutput => std::fs::remove_file(folder.join(SOCKET)),
     };
     match found {
@@ -61,7 +61,7 @@ fn clear(folder: &Path, leftovers: Leftovers) -> io::Result<()> {
     }
 }
 
-/// The folders of all workers; none where they cannot be listed.
+/// The folders of all workers; empty if they cannot be listed.
 pub(super) async fn folders_in(workers: PathBuf) -> Vec<PathBuf> {
     let listed = tokio::task::spawn_blocking(move || {
         let entries = std::fs::read_dir(workers).into_iter().flatten().flatten();
@@ -72,7 +72,7 @@ pub(super) async fn folders_in(workers: PathBuf) -> Vec<PathBuf> {
 
 /// Removes the folder of a worker that has ended, and its cgroup.
 pub(super) async fn remove_remains(folder: PathBuf) {
-    // (A panic in it removes nothing; the next agent does.)
+    // A panic in the task removes nothing; the next agent does.
     let _ = tokio::task::spawn_blocking(move || {
         Group::remove_saved(&folder);
         remove_folder(&folder);
@@ -84,7 +84,7 @@ fn remove_folder(folder: &Path) {
     if let Err(error) = std::fs::remove_dir_all(folder)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
+        tracing::warn!(%error, folder = %folder.display(), "cannot remove a machine's folder");
     }
 }
 
@@ -97,8 +97,8 @@ mod tests {
 
     const FILES: usize = 20_000;
 
-    /// On a runtime of one thread another task sees a large tree while it is being
-    /// removed, which it could not if that thread removed it.
+    /// On a single-threaded runtime another task observes a large tree during its removal, which
+    /// would be impossible if the runtime's thread removed it.
     #[tokio::test(flavor = "current_thread")]
     async fn other_tasks_run_while_a_large_tree_is_removed() {
         let root = tempfile::tempdir().expect("a folder");
@@ -120,7 +120,7 @@ mod tests {
             }
         });
         let workers = Arc::new(Workers::new(Arc::new(Slice::default())));
-        // (What is started here is this test's own image, which is no worker.)
+        // The test's own image is started here, which is no worker.
         let started = workers.start(&dir, &machine, Leftovers::Remove).await;
         let error = started.expect_err("no worker");
         assert!(error.contains("ended at once"), "{error}");

@@ -1,4 +1,4 @@
-//! All processes of this node.
+//! State of the processes layer.
 
 use super::exclusion::Exclusion;
 use super::workers::Workers;
@@ -9,11 +9,11 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 /// The processes of this node.
 pub(crate) struct Processes {
-    /// Workers of machines whose home is here, or comes here.
+    /// Workers of machines whose home is here, or arrives here.
     pub(crate) machines: Arc<Workers>,
     /// Workers of parts whose home is elsewhere.
     pub(crate) members: Arc<Workers>,
-    /// Operations that are under way with the machines here.
+    /// Operations in progress on the machines here.
     pub(crate) exclusion: Exclusion,
     arrivals: UnboundedSender<MachineName>,
 }
@@ -34,8 +34,7 @@ impl Processes {
         (processes, receiver)
     }
 
-    /// Says that a worker waits for a machine that moves here: its states are to be
-    /// followed.
+    /// Announces a worker that waits for an arriving machine, so that its states are followed.
     pub(crate) fn announce_arrival(&self, machine: &MachineName) {
         // The receiver ends with the agent.
         let _ = self.arrivals.send(machine.clone());

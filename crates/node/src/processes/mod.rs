@@ -1,12 +1,12 @@
-//! The processes of this node: one worker for each machine that runs, arrives or leaves
-//! here, and one for each part of a machine whose home is on another node. This part
-//! starts them, finds those that an earlier agent started, and ends them. What runs in
-//! them, and why, is for the parts above.
+//! The processes of this node: one worker for each machine that runs, arrives or leaves here, and
+//! one for each part of a machine whose home is on another node. This layer starts them, finds
+//! those that an earlier agent started, and ends them. What they run is decided by the layers
+//! above.
 //!
-//! - `handle`: all of them
+//! - `handle`: the state of this layer
 //! - `workers`: a table of workers; a worker's socket, process and folder
 //! - `folder`: the folder of a worker on disk
-//! - `exclusion`: operations that are under way, by machine
+//! - `exclusion`: operations in progress, by machine
 //! - `image`: the executable that workers and agents are started from
 //! - `failpoint_orders`, `failpoint_command`: failpoints in workers
 

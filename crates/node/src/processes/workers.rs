@@ -1,4 +1,4 @@
-//! A table of workers: starting them, finding them again, speaking to them.
+//! A table of workers: starts them, finds those of an earlier agent, and sends them requests.
 
 use super::folder::{self, Leftovers};
 use super::image::own_image;
@@ -21,28 +21,28 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::net::UnixStream;
 
-/// Begins the names of folders whose machine is gone; no machine's does.
+/// Prefix of folders whose machine is gone; no machine name has it.
 const GRAVE: &str = ".gone-";
-/// How long a new worker has until it answers.
+/// How long a new worker may take until it answers.
 const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long a worker may take for what takes no time.
+/// How long a worker may take for a request that takes next to no time.
 pub(crate) const PROMPT: Duration = Duration::from_secs(10);
-/// How long a worker has to end by itself.
+/// How long a worker may take to end by itself.
 const FORGET_PATIENCE: Duration = Duration::from_secs(2);
-/// How long a worker whose connection was lost may take to be gone.
+/// How long the process of a worker with a lost connection may take to end.
 const END_PATIENCE: Duration = Duration::from_millis(500);
-/// How long a worker whose connection was lost may take to answer anew.
+/// How long a worker with a lost connection may take to answer a new connection.
 const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
-/// How long it may take to compile a module.
+/// How long compiling a module may take.
 pub(crate) const COMPILE_PATIENCE: Duration = Duration::from_secs(1800);
 
-/// What is said of a worker that an older agent started.
+/// The error of a request that a worker of an older version does not support.
 pub(crate) const OLDER: &str = "its worker is of the version before and cannot do that; \
      it can once the machine was moved or started again";
 
-/// Whether a refusal says that a worker does not know what was asked.
+/// Whether an error means that the request is not supported.
 pub(crate) fn is_older(reason: &str) -> bool {
-    // (So say workers, and agents.)
+    // Text of the error of workers and agents.
     reason.contains("no request of kind")
 }
 
@@ -50,14 +50,14 @@ pub(crate) fn is_older(reason: &str) -> bool {
 #[derive(Debug, Clone)]
 pub(crate) struct Worker {
     client: Client,
-    /// Tells it from earlier and later workers of the same machine.
+    /// Distinguishes it from earlier and later workers of the same machine.
     id: u64,
-    /// The process: what its socket does not say is asked of the kernel.
+    /// Handle of the process, which the kernel answers for even if the socket does not.
     process: Arc<OwnedFd>,
-    /// Its number, to look up counters by: another process may have it one day.
+    /// Process id, for reading counters only: it may be reused.
     pid: u32,
-    /// Set once it is certain that the process is gone, while its entry in the table
-    /// still stands for a machine whose end is not written yet.
+    /// Set once the process is certainly gone, while its entry in the table remains until the end
+    /// of its machine is recorded.
     lost: Arc<AtomicBool>,
 }
 
@@ -82,7 +82,7 @@ impl Worker {
         })
     }
 
-    /// The process that has a socket open, if any has.
+    /// The process that has a socket open, if any.
     async fn process_of(socket: &Path) -> Option<Arc<OwnedFd>> {
         let stream = UnixStream::connect(socket).await.ok()?;
         let place = socket.display().to_string();
@@ -125,8 +125,8 @@ impl Worker {
         Ok(self.report().await?.state)
     }
 
-    /// Tells it the limits of its machine's record; where they cannot be applied any more
-    /// (the machine has grown meanwhile), it goes on with those it has.
+    /// Applies the limits of its machine's record. If they no longer fit because the machine has
+    /// grown, the worker keeps its current ones.
     pub(crate) async fn apply_limits(&self, record: &Record) {
         let applied: Result<(), RpcError> = self.ask(kind::SET, &record.spec, PROMPT).await;
         if let Err(error) = applied {
@@ -144,27 +144,27 @@ impl Worker {
         self.lost.load(Ordering::Acquire)
     }
 
-    /// Its process is gone: whoever waits for its answers stops.
+    /// Marks the process as gone, which ends all waits for its answers.
     pub(crate) fn mark_lost(&self) {
         self.lost.store(true, Ordering::Release);
     }
 
-    /// Tells this connection to a process apart from others.
+    /// Identifies this connection to a process.
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
 
     /// Ends the process; returns when it is gone.
     pub(crate) async fn forget(&self) {
-        // It may have ended already, or may not be able to answer.
+        // It may have ended already, or be unable to answer.
         let _: Result<(), _> = self.ask(kind::FORGET, &(), FORGET_PATIENCE).await;
         if !self.gone_within(FORGET_PATIENCE).await {
             self.kill().await;
         }
     }
 
-    /// Ends the process whatever it is doing; returns when it is gone. From
-    /// then on nothing of its machine runs here.
+    /// Kills the process; returns when it is gone. From then on no process of its machine runs
+    /// here.
     pub(crate) async fn kill(&self) {
         // An error means that it is gone already.
         let _ = pidfd_send_signal(&*self.process, Signal::KILL);
@@ -173,7 +173,7 @@ impl Worker {
         }
     }
 
-    /// Whether the process is gone, or goes within a time.
+    /// Whether the process ends within this time.
     pub(crate) async fn gone_within(&self, patience: Duration) -> bool {
         gone_within(&self.process, patience).await
     }
@@ -183,7 +183,7 @@ impl Worker {
 fn peer_of(stream: &UnixStream, place: &str) -> Result<(OwnedFd, u32), String> {
     let peer = stream.peer_cred().ok();
     peer.and_then(|peer| Pid::from_raw(peer.pid()?))
-        .ok_or_else(|| format!("{place}: whose it is is not known"))
+        .ok_or_else(|| format!("{place}: the peer process is not known"))
         .and_then(|pid| {
             let process = pidfd_open(pid, PidfdFlags::empty())
                 .map_err(|error| format!("{place}: {error}"))?;
@@ -194,7 +194,7 @@ fn peer_of(stream: &UnixStream, place: &str) -> Result<(OwnedFd, u32), String> {
 async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
     let process = process.clone();
     let waited = tokio::task::spawn_blocking(move || {
-        // A process that ended is readable.
+        // The handle of an ended process is readable.
         let mut ended = [PollFd::new(&*process, PollFlags::IN)];
         let patience = Timespec {
             tv_sec: patience.as_secs() as i64,
@@ -209,7 +209,7 @@ async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
 #[derive(Debug)]
 pub(crate) struct Workers {
     table: Mutex<HashMap<MachineName, Worker>>,
-    /// Where they get their cgroups.
+    /// Parent of their cgroups.
     slice: Arc<Slice>,
 }
 
@@ -237,7 +237,7 @@ impl Workers {
         self.table().keys().cloned().collect()
     }
 
-    /// The numbers of all machines' processes.
+    /// The process ids of all machines.
     pub(crate) fn processes(&self) -> Vec<(MachineName, u32)> {
         let table = self.table();
         let processes = table.iter();
@@ -250,8 +250,8 @@ impl Workers {
         self.table().remove(machine)
     }
 
-    /// Takes this very worker out: a machine that left and came back has
-    /// another one. False if it was not there any more.
+    /// Removes exactly this worker: a machine that left and returned has another one. False if it
+    /// was not in the table any more.
     pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
         let mut table = self.table();
         let same = table.get(machine).is_some_and(|known| known.is(worker));
@@ -266,7 +266,7 @@ impl Workers {
         for path in folder::folders_in(dir.workers()).await {
             let name = path.file_name().unwrap_or_default();
             if name.to_str().is_some_and(|name| name.starts_with(GRAVE)) {
-                // An earlier agent was ending it.
+                // An earlier agent was removing it.
                 if let Ok(worker) = Worker::connect(&path).await {
                     worker.forget().await;
                 }
@@ -291,12 +291,12 @@ impl Workers {
             }
         }
         let (slice, workers) = (self.slice.clone(), dir.workers());
-        // (A panic in it removes nothing; the next agent sweeps.)
+        // A panic in the task removes nothing; the next agent does.
         let _ = tokio::task::spawn_blocking(move || slice.sweep(&workers)).await;
     }
 
-    /// A process that has a worker's socket open and says nothing may only stand
-    /// still: it is waited for, and then killed. `None` once nothing runs there.
+    /// A process that has a worker's socket open but does not answer may be stopped: it gets some
+    /// time, and is then killed. `None` once no process runs there.
     async fn silent(&self, folder: &Path) -> Option<Worker> {
         let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
         let process = Worker::process_of(&folder.join(SOCKET)).await?;
@@ -309,7 +309,7 @@ impl Workers {
                 return None;
             }
         }
-        tracing::error!(folder = %folder.display(), "a worker that does not answer is killed");
+        tracing::error!(folder = %folder.display(), "killing a worker that does not answer");
         // An error means that it is gone already.
         let _ = pidfd_send_signal(&*process, Signal::KILL);
         while !gone_within(&process, PROMPT).await {
@@ -318,9 +318,8 @@ impl Workers {
         None
     }
 
-    /// Connects anew to a worker whose connection was lost, which does not say
-    /// that its process is. Where it does not answer, it is killed: then it is
-    /// lost for certain.
+    /// Reconnects to a worker whose connection was lost, which does not imply the end of its
+    /// process. If it does not answer it is killed, so that it is certainly lost.
     pub(crate) async fn reconnect(
         &self,
         dir: &StateDir,
@@ -373,7 +372,7 @@ impl Workers {
             .await
             .map_err(|error| format!("preparing the machine's folder failed: {error}"))??
         };
-        // (The installed file may be another version's by now, or missing.)
+        // The installed file may be of another version by now, or missing.
         let mut command = tokio::process::Command::new(own_image());
         command
             .arg0("keel")
@@ -387,7 +386,7 @@ impl Workers {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
-            // It outlives the agent, and a Ctrl-C at the agent's terminal.
+            // It outlives the agent, and Ctrl-C at the agent's terminal.
             .process_group(0);
         let orders = super::failpoint_orders::for_new_worker();
         command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
@@ -402,7 +401,8 @@ impl Workers {
             match Worker::connect(&folder).await {
                 Ok(worker) => break worker,
                 Err(error) if tokio::time::Instant::now() > deadline => {
-                    // What nobody knows must not run; an error means that it does not.
+                    // A process that is not in the table must not run; an error means that it has
+                    // ended.
                     let _ = child.kill().await;
                     return Err(error);
                 }
@@ -419,7 +419,7 @@ impl Workers {
             tokio::time::sleep(Duration::from_millis(2)).await;
         };
         tokio::spawn(async move {
-            // Reaped here while this agent lives, else by the system.
+            // Reaped here while this agent lives, afterwards by init.
             let _ = child.wait().await;
         });
         self.table().insert(machine.clone(), worker.clone());
@@ -427,8 +427,8 @@ impl Workers {
         Ok(worker)
     }
 
-    /// Whether the kernel ended a machine's process for want of memory; to be
-    /// asked before [`Self::drop_group`].
+    /// Whether the kernel killed a machine's process for lack of memory; to be called before
+    /// [`Self::drop_group`].
     pub(crate) fn out_of_memory(
         &self,
         dir: &StateDir,
@@ -440,11 +440,11 @@ impl Workers {
     /// Removes the cgroup of a worker that has ended.
     pub(crate) async fn drop_group(&self, dir: &StateDir, machine: &MachineName) {
         let folder = dir.worker(machine);
-        // (A panic in it removes nothing; the next agent sweeps.)
+        // A panic in the task removes nothing; the next agent does.
         let _ = tokio::task::spawn_blocking(move || Group::remove_saved(&folder)).await;
     }
 
-    /// Ends a machine's worker; what it said stays in its folder.
+    /// Ends a machine's worker; its output stays in its folder.
     pub(crate) async fn end(&self, dir: &StateDir, machine: &MachineName) {
         if let Some(worker) = self.remove(machine) {
             worker.forget().await;
@@ -452,15 +452,15 @@ impl Workers {
         self.drop_group(dir, machine).await;
     }
 
-    /// Ends a machine's worker and removes its folder; returns when nothing of
-    /// it runs here any more.
+    /// Ends a machine's worker and removes its folder; returns when no process of it runs here any
+    /// more.
     pub(crate) async fn forget(&self, dir: &StateDir, machine: &MachineName) {
         let worker = self.get(machine);
         self.forget_exactly(dir, machine, worker.as_ref()).await;
     }
 
-    /// As [`Self::forget`], if the machine still has this worker, or none: of another
-    /// life of that name nothing is touched.
+    /// As [`Self::forget`], if the machine still has this worker, or none: another life of that
+    /// name is not affected.
     pub(crate) async fn forget_exactly(
         &self,
         dir: &StateDir,
@@ -475,8 +475,7 @@ impl Workers {
         }
     }
 
-    /// As [`Self::forget_exactly`], for a machine that is frozen for good: its process
-    /// ends in its own time.
+    /// As [`Self::forget_exactly`] in the background, for a machine that is frozen for good.
     pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName, worker: &Worker) {
         let Some(grave) = self.bury(dir, machine, Some(worker)) else {
             return;
@@ -488,21 +487,20 @@ impl Workers {
         });
     }
 
-    /// Takes a worker out of the table, and its folder out of the way first: a
-    /// new worker of that name may come at once. `None` if the machine has another
-    /// worker than the one that is meant.
+    /// Removes a worker from the table and renames its folder first, because a new worker of that
+    /// name may start at once. `None` if the machine has another worker than the given one.
     fn bury(
         &self,
         dir: &StateDir,
         machine: &MachineName,
         worker: Option<&Worker>,
     ) -> Option<PathBuf> {
-        // Held over the renaming: a worker that starts now waits for it.
+        // Held during the renaming: a starting worker waits for it.
         let mut table = self.table();
         match (table.get(machine), worker) {
             (Some(known), Some(meant)) if known.is(meant) => {}
             (None, None) => {}
-            // Whoever took it out saw to its folder.
+            // The caller that removed it from the table handles its folder.
             _ => return None,
         }
         let folder = dir.worker(machine);
@@ -510,22 +508,22 @@ impl Workers {
         if let Err(error) = std::fs::rename(&folder, &grave)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
+            tracing::warn!(%error, folder = %folder.display(), "cannot remove a machine's folder");
         }
         table.remove(machine);
         Some(grave)
     }
 }
 
-/// Takes back from a new worker, which is in the table now, the orders that were
-/// taken back while it was being started.
+/// Clears in a new worker, which is in the table now, the failpoints that were cleared during its
+/// start.
 async fn refresh_failpoints(worker: &Worker, given: &str) {
     for (name, _) in given.split(';').filter_map(|part| part.split_once('=')) {
         if !super::failpoint_orders::orders().contains_key(name) {
             let question = (name.to_owned(), None::<String>);
             let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
             if let Err(error) = told {
-                tracing::debug!(%error, "a worker does not hear of a failpoint");
+                tracing::debug!(%error, "cannot update the failpoints of a worker");
             }
         }
     }

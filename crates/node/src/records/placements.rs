@@ -124,7 +124,7 @@ impl Placements {
         may.collect()
     }
 
-    /// Follows the store until nobody takes the changes.
+    /// Follows the store until the agent ends.
     pub(crate) fn follow(
         self: Arc<Self>,
         context: Arc<Context>,
@@ -160,9 +160,6 @@ async fn follow_all(
     loop {
         if let Err(error) = follow_once(&context, &placements, &changes).await {
             tracing::warn!(%error, "where machines are cannot be followed, trying again");
-        }
-        if changes.is_closed() {
-            return;
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -215,9 +212,6 @@ pub(crate) async fn follow_arrivals(
     loop {
         if let Err(error) = follow_arrivals_once(&context, &changes).await {
             tracing::warn!(%error, "arrivals cannot be followed, trying again");
-        }
-        if changes.is_closed() {
-            return;
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }

@@ -1,5 +1,4 @@
-//! What users ask about the parts, threads and memory of a machine; carried out by its
-//! owner.
+//! Commands of users for the parts, threads and memory of a machine; carried out by its owner.
 
 use super::handle::{PATIENCE, Spanning};
 use super::parts::{move_object, move_thread, objects, parts_of};
@@ -8,11 +7,12 @@ use crate::error::CommandError;
 use crate::records::{MachineCommand, at_owner};
 use keel_api::{ObjectInfo, PartsInfo, SpanRequest};
 use keel_cluster::MachineName;
+use keel_machine::worker::control::Positional;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A machine gets parts on other nodes.
+/// Creates parts of a machine on other nodes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct SpanCommand {
     pub(crate) machine: MachineName,
@@ -29,7 +29,7 @@ impl MachineCommand for SpanCommand {
     }
 }
 
-/// A machine has no parts any more; answered with its downtime in microseconds.
+/// Removes all parts of a machine but its home; the answer is the downtime in microseconds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct UnspanCommand {
     pub(crate) machine: MachineName,
@@ -45,7 +45,7 @@ impl MachineCommand for UnspanCommand {
     }
 }
 
-/// The parts and threads of a machine.
+/// Asks for the parts and threads of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartsQuery {
     pub(crate) machine: MachineName,
@@ -60,7 +60,7 @@ impl MachineCommand for PartsQuery {
     }
 }
 
-/// The memory of a machine, by the part that holds it.
+/// Asks for the memory of a machine, by the part that holds it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ObjectsQuery {
     pub(crate) machine: MachineName,
@@ -68,15 +68,15 @@ pub(crate) struct ObjectsQuery {
 
 impl MachineCommand for ObjectsQuery {
     const KIND: u16 = 0x0323;
-    type Answer = Vec<ObjectInfo>;
+    type Answer = Positional<Vec<ObjectInfo>>;
 
     fn machine(&self) -> &MachineName {
         &self.machine
     }
 }
 
-/// A range of a machine's memory, or an object by its name, moves to the part on a node;
-/// answered with its bytes.
+/// Moves a range of a machine's memory, or a named object, to the part on a node; the answer is
+/// its size in bytes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MoveObjectCommand {
     pub(crate) machine: MachineName,
@@ -93,7 +93,7 @@ impl MachineCommand for MoveObjectCommand {
     }
 }
 
-/// A thread of a machine moves to the part on a node.
+/// Moves a thread of a machine to the part on a node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MoveThreadCommand {
     pub(crate) machine: MachineName,
@@ -111,7 +111,7 @@ impl MachineCommand for MoveThreadCommand {
 }
 
 impl Spanning {
-    /// Gives a machine parts on other nodes.
+    /// Creates parts of a machine on other nodes.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -129,7 +129,7 @@ impl Spanning {
         span(self, &command.machine, &command.request).await
     }
 
-    /// Brings a machine's parts together; its downtime in microseconds.
+    /// Merges a machine's parts into its home; returns the downtime in microseconds.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -173,17 +173,18 @@ impl Spanning {
         self: &Arc<Self>,
         query: ObjectsQuery,
     ) -> Result<Vec<ObjectInfo>, CommandError> {
-        at_owner(&self.context, query, |it| self.objects_here(it)).await
+        let answer = at_owner(&self.context, query, |it| self.objects_here(it)).await;
+        answer.map(|Positional(objects)| objects)
     }
 
     pub(crate) async fn objects_here(
         self: &Arc<Self>,
         query: ObjectsQuery,
-    ) -> Result<Vec<ObjectInfo>, CommandError> {
-        objects(self, &query.machine).await
+    ) -> Result<Positional<Vec<ObjectInfo>>, CommandError> {
+        objects(self, &query.machine).await.map(Positional)
     }
 
-    /// Moves memory to the part on a node; bytes.
+    /// Moves memory to the part on a node; returns its bytes.
     ///
     /// # Errors
     /// [`CommandError`].

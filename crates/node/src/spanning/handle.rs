@@ -1,4 +1,4 @@
-//! The part's state, and what its files share.
+//! State of the spanning layer, and its shared functions.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -14,13 +14,13 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long parts may take to meet, and threads to safepoints.
+/// Time limit for connecting the parts and for threads to reach safepoints.
 pub(crate) const SPAN_PATIENCE: Duration = Duration::from_secs(40);
-/// How long threads and pages may take home.
+/// Time limit for moving threads and pages home.
 pub(crate) const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
-/// How long all of it may take, compiling too.
+/// Time limit of the whole operation, including compiling.
 pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
-/// A node with less room for memory takes no part.
+/// The least free memory of a node that gets a part.
 pub(crate) const ROOM_BYTES_MIN: u64 = 16 << 20;
 
 /// Machines of this node with parts elsewhere, and parts here of machines elsewhere.
@@ -65,9 +65,9 @@ pub(super) fn text(error: RpcError) -> String {
     }
 }
 
-/// Whether a machine may have a part on a node, by rules and drains as the store has them:
-/// as for whole machines that a person moves. (Parts are not in the store: grains see to
-/// those that may not be there any more.)
+/// Whether rules and drains in the store allow a part of a machine on a node: the same conditions
+/// as for a user's move. The store does not record parts; the fine-grained balancer removes those
+/// that are no longer allowed.
 pub(super) async fn may_be_on(
     spanning: &Spanning,
     machine: &MachineName,
@@ -82,7 +82,7 @@ pub(super) async fn may_be_on(
     }
 }
 
-/// A machine's worker here.
+/// The worker of a machine here.
 pub(super) fn home(spanning: &Spanning, machine: &MachineName) -> Result<Worker, CommandError> {
     spanning.processes.machines.get(machine).ok_or_else(|| {
         CommandError::Conflict(format!(

@@ -1,4 +1,4 @@
-//! The home of a machine moves: who takes its place, and what a move that failed leaves.
+//! Migrates the home of a machine: chooses its successor, and releases what a failed move leaves.
 
 use super::commands::{MoveThreadCommand, SpanCommand};
 use super::handle::{Spanning, UNSPAN_PATIENCE, ask, report, text};
@@ -20,8 +20,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Tries to let a machine have its parts where they were after a move, and the pause between two:
-/// it may be arriving, or a part of its memory may still be to come.
+/// Attempts to restore a machine's parts after a move, and the pause between two: the machine may
+/// still be arriving, or part of its memory may be missing.
 const PLACEMENT_TRIES: u32 = 60;
 const PLACEMENT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -34,18 +34,18 @@ pub(crate) struct Placement {
     threads: Vec<(u32, NodeName)>,
 }
 
-/// The part by which a machine's home moves.
+/// The part that takes over the home.
 pub(crate) struct Successor {
-    /// Which.
+    /// Its number.
     pub(crate) part: PartId,
-    /// At which part the home's threads are meanwhile.
+    /// The part that holds the home's threads during the migration.
     pub(crate) threads_to: PartId,
-    /// Where all was before.
+    /// Placement of parts and threads before the migration.
     pub(crate) before: Placement,
 }
 
-/// Of a machine that spans: where it moves, its worker becomes one more part, to take the
-/// home's place. `None` of one that is on one node.
+/// For a spanning machine, makes the target's worker one more part, which then takes over the
+/// home. `None` for a machine on one node.
 pub(crate) async fn successor(
     spanning: &Arc<Spanning>,
     record: &Record,
@@ -56,7 +56,7 @@ pub(crate) async fn successor(
     if found.parts == 0 {
         return Ok(None);
     }
-    // (What others began of its parts is done first.)
+    // Waits for changes of its parts in progress.
     let _setting = spanning.processes.exclusion.changes.lock().await;
     let report = parts_report(worker).await?;
     let members = report
@@ -64,7 +64,7 @@ pub(crate) async fn successor(
         .iter()
         .filter(|(part, _)| **part != PartId::HOME);
     let threads = |part: PartId| report.threads.iter().filter(|it| it.part == part).count();
-    // Best where they go in the end.
+    // Preferably their final place.
     let threads_to = members.min_by_key(|(part, node)| (*node != target, threads(**part)));
     let threads_to = threads_to.map(|(part, _)| *part);
     let threads_to =
@@ -86,7 +86,7 @@ pub(crate) async fn successor(
         program: program.ok_or_else(|| CommandError::Conflict("it has no module".into()))?,
         epoch: record.epoch,
     };
-    // (Nothing of it may be kept while its home changes: a move comes first.)
+    // A checkpoint in progress is ended: the move takes priority.
     let _: () = ask(worker, kind::END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
     let (part, _) = parts.add(target, Comes::Arriving).await?;
     Ok(Some(Successor {
@@ -96,13 +96,14 @@ pub(crate) async fn successor(
     }))
 }
 
-/// Parts with what was to be the home of a machine that stays here: also after an agent that
-/// has died since. It needs nothing of them, and they would take part for ever.
+/// Removes the part that was to take over the home of a machine that stays here, also after the
+/// death of the agent that made it. The machine does not need it, and it would stay a member for
+/// ever.
 pub(crate) async fn release_successors(spanning: &Arc<Spanning>, machine: &MachineName) {
     for _ in 0..PLACEMENT_TRIES {
         match try_release(spanning, machine).await {
             Ok(()) => return,
-            Err(error) => tracing::debug!(%machine, %error, "it has a part too many"),
+            Err(error) => tracing::debug!(%machine, %error, "cannot release the surplus part"),
         }
         tokio::time::sleep(PLACEMENT_AGAIN_AFTER).await;
     }
@@ -129,7 +130,7 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
             Ok(answer) => {
                 unpack(&answer).map_err(|error| CommandError::Unavailable(error.to_string()))?
             }
-            // (Then nothing of the kind is there.)
+            // Then there is no such part.
             Err(why) if why == OLDER => None,
             Err(why) => return Err(CommandError::Unavailable(why)),
         };
@@ -149,8 +150,8 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
     Ok(())
 }
 
-/// Lets a machine whose home moved, or was to, have parts where it had them, wherever its
-/// home is now, in the background: it runs meanwhile, and where that cannot be it is said.
+/// Restores the placement of a machine's parts after its home moved, or failed to move, in the
+/// background. The machine runs meanwhile; a failure is recorded as an event.
 pub(crate) fn restore_placement(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -162,7 +163,7 @@ pub(crate) fn restore_placement(
         for _ in 0..PLACEMENT_TRIES {
             match try_restore(&spanning, &machine, &before).await {
                 Ok(()) => return,
-                // It ended, or somebody else let it span.
+                // It ended, or another operation made it span.
                 Err(CommandError::NotFound(_)) => return,
                 Err(error) => last = error.to_string(),
             }
@@ -177,7 +178,7 @@ pub(crate) fn restore_placement(
     });
 }
 
-/// Threads go where they were.
+/// Moves threads back to their nodes.
 async fn send_back(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -193,9 +194,9 @@ async fn send_back(
             tid: *tid,
             to: node.to_string(),
         };
-        // (One that has ended meanwhile.)
+        // The thread has ended in the meantime.
         if let Err(error) = spanning.move_thread(thread).await {
-            tracing::debug!(%machine, tid, %error, "a thread stays at its home");
+            tracing::debug!(%machine, tid, %error, "cannot move the thread back; it stays at the home");
         }
     }
 }
@@ -211,7 +212,7 @@ async fn try_restore(
     if record.status.ended() {
         return Err(CommandError::NotFound("it has ended".into()));
     }
-    // A home that went where no part was takes its old home's place.
+    // If the home moved to a node without a part, its old node gets one.
     let stays = before.nodes.contains(&record.owner);
     let nodes = before.nodes.iter().skip(usize::from(!stays));
     let mut wanted = Vec::new();
@@ -227,7 +228,7 @@ async fn try_restore(
     }
     if wanted.iter().all(|node| *node == record.owner.as_str()) {
         return Err(CommandError::NotFound(
-            "no part may be anywhere else".into(),
+            "no other node may hold a part".into(),
         ));
     }
     let span = SpanCommand {
@@ -242,8 +243,8 @@ async fn try_restore(
     Ok(())
 }
 
-/// A machine runs here: where it spans the balancer knows, and what moves of its home that
-/// failed have left is let go.
+/// Called when a machine runs here: informs the balancer if it spans, and releases the part that a
+/// failed migration of its home left.
 pub(crate) async fn machine_runs(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Worker) {
     if matches!(worker.report().await, Ok(report) if report.parts > 0) {
         mark(spanning, machine, worker);

@@ -1,4 +1,5 @@
-//! A member's node: the worker that is a part is made there, meets the others, and ends.
+//! A member's node: makes the worker of a part, connects it to the other parts, and cleans up at
+//! its end.
 
 use super::handle::{ROOM_BYTES_MIN, SPAN_PATIENCE, Spanning, text};
 use super::messages::{PartJoin, PartOffer, ReadyMember};
@@ -12,10 +13,10 @@ use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a member's process is waited for at a time.
+/// Interval for polling the end of a member's process.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
-/// What this node has room for, if that is less than the machine may have.
+/// Memory that this node has room for, if that is less than the machine's limit.
 async fn room_for_part(spanning: &Spanning, offer: &PartOffer) -> Result<Option<u64>, String> {
     let room = records::room_bytes(&spanning.context, &offer.machine).await?;
     let room = room / u64::from(offer.sharing.max(1));
@@ -48,7 +49,7 @@ fn ready_part(
     }
 }
 
-/// Makes a member's worker.
+/// Starts a member's worker.
 pub(crate) async fn ready(
     spanning: &Arc<Spanning>,
     owner: &NodeName,
@@ -91,7 +92,7 @@ pub(crate) async fn ready(
     }
 }
 
-/// The worker here to which a machine moves is to be a part of it first.
+/// Prepares the worker of an arriving machine to become a part of it first.
 pub(crate) async fn ready_arriving(
     spanning: &Arc<Spanning>,
     owner: &NodeName,
@@ -112,7 +113,8 @@ pub(crate) async fn ready_arriving(
     })
 }
 
-/// It meets the others; where that is not wanted any more it goes on waiting for its source.
+/// Connects that worker to the other parts. If the migration is cancelled it waits for its source
+/// again.
 pub(crate) async fn join_arriving(
     spanning: &Arc<Spanning>,
     request: PartJoin,
@@ -137,19 +139,19 @@ async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<Worker, 
     }
 }
 
-/// The part of a machine that a worker is to which it moves, or was to move.
+/// The part number of an arriving worker, if it has one.
 ///
 /// # Errors
-/// Where that is not known.
+/// If the worker does not answer.
 pub(crate) async fn part_of(worker: &Worker) -> Result<Option<PartId>, String> {
     match worker.ask(kind::IS_PART, &(), PROMPT).await.map_err(text) {
-        // (One of an older version is none.)
+        // A worker of an older version has none.
         Err(why) if why == OLDER => Ok(None),
         answer => answer,
     }
 }
 
-/// As [`part_of`], of the worker here to which a machine was to move.
+/// As [`part_of`], for the worker of an arriving machine here.
 pub(crate) async fn arrived_part(
     spanning: &Spanning,
     machine: &MachineName,
@@ -160,7 +162,7 @@ pub(crate) async fn arrived_part(
     }
 }
 
-/// A member meets the others, or ends.
+/// Connects a member to the other parts, or ends it.
 pub(crate) async fn join(spanning: &Arc<Spanning>, request: PartJoin) -> Result<(), String> {
     let dir = spanning.context.dir.of_parts();
     let Some(join) = &request.join else {
@@ -172,7 +174,7 @@ pub(crate) async fn join(spanning: &Arc<Spanning>, request: PartJoin) -> Result<
         return Ok(());
     };
     let worker = spanning.processes.members.get(&request.worker);
-    let worker = worker.ok_or("it has ended, or its node's spanning is another one")?;
+    let worker = worker.ok_or("it has ended, or the agent of its node was restarted")?;
     match worker.ask(kind::JOIN, join, SPAN_PATIENCE).await {
         Ok(()) => Ok(()),
         Err(error) => {
@@ -186,7 +188,7 @@ pub(crate) async fn join(spanning: &Arc<Spanning>, request: PartJoin) -> Result<
     }
 }
 
-/// Removes what is left of a member when its process has ended.
+/// Removes the remains of a member after the end of its process.
 fn clear_at_end(spanning: &Arc<Spanning>, name: &MachineName, worker: Worker) {
     let (spanning, name) = (spanning.clone(), name.clone());
     tokio::spawn(async move {
@@ -199,7 +201,7 @@ fn clear_at_end(spanning: &Arc<Spanning>, name: &MachineName, worker: Worker) {
     });
 }
 
-/// Notes for the balancer that a machine spans, until its worker has ended.
+/// Records for the balancer that a machine spans, until its worker ends.
 pub(super) fn mark(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Worker) {
     if !spanning.marked().insert(machine.clone()) {
         return;
@@ -211,7 +213,7 @@ pub(super) fn mark(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Wor
     });
 }
 
-/// Finds the members that an earlier agent of this node made, and the machines that span.
+/// Finds the members that an earlier agent of this node made, and the spanning machines.
 pub(crate) async fn adopt(spanning: &Arc<Spanning>) {
     for machine in spanning.processes.machines.names() {
         let Some(worker) = spanning.processes.machines.get(&machine) else {

@@ -1,18 +1,17 @@
-//! Parts of a machine that come and go while it runs: what its owner's agent asks of whom,
-//! in which order.
+//! Adds and removes parts while the machine runs: the messages of its owner's agent, in order.
 //!
 //! ```text
 //!   owner's agent        new part's node     other members' nodes     home's worker
 //!       │─── PART ────────────▶│ listens for all   │                      │
-//!       │─── CONNECT_NEW_PART ─────────┼──────────────────▶│ listens for it       │
-//!       │ CONNECT_NEW_PART ────────────┼───────────────────┼─────────────────────▶│
-//!       │─── PART_JOIN ───────▶│ meets them        │                      │
-//!       │─── ADD_PART ─────────┼──────────────────▶│ knows it             │
-//!       │ ADD_PART, the last ──┼───────────────────┼─────────────────────▶│ it is one of them
+//!       │─── CONNECT_NEW_PART ─┼──────────────────▶│ listens for it       │
+//!       │ CONNECT_NEW_PART ────┼───────────────────┼─────────────────────▶│
+//!       │─── PART_JOIN ───────▶│ connects          │                      │
+//!       │─── ADD_PART ─────────┼──────────────────▶│ adds it              │
+//!       │ ADD_PART, the last ──┼───────────────────┼─────────────────────▶│ adds it
 //! ```
 //!
-//! Until the home has it a new part is no loss: where anything fails its process is ended,
-//! and the others forget it. A part that goes the home empties and parts with
+//! Until the home adds it, a new part holds nothing: on a failure its process is ended, and the
+//! other parts forget it. To remove a part, the home empties it and drops it
 //! ([`kind::REMOVE_PART`]); its process ends then.
 
 use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, text};
@@ -41,7 +40,7 @@ use std::time::Duration;
 
 // ── a member's node ─────────────────────────────────────────────────────
 
-/// Asks whichever process here is that part.
+/// Asks the process here that is the given part.
 async fn ask_member<A: DeserializeOwned>(
     spanning: &Spanning,
     machine: &MachineName,
@@ -49,7 +48,7 @@ async fn ask_member<A: DeserializeOwned>(
     question: &impl Serialize,
     patience: Duration,
 ) -> Result<A, String> {
-    // (All at once: one that hangs holds up nobody. The last to which it was to move.)
+    // All at once, so that one that hangs does not delay the others. The arriving worker is last.
     let workers = spanning.processes.members.names().into_iter();
     let workers = workers.filter_map(|name| spanning.processes.members.get(&name));
     let workers = workers.chain(spanning.processes.machines.get(machine));
@@ -60,7 +59,7 @@ async fn ask_member<A: DeserializeOwned>(
     while let Some(answer) = answers.next().await {
         match answer {
             Ok(answer) => return Ok(answer),
-            // It is another one.
+            // This worker is another part.
             Err(RpcError::Refused { .. }) => {}
             Err(error) => why = text(error),
         }
@@ -68,7 +67,7 @@ async fn ask_member<A: DeserializeOwned>(
     Err(why)
 }
 
-/// A member here is to meet a part that comes.
+/// A member here prepares to accept a connection from a new part.
 pub(crate) async fn meet_new(
     spanning: &Spanning,
     request: &ConnectNewPart,
@@ -87,7 +86,7 @@ pub(crate) async fn meet_new(
     .await
 }
 
-/// It does, and knows it.
+/// The member accepts the connection and adds the new part.
 pub(crate) async fn join_new(spanning: &Spanning, request: &AddPart) -> Result<u64, String> {
     ask_member(
         spanning,
@@ -101,7 +100,7 @@ pub(crate) async fn join_new(spanning: &Spanning, request: &AddPart) -> Result<u
 
 // ── the owner ───────────────────────────────────────────────────────────
 
-/// A machine that spans, and runs here.
+/// A spanning machine that runs here.
 pub(super) struct SpanningMachine<'a> {
     pub(super) spanning: &'a Arc<Spanning>,
     pub(crate) machine: &'a MachineName,
@@ -111,24 +110,24 @@ pub(super) struct SpanningMachine<'a> {
     pub(crate) epoch: Epoch,
 }
 
-/// What has changed.
+/// The result of a change of membership.
 #[derive(Debug, Default)]
 pub(super) struct Changed {
-    /// Nodes that got a part.
+    /// Nodes that gained a part.
     pub(crate) came: Vec<NodeName>,
-    /// Nodes that had one.
+    /// Nodes that lost a part.
     pub(crate) went: Vec<NodeName>,
-    /// Downtime in microseconds, all together.
+    /// Total downtime in microseconds.
     pub(crate) stood: u64,
 }
 
 impl SpanningMachine<'_> {
-    /// It has parts on these nodes, further than its home, and on no others: first those come
-    /// that it has not, then those go that it is not to have.
+    /// Gives the machine parts on exactly these nodes, besides its home: first adds the missing
+    /// ones, then removes the others.
     ///
     /// # Errors
-    /// [`CommandError`]: where one does not come, those that came go again; where one does
-    /// not go, it stays.
+    /// [`CommandError`]: if a part cannot be added, those added before are removed again; a part
+    /// that cannot be removed stays.
     pub(super) async fn change(
         &self,
         wanted: &[NodeName],
@@ -157,7 +156,7 @@ impl SpanningMachine<'_> {
                             Ok(_) => drop(changed.came.pop()),
                             Err(error) => {
                                 let machine = self.machine;
-                                tracing::warn!(%machine, %part, %error, "a part stays");
+                                tracing::warn!(%machine, %part, %error, "cannot remove the part");
                             }
                         }
                     }
@@ -165,7 +164,7 @@ impl SpanningMachine<'_> {
                 }
             }
         }
-        // Threads go where there is somebody new, as it is most likely for that.
+        // Threads go to an added part, which was most likely made for them.
         let mut threads_to = new.iter().copied().cycle();
         for (part, node) in goes {
             let to = threads_to.next().unwrap_or(PartId::HOME);
@@ -187,7 +186,7 @@ impl SpanningMachine<'_> {
         }
     }
 
-    /// One more part; which, and its downtime in microseconds.
+    /// Adds a part; returns its number, and the downtime in microseconds.
     pub(super) async fn add(
         &self,
         node: &NodeName,
@@ -207,7 +206,7 @@ impl SpanningMachine<'_> {
             me: new,
             parts: parts.with(new),
             features: needed_features(),
-            // (What others there have is not free.)
+            // Memory reserved by other machines there is not free.
             sharing: 1,
         };
         let on_node = |why| CommandError::Conflict(format!("no part on {node}: {why}"));
@@ -224,11 +223,11 @@ impl SpanningMachine<'_> {
         match met {
             Ok(stood) => Ok((new, stood)),
             Err(error) => {
-                // Its answer may be lost, or late.
+                // Its answer may be lost or late.
                 match parts_report(self.worker).await {
                     Ok(report) if report.nodes.contains_key(&new) => return Ok((new, 0)),
                     Ok(_) => drop(join_on(spanning, node, ends(None), comes).await),
-                    // (Nobody knows: where it does not join it ends by itself.)
+                    // No part has been told of it: if it does not join, it ends by itself.
                     Err(_) => {}
                 }
                 Err(error)
@@ -236,7 +235,7 @@ impl SpanningMachine<'_> {
         }
     }
 
-    /// All meet it, the home last.
+    /// Connects all parts to the new one, the home last.
     async fn meet(
         &self,
         new: PartId,
@@ -266,7 +265,7 @@ impl SpanningMachine<'_> {
         };
         let known = async {
             let mut stood = 0;
-            // (The home is the first by number, and the last that is told.)
+            // The home is the first by number, and the last to be informed.
             for (me, at) in has.iter().rev() {
                 if *me == PartId::HOME {
                     let passed = failpoint::pass_async("parts.known").await;
@@ -285,7 +284,7 @@ impl SpanningMachine<'_> {
             Ok::<u64, CommandError>(stood)
         };
         let joined = join_on(spanning, node, ends(Some(join.clone())), comes);
-        // Who knows why it fails says so first; the other one waits for it in vain.
+        // The side with the cause fails first; the other one then waits in vain.
         match select(pin!(joined), pin!(known)).await {
             Either::Right((known, _)) => known,
             Either::Left((joined, known)) => known.await.map_err(|error| match joined {
@@ -322,7 +321,7 @@ impl SpanningMachine<'_> {
         unpack(&answer).map_err(|error| bytes(&error))
     }
 
-    /// A part goes; its downtime in microseconds.
+    /// Removes a part; returns the downtime in microseconds.
     async fn part_with(&self, part: PartId, threads_to: PartId) -> Result<u64, CommandError> {
         let with = RemovePart { part, threads_to };
         let answer = self

@@ -11,22 +11,20 @@ use serde::{Deserialize, Serialize};
 pub(crate) const PART: u16 = 0x0314;
 /// [`PartJoin`] → `()`.
 pub(crate) const PART_JOIN: u16 = 0x0315;
-/// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are free
-/// for it.
+/// `(machine, CPU features that a part of it needs)` → `u64`: free bytes of memory for a part.
 pub(crate) const ROOM: u16 = 0x0316;
 /// [`keel_machine::worker::control::ConnectNewPart`] → [`PartAddress`].
 pub(crate) const CONNECT_NEW_PART: u16 = 0x0317;
 /// [`keel_machine::worker::control::AddPart`] → `u64`.
 pub(crate) const ADD_PART: u16 = 0x0318;
-/// As [`PART`], of the worker to which the machine moves.
+/// As [`PART`], for the worker of an arriving machine.
 pub(crate) const ARRIVING_PART: u16 = 0x0319;
-/// As [`PART_JOIN`], of that worker.
+/// As [`PART_JOIN`], for that worker.
 pub(crate) const ARRIVING_JOIN: u16 = 0x031a;
-/// [`MachineName`] → `Option<PartId>`: the part of it that the worker is here to which it
-/// was to move.
+/// [`MachineName`] → `Option<PartId>`: the part number of the arriving worker here.
 pub(crate) const ARRIVED_PART: u16 = 0x031b;
 
-/// What an owner asks of a member's node.
+/// An owner's request for a part on a member's node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartOffer {
     pub(crate) machine: MachineName,
@@ -34,21 +32,21 @@ pub(crate) struct PartOffer {
     pub(crate) program: Fingerprint,
     pub(crate) me: PartId,
     pub(crate) parts: PartSet,
-    /// CPU features that must be here.
+    /// CPU features that the node must have.
     pub(crate) features: Vec<String>,
-    /// Parts of the machine that are to be here.
+    /// Number of parts of the machine on this node.
     pub(crate) sharing: u32,
 }
 
-/// A member that is ready to meet the others.
+/// A member that is ready to connect to the others.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct ReadyMember {
-    /// Its worker's name on its node.
+    /// The name of its worker on its node.
     pub(crate) worker: MachineName,
     pub(crate) place: PartAddress,
 }
 
-/// Which member is to meet whom; without `join` it ends.
+/// The addresses that a member connects to; without `join` it ends.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartJoin {
     pub(crate) worker: MachineName,

@@ -1,28 +1,28 @@
-//! Machines with parts on several nodes: the owner's agent has member workers made, lets
-//! all parts meet, and says to the machine that it spans.
+//! Machines with parts on several nodes: the owner's agent has member workers started, connects
+//! all parts, and starts the spanning of the machine.
 //!
 //! ```text
 //!   owner's agent                 each member's agent            its worker
 //!       │─── PART ───────────────────▶│ fetches the module           │
 //!       │                             │ starts it ──── PART_READY ──▶│ listens
-//!       │◀──────────────── where ─────│◀─────────────────────────────│
+//!       │◀────────────── address ─────│◀─────────────────────────────│
 //!       │ SPAN_READY: the home listens too
-//!       │─── PART_JOIN, all at once, with SPAN to the home ─────────▶│ they meet
+//!       │─── PART_JOIN, all at once, with SPAN to the home ─────────▶│ all connect
 //! ```
 //!
-//! What was begun is undone where anything fails, and the machine goes on alone. Members
-//! end by themselves with their home: an agent that dies leaves nothing to be settled.
+//! A failure undoes every completed step, and the machine continues on its home alone. Members end
+//! by themselves with their home, so the death of an agent leaves nothing to settle.
 //!
-//! Which parts a machine has its home's worker knows; the store has its owner, as ever.
+//! The home's worker holds the set of parts; the store holds the owner only.
 //!
-//! - `handle`, `commands`: the part's state, and what users ask of it
+//! - `handle`, `commands`: the state of this layer, and the commands of users
 //! - `messages`: messages between an owner's and a member's node
-//! - `member`: a member's node
-//! - `remote_member`: the same of any node
-//! - `parts`: parts, threads and memory: reports of them, and their moves
-//! - `membership`: parts that come and go while the machine runs
-//! - `span`: parts are made, and brought together
-//! - `home_migration`: the home moves
+//! - `member`: starts and ends a member on its node
+//! - `remote_member`: the same on any node
+//! - `parts`: reports and moves of parts, threads and memory
+//! - `membership`: adds and removes parts while the machine runs
+//! - `span`: creates the parts, and merges them again
+//! - `home_migration`: migrates the home
 //! - `rooms`: nodes that have room for a part
 
 mod commands;

@@ -1,4 +1,4 @@
-//! Threads and memory of a machine with parts: what is told of them, and how they move.
+//! Threads and memory of a machine with parts: their reports, and their moves.
 
 use super::handle::{SPAN_PATIENCE, Spanning, ask, home, may_be_on};
 use crate::error::CommandError;
@@ -7,12 +7,14 @@ use keel_api::{ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, ThreadInfo};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::guest_memory::PAGE_BYTES;
 use keel_machine::span::{Heat, HotPage, PartId, Sharing};
-use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, kind};
+use keel_machine::worker::control::{
+    MoveObject, MoveThread, ObjectReport, PartsReport, Positional, kind,
+};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What parts and threads it has.
+/// Parts and threads of the machine.
 pub(crate) async fn parts_of(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -74,7 +76,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
     }
 }
 
-/// Its memory in pieces, by who holds them.
+/// Its memory as objects, by the part that holds them.
 pub(crate) async fn objects(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -82,14 +84,14 @@ pub(crate) async fn objects(
     let worker = home(spanning, machine)?;
     let report = parts_report(&worker).await?;
     let objects = objects_report(&worker).await?;
-    // (A worker from before an upgrade does not know it.)
+    // A worker of an older version does not support the request.
     let heat = heat_of(&worker).await.unwrap_or_else(|error| {
-        tracing::debug!(%machine, %error, "how its memory is used");
+        tracing::debug!(%machine, %error, "the use of its memory is not known");
         Heat::default()
     });
     let node = |part: PartId| match report.nodes.get(&part) {
         Some(node) => node.to_string(),
-        // (It is on one node.)
+        // The machine is on one node.
         None => spanning.context.name.to_string(),
     };
     let info = |object: ObjectReport| {
@@ -117,8 +119,8 @@ pub(crate) async fn objects(
     Ok(objects.into_iter().map(info).collect())
 }
 
-/// Brings a piece of memory, or an object by its name, to the part on a node; bytes that
-/// have been there.
+/// Moves an object, given as a range or by its name, to the part on a node; returns the bytes that
+/// have moved.
 pub(crate) async fn move_object(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -163,12 +165,12 @@ pub(crate) async fn move_object(
     Ok(moved)
 }
 
-/// As its worker tells of it: parts, and what each thread takes.
+/// The worker's report of parts and of the CPU time of each thread.
 pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, CommandError> {
     ask(worker, kind::PARTS, &(), PROMPT).await
 }
 
-/// Pages that threads waited for, in a piece of memory.
+/// Pages of an object for which threads waited.
 pub(crate) fn hot_in<'a>(heat: &'a Heat, object: &ObjectReport) -> &'a [HotPage] {
     let end = object.start.saturating_add(object.bytes);
     let before = |at: u64| {
@@ -179,7 +181,7 @@ pub(crate) fn hot_in<'a>(heat: &'a Heat, object: &ObjectReport) -> &'a [HotPage]
     heat.hot.get(within).unwrap_or_default()
 }
 
-/// What the part that has a piece of memory does not use of it.
+/// Pages of an object that the part which holds it does not use.
 pub(crate) fn idle_in(heat: &Heat, object: &ObjectReport) -> Vec<Range<u64>> {
     let end = object.start.saturating_add(object.bytes);
     let all = heat.idle.get(&object.owner).map_or(&[][..], Vec::as_slice);
@@ -197,22 +199,24 @@ pub(crate) fn idle_in(heat: &Heat, object: &ObjectReport) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// How its memory was used of late.
+/// Recent use of its memory.
 pub(crate) async fn heat_of(worker: &Worker) -> Result<Heat, CommandError> {
-    ask(worker, kind::HEAT, &(), PROMPT).await
+    let Positional(heat) = ask(worker, kind::HEAT, &(), PROMPT).await?;
+    Ok(heat)
 }
 
-/// Its memory in pieces, as its worker tells of it.
+/// The worker's report of its memory as objects.
 pub(crate) async fn objects_report(worker: &Worker) -> Result<Vec<ObjectReport>, CommandError> {
-    ask(worker, kind::OBJECTS, &(), PROMPT).await
+    let Positional(objects) = ask(worker, kind::OBJECTS, &(), PROMPT).await?;
+    Ok(objects)
 }
 
-/// Lets a thread go to a part.
+/// Moves a thread to a part.
 pub(crate) async fn thread_to(worker: &Worker, thread: MoveThread) -> Result<(), CommandError> {
     ask(worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
 }
 
-/// As [`object_to`], however long it takes while more and more of it is there.
+/// As [`object_to`], repeated as long as it makes progress.
 async fn whole_object_to(worker: &Worker, object: MoveObject) -> Result<u64, CommandError> {
     let (start, bytes) = (object.start / PAGE_BYTES * PAGE_BYTES, object.bytes);
     let end = object.start.saturating_add(bytes);
@@ -239,13 +243,13 @@ async fn whole_object_to(worker: &Worker, object: MoveObject) -> Result<u64, Com
     }
 }
 
-/// Brings a piece of memory to a part; bytes from its first on that have been there, before
-/// it takes too long.
+/// Moves an object to a part; returns the bytes that have moved, from the first on, before the
+/// time limit.
 pub(crate) async fn object_to(worker: &Worker, object: MoveObject) -> Result<u64, CommandError> {
     ask(worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
 }
 
-/// Says how many cores are free at each part: new threads begin where most are.
+/// Reports the free cores of each part: new threads start where most are.
 pub(crate) async fn tell_room(
     worker: &Worker,
     room: &BTreeMap<PartId, f64>,
@@ -268,7 +272,7 @@ async fn part_on(
             "machine {machine:?} has no part on {node:?} (`keel parts {machine}` lists them, `keel span` makes them)"
         ))
     })?;
-    // A part that may not be there any more is about to leave.
+    // A part that is no longer allowed is about to be removed.
     if let Some(node) = spanning
         .context
         .members

@@ -1,4 +1,4 @@
-//! Members of any node: made here by a call, elsewhere by a request to their agent.
+//! Members on any node: made here by a call, elsewhere by a request to the agent.
 
 use super::handle::{SPAN_PATIENCE, Spanning, text};
 use super::member::{join, ready};
@@ -8,12 +8,12 @@ use keel_cluster::NodeName;
 use keel_machine::worker::control::{pack, unpack};
 use std::sync::Arc;
 
-/// Which worker a part gets.
+/// The worker that a part gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Comes {
     /// A process of its own.
     Anew,
-    /// The worker to which the machine moves.
+    /// The worker of an arriving machine.
     Arriving,
 }
 

@@ -10,13 +10,13 @@ use keel_machine::worker::control::{pack, unpack};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a node may take to say what it has room for.
+/// How long a node may take to report its free memory.
 const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Bytes that are free here for a part of a machine that needs these CPU features.
+/// Free bytes here for a part of a machine that needs these CPU features.
 ///
 /// # Errors
-/// Why there is none, in a sentence.
+/// Why no part is possible, in a sentence.
 pub(crate) async fn room_here(
     spanning: &Spanning,
     machine: &MachineName,
@@ -26,7 +26,7 @@ pub(crate) async fn room_here(
     records::room_bytes(&spanning.context, machine).await
 }
 
-/// The other nodes that a machine may be on and that answer, and what they have room for.
+/// The other nodes that may hold a part and that answer, with their free bytes.
 pub(crate) async fn rooms(spanning: &Arc<Spanning>, machine: &MachineName) -> Vec<(NodeName, u64)> {
     let all = spanning.context.members.all();
     let others = all
@@ -39,7 +39,7 @@ pub(crate) async fn rooms(spanning: &Arc<Spanning>, machine: &MachineName) -> Ve
             .cache
             .forbids(machine.as_str(), node.as_str())
         {
-            tracing::debug!(%machine, %node, why, "no part there");
+            tracing::debug!(%machine, %node, why, "the node cannot hold a part");
             return None;
         }
         let question = (machine.clone(), needed_features());

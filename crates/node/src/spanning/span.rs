@@ -1,4 +1,4 @@
-//! The owner of a machine has its parts made, and brings them together again.
+//! Has the parts of a machine created, and merges them into the home.
 
 use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, ask, home, may_be_on, report, text};
 use super::member::mark;
@@ -21,7 +21,7 @@ use keel_net::{Fingerprint, RpcError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The nodes of the members: of all that are named but the owner's, once.
+/// The nodes of the members: all named nodes without one occurrence of the owner's.
 fn members(
     spanning: &Spanning,
     named: &[String],
@@ -36,7 +36,7 @@ fn members(
         }
         nodes.push(node);
     }
-    // One of them is the home itself.
+    // One occurrence is the home itself.
     if let Some(at) = nodes.iter().position(|node| *node == spanning.context.name) {
         nodes.remove(at);
     }
@@ -57,14 +57,14 @@ fn members(
     }
 }
 
-/// Lets a machine that runs here span nodes; of one that spans already parts come and go.
+/// Makes a machine that runs here span nodes; changes the parts of one that spans already.
 pub(crate) async fn span(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
     request: &SpanRequest,
 ) -> Result<PartsInfo, CommandError> {
     let members = members(spanning, &request.nodes)?;
-    // A move, or other limits, would contradict it.
+    // A concurrent move, or change of limits, would conflict.
     let _setting = spanning.processes.exclusion.changes.lock().await;
     if spanning.processes.exclusion.is_moving(machine) {
         return Err(CommandError::Conflict(format!(
@@ -80,7 +80,7 @@ pub(crate) async fn span(
     };
     let has = parts_of(spanning, machine).await?.parts;
     for node in members.values() {
-        // (Where it has a part already only what is next is asked.)
+        // If it spans already, only the change of membership applies.
         if !has.iter().any(|part| part.node == node.as_str()) {
             may_be_on(spanning, machine, node).await?;
         }
@@ -106,8 +106,8 @@ pub(crate) async fn span(
     Ok(info)
 }
 
-/// A machine that spans has parts on these nodes, and its home, and on no others.
-/// Downtime in microseconds.
+/// Gives a spanning machine parts on exactly these nodes and its home. Returns the downtime in
+/// microseconds.
 async fn change(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
@@ -146,7 +146,7 @@ async fn change(
     done.map(|()| changed.stood)
 }
 
-/// A machine that is held gets parts on these nodes, further than its home.
+/// Gives a held machine parts on these nodes, besides its home.
 pub(crate) async fn span_held(
     spanning: &Arc<Spanning>,
     record: &Record,
@@ -164,8 +164,7 @@ pub(crate) async fn span_held(
     Ok(())
 }
 
-/// All parts are made and meet, or nothing of it stays. Microseconds that the machine
-/// stood still.
+/// Creates and connects all parts, or undoes everything. Returns the downtime in microseconds.
 async fn spread(
     spanning: &Arc<Spanning>,
     record: &Record,
@@ -182,7 +181,7 @@ async fn spread(
     };
     let program = found.program.map(Fingerprint);
     let program = program.ok_or_else(|| CommandError::Conflict("it has no module".into()))?;
-    // What its parts are to keep is not in what its worker was started with.
+    // Its limits may have been changed since its worker was started.
     worker.apply_limits(record).await;
     let spawning = match spec.balancing.spawn {
         _ if here => SpawnPolicy::Here,
@@ -195,7 +194,7 @@ async fn spread(
         .copied()
         .collect::<PartSet>()
         .with(PartId::HOME);
-    // Parts on one node share what it has room for.
+    // Parts on one node share its free memory.
     let sharing = |node: &NodeName| {
         let members = members.values().filter(|it| *it == node).count();
         members as u32 + u32::from(*node == spanning.context.name)
@@ -229,7 +228,7 @@ async fn spread(
     let spans = match refused {
         Some(why) => Err(Unmet::certain(CommandError::Conflict(why))),
         None => {
-            // (Of one that is held nothing is there yet, however large it is.)
+            // A held machine has no memory yet, however large it is.
             let has_bytes = match found.state {
                 State::Held { .. } => 0,
                 _ => found.memory_bytes,
@@ -252,17 +251,17 @@ async fn spread(
     let stood = match spans {
         Ok(stood) => stood,
         Err(Unmet { error, in_doubt }) => {
-            // It may have begun, with only its answer lost or late: it is alone before its
-            // members are ended. (Never where it said that it did not begin: what it spans
-            // then is another's doing.)
-            // (One that is held is ended by whoever began it: it must not run as it is.)
+            // The home may span with only its answer lost or late, so it is merged before its
+            // members are ended; not if it answered that it does not span, since it may then span
+            // by another operation.
+            // A held machine is ended by its caller: it must not run as it is.
             let is_held = matches!(found.state, State::Held { .. });
             if in_doubt && !is_held {
                 let alone = worker
                     .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
                     .await;
                 if let Err(RpcError::Failed { reason, .. }) = &alone {
-                    tracing::debug!(reason, "it did not begin to span");
+                    tracing::debug!(reason, "the machine does not span");
                 }
             }
             let ends = members.iter().filter_map(|(part, node)| {
@@ -273,7 +272,8 @@ async fn spread(
                 };
                 Some(join_on(spanning, node, request, Comes::Anew))
             });
-            // (Who cannot be told ends by itself, since it meets nobody in time.)
+            // A member that cannot be reached ends by itself, since nothing connects to it in
+            // time.
             join_all(ends).await;
             return Err(error);
         }
@@ -291,10 +291,10 @@ async fn spread(
     Ok(stood)
 }
 
-/// Why parts did not meet.
+/// Why parts did not connect.
 struct Unmet {
     error: CommandError,
-    /// Whether the machine may span all the same: nobody said that it does not.
+    /// Whether the machine may span all the same, because no answer excludes it.
     in_doubt: bool,
 }
 
@@ -307,14 +307,14 @@ impl Unmet {
     }
 }
 
-/// How a home is to span.
+/// Options of spanning.
 struct How {
     spawning: SpawnPolicy,
     room_bytes: Option<u64>,
 }
 
-/// What the home can keep here: what it has, and what is free beside; `None` if that is
-/// all that the machine may have, or not known.
+/// Memory that the home can keep here: its own and the free bytes; `None` if that is all that the
+/// machine may have, or is not known.
 async fn own_room(
     spanning: &Spanning,
     machine: &MachineName,
@@ -324,18 +324,18 @@ async fn own_room(
 ) -> Option<u64> {
     let free = records::room_bytes(&spanning.context, machine).await;
     let free = free
-        .inspect_err(|error| tracing::warn!(%machine, error, "its home keeps all that comes"))
+        .inspect_err(|error| tracing::warn!(%machine, error, "the room of its home is not known; it gets no limit"))
         .ok()?;
     home_room(has_bytes, free, sharing, spec.memory_bytes)
 }
 
-/// What the home of a machine that may have `most` bytes can keep, where that is less.
+/// Memory that the home of a machine with the limit `most` can keep, if that is less.
 fn home_room(has_bytes: u64, free: u64, sharing: u32, most: u64) -> Option<u64> {
     let room = has_bytes.saturating_add(free / u64::from(sharing.max(1)));
     (room < most).then_some(room)
 }
 
-/// All parts meet; microseconds that the machine stood still.
+/// Connects all parts; returns the downtime in microseconds.
 async fn meet(
     spanning: &Arc<Spanning>,
     worker: &Worker,
@@ -387,8 +387,8 @@ async fn meet(
         worker.ask::<_, u64>(kind::SPAN, &span, SPAN_PATIENCE),
         try_join_all(joins)
     );
-    // Where the home spans all have joined, whatever became of their answers. Else whoever
-    // did not join is why it did not begin.
+    // If the home spans, all have joined, whatever happened to their answers. Otherwise the member
+    // that did not join is the cause.
     match (stood, joined) {
         (Ok(stood), _) => Ok(stood),
         (Err(error), joined) => {
@@ -402,8 +402,8 @@ async fn meet(
     }
 }
 
-/// Why a machine cannot be brought together here, if what its other parts have is more than
-/// there is room for: nothing bounds what comes then, and its process would be ended for it.
+/// Why a machine cannot be merged here, if its other parts hold more than there is room for: no
+/// limit bounds that transfer, and the kernel would kill the process.
 async fn too_large(
     spanning: &Spanning,
     machine: &MachineName,
@@ -420,7 +420,7 @@ async fn too_large(
     };
     let mut wanted = others(&parts_report(worker).await?);
     if wanted > room {
-        // Of pages that several have, copies do not count.
+        // Copies of a page in several parts count once.
         let objects = objects_report(worker).await?.into_iter();
         let away = objects.filter(|object| object.owner != PartId::HOME);
         wanted = away.map(|object| object.bytes).sum();
@@ -438,7 +438,7 @@ fn does_not_fit(machine: &MachineName, node: &NodeName, wanted: u64, room: u64) 
     })
 }
 
-/// Brings a machine's threads and pages home.
+/// Moves a machine's threads and pages home.
 pub(crate) async fn unspan(
     spanning: &Arc<Spanning>,
     machine: &MachineName,

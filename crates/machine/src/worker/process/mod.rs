@@ -15,8 +15,8 @@ use super::SOCKET;
 use super::activity;
 use super::cluster_volumes::ClusterVolumes;
 use super::control::{
-    Checkpoint, Copy, CopyHome, FileDone, FileRequest, HomeHandover, LogChunk, ReadLog, Receive,
-    Report, Start, StartPhase, StartProgress, State, VolumeReport, kind, pack, unpack,
+    Checkpoint, Copy, CopyHome, FileDone, FileRequest, HomeHandover, LogChunk, Positional, ReadLog,
+    Receive, Report, Start, StartPhase, StartProgress, State, VolumeReport, kind, pack, unpack,
 };
 use super::files;
 use super::post_copy::PostCopyTarget;
@@ -391,11 +391,11 @@ impl Worker {
             }
             kind::OBJECTS => {
                 let objects = blocking(move || self.objects()).await?;
-                Ok(pack(&objects)?.into())
+                Ok(pack(&Positional(objects))?.into())
             }
             kind::HEAT => {
                 let heat = blocking(move || self.heat()).await?;
-                Ok(pack(&heat)?.into())
+                Ok(pack(&Positional(heat))?.into())
             }
             kind::MOVE_OBJECT => {
                 let object = unpack(&payload)?;

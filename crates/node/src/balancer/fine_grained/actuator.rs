@@ -1,4 +1,4 @@
-//! What is done about it: a thread or memory goes to another part, and parts come and go.
+//! Carries out decisions: moves a thread or memory to another part, adds and removes parts.
 
 use super::super::handle::NodeBalancer;
 use super::observation::by_use;
@@ -13,8 +13,8 @@ use keel_machine::span::PartId;
 use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport};
 use std::sync::Arc;
 
-/// It has no parts on these nodes any more. What was there goes to its other parts; where
-/// these have no room for it, to nodes that have none yet.
+/// Removes the parts on these nodes. Their threads and memory move to the other parts, or, if
+/// these have no room, to new parts on other nodes.
 async fn leave(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
@@ -72,13 +72,13 @@ fn text(error: CommandError) -> String {
     error.to_string()
 }
 
-/// It has parts on these nodes; microseconds that it stood still.
+/// Gives the machine parts on these nodes; returns the downtime in microseconds.
 async fn span(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
     nodes: &[String],
 ) -> Result<u64, CommandError> {
-    // (Its home's node, and further times that is named it has further parts.)
+    // The first occurrence of its home's node is the home; each further one is a part.
     let home = std::iter::once(handle.context.name.to_string());
     let request = SpanRequest {
         nodes: home.chain(nodes.iter().cloned()).collect(),
@@ -122,7 +122,7 @@ pub(super) async fn carry_out(
                 to: part(*to)?,
             };
             spanning::thread_to(worker, thread).await.map_err(text)?;
-            Ok(format!("thread {tid} goes on on {node}"))
+            Ok(format!("thread {tid} continues on {node}"))
         }
         Action::Objects {
             from_part,
@@ -132,10 +132,10 @@ pub(super) async fn carry_out(
             ..
         } => {
             let (from, to) = (part(*from_part)?, part(*to)?);
-            // (A worker from before an upgrade does not know it.)
+            // A worker of an older version does not support the request.
             let heat = spanning::heat_of(worker).await;
             if let Err(error) = &heat {
-                tracing::warn!(%machine, %error, "how its memory is used: what changed hands least goes");
+                tracing::warn!(%machine, %error, "the use of its memory is not known: moving the objects with the fewest transfers");
             }
             let by_exchanges = |object: &ObjectReport| Object {
                 memory: object.memory,
@@ -166,7 +166,7 @@ pub(super) async fn carry_out(
             }
             let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
             Ok(format!(
-                "{:.1} MiB in {pieces} pieces are on {node}, {:.1} MiB of which nobody used for half a minute",
+                "{:.1} MiB in {pieces} pieces are on {node}, {:.1} MiB of which were not used for half a minute",
                 mib(moved),
                 mib(idle)
             ))

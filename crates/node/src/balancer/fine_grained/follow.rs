@@ -1,5 +1,5 @@
-//! Looks at each machine that may have parts once a sample, has `keel_balance` decide, and
-//! carries that out.
+//! Observes each machine that may have parts once a sample, has `keel_balance` decide, and carries
+//! out the decision.
 
 use super::super::handle::NodeBalancer;
 use super::actuator::carry_out;
@@ -23,25 +23,25 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Samples after a decision in which nothing more is done with that machine: before that
-/// loads do not show what came of it.
+/// Samples after a decision without a further one for that machine: the loads do not reflect the
+/// decision before.
 const SETTLE_SAMPLES: u32 = 6;
-/// How long a thread stays where it came. Much shorter than for machines: it costs
-/// microseconds.
+/// How long a moved thread stays. Much shorter than for machines, because its move costs
+/// microseconds only.
 pub(super) const THREAD_HOLD: Duration = Duration::from_secs(10);
-/// How long none goes back between two nodes. A thread weighs another thing where it
-/// comes than where it was, and two nodes would take turns.
+/// How long no thread moves back between two nodes. A thread's weight differs between nodes, and
+/// two nodes could alternate.
 const COOL_DOWN: Duration = Duration::from_secs(60);
-/// Samples in a row in which it must lose by its parts before it is brought together.
+/// Consecutive samples with a loss by its parts before a machine is merged.
 const LOSING_SAMPLES: u32 = 5;
-/// How often it is looked where objects are that threads like.
+/// Interval of locating the objects that threads prefer.
 const LIKES_EVERY: Duration = Duration::from_secs(5);
-/// How long a thread that went after its pages does not do so again.
+/// How long a thread that followed its pages does not do so again.
 pub(super) const FOLLOW_AGAIN: Duration = Duration::from_secs(600);
-/// Pause before a failed decision is tried again.
+/// Pause before a failed decision is retried.
 const FAILED_AFTER: Duration = Duration::from_secs(15);
 
-/// Looks at this node's machines for ever.
+/// Observes this node's machines until the agent ends.
 pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
     let mut known: HashMap<MachineName, Known> = HashMap::new();
     loop {
@@ -66,7 +66,7 @@ async fn look_at_all(
         let balancing = placed.balancing;
         let is_balanced = policy.mode != Mode::Off && balancing.by != BalanceBy::Off;
         let parts_max = balancing.parts_max.filter(|_| is_balanced);
-        // Who let it span sees to it; drains hold for all.
+        // The operation that made it span handles it; drains hold for all.
         if parts_max.is_none() && !handle.spanning.marked().contains(&machine) {
             continue;
         }
@@ -85,7 +85,7 @@ async fn look_at_all(
         )
         .await
         {
-            tracing::debug!(%machine, error, "its threads and memory were not looked at");
+            tracing::debug!(%machine, error, "cannot observe its threads and memory");
         }
     }
     known.retain(|machine, _| seen.contains(machine));
@@ -104,7 +104,7 @@ async fn look_at(
         return Ok(());
     };
     if (known.worker, known.epoch) != (worker.id(), epoch) {
-        // (It is another life of it.)
+        // It is another life of the machine.
         *known = Known {
             worker: worker.id(),
             epoch,
@@ -133,7 +133,7 @@ async fn look_at(
     };
     let memory_short = (home.state.memory_free_bytes as f64)
         < home.state.capacity.memory_bytes as f64 * policy.memory_headroom;
-    // (That takes a while, of a machine with many objects.)
+    // This takes a while for a machine with many objects.
     let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
     let likes_now = some_like && known.likes_at.is_none_or(|at| now >= at);
     if likes_now {
@@ -141,10 +141,12 @@ async fn look_at(
     }
     let wants_objects = balancing.part_memory_bytes.is_some() || memory_short || likes_now;
     let objects = match spans && wants_objects {
-        // Without them all the rest goes on: drained nodes, and threads.
+        // Without them the other decisions are still possible: drained nodes, and threads.
         true => spanning::objects_report(worker)
             .await
-            .inspect_err(|error| tracing::warn!(%machine, %error, "where its memory is"))
+            .inspect_err(
+                |error| tracing::warn!(%machine, %error, "the location of its memory is not known"),
+            )
             .ok(),
         false => None,
     };
@@ -156,7 +158,7 @@ async fn look_at(
     );
     let will_follow = known.hot.values().any(|(_, looks)| looks + 1 >= HOT_LOOKS);
     let heat = match spans && will_follow {
-        // (It only says more of why.)
+        // It only adds to the explanation.
         true => spanning::heat_of(worker).await.unwrap_or_default(),
         false => Heat::default(),
     };
@@ -265,7 +267,7 @@ async fn look_at(
             let thread = scene.threads.iter().find(|thread| thread.tid == tid);
             if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.affinity.as_ref()?))) {
                 let follows = drawn.stall_share > 0.0 && drawn.part == part;
-                // It pressed the node where it wants to be: so it would again.
+                // It overloaded the node that it prefers, and would do so again.
                 let is_driven_off = drawn.part == thread.part;
                 if follows || is_driven_off {
                     known.followed.insert(tid, Instant::now() + FOLLOW_AGAIN);
@@ -292,8 +294,8 @@ fn record(handle: &NodeBalancer, machine: &MachineName, epoch: Epoch, mode: Mode
 }
 
 impl NodeBalancer {
-    /// A machine whose threads are to be spread gets parts on these nodes, whose loads these are
-    /// where they are known, before it runs.
+    /// Records that a machine which spreads its threads gets parts on these nodes before it runs,
+    /// with the loads of the nodes as far as they are known.
     pub(crate) fn record_spread_start(&self, record: &Record, loads: &[(NodeName, Option<f64>)]) {
         let name = |node: &NodeName| -> Name { node.as_str().into() };
         let choice = Choice {

@@ -1,4 +1,4 @@
-//! What is remembered of a machine between two samples.
+//! State of a machine that is kept between two samples.
 
 use super::cores::Cores;
 use keel_balance::Name;
@@ -8,43 +8,42 @@ use keel_machine::span::{CpuUsage, PartId};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
-/// Looks in a row at which that must be so.
+/// Consecutive samples for which a condition on pages must hold.
 pub(super) const HOT_LOOKS: u32 = 4;
-/// What is remembered of a machine.
+/// State of a machine that is kept between two samples.
 #[derive(Default)]
 pub(super) struct Known {
     pub(super) worker: u64,
     pub(super) epoch: Epoch,
     pub(super) took: HashMap<u32, (PartId, CpuUsage)>,
-    /// Waits for pages so far, in microseconds, and when that was seen.
+    /// Total wait for pages, in microseconds, and when it was read.
     pub(super) waited: Option<(u64, Instant)>,
     pub(super) held: HashMap<u32, Instant>,
-    /// From which nodes to which threads went, and until when none goes back.
+    /// Pairs of nodes between which threads moved, and until when none moves back.
     pub(super) recent: Vec<((Name, Name), Instant)>,
     /// Cores of each thread, smoothed.
     pub(super) cores: HashMap<u32, Cores>,
-    /// Share of its time that each thread stands at pages, by the part that gives them,
-    /// smoothed.
+    /// Share of its time that each thread waits for pages, by the part that sends them, smoothed.
     pub(super) stands: HashMap<u32, BTreeMap<PartId, f64>>,
-    /// For so many looks in a row most pages of a thread came from a part.
+    /// The part that sent most pages of a thread, and for how many consecutive samples.
     pub(super) hot: HashMap<u32, (PartId, u32)>,
-    /// Threads that went to where their pages came from, or had to go from where they
-    /// wanted to be, and until when they are not drawn anywhere: what they use where they
-    /// are is not seen, and may be more.
+    /// Threads that followed their pages, or were moved away from a preferred place, and until
+    /// when they ignore preferences: the use of local pages is not observed, and may outweigh
+    /// them.
     pub(super) followed: HashMap<u32, Instant>,
-    /// Bytes that each part had given away because they were too much.
+    /// Bytes that each part had evicted for its limit.
     pub(super) given: BTreeMap<PartId, u64>,
-    /// When it is looked again where the objects are that threads like.
+    /// When the objects that threads prefer are located again.
     pub(super) likes_at: Option<Instant>,
-    /// Nothing is done until then.
+    /// No decision before this time.
     pub(super) rests_until: Option<Instant>,
-    /// It lost by its parts, so often in a row.
+    /// Consecutive samples with a loss by its parts.
     pub(super) losing: u32,
-    /// It is not spread again until then.
+    /// Not spread again before this time.
     pub(super) gathered_until: Option<Instant>,
-    /// What was only suggested last.
+    /// The last decision that was only suggested.
     pub(super) suggested: Option<Action>,
-    /// Parts of which it was told that they do not answer, and for how many milliseconds
-    /// they have not.
+    /// Parts that were reported as not answering, and for how many milliseconds they have not
+    /// answered.
     pub(super) silent: BTreeMap<PartId, u64>,
 }

@@ -1,14 +1,13 @@
-//! Threads and memory of the machines of this node that may have parts on others
-//! (`max_parts`): looks at each of them once a sample, lets `keel_balance::fine_grained` decide,
-//! and does it. Every decision is in the ledger with what it was made of.
+//! Threads and memory of the machines of this node that may have parts on others (`max_parts`):
+//! observes each of them once a sample, has `keel_balance::fine_grained` decide, and carries out
+//! the decision. Every decision is in the ledger with its inputs.
 //!
-//! Of other nodes it asks what rounds ask: their view. Only those with parts are asked,
-//! and a few more while parts are sought, so that it costs the same in a cluster of
-//! thousands.
+//! Other nodes are asked for the same view as in rounds. Only those with parts are asked, and a
+//! few more while parts are sought, so that the cost does not grow with the cluster.
 //!
-//! - `follow`: one look at each machine a sample
-//! - `observation`, `cores`: threads, parts, nodes and memory, measured
-//! - `memory`: what is remembered of a machine between two looks
+//! - `follow`: one observation of each machine a sample
+//! - `observation`, `cores`: measurements of threads, parts, nodes and memory
+//! - `memory`: the state of a machine between two samples
 //! - `actuator`: carries out a decision
 
 mod actuator;

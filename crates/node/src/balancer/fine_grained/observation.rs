@@ -1,5 +1,5 @@
-//! What grains are decided on: threads and where they stand, parts, nodes, and memory by its
-//! use, each made of what workers and other nodes tell.
+//! Inputs of fine-grained decisions: threads, parts, nodes, and memory by its use, built from the
+//! reports of workers and other nodes.
 
 use super::super::handle::NodeBalancer;
 use super::super::peers::ask;
@@ -21,23 +21,23 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Other nodes that are asked while parts are sought.
+/// Number of other nodes that are asked while parts are sought.
 const ASKED: usize = 8;
-/// Share of its time that a thread must stand at pages to go to where they come from, and
-/// share of that which it must stand at pages from there.
+/// Least share of its time that a thread waits for pages before it follows them, and least share
+/// of that wait that is for pages of one part.
 const STANDS: f64 = 0.2;
 const STANDS_SHARE: f64 = 0.7;
 
-/// Bytes that a machine on one node has of its memory, as is counted of its parts later: what
-/// it never used does not count.
+/// Bytes in memory of a machine on one node, by the same count as for its parts later: untouched
+/// pages do not count.
 pub(super) async fn bytes_of(report: Report) -> u64 {
     let process = format!("/proc/{}", report.pid);
     let bytes = tokio::task::spawn_blocking(move || bytes_of_process(Path::new(&process)));
-    // (None of one that ends.)
+    // An ending machine has none.
     bytes.await.ok().flatten().unwrap_or(0)
 }
 
-/// Cores of each thread since it was looked at last.
+/// Cores of each thread since the last sample.
 pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     let now = Instant::now();
     known.held.retain(|_, until| *until > now);
@@ -53,7 +53,7 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
             }
             _ => (Cores::default(), None),
         };
-        // (Where it comes it waits for others.)
+        // At a new part it waits for other pages.
         if let Some(stands) = stands {
             let earlier = known.stands.get(&thread.tid);
             stands_at.insert(thread.tid, smoothed_stands(stands, earlier));
@@ -62,7 +62,7 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
             Some(earlier) => cores.after(earlier),
             None => cores,
         };
-        // (The first look sees nothing.)
+        // The first sample has no rates.
         if before.is_some() {
             smoothed.insert(thread.tid, cores);
         }
@@ -72,8 +72,8 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
         Thread {
             tid: thread.tid,
             part: thread.part.number() as u32,
-            // (Also of one that waits to be woken: what counts is what it takes on
-            // average, and programs with barriers wait at any moment.)
+            // Also for a thread that waits to be woken: its average demand counts, and programs
+            // with barriers wait at any moment.
             cores: cores.wanted,
             ran_cores: cores.ran,
             held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
@@ -87,7 +87,7 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     threads
 }
 
-/// Share of the time between two looks that a thread stood at pages, by the part that gave
+/// Share of the time between two samples that a thread waited for pages, by the part that sent
 /// them.
 pub(super) fn stands(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64> {
     let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
@@ -115,8 +115,7 @@ fn smoothed_stands(
     all
 }
 
-/// Requirement of threads that wait for pages of one part, all the time, that they would rather be
-/// there.
+/// Adds a preference to threads that persistently wait for pages of one part: to be at that part.
 pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
     let mut hot = HashMap::new();
     for thread in threads {
@@ -135,7 +134,7 @@ pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[H
         let is_free = thread.affinity.is_none() && !known.followed.contains_key(&thread.tid);
         if is_free && looks >= HOT_LOOKS {
             let why = format!(
-                "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there{}",
+                "it waits for pages {:.0} % of its time, {:.0} % of that for pages from there{}",
                 all * 100.0,
                 there / all * 100.0,
                 shares(pages, thread.part, part)
@@ -150,7 +149,7 @@ pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[H
     known.hot = hot;
 }
 
-/// Whether two parts share what is in the pages that they take from each other.
+/// Whether two parts use the same bytes of the pages that they take from each other.
 fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
     let both = |page: &&HotPage| {
         let one = PartId::new(one as usize);
@@ -168,22 +167,23 @@ fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
     }
     match falsely {
         0 if truly == 0 => String::new(),
-        0 => "; both use the same bytes of those that they take from each other".into(),
+        0 => "; both use the same bytes of the pages that they take from each other".into(),
         _ => format!(
-            "; {:.0} % of the waits for those that they take from each other are for such of which they use different bytes (false sharing: if these were in different pages, of 4 KiB, nobody would wait)",
+            "; {:.0} % of the waits for pages that they take from each other are for pages of which they use different bytes (false sharing: if these were in different pages, of 4 KiB, no thread would wait)",
             falsely as f64 / all as f64 * 100.0
         ),
     }
 }
 
-/// The part at whose pages a thread stands longest, for how much of how much of its time.
+/// The part for whose pages a thread waits longest, with the total share of its time and the
+/// part's share of that.
 fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
     let all = stands.values().sum();
     let most = stands.iter().max_by(|one, other| one.1.total_cmp(other.1));
     most.map(|(part, there)| (*part, *there, all))
 }
 
-/// Requirement of threads that like to be near an object which part has most of it.
+/// Adds a preference to threads that prefer to be near an object: the part that holds most of it.
 pub(super) fn draw(
     threads: &mut [Thread],
     report: &PartsReport,
@@ -201,14 +201,14 @@ pub(super) fn draw(
             *bytes.entry(piece.owner.number() as u32).or_default() += piece.bytes;
         }
         let all: u64 = bytes.values().sum();
-        // (Of as much at two it is where it is.)
+        // If two parts hold as much, the thread stays.
         let most = bytes
             .into_iter()
             .max_by_key(|(part, bytes)| (*bytes, *part == thread.part));
         thread.affinity = most.map(|(part, bytes)| Affinity {
             part,
             why: format!(
-                "it likes to be near {name:?}, of which {:.1} of {:.1} MiB are there",
+                "it prefers to be near {name:?}, of which {:.1} of {:.1} MiB are there",
                 bytes as f64 / f64::from(1 << 20),
                 all as f64 / f64::from(1 << 20)
             ),
@@ -217,7 +217,7 @@ pub(super) fn draw(
     }
 }
 
-/// Cores that a thread took, or waited for, between two looks.
+/// Cores that a thread used, or waited for, between two samples.
 pub(super) fn cores(before: &CpuUsage, now: &CpuUsage) -> Cores {
     let passed = now.at_ns.saturating_sub(before.at_ns);
     if passed == 0 {
@@ -228,7 +228,7 @@ pub(super) fn cores(before: &CpuUsage, now: &CpuUsage) -> Cores {
     let ran = now.run_ns.saturating_sub(before.run_ns);
     let waited = now.waited_ns.saturating_sub(before.waited_ns);
     let wanted = match now.is_runnable && before.turns == now.turns {
-        // It waits all the time: the kernel counts waiting only once it is over.
+        // It waits all the time: the kernel counts a wait only once it has ended.
         true => 1.0,
         false => share(ran.saturating_add(waited)),
     };
@@ -238,9 +238,9 @@ pub(super) fn cores(before: &CpuUsage, now: &CpuUsage) -> Cores {
     }
 }
 
-/// Threads of the home that waited for pages since it was looked at last, on average.
+/// Average number of threads of the home that waited for pages since the last sample.
 pub(super) fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
-    // Bucket i is of waits below 2^i µs: by their middle.
+    // Bucket i has waits below 2^i µs; the middle of the bucket is used.
     let micros = (0u32..).zip(&report.waits).map(|(power, count)| {
         let middle = 3u64.checked_shl(power).unwrap_or(u64::MAX) / 4;
         count.saturating_mul(middle)
@@ -257,7 +257,7 @@ pub(super) fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
     }
 }
 
-/// `given` is what each of them had given away at the last look.
+/// Parts as inputs of a decision; `given` is what each had evicted at the last sample.
 pub(super) fn parts(
     report: &PartsReport,
     objects: Option<&[ObjectReport]>,
@@ -281,7 +281,7 @@ pub(super) fn parts(
         .collect()
 }
 
-/// What a node tells of itself.
+/// The view that a node reports of itself.
 pub(super) async fn view(handle: &NodeBalancer, node: &str) -> Option<View> {
     let answer = match node == handle.context.name.as_str() {
         true => handle.answer(&handle.context.name, Request::View).await,
@@ -293,7 +293,7 @@ pub(super) async fn view(handle: &NodeBalancer, node: &str) -> Option<View> {
     }
 }
 
-/// The home's node, those with parts, and, where it has none yet, some others.
+/// The nodes of the home and of the parts, and, if it has no parts yet, some others.
 pub(super) async fn nodes(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
@@ -334,7 +334,7 @@ pub(super) async fn nodes(
         loads: view.loads,
     };
     let mut nodes = vec![Node {
-        // (Where the home may not be is the rounds' business.)
+        // Where the home may be is decided by rounds.
         forbidden: None,
         ..node(own, home)
     }];
@@ -343,7 +343,7 @@ pub(super) async fn nodes(
     nodes
 }
 
-/// Cores that are free at each part.
+/// Free cores of each part.
 pub(super) fn room(scene: &Observation) -> BTreeMap<PartId, f64> {
     let room = scene.parts.iter().filter_map(|part| {
         let node = scene.nodes.iter().find(|it| it.name == part.node)?;
@@ -353,7 +353,7 @@ pub(super) fn room(scene: &Observation) -> BTreeMap<PartId, f64> {
     room.collect()
 }
 
-/// A piece of memory in pieces that its part uses and such that it does not.
+/// Splits an object into ranges that its part uses and ranges that it does not.
 pub(super) fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     let piece = |start: u64, end: u64, is_idle: bool| {
         let part_of = ObjectReport {
@@ -390,7 +390,7 @@ pub(super) fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     pieces
 }
 
-/// What is to be told of parts that do not answer, or do so again; `told` is what was.
+/// Events about parts that stop or resume answering; `told` is the state of the last events.
 pub(super) fn silent(
     report: &PartsReport,
     told: &mut BTreeMap<PartId, u64>,
@@ -398,7 +398,7 @@ pub(super) fn silent(
     let mut notes = Vec::new();
     for (part, node) in &report.nodes {
         let silent_ms = report.silent_ms.get(part).copied().unwrap_or(0);
-        // (What is asked anew after an answer may be young, as well as not there.)
+        // The age of a new request after an answer may be small although the part does not answer.
         let is_silent = silent_ms >= PartInfo::SILENT_MS;
         let before = told.remove(part);
         if is_silent {
@@ -408,8 +408,8 @@ pub(super) fn silent(
             (None, true) => notes.push((
                 EventKind::PartSilent,
                 format!(
-                    "its part {part} on {node} does not answer: threads there, and what waits \
-                     for memory there, stand still"
+                    "its part {part} on {node} does not answer: threads there, and threads \
+                     that wait for its memory, are stopped"
                 ),
             )),
             (Some(silent_ms), false) => notes.push((
@@ -422,7 +422,7 @@ pub(super) fn silent(
             _ => {}
         }
     }
-    // (Of one that was ended another event tells.)
+    // A part that was ended is reported by another event.
     told.retain(|part, _| report.nodes.contains_key(part));
     notes
 }
@@ -436,8 +436,8 @@ mod tests {
     use keel_machine::worker::control::ThreadReport;
     use std::time::Duration;
 
-    /// Thread 1 stands 40 % of its time at pages of part 1 and 5 % at those of part 2, 2 as
-    /// long at those of both. (A report's clock goes twice as fast as its `ms`.)
+    /// Thread 1 waits 40 % of its time for pages of part 1 and 5 % for those of part 2, thread 2
+    /// equally long for both. A report's clock runs twice as fast as its `ms`.
     fn stood_of(tid: u32, ms: u64) -> BTreeMap<PartId, u64> {
         let part = |number| PartId::new(number).unwrap();
         match tid {
@@ -501,7 +501,7 @@ mod tests {
         let again = kinds(3, &[(1, 3), (2, 2500)]);
         assert_eq!((again.len(), again[0].0), (1, EventKind::PartAnswers));
         assert!(again[0].1.contains("after 4.9 s"), "{again:?}");
-        // It ended, or the machine is alone.
+        // It ended, or the machine is on one node.
         assert_eq!(kinds(2, &[]), []);
         assert_eq!(kinds(0, &[]), []);
         let anew = kinds(3, &[(2, 2500)]);
@@ -521,13 +521,13 @@ mod tests {
             &report(&[(1, 0, 2000), (2, 0, 2000), (7, 0, 2000), (9, 0, 2000)]),
             &mut known,
         );
-        // 2 moved, 7 waits for a core all the time; 9 waits to be woken now, and did not
+        // Thread 2 moved, 7 waits for a core all the time, 9 waits to be woken now and did not
         // before.
         let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
         assert_eq!(cores, [0.75, 0.0, 1.0, 0.75]);
         let ran: Vec<f64> = then.iter().map(|it| it.ran_cores).collect();
         assert_eq!(ran, [0.5, 0.0, 0.0, 0.5]);
-        // It is what they had on average that counts.
+        // The average counts.
         let still = threads(
             &report(&[(1, 0, 3000), (2, 0, 3000), (7, 0, 3000), (9, 0, 2000)]),
             &mut known,
@@ -560,7 +560,7 @@ mod tests {
             follow_pages(&mut all, known, &pages);
             all.into_iter().map(|it| it.affinity).collect::<Vec<_>>()
         };
-        // It must last, and nothing is known at first.
+        // The condition must last, and there is no rate at first.
         for second in 1..=u64::from(HOT_LOOKS) {
             assert_eq!(drawn(&mut known, &at(second * 1000)), [None, None, None]);
         }
@@ -571,14 +571,14 @@ mod tests {
         assert!(first.why.contains("45 % of its time"), "{first:?}");
         assert!(first.why.contains("89 %"), "{first:?}");
         assert!(
-            first.why.contains("75 % of the waits for those"),
+            first.why.contains("75 % of the waits for pages"),
             "{first:?}"
         );
         let other = PartId::new(1).expect("a part");
         assert_eq!(shares(&pages[2..], 0, other), "", "nobody knows");
         assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
         assert_eq!(then[1..], [None, None]);
-        // Once it did, not soon again; and where it comes nothing is known.
+        // After one move it does not follow again soon, and has no rates at the new part.
         let until = Instant::now() + FOLLOW_AGAIN;
         known.followed.insert(1, until);
         assert_eq!(drawn(&mut known, &at(10_000)), [None, None, None]);
@@ -613,7 +613,7 @@ mod tests {
             sharing: Sharing::Unshared,
         };
         let heat = Heat {
-            // (The first and the last are outside of it.)
+            // The first and the last are outside of it.
             hot: vec![page(0xf, 99), page(0x20, 8), page(0x2f, 8), page(0x70, 99)],
             idle: BTreeMap::from([
                 (part(0), vec![range(0, 0, 1 << 20)]),
@@ -655,9 +655,9 @@ mod tests {
         assert_eq!(waited_cores(&waits(5), &mut known), 0.0);
         std::thread::sleep(Duration::from_millis(5));
         let lost = waited_cores(&waits(105), &mut known);
-        // 100 of about 768 µs each, in a few milliseconds.
+        // 100 waits of about 768 µs each, in a few milliseconds.
         assert!(lost > 1.0, "{lost}");
-        // Another worker begins anew.
+        // The counters of a new worker start at zero.
         assert_eq!(waited_cores(&waits(0), &mut known), 0.0);
     }
 }
