@@ -1,11 +1,10 @@
-//! Typed views of the store: which record is under which key, and the transactions that
-//! change them.
+//! Typed views of the store: the record under each key, and the transactions that change them.
 //!
 //! - `machine`: machines, schedules, nodes, reservations
 //! - `owner`: commands that the owner of a machine carries out
 //! - `alive`: the nodes that are alive, followed
-//! - `placements`: where all machines are, followed
-//! - `room`: memory that is free here for machines that come
+//! - `placements`: the nodes of all machines, followed
+//! - `room`: free memory here for arriving machines
 
 mod alive;
 mod machine;

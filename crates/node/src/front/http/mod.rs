@@ -1,10 +1,10 @@
-//! The API: JSON over HTTP on the node's own socket, and over TLS with a token. Only maps
-//! requests to handles; decides nothing.
+//! The API: JSON over HTTP on the node's own socket, and over TLS with a token. Maps requests to
+//! handles; decides nothing.
 //!
 //! - `server`: listens
-//! - `router`: which request goes to which handler, and who may make it
+//! - `router`: the handler of each request, and the role that it needs
 //! - `machine`, `file`, `balance`: handlers
-//! - `reply`: what handlers share
+//! - `reply`: shared by the handlers
 
 mod balance;
 mod file;

@@ -1,4 +1,4 @@
-//! Which request goes to which handler, and who may make it.
+//! The handler of each request, and the role that it needs.
 
 use super::super::handles::Handles;
 use super::reply::problem;
@@ -13,10 +13,10 @@ use keel_cluster::tokens::Role;
 use keel_machine::failpoint;
 use std::sync::Arc;
 
-/// What is said of a request that cannot be, in bytes at most.
+/// The most bytes of the text about an invalid request.
 const PROBLEM_BYTES_MAX: usize = 64 << 10;
 
-/// Who asks.
+/// The role of the caller.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Caller(pub(super) Role);
 
@@ -116,7 +116,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         .with_state(handles)
 }
 
-/// What is wrong with a request is said in one form, whoever found it.
+/// Errors have one form, whichever layer detected them.
 async fn in_json(response: Response) -> Response {
     let (status, headers) = (response.status(), response.headers());
     let is_json = headers
@@ -132,7 +132,7 @@ async fn in_json(response: Response) -> Response {
     if text.is_empty() {
         text = format!("{status}: see /v1");
     }
-    // (What else was said, as which methods there are, stays.)
+    // Other headers, as the allowed methods, stay.
     for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
         head.headers.remove(name);
     }
@@ -143,23 +143,22 @@ async fn in_json(response: Response) -> Response {
     answer
 }
 
-/// What changes something is carried out to its end, also where whoever asked has gone
-/// meanwhile: a handler that is dropped in the middle leaves on other nodes what it made
-/// there.
+/// A request that changes state is carried out to its end, even if the client disconnects: a
+/// handler that is dropped half-way would leave its partial results on other nodes.
 async fn in_full(request: Request, next: Next) -> Response {
     if request.method() == Method::GET {
         return next.run(request).await;
     }
     let done = tokio::spawn(next.run(request));
     done.await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a request was not carried out");
-        let text = "this request was not carried out to its end; see the agent's log".into();
+        tracing::error!(%error, "a request handler failed");
+        let text = "this request was not completed; see the agent's log".into();
         problem(StatusCode::INTERNAL_SERVER_ERROR, text)
     })
 }
 
-/// Reading needs a viewer, tokens an admin, everything else an operator, what is in
-/// machines' files too.
+/// Reading needs a viewer, tokens an admin, everything else an operator, including the content of
+/// machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
