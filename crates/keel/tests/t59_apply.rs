@@ -191,7 +191,7 @@ async fn what_is_wrong_changes_nothing() {
     let output = bench.apply(&format!("{good}{volume}"), &[]);
     let warned = String::from_utf8_lossy(&output.stderr);
     assert!(
-        output.status.success() && warned.contains("do not go back with it"),
+        output.status.success() && warned.contains("are not rolled back"),
         "{warned}"
     );
     assert_eq!(bench.running("good").await.restart, Restart::OnFailure);
