@@ -13,7 +13,7 @@ use keel_machine::checkpoint::{
     restore,
 };
 use keel_machine::log::Log;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};

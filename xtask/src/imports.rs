@@ -26,7 +26,7 @@ const LAYERS: &[&[&str]] = &[
     &["context"],
     &["records"],
     &["cluster_info", "cluster_events", "processes"],
-    &["parent", "images"],
+    &["supervisor", "images"],
     &["code", "rules", "checkpoints", "volumes", "logs"],
     &["spanning"],
     &["moves"],

@@ -1,4 +1,4 @@
-//! Types of balancing: loads, the ledger, why something does not move.
+//! Types of balancing: loads, the ledger, explanations.
 
 use crate::Silence;
 use keel_balance::Name;
@@ -12,9 +12,9 @@ use keel_balance::select::NodeState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// How many lines of the ledger an answer has if nothing else is asked for.
+/// Default number of ledger lines of an answer.
 pub const LEDGER_DEFAULT: u32 = 200;
-/// How many lines of the ledger an answer has at most.
+/// The most ledger lines of an answer.
 pub const LEDGER_MAX: u32 = 10_000;
 
 /// A node's load, as its balancer sees it.
@@ -22,37 +22,37 @@ pub const LEDGER_MAX: u32 = 10_000;
 pub struct NodeLoad {
     /// Its name.
     pub node: String,
-    /// What it tells other nodes; `None` before it has measured for long enough.
+    /// Its view for other nodes; `None` before it has measured for long enough.
     pub side: Option<NodeState>,
     /// Its newest sample.
     pub sample: Option<NodeSample>,
-    /// Revision of the policy by which it measures.
+    /// Revision of the policy of the measurement.
     pub policy_revision: u64,
-    /// Moves that wait for a person: machine and target.
+    /// Moves that wait for confirmation: machine and target.
     pub proposals: Vec<(Name, Name)>,
-    /// What goes to and comes from other nodes, by node.
+    /// Traffic with other nodes, by node.
     #[serde(default)]
     pub traffic: Vec<PeerTraffic>,
-    /// By which factors predictions of durations and downtimes are off, typically, and
-    /// from how many moves that is known.
+    /// Typical factors by which predictions of durations and downtimes are off, and the number of
+    /// moves from which they are known.
     pub model_error: (f64, f64, u32),
 }
 
-/// What goes to and comes from another node.
+/// Traffic with another node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PeerTraffic {
     /// The node.
     pub peer: String,
-    /// Bytes a second to it; what moves sent is counted when they are over.
+    /// Bytes a second sent to it; those of a move count at its end.
     pub sent_bytes_per_s: f64,
-    /// Bytes a second from it, without what moves brought.
+    /// Bytes a second received from it, without moves.
     pub received_bytes_per_s: f64,
 }
 
 /// Balancing in the cluster.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BalanceInfo {
-    /// What the cluster wants of its balancer.
+    /// The policy of the balancer.
     pub policy: Policy,
     /// The policy's revision; 0 if none was ever set.
     pub revision: u64,
@@ -66,9 +66,9 @@ pub struct BalanceInfo {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyRequest {
-    /// The policy, whole.
+    /// The complete policy.
     pub policy: Policy,
-    /// The revision that it was made from: another change in between is not undone.
+    /// The revision that it is based on: a concurrent change is not overwritten.
     pub from: u64,
 }
 
@@ -77,31 +77,31 @@ pub struct PolicyRequest {
 pub struct LedgerInfo {
     /// Oldest first.
     pub lines: Vec<Line>,
-    /// Nodes that did not answer: their lines are missing.
+    /// Nodes that did not answer, whose lines are missing.
     pub silent: Vec<Silence>,
 }
 
-/// Why a machine does not go to a node now, or that it would.
+/// Explains why a machine does not move to a node now, or that it would.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WhyNot {
     /// The machine.
     pub machine: String,
-    /// Where it is.
+    /// Its node.
     pub node: String,
-    /// Where it might go.
+    /// The possible target.
     pub to: String,
-    /// What a round of these two nodes would come to.
+    /// The result of a round of these two nodes.
     pub explained: Explained,
 }
 
-/// The placement rules, and how they are kept.
+/// The placement rules, and their state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RulesInfo {
     /// The rules.
     pub rules: Vec<Rule>,
-    /// Of each rule that counts, the machines in each of its domains.
+    /// For each rule that counts, the machines in each of its domains.
     pub holders: BTreeMap<Name, Holders>,
-    /// Machines that break a rule where they are: they are to be moved.
+    /// Machines that violate a rule: they are to be moved.
     pub broken: Vec<(Name, Violation)>,
 }
 
@@ -109,7 +109,7 @@ pub struct RulesInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LabelRequest {
-    /// Whether it is a node's name, or a machine's.
+    /// Whether the name is a node's, not a machine's.
     pub node: bool,
     /// The name.
     pub name: String,
@@ -117,21 +117,21 @@ pub struct LabelRequest {
     pub labels: Labels,
 }
 
-/// What a plan is for.
+/// The goal of a plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PlanGoal {
-    /// All nodes level.
+    /// Equal loads on all nodes.
     Level {
-        /// By so many moves at most.
+        /// The most moves.
         #[serde(default)]
         moves_max: Option<usize>,
     },
-    /// As few nodes as carry the load.
+    /// As few nodes as the load needs.
     Pack,
-    /// A node empty.
+    /// Drains a node.
     Drain {
-        /// Which.
+        /// The node.
         node: String,
     },
 }
@@ -141,53 +141,53 @@ pub enum PlanGoal {
 pub struct PlanStep {
     /// The machine.
     pub machine: String,
-    /// Where it is then.
+    /// Its node before the step.
     pub from: String,
-    /// Where it goes.
+    /// The target.
     pub to: String,
-    /// Steps of one wave go at the same time, after those of the wave before.
+    /// Steps of one wave run concurrently, after those of the wave before.
     pub wave: usize,
-    /// Whether it is a stop on the way.
+    /// Whether the target is an intermediate stop.
     pub hop: bool,
-    /// Bytes that are sent, as predicted.
+    /// Predicted bytes that are sent.
     pub bytes: u64,
-    /// How long it takes, in milliseconds.
+    /// Duration, in milliseconds.
     pub duration_ms: Estimate,
-    /// For how long the machine stands still, in milliseconds.
+    /// Downtime, in milliseconds.
     pub downtime_ms: Estimate,
 }
 
-/// A machine that should go and cannot.
+/// A machine that should move and cannot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeftBehind {
     /// The machine.
     pub machine: String,
-    /// Where it is.
+    /// Its node.
     pub node: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
 /// A plan for all nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanInfo {
-    /// What it is for.
+    /// Its goal.
     pub goal: PlanGoal,
     /// Moves, in order.
     pub steps: Vec<PlanStep>,
     /// Weighted sum of the standard deviations of nodes' shares, before.
     pub before: f64,
-    /// The same after it.
+    /// The same after the plan.
     pub after: f64,
-    /// How long it takes, in milliseconds.
+    /// Duration, in milliseconds.
     pub duration_ms: f64,
-    /// Machines that should go and cannot.
+    /// Machines that should move and cannot.
     pub left: Vec<LeftBehind>,
-    /// Nodes that did not answer: they are left as they are.
+    /// Nodes that did not answer, whose machines do not move.
     pub silent: Vec<Silence>,
-    /// Names the steps, and the machines as they were when the plan was made.
+    /// Id of the steps, and of the machines as they were when the plan was made.
     pub id: String,
-    /// Where the machines of its steps were then.
+    /// The machines of its steps, as they were then.
     pub machines: Vec<PlannedMachine>,
 }
 
@@ -202,7 +202,7 @@ pub struct PlannedMachine {
     pub epoch: String,
 }
 
-/// A plan to carry out: that very one, on the cluster as it was, or none of it.
+/// A plan to carry out: exactly this one on an unchanged cluster, or none of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlanRequest {
@@ -214,67 +214,67 @@ pub struct PlanRequest {
     pub machines: Vec<PlannedMachine>,
 }
 
-/// What becomes of a plan that is carried out.
+/// Progress of a plan that is carried out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PlanLine {
     /// A move begins.
     Begun(PlanStep),
-    /// A move is over.
+    /// A move has ended.
     Ended {
-        /// Which.
+        /// The step.
         step: PlanStep,
-        /// How.
+        /// The outcome.
         outcome: Outcome,
     },
 }
 
-/// A node that is to be emptied.
+/// A node to drain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
-    /// Milliseconds from now within which it is to be empty.
+    /// The deadline, in milliseconds from now.
     pub deadline_ms: Option<u64>,
 }
 
-/// How a node stands that is, or is not, to be emptied.
+/// State of a node's drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DrainState {
-    /// It is not to be emptied.
+    /// The node is not being drained.
     Open,
-    /// Machines leave it.
+    /// Machines are leaving.
     Draining,
-    /// None of those that are left can go.
+    /// No remaining machine can move.
     Stuck,
-    /// Its time is over, and some are left; they stay.
+    /// The deadline has passed; the remaining machines stay.
     Late,
-    /// No machine is left.
+    /// No machine remains.
     Empty,
 }
 
-/// How far emptying a node has come.
+/// Progress of a drain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DrainInfo {
     /// The node.
     pub node: String,
-    /// How it stands.
+    /// The state.
     pub state: DrainState,
-    /// Since when it is to be empty, in milliseconds since 1970-01-01 UTC.
+    /// Start, in milliseconds since 1970-01-01 UTC.
     pub since_unix_ms: Option<u64>,
-    /// Until when.
+    /// The deadline.
     pub deadline_unix_ms: Option<u64>,
-    /// Machines that are still there.
+    /// Machines that remain.
     pub machines: u32,
-    /// Parts that are still there of machines whose home is elsewhere, or here.
+    /// Parts that remain, of machines with their home elsewhere or here.
     #[serde(default)]
     pub parts: u32,
-    /// Machines that went.
+    /// Machines that have left.
     pub moved: u32,
-    /// When it will be empty, as predicted.
+    /// The predicted end.
     pub end_unix_ms: Option<u64>,
-    /// Moves under way.
+    /// Moves in progress.
     pub moving: Vec<PlanStep>,
-    /// Machines that should go and cannot just now.
+    /// Machines that should move and cannot at present.
     pub left: Vec<LeftBehind>,
 }

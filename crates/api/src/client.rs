@@ -17,14 +17,15 @@ use tokio::net::UnixStream;
 /// How long connecting over TLS may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What stands for itself in a piece of a path (RFC 3986, 2.3).
+/// Characters that need no escape in a path segment (RFC 3986, 2.3).
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
 
-/// Where something is in the API: names are pieces of that path, whatever is in them.
+/// The path of an object in the API: names are segments of the path, with any special characters
+/// escaped.
 ///
 /// ```
 /// let path = keel_api::path(["machines", "a?/b", "stop"]);
@@ -39,38 +40,37 @@ pub fn path<const N: usize>(pieces: [&str; N]) -> String {
     path
 }
 
-/// What a user whom no node answers looks at first.
+/// The first check for a user if no node answers.
 const ADVICE: &str = "is `keel up` running there?";
 
-/// Why a request brought no answer.
+/// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody there.
+    /// No connection.
     #[error("no node answers at {place}: {}", with_advice(reason))]
     Connect {
         /// Socket or address.
         place: String,
-        /// Why.
+        /// The cause.
         reason: String,
     },
-    /// The connection broke.
-    #[error("the connection to the node broke: {0}")]
+    /// The connection failed.
+    #[error("the connection to the node failed: {0}")]
     Broken(String),
     /// The node refused.
     #[error("{reason}")]
     Problem {
-        /// The status of HTTP: 4xx where the request is to blame, 5xx where it may do
-        /// later.
+        /// The HTTP status: 4xx for an invalid request, 5xx if a later attempt may succeed.
         status: u16,
-        /// Why, and what to do.
+        /// The reason, and the remedy.
         reason: String,
     },
-    /// The node answered something else than agreed.
-    #[error("the node's answer makes no sense: {0}")]
+    /// The answer cannot be decoded.
+    #[error("the node's answer cannot be decoded: {0}")]
     Answer(String),
 }
 
-/// Why a node does not answer, and what to do: which a reason may say itself.
+/// Why a node does not answer, with advice unless the reason includes it.
 fn with_advice(reason: &str) -> String {
     match reason.contains(ADVICE) {
         true => reason.to_owned(),
@@ -88,7 +88,7 @@ enum Place {
     },
 }
 
-/// A way to a node.
+/// Connects to a node.
 #[derive(Debug, Clone)]
 pub struct Client {
     place: Place,
@@ -214,7 +214,7 @@ impl Client {
         self.call(Method::POST, path, json(body)?).await
     }
 
-    /// `POST` of JSON whose answer is read as it comes.
+    /// `POST` of JSON with a streamed answer.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -227,7 +227,7 @@ impl Client {
         Ok(Lines::new(response.into_body()))
     }
 
-    /// `GET` whose answer is read as it comes.
+    /// `GET` with a streamed answer.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -257,7 +257,7 @@ where
     sender.send_request(request).await.map_err(broken)
 }
 
-/// An answer that comes in pieces.
+/// A streamed answer.
 #[derive(Debug)]
 pub struct Lines {
     body: Incoming,
@@ -272,7 +272,7 @@ impl Lines {
         }
     }
 
-    /// The next piece, as it came; `None` at the end.
+    /// The next piece, as received; `None` at the end.
     ///
     /// # Errors
     /// [`ClientError::Broken`].

@@ -1,52 +1,52 @@
-//! Events: what became of machines, moves, checkpoints and nodes, told by the
-//! node where it happened.
+//! Events: changes of machines, moves, checkpoints and nodes, reported by the node on which they
+//! happened.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// How many events an answer has if nothing else is asked for.
+/// Default number of events of an answer.
 pub const EVENTS_DEFAULT: u32 = 1000;
-/// How many events an answer has at most.
+/// The most events of an answer.
 pub const EVENTS_MAX: u32 = 10_000;
 
-/// Something that happened.
+/// One event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// Rises with each event of the same node, also over restarts of its agent.
+    /// Increases with each event of the same node, also across restarts of its agent.
     pub id: u64,
-    /// When, by the node's wall clock, in milliseconds since 1970-01-01 UTC.
+    /// Time by the node's wall clock, in milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
-    /// The node that tells it.
+    /// The node that reports it.
     pub node: String,
-    /// The machine that it is about.
+    /// The machine concerned.
     #[serde(default)]
     pub machine: Option<String>,
-    /// Under which epoch.
+    /// The machine's epoch.
     #[serde(default)]
     pub epoch: Option<String>,
-    /// What sort of thing.
+    /// The kind of event.
     pub kind: EventKind,
-    /// A sentence for people.
+    /// A sentence for users.
     pub text: String,
-    /// The same for programs.
+    /// The same data for programs.
     #[serde(default)]
     pub fields: BTreeMap<String, String>,
 }
 
 macro_rules! kinds {
     ($($(#[doc = $doc:literal])+ $kind:ident = $name:literal,)+) => {
-        /// Sorts of events. Their names are stable: programs may rely on them.
+        /// Kinds of events. Their names are stable: programs may rely on them.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum EventKind {
             $($(#[doc = $doc])+ #[serde(rename = $name)] $kind,)+
-            /// One that a newer version tells and this one does not know.
+            /// A kind of a newer version that this one does not know.
             #[serde(other, rename = "other")]
             Other,
         }
 
         impl EventKind {
-            /// All that this version tells.
+            /// All kinds that this version reports.
             pub const ALL: &[EventKind] = &[$(EventKind::$kind),+];
 
             /// Its stable name.
@@ -63,35 +63,35 @@ macro_rules! kinds {
 kinds! {
     /// A node's agent started.
     NodeStarted = "node-started",
-    /// A node's agent was told to stop.
+    /// A node's agent was stopped on request.
     NodeStopped = "node-stopped",
-    /// A node renews its lease (told by the node with the store).
+    /// A node renews its lease; reported by the node with the store.
     NodeAlive = "node-alive",
-    /// A node no longer renews its lease (told by the node with the store).
+    /// A node no longer renews its lease; reported by the node with the store.
     NodeAway = "node-away",
     /// This node has a lease.
     LeaseTaken = "lease-taken",
-    /// This node's lease was not renewed in time; it tries on.
+    /// This node's lease was not renewed in time; it keeps trying.
     LeaseLate = "lease-late",
     /// This node's lease is renewed again.
     LeaseRenewed = "lease-renewed",
     /// This node's lease ended.
     LeaseLost = "lease-lost",
-    /// A machine was put into a node's schedule.
+    /// A machine was inserted into a node's schedule.
     MachineScheduled = "machine-scheduled",
     /// A machine was started, from its module or a checkpoint.
     MachineStarted = "machine-started",
     /// A machine that was moved runs here.
     MachineArrived = "machine-arrived",
-    /// All of the memory of a machine that ran here already has come.
+    /// All memory of a machine that already ran here has arrived.
     MachineFilled = "machine-filled",
     /// The agent started, and found the machine running.
     MachineFound = "machine-found",
-    /// A machine ended, and is to be started again.
+    /// A machine ended, and is to be restarted.
     MachineRestarting = "machine-restarting",
     /// A machine ended by itself.
     MachineExited = "machine-exited",
-    /// A machine was ended by its program's fault.
+    /// A machine was ended by a trap of its program.
     MachineTrapped = "machine-trapped",
     /// A machine was ended by a command.
     MachineStopped = "machine-stopped",
@@ -105,43 +105,43 @@ kinds! {
     MachineSpans = "machine-spans",
     /// A machine is on one node again.
     MachineAlone = "machine-alone",
-    /// A part of a machine does not answer its home: what needs it waits.
+    /// A part of a machine does not answer its home; requests to it wait.
     PartSilent = "part-silent",
-    /// It answers again.
+    /// The part answers again.
     PartAnswers = "part-answers",
-    /// A user asked to end a machine.
+    /// A user stopped a machine.
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.
     WorkerSilent = "worker-silent",
     /// The balancer decided a move (`keel why`).
     BalanceDecided = "balance-decided",
-    /// A node has been pressed for long, and no move would help.
+    /// A node has been overloaded for long, and no move would help.
     BalanceHelpless = "balance-helpless",
-    /// The kernel ended a machine's process for want of memory.
+    /// The kernel killed a machine's process for lack of memory.
     OutOfMemory = "out-of-memory",
-    /// The process of a machine that is not to run here was ended.
+    /// The process of a machine that is not scheduled here was ended.
     WorkerEnded = "worker-ended",
     /// A move away from here began.
     MoveStarted = "move-started",
     /// A user asked to cancel a move.
     MoveCancelled = "move-cancelled",
-    /// This node takes in a machine that is offered to it.
+    /// This node accepts a machine that is offered to it.
     MoveAccepted = "move-accepted",
-    /// This node does not take in a machine that is offered to it.
+    /// This node refuses a machine that is offered to it.
     MoveRefused = "move-refused",
     /// A machine was moved away from here.
     MoveDone = "move-done",
     /// A move away from here failed; the machine stays, or ended.
     MoveFailed = "move-failed",
-    /// A move that an earlier agent began is taken up.
+    /// A move that an earlier agent began is continued.
     MoveTakenUp = "move-taken-up",
-    /// What had arrived of a machine was dropped.
+    /// The incomplete copy of a machine was dropped.
     ArrivalDropped = "arrival-dropped",
     /// A checkpoint was made.
     CheckpointMade = "checkpoint-made",
     /// A checkpoint was not made.
     CheckpointFailed = "checkpoint-failed",
-    /// Events were lost here: more came than could be written.
+    /// Events were lost here: the disk was too slow.
     EventsLost = "events-lost",
 }
 
@@ -151,7 +151,7 @@ impl fmt::Display for EventKind {
     }
 }
 
-/// One line of the answer to a question for events.
+/// One line of the answer to an event query.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventLine {
@@ -159,7 +159,7 @@ pub enum EventLine {
     Event(Event),
     /// A node does not answer: its events are missing from here on.
     Silent(Silence),
-    /// There are older events than those that follow or were told.
+    /// There are older events than those of this answer.
     OlderLeftOut,
 }
 
@@ -168,7 +168,7 @@ pub enum EventLine {
 pub struct Silence {
     /// The node.
     pub node: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 

@@ -1,45 +1,45 @@
-//! What a node, or a machine, was measured to be over time.
+//! Measured history of a node, or a machine.
 
 use crate::Silence;
 use serde::{Deserialize, Serialize};
 
-/// Points that an answer has if nothing else is asked for.
+/// Default number of points of an answer.
 pub const HISTORY_DEFAULT: u32 = 24;
-/// Points that an answer has at most.
+/// The most points of an answer.
 pub const HISTORY_MAX: u32 = 10_000;
 
-/// What was measured in a time: means, where nothing else is said.
+/// Measurements of one interval; means, unless stated otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct HistoryPoint {
-    /// When it begins, in milliseconds since 1970-01-01 UTC.
+    /// Start, in milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
-    /// How long it is, in milliseconds.
+    /// Length, in milliseconds.
     pub lasts_ms: u64,
-    /// Samples in it: fewer than there is time for where the agent was not there.
+    /// Number of samples: fewer than fit into the interval if the agent was not running.
     pub samples: u32,
-    /// Load, as the policy of that time weighed it.
+    /// Load, by the weights of the policy of that time.
     pub load: f64,
     /// The highest load of a sample.
     pub load_max: f64,
     /// CPU demand, in cores.
     pub cpu_cores: f64,
-    /// Memory that was occupied, in bytes.
+    /// Occupied memory, in bytes.
     pub memory_bytes: u64,
-    /// Memory that was touched in about a minute, in bytes; of machines only.
+    /// Memory referenced in about a minute, in bytes; of machines only.
     pub working_set_bytes: Option<u64>,
-    /// Bytes from and to disks, a second.
+    /// Disk traffic in bytes a second.
     pub io_bytes_per_s: f64,
-    /// Of a node, share of time in which something waited for a core (PSI `some`); of a
-    /// machine, cores that it waited for.
+    /// Of a node, the share of time in which a task waited for a core (PSI `some`); of a machine,
+    /// the cores that it waited for.
     pub cpu_pressure: f64,
-    /// Share of time stood still for memory and disks.
+    /// Share of time stalled for memory and disks.
     pub stalled: f64,
-    /// Machines of the node, the most; 1 of a machine.
+    /// The highest number of machines of the node; 1 of a machine.
     pub machines: u32,
 }
 
 impl HistoryPoint {
-    /// One sample, of nothing.
+    /// One empty sample.
     pub const ONE: HistoryPoint = HistoryPoint {
         at_unix_ms: 0,
         lasts_ms: 0,
@@ -55,7 +55,7 @@ impl HistoryPoint {
         machines: 0,
     };
 
-    /// Takes the samples of another one in; the time becomes that of both.
+    /// Merges the samples of another point, and extends the interval to cover both.
     pub fn add(&mut self, other: &HistoryPoint) {
         let (mine, others) = (f64::from(self.samples), f64::from(other.samples));
         let all = (mine + others).max(1.0);
@@ -81,8 +81,8 @@ impl HistoryPoint {
     }
 }
 
-/// The same in so many points at most, oldest first, each of the same length; those that
-/// begin together become one.
+/// Reduces the points to at most this number of equal length, oldest first; those that
+/// begin together are merged.
 pub fn history_in_points(mut points: Vec<HistoryPoint>, points_max: u32) -> Vec<HistoryPoint> {
     points.sort_by_key(|point| point.at_unix_ms);
     let (Some(first), Some(last)) = (points.first(), points.last()) else {
@@ -108,12 +108,12 @@ pub fn history_in_points(mut points: Vec<HistoryPoint>, points_max: u32) -> Vec<
     merged.into_iter().map(|(_, point)| point).collect()
 }
 
-/// What a node, or a machine, was measured to be.
+/// The measured history of a node, or a machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HistoryInfo {
-    /// Oldest first; nothing where nothing is known.
+    /// Oldest first; gaps have no points.
     pub points: Vec<HistoryPoint>,
-    /// Nodes that did not answer: what they know of a machine is missing.
+    /// Nodes that did not answer, whose points of a machine are missing.
     pub silent: Vec<Silence>,
 }
 
@@ -142,7 +142,7 @@ mod tests {
         let one = history_in_points(points, 1);
         assert_eq!((one.len(), one[0].samples, one[0].load), (1, 10, 4.5));
         assert_eq!(history_in_points(Vec::new(), 1), []);
-        // A gap stays one; what two nodes know of a time becomes one.
+        // A gap is kept; points of two nodes for one interval are merged.
         let gap = history_in_points(vec![point(90, 1.0), point(0, 1.0), point(0, 3.0)], 100);
         assert_eq!((gap.len(), gap[0].load, gap[1].at_unix_ms), (2, 2.0, 90));
     }

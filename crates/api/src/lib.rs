@@ -16,11 +16,11 @@
 //! | `POST /v1/machines/NAME/diff` [`RunRequest`] | [`MachineDiff`]; nothing is changed |
 //! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
-//! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
+//! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, in the format of `keel_machine::log` |
 //! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
 //! | `GET /v1/machines/NAME/files/stat?path=PATH` | [`FileStat`] |
 //! | `GET /v1/machines/NAME/files?path=PATH&offset=N&length=N` | bytes, fewer at the end of the file |
-//! | `PUT /v1/machines/NAME/files?path=PATH&offset=N&begin=true` (bytes; begins a file that must not be there) | `{}` |
+//! | `PUT /v1/machines/NAME/files?path=PATH&offset=N&begin=true` (bytes; `begin` creates a file that must not exist) | `{}` |
 //! | `DELETE /v1/machines/NAME/files?path=PATH` | `{}` |
 //! | `POST /v1/machines/NAME/files/rename` [`RenameRequest`] | `{}` |
 //! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
@@ -36,8 +36,7 @@
 //! | `POST /v1/labels` [`LabelRequest`] | all labels of that node or machine |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
-//! Errors are [`Problem`]s with status 4xx for what the user can mend and 5xx
-//! for what they cannot.
+//! Errors are [`Problem`]s with status 4xx for causes that the user can remove and 5xx for others.
 
 #![forbid(unsafe_code)]
 
@@ -58,7 +57,7 @@ pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, histo
 use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::prediction::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
@@ -67,7 +66,7 @@ use std::collections::BTreeMap;
 /// An error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// What happened, to which object, and what to do next.
+    /// The error, its object, and the remedy.
     pub error: String,
 }
 
@@ -80,7 +79,7 @@ pub struct ClusterInfo {
     pub node: String,
     /// Nodes that hold the store.
     pub voters: Vec<String>,
-    /// Whether the store answered just now.
+    /// Whether the store answers.
     pub store: String,
     /// Nodes, and how many of them are alive.
     pub nodes: u32,
@@ -99,11 +98,11 @@ pub struct ClusterInfo {
 pub struct NodeInfo {
     /// Its name.
     pub name: String,
-    /// Where other nodes reach it.
+    /// Its address for other nodes.
     pub address: String,
     /// Whether it renews its lease.
     pub alive: bool,
-    /// Whether it is being emptied: nothing is placed there.
+    /// Whether it is being drained: no machine is placed there.
     #[serde(default)]
     pub draining: bool,
     /// Whether it holds the store.
@@ -114,7 +113,7 @@ pub struct NodeInfo {
     pub memory_bytes: u64,
     /// Machines in its schedule.
     pub machines: u32,
-    /// What its host lacks, and what follows.
+    /// Deficiencies of its host, with their consequences.
     pub lacks: Vec<String>,
     /// Version of its agent.
     pub version: String,
@@ -130,7 +129,7 @@ pub struct MachineInfo {
     /// `starting`, `running`, `paused` (it waits for room on a disk, or a store),
     /// `arriving`, `exited (N)`, `trapped`, `stopped`, `failed`.
     pub status: String,
-    /// What its worker does before it runs; only while it starts, once it has a worker.
+    /// Progress of its worker before it runs; only while it starts, once it has a worker.
     #[serde(default)]
     pub phase: Option<StartPhaseInfo>,
     /// When it first ran, in milliseconds since 1970-01-01 UTC; 0 if it never did.
@@ -146,8 +145,8 @@ pub struct MachineInfo {
     pub created_unix_ms: u64,
     /// Hash of its module.
     pub module: String,
-    /// Nodes that have its compiled code: it can go there at once. Only where one machine
-    /// is asked about.
+    /// Nodes that have its compiled code, to which it can move at once. Only in the answer about
+    /// one machine.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ready_on: Vec<String>,
     /// Program name and arguments.
@@ -155,7 +154,7 @@ pub struct MachineInfo {
     /// Names of the variables in its environment.
     #[serde(default)]
     pub env_names: Vec<String>,
-    /// Directories that it may reach.
+    /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeInfo>,
     /// Limit of each memory in bytes.
@@ -169,42 +168,39 @@ pub struct MachineInfo {
     /// Whether it is removed when it ends.
     #[serde(default)]
     pub remove_at_end: bool,
-    /// The checkpoint that it was made of, in words.
+    /// The checkpoint that it was created from, as text.
     #[serde(default)]
     pub created_from: Option<String>,
     /// Limit of its CPU time, in thousandths of a core.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,
-    /// When it is started again after its end.
+    /// When it is restarted after its end.
     #[serde(default)]
     pub restart: Restart,
-    /// Checkpoints that are made by themselves.
+    /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
-    /// What balancing makes of it.
+    /// Its balancing policy.
     #[serde(default)]
     pub balancing: Balancing,
     /// Restarts since it last ran for long.
     #[serde(default)]
     pub restarts: u32,
-    /// Since when it has its status, in milliseconds since 1970-01-01 UTC.
+    /// Start of its present status, in milliseconds since 1970-01-01 UTC.
     #[serde(default)]
     pub since_unix_ms: u64,
-    /// Bytes of memory that it has; only while it runs.
+    /// Its bytes of memory; only while it runs.
     pub memory_bytes: Option<u64>,
-    /// Threads that it has; only while it runs.
+    /// Its threads; only while it runs.
     pub threads: Option<u32>,
     /// CPU time of its worker on this node, in microseconds.
     pub cpu_micros: Option<u64>,
-    /// Its worker's process.
+    /// Process id of its worker.
     pub pid: Option<u32>,
-    /// Bytes of output that it wrote (with 5 for each piece, and times in between),
-    /// wherever it was;
-    /// only while it runs.
+    /// Bytes of output that it wrote on all nodes, including record headers; only while it runs.
     #[serde(default)]
     pub output_bytes: Option<u64>,
-    /// What the kernel counts of its process; only while it runs, where it has a
-    /// cgroup.
+    /// The kernel's counters of its process; only while it runs, if it has a cgroup.
     #[serde(default)]
     pub cgroup: Option<GroupUsage>,
     /// Its last moves, oldest first.
@@ -212,21 +208,21 @@ pub struct MachineInfo {
 }
 
 impl MachineInfo {
-    /// Whether it is to run: it has not ended.
+    /// Whether it is scheduled to run: it has not ended.
     pub fn is_live(&self) -> bool {
         matches!(
             self.status.as_str(),
-            // (`scheduled`: so a node of the version before calls one that starts.)
+            // A node of the previous version reports a starting machine as `scheduled`.
             "starting" | "scheduled" | "running" | "paused" | "arriving" | "filling" | "restarting"
         )
     }
 
-    /// Whether it is still to run for the first time.
+    /// Whether it has still to run for the first time.
     pub fn is_starting(&self) -> bool {
         matches!(self.status.as_str(), "starting" | "scheduled")
     }
 
-    /// Its status, and what is done before it runs: `starting (compile 40 %)`.
+    /// Its status, with the progress of its start: `starting (compile 40 %)`.
     pub fn status_line(&self) -> String {
         match &self.phase {
             Some(phase) => format!("{} ({})", self.status, phase.line()),
@@ -235,19 +231,19 @@ impl MachineInfo {
     }
 }
 
-/// What is done before a machine runs.
+/// Progress of a machine's start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartPhaseInfo {
     /// `prepare`, `compile` or `restore`.
     pub name: String,
-    /// How much of it is done, 0 to 100, where that is known.
+    /// Progress, 0 to 100, if it is known.
     pub percent: Option<u8>,
-    /// Since it began.
+    /// Milliseconds since it began.
     pub elapsed_ms: u64,
 }
 
 impl StartPhaseInfo {
-    /// In words: `compile 40 %`, `restore 3 s`.
+    /// As text: `compile 40 %`, `restore 3 s`.
     pub fn line(&self) -> String {
         match self.percent {
             Some(percent) => format!("{} {percent} %", self.name),
@@ -256,14 +252,14 @@ impl StartPhaseInfo {
     }
 }
 
-/// A module that the cluster keeps.
+/// A module that the cluster stores.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uploaded {
     /// Its hash (BLAKE3, hex).
     pub module: String,
 }
 
-/// A directory for a machine.
+/// A volume for a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum VolumeRequest {
@@ -277,19 +273,17 @@ pub enum VolumeRequest {
         #[serde(default)]
         read_only: bool,
     },
-    /// The machine's own: it moves along and ends with the machine.
+    /// The machine's own, which moves and ends with it.
     Tmp {
-        /// Bytes that its files may take.
+        /// The most bytes of its files.
         bytes: u64,
-        /// Files, directories and links that there may be; as many as volumes
-        /// of that size usually have, without.
+        /// The most files, directories and links; by default the usual number for its size.
         #[serde(default)]
         inodes: Option<u64>,
         /// Its name for the guest.
         guest: String,
     },
-    /// One of the cluster's, which outlives the machine. It has one machine at a
-    /// time.
+    /// One of the cluster's, which outlives the machine. It has one holder at a time.
     Cluster {
         /// Its name in the cluster.
         name: String,
@@ -301,18 +295,17 @@ pub enum VolumeRequest {
     },
 }
 
-/// A volume of the cluster to make.
+/// A volume of the cluster to create.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeCreateRequest {
     /// Its name.
     pub name: String,
-    /// Where it is kept: a directory that all nodes see, or `s3://bucket/prefix`.
+    /// Its place: a directory that all nodes see, or `s3://bucket/prefix`.
     pub at: String,
-    /// Bytes that its files may take.
+    /// The most bytes of its files.
     pub bytes: u64,
-    /// Files, directories and links that there may be; as many as volumes of that
-    /// size usually have, without.
+    /// The most files, directories and links; by default the usual number for its size.
     #[serde(default)]
     pub inodes: Option<u64>,
 }
@@ -322,25 +315,25 @@ pub struct VolumeCreateRequest {
 pub struct ClusterVolumeInfo {
     /// Its name.
     pub name: String,
-    /// Where it is kept.
+    /// Its place.
     pub at: String,
-    /// Bytes that its files may take.
+    /// The most bytes of its files.
     pub bytes_max: u64,
-    /// Files, directories and links that there may be.
+    /// The most files, directories and links.
     pub inodes_max: u64,
-    /// The machine that has it.
+    /// The machine that holds it.
     pub machine: Option<String>,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
     /// Whether it is being removed.
     pub removing: bool,
-    /// What is in its place, where that was asked for and can be read.
+    /// The content of its place, if it was requested and can be read.
     pub content: Option<VolumeContent>,
     /// Why its content cannot be read.
     pub damage: Option<String>,
 }
 
-/// What is kept of a volume of the cluster.
+/// The stored content of a volume of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeContent {
     /// Bytes of its files.
@@ -349,15 +342,15 @@ pub struct VolumeContent {
     pub inodes: u64,
     /// Number of the last segment of its log.
     pub segment: u64,
-    /// Epoch of who wrote that.
+    /// Epoch of the writer of that segment.
     pub writer: String,
-    /// When, in milliseconds since 1970-01-01 UTC.
+    /// Time of that segment, in milliseconds since 1970-01-01 UTC.
     pub written_unix_ms: u64,
-    /// What is kept of it for checkpoints: MACHINE.CHECKPOINT.
+    /// Snapshots kept for checkpoints: MACHINE.CHECKPOINT.
     pub snapshots: Vec<String>,
 }
 
-/// A machine's directory.
+/// A machine's volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeInfo {
     /// Its name for the guest.
@@ -367,9 +360,9 @@ pub struct VolumeInfo {
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
-    /// Bytes that its files may take.
+    /// The most bytes of its files.
     pub bytes_max: Option<u64>,
-    /// Bytes that they take; only while it runs.
+    /// Present bytes of its files; only while it runs.
     pub bytes: Option<u64>,
     /// Files, directories and links; only while it runs.
     pub inodes: Option<u64>,
@@ -379,20 +372,20 @@ pub struct VolumeInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
-    /// Its name; one is made up without.
+    /// Its name; generated if absent.
     #[serde(default)]
     pub name: Option<String>,
-    /// The node to start it on; the one that is asked, without.
+    /// The node to start it on; the one that is asked if absent.
     #[serde(default)]
     pub on: Option<String>,
     /// Hash of an uploaded module.
     pub module: String,
     /// The program's name and arguments.
     pub args: Vec<String>,
-    /// Its environment.
+    /// Its environment variables.
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// Its directories.
+    /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeRequest>,
     /// Limit of each of its memories, in bytes.
@@ -407,13 +400,13 @@ pub struct RunRequest {
     /// Whether it is removed when it ends.
     #[serde(default)]
     pub remove_at_end: bool,
-    /// When it is started again after its end.
+    /// When it is restarted after its end.
     #[serde(default)]
     pub restart: Restart,
-    /// Checkpoints that are made by themselves.
+    /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
-    /// What balancing makes of it.
+    /// Its balancing policy.
     #[serde(default, deserialize_with = "strict_balancing")]
     pub balancing: Balancing,
 }
@@ -444,25 +437,25 @@ fn strict_balancing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Balanci
     })
 }
 
-/// What would change of a machine if it were as a request says.
+/// The differences between a machine and a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineDiff {
     /// The node that runs it, or ran it last; none if there is no such machine.
     pub node: Option<String>,
-    /// Whether it is to run: it has not ended.
+    /// Whether it is scheduled to run: it has not ended.
     pub live: bool,
-    /// What differs; not that it was moved.
+    /// The differences; its node is not compared.
     pub changes: Vec<FieldChange>,
 }
 
-/// One thing that would change of a machine.
+/// One difference.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FieldChange {
-    /// What: an option of `keel run`, with a name behind it where there are several.
+    /// An option of `keel run`, with a name if it has several values.
     pub field: String,
-    /// As it is.
+    /// The present value.
     pub old: String,
-    /// As it would be.
+    /// The requested value.
     pub new: String,
     /// Whether it can be changed while the machine runs (`set`).
     pub live: bool,
@@ -478,14 +471,14 @@ pub struct RenameRequest {
     pub to: String,
 }
 
-/// A place in a machine's output.
+/// A position in a machine's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogOffset {
-    /// What `from` of a request for the log says to begin there.
+    /// The value of `from` in a request for the log.
     pub offset: u64,
 }
 
-/// What is to change of a machine, while it runs; what is left out stays.
+/// Changes of a machine while it runs; absent fields stay.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetRequest {
@@ -495,10 +488,10 @@ pub struct SetRequest {
     /// Limit of its CPU time (`cpu.limit`), in thousandths of a core; 0 for none.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,
-    /// When it is started again after its end.
+    /// When it is restarted after its end.
     #[serde(default)]
     pub restart: Option<Restart>,
-    /// Checkpoints that are made by themselves.
+    /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointChange>,
     /// Which of its loads counts.
@@ -513,10 +506,10 @@ pub struct SetRequest {
     /// `io.target`, in bytes a second; 0 for none.
     #[serde(default)]
     pub io_target_bytes_per_s: Option<u64>,
-    /// Parts that balancing may give it (`max_parts`); 0 for none.
+    /// The most parts that balancing may give it (`max_parts`); 0 for none.
     #[serde(default)]
     pub parts_max: Option<u32>,
-    /// Where threads begin that it starts while it has parts.
+    /// Where threads start that it creates while it has parts.
     #[serde(default)]
     pub spawn: Option<Spawn>,
     /// `part.memory`, in bytes; 0 for none.
@@ -524,24 +517,24 @@ pub struct SetRequest {
     pub part_memory_bytes: Option<u64>,
 }
 
-/// What is to become of the checkpoints that are made by themselves.
+/// A change of the periodic checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CheckpointChange {
-    /// No more are made; those that there are stay.
+    /// No more are made; existing ones stay.
     None,
-    /// They are made so.
+    /// They follow this schedule.
     Plan(CheckpointPlan),
 }
 
-/// An order for a failpoint; only nodes that were built for tests take it.
+/// Sets or clears a failpoint; only nodes that were built for tests support it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FailpointRequest {
     /// Its name.
     pub name: String,
-    /// `kill`, `stop`, `error` or `delay(MILLISECONDS)`, `@N` or `*` behind it;
-    /// takes an order back without.
+    /// `kill`, `stop`, `error` or `delay(MILLISECONDS)`, with an optional suffix `@N` or `*`;
+    /// clears the failpoint if absent.
     #[serde(default)]
     pub order: Option<String>,
 }
@@ -550,20 +543,20 @@ pub struct FailpointRequest {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nothing {}
 
-/// A checkpoint to make.
+/// A checkpoint to create.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRequest {
-    /// URL of the place; the node's own folder without.
+    /// URL of the place; the node's own folder if absent.
     #[serde(default)]
     pub to: Option<String>,
-    /// Whether all of it is stored, whatever was stored before.
+    /// Whether all pages are stored, including those of earlier checkpoints.
     #[serde(default)]
     pub full: bool,
-    /// How many checkpoints of the machine are kept there; all without.
+    /// How many checkpoints of the machine are kept there; all if absent.
     #[serde(default)]
     pub keep: Option<u32>,
-    /// Checkpoints that are not older are kept too, in seconds.
+    /// Newer checkpoints than this are kept too, in seconds.
     #[serde(default)]
     pub keep_for_s: Option<u64>,
 }
@@ -573,11 +566,11 @@ pub struct CheckpointRequest {
 pub struct CheckpointInfo {
     /// The machine.
     pub machine: String,
-    /// Its name; later ones are greater.
+    /// Its id; later ones are greater.
     pub id: String,
-    /// Where it is.
+    /// Its place.
     pub vault: String,
-    /// The checkpoint that it stands on.
+    /// The checkpoint that it is an increment of.
     pub parent: Option<String>,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
@@ -585,7 +578,7 @@ pub struct CheckpointInfo {
     pub stored_bytes: u64,
     /// Downtime in microseconds; only when it is made.
     pub pause_micros: Option<u64>,
-    /// How long all of it took, in microseconds; only when it is made.
+    /// Duration in microseconds; only when it is made.
     pub total_micros: Option<u64>,
     /// Older ones that were deleted.
     pub deleted: u32,
@@ -593,42 +586,42 @@ pub struct CheckpointInfo {
     pub damage: Option<String>,
 }
 
-/// A machine to make of a checkpoint.
+/// A machine to create from a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreRequest {
-    /// The machine that the checkpoint was made of.
+    /// The machine of the checkpoint.
     pub machine: String,
-    /// Which; the newest that is whole without.
+    /// Its id; the newest complete one if absent.
     #[serde(default)]
     pub id: Option<String>,
-    /// URL of the place; the node's own folder without.
+    /// URL of the place; the node's own folder if absent.
     #[serde(default)]
     pub from: Option<String>,
-    /// Another name: the machine is then another one.
+    /// A new name creates a different machine.
     #[serde(default)]
     pub name: Option<String>,
-    /// The node to start it on; the one that is asked, without.
+    /// The node to start it on; the one that is asked if absent.
     #[serde(default)]
     pub on: Option<String>,
-    /// Whether it runs before its memory is read: sooner, but damage is found only
-    /// then, and ends it.
+    /// Whether it runs before its memory is read: it starts sooner, but damage is detected only
+    /// later, and ends it.
     #[serde(default)]
     pub warm: bool,
-    /// Nodes of the parts that its memory comes to before it runs, as in
-    /// [`SpanRequest::nodes`]; without, they are chosen where it is larger than its node.
+    /// Nodes of the parts that get its memory before it runs, as in [`SpanRequest::nodes`]; chosen
+    /// if absent and it is larger than its node.
     #[serde(default)]
     pub nodes: Vec<String>,
 }
 
-/// Parts that a machine is to have; of one that has some, those come and go that differ.
+/// The parts that a machine is to have; parts of a spanning machine are added and removed to
+/// match.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpanRequest {
-    /// Their nodes. One that is the owner's is the home; further times it is named it has
-    /// further parts.
+    /// Their nodes. The first occurrence of the owner is the home; each further one is a part.
     pub nodes: Vec<String>,
-    /// Threads that it starts begin at the home, not where the fewest are.
+    /// Whether its new threads start at the home, not on the part with the fewest.
     #[serde(default)]
     pub here: bool,
 }
@@ -640,7 +633,7 @@ pub struct PartsInfo {
     pub parts: Vec<PartInfo>,
     /// Its threads.
     pub threads: Vec<ThreadInfo>,
-    /// How often threads at the home waited for pages of other parts, by powers of two of
+    /// Number of waits of the home's threads for pages of other parts, by powers of two of
     /// microseconds: below 1, below 2, below 4, …
     #[serde(default)]
     pub waits: Vec<u64>,
@@ -658,37 +651,37 @@ pub struct PartInfo {
     pub node: String,
     /// Threads that run there.
     pub threads: u32,
-    /// What it has of the memory, as it told last; not known where it told nothing yet, or
-    /// the machine is on one node.
+    /// Its memory, as last reported; `None` if it has not reported yet, or the machine is on one
+    /// node.
     #[serde(default)]
     pub memory: Option<PartMemoryInfo>,
-    /// For how long it has not answered what its home asked, in milliseconds, if it has not.
+    /// For how many milliseconds it has not answered its home, if it does not answer.
     #[serde(default)]
     pub silent_ms: Option<u64>,
 }
 
 impl PartInfo {
-    /// Milliseconds without an answer from which on a part is said to be silent: before,
-    /// its node may just be busy.
+    /// Milliseconds without an answer after which a part counts as silent; below, its node may
+    /// just be busy.
     pub const SILENT_MS: u64 = 2000;
 
-    /// For how many seconds it is silent, if it is.
+    /// For how many seconds it has been silent, if it is.
     pub fn silent_s(&self) -> Option<u64> {
         let silent = self.silent_ms.filter(|ms| *ms >= Self::SILENT_MS);
         silent.map(|ms| ms / 1000)
     }
 }
 
-/// What a part has of a machine's memory.
+/// A part's share of a machine's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartMemoryInfo {
-    /// Bytes that are there, with copies of what others have.
+    /// Bytes that are present, including copies of pages of other parts.
     pub resident_bytes: u64,
-    /// What it keeps at most, while others have room.
+    /// The most bytes that it keeps, while others have room.
     pub limit_bytes: Option<u64>,
-    /// Bytes that it gave away so far because they were too much.
+    /// Total bytes that it has evicted for this limit.
     pub given_bytes: u64,
-    /// Bytes of copies that it dropped for the same reason.
+    /// Bytes of copies that it has dropped for the same reason.
     pub dropped_bytes: u64,
 }
 
@@ -705,61 +698,60 @@ pub struct ThreadInfo {
     pub state: String,
     /// CPU time that it used at the part where it is, in microseconds.
     pub cpu_micros: Option<u64>,
-    /// Microseconds that it stood at pages of other nodes, by the node that gave them.
+    /// Microseconds that it waited for pages of other nodes, by the node that sent them.
     #[serde(default)]
     pub stalled_micros: BTreeMap<String, u64>,
-    /// The object that it likes to be near, if it said so (`guests/evenkeel.h`).
+    /// The object that it prefers to be near, if it has named one (`guests/evenkeel.h`).
     #[serde(default)]
     pub likes: Option<String>,
 }
 
-/// A piece of a machine's memory that the same parts hold.
+/// A range of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectInfo {
     /// Its range ([`object_range_name`]).
     pub range: String,
-    /// What the program calls it, if it does (`guests/evenkeel.h`); names of several objects
-    /// that have these pages with commas between them, the largest first.
+    /// Its name in the program, if any (`guests/evenkeel.h`); the names of several objects with
+    /// these pages are separated by commas, the largest first.
     pub name: Option<String>,
     /// Bytes, whole pages of 4 KiB.
     pub bytes: u64,
-    /// The part that has it, or wrote it last.
+    /// The part that holds it, or wrote it last.
     pub part: u32,
     /// That part's node.
     pub node: String,
     /// Nodes of parts that have copies to read.
     pub readers: Vec<String>,
-    /// How often its pages changed hands so far: how hot it is between parts.
+    /// Number of transfers of its pages between parts.
     pub exchanges: u64,
-    /// How often threads waited for its pages in the last half minute to minute, of pages
-    /// that they waited for more than once.
+    /// Number of waits of threads for its pages in the last half minute to minute, for pages with
+    /// more than one wait.
     #[serde(default)]
     pub waits: u64,
-    /// Of those pages, those that parts used in turns, one of them writing.
+    /// Of those pages, those that parts used alternately, with one of them writing.
     #[serde(default)]
     pub shared_pages: u32,
-    /// Of these, those that several parts wrote, each other bytes than those that another one
-    /// used, as far as is seen: false sharing. What does not share a page would not wait.
+    /// Of these, those with false sharing: several parts wrote different bytes from those that the
+    /// others used, as far as it is observed. In separate pages there would be no waits.
     #[serde(default)]
     pub falsely_shared_pages: u32,
-    /// Bytes of it that the part that has it did not use for half a minute, by the regions of
-    /// 64 KiB or more that are looked at.
+    /// Bytes that the part which holds it did not use for half a minute, by scanned regions of 64
+    /// KiB or more.
     #[serde(default)]
     pub idle_bytes: u64,
-    /// Node of the part that knows who has it, and is asked for it: it moves along with
-    /// whole 64 KiB.
+    /// Node of the part that has its directory, which moves with whole 64 KiB.
     pub directory: String,
 }
 
-/// What came of the move of an object.
+/// The result of an object move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectMoved {
-    /// Bytes that have been there: others may have fetched some of them back.
+    /// Bytes that have moved: other parts may have fetched some of them back.
     pub bytes: u64,
 }
 
-/// How a range of a machine's memory is named: `0x10000-0x20000` from its first byte to
-/// the one behind its last; `1:0x0-0x1000` of another memory than the first.
+/// The name of a range of a machine's memory: `0x10000-0x20000` from its first byte to the one
+/// after its last; `1:0x0-0x1000` of another memory than the first.
 pub fn object_range_name(memory: u32, start: u64, bytes: u64) -> String {
     let range = format!("{start:#x}-{:#x}", start.saturating_add(bytes));
     match memory {
@@ -768,8 +760,8 @@ pub fn object_range_name(memory: u32, start: u64, bytes: u64) -> String {
     }
 }
 
-/// Memory, first byte and bytes of a range as [`object_range_name`] names it; `None` if it is
-/// none, or empty.
+/// Parses a name of [`object_range_name`] into memory, first byte and bytes; `None` if it is
+/// invalid or empty.
 pub fn object_range(name: &str) -> Option<(u32, u64, u64)> {
     let (memory, range) = match name.split_once(':') {
         Some((memory, range)) => (memory.parse().ok()?, range),
@@ -782,7 +774,7 @@ pub fn object_range(name: &str) -> Option<(u32, u64, u64)> {
     Some((memory, start, bytes))
 }
 
-/// Where a thread, or an object, is to go on.
+/// The target of a thread or an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ThreadMove {
@@ -790,32 +782,31 @@ pub struct ThreadMove {
     pub to: String,
 }
 
-/// A move to make.
+/// A move of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
     /// The target node.
     pub to: String,
-    /// Whether the machine goes first, and a part of its memory after it
-    /// (post-copy): it stands still for less, but does not survive the loss of its
-    /// source before all is there. A checkpoint is made first.
+    /// Whether the move is post-copy: the downtime is shorter, but the machine does not survive
+    /// the loss of its source before all memory has arrived. A checkpoint is made first.
     #[serde(default)]
     pub post_copy: bool,
-    /// Where that checkpoint goes; the node's own folder without.
+    /// The place of that checkpoint; the node's own folder if absent.
     #[serde(default)]
     pub checkpoint_to: Option<String>,
-    /// Which of the moves that wait for this node's links is next.
+    /// Priority among the moves that wait for this node's links.
     #[serde(default)]
     pub urgency: Urgency,
-    /// How long the machine may stand still, in milliseconds: with more than the
-    /// usual few, a fast writer is slowed down less, or not at all, before.
+    /// The longest downtime, in milliseconds: a higher limit reduces the throttling of a machine
+    /// with a high dirty rate.
     #[serde(default)]
     pub downtime_ms: Option<u32>,
 }
 
 impl MoveRequest {
-    /// How long sending what is left may take then, in microseconds: freezing and
-    /// the commit need some of the time.
+    /// The part of the downtime limit for sending the residual dirty pages, in microseconds:
+    /// freezing and the commit need the rest.
     pub fn budget_micros(&self) -> Option<u64> {
         const BESIDE_MS: u32 = 3;
         let ms = self.downtime_ms?.saturating_sub(BESIDE_MS).max(1);
@@ -823,28 +814,28 @@ impl MoveRequest {
     }
 }
 
-/// What a move would be like; nothing was begun.
+/// The prediction of a move; nothing is started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DryRun {
     /// The machine.
     pub machine: String,
-    /// Where it is.
+    /// Its node.
     pub source: String,
-    /// Where it would go.
+    /// The target.
     pub target: String,
-    /// Why the target would not take it.
+    /// Why the target would refuse it.
     pub refusal: Option<String>,
-    /// Bytes of memory that it ever touched.
+    /// Bytes of memory that it has touched.
     pub memory_bytes: u64,
     /// Bytes in its own volumes.
     pub volume_bytes: u64,
-    /// With memory first.
+    /// By pre-copy.
     pub pre_copy: Prediction,
-    /// With the machine first.
+    /// By post-copy.
     pub post_copy: Prediction,
 }
 
-/// How soon a move shall begin where many wait.
+/// Priority of a move in the queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Urgency {
@@ -861,15 +852,15 @@ pub enum Urgency {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MoveLine {
-    /// It goes on.
+    /// Progress.
     Progress(Progress),
-    /// It is over.
+    /// The move has ended.
     Report(Box<MoveReport>),
-    /// It could not even begin.
+    /// The move could not start.
     Error(String),
 }
 
-/// A token to make.
+/// A token to create.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub enum TokenRequest {
@@ -878,7 +869,7 @@ pub enum TokenRequest {
         /// Seconds until it expires.
         ttl_s: u64,
     },
-    /// Lets a user in.
+    /// Admits a user.
     User {
         /// Who it is for.
         name: String,
@@ -887,7 +878,7 @@ pub enum TokenRequest {
     },
 }
 
-/// A token that was made. It is shown once.
+/// A created token. It is shown once.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {
     /// The token.

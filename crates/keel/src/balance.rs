@@ -1,5 +1,5 @@
-//! `keel balance`, `keel why`, `keel why-not`, `keel ledger`: loads, what the balancer
-//! decided, and why.
+//! `keel balance`, `keel why`, `keel why-not`, `keel ledger`: loads, decisions of the balancer,
+//! and their reasons.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -15,9 +15,9 @@ use keel_balance::policy::Policy;
 use keel_balance::select::{Considered, NodeState, Verdict};
 use std::process::ExitCode;
 
-/// Machines that an explanation names beside the one that was asked for.
+/// Machines that an explanation names besides the requested one.
 const OTHERS_SHOWN: usize = 8;
-/// Decisions about threads and memory that are shown.
+/// The most decisions about threads and memory that are shown.
 const GRAINS_SHOWN: usize = 12;
 
 #[derive(clap::Args)]
@@ -36,11 +36,11 @@ enum BalanceCommand {
     /// `keel balance policy` lists all fields with their values. `mode` is off, suggest,
     /// confirm or automatic; `strategy` is level, pack or spread.
     Policy {
-        /// What to change.
+        /// Fields to change, as FIELD=VALUE.
         #[arg(value_name = "FIELD=VALUE")]
         changes: Vec<String>,
     },
-    /// Makes a move that the balancer proposed (mode `confirm`).
+    /// Confirms a move that the balancer proposed (mode `confirm`).
     Confirm {
         /// The machines.
         #[arg(required = true)]
@@ -52,7 +52,7 @@ enum BalanceCommand {
 pub(crate) struct WhyArgs {
     /// The machine.
     machine: String,
-    /// Why it was where it was then: a duration ago (10m) or a time.
+    /// Explains an earlier placement: a duration ago (10m) or a time.
     #[arg(long, value_name = "WHEN", value_parser = when::since)]
     at: Option<u64>,
 }
@@ -61,19 +61,19 @@ pub(crate) struct WhyArgs {
 pub(crate) struct WhyNotArgs {
     /// The machine.
     machine: String,
-    /// The node to which it does not go.
+    /// The node to which it does not move.
     #[arg(long, value_name = "NODE")]
     to: String,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct LedgerArgs {
-    /// Only decisions that say something of this machine.
+    /// Only decisions about this machine.
     machine: Option<String>,
     /// Only decisions since: a duration ago (10m, 2h, 1d) or a time (2026-01-31T12:00:00Z).
     #[arg(long, value_name = "WHEN", value_parser = when::since)]
     since: Option<u64>,
-    /// The newest so many.
+    /// The most decisions, newest first.
     #[arg(long, value_name = "N", default_value_t = LEDGER_DEFAULT,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(LEDGER_MAX)))]
     limit: u32,
@@ -132,7 +132,7 @@ async fn show(reach: &Reach, client: &Client) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The name of an enum's value as it is written.
+/// The serialised name of an enum value.
 fn word<T: serde::Serialize>(value: &T) -> String {
     let json = serde_json::to_string(value).unwrap_or_default();
     json.trim_matches('"').to_owned()
@@ -178,7 +178,7 @@ async fn policy(reach: &Reach, client: &Client, changes: &[String]) -> Result<Ex
     Ok(ExitCode::SUCCESS)
 }
 
-/// The policy with fields that were given as `FIELD=VALUE`.
+/// The policy with the fields of `FIELD=VALUE` arguments replaced.
 fn changed(policy: &Policy, changes: &[String]) -> Result<Policy> {
     let mut table = toml::Table::try_from(policy)?;
     for change in changes {
@@ -211,7 +211,7 @@ fn changed(policy: &Policy, changes: &[String]) -> Result<Policy> {
 
 fn read_value(text: &str) -> toml::Value {
     if let Ok(count) = text.parse::<i64>() {
-        // A whole number may stand where any number may.
+        // An integer is valid where any number is.
         return toml::Value::Integer(count);
     }
     text.parse::<f64>()
@@ -247,7 +247,7 @@ pub(crate) async fn ledger(reach: &Reach, args: &LedgerArgs) -> Result<ExitCode>
     let machine = args.machine.as_deref();
     let told = ask(&reach.client()?, machine, args.since, None, args.limit).await?;
     match reach.format() {
-        // One on a line: `keel sim --replay` reads them.
+        // One per line: `keel sim --replay` reads them.
         Format::Json => {
             for line in &told.lines {
                 outln!("{}", serde_json::to_string(line)?);
@@ -290,8 +290,7 @@ fn sentence(line: &Line) -> String {
     )
 }
 
-/// Says why a machine is where it is: the decision that brought it there, or why none
-/// did.
+/// Explains the placement of a machine: the decision that moved it there, or why there was none.
 pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
     let client = reach.client()?;
     let machine = &args.machine;
@@ -334,7 +333,7 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
             }
         }
         None => outln!(
-            "\nneither the balancer nor a plan ever decided to move it; users and restarts did the rest (keel events {machine})"
+            "\nneither the balancer nor a plan has moved it; its placement is by users and restarts (keel events {machine})"
         ),
     }
     let stays = told.lines.iter().rev().find(|line| {
@@ -342,7 +341,7 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
             && decided.is_none_or(|decided| decided.at_unix_ms < line.at_unix_ms)
     });
     if let Some(line) = stays {
-        outln!("\nsince then it stays; the last change of the reason:");
+        outln!("\nit has stayed since then; the last change of the reason:");
         outln!("{}", sentence(line));
         if let Some(considered) = line.decision.considered(machine) {
             outln!("  {}", considered_line(considered));
@@ -358,7 +357,7 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         })
         .collect();
     if !grains.is_empty() {
-        outln!("\nof its threads and memory, last:");
+        outln!("\nlast decisions about its threads and memory:");
         for line in grains
             .iter()
             .skip(grains.len().saturating_sub(GRAINS_SHOWN))
@@ -437,11 +436,11 @@ fn why_not_text(why: &WhyNot) -> String {
         .find(|it| *it.machine == *why.machine);
     match (&explained.no_move, found) {
         (Some(stay), _) => lines.push(format!(
-            "nothing goes from {} to {}: {stay}",
+            "no machine moves from {} to {}: {stay}",
             why.node, why.to
         )),
         (None, Some(it)) if it.verdict == Verdict::Chosen => lines.push(format!(
-            "{} would go to {} in the next round of these two nodes",
+            "{} would move to {} in the next round of these two nodes",
             why.machine, why.to
         )),
         (None, _) => {}
@@ -459,7 +458,7 @@ fn why_not_text(why: &WhyNot) -> String {
 pub(crate) fn tell_silent(silent: &[Silence]) {
     for silence in silent {
         eprintln!(
-            "keel: node {} does not answer ({}): what it would tell is missing",
+            "keel: node {} does not answer ({}): its information is missing",
             silence.node, silence.reason
         );
     }

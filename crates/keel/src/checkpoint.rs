@@ -13,41 +13,44 @@ use std::time::Duration;
 pub(crate) struct CheckpointArgs {
     /// The machine.
     machine: String,
-    /// Where it is kept: a directory or s3://bucket/prefix (the node's own folder without).
+    /// The place of the checkpoint: a directory or s3://bucket/prefix (default: the node's own
+    /// folder).
     #[arg(long, value_name = "PLACE")]
     to: Option<String>,
-    /// Stores all of it, not only what was written since the last one.
+    /// Stores all pages, not only those written since the last checkpoint.
     #[arg(long)]
     full: bool,
-    /// Deletes older ones, until so many are left.
+    /// Keeps this many checkpoints and deletes older ones.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep: Option<u32>,
-    /// Deletes those that are older (examples: 12h, 7d); with --keep, what either keeps stays.
+    /// Deletes checkpoints older than this (examples: 12h, 7d); with --keep, a checkpoint stays if
+    /// either keeps it.
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     keep_for: Option<Duration>,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct RestoreArgs {
-    /// The machine that the checkpoint was made of.
+    /// The machine of the checkpoint.
     machine: String,
-    /// Which checkpoint (the newest that is whole without).
+    /// Id of the checkpoint (default: the newest complete one).
     #[arg(long, value_name = "CHECKPOINT")]
     id: Option<String>,
-    /// Where it is: a directory or s3://bucket/prefix (the node's own folder without).
+    /// Its place: a directory or s3://bucket/prefix (default: the node's own folder).
     #[arg(long, value_name = "PLACE")]
     from: Option<String>,
-    /// Name of the new machine (that of the old one without).
+    /// Name of the new machine (default: that of the old one).
     #[arg(long = "as", value_name = "NAME")]
     name: Option<String>,
-    /// Node to start it on (the one that is asked, without).
+    /// Node to start it on (default: the one that is asked).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
-    /// Runs it before its memory is read: sooner, but damage is found only then, and ends it.
+    /// Runs it before its memory is read: starts sooner, but damage is detected only later, and
+    /// ends the machine.
     #[arg(long)]
     warm: bool,
-    /// Nodes of its parts, to which goes what does not fit into one before it runs; by
-    /// itself only where it is larger than its node.
+    /// Nodes of its parts, which get the memory that does not fit into one node before it runs
+    /// (default: chosen if it is larger than its node).
     #[arg(
         long,
         value_name = "NODES",
@@ -55,7 +58,7 @@ pub(crate) struct RestoreArgs {
         conflicts_with = "warm"
     )]
     nodes: Vec<String>,
-    /// Answers at once: its memory is read meanwhile, and `keel inspect` tells what came of it.
+    /// Returns at once, while its memory is being read; `keel inspect` shows the result.
     #[arg(short, long)]
     detach: bool,
 }
@@ -67,18 +70,18 @@ pub(crate) struct CloneArgs {
     /// Name of the copy.
     #[arg(long = "as", value_name = "NAME")]
     name: String,
-    /// Node to start it on (the one that is asked, without).
+    /// Node to start it on (default: the one that is asked).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
-    /// Where the copy is kept meanwhile: a place that both nodes see.
+    /// The place of the intermediate checkpoint, visible to both nodes.
     #[arg(long, value_name = "PLACE")]
     through: Option<String>,
-    /// Answers before the copy runs; `keel inspect` tells what came of it.
+    /// Returns before the copy runs; `keel inspect` shows the result.
     #[arg(short, long)]
     detach: bool,
 }
 
-/// What the user calls a place, as the node will.
+/// A user's place as an absolute one for the node.
 pub(crate) fn place(text: &str) -> Result<String> {
     if text.contains("://") {
         return Ok(text.to_owned());

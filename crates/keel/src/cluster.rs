@@ -1,4 +1,4 @@
-//! How the command line reaches a node, and what it asks about the cluster.
+//! Connects the command line to a node; commands about the cluster.
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result};
@@ -6,13 +6,13 @@ use keel_api::{Client, ClusterInfo, NodeInfo, Token, TokenRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// How to reach a node, and how to print answers.
+/// Options for reaching a node and printing answers.
 #[derive(clap::Args)]
 pub(crate) struct Reach {
-    /// Folder of this computer's node.
+    /// Folder of the node on this computer.
     #[arg(long, global = true, env = "KEEL_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// A node's API elsewhere (with --token and --authority).
+    /// Address of a remote node's API (with --token and --authority).
     #[arg(long, global = true, env = "KEEL_SERVER", value_name = "HOST:PORT")]
     server: Option<String>,
     /// Token for --server.
@@ -21,7 +21,7 @@ pub(crate) struct Reach {
     /// Fingerprint of the cluster's authority for --server.
     #[arg(long, global = true, env = "KEEL_AUTHORITY", value_name = "HEX")]
     authority: Option<String>,
-    /// How to print answers.
+    /// Output format.
     #[arg(
         short,
         long,
@@ -33,7 +33,7 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    /// The folder of this computer's node.
+    /// The folder of the node on this computer.
     pub(crate) fn state_dir(&self) -> PathBuf {
         if let Some(dir) = &self.state_dir {
             return dir.clone();
@@ -54,7 +54,7 @@ impl Reach {
         self.output == Format::Json
     }
 
-    /// Whether another computer's node is asked.
+    /// Whether a remote node is asked.
     pub(crate) fn is_remote(&self) -> bool {
         self.server.is_some()
     }

@@ -1,7 +1,7 @@
 //! `keel cp`: files between this computer and the volumes of machines.
 //!
-//! A copy is made under another name beside its place, and put there when all of it
-//! is there: whoever opens the file finds the old one or the new one, whole.
+//! A copy is written under a temporary name beside its target and renamed when it is complete:
+//! readers see the old or the new file, never a partial one.
 
 use crate::cluster::Reach;
 use anyhow::{Context, Result, bail};
@@ -15,14 +15,14 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Bytes in one piece.
+/// Bytes of one piece.
 const PIECE_BYTES: usize = 1 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// What to copy: a file, or MACHINE:/PATH in a volume of the machine.
+    /// The source: a file, or MACHINE:/PATH in a volume of the machine.
     source: String,
-    /// Where to: a file or directory, or MACHINE:/PATH in a volume of the machine.
+    /// The target: a file or directory, or MACHINE:/PATH in a volume of the machine.
     target: String,
 }
 
@@ -36,7 +36,7 @@ enum End {
 impl End {
     fn parse(text: &str) -> Self {
         match text.split_once(":/") {
-            // ./a:/b is a file of this computer.
+            // ./a:/b is a local file.
             Some((name, path)) if !name.is_empty() && !name.contains('/') => End::Machine {
                 name: name.to_owned(),
                 path: format!("/{path}"),
@@ -60,9 +60,9 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
             args.source,
             args.target
         ),
-        (End::Machine { .. }, End::Machine { .. }) => bail!(
-            "both are in machines: copy to a file of this computer first, and from there to the other"
-        ),
+        (End::Machine { .. }, End::Machine { .. }) => {
+            bail!("both are in machines: copy to a local file first, and from there to the other")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -121,7 +121,7 @@ impl Remote {
     }
 }
 
-/// Shown on a terminal, while it takes long.
+/// A progress bar on a terminal.
 fn progress(bytes: u64) -> ProgressBar {
     let style =
         ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec}");
@@ -159,7 +159,7 @@ async fn put(machine: &Remote, source: &Path, path: String) -> Result<()> {
             let more = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece);
             more.with_context(|| format!("cannot read {shown}"))?;
             let count = piece.len() as u64;
-            // An empty file is one too.
+            // An empty file has one write too.
             if count > 0 || offset == 0 {
                 machine.write(&temporary, offset, piece.into()).await?;
             }
@@ -173,7 +173,7 @@ async fn put(machine: &Remote, source: &Path, path: String) -> Result<()> {
     let copied = copied.await;
     bar.finish_and_clear();
     if copied.is_err() {
-        // It may not even have begun.
+        // The temporary file may not exist yet.
         let _ = machine.remove(&temporary).await;
     }
     copied
@@ -199,7 +199,7 @@ async fn get(machine: &Remote, path: &str, target: &Path) -> Result<()> {
     let cannot = || format!("cannot write {shown}");
     let mut file = tempfile::Builder::new()
         .prefix(".keel-")
-        // As any file that this user makes (less their umask).
+        // The mode of any new file of this user, by the umask.
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
         .tempfile_in(folder)
         .with_context(cannot)?;

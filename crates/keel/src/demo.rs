@@ -1,10 +1,10 @@
-//! `keel demo`: three nodes as real processes on loopback, of which a hot one cures
-//! itself, a program that spreads over all of them, machines that are moved among them under load, and a node that is switched
-//! off. Ends by checking that nothing was lost: every numbered line once and in order.
+//! `keel demo`: three nodes as real processes on loopback. The load of a hot node is balanced, a
+//! program spreads over all nodes, machines move among them under load, and a node is switched
+//! off. The demo ends with a check that no output was lost: every numbered line once and in order.
 //!
-//! - `hot_node`: the hot node
+//! - `hot_node`: balancing a hot node
 //! - `spread`: a program with threads over three nodes
-//! - `view`: what is shown on a terminal while it runs
+//! - `view`: the display on a terminal
 
 mod hot_node;
 mod spread;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// The longest that `--once` may take.
 const ONCE_MAX: Duration = Duration::from_secs(110);
-/// Rounds of moving everything to the next node.
+/// Rounds of moving all machines to the next node.
 const ROUNDS: usize = 3;
 
 const COUNTER: &[u8] = include_bytes!("../../../guests/counter.wasm");
@@ -33,7 +33,7 @@ const HOT: &[u8] = include_bytes!("../../../guests/hot.wasm");
 const WRITER: &[u8] = include_bytes!("../../../guests/writer.wasm");
 
 const NODES: [&str; 3] = ["a", "b", "c"];
-/// Holds the store, so it is not the one that is switched off.
+/// It holds the store, so it is not the node that is switched off.
 const STORE_NODE: &str = "a";
 const DOOMED_NODE: &str = "c";
 
@@ -86,22 +86,22 @@ const PARTS: [Part; 4] = [
     },
 ];
 
-/// What the demo says at its end.
+/// The summary at the end of the demo.
 #[derive(Debug, Serialize)]
 struct Summary {
-    /// Whether nothing was lost.
+    /// Whether no output was lost.
     ok: bool,
     /// The nodes.
     nodes: Vec<String>,
     /// The node that was switched off.
     switched_off: String,
-    /// What is wrong, if anything.
+    /// Errors that were found.
     problems: Vec<String>,
-    /// How the hot node cured itself.
+    /// How the load of the hot node was balanced.
     hot_node: hot_node::HotNodeReport,
     /// How a program spread over all nodes.
     spread: spread::Spread,
-    /// Machines and what they printed.
+    /// Machines and their output.
     machines: Vec<MachineSummary>,
     /// All moves.
     moves: Vec<MoveReport>,
@@ -120,7 +120,7 @@ struct MachineSummary {
     lines_after: Option<u64>,
 }
 
-/// What is going on, for those who watch.
+/// The state that the display shows.
 #[derive(Debug, Default, Clone)]
 struct Scene {
     headline: String,
@@ -143,7 +143,7 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
         .prefix("keel-demo-")
         .tempdir()
         .context("a folder for the demo")?;
-    // (The file may be replaced while the demo runs.)
+    // The file may be replaced while the demo runs.
     let program = keel_node::own_image_for_others();
     let screen = interactive
         .then(|| view::Screen::start(scene.clone()))
@@ -156,7 +156,7 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
         _ = tokio::signal::ctrl_c() => bail!("interrupted"),
     };
     drop(screen);
-    // (Where nobody reads what is said this ends with it.)
+    // If stdout is closed, the demo ends here.
     drop(folder);
     let summary = played?;
     if json {
@@ -180,7 +180,7 @@ fn print_summary(summary: &Summary) {
         .map(|(node, count)| format!("{node}: {count}"))
         .collect();
     outln!(
-        "node {} levelled its load in {:.1} s by {} moves that nobody ordered; machines now {}",
+        "node {} was balanced in {:.1} s by {} automatic moves; machines now {}",
         summary.nodes.first().map_or("", String::as_str),
         summary.hot_node.took_ms as f64 / 1000.0,
         summary.hot_node.decisions.len(),
@@ -196,7 +196,7 @@ fn print_summary(summary: &Summary) {
         counts.collect::<Vec<_>>().join(", ")
     }
     outln!(
-        "a renderer spread over the nodes in {:.1} s (threads {}), a machine gave memory away (MiB {}); {} pictures are the same as alone",
+        "a renderer spread over the nodes in {:.1} s (threads {}), a machine moved memory to other nodes (MiB {}); {} pictures are the same as on one node",
         summary.spread.took_ms as f64 / 1000.0,
         on(&summary.spread.threads),
         on(&summary.spread.memory_mib),
@@ -226,9 +226,9 @@ fn print_summary(summary: &Summary) {
     outln!(
         "{} in {:.1} s",
         if summary.ok {
-            "nothing was lost"
+            "no output was lost"
         } else {
-            "something was lost"
+            "output was lost"
         },
         summary.took_ms as f64 / 1000.0
     );
@@ -274,7 +274,7 @@ async fn play(
             moves.push(move_one(scene, &cluster, via, part.name, target).await?);
         }
     }
-    headline(scene, &format!("emptying node {DOOMED_NODE}"));
+    headline(scene, &format!("draining node {DOOMED_NODE}"));
     for part in &PARTS {
         let info = cluster.inspect(STORE_NODE, part.name).await?;
         if info.node == DOOMED_NODE {
@@ -335,9 +335,9 @@ async fn lines_of_all(cluster: &LocalCluster) -> Result<Vec<u64>> {
     Ok(lines)
 }
 
-/// Waits until every machine that prints has printed more.
+/// Waits for more output of every machine that prints.
 async fn settle(scene: &SharedScene, cluster: &LocalCluster, before: &[u64]) -> Result<()> {
-    keel_testkit::wait_for("all machines go on", || async {
+    keel_testkit::wait_for("all machines continue", || async {
         look(scene, cluster).await;
         let now = lines_of_all(cluster).await.ok()?;
         PARTS

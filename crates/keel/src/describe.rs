@@ -1,5 +1,5 @@
-//! `keel describe`: a machine on one page, for people: what it is, where it is
-//! in its life, what it has and may touch, and what happened to it last.
+//! `keel describe`: a machine on one page, for users: its origin and state, its resources, its
+//! permissions, and its recent history.
 
 use crate::cluster::Reach;
 use crate::events::{self, EventPage};
@@ -11,14 +11,14 @@ use keel_machine::cgroup::GroupUsage;
 use serde::Serialize;
 use std::process::ExitCode;
 
-/// Moves, checkpoints and events that are shown.
+/// The most moves, checkpoints and events that are shown.
 const MOVES: usize = 5;
 const CHECKPOINTS: usize = 5;
 const EVENTS: usize = 10;
-/// Events that are looked at.
+/// The most events that are searched.
 const EVENTS_ASKED: u32 = 1000;
 
-/// A machine and what happened to it.
+/// A machine and its history.
 #[derive(Serialize)]
 struct Described {
     machine: MachineInfo,
@@ -36,7 +36,7 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     history
         .events
         .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
-    // (One that does not run has none.)
+    // A machine that does not run has no parts.
     let parts = client
         .get(&keel_api::path(["machines", name, "parts"]))
         .await;
@@ -55,7 +55,7 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Lines of a page: a word on the left, what it is on the right.
+/// Lines of a page: a label on the left, its value on the right.
 struct Page(Vec<String>);
 
 impl Page {
@@ -88,8 +88,8 @@ fn moment(unix_ms: u64) -> String {
 fn page(described: &Described) -> String {
     let (machine, history) = (&described.machine, &described.history);
     let mut page = Page(Vec::new());
-    what_it_is(&mut page, machine);
-    what_it_has(&mut page, machine);
+    write_state(&mut page, machine);
+    write_resources(&mut page, machine);
     if !described.parts.is_empty() {
         let parts = described.parts.iter().map(|part| {
             let memory = part.memory.as_ref();
@@ -105,7 +105,7 @@ fn page(described: &Described) -> String {
         });
         page.line("parts", parts.collect::<Vec<_>>().join("\n"));
     }
-    what_it_may_touch(&mut page, machine);
+    write_permissions(&mut page, machine);
     page.list(
         "Last moves",
         machine.moves.iter().rev().take(MOVES).map(|report| {
@@ -136,14 +136,14 @@ fn page(described: &Described) -> String {
     );
     for silence in &history.silent {
         page.0.push(format!(
-            "  node {} does not answer ({}): what it would tell is missing",
+            "  node {} does not answer ({}): its information is missing",
             silence.node, silence.reason
         ));
     }
     page.0.join("\n")
 }
 
-fn what_it_is(page: &mut Page, machine: &MachineInfo) {
+fn write_state(page: &mut Page, machine: &MachineInfo) {
     page.head(&machine.name);
     page.line(
         "status",
@@ -164,7 +164,7 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
         page.line("compiled", format!("on {}", machine.ready_on.join(", ")));
     }
     if let Some(origin) = &machine.created_from {
-        page.line("made of", origin);
+        page.line("origin", origin);
     }
     page.line(
         "restart",
@@ -181,7 +181,7 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
     }
 }
 
-fn what_it_has(page: &mut Page, machine: &MachineInfo) {
+fn write_resources(page: &mut Page, machine: &MachineInfo) {
     page.head("Has");
     let now = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     page.line(
@@ -230,7 +230,7 @@ fn what_it_has(page: &mut Page, machine: &MachineInfo) {
     }
 }
 
-/// What the kernel counts of its process.
+/// The kernel's counters of its process.
 pub(crate) fn kernel(group: &GroupUsage) -> String {
     let now = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), output::bytes);
     let mut parts = vec![format!(
@@ -248,7 +248,7 @@ pub(crate) fn kernel(group: &GroupUsage) -> String {
     parts.join("; ")
 }
 
-fn what_it_may_touch(page: &mut Page, machine: &MachineInfo) {
+fn write_permissions(page: &mut Page, machine: &MachineInfo) {
     page.head("May touch");
     if machine.volumes.is_empty() {
         page.line("directories", "none");

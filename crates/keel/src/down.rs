@@ -1,4 +1,4 @@
-//! `keel down`: stops this computer's node, as `keel up` starts it. The parent is told
+//! `keel down`: stops the node that `keel up` started on this computer. The parent gets a signal
 //! to end, which ends its agent in order; workers are processes of their own and stay.
 
 use crate::cluster::Reach;
@@ -13,40 +13,39 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// How long the node may take to say what it runs.
+/// How long the node may take to list its machines.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
-/// How long a parent may take to start an agent again that died just now.
+/// How long a parent may take to restart an agent that has just died.
 const FIND_WITHIN: Duration = Duration::from_secs(3);
 /// How long a node may take to end.
 const END_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Stops the node's machines first (without it they run on, and the next `keel up`
-    /// finds them).
+    /// Stops the node's machines first (without it they continue, and the next `keel up` finds
+    /// them).
     #[arg(long)]
     machines: bool,
 }
 
-/// What is going to be done, and then that it was.
+/// The plan of the command, and then its result.
 #[derive(Serialize)]
 struct Line<'a> {
     /// `stopping`, then `down`.
     state: &'static str,
-    /// The node; nothing if it does not answer.
+    /// The node; none if it does not answer.
     node: Option<&'a str>,
     /// Machines of the node that are stopped.
     machines_stopped: &'a [String],
-    /// Machines of the node that run on.
+    /// Machines of the node that continue to run.
     machines_running_on: &'a [String],
-    /// Whether no node can run, move or stop machines until this one is up again.
+    /// Whether no node can run, move or stop machines until this one is started again.
     store: bool,
 }
 
 /// A running node.
 struct Node {
-    /// Ends the agent in order when it is told to end; the agent's own process where it
-    /// has no parent.
+    /// The parent, whose signal ends the agent in order; the agent itself if it has no parent.
     parent: OwnedFd,
     agent: OwnedFd,
     service: bool,
@@ -79,7 +78,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
             bail!("the node's machines cannot be stopped, so it is not stopped either: {error:#}")
         }
         Err(error) => {
-            eprintln!("keel: which machines run on is not known: {error:#}");
+            eprintln!("keel: cannot list the machines that continue to run: {error:#}");
             (None, &[][..], false)
         }
     };
@@ -107,7 +106,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the node is, and its machines that are to run.
+/// The node's state, and its machines that are scheduled to run.
 async fn machines_of(client: &Client) -> Result<(ClusterInfo, Vec<String>)> {
     let info: ClusterInfo = client.get("/v1/status").await?;
     let machines: Vec<MachineInfo> = client.get("/v1/machines").await?;
@@ -132,7 +131,7 @@ fn tell(format: Format, line: &Line<'_>) -> Result<()> {
             }
             if !line.machines_running_on.is_empty() {
                 outln!(
-                    "machines run on, and the next `keel up` finds them: {}",
+                    "machines continue to run, and the next `keel up` finds them: {}",
                     line.machines_running_on.join(", ")
                 );
             }
@@ -163,11 +162,13 @@ async fn find(socket: &Path) -> Result<Node> {
             Err(_) => bail!(missing()),
         }
     };
-    let peer = stream.peer_cred().context("whose the node's socket is")?;
+    let peer = stream
+        .peer_cred()
+        .context("the process of the node's socket")?;
     let agent = peer
         .pid()
         .and_then(Pid::from_raw)
-        .context("the kernel does not say whose the node's socket is")?;
+        .context("the kernel does not report the process of the node's socket")?;
     let open = |pid: Pid| {
         pidfd_open(pid, PidfdFlags::empty())
             .with_context(|| format!("process {} of the node", pid.as_raw_nonzero()))
@@ -180,7 +181,7 @@ async fn find(socket: &Path) -> Result<Node> {
     })
 }
 
-/// The process that started an agent, and starts it again when it ends, if any does.
+/// The process that started an agent and restarts it at its end, if there is one.
 fn parent_of(agent: Pid) -> Option<Pid> {
     let named = keel_node::PARENT_ENVIRONMENT;
     let named = variable(agent, named)?
@@ -188,14 +189,14 @@ fn parent_of(agent: Pid) -> Option<Pid> {
         .ok()
         .and_then(Pid::from_raw)?;
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", agent.as_raw_nonzero())).ok()?;
-    // PID (NAME) STATE PARENT; the name may have anything in it.
+    // PID (NAME) STATE PARENT; the name may contain any character.
     let fields = stat.rsplit_once(')')?.1;
     let parent = fields.split_whitespace().nth(1)?.parse().ok();
     let parent = parent.and_then(Pid::from_raw)?;
     (parent == named).then_some(parent)
 }
 
-/// Whether systemd started a process itself, and would start it again.
+/// Whether systemd started a process itself, and would restart it.
 fn is_service(parent: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", parent.as_raw_nonzero()));
     let of_init = stat.is_ok_and(|stat| {
@@ -207,7 +208,7 @@ fn is_service(parent: Pid) -> bool {
             .is_some_and(|pid| pid == parent.as_raw_nonzero().to_string())
 }
 
-/// A variable with which a process was started.
+/// A variable in a process's initial environment.
 fn variable(process: Pid, name: &str) -> Option<String> {
     let all = std::fs::read(format!("/proc/{}/environ", process.as_raw_nonzero())).ok()?;
     let mut all = all.split(|byte| *byte == 0);
@@ -219,7 +220,7 @@ fn variable(process: Pid, name: &str) -> Option<String> {
     })
 }
 
-/// Tells a node to end, and waits until it has.
+/// Signals a node to end, and waits until it has.
 async fn end(node: Node, folder: &Path) -> Result<()> {
     // An error means that it has ended already.
     let _ = pidfd_send_signal(&node.parent, Signal::TERM);
@@ -244,7 +245,7 @@ fn is_gone_by(process: &OwnedFd, deadline: Instant) -> bool {
         tv_sec: rest.as_secs() as i64,
         tv_nsec: rest.subsec_nanos().into(),
     };
-    // A process that ended is readable.
+    // The handle of an ended process is readable.
     let mut ended = [PollFd::new(process, PollFlags::IN)];
     matches!(poll(&mut ended, Some(&timeout)), Ok(1..))
 }

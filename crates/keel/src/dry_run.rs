@@ -1,4 +1,4 @@
-//! `keel move --dry-run`: what a move would be like, before it is made.
+//! `keel move --dry-run`: the prediction of a move.
 
 use crate::cluster::Reach;
 use crate::output;
@@ -6,7 +6,7 @@ use anyhow::Result;
 use keel_api::{DryRun, MoveRequest};
 use std::process::ExitCode;
 
-/// Tells it; fails if the target would not take the machine.
+/// Prints the prediction; fails if the target would refuse the machine.
 pub(crate) async fn dry_run(
     reach: &Reach,
     machine: &str,
@@ -33,8 +33,8 @@ fn words(dry_run: &DryRun, post_copy: bool) -> String {
     } = dry_run;
     let mut lines = Vec::new();
     lines.push(match &dry_run.refusal {
-        None => format!("{machine}: {target} would take it from {source}"),
-        Some(reason) => format!("{machine}: {target} would not take it from {source}: {reason}"),
+        None => format!("{machine}: {target} would accept it from {source}"),
+        Some(reason) => format!("{machine}: {target} would refuse it from {source}: {reason}"),
     });
     let mut sizes = format!(
         "  memory {}, of which it writes {}/s",
@@ -49,8 +49,8 @@ fn words(dry_run: &DryRun, post_copy: bool) -> String {
         "  link {}/s ({})",
         output::bytes(pre_copy.link_bytes_per_s),
         match pre_copy.learned_from {
-            0 => "tried just now; nothing is known of earlier moves".to_owned(),
-            count => format!("learned from {count} earlier move(s)"),
+            0 => "measured now; there were no earlier moves".to_owned(),
+            count => format!("measured by {count} earlier move(s)"),
         }
     ));
     let both = [(pre_copy, !post_copy), (&dry_run.post_copy, post_copy)];
@@ -62,16 +62,16 @@ fn words(dry_run: &DryRun, post_copy: bool) -> String {
     lines.join("\n")
 }
 
-/// What to choose.
+/// The recommended options.
 fn advice(dry_run: &DryRun) -> String {
     let (pre, post) = (&dry_run.pre_copy, &dry_run.post_copy);
     let post_gains = post.total_micros.likely * 2 < pre.total_micros.likely;
     match pre.speed_percent {
-        100 => "pre-copy does it: its writes are slower than the link".into(),
+        100 => "pre-copy converges: its dirty rate is below the link's throughput".into(),
         percent => format!(
-            "it writes faster than the link carries: pre-copy slows it down to {percent} % for a while; --downtime MS allows it to stand still for longer instead{}",
+            "its dirty rate exceeds the link's throughput: pre-copy throttles it to {percent} % for a while; --downtime MS allows a longer downtime instead{}",
             if post_gains {
-                ", --post-copy lets it run there at once (its source must then live until all is there)"
+                ", --post-copy runs it there at once (its source must then live until all memory has arrived)"
             } else {
                 ""
             }
@@ -119,17 +119,17 @@ mod tests {
     #[test]
     fn it_says_what_to_choose() {
         let easy = words(&of(100, None), false);
-        assert!(easy.contains("b would take it from a"), "{easy}");
+        assert!(easy.contains("b would accept it from a"), "{easy}");
         assert!(
             easy.contains("* pre-copy: 9000 ms (4500 to 18000)"),
             "{easy}"
         );
         assert!(easy.contains("downtime 4.0 ms (2.0 to 8.0)"), "{easy}");
-        assert!(easy.contains("pre-copy does it"), "{easy}");
+        assert!(easy.contains("pre-copy converges"), "{easy}");
         let hard = words(&of(25, Some("no room")), true);
-        assert!(hard.contains("would not take it from a: no room"), "{hard}");
+        assert!(hard.contains("would refuse it from a: no room"), "{hard}");
         assert!(hard.contains("* post-copy"), "{hard}");
-        assert!(hard.contains("slows it down to 25 %"), "{hard}");
-        assert!(hard.contains("--post-copy lets it run there"), "{hard}");
+        assert!(hard.contains("throttles it to 25 %"), "{hard}");
+        assert!(hard.contains("--post-copy runs it there"), "{hard}");
     }
 }

@@ -1,4 +1,4 @@
-//! `keel events`: what happened, told by all nodes that answer.
+//! `keel events`: the events of all nodes that answer.
 
 use crate::cluster::Reach;
 use crate::output::Format;
@@ -11,33 +11,33 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Pause before the node that was asked is asked again.
+/// Pause before a node that did not answer is asked again.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only what is about this machine (removed ones too).
+    /// Only events about this machine (removed ones too).
     machine: Option<String>,
-    /// Only what happened since: a duration ago (10m, 2h, 1d) or a time (2026-01-31T12:00:00Z).
+    /// Only events since: a duration ago (10m, 2h, 1d) or a time (2026-01-31T12:00:00Z).
     #[arg(long, value_name = "WHEN", value_parser = when::since)]
     since: Option<u64>,
-    /// Goes on with what happens from now on.
+    /// Continues with new events.
     #[arg(short, long)]
     follow: bool,
-    /// The newest so many.
+    /// The most events, newest first.
     #[arg(long, value_name = "N", default_value_t = EVENTS_DEFAULT,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(EVENTS_MAX)))]
     limit: u32,
 }
 
-/// What nodes told.
+/// The events of the nodes.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct EventPage {
     /// Oldest first.
     pub(crate) events: Vec<Event>,
-    /// Nodes that did not answer: what they would tell is missing.
+    /// Nodes that did not answer, whose events are missing.
     pub(crate) silent: Vec<Silence>,
-    /// Whether there are older ones.
+    /// Whether there are older events.
     pub(crate) older_left_out: bool,
 }
 
@@ -103,8 +103,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
 }
 
 async fn follow(client: &Client, format: Format, args: &Args) -> Result<ExitCode> {
-    // By node, so that nothing is shown twice when the node that was asked
-    // comes back.
+    // By node, so that no event is shown twice when a node returns.
     let mut last: HashMap<String, u64> = HashMap::new();
     let mut first = true;
     loop {
@@ -142,7 +141,7 @@ async fn follow(client: &Client, format: Format, args: &Args) -> Result<ExitCode
         if first {
             first = false;
         }
-        eprintln!("keel: the node that was asked is away; trying again");
+        eprintln!("keel: the node does not answer; trying again");
         tokio::time::sleep(RETRY_AFTER).await;
     }
 }
@@ -169,14 +168,14 @@ pub(crate) fn sentence(event: &Event) -> String {
         when::show(event.at_unix_ms),
         event.node,
         event.kind,
-        // A backtrace has lines of its own.
+        // A backtrace has several lines.
         event.text.replace('\n', " | ")
     )
 }
 
 fn tell_silent(silence: &Silence) {
     eprintln!(
-        "keel: node {} does not answer ({}): what it would tell is missing",
+        "keel: node {} does not answer ({}): its events are missing",
         silence.node, silence.reason
     );
 }

@@ -3,7 +3,7 @@
 use clap::Command;
 use std::fmt::Write;
 
-/// Which commands are in which group, in the order in which they are shown.
+/// The commands of each group, in display order.
 const GROUPS: &[(&str, &[&str])] = &[
     (
         "Machines",
@@ -45,7 +45,7 @@ pub(crate) fn grouped(command: Command) -> Command {
     let width = GROUPS.iter().flat_map(|(_, names)| names.iter());
     let width = width.map(|name| name.len()).max().unwrap_or(0);
     for (title, names) in GROUPS {
-        // (Writing to a string does not fail.)
+        // Writing to a string does not fail.
         let _ = writeln!(text, "{title}:");
         for name in *names {
             let about = command
@@ -57,7 +57,7 @@ pub(crate) fn grouped(command: Command) -> Command {
         }
         text.push('\n');
     }
-    text.push_str("`keel COMMAND --help` says more of each.");
+    text.push_str("`keel COMMAND --help` describes each.");
     command
         .help_template(
             "{about-with-newline}\n{usage-heading} {usage}\n\n{after-help}\n\nOptions:\n{options}",

@@ -1,4 +1,4 @@
-//! `keel history`: what nodes and machines were measured to be, up to a month ago.
+//! `keel history`: measured loads of nodes and machines, up to a month ago.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -8,29 +8,29 @@ use keel_api::{Client, HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, 
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-/// How far back it looks if nothing is said.
+/// The default span.
 const SINCE: Duration = Duration::from_secs(6 * 3600);
-/// Columns of a node's line of loads.
+/// Columns of a node's bar chart.
 const LINE_POINTS: u32 = 48;
-/// Loads from none to the highest.
+/// Symbols from no load to the highest.
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The node; a line for each of them without.
+    /// The node (default: one line for each node).
     node: Option<String>,
-    /// This machine, wherever it was.
+    /// This machine, on whichever node it was.
     #[arg(long, value_name = "MACHINE", conflicts_with = "node")]
     machine: Option<String>,
-    /// From then on: a duration ago (10m, 2h, 7d) or a time (2026-01-31T12:00:00Z); six hours
-    /// without. Of the last six hours nodes are known by ten seconds, of the last two days all
-    /// is by the minute, of the last 31 days by ten minutes.
+    /// Start: a duration ago (10m, 2h, 7d) or a time (2026-01-31T12:00:00Z); default: six hours
+    /// ago. Resolution: ten seconds for nodes in the last six hours, a minute in the last two
+    /// days, ten minutes in the last 31 days.
     #[arg(long, value_name = "WHEN", value_parser = when::since)]
     since: Option<u64>,
-    /// Until then.
+    /// End.
     #[arg(long, value_name = "WHEN", value_parser = when::since)]
     until: Option<u64>,
-    /// In so many points at most.
+    /// The most points.
     #[arg(long, value_name = "N", default_value_t = HISTORY_DEFAULT,
           value_parser = clap::value_parser!(u32).range(1..=i64::from(HISTORY_MAX)))]
     points: u32,
@@ -47,7 +47,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     match reach.format() {
         Format::Json => outln!("{}", serde_json::to_string_pretty(&info)?),
         _ if info.points.is_empty() => bail!(
-            "nothing is known of {} {} in that time",
+            "there are no measurements of {} {} in that time",
             of[0].trim_end_matches('s'),
             of[1]
         ),
@@ -83,7 +83,7 @@ async fn all(reach: &Reach, client: &Client, args: &Args) -> Result<ExitCode> {
     let nodes: Vec<NodeInfo> = client.get("/v1/nodes").await?;
     let mut known = Vec::new();
     for node in nodes {
-        // One that is away is one line that is missing.
+        // A node that does not answer is left out of the table.
         match ask(client, ["nodes", &node.name], args, LINE_POINTS).await {
             Ok(info) => known.push((node.name, info.points)),
             Err(error) => eprintln!("keel: {}: {error:#}", node.name),
@@ -94,7 +94,7 @@ async fn all(reach: &Reach, client: &Client, args: &Args) -> Result<ExitCode> {
     let row = |(node, points): &(String, Vec<HistoryPoint>)| {
         let mut whole = points.iter();
         let Some(mut sum) = whole.next().copied() else {
-            return vec![node.clone(), "nothing is known".into()];
+            return vec![node.clone(), "no measurements".into()];
         };
         whole.for_each(|point| sum.add(point));
         vec![

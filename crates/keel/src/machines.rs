@@ -1,4 +1,4 @@
-//! What the command line does with machines.
+//! Commands on machines.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -16,31 +16,31 @@ use keel_api::{
 use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Checkpoints that are kept of a machine that makes them by itself, if nothing is
-/// said of that.
+/// The default number of periodic checkpoints that are kept of a machine.
 const CHECKPOINTS_KEPT: u32 = 16;
 
-/// Checkpoints that are made by themselves.
+/// Options of periodic checkpoints.
 #[derive(clap::Args)]
 pub(crate) struct CheckpointsArgs {
-    /// Makes a checkpoint so long after the one before (examples: 30s, 10m, 1d).
+    /// Makes a checkpoint after each interval (examples: 30s, 10m, 1d).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     checkpoint_every: Option<Duration>,
-    /// Where these are kept: a directory that all nodes see or s3://bucket/prefix (the node's own
-    /// folder without: of no use when the node is lost).
+    /// Their place: a directory that all nodes see or s3://bucket/prefix (default: the node's own
+    /// folder, which is lost with the node).
     #[arg(long, value_name = "PLACE", requires = "checkpoint_every")]
     checkpoint_to: Option<String>,
-    /// How many are kept (16, if nothing is said of that).
+    /// How many are kept (default: 16).
     #[arg(long, value_name = "N", requires = "checkpoint_every",
           value_parser = clap::value_parser!(u32).range(1..))]
     checkpoint_keep: Option<u32>,
-    /// For how long they are kept (examples: 12h, 7d); with the number, what either keeps stays.
+    /// How long they are kept (examples: 12h, 7d); with the number, a checkpoint stays if either
+    /// keeps it.
     #[arg(long, value_name = "TIME", requires = "checkpoint_every",
           value_parser = crate::when::duration)]
     checkpoint_keep_for: Option<Duration>,
@@ -58,24 +58,24 @@ impl CheckpointsArgs {
 
 #[derive(clap::Args)]
 pub(crate) struct BalancingArgs {
-    /// Which of its loads counts in balancing: what is measured, or what it promises;
-    /// or whether it stays where it is.
+    /// Which of its loads counts in balancing, measured or target; or whether it is excluded from
+    /// balancing.
     #[arg(long, value_name = "LOAD", default_value = "policy")]
     balance: Balance,
-    /// CPU demand that it promises (cpu.target), in cores of the reference speed.
+    /// Its target CPU demand (cpu.target), in cores of the reference speed.
     #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
     cpu_target: Option<u32>,
-    /// Memory that it promises to occupy (memory.target).
+    /// Its target memory (memory.target).
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
     memory_target: Option<u64>,
-    /// Disk traffic that it promises (io.target), a second.
+    /// Its target disk traffic (io.target), a second.
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
     io_target: Option<u64>,
-    /// Parts that balancing may give it, on as many nodes, where one alone is pressed by
-    /// it (2 to 64); none without.
+    /// The most parts that balancing may give it, each on a node of its own, if it overloads a
+    /// node (2 to 64; default: none).
     #[arg(long, value_name = "COUNT")]
     max_parts: Option<u32>,
-    /// Where threads begin that it starts while it has parts.
+    /// Where threads start that it creates while it has parts.
     #[arg(
         long,
         value_name = "WHERE",
@@ -83,7 +83,7 @@ pub(crate) struct BalancingArgs {
         requires = "max_parts"
     )]
     spawn: SpawnWhere,
-    /// Memory that one of its parts keeps at most while others have room (part.memory).
+    /// The most memory that one of its parts keeps while others have room (part.memory).
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "max_parts")]
     part_memory: Option<u64>,
 }
@@ -104,11 +104,11 @@ impl BalancingArgs {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 pub(crate) enum SpawnWhere {
-    /// Where loads leave most room; it has parts from when its node is pressed by it.
+    /// On the node with most free capacity; it gets parts once it overloads its node.
     Auto,
     /// At its home; balancing moves them later.
     Here,
-    /// Where the fewest of its threads are; it has parts from its beginning.
+    /// On the node with the fewest of its threads; it has parts from the beginning.
     Spread,
 }
 
@@ -124,13 +124,13 @@ impl From<SpawnWhere> for Spawn {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 pub(crate) enum Balance {
-    /// As the cluster's policy says.
+    /// By the cluster's policy.
     Policy,
-    /// What is measured.
+    /// The measured load.
     Actual,
-    /// What it promises; what it promises nothing of is measured.
+    /// The target load; values without a target are measured.
     Target,
-    /// Balancing leaves it where it is; rules and drains do not.
+    /// Balancing does not move it; rules and drains do.
     Off,
 }
 
@@ -145,7 +145,7 @@ impl From<Balance> for BalanceBy {
     }
 }
 
-/// Checkpoints that are made by themselves, with what is usual where nothing is said.
+/// The schedule of periodic checkpoints, with defaults.
 pub(crate) fn checkpoint_plan(
     every: Duration,
     to: Option<&str>,
@@ -165,7 +165,7 @@ pub(crate) fn checkpoint_plan(
         retention,
     })
 }
-/// Limits of a machine that is given no others.
+/// Default limits of a machine.
 pub(crate) const MEMORY_DEFAULT: &str = "4G";
 pub(crate) const THREADS_DEFAULT: u32 = 256;
 pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
@@ -175,10 +175,10 @@ pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 pub(crate) struct RunArgs {
     #[command(flatten)]
     program: Invocation,
-    /// Name of the machine (made up without).
+    /// Name of the machine (default: generated).
     #[arg(long)]
     name: Option<String>,
-    /// Node to start it on (the one that is asked, without).
+    /// Node to start it on (default: the one that is asked).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
     /// Waits until it runs, prints the name and leaves it running.
@@ -187,8 +187,8 @@ pub(crate) struct RunArgs {
     /// Removes it when it ends.
     #[arg(long)]
     rm: bool,
-    /// When it is started again after its end. One whose worker was lost goes on
-    /// from its newest checkpoint; `keel stop` and `keel kill` end it for good.
+    /// When it is restarted after its end. After the loss of its worker it continues from its
+    /// newest checkpoint; `keel stop` and `keel kill` end it for good.
     #[arg(long, value_name = "WHEN", default_value = "no", conflicts_with = "rm")]
     restart: RestartWhen,
     #[command(flatten)]
@@ -198,9 +198,9 @@ pub(crate) struct RunArgs {
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
-    /// Gives it a volume: `tmp:SIZE:GUEST`, of its own, which moves along and
-    /// ends with it; `cluster:NAME:GUEST[:ro]`, one of the cluster's (`keel volume`),
-    /// which outlives it; or a directory that all nodes see, `HOST:GUEST[:ro]`.
+    /// Gives it a volume: `tmp:SIZE:GUEST`, its own, which moves and ends with it;
+    /// `cluster:NAME:GUEST[:ro]`, one of the cluster's (`keel volume`), which outlives it; or a
+    /// directory that all nodes see, `HOST:GUEST[:ro]`.
     #[arg(long, value_name = "VOLUME", value_parser = crate::volume::parse)]
     volume: Vec<VolumeArg>,
     /// Sets an environment variable.
@@ -244,44 +244,43 @@ impl From<RestartWhen> for Restart {
 pub(crate) struct LogArgs {
     /// The machine.
     machine: String,
-    /// Goes on until it ends, wherever it moves.
+    /// Follows the output until the machine ends, across moves.
     #[arg(short, long)]
     follow: bool,
-    /// Only what was written since: a duration ago (10m, 2h, 1d) or a UTC time
-    /// (2026-01-31T12:00:00Z, 2026-01-31).
+    /// Only output since: a duration ago (10m, 2h, 1d) or a UTC time (2026-01-31T12:00:00Z,
+    /// 2026-01-31).
     #[arg(long, value_name = "TIME", value_parser = crate::when::since)]
     since: Option<u64>,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct MoveArgs {
-    /// The machine, or one thread of it (M/thread/NUMBER, see `keel threads`), or a piece of
-    /// its memory (M/objects/RANGE, see `keel objects`).
+    /// The machine, or one thread of it (M/thread/NUMBER, see `keel threads`), or an object of its
+    /// memory (M/objects/RANGE, see `keel objects`).
     machine: String,
     /// The node to move it to.
     #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
     to: Option<String>,
-    /// Lets the machine go first and a part of its memory after it: it stands still
-    /// for less, but goes back to the checkpoint that is made first if its source is
-    /// lost before all is there.
+    /// Moves by post-copy: the machine resumes first and part of its memory follows. The downtime
+    /// is shorter, but if the source is lost before all memory has arrived, the machine restarts
+    /// from the checkpoint that is made first.
     #[arg(long)]
     post_copy: bool,
-    /// Where that checkpoint goes: a directory that all nodes see, or s3://bucket/prefix
-    /// (the node's own folder without).
+    /// The place of that checkpoint: a directory that all nodes see, or s3://bucket/prefix
+    /// (default: the node's own folder).
     #[arg(long, value_name = "PLACE", requires = "post_copy")]
     checkpoint_to: Option<String>,
-    /// Which of the moves that wait for the node's links is next.
+    /// Priority among the moves that wait for the node's links.
     #[arg(long, value_name = "HOW", default_value = "normal")]
     urgency: HowUrgent,
-    /// How long it may stand still, in milliseconds: with more than the usual few, one that
-    /// writes fast is slowed down less, or not at all, before.
+    /// The longest downtime, in milliseconds: a higher limit reduces the throttling of a machine
+    /// with a high dirty rate.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     downtime: Option<u32>,
-    /// Tells what the move would be like, and whether the target would take the machine;
-    /// changes nothing.
+    /// Predicts the move, and whether the target would accept the machine; changes nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Cancels the move that is under way.
+    /// Cancels the move in progress.
     #[arg(long, conflicts_with_all = ["to", "dry_run"])]
     cancel: bool,
 }
@@ -296,7 +295,7 @@ enum HowUrgent {
     High,
 }
 
-/// Starts a machine; its name.
+/// Starts a machine; returns its name.
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
     let module = args.program.read()?;
     let uploaded: Uploaded = client
@@ -336,7 +335,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     Ok(client.post("/v1/machines", &request).await?)
 }
 
-/// What is asked of a node for a volume that a command or a file names.
+/// The request for a volume that a command or a file names.
 pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
     Ok(match volume {
         VolumeArg::Host {
@@ -397,7 +396,8 @@ pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
     let path = keel_api::path(["machines", &machine.name]);
     let code = exit_code(&client.get::<MachineInfo>(&path).await?);
     if args.rm {
-        // Its node would do so a little later: the name is free at once. It may have.
+        // Its node would do so a little later; this frees the name at once. It may be gone
+        // already.
         let _ = client
             .call::<serde_json::Value>(Method::DELETE, &path, Bytes::new())
             .await;
@@ -416,15 +416,15 @@ fn exit_code(machine: &MachineInfo) -> ExitCode {
     }
 }
 
-/// Pauses before the output of a machine that left its node is asked for again.
+/// Pauses before the output of a machine that left its node is requested again.
 const FOLLOW_AGAIN_MIN: Duration = Duration::from_millis(1);
 const FOLLOW_AGAIN_MAX: Duration = Duration::from_millis(100);
 
-/// How often in a row the output of a machine that has ended may break off: each time
-/// its node was looked for a while.
+/// How often in a row the output of an ended machine may end early: each time its node was
+/// searched for a while.
 const BROKEN_MAX: u32 = 3;
 
-/// Prints a machine's output from an offset on, and waits for its end if `follow`.
+/// Prints a machine's output from an offset on, and waits for its end if `follow` is set.
 async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -> Result<()> {
     let mut rest = Vec::new();
     let mut first = true;
@@ -438,9 +438,9 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
         let mut stream = match client.get_stream(&path).await {
             Ok(stream) => stream,
             Err(error) if first => return Err(error.into()),
-            // It was removed, with what is missing.
+            // It was removed, with the missing output.
             Err(error @ ClientError::Problem { status: 404, .. }) => return Err(error.into()),
-            // The node that was asked is restarting.
+            // The node is restarting.
             Err(_) => {
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 continue;
@@ -467,14 +467,14 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
         };
         match ended {
             Ok(()) if !is_live => return Ok(()),
-            // It moves, and goes on elsewhere in a moment.
+            // It moves, and continues elsewhere in a moment.
             Ok(()) => {}
             Err(_) if is_live => broken = 0,
             Err(error) => {
                 broken += 1;
                 if !follow || broken >= BROKEN_MAX {
                     bail!(
-                        "the output of {machine:?} broke off after {offset} bytes: {error}; \
+                        "the output of {machine:?} ended early after {offset} bytes: {error}; \
                          `keel logs {machine}` reads it again"
                     );
                 }
@@ -639,7 +639,7 @@ pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Resul
             .await;
         match removed {
             Ok(_) => {}
-            // One that was to be removed at its end is gone already.
+            // A machine with `--rm` may be gone already.
             Err(error) if force && error.to_string().contains("there is no machine") => {}
             Err(error) => return Err(error.into()),
         }
@@ -687,7 +687,7 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         .post_stream(&format!("{path}/move"), &request)
         .await?;
     let bar = (reach.format() == Format::Text)
-        .then(|| indicatif::ProgressBar::new_spinner().with_message(format!("{to} is asked")));
+        .then(|| indicatif::ProgressBar::new_spinner().with_message(format!("asking {to}")));
     if let Some(bar) = &bar {
         bar.enable_steady_tick(Duration::from_millis(100));
     }
@@ -695,14 +695,14 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         match line {
             MoveLine::Progress(progress) => {
                 if let (Some(bar), Some(percent)) = (&bar, progress.percent) {
-                    bar.set_message(format!("its program is compiled: {percent} %"));
+                    bar.set_message(format!("compiling its program: {percent} %"));
                 } else if let Some(bar) = &bar {
                     bar.set_message(format!(
                         "{} round {}: {} sent, {} left, {}/s",
                         match progress.phase {
                             Phase::Copy => "copying",
-                            Phase::Wait => "others move first,",
-                            Phase::Fill => "runs there, the rest of its memory comes",
+                            Phase::Wait => "waiting for other moves,",
+                            Phase::Fill => "runs there, the rest of its memory follows",
                             _ => "moving",
                         },
                         progress.round,
@@ -728,7 +728,7 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         }
     }
     bail!(
-        "the node that moves {} no longer answers; `keel inspect {}` tells where it is",
+        "the node that moves {} no longer answers; `keel inspect {}` shows where it is",
         args.machine,
         args.machine
     )

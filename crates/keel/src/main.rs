@@ -1,4 +1,4 @@
-//! `keel`: the one binary of Evenkeel.
+//! `keel`: the executable of Evenkeel.
 //!
 //! - `wasm`: `keel wasm`, one program in the foreground, without a cluster
 //! - `up`: `keel up`, `keel join` and the processes behind them
@@ -18,9 +18,9 @@
 //! - `sim`: `keel sim`
 //! - `output`: tables and JSON
 //! - `volume`: volumes on command lines, and `keel volume`
-//! - `size`: sizes as people write them
-//! - `started`: waiting until a machine runs
-//! - `when`: times as people write them
+//! - `size`: sizes on command lines
+//! - `started`: waits until a machine runs
+//! - `when`: times on command lines
 
 #![warn(clippy::print_stdout)]
 
@@ -61,9 +61,9 @@ use std::process::ExitCode;
 
 /// A self-balancing cluster of virtual machines.
 ///
-/// `keel demo` shows what it does. `keel up --name a` makes a cluster of one
-/// node, `keel token join` and `keel join` add others, `keel run APP.wasm` starts
-/// a machine, and `keel move M --to NODE` moves it while it runs.
+/// `keel demo` shows the main features. `keel up --name a` creates a cluster of one node, `keel
+/// token join` and `keel join` add others, `keel run APP.wasm` starts a machine, and `keel move M
+/// --to NODE` moves it while it runs.
 #[derive(Parser)]
 #[command(name = "keel", version, about, max_term_width = 100)]
 struct Cli {
@@ -79,34 +79,34 @@ enum Command {
     Demo(demo::Args),
     /// Runs one WebAssembly program in the foreground, without a cluster.
     Wasm(wasm::Args),
-    /// Starts this computer's node; makes a cluster where there is none yet.
+    /// Starts the node of this computer; creates a cluster if there is none yet.
     Up(up::UpArgs),
-    /// Makes this computer a node of an existing cluster, and starts it.
+    /// Makes this computer a node of an existing cluster, and starts the node.
     Join(up::JoinArgs),
-    /// Stops this computer's node; its machines run on, and the next `keel up` finds them.
+    /// Stops the node of this computer; its machines continue, and the next `keel up` finds them.
     Down(down::Args),
-    /// Says how the cluster is.
+    /// Shows the state of the cluster.
     Status,
-    /// Looks at this computer: what a node has here, what it lacks, and what to do.
+    /// Checks this computer: what a node has here, what it lacks, and the remedies.
     ///
-    /// Needs no running node; where one runs, it is asked too. Exit code 1 if a
-    /// node does not work here.
+    /// Needs no running node; a running one is queried too. Exit code 1 if a node does not work
+    /// here.
     Doctor(doctor::Args),
     /// Lists the nodes.
     Nodes,
-    /// Lists the machines that a node is to run.
+    /// Lists the machines in a node's schedule.
     Schedule {
         /// The node.
         node: String,
     },
-    /// Makes a token: for a node to join, or for a user.
+    /// Creates a token: for a node to join, or for a user.
     Token {
         #[command(subcommand)]
         what: cluster::TokenKind,
     },
     /// Starts a machine.
     Run(machines::RunArgs),
-    /// Makes machines be as a file says; what is so already stays untouched.
+    /// Makes machines equal to those of a file; leaves equal ones untouched.
     Apply(apply::Args),
     /// Lists machines.
     Ps {
@@ -116,26 +116,26 @@ enum Command {
     },
     /// Shows a machine's output.
     Logs(machines::LogArgs),
-    /// Tells all about a machine, its moves included.
+    /// Shows the details of a machine, with its moves.
     Inspect {
         /// The machine.
         machine: String,
     },
-    /// Shows a machine on one page: what it is, has, may touch, and what happened to it last.
+    /// Shows a machine on one page: its state, resources, permissions and recent history.
     Describe {
         /// The machine.
         machine: String,
     },
-    /// Tells what happened to machines, moves, checkpoints and nodes.
+    /// Lists events of machines, moves, checkpoints and nodes.
     Events(events::Args),
     /// Copies a file from or to a volume of a machine, which may run and move meanwhile.
     Cp(cp::Args),
     /// Changes limits of a machine, its restart policy or its checkpoints, while it runs.
     Set(set::Args),
-    /// Simulates a cluster and its balancer: what would move, and what it would come to.
+    /// Simulates a cluster and its balancer: the moves, and their result.
     ///
-    /// Needs no node. The same code as in the agents runs around simulated nodes, machines and
-    /// time; a seed says all of chance.
+    /// Needs no node. The code of the agents runs with simulated nodes, machines and time; a seed
+    /// determines all random values.
     Sim(sim::Args),
     /// Ends a machine.
     Stop {
@@ -158,47 +158,47 @@ enum Command {
         #[arg(short, long)]
         force: bool,
     },
-    /// Moves a running machine to another node; or one thread of it (M/thread/NUMBER), or a
-    /// piece of its memory (M/objects/RANGE), to another part.
+    /// Moves a running machine to another node; or one thread of it (M/thread/NUMBER), or an
+    /// object of its memory (M/objects/RANGE), to another part.
     Move(machines::MoveArgs),
-    /// Gives a running machine with threads parts on several nodes; where it has some, those
-    /// come and go that differ.
+    /// Gives a running machine with threads parts on several nodes; if it has some, adds and
+    /// removes parts to match.
     Span(parts::SpanArgs),
-    /// Brings the threads and the memory of a machine back to its home.
+    /// Moves the threads and the memory of a machine back to its home.
     Unspan {
         /// The machine.
         machine: String,
     },
     /// Lists the parts of a machine.
     Parts(parts::PartsArgs),
-    /// Lists the threads of a running machine: where they run, and what they do.
+    /// Lists the threads of a running machine: their nodes and states.
     Threads {
         /// The machine.
         machine: String,
     },
-    /// Lists the memory of a machine with several parts: where each piece is, who waits for it,
-    /// and what nobody uses.
+    /// Lists the memory of a machine with several parts: the node of each object, the threads that
+    /// wait for it, and its unused pages.
     Objects(objects::ObjectsArgs),
-    /// Moves threads and memory of a machine with several parts at random, for testing it.
+    /// Moves threads and memory of a machine with several parts at random, for tests.
     Shake(parts::ShakeArgs),
-    /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
+    /// Shows the loads of the nodes; shows and changes the balancer's policy.
     Balance(balance::BalanceArgs),
-    /// Empties a node: its machines move to others, and nothing new is placed there.
+    /// Drains a node: its machines move to others, and no machine is placed there.
     Drain(plan::DrainArgs),
-    /// Opens a drained node again.
+    /// Ends the drain of a node.
     Undrain {
         /// The node.
         node: String,
     },
-    /// Says why a machine is where it is: what the balancer saw, considered and decided.
+    /// Explains the placement of a machine: the balancer's inputs, candidates and decision.
     Why(balance::WhyArgs),
-    /// Says why a machine does not go to a node, or that it would.
+    /// Explains why a machine does not move to a node, or that it would.
     WhyNot(balance::WhyNotArgs),
     /// Lists the balancer's decisions, and each change of its reason for not acting.
     Ledger(balance::LedgerArgs),
-    /// Shows what nodes and machines were measured to be, up to a month ago.
+    /// Shows measured loads of nodes and machines, up to a month ago.
     History(history::Args),
-    /// Lists, sets and removes rules of where machines may be.
+    /// Lists, sets and removes placement rules.
     #[command(subcommand)]
     Rule(rule::RuleCommand),
     /// Labels a machine, or a node, for rules to select by.
@@ -209,16 +209,16 @@ enum Command {
     Checkpoints {
         /// The machine.
         machine: String,
-        /// Where they are: a directory or s3://bucket/prefix (the node's own folder without).
+        /// Their place: a directory or s3://bucket/prefix (default: the node's own folder).
         #[arg(long, value_name = "PLACE")]
         from: Option<String>,
     },
-    /// Makes a machine of a checkpoint.
+    /// Creates a machine from a checkpoint.
     Restore(checkpoint::RestoreArgs),
-    /// Makes, lists and removes the cluster's volumes.
+    /// Creates, lists and removes the cluster's volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
-    /// Makes another machine of a running one: a copy that goes on by itself.
+    /// Clones a running machine; the copy runs on independently.
     Clone(checkpoint::CloneArgs),
     /// Writes the manual: a page for each command.
     Man {
@@ -249,12 +249,12 @@ enum Command {
 
 #[derive(Subcommand)]
 enum DebugCommand {
-    /// Lists the failpoints, or gives the node that is asked an order for one.
+    /// Lists the failpoints, or sets one on the node that is asked.
     Failpoint {
         /// Its name.
         name: Option<String>,
-        /// kill, stop, error or delay(MILLISECONDS); `@N` for the N-th pass, `*`
-        /// for all. Takes the order back without.
+        /// kill, stop, error or delay(MILLISECONDS); `@N` for the N-th pass, `*` for all (default:
+        /// clears the failpoint).
         order: Option<String>,
     },
 }
@@ -278,8 +278,8 @@ async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<
 fn main() -> ExitCode {
     let matches = help::grouped(Cli::command()).get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    // One that was started by a link to its image would be listed by the link's name. An
-    // error leaves it that.
+    // A process that was started by a link to its image would be listed by the link's name. An
+    // error leaves it so.
     let _ = rustix::thread::set_name(c"keel");
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -288,8 +288,8 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        // It would print that it cannot print, which panics: on a full disk a
-        // word in a log would end the thread that said it.
+        // The default hook panics if stderr cannot be written: on a full disk a log line would end
+        // the thread that wrote it.
         .log_internal_errors(false)
         .init();
     match dispatch(cli) {
@@ -301,8 +301,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An error with its causes. Many errors name their cause themselves: what was said is
-/// not said again.
+/// An error with its causes. Many errors include the text of their cause, which is not repeated.
 fn sentence(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -314,14 +313,14 @@ fn sentence(error: &anyhow::Error) -> String {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    // What runs guests has no async runtime of its own.
+    // Commands that run guests have no async runtime of their own.
     match cli.command {
         Command::Wasm(args) => return wasm::run(args),
         Command::Worker(args) => return up::worker(&args),
         Command::Compile(args) => return up::compile(&args),
         Command::Sim(args) => return sim::sim(&args, cli.reach.format()),
         Command::ReleaseGroups => {
-            // As the agent names it.
+            // The agent uses this name.
             let folder = cli.reach.state_dir();
             let folder = folder
                 .canonicalize()
@@ -394,7 +393,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Volume(command) => volume::run(&reach, command).await,
         Command::Clone(args) => checkpoint::clone(&reach, &args).await,
         Command::Debug(command) => debug(&reach, command).await,
-        // Dispatched before, without a runtime.
+        // Dispatched earlier, without a runtime.
         Command::Wasm(_)
         | Command::Sim(_)
         | Command::Worker(_)

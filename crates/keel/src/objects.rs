@@ -1,5 +1,5 @@
-//! `keel objects`: a machine's memory, piece by piece in some order, or what each of its
-//! parts has of it.
+//! `keel objects`: a machine's memory, object by object in a chosen order, or in total for each of
+//! its parts.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -14,13 +14,13 @@ use std::process::ExitCode;
 pub(crate) struct ObjectsArgs {
     /// The machine.
     machine: String,
-    /// What comes first: the lowest address, or most of something.
+    /// Sort order: by address, or by the most of something.
     #[arg(long, value_enum, default_value_t = By::Address)]
     by: By,
-    /// Only so many of the first.
+    /// The most objects.
     #[arg(long, value_name = "COUNT")]
     top: Option<usize>,
-    /// What each part has of it, all together.
+    /// Shows the totals of each part instead.
     #[arg(long, conflicts_with_all = ["by", "top"])]
     summary: bool,
 }
@@ -38,7 +38,7 @@ enum By {
 impl By {
     fn sort(self, objects: &mut [ObjectInfo]) {
         let most = |object: &ObjectInfo| match self {
-            // (As they are told.)
+            // In the order of the answer.
             By::Address => 0,
             By::Bytes => object.bytes,
             By::Exchanges => object.exchanges,
@@ -50,7 +50,7 @@ impl By {
     }
 }
 
-/// What a part has.
+/// The totals of a part.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 struct Summary {
     part: u32,
@@ -78,7 +78,7 @@ impl Summary {
     }
 }
 
-/// Of each part that has something, by its number.
+/// The totals of each part that holds an object, by its number.
 fn summary(objects: &[ObjectInfo]) -> Vec<Summary> {
     let mut parts: BTreeMap<u32, Summary> = BTreeMap::new();
     for object in objects {
@@ -92,7 +92,7 @@ fn summary(objects: &[ObjectInfo]) -> Vec<Summary> {
     parts.into_values().collect()
 }
 
-/// Pages that are shared, and those for no use to anybody.
+/// Shared pages, and how many of them are falsely shared.
 fn shared(pages: u32, falsely: u32) -> String {
     match (pages, falsely) {
         (0, _) => "-".into(),

@@ -1,13 +1,13 @@
-//! Tables for people, JSON for programs.
+//! Tables for users, JSON for programs.
 
 use serde::Serialize;
 use std::io::{ErrorKind, Write};
 
-/// What a program's code is that the kernel ended since nobody read what it wrote.
+/// Exit code of a program that was ended by SIGPIPE.
 const UNREAD: i32 = 128 + 13;
 
-/// As `print!`, which panics where nobody reads any more (`keel ps | head`): the program
-/// ends then, without a word.
+/// As `print!`, which panics if the reader has gone (`keel ps | head`): the program then ends
+/// silently.
 macro_rules! out {
     ($($text:tt)*) => { $crate::output::write(format_args!($($text)*)) };
 }
@@ -18,13 +18,13 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($text)*))) };
 }
 
-/// Prints; ends the program where that cannot be.
+/// Prints; ends the program if that fails.
 pub(crate) fn write(text: std::fmt::Arguments<'_>) {
     let mut out = std::io::stdout().lock();
-    // (A terminal, or a pipe, sees each line at once.)
+    // A terminal, or a pipe, gets each line at once.
     if let Err(error) = out.write_fmt(text) {
         if error.kind() != ErrorKind::BrokenPipe {
-            eprintln!("keel: what is to be said cannot be written: {error}");
+            eprintln!("keel: cannot write the output: {error}");
         }
         std::process::exit(match error.kind() {
             ErrorKind::BrokenPipe => UNREAD,
@@ -33,7 +33,7 @@ pub(crate) fn write(text: std::fmt::Arguments<'_>) {
     }
 }
 
-/// How answers are printed.
+/// Output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Format {
     /// A table or a sentence.
@@ -44,7 +44,7 @@ pub(crate) enum Format {
     Name,
 }
 
-/// Prints a list in the format that was asked for.
+/// Prints a list in the requested format.
 pub(crate) fn list<T: Serialize>(
     format: Format,
     items: &[T],
@@ -64,7 +64,7 @@ pub(crate) fn list<T: Serialize>(
     Ok(())
 }
 
-/// Prints one thing in the format that was asked for.
+/// Prints one object in the requested format.
 pub(crate) fn one<T: Serialize>(
     format: Format,
     item: &T,
@@ -91,12 +91,12 @@ pub(crate) fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> S
     table.trim_fmt()
 }
 
-/// Bytes as people read them.
+/// Bytes with a unit.
 pub(crate) fn bytes(count: u64) -> String {
     indicatif::HumanBytes(count).to_string()
 }
 
-/// How long ago, in a word.
+/// The time since then, with a unit.
 pub(crate) fn ago(unix_ms: u64) -> String {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)

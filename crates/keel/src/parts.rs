@@ -1,5 +1,4 @@
-//! `keel span`, `unspan`, `parts`, `threads`, `shake`, and `keel move` of a thread or a piece
-//! of memory.
+//! `keel span`, `unspan`, `parts`, `threads`, `shake`, and `keel move` of a thread or an object.
 
 use crate::cluster::Reach;
 use crate::output;
@@ -17,11 +16,11 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// Pause between two looks of `--watch`.
+/// Interval of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How long a thread may take to a safepoint and to its new part.
 const MOVE_PATIENCE: Duration = Duration::from_secs(10);
-/// Pauses between looks whether it is there.
+/// Pauses between checks of its arrival.
 const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
 const LOOK_AGAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -29,10 +28,10 @@ const LOOK_AGAIN_MAX: Duration = Duration::from_millis(50);
 pub(crate) struct SpanArgs {
     /// The machine.
     machine: String,
-    /// Nodes that are to have a part; its own one has the home.
+    /// Nodes that get a part; its own node has the home.
     #[arg(long, value_name = "NODES", value_delimiter = ',', required = true)]
     nodes: Vec<String>,
-    /// Threads that it starts begin at the home, not where the fewest are.
+    /// Threads that it creates start at the home, not on the part with the fewest.
     #[arg(long)]
     here: bool,
 }
@@ -41,7 +40,7 @@ pub(crate) struct SpanArgs {
 pub(crate) struct PartsArgs {
     /// The machine.
     machine: String,
-    /// Goes on, and shows each second how it is then.
+    /// Continues, and shows the present state each second.
     #[arg(long)]
     watch: bool,
 }
@@ -57,7 +56,7 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
         &["part", "node", "threads", "memory", "keeps", "gave", "role"],
         |part| part.part.to_string(),
         |part| {
-            // (What is not known, or has no limit.)
+            // Unknown, or without a limit.
             let of_memory = |get: &dyn Fn(&PartMemoryInfo) -> Option<u64>| {
                 let bytes = part.memory.as_ref().and_then(get);
                 bytes.map_or_else(|| "-".into(), output::bytes)
@@ -116,7 +115,7 @@ pub(crate) async fn parts(reach: &Reach, args: &PartsArgs) -> Result<ExitCode> {
     loop {
         let info: PartsInfo = client.get(&path(&args.machine)).await?;
         if args.watch && std::io::stdout().is_terminal() {
-            // Home, and the rest cleared.
+            // Moves the cursor home, and clears the rest.
             out!("\x1b[H\x1b[2J");
         }
         show_parts(reach, &info)?;
@@ -160,7 +159,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How long it stood at pages, by the nodes that gave them.
+/// How long it waited for pages, by the nodes that sent them.
 fn stood_for(thread: &ThreadInfo) -> String {
     let from = thread.stalled_micros.iter();
     let from: Vec<String> = from
@@ -172,18 +171,18 @@ fn stood_for(thread: &ThreadInfo) -> String {
     }
 }
 
-/// What of a machine is to move.
+/// The object of a move.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Grain<'a> {
-    /// All of it.
+    /// The whole machine.
     Machine,
     /// `M/thread/T`: one thread.
     Thread(&'a str, u32),
-    /// `M/objects/RANGE`, `M/objects/NAME`: a piece of its memory.
+    /// `M/objects/RANGE`, `M/objects/NAME`: an object of its memory.
     Object(&'a str, &'a str),
 }
 
-/// What a name in `keel move` means.
+/// Parses the name in `keel move`.
 pub(crate) fn grain_of(name: &str) -> Result<Grain<'_>> {
     let Some((machine, rest)) = name.split_once('/') else {
         return Ok(Grain::Machine);
@@ -221,7 +220,7 @@ async fn order_object(
     client.post(&path, &order).await
 }
 
-/// Moves a piece of memory, and waits until it is there.
+/// Moves an object, and waits until it has arrived.
 pub(crate) async fn move_object(
     client: &Client,
     machine: &str,
@@ -242,22 +241,22 @@ pub(crate) async fn move_object(
 pub(crate) struct ShakeArgs {
     /// The machine; it must have parts on several nodes.
     machine: String,
-    /// For how long; until it ends without.
+    /// Duration (default: until the machine ends).
     #[arg(long = "for", value_name = "TIME", value_parser = crate::when::duration)]
     time: Option<Duration>,
     /// Moves a second.
     #[arg(long, value_name = "RATE", default_value_t = 20.0)]
     rate: f64,
-    /// What they are drawn from.
+    /// Seed of the random moves.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
-/// Pages of a piece of memory that is moved at once, at most.
+/// The most pages of an object that is moved at once.
 const SHAKEN_BYTES: u64 = 64 << 12;
 
-/// Moves threads and pieces of memory of a machine at random: to see that it does not
-/// matter where they are.
+/// Moves threads and objects of a machine at random, as a test that their placement does not
+/// affect the result.
 pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
     anyhow::ensure!(
         args.rate.is_finite() && args.rate > 0.0,
@@ -283,7 +282,7 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
                 is_well.iter().any(|it| after.status.starts_with(it)),
                 "{machine} is {} after {threads} moves of threads and {objects} of memory: {}",
                 after.status,
-                after.message.as_deref().unwrap_or("nothing is known of it")
+                after.message.as_deref().unwrap_or("no reason is known")
             );
             break;
         };
@@ -293,7 +292,7 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
         ) else {
             break;
         };
-        // What ended just now, or is in the middle of another move, is no matter.
+        // A thread that has just ended, or is moving, is no error.
         if random.random_bool(0.5) {
             let order = ThreadMove {
                 to: part.node.clone(),
@@ -327,7 +326,7 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Moves a thread, and waits until it is there.
+/// Moves a thread, and waits until it has arrived.
 pub(crate) async fn move_thread(
     client: &Client,
     machine: &str,
@@ -358,12 +357,12 @@ pub(crate) async fn move_thread(
                 .max_by_key(|(_, seconds)| *seconds);
             if let Some((node, seconds)) = silent {
                 bail!(
-                    "thread {tid} of {machine} is still on {}: the part on {node} has not answered for {seconds} s, its process stands still or {node} has too much to do; it moves when that is over",
+                    "thread {tid} of {machine} is still on {}: the part on {node} has not answered for {seconds} s, its process is stopped or {node} is overloaded; it moves when that is over",
                     thread.node
                 );
             }
             bail!(
-                "thread {tid} of {machine} is still on {}: it is in a long call of the host; it moves when that is over",
+                "thread {tid} of {machine} is still on {}: it is in a long host call; it moves when the call ends",
                 thread.node
             );
         }

@@ -1,5 +1,5 @@
-//! `keel balance --plan`, `keel drain`, `keel undrain`: moves of many machines that are
-//! computed, shown, and then made.
+//! `keel balance --plan`, `keel drain`, `keel undrain`: moves of many machines that are computed,
+//! shown, and then carried out.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -17,43 +17,43 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often a drain is looked at.
+/// Interval of polling a drain.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
-/// Looks that a node may leave unanswered.
+/// The most polls without an answer.
 const UNANSWERED_MAX: u32 = 20;
-/// How long a node may take to say how far it is; and after a deadline.
+/// How long a node may take to report its progress; and after a deadline.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 const LATE_AFTER: Duration = Duration::from_secs(4);
 
-/// What a plan makes of the cluster.
+/// The objective of a plan.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 pub(crate) enum Objective {
-    /// All nodes level.
+    /// Equal loads on all nodes.
     Level,
-    /// As few nodes as carry the load.
+    /// As few nodes as the load needs.
     Pack,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct PlanArgs {
-    /// Computes moves for all nodes at once, shows them, and makes them once confirmed.
+    /// Computes moves for all nodes at once, shows them, and carries them out once confirmed.
     #[arg(long)]
     plan: bool,
-    /// What the plan is for.
+    /// The objective of the plan.
     #[arg(long, requires = "plan", value_enum, default_value = "level")]
     objective: Objective,
-    /// At most so many machines: those whose moves level most. (Stops at a third node on the
-    /// way are not counted.)
+    /// The most machines: those whose moves reduce the unevenness most. (Intermediate stops at a
+    /// third node are not counted.)
     #[arg(long, value_name = "N", requires = "plan")]
     moves: Option<usize>,
     /// Only shows the plan.
     #[arg(long, requires = "plan")]
     dry_run: bool,
-    /// Makes the moves without asking.
+    /// Carries out the moves without asking.
     #[arg(long, requires = "plan", conflicts_with = "dry_run")]
     yes: bool,
-    /// Takes a plan that was shown with `-o json` from a file, instead of computing one: that
-    /// very one is carried out, or none where the cluster changed since.
+    /// Reads a plan that was shown with `-o json` from a file, instead of computing one: exactly
+    /// that plan is carried out, or none of it if the cluster has changed since.
     #[arg(long, value_name = "FILE", requires = "plan", conflicts_with_all = ["objective", "moves"])]
     from: Option<PathBuf>,
 }
@@ -68,11 +68,11 @@ impl PlanArgs {
 pub(crate) struct DrainArgs {
     /// The node.
     node: String,
-    /// How long that may take (30s, 10m): near its end moves go first and machines may
-    /// stand still for longer; after it, what is left stays. No machine is ever ended.
+    /// The deadline (30s, 10m): close to it, moves become urgent and may have a longer downtime;
+    /// after it, the remaining machines stay. No machine is ever ended.
     #[arg(long, value_name = "DURATION", value_parser = when::duration)]
     deadline: Option<Duration>,
-    /// Only shows what would move, for how long, and what cannot.
+    /// Only shows what would move, the durations, and what cannot move.
     #[arg(long)]
     dry_run: bool,
     /// Does not wait for the end.
@@ -138,7 +138,7 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// A plan that was written to a file.
+/// A plan in a file.
 fn read(file: &Path) -> Result<PlanInfo> {
     let name = file.display();
     let text = std::fs::read(file).with_context(|| format!("cannot read plan {name}"))?;
@@ -146,7 +146,7 @@ fn read(file: &Path) -> Result<PlanInfo> {
         .with_context(|| format!("{name} is not a plan as `keel -o json balance --plan` prints it"))
 }
 
-/// Asks the person before the terminal.
+/// Asks the user at the terminal.
 fn confirmed() -> Result<bool> {
     if !std::io::stdin().is_terminal() {
         eprintln!("nothing was moved: add --yes to make these moves");
@@ -215,7 +215,7 @@ fn tell_silent(silent: &[Silence]) {
     }
 }
 
-/// Has a node emptied, and waits until it is.
+/// Drains a node, and waits for the end.
 pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
     let client = reach.client()?;
     let node = &args.node;
@@ -244,7 +244,7 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
     let _: serde_json::Value = client.post(&path, &request).await?;
     if args.detach {
         if reach.format() == Format::Text {
-            outln!("{node} is being drained (keel undrain {node} opens it again)");
+            outln!("{node} is being drained (keel undrain {node} ends the drain)");
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -257,7 +257,7 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
             if reach.format() == Format::Text {
                 let since = info.since_unix_ms.unwrap_or_default();
                 outln!(
-                    "{node} is empty after {}: {} moves; keel undrain {node} opens it again",
+                    "{node} is empty after {}: {} moves; keel undrain {node} ends the drain",
                     length(when::unix_ms(SystemTime::now()).saturating_sub(since) as f64),
                     info.moved
                 );
@@ -270,7 +270,7 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
                 tell_left(&info.left);
             }
             bail!(
-                "the time is over and {} are still on {node}; they run on there, and nothing new is placed (keel drain {node} goes on, keel undrain {node} opens it)",
+                "the time is over and {} are still on {node}; they continue there, and no machine is placed there (keel drain {node} continues, keel undrain {node} ends the drain)",
                 match (info.machines, info.parts) {
                     (machines, 0) => format!("{machines} machines"),
                     (0, parts) => format!("{parts} parts of machines"),
@@ -283,18 +283,18 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
 
 fn parts_leave(parts: u32) -> String {
     match parts {
-        1 => "a part of a machine leaves, with what it has".into(),
-        parts => format!("{parts} parts of machines leave, with what they have"),
+        1 => "a part of a machine leaves, with its threads and memory".into(),
+        parts => format!("{parts} parts of machines leave, with their threads and memory"),
     }
 }
 
-/// Waits until nothing more becomes of a drain; tells what does.
+/// Waits for the end of a drain; prints its progress.
 async fn wait(reach: &Reach, client: &Client, path: &str, args: &DrainArgs) -> Result<DrainInfo> {
     let mut told: BTreeSet<String> = BTreeSet::new();
     let mut unanswered = 0;
     let deadline = args.deadline.and_then(|it| Instant::now().checked_add(it));
     loop {
-        // (It says itself that the time is over, if it can.)
+        // The node itself reports the end of the time, if it can.
         let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()) + LATE_AFTER);
         let patience = rest.unwrap_or(ANSWER_WITHIN).min(ANSWER_WITHIN);
         let answer = tokio::time::timeout(patience, client.get(path)).await;
@@ -302,10 +302,10 @@ async fn wait(reach: &Reach, client: &Client, path: &str, args: &DrainArgs) -> R
         let info: DrainInfo = match answer {
             Ok(Ok(info)) => info,
             Err(_) | Ok(Err(_)) if late => bail!(
-                "the time is over, and {} does not answer: what is still there is not known (keel drain {0} goes on, keel undrain {0} opens it)",
+                "the time is over, and {} does not answer: the remaining machines are not known (keel drain {0} continues, keel undrain {0} ends the drain)",
                 args.node
             ),
-            // It may just be told, or have much to do.
+            // It may not have received the drain yet, or be busy.
             Ok(Err(error)) if unanswered >= UNANSWERED_MAX => return Err(error.into()),
             Err(_) if unanswered >= UNANSWERED_MAX => bail!("{} does not answer", args.node),
             Err(_) | Ok(Err(_)) => {
@@ -317,7 +317,7 @@ async fn wait(reach: &Reach, client: &Client, path: &str, args: &DrainArgs) -> R
         unanswered = 0;
         if reach.format() == Format::Text {
             for step in &info.moving {
-                let line = format!("{} goes to {}", step.machine, step.to);
+                let line = format!("{} moves to {}", step.machine, step.to);
                 if told.insert(line.clone()) {
                     outln!("{line}");
                 }
@@ -339,7 +339,7 @@ async fn wait(reach: &Reach, client: &Client, path: &str, args: &DrainArgs) -> R
     }
 }
 
-/// Opens a node again.
+/// Ends the drain of a node.
 pub(crate) async fn undrain(reach: &Reach, node: &str) -> Result<ExitCode> {
     let path = keel_api::path(["nodes", node, "drain"]);
     let client = reach.client()?;
@@ -347,7 +347,7 @@ pub(crate) async fn undrain(reach: &Reach, node: &str) -> Result<ExitCode> {
         .call(hyper::Method::DELETE, &path, Bytes::new())
         .await?;
     if reach.format() == Format::Text {
-        outln!("{node} takes machines again");
+        outln!("{node} accepts machines again");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! A program on a command line: the module, and behind it what is the program's own.
+//! A program on a command line: the module, followed by the program's own arguments.
 
 use anyhow::{Context, Result};
 use std::ffi::OsString;
@@ -7,9 +7,9 @@ use std::path::Path;
 /// `MODULE [ARGS]...`, at the end of a command line.
 #[derive(clap::Args)]
 pub(crate) struct Invocation {
-    // (One list, since options behind a positional argument of its own would be keel's.)
-    /// The program, a WASI preview 1 core module with or without threads, and its arguments:
-    /// options of keel stand in front of it, all behind it is the program's.
+    // One list, since options behind a separate positional argument would be keel's.
+    /// The program, a WASI preview 1 core module with or without threads, and its arguments.
+    /// Options before it are keel's, those after it are the program's.
     #[arg(required = true, trailing_var_arg = true, num_args = 1.., value_names = ["MODULE", "ARGS"])]
     program: Vec<OsString>,
 }
@@ -17,7 +17,7 @@ pub(crate) struct Invocation {
 impl Invocation {
     /// The module's file.
     pub(crate) fn module(&self) -> &Path {
-        // (The parser demands one.)
+        // The parser requires one.
         self.program.first().map_or(Path::new(""), Path::new)
     }
 
@@ -27,10 +27,10 @@ impl Invocation {
         std::fs::read(module).with_context(|| format!("cannot read module {}", module.display()))
     }
 
-    /// What the program gets as its arguments; the first is its name.
+    /// The arguments of the program; the first is its name.
     ///
     /// # Errors
-    /// An argument that is not UTF-8, which WASI demands.
+    /// An argument that is not UTF-8, which WASI requires.
     pub(crate) fn arguments(&self) -> Result<Vec<String>> {
         let name = self.module().file_name().unwrap_or_default();
         let mut arguments = vec![name.to_string_lossy().into_owned()];

@@ -1,4 +1,4 @@
-//! `keel rule` and `keel label`: where machines may be.
+//! `keel rule` and `keel label`: placement rules and labels.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -10,13 +10,13 @@ use serde::Deserialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-// What looks like a link to rustdoc is a table of TOML.
+// Rustdoc would take a TOML table for a link.
 #[allow(rustdoc::broken_intra_doc_links)]
 #[derive(clap::Subcommand)]
 pub(crate) enum RuleCommand {
-    /// Lists the rules, and the machines that break one where they are.
+    /// Lists the rules, and the machines that violate one.
     Ls,
-    /// Adds rules, or changes those of their names.
+    /// Adds rules, or replaces those with the same names.
     ///
     /// In a TOML file, one [[rule]] each:
     ///
@@ -50,7 +50,7 @@ pub(crate) enum RuleCommand {
 pub(crate) struct LabelArgs {
     /// The machine, or with --node the node.
     name: String,
-    /// It is a node's name.
+    /// The name is a node's.
     #[arg(long)]
     node: bool,
     /// Labels to set; KEY= removes one. Without, they are shown.
@@ -89,7 +89,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
             )?;
             for (machine, broken) in &info.broken {
                 eprintln!(
-                    "keel: {machine} breaks rule {:?}: {}",
+                    "keel: {machine} violates rule {:?}: {}",
                     &*broken.rule, broken.why
                 );
             }
@@ -101,7 +101,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
             if rules.rule.is_empty() {
                 bail!("{shown} has no [[rule]]");
             }
-            // All or none, as far as they are wrong by themselves.
+            // All or none, as far as they are invalid by themselves.
             for rule in &rules.rule {
                 rule.check()
                     .map_err(|error| anyhow::anyhow!("{shown}: {error}"))?;
@@ -124,7 +124,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
-/// Which places of a rule have which machines.
+/// The machines in each place of a rule.
 fn held(info: &RulesInfo, rule: &Rule) -> String {
     let Some(holders) = info.holders.get(&rule.name) else {
         return String::new();

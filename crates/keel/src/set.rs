@@ -1,5 +1,5 @@
-//! `keel set`: other limits and targets, another restart policy, other checkpoints for
-//! a machine while it runs.
+//! `keel set`: changes the limits, targets, restart policy or checkpoints of a machine while it
+//! runs.
 
 use crate::cluster::Reach;
 use crate::machines::{Balance, CheckpointsArgs, RestartWhen, SpawnWhere};
@@ -13,41 +13,41 @@ use std::process::ExitCode;
 pub(crate) struct Args {
     /// The machine.
     machine: String,
-    /// Limit of each of its memories: as far as its module allows it, and not less than they
-    /// have.
+    /// Limit of each of its memories: within the maximum of its module, and not below the present
+    /// size.
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, group = "what")]
     memory: Option<u64>,
     /// Limit of the CPU time of all its threads, in cores (0.01 and more), or `none`.
     #[arg(long, value_name = "CORES", value_parser = cores_or_none, group = "what")]
     cpu: Option<u32>,
-    /// When it is started again after its end.
+    /// When it is restarted after its end.
     #[arg(long, value_name = "WHEN", group = "what")]
     restart: Option<RestartWhen>,
-    /// Which of its loads counts in balancing, or whether it stays where it is.
+    /// Which of its loads counts in balancing, or whether it is excluded.
     #[arg(long, value_name = "LOAD", group = "what")]
     balance: Option<Balance>,
-    /// CPU demand that it promises (cpu.target), in cores of the reference speed, or `none`.
+    /// Its target CPU demand (cpu.target), in cores of the reference speed, or `none`.
     #[arg(long, value_name = "CORES", value_parser = cores_or_none, group = "what")]
     cpu_target: Option<u32>,
-    /// Memory that it promises to occupy (memory.target), or `none`.
+    /// Its target memory (memory.target), or `none`.
     #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
     memory_target: Option<u64>,
-    /// Disk traffic that it promises (io.target), a second, or `none`.
+    /// Its target disk traffic (io.target), a second, or `none`.
     #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
     io_target: Option<u64>,
-    /// Parts that balancing may give it (2 to 64), or `none`. It keeps those that it has.
+    /// The most parts that balancing may give it (2 to 64), or `none`. Present parts stay.
     #[arg(long, value_name = "COUNT", value_parser = count_or_none, group = "what")]
     max_parts: Option<u32>,
-    /// Where threads begin that it starts while it has parts.
+    /// Where threads start that it creates while it has parts.
     #[arg(long, value_name = "WHERE", group = "what")]
     spawn: Option<SpawnWhere>,
-    /// Memory that one of its parts keeps at most while others have room (part.memory), or
+    /// The most memory that one of its parts keeps while others have room (part.memory), or
     /// `none`.
     #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
     part_memory: Option<u64>,
     #[command(flatten)]
     checkpoints: CheckpointsArgs,
-    /// Makes no more checkpoints by itself.
+    /// Ends its periodic checkpoints.
     #[arg(long, group = "what", conflicts_with = "checkpoint_every")]
     no_checkpoints: bool,
 }
@@ -68,7 +68,7 @@ fn cores_or_none(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Bytes; 0 for nothing promised.
+/// Bytes; 0 for no target.
 fn size_or_none(text: &str) -> Result<u64, String> {
     match text {
         "none" => Ok(0),

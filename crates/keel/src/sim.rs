@@ -1,6 +1,5 @@
-//! `keel sim`: what the balancer would do in a cluster that is only numbers. Needs no
-//! node. The simulation itself is the crate `keel_sim`; here are its options and how
-//! its answers are printed.
+//! `keel sim`: simulates the balancer in a cluster of simulated nodes. Needs no node. The
+//! simulation is in the crate `keel_sim`; this file has its options and prints the results.
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
@@ -14,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Alternatives and moves that text shows; JSON has all.
+/// The most alternatives and moves in text output; JSON has all.
 const MOVES_SHOWN: usize = 20;
 const OTHERS_SHOWN: usize = 40;
 
-/// What `keel sim --help` says of scenarios.
+/// The description of scenarios in `keel sim --help`.
 const HELP: &str = "\
 A scenario is TOML:
 
@@ -75,34 +74,34 @@ pub(crate) struct Args {
         required_unless_present_any = ["text_data", "replay"]
     )]
     scenario: Option<PathBuf>,
-    /// Nodes and machines of a file as `hbal -t` reads it, in place of the scenario's; ten
-    /// minutes of them without a scenario.
+    /// Nodes and machines of a file in the format of `hbal -t`, instead of the scenario's;
+    /// simulates ten minutes if there is no scenario.
     #[arg(short = 't', long, value_name = "FILE")]
     text_data: Option<PathBuf>,
-    /// What each instance of -t uses, as `hbal -U` reads it.
+    /// The use of each instance of -t, in the format of `hbal -U`.
     #[arg(short = 'U', long, value_name = "FILE", requires = "text_data")]
     utilisation: Option<PathBuf>,
-    /// Folder of PlanetLab traces, in place of those that the scenario names.
+    /// Folder of PlanetLab traces, instead of those of the scenario.
     #[arg(long, value_name = "FOLDER", requires = "scenario")]
     planetlab: Option<PathBuf>,
-    /// Table of loads, in place of those that the scenario names: a first line
-    /// `at_s,MACHINE,...`, then seconds and cores.
+    /// Table of loads, instead of those of the scenario: a first line `at_s,MACHINE,...`, then
+    /// seconds and cores.
     #[arg(long, value_name = "FILE", requires = "scenario")]
     csv: Option<PathBuf>,
-    /// Another seed than the scenario's.
+    /// A seed instead of the scenario's.
     #[arg(long, conflicts_with = "replay")]
     seed: Option<u64>,
-    /// Runs it a second time with a change, and shows both: remove-node=NAME, add-node=COUNT or
-    /// policy.KEY=VALUE. Several are made together.
+    /// Runs the scenario again with a change, and shows both: remove-node=NAME, add-node=COUNT or
+    /// policy.KEY=VALUE. Several are combined.
     #[arg(long, value_name = "CHANGE", conflicts_with = "replay")]
     what_if: Vec<Change>,
-    /// Writes a page with the load of each node over time; with --what-if, of that.
+    /// Writes a page with the load of each node over time; with --what-if, for the changed run.
     #[arg(long, value_name = "FILE", conflicts_with = "replay")]
     html: Option<PathBuf>,
-    /// Writes all decisions of the run, as --replay reads them: JSON, one on a line.
+    /// Writes all decisions of the run for --replay: JSON, one per line.
     #[arg(long, value_name = "FILE", conflicts_with = "replay")]
     ledger: Option<PathBuf>,
-    /// Decides a ledger's decisions again, and says which come out otherwise today.
+    /// Repeats a ledger's decisions with the present code, and shows those that differ.
     #[arg(long, value_name = "LEDGER", conflicts_with_all = ["scenario", "text_data"])]
     replay: Option<PathBuf>,
 }
@@ -199,7 +198,7 @@ fn title(place: &Path) -> String {
     format!("keel sim: {}", name.to_string_lossy())
 }
 
-/// Tells a terminal how much is done.
+/// Shows the progress on a terminal.
 fn progress() -> impl FnMut(f64) {
     let shown = std::io::stderr().is_terminal();
     let mut last = Instant::now();
@@ -207,7 +206,7 @@ fn progress() -> impl FnMut(f64) {
         if shown && (last.elapsed().as_millis() >= 200 || done >= 1.0) {
             last = Instant::now();
             let mut stderr = std::io::stderr();
-            // Nobody misses it where it cannot be written.
+            // Progress is optional: a failed write is ignored.
             let _ = write!(stderr, "\r{:3.0} %\r", done * 100.0);
             let _ = stderr.flush();
         }
@@ -225,7 +224,9 @@ const FIGURES: [Figure; 23] = [
     ("moves put off (cap)", |it| it.capped.to_string()),
     ("moves stopped by rules", |it| it.raced.to_string()),
     ("moves for rules", |it| it.repairs.to_string()),
-    ("machines against a rule", |it| it.broken.len().to_string()),
+    ("machines that violate a rule", |it| {
+        it.broken.len().to_string()
+    }),
     ("came back within the cool-down", |it| {
         it.returns.to_string()
     }),
@@ -325,7 +326,7 @@ fn replayed(replayed: &ReplaySummary, format: Format) -> Result<ExitCode> {
         Format::Name => bail!("a replay has no names (-o text or -o json)"),
         Format::Text => {
             outln!(
-                "{} lines: {} decided the same, {} otherwise, {} with too little recorded, {} that \
+                "{} lines: {} decided the same, {} differently, {} with too little recorded, {} that \
                  are no decisions of numbers",
                 replayed.lines,
                 replayed.same,

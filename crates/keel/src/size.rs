@@ -1,9 +1,9 @@
-//! Sizes and shares as people write them: `64M`, `1.5G`, `4096`; `0.5` cores.
+//! Sizes and shares in user syntax: `64M`, `1.5G`, `4096`; `0.5` cores.
 
-/// Bytes of a size such as `512`, `64K`, `64MiB`, `1.5G` (powers of 1024).
+/// Parses bytes, such as `512`, `64K`, `64MiB`, `1.5G` (powers of 1024).
 ///
 /// # Errors
-/// A sentence that names what was given and what is expected.
+/// A sentence with the given text and the expected form.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
     let bad = || format!("{text:?} is not a size (examples: 64M, 1.5G, 4096)");
     let split = text
@@ -27,10 +27,10 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Thousandths of a core of a number of cores such as `0.5`, `2`.
+/// Parses a number of cores, such as `0.5`, `2`, into thousandths.
 ///
 /// # Errors
-/// A sentence that names what was given and what is expected.
+/// A sentence with the given text and the expected form.
 pub(crate) fn cores(text: &str) -> Result<u32, String> {
     let cores: f64 = text
         .parse()

@@ -1,21 +1,21 @@
-//! Waiting until a machine runs.
+//! Waits until a machine runs.
 
 use anyhow::{Result, bail};
 use indicatif::ProgressBar;
 use keel_api::{Client, ClientError, MachineInfo};
 use std::time::Duration;
 
-/// Pauses before it is asked again whether a machine runs.
+/// Pauses before the machine's state is queried again.
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(2);
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(100);
-/// Answers in a row that may be missing: its node may be restarting.
+/// The most consecutive queries without an answer: its node may be restarting.
 const SILENCES_MAX: u32 = 100;
 
-/// Waits until a machine that was scheduled runs, or has run. A person sees meanwhile
-/// how far it is, if `shows`.
+/// Waits until a scheduled machine runs, or has run. Shows the progress on a terminal if `shows`
+/// is set.
 ///
 /// # Errors
-/// Why it does not run, and what to do.
+/// Why it does not run, and the remedy.
 pub(crate) async fn started(
     client: &Client,
     scheduled: MachineInfo,
@@ -44,7 +44,7 @@ pub(crate) async fn started(
         pause = (pause * 2).min(ASK_AGAIN_MAX);
         match client.get(&path).await {
             Ok(now) => (machine, silences) = (now, 0),
-            // It ran, ended and is no more, as it was to be.
+            // It ran, ended and was removed, as its spec asks.
             Err(ClientError::Problem { status: 404, .. }) if machine.remove_at_end => {
                 return Ok(machine);
             }
@@ -68,7 +68,7 @@ fn ran(machine: MachineInfo) -> Result<MachineInfo> {
         machine.name,
         machine.message.as_deref().unwrap_or("no reason is known"),
         match machine.is_live() {
-            true => "; it is tried again".to_owned(),
+            true => "; it will be retried".to_owned(),
             false => format!(" (`keel rm {}` frees its name)", machine.name),
         }
     )

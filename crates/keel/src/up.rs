@@ -1,5 +1,5 @@
-//! `keel up` and `keel join`: a node on this computer. The command is the tiny
-//! parent; the agent and the workers are processes of their own.
+//! `keel up` and `keel join`: a node on this computer. The command is the small parent process;
+//! the agent and the workers are processes of their own.
 
 use crate::cluster::Reach;
 use anyhow::{Context, Result, bail};
@@ -10,15 +10,15 @@ use std::process::ExitCode;
 use std::process::Stdio;
 use std::time::Duration;
 
-/// How long a node may take until it answers, with `--detach`.
+/// How long a node may take to answer, with `--detach`.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a node listens on if nothing else is said.
+/// Default address of a node.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7070";
 
 #[derive(clap::Args)]
 pub(crate) struct UpArgs {
-    /// Name of the node; needed the first time.
+    /// Name of the node; required for a new node.
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
@@ -29,7 +29,7 @@ pub(crate) struct UpArgs {
 pub(crate) struct JoinArgs {
     /// Any node of the cluster.
     via: String,
-    /// Token made by `keel token join`.
+    /// Token created by `keel token join`.
     #[arg(long)]
     token: String,
     /// Name of the new node.
@@ -41,13 +41,13 @@ pub(crate) struct JoinArgs {
 
 #[derive(clap::Args)]
 struct Place {
-    /// Where other nodes reach this one; port 0 takes a free one.
+    /// Address for other nodes; port 0 selects a free one.
     #[arg(long, default_value = DEFAULT_LISTEN, value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
-    /// Where users reach it over TLS (without it: only on this computer).
+    /// Address for users over TLS (default: only the local socket).
     #[arg(long, value_name = "ADDRESS:PORT")]
     api: Option<SocketAddr>,
-    /// Goes on in the background once the node answers.
+    /// Returns once the node answers, and leaves it in the background.
     #[arg(short, long)]
     detach: bool,
 }
@@ -84,8 +84,8 @@ fn options(reach: &Reach, name: &str, place: &Place) -> AgentOptions {
 pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
     if let Some(name) = &args.name {
         match keel_node::found(&options(reach, name, &args.place)) {
-            Ok(()) => eprintln!("made a cluster with node {name}"),
-            // Starting an existing node again under its own name is fine.
+            Ok(()) => eprintln!("created a cluster with node {name}"),
+            // Restarting an existing node under its own name is no error.
             Err(AgentError::Taken(_, existing)) if existing == *name => {}
             Err(error) => return Err(error.into()),
         }
@@ -128,7 +128,7 @@ async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
 
 async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode> {
     let socket = folder.join("api.socket");
-    // What an earlier agent left would look like an answer.
+    // The socket of an earlier agent would be mistaken for an answer.
     if socket.exists() && std::os::unix::net::UnixStream::connect(&socket).is_ok() {
         bail!("a node runs in {} already", folder.display());
     }
@@ -190,7 +190,7 @@ pub(crate) struct CompileArgs {
     /// The instrumented module.
     #[arg(long)]
     program: PathBuf,
-    /// A move waits for it.
+    /// Whether a move waits for it.
     #[arg(long)]
     wanted: bool,
 }

@@ -1,5 +1,5 @@
-//! Volumes as people write them: `tmp:1G:/scratch`, `cluster:data:/data`,
-//! `/srv/data:/data:ro`; and `keel volume`.
+//! Volumes in user syntax: `tmp:1G:/scratch`, `cluster:data:/data`, `/srv/data:/data:ro`; and
+//! `keel volume`.
 
 use crate::cluster::Reach;
 use crate::output;
@@ -9,7 +9,7 @@ use keel_api::{ClusterVolumeInfo, VolumeCreateRequest, VolumeInfo};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// A volume that a command names.
+/// A volume in a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum VolumeArg {
     /// A directory of the host.
@@ -30,30 +30,30 @@ pub(crate) enum VolumeArg {
 
 #[derive(clap::Subcommand)]
 pub(crate) enum VolumeCommand {
-    /// Makes a volume that machines can have one after the other.
+    /// Creates a volume that machines can hold one after the other.
     Create {
         /// Its name.
         name: String,
-        /// Where it is kept: a directory that all nodes see, or s3://bucket/prefix.
+        /// Its place: a directory that all nodes see, or s3://bucket/prefix.
         #[arg(long, value_name = "PLACE")]
         at: String,
-        /// Bytes that its files may take.
+        /// The most bytes of its files.
         #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "1G")]
         size: u64,
     },
     /// Lists the cluster's volumes.
     Ls,
-    /// Tells all about a volume, and what is kept of it.
+    /// Shows a volume and its stored content.
     Inspect {
         /// The volume.
         name: String,
     },
-    /// Removes volumes that no machine has, with all that is kept of them.
+    /// Removes volumes that no machine holds, with their stored content.
     Rm {
         /// The volumes.
         #[arg(required = true)]
         names: Vec<String>,
-        /// Leaves what is kept of them where it is: for places that are gone.
+        /// Leaves the stored content in place: for places that are gone.
         #[arg(long)]
         forget: bool,
     },
@@ -150,10 +150,10 @@ fn page(info: &ClusterVolumeInfo) -> String {
     lines.join("\n")
 }
 
-/// Reads `tmp:SIZE:GUEST`, `cluster:NAME:GUEST[:ro]` or `HOST:GUEST[:ro]`.
+/// Parses `tmp:SIZE:GUEST`, `cluster:NAME:GUEST[:ro]` or `HOST:GUEST[:ro]`.
 ///
 /// # Errors
-/// A sentence that names what was given and what is expected.
+/// A sentence with the given text and the expected form.
 pub(crate) fn parse(text: &str) -> Result<VolumeArg, String> {
     let bad = |what: &str| {
         Err(format!(
@@ -191,7 +191,7 @@ pub(crate) fn parse(text: &str) -> Result<VolumeArg, String> {
     }
 }
 
-/// A machine's directory in one line.
+/// A volume in one line.
 pub(crate) fn line(volume: &VolumeInfo) -> String {
     let how = if volume.read_only {
         "read only"

@@ -1,5 +1,5 @@
-//! `keel wasm APP.wasm`: one program in the foreground, in this process, as
-//! people use `wasmtime run`. The same machine as in a cluster, without one.
+//! `keel wasm APP.wasm`: one program in the foreground, in this process, like `wasmtime run`. The
+//! machine is the same as in a cluster.
 
 use crate::program::Invocation;
 use crate::volume::VolumeArg;
@@ -18,13 +18,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a thread may take to a safepoint while the program is shaken.
+/// How long a thread may take to a safepoint with `--shake`.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Room of a volume that `--copy` makes.
+/// Size of a volume of `--copy`.
 const COPY_BYTES: u64 = 1 << 40;
 
-/// Exit code for a guest's fault: as a shell reports an aborted process.
+/// Exit code after a trap: that of an aborted process in a shell.
 const TRAP_CODE: u8 = 134;
 
 #[derive(clap::Args)]
@@ -32,15 +32,15 @@ const TRAP_CODE: u8 = 134;
 pub(crate) struct Args {
     #[command(flatten)]
     program: Invocation,
-    /// Lets the program reach a directory; `::ro` makes it read-only.
+    /// Gives the program access to a directory; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
-    /// Gives the program a volume: `tmp:SIZE:GUEST`, of its own and gone with
-    /// it, or a directory, `HOST:GUEST[:ro]`.
+    /// Gives the program a volume: `tmp:SIZE:GUEST`, its own, removed at its end, or a directory,
+    /// `HOST:GUEST[:ro]`.
     #[arg(long, value_name = "VOLUME", value_parser = crate::volume::parse)]
     volume: Vec<VolumeArg>,
-    /// Gives the program a volume of its own with a copy of a directory: what
-    /// it changes there ends with it.
+    /// Gives the program a volume of its own with a copy of a directory; its changes are removed
+    /// at its end.
     #[arg(long, value_name = "HOST[::GUEST]")]
     copy: Vec<String>,
     /// Sets an environment variable (without value: passes it on).
@@ -58,34 +58,33 @@ pub(crate) struct Args {
     /// Limit of the CPU time of all its threads, in cores (0.01 and more).
     #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
     cpu_limit: Option<u32>,
-    /// Captures and resumes a random thread, or all, so many times a second:
-    /// through the serialised form, into fresh instances.
+    /// Captures and resumes a random thread, or all, this many times a second: through the
+    /// serialised form, into fresh instances.
     #[arg(long, value_name = "RATE", conflicts_with = "plain")]
     shake: Option<f64>,
-    /// Runs it as so many parts, each with memory of its own that the others only see
-    /// page by page, as on so many nodes; threads that it starts begin where the fewest
-    /// are. With `--shake` threads move between parts too. Not with `--cpu-limit`, which each
-    /// part would keep by itself.
+    /// Runs the program as this many parts, each with memory of its own and coherent pages, as on
+    /// several nodes; new threads start on the part with the fewest. With `--shake` threads also
+    /// move between parts. Not with `--cpu-limit`, which each part would apply on its own.
     #[arg(long, value_name = "N", conflicts_with_all = ["plain", "cpu_limit"], value_parser = clap::value_parser!(u8).range(1..=64))]
     parts: Option<u8>,
-    /// Memory that each of them keeps at most, while others have room.
+    /// The most memory that each part keeps, while others have room.
     #[arg(long, value_name = "SIZE", requires = "parts", value_parser = part_memory)]
     part_memory: Option<u64>,
     /// Seed of random numbers: the program's, and of `--shake`.
     #[arg(long)]
     seed: Option<u64>,
-    /// Makes two runs comparable bit by bit (NaNs, relaxed SIMD).
+    /// Makes runs comparable bit by bit (NaNs, relaxed SIMD).
     #[arg(long)]
     deterministic: bool,
-    /// Runs the untouched module, for comparing.
+    /// Runs the module without instrumentation, for comparison.
     #[arg(long)]
     plain: bool,
-    /// Neither reads nor writes the cache of compiled code.
+    /// Disables the cache of compiled code.
     #[arg(long)]
     no_cache: bool,
 }
 
-/// What a part keeps.
+/// Parses the memory limit of a part.
 fn part_memory(text: &str) -> Result<u64, String> {
     let bytes = crate::size::parse(text)?;
     match bytes >= PART_BYTES_MIN {
@@ -107,7 +106,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         threads_max: args.threads,
         cpu_millis: args.cpu_limit,
     };
-    // The bytes of its volumes, until it ends.
+    // Content of its volumes, until it ends.
     let scratch = tempfile::tempdir().context("a folder for volumes")?;
     let name = args.program.module().display();
     let wasi = Wasi::new(config(&args, scratch.path())?)
@@ -265,7 +264,7 @@ fn own(folder: PathBuf, bytes: u64) -> Source {
     }
 }
 
-/// Fills the volumes of `--copy`, which come last.
+/// Copies directories into the volumes of `--copy`, which come last.
 fn copy(args: &Args, wasi: &Wasi) -> Result<()> {
     let volumes = wasi.volumes();
     let first = volumes.len().saturating_sub(args.copy.len());
@@ -279,7 +278,7 @@ fn copy(args: &Args, wasi: &Wasi) -> Result<()> {
     Ok(())
 }
 
-/// Waits for the end, and shakes meanwhile.
+/// Waits for the end, with random captures meanwhile.
 fn shaken(machine: &Machine, parts: Option<&InProcess>, rate: f64, seed: u64) -> Result<Outcome> {
     anyhow::ensure!(
         rate.is_finite() && rate > 0.0,
@@ -300,7 +299,7 @@ fn shaken(machine: &Machine, parts: Option<&InProcess>, rate: f64, seed: u64) ->
         let thread = threads[random.random_range(0..threads.len())];
         let place = PartId::new(random.random_range(0..places));
         match (random.random_range(0..4), place) {
-            // It may end, or be in a long call of the host, just now.
+            // The program may be ending, or be in a long host call.
             (0, _) => whole += u64::from(machine.recapture_all(PATIENCE).is_ok()),
             (1 | 2, Some(place)) if places > 1 => {
                 moves += u64::from(machine.move_thread(thread, place).is_ok());

@@ -1,25 +1,24 @@
-//! Times as people write them: `10m` ago, or `2026-01-31T12:00:00Z`.
+//! Times in user syntax: `10m` ago, or `2026-01-31T12:00:00Z`.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// A moment in the past, in milliseconds since 1970-01-01 UTC: a duration ago
-/// (`30s`, `10m`, `1h 30m`, `2d`), a time (`2026-01-31T12:00:00Z`, with a space
-/// instead of the T, without the Z) or the beginning of a day (`2026-01-31`), in
-/// UTC.
+/// Parses a time in the past into milliseconds since 1970-01-01 UTC: a duration ago (`30s`, `10m`,
+/// `1h 30m`, `2d`), a time (`2026-01-31T12:00:00Z`, with a space instead of the T, without the Z)
+/// or the beginning of a day (`2026-01-31`), in UTC.
 ///
 /// # Errors
-/// A sentence that names what was given and what is expected.
+/// A sentence with the given text and the expected form.
 pub(crate) fn since(text: &str) -> Result<u64, String> {
     since_at(text, SystemTime::now())
 }
 
-/// A length of time: `30s`, `10m`, `12h`, `7d`.
+/// Parses a duration: `30s`, `10m`, `12h`, `7d`.
 ///
 /// # Errors
-/// A sentence that names what was given and what is expected.
+/// A sentence with the given text and the expected form.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text.trim())
-        .map_err(|error| format!("{text:?} is no length of time ({error}; examples: 30s, 10m, 7d)"))
+        .map_err(|error| format!("{text:?} is not a duration ({error}; examples: 30s, 10m, 7d)"))
 }
 
 fn since_at(text: &str, now: SystemTime) -> Result<u64, String> {
@@ -36,7 +35,7 @@ fn since_at(text: &str, now: SystemTime) -> Result<u64, String> {
             )
         })?;
     if moment > now {
-        return Err(format!("{text} has not come yet (times are UTC)"));
+        return Err(format!("{text} is in the future (times are UTC)"));
     }
     Ok(unix_ms(moment))
 }
@@ -47,9 +46,9 @@ pub(crate) fn unix_ms(moment: SystemTime) -> u64 {
     })
 }
 
-/// A moment for people: UTC, to the millisecond.
+/// Formats a time: UTC, to the millisecond.
 pub(crate) fn show(unix_ms: u64) -> String {
-    // What is beyond the year 9999 is no time.
+    // A value beyond the year 9999 is no valid time.
     match UNIX_EPOCH.checked_add(Duration::from_millis(unix_ms)) {
         Some(moment) if unix_ms < 253_402_300_800_000 => {
             humantime::format_rfc3339_millis(moment).to_string()
@@ -74,7 +73,7 @@ mod tests {
             ("2026-01-31T11:00:00Z", "2026-01-31T11:00:00.000Z"),
             ("2026-01-31 11:00:00.25", "2026-01-31T11:00:00.250Z"),
             ("2026-01-30", "2026-01-30T00:00:00.000Z"),
-            // What `show` prints is read.
+            // The output of `show` can be parsed.
             ("2026-01-31T11:00:00.125Z", "2026-01-31T11:00:00.125Z"),
             ("1000y", "1970-01-01T00:00:00.000Z"),
         ] {
@@ -98,7 +97,7 @@ mod tests {
             assert!(error.contains("neither a duration"), "{bad}: {error}");
         }
         let error = since_at("2026-01-31T12:00:01Z", now).unwrap_err();
-        assert!(error.contains("has not come yet"), "{error}");
+        assert!(error.contains("is in the future"), "{error}");
         assert_eq!(show(u64::MAX), format!("{} ms", u64::MAX));
     }
 }

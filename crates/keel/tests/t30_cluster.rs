@@ -6,7 +6,7 @@ use keel_api::{
 };
 use keel_cluster::Epoch;
 use keel_machine::moves::{Ending, MoveReport};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
 use std::path::Path;
 use std::process::Command;

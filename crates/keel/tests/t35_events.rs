@@ -292,7 +292,7 @@ async fn questions_that_cannot_be_are_named() {
         ),
         (vec!["events", "No Name"], "No Name"),
         (vec!["events", "--since", "soon"], "neither a duration"),
-        (vec!["events", "--since", "2999-01-01"], "has not come yet"),
+        (vec!["events", "--since", "2999-01-01"], "is in the future"),
         (vec!["events", "--limit", "0"], "1..=10000"),
         (vec!["events", "--limit", "many"], "many"),
     ] {
@@ -430,7 +430,7 @@ async fn a_machine_is_described_on_one_page() {
     .await
     .expect("it runs again");
     assert!(
-        page.contains("  made of     the newest checkpoint of lines in "),
+        page.contains("  origin      the newest checkpoint of lines in "),
         "{page}"
     );
     assert!(page.contains("Last moves\n  none\n"), "{page}");

@@ -3,7 +3,7 @@
 
 use keel_api::{CheckpointRequest, MachineInfo};
 use keel_cluster::Epoch;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -98,7 +98,7 @@ async fn moves_are_foretold_and_compared() {
         assert_eq!(code, Some(0), "{round}: {text}");
         let (code, text) = keel(&["move", "writer", "--to", "b", "--dry-run"]);
         assert_eq!(code, Some(0), "{text}");
-        assert!(text.contains("b would take it from a"), "{text}");
+        assert!(text.contains("b would accept it from a"), "{text}");
         assert!(text.contains("learned from 2 earlier"), "{text}");
     }
     assert_eq!(keel(&["kill", "writer"]).0, Some(0));

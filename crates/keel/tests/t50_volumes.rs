@@ -2,7 +2,7 @@
 
 use keel_api::{MachineInfo, MoveRequest, Urgency};
 use keel_machine::moves::Ending;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -4,7 +4,7 @@
 
 use keel_api::{EventKind, EventLine, MachineInfo, NodeInfo};
 use keel_machine::cgroup::{Group, memory_limit_bytes};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::{Path, PathBuf};
 

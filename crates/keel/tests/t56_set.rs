@@ -3,7 +3,7 @@
 
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use keel_machine::moves::Ending;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::Path;
 use std::process::{Command, Output};

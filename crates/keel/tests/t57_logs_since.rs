@@ -186,7 +186,7 @@ async fn what_cannot_be_read_is_no_empty_output() {
     let (done, text, error) = keel_logs(&cluster, "a", "m");
     assert!(!done && text.is_empty(), "{text}");
     assert!(
-        error.contains("the output of \"m\" is not whole") && error.contains("node b"),
+        error.contains("the output of \"m\" is incomplete") && error.contains("node b"),
         "{error}"
     );
     // Whoever follows it is told so too, and does not wait for ever.

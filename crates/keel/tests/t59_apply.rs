@@ -3,7 +3,7 @@
 
 use keel_api::MachineInfo;
 use keel_machine::moves::Ending;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{LocalCluster, wait_for};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -191,7 +191,7 @@ async fn what_is_wrong_changes_nothing() {
     let output = bench.apply(&format!("{good}{volume}"), &[]);
     let warned = String::from_utf8_lossy(&output.stderr);
     assert!(
-        output.status.success() && warned.contains("do not go back with it"),
+        output.status.success() && warned.contains("are not rolled back"),
         "{warned}"
     );
     assert_eq!(bench.running("good").await.restart, Restart::OnFailure);

@@ -161,7 +161,7 @@ async fn a_hot_node_cures_itself_and_says_why() {
     let why_not: WhyNot = cluster.client("a").get(&path).await.expect("a reason");
     assert!(why_not.explained.no_move.is_some(), "{why_not:?}");
     let said = keel(&cluster, &["why-not", &moved.name, "--to", "a"]);
-    assert!(said.contains("nothing goes from"), "{said}");
+    assert!(said.contains("no machine moves from"), "{said}");
     let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.expect("loads");
     assert_eq!(loads.nodes.len(), 3);
     assert!(keel(&cluster, &["balance"]).contains("automatic"));
@@ -448,7 +448,7 @@ async fn the_past_is_known_when_the_source_is_gone() {
     let (done, said) = via(&["history", "nobody"]);
     assert!(!done && said.contains("there is no node"), "{said}");
     let (done, said) = via(&["history", "--machine", "nobody"]);
-    assert!(!done && said.contains("nothing is known"), "{said}");
+    assert!(!done && said.contains("no measurements"), "{said}");
 
     // (Why it went was sent when it had, seconds before its end was told.)
     cluster.power_off("a");

@@ -3,7 +3,7 @@
 //! name, and nothing is left of them anywhere.
 
 use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_range, object_range_name};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::Spawn;
 use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};

@@ -10,8 +10,8 @@
 //! - `failpoint`: fault injection for tests
 //! - `guest_memory`: the memory of machines as an agent sees it
 //! - `link`: the connection between the two workers of a move
-//! - `storage_location`: directories and object stores for checkpoints and volumes
-//! - `restart`: whether a machine that ended is restarted
+//! - `object_storage`: directories and object stores for checkpoints and volumes
+//! - `restart_policy`: whether a machine that ended is restarted
 //! - `span`: one part of a machine that spans several nodes
 //! - `worker`: the process around one machine
 
@@ -26,10 +26,10 @@ pub mod guest_memory;
 pub mod link;
 pub mod log;
 pub mod moves;
-pub mod restart;
+pub mod object_storage;
+pub mod restart_policy;
 pub mod span;
 pub mod spec;
-pub mod storage_location;
 pub mod worker;
 
 /// What this host lacks for fast moves, and the consequence; `None` if nothing.

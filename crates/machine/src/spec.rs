@@ -3,7 +3,7 @@
 use crate::checkpoint::origin::Origin;
 use crate::checkpoint::retention::Retention;
 use crate::moves::MoveReport;
-use crate::restart::Restart;
+use crate::restart_policy::Restart;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_store::encoding;
 use keel_wasm::runtime::Limits;

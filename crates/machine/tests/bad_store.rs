@@ -7,7 +7,7 @@ use keel_machine::checkpoint::{
     Subject, compact, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, Spec};
 use keel_store::clock::unix_ms;
 use keel_wasi::{Config, MemorySink, Wasi};

@@ -67,7 +67,7 @@ fn spec() -> Spec {
         cpu_limit_millis: None,
         output_bytes_per_s: 1 << 20,
         remove_at_end: false,
-        restart: keel_machine::restart::Restart::No,
+        restart: keel_machine::restart_policy::Restart::No,
         checkpoints: None,
         balancing: Balancing::default(),
     }

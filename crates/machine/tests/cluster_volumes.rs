@@ -9,7 +9,7 @@ use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{
     DirtyBlock, VolumeError, VolumeState, VolumeStore, Writer, WriterEpoch,
 };
-use keel_machine::storage_location::StorageLocation;
+use keel_machine::object_storage::ObjectStorage;
 use keel_net::Bytes;
 use keel_wasi::volume::{BLOCK_BYTES, NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use object_store::memory::InMemory;
@@ -213,7 +213,7 @@ fn volume(store: Arc<dyn ObjectStore>) -> VolumeStore {
 }
 
 fn volume_of(id: [u8; 16], store: Arc<dyn ObjectStore>) -> VolumeStore {
-    let place = StorageLocation::of(store, Path::from("some/prefix"), "memory");
+    let place = ObjectStorage::of(store, Path::from("some/prefix"), "memory");
     VolumeStore::new(name(), id, place)
 }
 

@@ -8,7 +8,7 @@ use keel_machine::moves::ownership::{
     ArrivalVerdict, EndEffect, EpochBase, Settlement, Transfer, VersionedRecord, arrival,
     created_at, end, running,
 };
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
 use keel_store::{Compare, KeyValue, Txn};
 

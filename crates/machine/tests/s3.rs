@@ -6,8 +6,8 @@ use keel_machine::checkpoint::{
     CheckpointId, Manifest, Pack, PackName, Repository, RepositoryError, Retention, Run,
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
+use keel_machine::object_storage::ObjectStorage;
 use keel_machine::spec::{Balancing, Spec};
-use keel_machine::storage_location::StorageLocation;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -101,7 +101,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             cpu_limit_millis: None,
             output_bytes_per_s: 1000,
             remove_at_end: false,
-            restart: keel_machine::restart::Restart::No,
+            restart: keel_machine::restart_policy::Restart::No,
             checkpoints: None,
             balancing: Balancing::default(),
         },
@@ -226,7 +226,7 @@ fn a_bucket_keeps_volumes() {
         return;
     };
     server.make_bucket("volumes");
-    let place = StorageLocation::open_with(
+    let place = ObjectStorage::open_with(
         "s3://volumes/some/prefix",
         server.settings(),
         Duration::from_secs(30),

@@ -1,5 +1,5 @@
-//! The composition root: how a node comes to be, and how its agent is built of its parts.
-//! Nothing imports this file but the crate's face.
+//! The composition root: creates a node, and builds its agent from its layers. Only the crate's
+//! public interface imports this file.
 
 use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
 use crate::checkpoints::Checkpoints;
@@ -42,28 +42,28 @@ use tokio::sync::mpsc::unbounded_channel;
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How a node is to be made.
+/// Options for creating a node.
 #[derive(Debug, Clone)]
 pub struct AgentOptions {
-    /// The folder that it keeps.
+    /// The state folder.
     pub state_dir: PathBuf,
     /// Its name.
     pub name: String,
-    /// Where other nodes reach it; port 0 takes a free one.
+    /// Address for other nodes; port 0 selects a free one.
     pub listen: SocketAddr,
-    /// Where users reach it over TLS, if at all.
+    /// Address for users over TLS, if any.
     pub api: Option<SocketAddr>,
 }
 
-/// Why a node does not come to be, or its agent does not start.
+/// Why a node cannot be created, or its agent cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// A file or socket.
     #[error("{what}: {source}")]
     System {
-        /// Which.
+        /// The file or socket.
         what: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// The name.
@@ -106,7 +106,7 @@ fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError 
     move |source| AgentError::System { what, source }
 }
 
-/// Makes the first node of a new cluster; nothing runs yet.
+/// Creates the first node of a new cluster. Nothing runs yet.
 ///
 /// # Errors
 /// [`AgentError`].
@@ -123,13 +123,12 @@ pub fn found(options: &AgentOptions) -> Result<(), AgentError> {
             voters: vec![(name, listen.to_string())],
         },
     )?;
-    // Last, since it makes the folder a node's.
+    // Last, because this write turns the folder into a node's.
     identity.save(dir.root())?;
     Ok(())
 }
 
-/// Makes a node of an existing cluster, through the node at `via`; nothing runs
-/// yet.
+/// Creates a node of an existing cluster, through the node at `via`. Nothing runs yet.
 ///
 /// # Errors
 /// [`AgentError`].
@@ -187,17 +186,17 @@ fn read_settings(path: &Path) -> Result<Settings, AgentError> {
     serde_json::from_slice(&text).map_err(|error| AgentError::Settings(shown, error.to_string()))
 }
 
-/// Where a node listens.
+/// The addresses on which a node listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Addresses {
     /// For other nodes.
     pub listen: SocketAddr,
-    /// For users over TLS, if at all.
+    /// For users over TLS, if any.
     pub api: Option<SocketAddr>,
 }
 
-/// Where the node in a folder listens; `None` if the folder has no node. Makes
-/// nothing, and needs no running agent.
+/// The addresses of the node in a folder; `None` if the folder has no node. Creates nothing, and
+/// needs no running agent.
 ///
 /// # Errors
 /// [`AgentError`] if its settings cannot be read.
@@ -219,7 +218,7 @@ pub fn addresses(state_dir: &Path) -> Result<Option<Addresses>, AgentError> {
     }
 }
 
-/// Runs the agent of the node in a folder until it is told to stop.
+/// Runs the agent of the node in a folder until it gets a signal to stop.
 ///
 /// # Errors
 /// [`AgentError`] if it cannot start.
@@ -281,7 +280,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     serve(parts, cluster).await
 }
 
-/// All parts of an agent, and what they are given to follow once they run.
+/// The layers of an agent, and the inputs of their tasks.
 struct Parts {
     handles: Arc<Handles>,
     placements: Arc<Placements>,
@@ -292,7 +291,7 @@ struct Parts {
 }
 
 impl Parts {
-    /// Builds them from the ground up: each gets the handles of those below it.
+    /// Builds the layers from the bottom up: each gets the handles of the lower ones.
     fn build(context: Arc<Context>, slice: Slice, ledger: Ledger, recorder: Recorder) -> Self {
         let (processes, arrivals) = Processes::new(slice);
         let processes = Arc::new(processes);
@@ -312,7 +311,7 @@ impl Parts {
             images.clone(),
             rules.clone(),
         ));
-        let moves = Arc::new(Moves::new(moves::Below {
+        let moves = Arc::new(Moves::new(moves::Dependencies {
             context: context.clone(),
             processes: processes.clone(),
             images: images.clone(),
@@ -321,7 +320,7 @@ impl Parts {
             checkpoints: checkpoints.clone(),
             spanning: spanning.clone(),
         }));
-        let (balancer, inbox) = NodeBalancer::new(balancer::Below {
+        let (balancer, inbox) = NodeBalancer::new(balancer::Dependencies {
             context: context.clone(),
             processes: processes.clone(),
             code: code.clone(),
@@ -334,7 +333,7 @@ impl Parts {
             recorder,
         });
         let balancer = Arc::new(balancer);
-        let (machines, restarts) = Machines::new(machines::Below {
+        let (machines, restarts) = Machines::new(machines::Dependencies {
             context: context.clone(),
             processes: processes.clone(),
             images: images.clone(),
@@ -370,14 +369,14 @@ impl Parts {
     }
 }
 
-/// Where this node's workers get their cgroups.
+/// The parent of the cgroups of this node's workers.
 fn make_slice(dir: &StateDir) -> Slice {
-    // What started this process, where that is `keel up` and not a shell.
+    // The process that started this one, if that is `keel up` and not a shell.
     let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     let program = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
-    let named = std::env::var(crate::parent::PARENT_ENVIRONMENT).ok();
+    let named = std::env::var(crate::supervisor::PARENT_ENVIRONMENT).ok();
     let parent = parent.filter(|parent| {
-        // (One of the version before does not say so.)
+        // A parent of an older version does not provide it.
         let own = program("self");
         named.as_deref() == Some(&parent.to_string())
             || own.is_some() && own == program(&parent.to_string())
@@ -417,7 +416,7 @@ async fn serve(parts: Parts, cluster: Option<ClusterService>) -> Result<(), Agen
     let listener = tokio::net::TcpListener::bind(address)
         .await
         .map_err(system(format!("listening on {address}")))?;
-    // Before anybody can ask what runs here.
+    // Before any request can ask for running machines.
     at.processes.machines.adopt(&context.dir).await;
     spanning::adopt(&at.spanning).await;
     tell_start(&at);
@@ -484,7 +483,7 @@ fn tell_start(at: &Handles) {
     }
 }
 
-/// Keeps the addresses of all members known.
+/// Keeps the addresses of all members up to date.
 async fn follow_addresses(context: Arc<Context>) {
     let mut changes = context.members.changes();
     loop {
@@ -497,7 +496,7 @@ async fn follow_addresses(context: Arc<Context>) {
     }
 }
 
-/// Writes what this node is into the store, until it is there.
+/// Writes this node's record into the store; retries until it succeeds.
 async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
     let record = describe(&context, &processes);
     let Ok(value) = keel_store::encoding::encode("a node's record", &record) else {
@@ -508,7 +507,7 @@ async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
         match context.store.txn(txn).await {
             Ok(_) => return,
             Err(error) => {
-                tracing::warn!(%error, "this node is not in the store yet");
+                tracing::warn!(%error, "cannot write this node's record yet");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }

@@ -1,5 +1,4 @@
-//! The events of all nodes, for whoever asks one of them. Nodes that do not
-//! answer are named: what they would tell is missing, and nothing else.
+//! The events of all nodes. Nodes that do not answer are named; only their events are missing.
 
 use crate::context::Context;
 use crate::events::{Events, Filter};
@@ -18,25 +17,25 @@ use tokio::task::JoinSet;
 /// [`Question`] → stream of `EventLine` as JSON.
 pub(crate) const EVENTS: u16 = 0x0309;
 
-/// How long a node may take to tell its events.
+/// How long a node may take to send its events.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Pause before a node that does not answer is asked again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Lines on their way to whoever asked.
+/// The most lines that wait for the client.
 const LINES_MAX: usize = 256;
 
-/// What is asked of a node.
+/// A query to a node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Question {
-    /// About this machine only.
+    /// Only events about this machine.
     pub(crate) machine: Option<MachineName>,
-    /// Not before this, in milliseconds since 1970-01-01 UTC.
+    /// Earliest time, in milliseconds since 1970-01-01 UTC.
     pub(crate) since_unix_ms: u64,
-    /// Only with greater ids.
+    /// Only events with greater ids.
     pub(crate) after: u64,
-    /// The newest so many.
+    /// The most events of the answer, newest first.
     pub(crate) limit: u32,
-    /// Whether to go on with what happens from now on.
+    /// Whether future events follow.
     pub(crate) follow: bool,
 }
 
@@ -50,8 +49,7 @@ impl Question {
     }
 }
 
-/// Answers another node: lines of JSON, so that older and newer versions
-/// understand each other.
+/// Answers another node in lines of JSON, so that older and newer versions understand each other.
 pub(crate) fn answer_peer(events: &Events, question: Question) -> mpsc::Receiver<Bytes> {
     let mut lines = here(events.clone(), question);
     let (send, pieces) = mpsc::channel(LINES_MAX);
@@ -68,7 +66,7 @@ pub(crate) fn answer_peer(events: &Events, question: Question) -> mpsc::Receiver
     pieces
 }
 
-/// The next line, unless whoever asked goes first.
+/// The next line, unless the client disconnects first.
 async fn next<T>(
     lines: &mut mpsc::Receiver<EventLine>,
     asked: &mpsc::Sender<T>,
@@ -83,10 +81,10 @@ async fn next<T>(
 fn here(events: Events, question: Question) -> mpsc::Receiver<EventLine> {
     let (send, lines) = mpsc::channel(LINES_MAX);
     tokio::spawn(async move {
-        // Before the files are read: what happens meanwhile is in both.
+        // Before the files are read: events that are recorded meanwhile appear in both.
         let mut live = events.follow();
         let mut filter = question.filter();
-        // Again when more happened than was taken.
+        // Read again if the receiver lagged behind.
         while tell_kept(&events, &mut filter, question.limit, &send).await && question.follow {
             loop {
                 let event = tokio::select! {
@@ -111,7 +109,7 @@ fn here(events: Events, question: Question) -> mpsc::Receiver<EventLine> {
     lines
 }
 
-/// Tells what is kept; false if that is not to be had, or nobody listens.
+/// Sends the stored events; false if they cannot be read, or the client has gone.
 async fn tell_kept(
     events: &Events,
     filter: &mut Filter,
@@ -126,7 +124,7 @@ async fn tell_kept(
                 node: events.node().to_owned(),
                 reason: format!("its events cannot be read: {error}"),
             };
-            // Whoever asked may have gone.
+            // The client may have disconnected.
             let _ = send.send(EventLine::Silent(silence)).await;
             return false;
         }
@@ -143,21 +141,21 @@ async fn tell_kept(
     true
 }
 
-/// What all nodes told.
+/// The combined answers of all nodes.
 #[derive(Debug, Default)]
 pub(crate) struct Gathered {
     /// Oldest first.
     pub(crate) events: Vec<Event>,
     /// Nodes that did not answer.
     pub(crate) silent: Vec<Silence>,
-    /// Whether there are older ones.
+    /// Whether there are older events.
     pub(crate) older_left_out: bool,
-    /// The last id that each node told, also of what was left out.
+    /// The last id that each node sent, including events that were left out.
     last: BTreeMap<String, u64>,
 }
 
 impl Gathered {
-    /// As an answer.
+    /// As the lines of an answer.
     pub(crate) fn lines(self) -> Vec<EventLine> {
         let older = self.older_left_out.then_some(EventLine::OlderLeftOut);
         older
@@ -168,7 +166,7 @@ impl Gathered {
     }
 }
 
-/// The events of all nodes, as far as they answer.
+/// The events of all nodes that answer.
 pub(crate) async fn of_cluster(context: &Arc<Context>, question: &Question) -> Gathered {
     let question = Question {
         follow: false,
@@ -221,14 +219,14 @@ pub(crate) async fn of_cluster(context: &Arc<Context>, question: &Question) -> G
     gathered
 }
 
-/// All members, this node among them even before it knows them.
+/// All members, including this node before it knows the members.
 fn nodes(context: &Context) -> BTreeSet<NodeName> {
     let mut nodes: BTreeSet<NodeName> = context.members.all().keys().cloned().collect();
     nodes.insert(context.name.clone());
     nodes
 }
 
-/// What a node tells, until it has told all.
+/// Collects the events of a node until its answer ends.
 async fn tell(
     context: &Arc<Context>,
     node: &NodeName,
@@ -273,7 +271,7 @@ async fn ask(
             let Some(item) = item else { return };
             let line = item.map_err(text).and_then(|bytes| {
                 serde_json::from_slice(&bytes)
-                    .map_err(|error| format!("it tells what makes no sense: {error}"))
+                    .map_err(|error| format!("its answer cannot be decoded: {error}"))
             });
             let over = line.is_err();
             if send.send(line).await.is_err() || over {
@@ -284,8 +282,8 @@ async fn ask(
     Ok(lines)
 }
 
-/// Puts the events of several nodes into one order: by their clocks, but those
-/// of one node as they happened, even where its clock was set back.
+/// Merges the events of several nodes by their clocks, and keeps the order of each node, even if
+/// its clock was set back.
 fn merge(of_nodes: Vec<Vec<Event>>) -> Vec<Event> {
     let mut all = Vec::new();
     for events in of_nodes {
@@ -295,13 +293,13 @@ fn merge(of_nodes: Vec<Vec<Event>>) -> Vec<Event> {
             all.push((at, event));
         }
     }
-    // Stable: what is of the same time stays in its node's order.
+    // A stable sort keeps the order of each node for equal times.
     all.sort_by(|(at, a), (bt, b)| (at, &a.node).cmp(&(bt, &b.node)));
     all.into_iter().map(|(_, event)| event).collect()
 }
 
-/// Tells what was gathered, and then what happens on all nodes, those that join
-/// included, until nobody listens.
+/// Sends the collected events, and then new ones of all nodes, including those that join, until
+/// the client disconnects.
 pub(crate) fn follow_cluster(
     context: &Arc<Context>,
     question: &Question,
@@ -323,7 +321,7 @@ pub(crate) fn follow_cluster(
         }
         let mut changes = context.members.changes();
         let mut followed = BTreeSet::new();
-        // Ends with this task.
+        // It ends with this task.
         let mut tasks = JoinSet::new();
         loop {
             for node in nodes(&context) {
@@ -346,7 +344,7 @@ pub(crate) fn follow_cluster(
             }
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() {
-                    // No more members come; those that are here go on.
+                    // No more members join; the present ones continue.
                     send.closed().await;
                     return;
                 },
@@ -357,8 +355,7 @@ pub(crate) fn follow_cluster(
     lines
 }
 
-/// Passes on what a node tells; `silent` says whether it is known not to
-/// answer.
+/// Forwards the events of a node; `silent` tells whether it is known not to answer.
 async fn follow_node(
     context: Arc<Context>,
     node: NodeName,
@@ -444,8 +441,7 @@ mod tests {
         }
     }
 
-    /// Who follows misses nothing and sees nothing twice, also when more comes
-    /// than it takes.
+    /// A follower misses no event and gets none twice, also when more arrive than it can take.
     #[tokio::test(flavor = "multi_thread")]
     async fn who_follows_sees_each_event_once_and_in_order() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The cluster as users see it: its nodes, its state, and tokens to join or use it.
+//! The cluster in the form that users see: its nodes, its state, and tokens to join or use it.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -86,7 +86,7 @@ pub(crate) async fn status(context: &Context) -> Result<ClusterInfo, CommandErro
     })
 }
 
-/// A new token.
+/// Creates a token.
 ///
 /// # Errors
 /// [`CommandError`].

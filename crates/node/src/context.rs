@@ -1,5 +1,5 @@
-//! What every part of the agent gets: who this node is, the store, the other nodes, the
-//! events, the folders. It has no behaviour of its own; parts keep their own state.
+//! The context that every layer gets: identity, store, other nodes, events and folders. It has no
+//! behaviour of its own; layers keep their own state.
 
 use crate::events::Events;
 use crate::state_dir::StateDir;
@@ -19,11 +19,11 @@ use tokio::sync::watch;
 pub(crate) struct Settings {
     pub(crate) listen: SocketAddr,
     pub(crate) api: Option<SocketAddr>,
-    /// Nodes that hold the store: name and address.
+    /// Nodes with the store: name and address.
     pub(crate) voters: Vec<(NodeName, String)>,
 }
 
-/// This node, and what it reaches others by.
+/// This node, and its connections to others.
 pub(crate) struct Context {
     pub(crate) name: NodeName,
     pub(crate) cluster: ClusterId,
@@ -35,9 +35,9 @@ pub(crate) struct Context {
     /// This node's lease in the store, while it has one.
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
     pub(crate) identity: NodeIdentity,
-    /// Events of this node, for people.
+    /// Events of this node, for users.
     pub(crate) events: Events,
-    /// Bytes to and from other nodes.
+    /// Bytes sent to and received from other nodes.
     pub(crate) traffic: Traffic,
 }
 

@@ -1,4 +1,4 @@
-//! Why a command was not carried out, as its user is told and as it travels between agents.
+//! Errors of commands, as shown to users and as sent between agents.
 
 use keel_store::StoreError;
 use serde::{Deserialize, Serialize};
@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 /// Why a command was not carried out; each variant has one HTTP status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum CommandError {
-    /// The request is wrong, whatever the cluster's state is (400).
+    /// The request is invalid in any state of the cluster (400).
     #[error("{0}")]
     Invalid(String),
-    /// What it names does not exist (404).
+    /// The named object does not exist (404).
     #[error("{0}")]
     NotFound(String),
     /// The present state does not allow it (409).

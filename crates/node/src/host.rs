@@ -1,15 +1,15 @@
-//! The computer that this node runs on: its memory and its processor's features.
+//! The host of this node: its memory and its processor's features.
 
-/// CPU features that a guest may rely on: the baseline of the architecture. Guests see
-/// none of the others, since every node compiles for itself.
+/// CPU features that a guest may rely on: the baseline of the architecture. Guests see no others,
+/// since every node compiles for itself.
 const BASELINE: [&str; 4] = ["sse2", "ssse3", "sse4_1", "sse4_2"];
 
-/// Memory of the host, in bytes; 0 where `/proc` does not say.
+/// Memory of the host, in bytes; 0 if `/proc` is not readable.
 pub(crate) fn memory_bytes() -> u64 {
     meminfo("MemTotal:")
 }
 
-/// Memory that could be had now, in bytes.
+/// Available memory, in bytes.
 pub(crate) fn memory_available_bytes() -> u64 {
     meminfo("MemAvailable:")
 }
@@ -33,7 +33,7 @@ pub(crate) fn cpu_features() -> Vec<String> {
         .unwrap_or_default()
 }
 
-/// CPU features that a machine of this node needs wherever it goes.
+/// CPU features that a machine of this node needs on any node.
 pub(crate) fn needed_features() -> Vec<String> {
     let here = cpu_features();
     BASELINE

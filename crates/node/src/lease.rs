@@ -1,6 +1,6 @@
-//! Keeps this node alive in the store: a lease with the key `alive/NODE`,
-//! renewed on a thread of its own, away from everything that may be busy. On the
-//! node with the store it is told which nodes come and go.
+//! Keeps this node alive in the store: a lease with the key `alive/NODE`, renewed by a thread of
+//! its own, independent of busy tasks. The node with the store also records which nodes join and
+//! leave.
 
 use crate::events::{Events, Note};
 use keel_api::EventKind;
@@ -16,13 +16,13 @@ use tokio::sync::watch;
 
 /// How long a node counts as alive without a renewal.
 const TTL_MS: u64 = 3_000;
-/// How often it renews.
+/// Interval of renewals.
 const RENEW_EVERY: Duration = Duration::from_millis(750);
-/// Pause after the store did not answer.
+/// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Renews until the process ends. The receiver has the present lease, or
-/// `None` while there is none.
+/// Renews until the process ends. The receiver has the present lease, or `None` while there is
+/// none.
 pub(crate) fn keep(
     store: Arc<dyn Store>,
     node: NodeName,
@@ -35,7 +35,7 @@ pub(crate) fn keep(
     std::thread::Builder::new()
         .name("lease".into())
         .spawn(move || {
-            // Without the right to it, it renews at normal priority.
+            // Without the privilege it renews at normal priority.
             let _ = rustix::process::nice(-5);
             runtime.block_on(renew_for_ever(&*store, &node, &events, &current));
         })?;
@@ -96,19 +96,19 @@ async fn take(store: &dyn Store, node: &NodeName) -> Result<LeaseId, StoreError>
     Ok(lease)
 }
 
-/// Records which nodes come and go, until the process ends. The node with the
-/// store does it for all: else each node would tell the same.
+/// Records which nodes gain and lose their lease, until the process ends. The node with the store
+/// does it for all: otherwise every node would record the same.
 pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events) {
     let mut alive = None;
     loop {
         if let Err(error) = follow_nodes(&*store, &events, &mut alive).await {
-            tracing::warn!(%error, "which nodes come and go is not known just now");
+            tracing::warn!(%error, "cannot follow which nodes are alive");
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
 }
 
-/// `alive` is what is known, and nothing at first.
+/// `alive` is the known state, empty at first.
 async fn follow_nodes(
     store: &dyn Store,
     events: &Events,

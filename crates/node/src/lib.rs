@@ -1,23 +1,23 @@
-//! The agent of one node: makes what runs here equal to this node's schedule in the store,
-//! moves machines, balances them, and answers users.
+//! The agent of one node: makes the running machines equal to this node's schedule in the store,
+//! moves machines, balances them, and serves users.
 //!
 //! In layers; a file imports its own folder and the layers below, never a neighbour's
 //! inside (`cargo xtask lint` checks it):
 //!
-//! - `agent`: how a node comes to be, and how its agent is built of its parts
+//! - `agent`: creates a node, and builds its agent from the layers
 //! - `front`: HTTP and rpc: requests to handles
 //! - `machines`: the life of this node's machines
 //! - `balancer`: measures this node, and balances it with others
 //! - `moves`: moves of whole machines, as source and as target
 //! - `spanning`: machines with parts on several nodes
-//! - `checkpoints`, `volumes`, `logs`, `rules`, `code`: what machines are kept in, write,
-//!   print, may do, and are compiled to
+//! - `checkpoints`, `volumes`, `logs`, `rules`, `code`: checkpoints, volumes, output, placement
+//! rules and compiled code of machines
 //! - `images`: program images: modules by hash
 //! - `processes`: the worker processes of this node
 //! - `records`: typed views of the store
-//! - `cluster_info`, `cluster_events`: the cluster and its events as users see them
-//! - `context`: what every part gets
-//! - `error`, `events`, `host`, `lease`, `state_dir`, `parent`: the ground
+//! - `cluster_info`, `cluster_events`: the cluster and its events in the form that users see
+//! - `context`: shared by all layers
+//! - `error`, `events`, `host`, `lease`, `state_dir`, `supervisor`: the lowest layer
 
 #![forbid(unsafe_code)]
 
@@ -37,15 +37,15 @@ mod lease;
 mod logs;
 mod machines;
 mod moves;
-mod parent;
 mod processes;
 mod records;
 mod rules;
 mod spanning;
 mod state_dir;
+mod supervisor;
 mod volumes;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
-pub use parent::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
+pub use supervisor::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};

@@ -1,15 +1,15 @@
-//! The folder that a node keeps, readable by its user only.
+//! The state folder of a node, readable by its user only.
 //!
 //! ```text
-//!   identity files, store.redb, node.json     what keel-cluster and the agent keep
+//!   identity files, store.redb, node.json     state of keel-cluster and the agent
 //!   api.socket                                the local API
 //!   workers/MACHINE/                          socket and output of a machine
-//!   parts/PART/                                socket of a part of one that has its home elsewhere
+//!   parts/PART/                                 socket of a part of a machine with another home
 //!   modules/HASH.wasm                         modules as their authors built them
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
-//!   events/                                   what happened here
-//!   ledger.redb                               what its balancer decided, and why
+//!   events/                                   events of this node
+//!   ledger.redb                               decisions of its balancer
 //! ```
 
 use keel_cluster::MachineName;
@@ -24,10 +24,10 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// The folder at `root`, made if need be.
+    /// Opens the folder at `root`; creates it if necessary.
     ///
     /// # Errors
-    /// The file system's.
+    /// I/O errors.
     pub fn open(root: &Path) -> std::io::Result<Self> {
         let make = |path: &Path| {
             std::fs::DirBuilder::new()
@@ -69,12 +69,12 @@ impl StateDir {
         self.root.join("store.redb")
     }
 
-    /// What the agent keeps about itself.
+    /// The agent's settings.
     pub fn settings(&self) -> PathBuf {
         Self::settings_in(&self.root)
     }
 
-    /// The same in a folder that may not be a node's yet.
+    /// The settings in a folder that may not be a node's yet.
     pub(crate) fn settings_in(root: &Path) -> PathBuf {
         root.join("node.json")
     }
@@ -84,7 +84,7 @@ impl StateDir {
         self.workers.clone()
     }
 
-    /// The same node's, for workers that are parts of machines with another home.
+    /// The folders of workers that are parts of machines with another home.
     pub(crate) fn of_parts(&self) -> Self {
         StateDir {
             root: self.root.clone(),
@@ -97,7 +97,7 @@ impl StateDir {
         self.workers().join(machine.as_str())
     }
 
-    /// A module as its author built it.
+    /// An original module.
     pub fn module(&self, hash: &str) -> PathBuf {
         self.root.join("modules").join(format!("{hash}.wasm"))
     }
@@ -112,22 +112,22 @@ impl StateDir {
         self.programs().join(format!("{hash}.wasm"))
     }
 
-    /// Checkpoints that were given no other place.
+    /// The default place of checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
     }
 
-    /// What happened here.
+    /// The events.
     pub fn events(&self) -> PathBuf {
         self.root.join("events")
     }
 
-    /// What its balancer decided.
+    /// The ledger of the balancer.
     pub fn ledger(&self) -> PathBuf {
         self.root.join("ledger.redb")
     }
 
-    /// What it and its machines were measured to be.
+    /// The measured history of the node and its machines.
     pub fn loads(&self) -> PathBuf {
         self.root.join("loads.redb")
     }
@@ -138,8 +138,7 @@ impl StateDir {
     }
 }
 
-/// Whether a text is a module's hash: 64 hex digits. Nothing else becomes part
-/// of a path.
+/// Whether a text is a module's hash: 64 hex digits. Only such texts become part of a path.
 pub(crate) fn is_hash(text: &str) -> bool {
     text.len() == 64
         && text
@@ -147,7 +146,7 @@ pub(crate) fn is_hash(text: &str) -> bool {
             .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
-/// Writes a file whole or not at all.
+/// Writes a file atomically.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let temporary = path.with_extension(format!("{:x}.new", rand::random::<u64>()));
     std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path))

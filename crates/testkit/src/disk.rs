@@ -1,25 +1,25 @@
-//! Small disks of their own for nodes, so that a disk can be full without the
-//! computer's being so. They are mounted, which needs rights.
+//! Small file systems for nodes, so that a disk can be full without filling the host's. Mounting
+//! them needs privileges.
 
 use anyhow::{Context, Result, ensure};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What fills the disk.
+/// Name of the file that fills the disk.
 const BALLAST: &str = "ballast";
 
-/// A file system in memory; it ends with this.
+/// A file system in memory; unmounted on drop.
 #[derive(Debug)]
 pub struct SmallDisk {
     path: PathBuf,
 }
 
 impl SmallDisk {
-    /// Mounts one of so many MiB at a path, which is made.
+    /// Mounts one of this size in MiB at a path, which is created.
     ///
     /// # Errors
-    /// Where that is not permitted.
+    /// If mounting is not permitted.
     pub fn mount(path: &Path, mib: u32) -> Result<Self> {
         std::fs::create_dir_all(path)?;
         let output = Command::new("mount")
@@ -38,10 +38,10 @@ impl SmallDisk {
         })
     }
 
-    /// Uses up all room.
+    /// Fills the file system.
     ///
     /// # Errors
-    /// What the system says, but for that.
+    /// Any I/O error except a full disk.
     pub fn fill(&self) -> Result<()> {
         let mut file = std::fs::File::create(self.path.join(BALLAST))?;
         for piece in [1 << 20, 4096, 1] {
@@ -57,10 +57,10 @@ impl SmallDisk {
         Ok(())
     }
 
-    /// Gives the room back.
+    /// Frees the space again.
     ///
     /// # Errors
-    /// What the system says.
+    /// I/O errors.
     pub fn free(&self) -> Result<()> {
         match std::fs::remove_file(self.path.join(BALLAST)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
@@ -68,7 +68,7 @@ impl SmallDisk {
         }
     }
 
-    /// Leaves it mounted, for people who want to look.
+    /// Leaves it mounted for inspection.
     pub fn keep(self) {
         std::mem::forget(self);
     }
@@ -76,7 +76,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Processes that still end there do not matter any more.
+        // Processes that are still ending there are ignored.
         let unmounted = Command::new("umount").arg("-l").arg(&self.path).status();
         if !unmounted.is_ok_and(|status| status.success()) {
             eprintln!("{} stays mounted", self.path.display());

@@ -1,6 +1,6 @@
-//! Drills: one failpoint and one order at a time. The failpoint is provoked, what
-//! was broken is mended, and then the machine must run on exactly one node, go on
-//! writing its lines, and have rewound only where its process was taken from it.
+//! Drills: one failpoint and one action at a time. The failpoint is triggered, the fault is
+//! repaired, and then the machine must run on exactly one node, continue writing its lines, and
+//! have rewound only if its process was killed.
 
 use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
@@ -9,18 +9,18 @@ use keel_api::{
     CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, PartsInfo, SpanRequest, Urgency,
 };
 use keel_machine::failpoint::{Action, Failpoint, Injection, Site};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a request that a fault may hang is waited for.
+/// Time limit of a request that a fault may block.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(25);
-/// Pause between attempts to lead to a failpoint.
+/// Pause between attempts to trigger a failpoint.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// How long stopped processes stand.
+/// How long stopped processes stay stopped.
 const STOPPED: Duration = Duration::from_millis(700);
 
-/// What makes a failpoint be passed.
+/// The operation that passes a failpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trigger {
     Move,
@@ -30,7 +30,7 @@ enum Trigger {
     End,
 }
 
-/// What makes it be passed, and the orders that lead there.
+/// The operation that passes a failpoint, and the failpoints that it needs before.
 fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
     let kind = name.split('.').next().unwrap_or_default();
     match (kind, name) {
@@ -48,22 +48,22 @@ fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
     }
 }
 
-/// What came of a drill.
+/// The result of a drill.
 #[derive(Debug, Clone, Copy)]
 pub struct Outcome {
-    /// From the fault to the machine's next line.
+    /// Time from the fault to the machine's next line.
     pub recovery: Duration,
-    /// Whether the machine went on from an earlier line.
+    /// Whether the machine continued from an earlier line.
     pub rewound: bool,
 }
 
-/// A machine that drills are made with. Its cluster has a node that is not
-/// touched, and others among which it moves.
+/// A machine for drills. Its cluster has one node without faults, and two others between which it
+/// moves.
 #[derive(Debug)]
 pub struct Drill<'a> {
     /// The cluster.
     pub cluster: &'a LocalCluster,
-    /// The node that is asked.
+    /// The node without faults, which is asked.
     pub calm: &'a str,
     /// The nodes among which the machine moves; two.
     pub nodes: [&'a str; 2],
@@ -75,9 +75,9 @@ pub struct Drill<'a> {
     pub mib: u32,
     /// Time between its lines, in microseconds.
     pub pause_us: u32,
-    /// What a part of it keeps, in bytes, if it is to have up to three.
+    /// Memory limit of its parts in bytes, if it may have up to three parts.
     pub part_memory_bytes: Option<u64>,
-    /// It has a part on the node that is asked.
+    /// Whether it has a part on the node that is asked.
     pub spans: bool,
 }
 
@@ -90,11 +90,11 @@ impl Drill<'_> {
         self.folder.join("vault").display().to_string()
     }
 
-    /// Starts the machine, and makes its first checkpoint. Its module is
-    /// `witness.wasm` in the folder.
+    /// Starts the machine, and makes its first checkpoint. Its module is `witness.wasm` in the
+    /// folder.
     ///
     /// # Errors
-    /// A node's answer.
+    /// The node's error.
     pub async fn start(&self) -> Result<()> {
         let witness = std::fs::read(self.folder.join("witness.wasm"))?;
         let (file, mib) = (self.file().display().to_string(), self.mib.to_string());
@@ -111,11 +111,10 @@ impl Drill<'_> {
         Ok(())
     }
 
-    /// Ends the machine and starts another one in its place: its restarts are not
-    /// those of the next drill.
+    /// Replaces the machine by a new one, so that its restarts do not affect the next drill.
     ///
     /// # Errors
-    /// A node's answer.
+    /// The node's error.
     pub async fn start_afresh(&self) -> Result<()> {
         let client = self.cluster.client(self.calm);
         let path = format!("/v1/machines/{}", self.machine);
@@ -128,7 +127,7 @@ impl Drill<'_> {
         self.start().await
     }
 
-    /// What the machine has written.
+    /// The lines that the machine has written.
     ///
     /// # Errors
     /// If two copies wrote, or lines are missing.
@@ -146,7 +145,7 @@ impl Drill<'_> {
         Ok(self.cluster.client(self.calm).post(&path, &request).await?)
     }
 
-    /// Until it has its part on the calm node, and no other.
+    /// Waits until it has one part, on the node without faults.
     async fn span(&self) -> Result<()> {
         let path = format!("/v1/machines/{}/parts", self.machine);
         let request = SpanRequest {
@@ -165,7 +164,7 @@ impl Drill<'_> {
         self.cluster.inspect(self.calm, self.machine).await.ok()
     }
 
-    /// Waits until the machine runs on one node only and writes on.
+    /// Waits until the machine runs on one node only and continues to write.
     async fn goes_on(&self, lines: u64) -> Result<String> {
         let runs = wait_for(&format!("{} runs again", self.machine), || async {
             let info = self.info().await?;
@@ -180,7 +179,7 @@ impl Drill<'_> {
         match runs {
             Ok(node) => Ok(node),
             Err(error) => {
-                // What it wrote says more than that it does not write.
+                // The content of its file explains more than the time-out.
                 self.evidence()?;
                 let info = self.info().await;
                 Err(error.context(format!("{info:?}")))
@@ -195,7 +194,7 @@ impl Drill<'_> {
         .await
     }
 
-    /// Where a failpoint is passed, if the machine moves from `source`.
+    /// The node where a failpoint is passed, if the machine moves from `source`.
     fn place<'b>(&'b self, site: Site, source: &'b str) -> &'b str {
         let [one, other] = self.nodes;
         match site.is_target() {
@@ -205,10 +204,10 @@ impl Drill<'_> {
         }
     }
 
-    /// Makes one drill.
+    /// Runs one drill.
     ///
     /// # Errors
-    /// What was not as it must be, or that the failpoint was not passed.
+    /// The violated condition, or that the failpoint was not passed.
     pub async fn run(&self, failpoint: &Failpoint, order: Injection) -> Result<Outcome> {
         let source = self.goes_on(0).await?;
         if self.spans {
@@ -231,7 +230,7 @@ impl Drill<'_> {
             given.push((node, *name));
         }
         let begun = Instant::now();
-        // A first attempt may meet what the drill before left behind.
+        // A first attempt may meet effects of the drill before.
         let provoked = async {
             loop {
                 self.provoke(trigger, &source).await;
@@ -268,14 +267,14 @@ impl Drill<'_> {
         let recovery = fault.elapsed();
         let after = self.evidence()?;
         let rewinds = after.rewinds - before.rewinds;
-        // (Between the commit and the last part that knows its home nothing may fail.)
+        // Between the commit and the last part that has its new home no fault is tolerated.
         let part = self.spans
             && (failpoint.site.is_worker() && order.action == Action::Kill
                 || failpoint.name == "home.succeeds");
         let taken = part || may_rewind(failpoint, order.action, trigger);
         ensure!(
             rewinds == 0 || taken,
-            "it went back {} lines, although its process lived",
+            "it rewound {} lines, although its process was not killed",
             after.repeated - before.repeated
         );
         Ok(Outcome {
@@ -284,18 +283,18 @@ impl Drill<'_> {
         })
     }
 
-    /// A move that did not pass the failpoint (no thread waited for a page, say) is made
-    /// back, or the next attempt would begin elsewhere.
+    /// Moves the machine back after a move that did not pass the failpoint, for instance because
+    /// no thread waited for a page: the next attempt must begin at the same node.
     async fn back_to(&self, source: &str) {
         let info = self.cluster.inspect(self.calm, self.machine).await;
         if info.is_ok_and(|info| info.status == "running" && info.node != source) {
             let back = self.cluster.move_machine(self.calm, self.machine, source);
-            // One that hangs, or fails, is made again.
+            // A move that hangs, or fails, is repeated.
             let _ = tokio::time::timeout(REQUEST_PATIENCE, back).await;
         }
     }
 
-    /// Does what leads to the failpoint; its answer does not matter.
+    /// Performs the operation that leads to the failpoint; its answer is ignored.
     async fn provoke(&self, trigger: Trigger, source: &str) {
         let asked = async {
             match trigger {
@@ -324,11 +323,11 @@ impl Drill<'_> {
                 Trigger::End => drop(self.brief(source).await),
             }
         };
-        // One that hangs is of no interest here.
+        // A blocked request is ignored here.
         let _ = tokio::time::timeout(REQUEST_PATIENCE, asked).await;
     }
 
-    /// A machine that ends at once, and whose end must be known.
+    /// Runs a machine that ends at once, and whose end must be recorded.
     async fn brief(&self, node: &str) -> Result<()> {
         let witness = std::fs::read(self.folder.join("witness.wasm"))?;
         let name = format!("{}-{:08x}", self.machine, rand::random::<u32>());
@@ -345,11 +344,11 @@ impl Drill<'_> {
     }
 }
 
-/// Where the machine may run at the target already, told to by its agent or by
-/// the source, whichever is first.
+/// Whether the machine may run at the target already, resumed by its agent or by the source,
+/// whichever is first.
 const WENT_ON: [&str; 2] = ["in.go", "in.gone"];
 
-/// Whether the machine's own process is taken from it.
+/// Whether the fault kills the machine's own process.
 fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {
     let killed = action == Action::Kill
         && (matches!(failpoint.site, Site::SourceWorker | Site::Worker)

@@ -1,8 +1,7 @@
-//! Clusters of real processes on this computer: for tests, and for the demo,
-//! which is a test that one can watch.
+//! Clusters of real processes on this computer, for tests and for the demo.
 //!
-//! Everything happens on loopback, in one folder; only processes that name that
-//! folder on their command line are ever signalled.
+//! All processes run on loopback, in one folder; only processes with that folder on their command
+//! line are signalled.
 
 #![forbid(unsafe_code)]
 
@@ -15,7 +14,7 @@ use keel_api::{
 };
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, CheckpointPlan};
 use network::Network;
 use quota::Quotas;
@@ -32,17 +31,17 @@ pub mod network;
 pub mod quota;
 pub mod witness;
 
-/// Where nodes of a cluster note the failpoints that they pass, if they were
-/// built with them.
+/// File in which nodes of a cluster record the failpoints that they pass, if they are built with
+/// them.
 pub const FAILPOINT_LOG: &str = "failpoints.log";
 
-/// How long anything here may take.
+/// Time limit of every operation.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits until `done` answers with something.
+/// Polls until `done` returns a value.
 ///
 /// # Errors
-/// If it does not within [`PATIENCE`], naming `what`.
+/// If it returns none within [`PATIENCE`], naming `what`.
 pub async fn wait_for<T, F>(what: &str, mut done: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Option<T>>,
@@ -63,7 +62,7 @@ struct Node {
     parent: Option<Child>,
 }
 
-/// A cluster. Dropping it ends all its processes.
+/// A cluster. All its processes are killed on drop.
 pub struct LocalCluster {
     program: PathBuf,
     network: Option<Network>,
@@ -92,13 +91,13 @@ pub struct Guest<'a> {
     pub args: &'a [&'a str],
     /// Limit of its memory, in bytes.
     pub memory_bytes: u64,
-    /// A directory that it may reach, under the same name.
+    /// A directory that it can reach, under the same name.
     pub volume: Option<&'a Path>,
-    /// When it is started again after its end.
+    /// When it is restarted after its end.
     pub restart: Restart,
-    /// Checkpoints that are made by themselves.
+    /// Periodic checkpoints.
     pub checkpoints: Option<CheckpointPlan>,
-    /// What balancing makes of it.
+    /// Its balancing policy.
     pub balancing: Balancing,
     /// Size of a volume of its own at `/tmp`.
     pub tmp_bytes: Option<u64>,
@@ -123,21 +122,20 @@ impl<'a> Guest<'a> {
 }
 
 impl LocalCluster {
-    /// Starts a cluster of these nodes, the first of which holds the store.
-    /// `program` is the `keel` binary.
+    /// Starts a cluster of these nodes, the first of which holds the store. `program` is the
+    /// `keel` binary.
     ///
     /// # Errors
-    /// What a node said that did not start.
+    /// The log of a node that did not start.
     pub async fn start(program: &Path, folder: &Path, names: &[&str]) -> Result<Self> {
         Self::start_in(program, folder, names, None).await
     }
 
-    /// As [`Self::start`], with a CPU quota for each node, and balancing as the
-    /// default policy has it. (Others do not balance: machines are where a test put
-    /// them.)
+    /// As [`Self::start`], with a CPU quota for each node, and balancing by the default policy.
+    /// Other clusters do not balance, so that machines stay where a test starts them.
     ///
     /// # Errors
-    /// What a node said that did not start, or if there can be no quotas here.
+    /// The log of a node that did not start, or that quotas are not available.
     pub async fn start_balancing(
         program: &Path,
         folder: &Path,
@@ -159,10 +157,10 @@ impl LocalCluster {
         }
     }
 
-    /// As [`Self::start`], in a network of their own, or on loopback without.
+    /// As [`Self::start`], in network namespaces, or on loopback if there is no network.
     ///
     /// # Errors
-    /// What a node said that did not start.
+    /// The log of a node that did not start.
     pub async fn start_in(
         program: &Path,
         folder: &Path,
@@ -176,8 +174,8 @@ impl LocalCluster {
     }
 
     async fn start_nodes(&mut self, folder: &Path, names: &[&str]) -> Result<()> {
-        // An address of its own: a port that a node leaves while its agent is
-        // started again would else be taken by other clusters, or by connections.
+        // An address for this cluster: other clusters, or connections, could otherwise take a port
+        // that is free during a restart of an agent.
         let [a, b, c]: [u8; 3] = rand::random();
         let own = std::net::Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254));
         for (number, name) in names.iter().enumerate() {
@@ -225,7 +223,7 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// The network in which the nodes are, if they have one of their own.
+    /// The network of the nodes, if they have namespaces.
     pub fn network(&self) -> Option<&Network> {
         self.network.as_ref()
     }
@@ -250,7 +248,7 @@ impl LocalCluster {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        // A Ctrl-C at the terminal is the caller's to handle.
+        // The caller handles Ctrl-C at the terminal.
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         Ok(command)
     }
@@ -279,7 +277,7 @@ impl LocalCluster {
         self.wait_alive(name).await
     }
 
-    /// Waits until a node renews its lease and lists itself.
+    /// Waits until a node renews its lease and appears in its own list.
     ///
     /// # Errors
     /// If it does not.
@@ -307,7 +305,7 @@ impl LocalCluster {
             .unwrap_or_default()
     }
 
-    /// Starts a machine and waits until it runs, or ended.
+    /// Starts a machine and waits until it runs, or has ended.
     ///
     /// # Errors
     /// The node's answer.
@@ -354,7 +352,7 @@ impl LocalCluster {
         .await
     }
 
-    /// What a node says of a machine.
+    /// A node's information about a machine.
     ///
     /// # Errors
     /// The node's answer.
@@ -363,7 +361,7 @@ impl LocalCluster {
         Ok(self.client(node).get(&path).await?)
     }
 
-    /// Ends a machine and removes it.
+    /// Stops a machine and removes it.
     ///
     /// # Errors
     /// The node's answer, or if it does not end.
@@ -389,10 +387,10 @@ impl LocalCluster {
         .await
     }
 
-    /// Moves a machine; asks the node `via`.
+    /// Moves a machine, by a request to the node `via`.
     ///
     /// # Errors
-    /// The node's answer; a move whose machine stayed has a report all the same.
+    /// The node's answer. A failed move whose machine stayed returns a report.
     pub async fn move_machine(&self, via: &str, machine: &str, to: &str) -> Result<MoveReport> {
         move_by(&self.client(via), machine, to).await
     }
@@ -416,10 +414,10 @@ impl LocalCluster {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Ends a node's agent only (its parent starts it again).
+    /// Kills a node's agent only; its parent restarts it.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no agent.
     pub fn kill_agent(&self, name: &str) -> Result<()> {
         let killed = self.signal(name, Signal::KILL, &|line| {
             line.iter().any(|word| word == "agent")
@@ -428,10 +426,10 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Stops a node's agent as SIGSTOP does, or lets it go on.
+    /// Stops a node's agent by SIGSTOP, or continues it.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no agent.
     pub fn stop_agent(&self, name: &str, stop: bool) -> Result<()> {
         let signal = if stop { Signal::STOP } else { Signal::CONT };
         let signalled = self.signal(name, signal, &|line| {
@@ -441,10 +439,10 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Stops a machine's process as SIGSTOP does, or lets it go on.
+    /// Stops a machine's process by SIGSTOP, or continues it.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no process.
     pub fn stop_worker(&self, name: &str, machine: &str, stop: bool) -> Result<()> {
         let signal = if stop { Signal::STOP } else { Signal::CONT };
         let folder = self.folder(name).join("workers").join(machine);
@@ -457,10 +455,10 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Ends the processes of one machine on a node.
+    /// Kills the processes of one machine on a node.
     ///
     /// # Errors
-    /// If there are none.
+    /// If there are no processes.
     pub fn kill_worker(&self, name: &str, machine: &str) -> Result<()> {
         let folder = self.folder(name).join("workers").join(machine);
         let folder = folder.display().to_string();
@@ -469,7 +467,7 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Orders what is to happen at a failpoint on a node; `None` takes it back.
+    /// Sets a failpoint on a node; `None` clears it.
     ///
     /// # Errors
     /// The node's answer.
@@ -485,14 +483,14 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Failpoints at which something happened on a node so far, in order.
+    /// Failpoints that acted on a node so far, in order.
     pub fn failpoints_passed(&self, node: &str) -> Vec<String> {
         let path = self.folder(node).join(FAILPOINT_LOG);
         let text = std::fs::read_to_string(path).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Lets all processes of a node go on that were stopped.
+    /// Continues all stopped processes of a node.
     pub fn wake(&self, name: &str) {
         self.signal(name, Signal::CONT, &|_| true);
     }
@@ -507,8 +505,8 @@ impl LocalCluster {
             .count()
     }
 
-    /// Ends the processes on a node that are parts of machines with another home; how
-    /// many they are.
+    /// Kills the processes on a node that are parts of machines with another home; returns their
+    /// number.
     pub fn kill_parts(&self, name: &str) -> usize {
         let folder = self.folder(name).join("parts").display().to_string();
         self.signal(name, Signal::KILL, &|line| {
@@ -516,7 +514,7 @@ impl LocalCluster {
         })
     }
 
-    /// Stops those processes as SIGSTOP does, or lets them go on; how many they are.
+    /// Stops those processes by SIGSTOP, or continues them; returns their number.
     pub fn stop_parts(&self, name: &str, stop: bool) -> usize {
         let signal = if stop { Signal::STOP } else { Signal::CONT };
         let folder = self.folder(name).join("parts").display().to_string();
@@ -525,7 +523,7 @@ impl LocalCluster {
         })
     }
 
-    /// Bytes of guests' memory that a node's processes hold, as the kernel counts it.
+    /// Bytes of guests' memory in a node's processes, as the kernel counts it.
     pub fn memory_of(&self, name: &str) -> u64 {
         let folder = format!("{}/", self.folder(name).display());
         let ours = processes().into_iter().filter(|(_, line)| {
@@ -539,12 +537,12 @@ impl LocalCluster {
         .sum()
     }
 
-    /// Processes on a node that are such parts.
+    /// Number of those processes on a node.
     pub fn parts_of(&self, name: &str) -> usize {
         self.part_pids(name).len()
     }
 
-    /// Which those are.
+    /// Their process ids.
     pub fn part_pids(&self, name: &str) -> Vec<i32> {
         let folder = self.folder(name).join("parts").display().to_string();
         let is_part = |line: &Vec<String>| line.iter().any(|word| word.starts_with(&folder));
@@ -552,9 +550,9 @@ impl LocalCluster {
         parts.map(|(pid, _)| pid.as_raw_nonzero().get()).collect()
     }
 
-    /// Ends everything of a node at once, as if its computer were switched off.
+    /// Kills all processes of a node at once, as if its computer were switched off.
     pub fn power_off(&mut self, name: &str) {
-        // Processes may start others while they are being ended.
+        // Processes may start others during the loop.
         for _ in 0..5 {
             if self.signal(name, Signal::KILL, &|_| true) == 0 {
                 break;
@@ -564,25 +562,25 @@ impl LocalCluster {
         if let Some(node) = self.nodes.get_mut(name)
             && let Some(mut parent) = node.parent.take()
         {
-            // Reaps it.
+            // Reaps the process.
             let _ = parent.wait();
         }
     }
 
-    /// Starts a node again that was switched off.
+    /// Restarts a node that was switched off.
     ///
     /// # Errors
-    /// What it said.
+    /// The log of a node that did not start.
     pub async fn power_on(&mut self, name: &str) -> Result<()> {
         let folder = self.folder(name);
-        // What the dead agent left would look like an answer.
+        // The socket of the dead agent would be mistaken for an answer.
         let _ = std::fs::remove_file(folder.join("api.socket"));
         let mut command = self.command(name, &folder)?;
         command.arg("up");
         self.spawn(name, folder, command).await
     }
 
-    /// Signals the processes of a node whose command line fits; how many.
+    /// Signals the processes of a node whose command line matches; returns their number.
     fn signal(&self, name: &str, signal: Signal, fits: &dyn Fn(&[String]) -> bool) -> usize {
         let Some(node) = self.nodes.get(name) else {
             return 0;
@@ -649,7 +647,7 @@ pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveRep
     move_as(client, machine, &request).await
 }
 
-/// Moves a machine as a request says, and waits for its report.
+/// Moves a machine by a request, and waits for the report.
 ///
 /// # Errors
 /// As [`LocalCluster::move_machine`].
@@ -666,11 +664,11 @@ pub async fn move_as(client: &Client, machine: &str, request: &MoveRequest) -> R
     bail!("the move of {machine} brought no report")
 }
 
-/// Whether a text is the lines `first`, `first + 1`, … each once and in order,
-/// each beginning with its number; the number behind the last.
+/// Checks that a text has the lines `first`, `first + 1`, … each once and in order, each beginning
+/// with its number; returns the number after the last.
 ///
 /// # Errors
-/// The first line that is not as it must be. An unfinished last line is fine.
+/// The first wrong line. An incomplete last line is allowed.
 pub fn check_numbered(text: &str, first: u64) -> Result<u64> {
     let mut next = first;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);

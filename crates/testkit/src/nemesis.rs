@@ -1,7 +1,7 @@
-//! The nemesis: machines move and are kept while everything that can fail does, at
-//! random but from a seed. After each round everything is mended, and then every
-//! machine must run on one node and write on; its file must be what one copy would
-//! have written, and it may have gone back to a checkpoint only if its own process
+//! The nemesis: machines move and are checkpointed while faults are injected, at random but from a
+//! seed. After each round all faults are repaired. Then every machine must run on one node and
+//! continue to write; its file must be what one copy would have written, and it may have rewound
+//! to a checkpoint only if its own process was killed.
 //! was killed.
 
 use crate::disk::SmallDisk;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
 use keel_machine::failpoint::{ALL, Action, Injection};
 use keel_machine::moves::Ending;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -28,38 +28,38 @@ pub const NODES: [&str; 3] = ["a", "b", "c"];
 const MACHINES: [(&str, u32); 3] = [("small", 2), ("middle", 16), ("large", 64)];
 /// Time between the lines of a machine, in microseconds.
 const PAUSE_US: u32 = 2000;
-/// Room on the disk of each node, in MiB.
+/// Size of the disk of each node, in MiB.
 const DISK_MIB: u32 = 512;
-/// What holds a commit back, and loses its answer.
+/// The failpoints that delay a commit and lose its answer.
 const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committed", "error")];
-/// The longest that anything stays broken: less than a worker may be silent.
+/// The longest duration of a fault: less than the time after which a worker counts as lost.
 const BROKEN_MAX: Duration = Duration::from_secs(4);
-/// How long a request may hang.
+/// Time limit of a request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(40);
 
-/// What happened so far.
+/// Counters of the run.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Rounds.
     pub rounds: u64,
-    /// Moves that were asked for.
+    /// Requested moves.
     pub moves: AtomicU64,
-    /// Of these, while something was broken.
+    /// Of these, moves during a fault.
     pub disturbed: AtomicU64,
-    /// Of these, those that came to the target.
+    /// Of these, moves that reached the target.
     pub moved: AtomicU64,
-    /// Those whose machine stayed.
+    /// Moves whose machine stayed.
     pub stayed: AtomicU64,
-    /// Those that were refused, or whose answer was lost.
+    /// Moves that were refused, or whose answer was lost.
     pub refused: AtomicU64,
     /// Checkpoints that were made.
     pub checkpoints: AtomicU64,
     /// Faults, by kind.
     pub faults: std::collections::BTreeMap<&'static str, u64>,
-    /// How often a machine went back to a checkpoint, its process being killed.
+    /// How often a machine rewound to a checkpoint after its process was killed.
     pub rewinds: u64,
-    /// From mending to the next line of all machines, in milliseconds: where no
-    /// process of a machine was killed, and where one was.
+    /// Milliseconds from the repair to the next line of all machines: without and with a killed
+    /// process of a machine.
     pub recoveries_ms: [Vec<u64>; 2],
 }
 
@@ -68,7 +68,7 @@ impl std::fmt::Display for Tally {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         writeln!(
             f,
-            "{} rounds; {} moves asked for, {} of them disturbed: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines",
+            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines",
             self.rounds,
             of(&self.moves),
             of(&self.disturbed),
@@ -95,20 +95,20 @@ impl std::fmt::Display for Tally {
         });
         write!(
             f,
-            "going on after mending: {unharmed}; where a machine was killed: {killed}"
+            "recovery after repair: {unharmed}; with a killed machine: {killed}"
         )
     }
 }
 
-/// What is broken for a while.
+/// A temporary fault.
 #[derive(Debug, Clone)]
 enum Fault {
     Nothing,
     Failpoint(String, &'static str, Injection),
     KillAgent(String),
     KillWorker(String, &'static str),
-    /// The source's worker, while the commit of its move is held back and its answer will
-    /// be lost: nobody knows then whose the machine is.
+    /// Kills the source's worker while the commit of its move is delayed and its answer will be
+    /// lost, so that the owner is in doubt.
     KillInDoubt(String, &'static str),
     StopAgent(String),
     StopWorker(String, &'static str),
@@ -116,7 +116,7 @@ enum Fault {
     Cut(String),
     CutOneWay(String, String),
     FullDisk(String),
-    /// With so many Mbit a second.
+    /// Limited to this rate in Mbit/s.
     SlowLink(String, u32),
 }
 
@@ -143,7 +143,7 @@ impl Fault {
         }
     }
 
-    /// Whether machines' own processes may die of it.
+    /// Whether the fault may kill machines' own processes.
     fn kills_machines(&self) -> bool {
         match self {
             Fault::KillWorker(..) | Fault::KillInDoubt(..) | Fault::PowerOff(_) => true,
@@ -163,27 +163,27 @@ impl Fault {
     }
 }
 
-/// A cluster, its machines, and what is done to them.
+/// A cluster, its machines, and the faults.
 #[derive(Debug)]
 pub struct Nemesis {
     cluster: LocalCluster,
-    /// That of each node, where disks of their own may be mounted.
+    /// Folder of each node, where a file system of its own may be mounted.
     disks: BTreeMap<&'static str, SmallDisk>,
     shared: PathBuf,
     random: StdRng,
     told: Vec<Evidence>,
-    /// Where each machine was last seen to run.
+    /// Last known node of each machine.
     owners: Vec<String>,
-    /// What happened so far.
+    /// Counters of the run.
     pub tally: Arc<Tally>,
 }
 
 impl Nemesis {
-    /// Starts nodes and machines below a folder. `network` says whether every node
-    /// gets a namespace of its own; without, links are not cut.
+    /// Starts nodes and machines below a folder. With `network` every node gets a namespace of its
+    /// own; without, links are not cut.
     ///
     /// # Errors
-    /// What a node said that did not start.
+    /// The log of a node that did not start.
     pub async fn start(
         program: &Path,
         witness: &Path,
@@ -196,7 +196,7 @@ impl Nemesis {
             match SmallDisk::mount(&folder.join(node), DISK_MIB) {
                 Ok(disk) => disks.insert(node, disk),
                 Err(error) => {
-                    println!("no disk is ever full: {error:#}");
+                    println!("no disk can be filled: {error:#}");
                     break;
                 }
             };
@@ -266,7 +266,7 @@ impl Nemesis {
             match runs {
                 Ok(owner) => self.owners[number] = owner,
                 Err(error) => {
-                    // What it wrote says more than that it does not write.
+                    // The content of its file explains more than the time-out.
                     self.evidence(name)?;
                     let info = inspect().await.map(|info| MachineInfo {
                         moves: Vec::new(),
@@ -287,7 +287,7 @@ impl Nemesis {
             .to_owned()
     }
 
-    /// Another node than the one where a machine runs.
+    /// A node other than that of a machine.
     fn elsewhere(&mut self, machine: &str) -> String {
         let number = MACHINES.iter().position(|(name, _)| *name == machine);
         let owner = number.map_or("", |number| self.owners[number].as_str());
@@ -296,13 +296,13 @@ impl Nemesis {
         some.unwrap_or_default().to_owned()
     }
 
-    /// Where a machine was last seen to run.
+    /// Last known node of a machine.
     fn owner(&self, machine: &str) -> String {
         let number = MACHINES.iter().position(|(name, _)| *name == machine);
         number.map_or_else(String::new, |number| self.owners[number].clone())
     }
 
-    /// Kills the source's worker as soon as a commit is held back there.
+    /// Kills the source's worker as soon as a commit is delayed there.
     async fn kill_in_doubt(&self, node: &str, machine: &str, passed: usize) {
         let held = async {
             loop {
@@ -313,7 +313,7 @@ impl Nemesis {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        // (A move that did not come so far leaves nothing in doubt.)
+        // A move that did not get this far has no doubt.
         if tokio::time::timeout(BROKEN_MAX, held).await.is_ok() {
             drop(self.cluster.kill_worker(node, machine));
         }
@@ -369,7 +369,7 @@ impl Nemesis {
         }
     }
 
-    /// Breaks something. What is not there to be broken is left.
+    /// Injects a fault, if its object exists.
     async fn break_it(&mut self, fault: &Fault) {
         match fault {
             Fault::Nothing => {}
@@ -408,7 +408,7 @@ impl Nemesis {
         }
     }
 
-    /// Leaves the nodes' disks mounted, for people who want to look.
+    /// Leaves the nodes' disks mounted for inspection.
     pub fn keep_disks(&mut self) {
         for (_, disk) in std::mem::take(&mut self.disks) {
             disk.keep();
@@ -455,18 +455,18 @@ impl Nemesis {
         Ok(())
     }
 
-    /// One round; what was done.
+    /// Runs one round; returns a description.
     ///
     /// # Errors
-    /// What must not be.
+    /// The violated condition.
     pub async fn round(&mut self) -> Result<String> {
         let fault = match self.random.random_bool(0.5) {
             true => self.some_fault(),
             false => Fault::Nothing,
         };
         let disturbed = !matches!(fault, Fault::Nothing);
-        // In both orders: failpoints wait for what follows, a kill may come at
-        // any time of it.
+        // In both orders: failpoints wait for later operations, a kill may come at any time during
+        // them.
         let waits = matches!(fault, Fault::Failpoint(..) | Fault::KillInDoubt(..));
         let first = self.random.random_bool(0.5) || waits;
         let passed = match &fault {
@@ -525,7 +525,7 @@ impl Nemesis {
             self.kill_in_doubt(node, machine, passed).await;
         }
         if waits {
-            // Until it was passed, or nothing more passes it.
+            // Until it is passed, or no operation passes it any more.
             let all = async { while tasks.join_next().await.is_some() {} };
             let _ = tokio::time::timeout(BROKEN_MAX / 2, all).await;
         } else if disturbed {
@@ -537,7 +537,7 @@ impl Nemesis {
             .await
             .with_context(|| format!("{fault:?}"))?;
         let mended = Instant::now();
-        // A machine may run on long before a request about it is answered.
+        // A machine may run long before a request about it is answered.
         let running = MACHINES
             .iter()
             .map(|(name, _)| grows(self.shared.join(format!("{name}.lines"))));
@@ -554,7 +554,7 @@ impl Nemesis {
         tasks.abort_all();
         let before = self.told.clone();
         for (number, (name, _)) in MACHINES.iter().enumerate() {
-            // A tail that is being written is read again below.
+            // An incomplete last line is read again below.
             if let Ok(told) = self.evidence(name) {
                 self.told[number] = told;
             }
@@ -569,7 +569,7 @@ impl Nemesis {
             let back = told.rewinds - before[number].rewinds;
             ensure!(
                 back == 0 || fault.kills_machines(),
-                "{name} went back, although its process lived, after {fault:?}, {}",
+                "{name} rewound, although its process was not killed, after {fault:?}, {}",
                 what.join(", ")
             );
             rewinds += back;
@@ -588,7 +588,7 @@ impl Nemesis {
     }
 }
 
-/// How long it takes until a file has grown.
+/// Time until a file has grown.
 async fn grows(path: PathBuf) -> Duration {
     let begun = Instant::now();
     let bytes = || std::fs::metadata(&path).map_or(0, |meta| meta.len());

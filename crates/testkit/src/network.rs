@@ -1,4 +1,4 @@
-//! Nodes in network namespaces of their own, whose links can be cut.
+//! Nodes in separate network namespaces, whose links can be cut.
 //!
 //! ```text
 //!   keel-ID-a ── eth0 ─┐
@@ -6,9 +6,8 @@
 //!   keel-ID-c ── eth0 ─┘
 //! ```
 //!
-//! Made by `ip`, which root may use; [`Network::new`] says what is missing
-//! elsewhere. Nothing of it is seen outside of the namespaces, and it goes when it
-//! is dropped.
+//! Created by `ip`, which needs root; [`Network::new`] reports a missing privilege or tool. The
+//! namespaces are isolated from the host, and are removed on drop.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -17,7 +16,7 @@ use std::process::Command;
 
 /// The port at which every node listens.
 const PORT: u16 = 7411;
-/// Nobody's address.
+/// An unused address.
 const NOBODY: &str = "02:00:00:00:de:ad";
 
 /// Namespaces and the switch between them.
@@ -47,10 +46,10 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
 }
 
 impl Network {
-    /// Makes a network for these nodes.
+    /// Creates a network for these nodes.
     ///
     /// # Errors
-    /// What is not permitted or missing; nothing is left then.
+    /// A missing privilege or tool; partial state is removed.
     pub fn new(names: &[&str]) -> Result<Self> {
         let mut network = Network {
             prefix: format!("keel-{:06x}", rand::random::<u32>() & 0xff_ffff),
@@ -97,10 +96,10 @@ impl Network {
         Ok(format!("10.214.0.{}", self.number(node)?))
     }
 
-    /// Where a node listens.
+    /// The address on which a node listens.
     ///
     /// # Errors
-    /// For a node that is not in this network.
+    /// If the node is not in this network.
     pub fn address(&self, node: &str) -> Result<String> {
         Ok(format!("{}:{PORT}", self.host(node)?))
     }
@@ -114,21 +113,21 @@ impl Network {
         command
     }
 
-    /// Cuts a node off, or joins it again.
+    /// Disconnects a node, or reconnects it.
     ///
     /// # Errors
-    /// What `ip` says.
+    /// The error of `ip`.
     pub fn cut(&self, node: &str, cut: bool) -> Result<()> {
         let port = format!("port{}", self.number(node)?);
         let state = if cut { "down" } else { "up" };
         ip(&["-n", &self.switch(), "link", "set", &port, state])
     }
 
-    /// Makes the link of a node slow, both ways, or as fast as it was: so many Mbit a
-    /// second, and what is sent faster waits in a queue, up to 200 ms, or is lost.
+    /// Limits the link of a node, in both directions, to a rate in Mbit/s, or removes the limit.
+    /// Faster traffic is queued for up to 200 ms, then dropped.
     ///
     /// # Errors
-    /// What `tc` says.
+    /// The error of `tc`.
     pub fn slow(&self, node: &str, mbit: Option<u32>) -> Result<()> {
         let port = format!("port{}", self.number(node)?);
         let (space, switch) = (self.space(node), self.switch());
@@ -152,16 +151,16 @@ impl Network {
         Ok(())
     }
 
-    /// Lets nothing pass from one node to another, or all again; the other way is
-    /// not changed.
+    /// Blocks all traffic from one node to another, or allows it again; the other direction is not
+    /// affected.
     ///
     /// # Errors
-    /// What `ip` says.
+    /// The error of `ip`.
     pub fn cut_one_way(&self, from: &str, to: &str, cut: bool) -> Result<()> {
         let (space, host) = (self.space(from), self.host(to)?);
         let mut arguments = vec!["-n", &space, "neigh"];
         match cut {
-            // A wrong neighbour: what is sent there nobody takes.
+            // A wrong neighbour entry: its packets have no receiver.
             true => arguments.extend([
                 "replace",
                 &host,

@@ -1,6 +1,5 @@
-//! Nodes with a CPU quota: each node of a cluster in a control group of its own, so
-//! that several on one computer have capacities that do not change with what the
-//! others do.
+//! Nodes with a CPU quota: each node of a cluster in a control group of its own, so that the
+//! capacities of several nodes on one computer are independent.
 
 use anyhow::{Context, Result};
 use keel_machine::cgroup::Layout;
@@ -11,17 +10,17 @@ use std::time::{Duration, Instant};
 
 const PERIOD_MICROS: u64 = 20_000;
 
-/// Groups with quotas, by node. Removed when dropped, once their processes are gone.
+/// Groups with quotas, by node. Removed on drop, once their processes have ended.
 #[derive(Debug)]
 pub struct Quotas {
     groups: BTreeMap<String, PathBuf>,
 }
 
 impl Quotas {
-    /// Makes one for each node, of so many cores.
+    /// Creates a group for each node, with a quota in cores.
     ///
     /// # Errors
-    /// If this user may not make such groups here: there is no such test then.
+    /// If this user may not create such groups here; the test is skipped then.
     pub fn new(cores: &[(&str, f64)]) -> Result<Self> {
         let layout = Layout::read().context("the layout of control groups")?;
         let places = layout.places(&layout.on_unified());
@@ -77,7 +76,7 @@ impl Drop for Quotas {
     fn drop(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(5);
         for group in self.groups.values() {
-            // Its processes were killed; the kernel may take a moment.
+            // Its processes were killed; the kernel may need a moment.
             while group.exists() && std::fs::remove_dir(group).is_err() {
                 if Instant::now() > deadline {
                     break;

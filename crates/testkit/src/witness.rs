@@ -1,19 +1,19 @@
-//! What the guest `witness` wrote, and whether it can be: its lines are `N EPOCH`,
-//! in a file that outlives the machine and that every node sees.
+//! Checks the output of the guest `witness`: its lines are `N EPOCH`, in a file that outlives the
+//! machine and that every node sees.
 
 use anyhow::{Result, bail, ensure};
 
-/// What a witness's file tells.
+/// The result of checking a witness's file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Evidence {
-    /// Whole lines.
+    /// Number of complete lines.
     pub lines: u64,
     /// Number of the last one.
     pub last: u64,
     /// Epochs that wrote.
     pub epochs: u64,
-    /// How often it went on from an earlier line, under a later epoch: restarts
-    /// from a checkpoint or from the beginning.
+    /// Number of times that it continued from an earlier line, under a later epoch: restarts from
+    /// a checkpoint or from the beginning.
     pub rewinds: u64,
     /// Lines that were written more than once because of that.
     pub repeated: u64,
@@ -21,14 +21,13 @@ pub struct Evidence {
 
 /// Reads the lines of a witness.
 ///
-/// Numbers rise by one, and epochs never fall: two copies that ran at once would
-/// write a number twice, or fall back. An earlier number may come only with a
-/// later epoch than any before; the one line that follows a rewind may still have
-/// an older epoch, since the machine may have been captured between asking for
-/// the epoch and writing it.
+/// Numbers increase by one, and epochs never decrease: two concurrent copies would write a number
+/// twice, or decrease. An earlier number may only follow under a later epoch than any before. The
+/// first line after a rewind may still have an older epoch, since the machine may have been
+/// captured between reading the epoch and writing it.
 ///
 /// # Errors
-/// The first line that cannot be.
+/// The first impossible line.
 pub fn examine(text: &str) -> Result<Evidence> {
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut lines = Vec::new();
@@ -67,7 +66,7 @@ pub fn examine(text: &str) -> Result<Evidence> {
             ensure!(number < follows, "lines are missing: {}", near());
             ensure!(
                 epoch > newest || stale(&lines, at, newest),
-                "a line comes twice under one epoch: {}",
+                "a line is written twice under one epoch: {}",
                 near()
             );
             told.rewinds += 1;
@@ -83,8 +82,8 @@ pub fn examine(text: &str) -> Result<Evidence> {
     Ok(told)
 }
 
-/// Whether a line of an older epoch is the first after a rewind: the next one
-/// has a newer epoch than all before.
+/// Whether a line of an older epoch is the first after a rewind: the next one has a newer epoch
+/// than all before.
 fn stale(lines: &[(u64, u64)], at: usize, newest: u64) -> bool {
     match lines.get(at + 1) {
         Some((number, epoch)) => *number == lines[at].0 + 1 && *epoch > newest,
@@ -118,7 +117,7 @@ mod tests {
     #[test]
     fn what_two_copies_would_write_is_found() {
         for lines in [
-            // Twice under one epoch, in turns, gaps, going back to an old epoch.
+            // Twice under one epoch, alternating, gaps, return to an old epoch.
             &[(0, 1), (1, 1), (1, 1)][..],
             &[(0, 1), (1, 2), (1, 1), (2, 2)],
             &[(0, 1), (1, 1), (3, 1)],

@@ -1,5 +1,4 @@
-//! A file of machines: TOML, one table for each machine, whose keys are the options
-//! of `keel run`.
+//! A machine file: TOML, one table for each machine, whose keys are the options of `keel run`.
 //!
 //! ```toml
 //! [machine.web]
@@ -14,7 +13,7 @@
 
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use keel_api::RunRequest;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
@@ -50,15 +49,15 @@ const KEYS: [&str; 22] = [
     "spawn",
     "part-memory",
 ];
-/// Names that are this like another are taken for it, from 0 to 1.
+/// The least similarity, from 0 to 1, of a name that is suggested for an unknown one.
 const LIKE: f64 = 0.7;
 
-/// A machine that a file asks for.
+/// A machine of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
     /// The module's file.
     pub(super) module: PathBuf,
-    /// All but the module's hash.
+    /// The request, without the module's hash.
     pub(super) request: RunRequest,
 }
 
@@ -102,10 +101,10 @@ struct Machine {
     part_memory: Option<Size>,
 }
 
-/// Reads a file's text; `place` is the file.
+/// Parses a file's text; `place` is the path of the file.
 ///
 /// # Errors
-/// Sentences for people: what is wrong, in which line, and what was probably meant.
+/// Sentences for users: the error, its line, and the probable intention.
 pub(super) fn read(place: &Path, text: &str) -> Result<Vec<Wanted>, String> {
     let shown = place.display();
     let table = DeTable::parse(text).map_err(|error| format!("{shown}: {error}"))?;
@@ -148,11 +147,11 @@ pub(super) fn read(place: &Path, text: &str) -> Result<Vec<Wanted>, String> {
         .collect()
 }
 
-/// Keys that nobody knows.
+/// Unknown keys.
 struct Strangers<'a> {
     place: &'a Path,
     text: &'a str,
-    /// Where each is, and what is said of it.
+    /// The offset of each, with its message.
     found: Vec<(usize, String)>,
 }
 
@@ -243,16 +242,16 @@ impl Machine {
     }
 }
 
-/// Bytes, as a number or as people write them.
+/// Bytes, as a number or a text with a unit.
 struct Size(u64);
-/// Thousandths of a core, of a number of cores.
+/// Thousandths of a core, from a number of cores.
 struct Cores(u32);
-/// A length of time, as people write it.
+/// A duration, as a text with a unit.
 struct Time(Duration);
-/// A volume as `keel run --volume` takes it.
+/// A volume in the syntax of `keel run --volume`.
 struct Volume(crate::volume::VolumeArg);
 
-/// What is written as a text or a number, and read as on the command line.
+/// A text or a number, parsed as on the command line.
 struct Written<T>(fn(&str) -> Result<T, String>, &'static str);
 
 impl<T> Visitor<'_> for Written<T> {
@@ -299,7 +298,7 @@ impl<'de> Deserialize<'de> for Cores {
 
 impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let what = "a length of time (examples: \"30s\", \"10m\", \"7d\")";
+        let what = "a duration (examples: \"30s\", \"10m\", \"7d\")";
         deserializer
             .deserialize_any(Written(crate::when::duration, what))
             .map(Time)
@@ -454,7 +453,7 @@ mod tests {
             ),
             (
                 "[machine.web]\nmodule = \"a\"\ncheckpoint-every = \"soon\"",
-                "no length of time",
+                "is not a duration",
             ),
             ("[machine.web\n", "line 1"),
             ("machine = 1", "invalid type"),

@@ -1,7 +1,7 @@
-//! `keel apply`: makes machines be as a file says. Applied again, it changes nothing.
+//! `keel apply`: makes machines equal to those of a file. Applied again, it changes nothing.
 //!
-//! All of the file is read, and all machines compared, before anything is changed:
-//! what cannot be done is refused as a whole.
+//! The whole file is read, and all machines are compared, before any change: if one change is
+//! impossible, all are refused.
 //!
 //! - `file`: the file
 
@@ -17,32 +17,32 @@ use keel_api::{
     CheckpointChange, Client, FieldChange, MachineDiff, MachineInfo, Nothing, RunRequest,
     SetRequest, Uploaded, VolumeRequest,
 };
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long a machine that is to be replaced may take to be removed.
+/// How long the removal of a replaced machine may take.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The file: a table [machine.NAME] for each machine, with `module` and what else of the
-    /// options of `keel run` it needs (args, env, volume, memory, threads, cpu-limit,
-    /// output-rate, restart, rm, on, checkpoint-every, -to, -keep, -keep-for).
+    /// The file: a table [machine.NAME] for each machine, with `module` and any options of `keel
+    /// run` (args, env, volume, memory, threads, cpu-limit, output-rate, restart, rm, on,
+    /// checkpoint-every, -to, -keep, -keep-for).
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
-    /// Only shows what would change.
+    /// Only shows the changes.
     #[arg(long)]
     diff: bool,
-    /// Stops machines and starts them anew where that is needed: what they hold in memory and
-    /// in volumes of their own is lost.
+    /// Stops and restarts machines where a change needs that: their memory and their own volumes
+    /// are lost.
     #[arg(long)]
     replace: bool,
 }
 
-/// What becomes of a machine.
+/// The action for a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Action {
@@ -52,13 +52,13 @@ enum Action {
     Unchanged,
 }
 
-/// A machine of the file, beside the one that there is.
+/// A machine of the file, with the existing one.
 #[derive(Serialize)]
 struct Plan {
     machine: String,
     action: Action,
     changes: Vec<FieldChange>,
-    /// Whether it was done, and not only looked at.
+    /// Whether the action was carried out.
     done: bool,
     #[serde(skip)]
     wanted: RunRequest,
@@ -115,7 +115,7 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
         .with_context(|| format!("cannot read {}", module.display()))
         .with_context(of)?;
     request.module = blake3::hash(&bytes).to_hex().to_string();
-    // Whether it is a name at all is the node's to say.
+    // The node validates the name.
     let path = keel_api::path(["machines", &machine, "diff"]);
     let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
     let action = match (&found.node, &found.changes[..]) {
@@ -135,7 +135,7 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
     })
 }
 
-/// Says what a checkpoint does not bring back.
+/// Warns of state that a checkpoint does not restore.
 fn warn(plan: &Plan) {
     if plan.action == Action::Unchanged || plan.wanted.restart == Restart::No {
         return;
@@ -148,7 +148,7 @@ fn warn(plan: &Plan) {
         } = volume
         {
             eprintln!(
-                "keel: warning: machine {:?} goes on from its newest checkpoint when its process is lost; its files in {guest} do not go back with it, they are as {host} has them then",
+                "keel: warning: machine {:?} restarts from its newest checkpoint when its process is lost; its files in {guest} are not rolled back, they are as {host} has them then",
                 plan.machine
             );
         }
@@ -166,7 +166,7 @@ fn refuse_replacing(plans: &[Plan]) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "these need machines to be started anew, which loses what they hold (--replace does it); nothing was changed:\n{}",
+        "these changes need a restart of machines, which loses their memory and own volumes (--replace allows it); nothing was changed:\n{}",
         lines.join("\n")
     )
 }
@@ -180,7 +180,7 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
             let changes = |field| plan.changes.iter().any(|change| change.field == field);
             let request = SetRequest {
                 memory_bytes: changes("memory").then_some(wanted.memory_bytes),
-                // 0 is none.
+                // 0 means none.
                 cpu_limit_millis: changes("cpu-limit")
                     .then(|| wanted.cpu_limit_millis.unwrap_or(0)),
                 restart: changes("restart").then_some(wanted.restart),
@@ -223,7 +223,7 @@ async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> 
     Ok(())
 }
 
-/// Ends and removes a machine; one that removes itself at its end may be quicker.
+/// Stops and removes a machine; one that removes itself at its end may be gone already.
 async fn remove(client: &Client, plan: &Plan) -> Result<()> {
     let path = keel_api::path(["machines", &plan.machine]);
     if plan.found.live {

@@ -1,5 +1,5 @@
-//! The demo's first chapter: a hot node cures itself. Machines that never rest are
-//! started on one node, and nobody says where they should go.
+//! The first step of the demo: the load of a hot node is balanced. Busy machines are started on
+//! one node, without any request to move them.
 
 use super::{SPINNER, SharedScene, headline, look};
 use anyhow::{Context, Result};
@@ -10,23 +10,23 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// Machines that burn.
+/// Number of busy machines.
 const BURNERS: usize = 6;
-/// Counts of two nodes that are so near are level: one machine cannot be halved.
+/// The largest difference between machine counts of balanced nodes: one machine cannot be split.
 const APART_MAX: usize = 2;
 
-/// What became of the hot node.
+/// The result of balancing the hot node.
 #[derive(Debug, Serialize)]
 pub(super) struct HotNodeReport {
-    /// The balancer's decisions, in words.
+    /// The balancer's decisions, as text.
     pub(super) decisions: Vec<String>,
     /// Machines of each node in the end.
     pub(super) machines: BTreeMap<String, usize>,
-    /// Milliseconds from the last machine's start until the nodes were level.
+    /// Milliseconds from the last machine's start until the nodes were balanced.
     pub(super) took_ms: u64,
 }
 
-/// Lets the cluster balance itself; what it did, and why.
+/// Lets the cluster balance itself; returns the decisions and the result.
 pub(super) async fn play(
     scene: &SharedScene,
     cluster: &LocalCluster,
@@ -36,7 +36,7 @@ pub(super) async fn play(
     cluster.set_policy("mode", "automatic").await?;
     headline(
         scene,
-        &format!("node {hot} is given {BURNERS} machines that never rest"),
+        &format!("starting {BURNERS} busy machines on node {hot}"),
     );
     for number in 0..BURNERS {
         let name = format!("burn-{number}");
@@ -45,8 +45,8 @@ pub(super) async fn play(
             .await?;
     }
     let begun = Instant::now();
-    headline(scene, "nobody moves them: the nodes level themselves");
-    let level = keel_testkit::wait_for("the nodes are level", || async {
+    headline(scene, "the nodes balance their loads by themselves");
+    let level = keel_testkit::wait_for("the nodes are balanced", || async {
         look(scene, cluster).await;
         let counts = counts(cluster, hot, nodes).await.ok()?;
         let most = counts.values().max()?;
@@ -60,7 +60,7 @@ pub(super) async fn play(
         headline(scene, last);
     }
     cluster.set_policy("mode", "off").await?;
-    headline(scene, "the machines that burned are removed");
+    headline(scene, "removing the busy machines");
     for number in 0..BURNERS {
         cluster.end(hot, &format!("burn-{number}")).await?;
     }

@@ -1,7 +1,7 @@
-//! The demo's second chapter: a program with threads outgrows its node. A renderer is
-//! started on one node, gets parts on the others by itself, and its threads go there; a
-//! machine with much memory gives what it does not use away. Its pictures are the same as
-//! those that it makes alone.
+//! The second step of the demo: a program with threads outgrows its node. A renderer is started on
+//! one node, gets parts on the others by balancing, and its threads move there; a machine with
+//! much memory evicts unused pages. The renderer's pictures are the same as those of a run on one
+//! node.
 
 use super::{HOT, RENDER, SharedScene, headline, look};
 use anyhow::{Context, Result, ensure};
@@ -16,28 +16,28 @@ use std::time::Instant;
 /// Width and height of a picture.
 const SIZE: (&str, &str) = ("480", "320");
 const WORKERS: &str = "6";
-/// Pictures that are made again alone.
+/// Pictures that are rendered again on one node.
 const COMPARED: usize = 4;
-/// MiB of the machine with much memory, and what one part keeps of them.
+/// MiB of the machine with much memory, and the limit of one part.
 const MEMORY_MIB: &str = "48";
 const PART_MIB: u64 = 24;
 
-/// What became of both.
+/// The result for both machines.
 #[derive(Debug, Serialize)]
 pub(super) struct Spread {
-    /// What was decided of threads and memory, in words.
+    /// Decisions about threads and memory, as text.
     pub(super) decisions: Vec<String>,
     /// Threads of each node in the end.
     pub(super) threads: BTreeMap<String, u32>,
     /// MiB of the other machine's memory on each node.
     pub(super) memory_mib: BTreeMap<String, u64>,
-    /// Pictures that were made on all nodes and alone, and are the same.
+    /// Pictures that are the same when rendered on all nodes and on one.
     pub(super) pictures: usize,
     /// Milliseconds until both were spread.
     pub(super) took_ms: u64,
 }
 
-/// Lets a program spread over the nodes by itself; what it did, and why.
+/// Lets a program spread over the nodes by balancing; returns the decisions and the result.
 pub(super) async fn play(
     scene: &SharedScene,
     cluster: &LocalCluster,
@@ -47,11 +47,11 @@ pub(super) async fn play(
 ) -> Result<Spread> {
     let home = *nodes.first().context("no node")?;
     cluster.set_policy("mode", "automatic").await?;
-    // Twice as quick as usual: it is watched.
+    // Twice the usual rate, for the audience.
     cluster.set_policy("sample_ms", "500").await?;
     headline(
         scene,
-        &format!("node {home} is given a renderer with {WORKERS} threads"),
+        &format!("starting a renderer with {WORKERS} threads on node {home}"),
     );
     let args = [WORKERS, SIZE.0, SIZE.1, "1000000"];
     let mut render = Guest::new("render", home, RENDER, &args);
@@ -65,7 +65,7 @@ pub(super) async fn play(
     let begun = Instant::now();
     headline(
         scene,
-        "its threads go where there is room, and memory that rests goes where it fits",
+        "its threads move to free cores, and idle memory to nodes with room",
     );
     let spread = wait_for("both are spread over the nodes", || async {
         look(scene, cluster).await;
@@ -77,7 +77,10 @@ pub(super) async fn play(
     });
     let (threads, memory_mib) = spread.await?;
     let took_ms = begun.elapsed().as_millis() as u64;
-    headline(scene, "the same pictures are made alone, and compared");
+    headline(
+        scene,
+        "rendering the same pictures on one node, for comparison",
+    );
     let before = lines(cluster, home).await?.len();
     let drawn = wait_for("pictures by all nodes", || async {
         look(scene, cluster).await;
@@ -90,7 +93,7 @@ pub(super) async fn play(
     let same = drawn[first..] == alone[..];
     ensure!(
         same,
-        "pictures differ: {:?}, alone {alone:?}",
+        "pictures differ: {:?}, on one node {alone:?}",
         &drawn[first..]
     );
     let decisions = decisions(cluster, home).await?;
@@ -111,7 +114,7 @@ pub(super) async fn play(
     })
 }
 
-/// How many threads each node has.
+/// Number of threads on each node.
 async fn threads(
     cluster: &LocalCluster,
     via: &str,
@@ -126,7 +129,7 @@ async fn threads(
     Ok(threads)
 }
 
-/// How many MiB of it each node has.
+/// MiB of the machine on each node.
 async fn memory(cluster: &LocalCluster, via: &str, machine: &str) -> Result<BTreeMap<String, u64>> {
     let path = keel_api::path(["machines", machine, "objects"]);
     let objects: Vec<ObjectInfo> = cluster.client(via).get(&path).await?;
@@ -140,14 +143,14 @@ async fn memory(cluster: &LocalCluster, via: &str, machine: &str) -> Result<BTre
         .collect())
 }
 
-/// The lines that it has written whole.
+/// The complete lines of its output.
 async fn lines(cluster: &LocalCluster, via: &str) -> Result<Vec<String>> {
     let output = cluster.output(via, "render").await?;
     let whole = output.rfind('\n').map_or("", |end| &output[..end]);
     Ok(whole.lines().map(str::to_owned).collect())
 }
 
-/// The same pictures, made by one process.
+/// The same pictures, rendered by one process.
 async fn alone(program: &Path, folder: &Path, first: usize) -> Result<Vec<String>> {
     let module = folder.join("render.wasm");
     tokio::fs::write(&module, RENDER).await?;

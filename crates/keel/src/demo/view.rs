@@ -1,4 +1,4 @@
-//! The demo on a terminal: nodes, machines and moves as they are right now.
+//! The demo on a terminal: the present nodes, machines and moves.
 
 use super::{Scene, SharedScene, with_scene};
 use anyhow::Result;
@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// How often the screen is drawn.
+/// Interval of redrawing the screen.
 const FRAME: Duration = Duration::from_millis(100);
 
-/// The terminal while the demo runs; dropping it gives the terminal back.
+/// The terminal of the demo; restored on drop.
 pub(super) struct Screen {
     stop: Arc<AtomicBool>,
     quit: Arc<Notify>,
@@ -58,7 +58,7 @@ impl Drop for Screen {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // A panic in it leaves nothing to do but restore.
+            // After a panic in it, only the terminal remains to be restored.
             let _ = thread.join();
         }
         ratatui::restore();

@@ -1,6 +1,5 @@
-//! Whether machines can have control groups of their own: where they would be,
-//! and whether this user may make them. Which hierarchies there are is
-//! [`keel_machine::cgroup`]'s to know.
+//! Checks whether machines can have control groups of their own: their place in the hierarchy, and
+//! the permission to create them. [`keel_machine::cgroup`] finds the hierarchies.
 
 use super::Check;
 use keel_machine::cgroup::Layout;
@@ -25,10 +24,10 @@ pub(super) fn check() -> Check {
     for (folder, controllers) in &places {
         let controllers: Vec<&str> = controllers.iter().copied().collect();
         let may = match try_group(folder) {
-            Ok(()) => "groups can be made".to_owned(),
+            Ok(()) => "groups can be created".to_owned(),
             Err(error) => {
                 refused = true;
-                format!("no groups can be made ({error})")
+                format!("no groups can be created ({error})")
             }
         };
         found.push(format!(
@@ -52,7 +51,7 @@ pub(super) fn check() -> Check {
     )
 }
 
-/// Makes a group and removes it.
+/// Creates and removes a group.
 fn try_group(parent: &Path) -> std::io::Result<()> {
     let group = parent.join(format!("keel-doctor-{}", std::process::id()));
     std::fs::create_dir(&group)?;

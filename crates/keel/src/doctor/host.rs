@@ -1,4 +1,4 @@
-//! Rights, limits, clocks, cores and memory.
+//! Privileges, limits, clocks, cores and memory.
 
 use super::Check;
 use crate::output;
@@ -8,14 +8,13 @@ use rustix::process::{Resource, getrlimit};
 use rustix::thread::CapabilitySet;
 use rustix::time::{ClockId, clock_gettime};
 
-/// Files that one machine's program may have open, which are files of its
-/// worker.
+/// Open files of one machine's program, which are open in its worker.
 const GUEST_FILES_MAX: u64 = 4096;
-/// Files that a worker and an agent have open besides.
+/// Further open files of a worker and an agent.
 const OWN_FILES: u64 = 256;
-/// Memory that a node keeps for itself when machines are offered to it.
+/// Memory that a node reserves for itself.
 const SPARE_BYTES: u64 = 256 << 20;
-/// Nice values begin at 20 below that of the resource limit.
+/// The nice value is 20 minus the resource limit.
 const NICE_LIMIT_OF_MINUS_5: u64 = 25;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -117,7 +116,7 @@ fn locked_memory() -> Check {
 
 fn boot_clock() -> Check {
     let name = "boot-clock";
-    let why = "leases and timers go on while the computer sleeps";
+    let why = "leases and timers continue while the computer sleeps";
     let seconds = |clock| {
         let now = clock_gettime(clock);
         now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
@@ -139,7 +138,7 @@ fn boot_clock() -> Check {
 
 fn wall_clock() -> Check {
     let name = "wall-clock";
-    let why = "decides nothing, but times of several nodes are compared by people, and tokens and certificates expire by it";
+    let why = "no decision depends on it, but users compare times of several nodes, and tokens and certificates expire by it";
     let remedy = "Run chrony, systemd-timesyncd or another NTP client.";
     match keel_machine::clock::is_synchronised() {
         Ok(true) => Check::ok(name, why, "synchronised"),
@@ -159,7 +158,7 @@ fn cores() -> Check {
 
 fn memory() -> Check {
     let name = "memory";
-    let why = "a node takes in no machine that does not fit beside 256 MiB that it keeps";
+    let why = "a node accepts a machine only if 256 MiB remain free";
     match procfs::Meminfo::current() {
         Ok(memory) => {
             let available = memory.mem_available.unwrap_or(memory.mem_free);

@@ -1,5 +1,5 @@
-//! What the kernel can do. What can be tried is tried: version numbers say
-//! little of kernels with patches, sandboxes and containers.
+//! Kernel features. Each is tried where possible: version numbers say little about kernels with
+//! patches, sandboxes and containers.
 
 use super::Check;
 use keel_wasm::memory::Unavailable;
@@ -10,9 +10,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use std::time::Duration;
 
-/// The oldest kernel with all that cannot be done without (pidfd_open).
+/// The oldest kernel with all required features (pidfd_open).
 const VERSION_MIN: (u32, u32) = (5, 3);
-/// The first kernel with all that makes moves fast.
+/// The first kernel with all features for fast moves.
 const VERSION_FULL: (u32, u32) = (6, 7);
 
 pub(super) fn checks() -> Vec<Check> {
@@ -23,7 +23,7 @@ pub(super) fn checks() -> Vec<Check> {
 }
 
 fn version() -> Check {
-    let why = "written pages are found fast by what Linux 6.7 brought";
+    let why = "Linux 6.7 added fast detection of written pages";
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let found = format!("{} {release}", uname.sysname().to_string_lossy());
@@ -47,7 +47,7 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// memfd, and all that userfaultfd gives.
+/// memfd, and the features of userfaultfd.
 fn memory() -> Vec<Check> {
     let memory = "each memory of a machine is one";
     let offered = match keel_wasm::memory::probe() {
@@ -62,9 +62,8 @@ fn memory() -> Vec<Check> {
         }
     };
     let moves =
-        "without it, moves and checkpoints find written pages by hashing: right, but slower";
-    let parts =
-        "machines whose memory is on several nodes, and moves that fetch pages late, need it";
+        "without it, moves and checkpoints find written pages by hashing: correct, but slower";
+    let parts = "spanning machines and post-copy moves need it";
     vec![
         Check::ok("memfd", memory, "memfd_create works"),
         tried(
@@ -114,12 +113,12 @@ fn pidfd() -> Check {
         poll(&mut ended, Some(&Timespec::default()))
     });
     match tried {
-        // This process lives: there is nothing to read.
+        // This process is alive, so there is nothing to read.
         Ok(0) => Check::ok("pidfd", why, "opens and is polled"),
         Ok(_) => Check::fail(
             "pidfd",
             why,
-            "says of a living process that it ended",
+            "reports a live process as ended",
             "Use another kernel.",
         ),
         Err(error) => Check::fail(
@@ -159,8 +158,7 @@ fn timers() -> Check {
 
 fn pressure() -> Check {
     let name = "pressure";
-    let why =
-        "load is told from pressure: without it a node that waits for memory or disks looks idle";
+    let why = "load includes pressure: without it a node that waits for memory or disks seems idle";
     let missing: Vec<&str> = ["cpu", "memory", "io"]
         .into_iter()
         .filter(|what| std::fs::read_to_string(format!("/proc/pressure/{what}")).is_err())

@@ -1,14 +1,12 @@
-//! `keel doctor`: what this computer offers to a node, what it lacks, what
-//! follows, and what to do. Needs no running agent; where one runs, it is asked
-//! too.
+//! `keel doctor`: checks what this computer offers to a node, what it lacks, the consequences, and
+//! the remedies. Needs no running agent; a running one is queried too.
 //!
-//! - `kernel`: what the kernel can do, each tried
+//! - `kernel`: kernel features, each tried
 //! - `groups`: the layout of control groups
-//! - `host`: rights, limits, clocks, cores, memory
+//! - `host`: privileges, limits, clocks, cores, memory
 //! - `place`: the node's folder, its ports, its agent
 //!
-//! Nothing is changed but what is undone at once: a file in the node's folder,
-//! a control group, a port that is bound for an instant.
+//! All changes are undone at once: a file in the node's folder, a control group, a bound port.
 
 mod groups;
 mod host;
@@ -24,36 +22,36 @@ use std::process::ExitCode;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Address that other nodes would reach this one at (as its node has it, or that of `keel up`).
+    /// Address of this node for other nodes (default: that of its settings, or of `keel up`).
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
-    /// Address that users would reach it at over TLS (as its node has it).
+    /// Address for users over TLS (default: that of its settings).
     #[arg(long, value_name = "ADDRESS:PORT")]
     api: Option<SocketAddr>,
 }
 
-/// How a check came out.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Outcome {
     /// Nothing to do.
     Ok,
-    /// A node works, but less well than it could.
+    /// A node works, but with limitations.
     Warn,
     /// A node does not work.
     Fail,
 }
 
-/// One thing that was looked at.
+/// A check with its result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Check {
     name: &'static str,
     outcome: Outcome,
-    /// What was found.
+    /// The finding.
     found: String,
     /// Why it matters.
     why: &'static str,
-    /// What to do; none where nothing is to be done.
+    /// The remedy; none if none is needed.
     remedy: Option<String>,
 }
 
@@ -95,7 +93,7 @@ impl Check {
     }
 }
 
-/// All that was looked at.
+/// All checks.
 #[derive(Serialize)]
 struct Findings {
     checks: Vec<Check>,

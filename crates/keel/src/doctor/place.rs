@@ -15,13 +15,13 @@ use std::time::Duration;
 
 /// How long an agent may take to answer.
 const AGENT_PATIENCE: Duration = Duration::from_secs(10);
-/// Less room than this and the store may stop any moment.
+/// Below this room, the store may fail at any time.
 const FREE_BYTES_MIN: u64 = 64 << 20;
-/// Less room than this is little: modules, compiled code, output, checkpoints.
+/// Below this room, space is short for modules, compiled code, output and checkpoints.
 const FREE_BYTES_GOOD: u64 = 1 << 30;
-/// Bytes that the path of a Unix socket may have.
+/// The most bytes in the path of a Unix socket.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
-/// Bytes that the name of a machine may have.
+/// The most bytes in the name of a machine.
 const NAME_BYTES_MAX: usize = 63;
 
 const WHY_FOLDER: &str = "identity, store, modules, output and checkpoints are kept there";
@@ -128,14 +128,16 @@ fn state_dir(folder: &Path) -> Check {
         return Check::warn(
             name,
             WHY_FOLDER,
-            format!("{found}; others may look into it"),
-            format!("chmod 700 {shown}: it has keys, and who reaches its socket rules the node."),
+            format!("{found}; other users can read it"),
+            format!(
+                "chmod 700 {shown}: it has keys, and its socket gives full control of the node."
+            ),
         );
     }
     Check::ok(name, WHY_FOLDER, found)
 }
 
-/// Why a filesystem is not one to keep a node's folder on.
+/// Why a filesystem is unsuitable for a node's folder.
 fn unfit(kind: &str) -> Option<&'static str> {
     match kind {
         "tmpfs" | "ramfs" => {
@@ -149,7 +151,7 @@ fn unfit(kind: &str) -> Option<&'static str> {
     }
 }
 
-/// A folder that `keel up` would make.
+/// A folder that `keel up` would create.
 fn absent(folder: &Path) -> Check {
     let name = "state-dir";
     let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
@@ -184,8 +186,8 @@ fn try_write(folder: &Path) -> std::io::Result<()> {
     file.as_file().sync_all()
 }
 
-/// The mount that a folder is on: the longest that it lies under, and of those
-/// the last, which covers the others.
+/// The mount of a folder: the one with the longest matching path, and of several the last, which
+/// covers the others.
 fn mount_of(folder: &Path) -> Option<MountInfo> {
     let folder = folder.canonicalize().ok()?;
     let mounts = Process::myself().and_then(|me| me.mountinfo()).ok()?;
@@ -307,7 +309,7 @@ fn holder(address: SocketAddr) -> Option<Process> {
         })
         .map(|socket| socket.inode)
         .collect();
-    // Processes come and go, and those of others keep their files to themselves.
+    // Processes may end during the scan, and those of other users cannot be inspected.
     all_processes().ok()?.flatten().find(|process| {
         process.fd().is_ok_and(|files| {
             files.flatten().any(
@@ -319,10 +321,10 @@ fn holder(address: SocketAddr) -> Option<Process> {
 
 // ── the agent ───────────────────────────────────────────────────────────
 
-/// Asks the agent of the node in a folder, where one runs.
+/// Queries the agent of the node in a folder, if one runs.
 pub(super) async fn agent(folder: &Path) -> Check {
     let name = "agent";
-    let why = "without it nothing is started, moved or told; machines that run go on";
+    let why = "without it no machine is started, moved or reported; running machines continue";
     match keel_node::addresses(folder) {
         Ok(Some(_)) => {}
         Ok(None) | Err(_) => {

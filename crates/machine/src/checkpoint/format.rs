@@ -313,7 +313,7 @@ pub(super) mod tests {
                 cpu_limit_millis: None,
                 output_bytes_per_s: 1000,
                 remove_at_end: false,
-                restart: crate::restart::Restart::No,
+                restart: crate::restart_policy::Restart::No,
                 checkpoints: None,
                 balancing: Balancing::default(),
             },

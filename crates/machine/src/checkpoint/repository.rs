@@ -2,7 +2,7 @@
 //!
 //! Object names consist of machine names and checkpoint ids, which contain no separators.
 //! Async; for a worker's own runtime, not for an agent's latency-critical tasks: stores
-//! may be slow.
+//! may be slow. Where the bytes of an object go is `object_storage.rs`.
 
 use super::compaction::compact;
 use super::create::CreateError;
@@ -10,7 +10,7 @@ use super::folder;
 use super::format::{BLOCK_BYTES, FormatError, Manifest, Pack};
 use super::id::CheckpointId;
 use super::retention::Retention;
-use crate::storage_location::{StorageLocation, StorageLocationError};
+use crate::object_storage::{ObjectStorage, StorageLocationError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
@@ -76,7 +76,7 @@ pub struct Outline {
 /// A repository of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Repository {
-    place: StorageLocation,
+    place: ObjectStorage,
 }
 
 /// Receives a verified block with its number.
@@ -91,16 +91,16 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError::Url`].
     pub fn create(url: &str) -> Result<Self, RepositoryError> {
-        let place = StorageLocation::create(url)?;
+        let place = ObjectStorage::create(url)?;
         Ok(Repository { place })
     }
 
-    /// Opens the repository in a [`StorageLocation`].
+    /// Opens the repository in a [`ObjectStorage`].
     ///
     /// # Errors
     /// [`RepositoryError::Url`].
     pub fn open(url: &str) -> Result<Self, RepositoryError> {
-        let place = StorageLocation::open(url)?;
+        let place = ObjectStorage::open(url)?;
         Ok(Repository { place })
     }
 
@@ -114,7 +114,7 @@ impl Repository {
         settings: impl IntoIterator<Item = (String, String)>,
         retry_for: Duration,
     ) -> Result<Self, RepositoryError> {
-        let place = StorageLocation::open_with(url, settings, retry_for)?;
+        let place = ObjectStorage::open_with(url, settings, retry_for)?;
         Ok(Repository { place })
     }
 

@@ -3,7 +3,7 @@
 
 use super::format::{ChunkRef, FormatError, Segment, WriterEpoch};
 use super::state::VolumeState;
-use crate::storage_location::{StorageLocation, StorageLocationError};
+use crate::object_storage::{ObjectStorage, StorageLocationError};
 use futures::StreamExt;
 use keel_cluster::MachineName;
 use keel_net::Bytes;
@@ -138,14 +138,14 @@ pub struct VolumeStore {
     name: MachineName,
     /// Id of the volume.
     id: [u8; 16],
-    place: StorageLocation,
+    place: ObjectStorage,
     /// Time limit for one step of listing or deleting.
     pub(super) patience: Duration,
 }
 
 impl VolumeStore {
     /// The volume of this name and id at a location.
-    pub fn new(name: MachineName, id: [u8; 16], place: StorageLocation) -> Self {
+    pub fn new(name: MachineName, id: [u8; 16], place: ObjectStorage) -> Self {
         VolumeStore {
             name,
             id,
@@ -159,7 +159,7 @@ impl VolumeStore {
     /// # Errors
     /// [`VolumeError::Location`].
     pub fn open(name: &MachineName, id: [u8; 16], url: &str) -> Result<Self, VolumeError> {
-        let place = StorageLocation::open(url).map_err(|source| VolumeError::Location {
+        let place = ObjectStorage::open(url).map_err(|source| VolumeError::Location {
             volume: name.clone(),
             source,
         })?;

@@ -25,7 +25,7 @@
 //! This module performs no I/O and does not wait: the callers are the agents
 //! (`keel-node`) and the simulation (`tests/move_simulation.rs`).
 
-use crate::restart::{self, Restart};
+use crate::restart_policy::{self, Restart};
 use crate::spec::{Record, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_store::keys::Key;
@@ -372,7 +372,7 @@ pub fn end(
     };
     let plan = match record.stop_wanted {
         true => None,
-        false => restart::decide(policy, status, record.restarts, lived_ms),
+        false => restart_policy::decide(policy, status, record.restarts, lived_ms),
     };
     let Some(plan) = plan else {
         // A machine that was killed after a stop command was ended by that command.

@@ -1,4 +1,4 @@
-//! Predicts the simulate_copying of a move: a pure function of the machine's writes, the link's
+//! Predicts the course of a move: a pure function of the machine's writes, the link's
 //! rate, and earlier moves.
 //!
 //! Simulates the rounds of pre-copy with the rule that copying itself follows
@@ -101,7 +101,7 @@ impl Estimate {
     }
 }
 
-/// The predicted simulate_copying of a move.
+/// The predicted course of a move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prediction {
     /// Whether this is a post-copy move.
@@ -216,7 +216,7 @@ pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Predictio
     })
 }
 
-/// The simulated simulate_copying of copying.
+/// The simulated course of copying.
 struct CopyModel {
     micros: f64,
     bytes: f64,

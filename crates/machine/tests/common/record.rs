@@ -1,7 +1,7 @@
 //! Records of machines.
 
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 
 /// A record as written at creation.

@@ -9,7 +9,7 @@ use keel_machine::moves::{
     SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
     TargetState,
 };
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
 use keel_store::keys::Key;
 use keel_store::{KeyValue, Txn};

@@ -1,7 +1,7 @@
 //! Carries out the balancer's moves.
 
 use super::handle::{Input, NodeBalancer};
-use super::slots;
+use super::move_tokens;
 use crate::moves::{MoveOrder, RACED};
 use keel_api::{MoveLine, Urgency};
 use keel_balance::Name;
@@ -50,13 +50,13 @@ pub(super) async fn carry_out_move(
             return Outcome::Capped;
         }
     }
-    let slot = match slots::take(handle, slots_max).await {
+    let slot = match move_tokens::take(handle, slots_max).await {
         Ok(Some(slot)) => slot,
         Ok(None) => return Outcome::Capped,
         Err(error) => return stayed(error.to_string()),
     };
     let report = run_move(handle, machine, target, Urgency::Low, None).await;
-    slots::give_back(handle, slot).await;
+    move_tokens::give_back(handle, slot).await;
     report.map_or_else(stayed, |report| ended(&report))
 }
 

@@ -15,17 +15,17 @@ const FIRST_AFTER: Duration = Duration::from_secs(10);
 
 /// Measurements of a machine that runs here.
 #[derive(Debug)]
-struct Looked {
+struct RateMeasurement {
     bytes_per_s: f64,
     due: Instant,
 }
 
 /// Dirty rates of the machines of this node.
 #[derive(Debug, Clone, Default)]
-pub(super) struct DirtyRates(Arc<Mutex<HashMap<MachineName, Looked>>>);
+pub(super) struct DirtyRates(Arc<Mutex<HashMap<MachineName, RateMeasurement>>>);
 
 impl DirtyRates {
-    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Looked>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, RateMeasurement>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -39,7 +39,7 @@ impl DirtyRates {
         let mut table = self.table();
         table.retain(|machine, _| here.contains(machine));
         for machine in here {
-            table.entry(machine.clone()).or_insert(Looked {
+            table.entry(machine.clone()).or_insert(RateMeasurement {
                 bytes_per_s: 0.0,
                 due: now + FIRST_AFTER,
             });

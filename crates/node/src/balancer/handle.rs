@@ -64,7 +64,7 @@ pub(crate) struct Inbox {
 }
 
 /// The lower layers, and the files of the ledger and of the load history.
-pub(crate) struct Below {
+pub(crate) struct Dependencies {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
     pub(crate) code: Arc<Code>,
@@ -81,7 +81,7 @@ const ENDED: &str = "this node's balancer has ended with its agent";
 
 impl NodeBalancer {
     /// Creates a balancer whose task does not run yet.
-    pub(crate) fn new(below: Below) -> (Self, Inbox) {
+    pub(crate) fn new(below: Dependencies) -> (Self, Inbox) {
         let (inputs, receiver) = unbounded_channel();
         let inbox = Inbox {
             inputs: receiver,

@@ -10,16 +10,16 @@
 //!
 //! - `handle`: the state of the balancer
 //! - `task`: events in, commands out
-//! - `actions`, `slots`: its moves, and the limit of concurrent ones
+//! - `actions`, `move_tokens`: its moves, and the limit of concurrent ones
 //! - `meter`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measure this node
 //! - `constraints`: constraints from rules and specs
-//! - `promises`: machines whose target load counts
+//! - `declared_load`: machines whose target load counts
 //! - `policy`: the policy in the store
 //! - `ledger`, `ledger_transfer`, `recorder`, `database`: records of decisions and loads
 //! - `peers`, `answers`, `queries`: requests between balancers, and queries of users
 //! - `placement`: where new machines start
 //! - `compile_ahead`: compiles programs before they are needed here
-//! - `plan`, `confirmed`: plans for all nodes, and their execution
+//! - `plan`, `plan_confirmation`: plans for all nodes, and their execution
 //! - `drain`, `drain_progress`: drains this node
 //! - `fine_grained`, `spreading`: threads and memory of machines that may have parts elsewhere
 //!
@@ -28,9 +28,9 @@
 mod actions;
 mod answers;
 mod compile_ahead;
-mod confirmed;
 mod constraints;
 mod database;
+mod declared_load;
 mod dirty_rate;
 mod dirty_rate_sampler;
 mod drain;
@@ -40,25 +40,25 @@ mod handle;
 mod ledger;
 mod ledger_transfer;
 mod meter;
+mod move_tokens;
 mod peers;
 mod placement;
 mod plan;
+mod plan_confirmation;
 mod policy;
-mod promises;
 mod queries;
 mod recorder;
-mod slots;
 mod speed;
 mod spreading;
 mod task;
 
 pub(crate) use answers::answer;
+pub(crate) use declared_load::IO_TARGET_MAX;
 pub(crate) use drain::{begin as begin_drain, end as end_drain, info as drain_info};
-pub(crate) use handle::{Below, Inbox, NodeBalancer};
+pub(crate) use handle::{Dependencies, Inbox, NodeBalancer};
 pub(crate) use ledger::{Ledger, Wanted};
 pub(crate) use peers::{BALANCE, CONFIRM, DRAIN, HISTORY, LEDGER, LEDGER_TRANSFER, LOAD, WHY_NOT};
 pub(crate) use plan::{carry_out as carry_out_plan, make as make_plan};
-pub(crate) use promises::IO_TARGET_MAX;
 pub(crate) use queries::{change_policy, confirm, gather_ledger, gather_loads, history, why_not};
 pub(crate) use recorder::{Recorder, Span};
 pub(crate) use task::start;

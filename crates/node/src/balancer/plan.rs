@@ -3,8 +3,8 @@
 //! plan moves less, but never wrongly.
 
 use super::actions::{ended, run_move};
-use super::confirmed;
 use super::handle::NodeBalancer;
+use super::plan_confirmation;
 use super::queries::gather_loads;
 use crate::error::CommandError;
 use crate::records;
@@ -230,7 +230,7 @@ impl View {
             before: plan.before,
             after: plan.after,
             duration_ms: duration(&steps),
-            id: confirmed::id(&steps, &machines),
+            id: plan_confirmation::id(&steps, &machines),
             machines,
             steps,
             silent: self.silent.clone(),
@@ -347,7 +347,7 @@ pub(crate) async fn carry_out(
 ) -> Result<mpsc::Receiver<PlanLine>, CommandError> {
     let role = take_role(handle).await?;
     // From here on no other plan changes the placement.
-    if let Err(error) = confirmed::check(handle, &plan).await {
+    if let Err(error) = plan_confirmation::check(handle, &plan).await {
         give_role_back(handle, &role).await;
         return Err(error);
     }

@@ -19,16 +19,16 @@ impl Spreading {
     }
 
     /// Adds a machine until the returned guard is dropped.
-    pub(super) fn begin(&self, machine: &MachineName) -> Begun {
+    pub(super) fn begin(&self, machine: &MachineName) -> SpreadingGuard {
         let machine = Name::from(machine.as_str());
         self.machines().insert(machine.clone());
-        Begun(self.clone(), machine)
+        SpreadingGuard(self.clone(), machine)
     }
 }
 
-pub(super) struct Begun(Spreading, Name);
+pub(super) struct SpreadingGuard(Spreading, Name);
 
-impl Drop for Begun {
+impl Drop for SpreadingGuard {
     fn drop(&mut self) {
         self.0.machines().remove(&self.1);
     }

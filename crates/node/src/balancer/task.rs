@@ -3,12 +3,12 @@
 
 use super::actions::{carry_out_move, repair_now};
 use super::constraints::Snapshot;
+use super::declared_load::promised;
 use super::handle::{Inbox, Input, NodeBalancer};
 use super::ledger_transfer::{send_along, send_ledger_lines};
 use super::meter::{Measured, Meter, Runs};
 use super::peers::ask;
 use super::policy::follow_policy;
-use super::promises::promised;
 use super::{compile_ahead, dirty_rate_sampler, drain, fine_grained, speed};
 use crate::events::Note;
 use crate::records::PlacementChange;

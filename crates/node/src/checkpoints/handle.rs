@@ -1,4 +1,4 @@
-//! Checkpoints of this node's machines: making and listing them, and which is the newest.
+//! Checkpoints of this node's machines: creates and lists them, and records the newest.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -22,13 +22,13 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long making a checkpoint may take.
+/// How long creating a checkpoint may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3600);
 
-/// Seconds between checkpoints that are made by themselves.
+/// Bounds of the interval of scheduled checkpoints, in seconds.
 const EVERY_S: std::ops::RangeInclusive<u64> = 1..=31 * 24 * 3600;
 
-/// Where checkpoints are, if nothing else is said: with this node.
+/// The default place of checkpoints: this node's folder.
 pub(crate) fn place(context: &Context, given: Option<&str>) -> String {
     match given {
         Some(url) => url.to_owned(),
@@ -59,7 +59,7 @@ pub(crate) fn vault_error(error: &RepositoryError) -> CommandError {
     }
 }
 
-/// A machine is to be kept as a checkpoint.
+/// Creates a checkpoint of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct CreateCheckpoint {
     pub(crate) machine: MachineName,
@@ -80,7 +80,7 @@ impl MachineCommand for CreateCheckpoint {
 pub(crate) struct Checkpoints {
     pub(super) context: Arc<Context>,
     pub(super) processes: Arc<Processes>,
-    /// Workers whose machines get checkpoints by a schedule.
+    /// Workers whose machines have scheduled checkpoints.
     scheduled: Mutex<HashSet<u64>>,
 }
 
@@ -99,7 +99,7 @@ impl Checkpoints {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a checkpoint of a machine of any node.
+    /// Creates a checkpoint of a machine of any node.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -113,7 +113,7 @@ impl Checkpoints {
         .await
     }
 
-    /// Makes a checkpoint of a machine that runs here.
+    /// Creates a checkpoint of a machine that runs here.
     pub(crate) async fn create_here(
         &self,
         machine: &MachineName,
@@ -132,7 +132,7 @@ impl Checkpoints {
         request: CheckpointRequest,
     ) -> Result<CheckpointInfo, CommandError> {
         let vault = place(&self.context, request.to.as_deref());
-        // A place that cannot be is named before anything is begun.
+        // An invalid place is reported before any work is done.
         let url = vault.clone();
         opened(move || Repository::create(&url)).await?;
         let retention = Retention {
@@ -180,16 +180,15 @@ impl Checkpoints {
         })
     }
 
-    /// When a machine's newest checkpoint in a place was made, in milliseconds since
-    /// 1970-01-01 UTC; `None` without any.
+    /// When a machine's newest checkpoint in a place was created, in milliseconds since 1970-01-01
+    /// UTC; `None` without any.
     pub(crate) async fn newest_ms(&self, machine: &MachineName, to: Option<&str>) -> Option<u64> {
         let vault = open(place(&self.context, to)).await.ok()?;
         let all = vault.list(machine).await.ok()?;
         all.first().map(CheckpointId::unix_ms)
     }
 
-    /// Writes down where a machine's newest checkpoint is: that is what it goes on
-    /// from when it is lost.
+    /// Records where a machine's newest checkpoint is: the machine restarts from it if it is lost.
     async fn note_newest(&self, machine: &MachineName, vault: &str) {
         let origin = Origin {
             repository: vault.to_owned(),
@@ -215,11 +214,11 @@ impl Checkpoints {
             Err(error) => Err(error.to_string()),
         };
         if let Err(error) = written {
-            tracing::warn!(%machine, error, "where its newest checkpoint is, is not in the store");
+            tracing::warn!(%machine, error, "cannot record the place of the newest checkpoint");
         }
     }
 
-    /// Where a machine's newest checkpoint is, if there is any.
+    /// The place of a machine's newest checkpoint, if it has any.
     pub(crate) async fn newest(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
         let key = Key::Checkpoint(machine.clone()).to_string();
         match self.context.store.get(&key).await {
@@ -231,8 +230,7 @@ impl Checkpoints {
         }
     }
 
-    /// A machine's checkpoints, newest first; what cannot be read is listed with
-    /// what is wrong.
+    /// A machine's checkpoints, newest first; unreadable ones are listed with the error.
     pub(crate) async fn list(
         &self,
         machine: &MachineName,
@@ -280,7 +278,7 @@ fn check_retention(retention: Retention) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Whether checkpoints can be made so by themselves.
+/// Checks a schedule of checkpoints.
 pub(crate) fn check_plan(plan: &CheckpointPlan) -> Result<(), CommandError> {
     if !EVERY_S.contains(&plan.every_s) {
         return Err(CommandError::Invalid(format!(

@@ -1,9 +1,9 @@
-//! Checkpoints of this node's machines. The work is the workers'; here it is decided where
-//! and when. Repositories are opened and read in tasks that may wait: a slow store holds
-//! up nothing else. Machines made of checkpoints are started by `machines`.
+//! Checkpoints of this node's machines. Workers do the work; this layer decides where and when.
+//! Repositories are opened and read in blocking tasks, so that a slow store delays nothing else.
+//! The `machines` layer starts machines from checkpoints.
 //!
-//! - `handle`: making and listing checkpoints, and which is the newest
-//! - `schedule`: checkpoints that a machine's spec asks for
+//! - `handle`: creates and lists checkpoints, and records the newest
+//! - `schedule`: periodic checkpoints, as machines' specs ask for
 
 mod handle;
 mod schedule;

@@ -1,8 +1,8 @@
-//! Checkpoints that are made by themselves, as a machine's spec says: each so
-//! long after the one before, wherever the machine is by then.
+//! Periodic checkpoints by a machine's spec: each a fixed interval after the one before, on
+//! whichever node the machine is.
 //!
-//! What it is counted from is the newest checkpoint in the store, so that neither
-//! a move nor a new agent makes one too many or too few.
+//! The interval starts at the newest checkpoint in the store, so that neither a move nor a new
+//! agent adds or skips one.
 
 use super::handle::Checkpoints;
 use crate::processes::Worker;
@@ -14,16 +14,16 @@ use keel_store::clock::unix_ms;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The longest pause between two looks at a machine.
+/// The longest pause between two checks of a machine.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// The longest pause after one that failed.
+/// The longest pause after a failed checkpoint.
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
 impl Checkpoints {
-    /// Makes a machine's checkpoints as its spec says until its worker is gone.
+    /// Creates a machine's periodic checkpoints until its worker is gone.
     pub(crate) fn keep_schedule(self: &Arc<Self>, machine: &MachineName, worker: &Worker) {
         let (checkpoints, machine, worker) = (self.clone(), machine.clone(), worker.clone());
-        // One for each connection to a process: another one has another.
+        // One task for each connection to a process: a new connection gets a new one.
         let Some(watching) = Watching::begin(&checkpoints, &worker) else {
             return;
         };
@@ -46,8 +46,8 @@ impl Checkpoints {
                     }
                 };
                 let Some(plan) = &record.spec.checkpoints else {
-                    // Whoever changes the spec begins anew; one that was changed just now
-                    // found this still watching.
+                    // A change of the spec starts a new task; a very recent change finds this one
+                    // still active.
                     if watching.take().is_none() {
                         return;
                     }
@@ -62,7 +62,7 @@ impl Checkpoints {
                 if newest.is_none() {
                     newest = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
                 }
-                // (A clock may have been ahead.)
+                // The clock of another node may have been ahead.
                 let since = newest.unwrap_or(record.started_unix_ms).min(unix_ms());
                 let due = due(plan, since, failed);
                 let now = unix_ms();
@@ -70,7 +70,7 @@ impl Checkpoints {
                     record.owner == checkpoints.context.name && record.status == Status::Running;
                 if !runs || due > now {
                     let rest = Duration::from_millis(due.saturating_sub(now));
-                    // (A machine that arrives is about to run.)
+                    // An arriving machine is about to run.
                     let least = Duration::from_millis(if runs { 1 } else { 500 });
                     tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
                     continue;
@@ -87,7 +87,7 @@ impl Checkpoints {
                         failed = 0;
                     }
                     Err(error) => {
-                        tracing::warn!(%machine, %error, "the checkpoint that was due was not made");
+                        tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
                         newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
                         failed += 1;
                     }
@@ -97,7 +97,7 @@ impl Checkpoints {
     }
 }
 
-/// Says that a worker is watched, as long as it is.
+/// Marks a worker as watched until it is dropped.
 struct Watching {
     checkpoints: Arc<Checkpoints>,
     worker: u64,
@@ -120,13 +120,13 @@ impl Drop for Watching {
     }
 }
 
-/// When the next one is due: so long after the newest, or a little after the last
-/// attempt.
+/// When the next checkpoint is due: one interval after the newest, or a backoff after the last
+/// failed attempt.
 fn due(plan: &CheckpointPlan, newest_ms: u64, failed: u32) -> u64 {
     let every = Duration::from_secs(plan.every_s);
     let pause = match failed {
         0 => Duration::ZERO,
-        // Doubling: a store that is away is not asked each second.
+        // Doubles, so that an unreachable store is not asked each second.
         _ => Duration::from_secs(1)
             .saturating_mul(2u32.saturating_pow(failed))
             .min(RETRY_MAX)
@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(due(&plan(600), 5_000, 1), 607_000);
         assert_eq!(due(&plan(600), 5_000, 3), 613_000);
         assert_eq!(due(&plan(600), 5_000, 99), 665_000);
-        // Never so rarely that more than one is left out.
+        // The backoff skips at most one checkpoint.
         assert_eq!(due(&plan(2), 5_000, 99), 9_000);
         assert_eq!(due(&plan(u64::MAX), 5_000, 0), u64::MAX);
     }

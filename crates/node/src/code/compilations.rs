@@ -1,4 +1,5 @@
-//! The compilations of this node: which programs are ready, wait, or are being compiled.
+//! State of the compilations of this node: programs that are ready, that wait, or that are being
+//! compiled.
 
 use super::nodes_with_code::Published;
 use keel_cluster::{MachineName, NodeName};
@@ -10,41 +11,40 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-/// Bytes of an instrumented module that one core compiles in a second, about.
+/// Approximate bytes of an instrumented module that one core compiles in a second.
 const COMPILED_BYTES_PER_CORE_S: f64 = 2e6;
-/// Most programs that wait for their compilation ahead of use.
+/// The most programs that wait for compilation ahead of use.
 const QUEUE_MAX: usize = 256;
-/// How long a program that could not be compiled is left alone before it is tried again,
-/// unless a move wants it.
+/// How long a failed compilation is not retried, unless a move needs the program.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
-/// How long the moves that waited for a program hear that it could not be compiled.
+/// How long the failure is reported to the moves that waited for the program.
 const TELL_FAILURE_FOR: Duration = Duration::from_secs(2);
 
-/// How far a program's code is on a node.
+/// State of a program's code on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum CodeState {
-    /// Threads of it can be resumed at once.
+    /// Its threads can be resumed at once.
     Ready,
     /// It is being compiled.
     Compiling {
-        /// Of a hundred, as far as the compiler tells.
+        /// Progress in percent, as reported by the compiler.
         percent: u8,
     },
-    /// Its compilation begins.
+    /// Its compilation starts.
     Waiting,
-    /// It could not be compiled.
+    /// Its compilation failed.
     Failed { reason: String },
 }
 
-/// A program that is to be compiled.
+/// A compilation job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Job {
     pub(super) program: Fingerprint,
-    /// Where its module is, if it is not here.
+    /// The node that has its module, if it is not here.
     pub(super) holder: NodeName,
 }
 
-/// What is compiled now.
+/// The compilation in progress.
 #[derive(Debug)]
 pub(super) struct Current {
     pub(super) percent: u8,
@@ -54,7 +54,7 @@ pub(super) struct Current {
     ahead: bool,
 }
 
-/// A program that could not be compiled.
+/// A failed compilation.
 #[derive(Debug)]
 struct Failure {
     reason: String,
@@ -67,7 +67,7 @@ struct Failure {
 pub(super) struct Inner {
     pub(super) ready: BTreeSet<Fingerprint>,
     queue: VecDeque<Job>,
-    /// What moves wait for, until it is begun.
+    /// Programs that moves wait for, until their compilation starts.
     urgent: Vec<Job>,
     pub(super) current: BTreeMap<Fingerprint, Current>,
     failed: BTreeMap<Fingerprint, Failure>,
@@ -80,9 +80,9 @@ pub(super) struct Inner {
 pub(crate) struct Code {
     inner: Mutex<Inner>,
     pub(super) work: Notify,
-    /// Counts changes of what is ready.
+    /// Counts changes of the set of ready programs.
     pub(super) ready: watch::Sender<u64>,
-    /// What all nodes have.
+    /// Code of all nodes.
     pub(crate) published: Published,
 }
 
@@ -100,11 +100,11 @@ impl Code {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How far a program is for which a move waits; has it compiled at once, if it is not
+    /// The state of a program that a move waits for; starts its compilation at once if it is not
     /// ready. `holder` has its module.
     pub(crate) fn demand(&self, program: Fingerprint, holder: &NodeName) -> CodeState {
         let mut inner = self.inner();
-        // All who wait hear of it; whoever comes later, or comes first, has it tried.
+        // All waiting moves get the failure; a later move, or the first one, starts a retry.
         let failed = inner.failed.get(&program);
         if let Some(failure) = failed.filter(|it| it.wanted && it.at.elapsed() < TELL_FAILURE_FOR) {
             return CodeState::Failed {
@@ -127,7 +127,7 @@ impl Code {
         CodeState::Waiting
     }
 
-    /// Puts a program at the end of the queue, for whoever may need it one day.
+    /// Appends a program to the queue, ahead of any use.
     pub(crate) fn prepare(&self, program: Fingerprint, holder: &NodeName) {
         let mut inner = self.inner();
         let failed_lately = inner
@@ -145,8 +145,8 @@ impl Code {
         self.work.notify_one();
     }
 
-    /// What compiling the program of a machine that runs here takes at a target, in
-    /// core-seconds; 0 where the target has its code.
+    /// The cost of compiling the program of a machine that runs here at a target, in core-seconds;
+    /// 0 if the target has its code.
     pub(crate) fn compile_core_s(&self, machine: &str, target: &str) -> f64 {
         let inner = self.inner();
         let program = machine
@@ -161,7 +161,7 @@ impl Code {
         }
     }
 
-    /// What runs here now.
+    /// Sets the machines that run here.
     pub(crate) fn set_running(&self, running: BTreeMap<MachineName, (Fingerprint, u64)>) {
         self.inner().running = running;
     }
@@ -174,7 +174,7 @@ impl Code {
             let wanted = current.is_some_and(|current| *current.wanted.borrow());
             inner.failed.remove(&program);
             if let Some(reason) = &failure {
-                tracing::warn!(%program, reason, "a program is not compiled");
+                tracing::warn!(%program, reason, "cannot compile a program");
                 let failure = Failure {
                     reason: reason.clone(),
                     at: Instant::now(),
@@ -208,8 +208,8 @@ impl Inner {
         })
     }
 
-    /// What is to be begun now: all that moves wait for, and one program ahead of its use
-    /// where none is compiled so. With whether a move waits for it.
+    /// The jobs to start now: all that moves wait for, and one program ahead of use if none of
+    /// these is in progress. Each with whether a move waits for it.
     pub(super) fn begin(&mut self) -> Vec<(Job, watch::Receiver<bool>)> {
         let mut jobs: Vec<(Job, bool)> = self.urgent.drain(..).map(|job| (job, true)).collect();
         if !self.current.values().any(|current| current.ahead) {
@@ -240,7 +240,7 @@ mod tests {
         Fingerprint([number; 32])
     }
 
-    /// What waits ahead of its use holds up no move.
+    /// Compilation ahead of use delays no move.
     #[test]
     fn a_move_does_not_wait_for_what_may_be_needed_one_day() {
         let code = Code::new();
@@ -263,14 +263,14 @@ mod tests {
         assert_eq!(code.demand(program(4), &node), CodeState::Waiting);
         code.prepare(program(3), &node);
         assert_eq!(begun(&code), [(program(3), true), (program(4), true)]);
-        // A move comes to want what is compiled already.
+        // A move needs a program that is being compiled already.
         let percent = 40;
         code.inner().current.get_mut(&program(1)).unwrap().percent = percent;
         assert!(!*code.inner().current[&program(1)].wanted.borrow());
         let compiling = CodeState::Compiling { percent };
         assert_eq!(code.demand(program(1), &node), compiling);
         assert!(*code.inner().current[&program(1)].wanted.borrow());
-        // The next one follows when it is done.
+        // The next one follows when this one ends.
         code.done(program(1), Ok(()));
         assert_eq!(begun(&code), [(program(2), false)]);
         assert_eq!(code.demand(program(1), &node), CodeState::Ready);
@@ -283,7 +283,7 @@ mod tests {
     fn a_failure_is_told_to_all_who_waited_and_rests_ahead_of_use() {
         let code = Code::new();
         let node: NodeName = "a".parse().unwrap();
-        // Nobody waited: it rests, and the first move has it tried again.
+        // No move waited: it is not retried ahead of use, but the first move retries it.
         code.prepare(program(1), &node);
         assert_eq!(code.inner().begin().len(), 1);
         code.done(program(1), Err("unreachable".into()));

@@ -1,5 +1,5 @@
-//! Compiled code on this node: which programs are ready to go on here, and which one
-//! is compiled next.
+//! Compiled code on this node: the programs that are ready to be resumed here, and the order of
+//! compilations.
 //!
 //! ```text
 //!   a move waits ──────────▶ a process at once ┐
@@ -8,20 +8,19 @@
 //!                         (`keel compile`, yields to guests)
 //! ```
 //!
-//! A machine can only arrive, or be captured, where the code is ready with which its
-//! threads are resumed, and compiling that takes several times as long as starting the
-//! program. So it is done before: on the node where a machine runs, and on those that
-//! may receive it (`ahead`), one program at a time, in a process that gets only what
-//! guests leave of the processors. A move that finds no code has it compiled at once, and
-//! shows how far that is. Which nodes have which code is in the store
-//! (`published`): the balancer counts what compiling costs, `keel inspect` shows it.
+//! A machine can only arrive, or be captured, if the code is ready with which its threads are
+//! resumed. Compiling that code takes several times as long as starting the program, so it is done
+//! ahead of use: on the node where a machine runs, and on those that may receive it, one program
+//! at a time, in a process that gets only the processor time that guests leave. A move that finds
+//! no code has it compiled at once, and shows the progress. The store has the nodes with their
+//! code: the balancer counts the cost of compiling, and `keel inspect` shows it.
 //!
-//! Native code never travels: modules do.
+//! Native code is never sent between nodes; modules are.
 //!
-//! - `compilations`: which programs are ready, wait, are being compiled (pure)
-//! - `service`: compiles what is asked for
+//! - `compilations`: programs that are ready, wait, or are being compiled; pure
+//! - `service`: carries out compilations
 //! - `process`: the process that compiles one program
-//! - `publish`, `nodes_with_code`: which nodes have which code
+//! - `publish`, `nodes_with_code`: the code of all nodes
 
 mod compilations;
 mod nodes_with_code;

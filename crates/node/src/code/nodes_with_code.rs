@@ -1,4 +1,4 @@
-//! Which nodes have the code of which programs, as far as this one knows.
+//! The nodes that have the code of each program, as far as this one knows.
 
 use keel_cluster::NodeName;
 use keel_net::Fingerprint;
@@ -8,7 +8,7 @@ use keel_store::keys::Key;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What all nodes have, as far as this one has heard.
+/// The code of all nodes, as last read from the store.
 #[derive(Debug, Default)]
 pub(crate) struct Published(Mutex<BTreeMap<NodeName, BTreeSet<Fingerprint>>>);
 
@@ -37,7 +37,7 @@ impl Published {
         };
         match encoding::decode("a node's code", &entry.value) {
             Ok(programs) => drop(self.table().insert(node, programs)),
-            Err(error) => tracing::warn!(%node, %error, "what code it has is not known"),
+            Err(error) => tracing::warn!(%node, %error, "cannot decode the list of its code"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The process that compiles one program into the node's cache, and what the cache has.
+//! The process that compiles one program into the node's cache, and the contents of the cache.
 
 use super::compilations::{Code, Job};
 use crate::context::Context;
@@ -14,8 +14,8 @@ use tokio::sync::watch;
 /// How long fetching a module may take.
 const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 
-/// Programs whose code an earlier agent's compilations left in the cache. Whether it
-/// fits this host and engine is seen when it is loaded.
+/// Programs in the cache of an earlier agent. Whether the code fits this host and engine is
+/// checked when it is loaded.
 pub(super) async fn compiled_before(context: &Context) -> Vec<Fingerprint> {
     let folder = context.dir.cache();
     let listed = tokio::task::spawn_blocking(move || {
@@ -26,12 +26,12 @@ pub(super) async fn compiled_before(context: &Context) -> Vec<Fingerprint> {
         });
         names.collect()
     });
-    // (Nothing is known to be ready then: it is compiled, and found in the cache.)
+    // Then no program is ready: each is compiled, and found in the cache.
     listed.await.unwrap_or_default()
 }
 
-/// Compiles a program; returns when its code is in the cache. `wanted`: whether a move
-/// waits for it.
+/// Compiles a program; returns when its code is in the cache. `wanted` is whether a move waits for
+/// it.
 pub(super) async fn compile(
     context: &Context,
     images: &Images,
@@ -63,7 +63,7 @@ pub(super) async fn compile(
             let line = tokio::select! {
                 line = lines.next_line() => line,
                 Ok(()) = wanted.changed() => {
-                    // (It may be done.)
+                    // It may have ended.
                     if let Some(stdin) = &mut stdin {
                         let _ = stdin.write_all(b"wanted\n").await;
                     }

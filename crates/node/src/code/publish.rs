@@ -1,5 +1,5 @@
-//! Each node writes which code it has at `code/NODE`, and follows what the others write. It
-//! is advice: a node that lost its cache says so a moment late, and then compiles.
+//! Each node publishes its code at `code/NODE`, and follows the others. The entries are hints: a
+//! node that lost its cache corrects its entry a moment late, and then compiles.
 
 use super::compilations::Code;
 use super::nodes_with_code::Published;
@@ -11,18 +11,18 @@ use keel_store::{Change, Txn};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause before the store is asked again.
+/// Pause before the store is accessed again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// What becomes ready within this time is written at once.
+/// Programs that become ready within this time are written together.
 const WRITE_EVERY: Duration = Duration::from_millis(200);
 
-/// Writes what is ready here, at each change.
+/// Publishes the ready programs at each change.
 pub(super) async fn publish(context: Arc<Context>, code: Arc<Code>) {
     let mut changes = code.ready.subscribe();
     loop {
         changes.mark_unchanged();
         if let Err(error) = write(&context, &code).await {
-            tracing::debug!(%error, "what code is here is not in the store yet");
+            tracing::debug!(%error, "cannot publish the code of this node yet");
             tokio::time::sleep(RETRY_AFTER).await;
             continue;
         }
@@ -45,11 +45,11 @@ async fn write(context: &Context, code: &Code) -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
-/// Follows what all nodes have, until the agent ends.
+/// Follows the code of all nodes, until the agent ends.
 pub(super) async fn follow(context: Arc<Context>, code: Arc<Code>) {
     loop {
         if let Err(error) = follow_once(&context, &code.published).await {
-            tracing::debug!(%error, "what code other nodes have is not followed, trying again");
+            tracing::debug!(%error, "cannot follow the code of other nodes, trying again");
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }

@@ -1,5 +1,5 @@
-//! Compiles what moves and the balancer ask for, and knows the programs of the machines
-//! that run here.
+//! Compiles the programs that moves and the balancer request, and tracks the programs of the
+//! machines that run here.
 
 use super::compilations::Code;
 use super::{process, publish};
@@ -11,17 +11,17 @@ use keel_net::Fingerprint;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Request between agents: `program` → [`super::CodeState`]: a machine is to move here, and
-/// its module is at the node that asks.
+/// Request between agents: `program` → [`super::CodeState`]. A machine is to move here, and the
+/// asking node has its module.
 pub(crate) const CODE: u16 = 0x031c;
 /// Request between agents: `machine` → `Option<Fingerprint>`: the program of a machine that
 /// runs here.
 pub(crate) const PROGRAM: u16 = 0x031d;
 
-/// How long a worker may take to name its program.
+/// How long a worker may take to report its program.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Compiles what is asked for until the agent ends.
+/// Carries out compilations until the agent ends.
 pub(crate) async fn run(context: Arc<Context>, images: Arc<Images>, code: Arc<Code>) {
     for program in process::compiled_before(&context).await {
         code.set_ready(program);
@@ -47,7 +47,7 @@ pub(crate) async fn program_here(
     machine: &MachineName,
 ) -> Option<Fingerprint> {
     let worker = processes.machines.get(machine)?;
-    // (A worker that is busy says it next time: others are asked for meanwhile.)
+    // A busy worker is asked again next time; the others are asked meanwhile.
     let report = tokio::time::timeout(ASK_PATIENCE, worker.report()).await;
     Some(Fingerprint(report.ok()?.ok()?.program?))
 }

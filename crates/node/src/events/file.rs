@@ -1,7 +1,6 @@
-//! The files that events are kept in: one line of JSON each, in two files of
-//! bounded size. The older file goes when the newer is full. A last line that
-//! was cut off (the computer lost power, the disk was full) is taken away; a
-//! line that makes no sense is skipped.
+//! The files of events: one line of JSON each, in two files of bounded size. The older file is
+//! deleted when the newer is full. An incomplete last line, after a power failure or on a full
+//! disk, is truncated; an invalid line is skipped.
 
 use keel_api::Event;
 use std::collections::VecDeque;
@@ -12,28 +11,28 @@ use std::path::{Path, PathBuf};
 
 /// Bytes of one of the two files.
 pub(crate) const FILE_BYTES_MAX: u64 = 4 << 20;
-/// Bytes that the end of a file is searched in for the beginning of its last
-/// line. Lines are shorter (see `Note`).
+/// Bytes at the end of a file that are searched for the start of its last line. Lines are shorter;
+/// see `Note`.
 const TAIL_BYTES: u64 = 64 << 10;
 
 const NEWER: &str = "events.jsonl";
 const OLDER: &str = "events.1.jsonl";
 
-/// The file that is written.
+/// The current file.
 #[derive(Debug)]
 pub(crate) struct EventFile {
     folder: PathBuf,
     file: File,
     bytes: u64,
-    /// Of the newest event.
+    /// Id of the newest event.
     last: u64,
 }
 
 impl EventFile {
-    /// Opens what is in a folder, or begins it.
+    /// Opens or creates the files in a folder.
     ///
     /// # Errors
-    /// The file system's.
+    /// I/O errors.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -52,13 +51,12 @@ impl EventFile {
         })
     }
 
-    /// Gives an event its id and writes it. The id is that of its clock in
-    /// microseconds, or one more than the last: so it rises even where clocks
-    /// are set back or the files were deleted.
+    /// Assigns an id to an event and writes it. The id is its time in microseconds, or the last id
+    /// plus one if that is greater: so ids increase even if clocks are set back or the files were
+    /// deleted.
     ///
     /// # Errors
-    /// The file system's; the event has its id all the same, and what was
-    /// written of it is taken back.
+    /// I/O errors; the event keeps its id, and an incomplete line is truncated.
     pub(crate) fn add(&mut self, event: &mut Event) -> Result<()> {
         self.last = (self.last + 1).max(event.at_unix_ms.saturating_mul(1000));
         event.id = self.last;
@@ -71,7 +69,7 @@ impl EventFile {
             self.bytes = 0;
         }
         if let Err(error) = self.file.write_all_at(&line, self.bytes) {
-            // A line that is cut off would spoil the next.
+            // An incomplete line would corrupt the next one.
             self.file.set_len(self.bytes)?;
             return Err(error);
         }
@@ -90,7 +88,7 @@ fn open(path: &Path) -> Result<File> {
         .open(path)
 }
 
-/// Bytes of the whole lines in a file.
+/// Length of the complete lines in a file.
 fn whole(mut file: &File) -> Result<u64> {
     let end = file.metadata()?.len();
     let start = end.saturating_sub(TAIL_BYTES);
@@ -103,7 +101,7 @@ fn whole(mut file: &File) -> Result<u64> {
     })
 }
 
-/// The newest events that fit, of all that are kept.
+/// The newest stored events that match.
 pub(crate) struct Newest<F> {
     /// Oldest first.
     pub(crate) events: VecDeque<Event>,
@@ -123,14 +121,13 @@ impl<F: Fn(&Event) -> bool> Newest<F> {
         }
     }
 
-    /// Reads both files. May run beside a writer: what is written meanwhile is
-    /// seen or not.
+    /// Reads both files. Safe beside a writer: a concurrent event may or may not be included.
     ///
     /// # Errors
-    /// The file system's.
+    /// I/O errors.
     pub(crate) fn read(&mut self, folder: &Path) -> Result<()> {
-        // The newer is opened first: if it becomes the older one now, it is
-        // seen twice, and not left out.
+        // The newer one is opened first: if the files rotate now, it is read twice rather than
+        // skipped.
         let newer = File::open(folder.join(NEWER));
         let older = File::open(folder.join(OLDER));
         let mut last = 0;
@@ -143,7 +140,7 @@ impl<F: Fn(&Event) -> bool> Newest<F> {
             let mut lines = BufReader::new(file);
             let mut line = Vec::new();
             while lines.read_until(b'\n', &mut line)? > 0 {
-                // Without its end it is still being written, or was cut off.
+                // A line without its end is being written, or incomplete.
                 if line.ends_with(b"\n")
                     && let Ok(event) = serde_json::from_slice::<Event>(&line)
                     && event.id > last

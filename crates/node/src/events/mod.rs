@@ -1,19 +1,18 @@
-//! What happened on this node: an event at each change of machines, moves,
-//! checkpoints, leases and the agent itself, for people who ask what became of
-//! something, and programs that follow it.
+//! Events of this node: one at each change of machines, moves, checkpoints, leases and the agent
+//! itself, for users who trace a change, and programs that follow it.
 //!
 //! ```text
 //!   reconcile, moving, … ── record ──▶ queue ──▶ writer thread ──▶ events.jsonl
 //!                                                     │
-//!                                                     └──▶ those who follow
+//!                                                     └──▶ followers
 //! ```
 //!
-//! Recording never waits: neither for the disk, nor for readers. When more comes
-//! than the disk takes, events are dropped, and an event says how many. Events
-//! tell what happened and decide nothing: nobody acts on them.
+//! Recording never waits for the disk or for readers. If events arrive faster than the disk takes
+//! them, some are dropped, and an event gives their number. Events only report: no decision
+//! depends on them.
 //!
-//! - `file`: the files that they are kept in
-//! - `notes`: what is told of machines' lives and moves
+//! - `file`: the files of events
+//! - `notes`: events about machines' lives and moves
 
 mod file;
 mod notes;
@@ -31,13 +30,13 @@ use tokio::sync::{broadcast, oneshot};
 
 /// Events that may wait to be written.
 const QUEUE_MAX: usize = 4096;
-/// Events that one who follows may be behind before the files are read again.
+/// Events that a follower may lag behind before the files are read again.
 const BEHIND_MAX: usize = 1024;
-/// Bytes of an event's sentence, and of one of its fields.
+/// Limits in bytes of an event's sentence, and of one of its fields.
 const TEXT_BYTES_MAX: usize = 2048;
 const FIELD_BYTES_MAX: usize = 512;
 
-/// What is to be recorded.
+/// An event to record.
 #[derive(Debug, Clone)]
 pub(crate) struct Note {
     kind: EventKind,
@@ -48,7 +47,7 @@ pub(crate) struct Note {
 }
 
 impl Note {
-    /// Of the node itself.
+    /// About the node itself.
     pub(crate) fn node(kind: EventKind, text: impl Into<String>) -> Self {
         Note {
             kind,
@@ -59,7 +58,7 @@ impl Note {
         }
     }
 
-    /// Of a machine.
+    /// About a machine.
     pub(crate) fn machine(kind: EventKind, machine: &MachineName, text: impl Into<String>) -> Self {
         Note {
             machine: Some(machine.clone()),
@@ -81,7 +80,7 @@ impl Note {
     }
 }
 
-/// At most so many bytes of a text; what is cut off is marked.
+/// Truncates a text to a number of bytes and marks the cut.
 fn cut(mut text: String, bytes_max: usize) -> String {
     if text.len() > bytes_max {
         let mark = "…";
@@ -93,11 +92,11 @@ fn cut(mut text: String, bytes_max: usize) -> String {
 
 enum Message {
     Write(Event),
-    /// Answered when all that came before is written.
+    /// Answered when all earlier events are written.
     Flush(oneshot::Sender<()>),
 }
 
-/// Records this node's events, and lets them be read.
+/// Records this node's events, and reads them.
 #[derive(Debug, Clone)]
 pub(crate) struct Events(Arc<Inner>);
 
@@ -106,17 +105,17 @@ struct Inner {
     node: String,
     folder: PathBuf,
     queue: SyncSender<Message>,
-    /// Events that found no room in the queue.
+    /// Events that found the queue full.
     dropped: Arc<AtomicU64>,
     live: broadcast::Sender<Arc<Event>>,
 }
 
-/// What of a node's events is wanted.
+/// A query of a node's events.
 #[derive(Debug, Clone)]
 pub(crate) struct Filter {
-    /// Of this machine only.
+    /// Only about this machine.
     pub(crate) machine: Option<MachineName>,
-    /// Not before this, in milliseconds since 1970-01-01 UTC.
+    /// Earliest time, in milliseconds since 1970-01-01 UTC.
     pub(crate) since_unix_ms: u64,
     /// Only with greater ids.
     pub(crate) after: u64,
@@ -134,11 +133,10 @@ impl Filter {
 }
 
 impl Events {
-    /// Goes on with the events in a folder. Its writer ends with the last
-    /// handle.
+    /// Opens the events in a folder. Their writer ends with the last handle.
     ///
     /// # Errors
-    /// The file system's, and if there can be no thread.
+    /// I/O errors, also if the thread cannot be started.
     pub(crate) fn open(folder: &Path, node: &NodeName) -> std::io::Result<Self> {
         let file = EventFile::open(folder)?;
         let (queue, messages) = sync_channel(QUEUE_MAX);
@@ -168,7 +166,7 @@ impl Events {
         &self.0.node
     }
 
-    /// Records what happened now. Never waits.
+    /// Records an event. Never waits.
     pub(crate) fn record(&self, note: Note) {
         let event = event(&self.0.node, note);
         if self.0.queue.try_send(Message::Write(event)).is_err() {
@@ -176,22 +174,22 @@ impl Events {
         }
     }
 
-    /// Returns when all that was recorded before is written.
+    /// Returns when all earlier events are written.
     pub(crate) async fn flush(&self) {
         let (done, written) = oneshot::channel();
         let queue = self.0.queue.clone();
-        // The queue may be full: that is for a thread that may wait.
+        // The queue may be full, so a blocking thread sends the request.
         let asked = tokio::task::spawn_blocking(move || queue.send(Message::Flush(done)).is_ok());
-        // Where the writer is gone, nothing more is written.
+        // If the writer has ended, nothing more is written.
         if asked.await.unwrap_or(false) {
             let _ = written.await;
         }
     }
 
-    /// The newest events that fit, oldest first, and whether there are more.
+    /// The newest matching events, oldest first, and whether there are more.
     ///
     /// # Errors
-    /// The file system's.
+    /// I/O errors.
     pub(crate) async fn newest(
         &self,
         filter: Filter,
@@ -215,7 +213,7 @@ impl Events {
 
 fn event(node: &str, note: Note) -> Event {
     Event {
-        // The writer's to give.
+        // The writer assigns it.
         id: 0,
         at_unix_ms: unix_ms(),
         node: node.to_owned(),
@@ -232,7 +230,7 @@ struct Writer {
     file: EventFile,
     dropped: Arc<AtomicU64>,
     live: broadcast::Sender<Arc<Event>>,
-    /// Whether the last write failed: that is logged once.
+    /// Whether the last write failed, so that a failure is logged once.
     failing: bool,
 }
 
@@ -243,7 +241,7 @@ impl Writer {
                 Message::Write(event) => self.write(event),
                 Message::Flush(done) => {
                     self.tell_dropped();
-                    // Whoever asked may have gone.
+                    // The caller may have gone.
                     let _ = done.send(());
                 }
             }
@@ -253,7 +251,7 @@ impl Writer {
     fn tell_dropped(&mut self) {
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         if dropped > 0 {
-            let text = format!("{dropped} event(s) were lost: more came than could be written");
+            let text = format!("{dropped} event(s) were lost: the disk is too slow");
             let note = Note::node(EventKind::EventsLost, text).with("count", dropped);
             let event = event(&self.node, note);
             self.add(event);
@@ -268,13 +266,13 @@ impl Writer {
     fn add(&mut self, mut event: Event) {
         match self.file.add(&mut event) {
             Ok(()) => self.failing = false,
-            Err(error) if self.failing => tracing::debug!(%error, "an event is not kept"),
+            Err(error) if self.failing => tracing::debug!(%error, "cannot write an event"),
             Err(error) => {
                 self.failing = true;
-                tracing::error!(%error, "events are not kept: is the disk full?");
+                tracing::error!(%error, "cannot write events: is the disk full?");
             }
         }
-        // Nobody may follow.
+        // There may be no follower.
         let _ = self.live.send(Arc::new(event));
     }
 }
@@ -318,7 +316,7 @@ mod tests {
         drop(events);
 
         let events = open(folder.path());
-        events.record(Note::node(EventKind::NodeStarted, "it started again"));
+        events.record(Note::node(EventKind::NodeStarted, "it was restarted"));
         let (again, _) = events.newest(all(), 10).await.unwrap();
         assert_eq!(again[..2], found);
         assert!(again[2].id > found[1].id);
@@ -358,7 +356,7 @@ mod tests {
             .filter(|event| event.kind == EventKind::EventsLost)
             .map(|event| event.fields["count"].parse::<u64>().unwrap())
             .sum();
-        // The newest are there, in order; of the rest it is known how many.
+        // The newest are present, in order; the number of the others is known.
         let numbers: Vec<u64> = found
             .iter()
             .filter_map(|event| event.fields.get("number")?.parse().ok())

@@ -1,4 +1,4 @@
-//! What is told of machines' lives and moves.
+//! Texts of events about machines' lives and moves.
 
 use super::Note;
 use crate::error::CommandError;
@@ -9,7 +9,7 @@ use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::spec::{Record, Status};
 
 impl Note {
-    /// The checkpoint that a machine is made of, in words.
+    /// The checkpoint that a machine is created from, as text.
     pub(crate) fn origin(origin: &Origin) -> String {
         let (machine, vault) = (&origin.machine, &origin.repository);
         match &origin.id {
@@ -27,7 +27,10 @@ impl Note {
                 match &record.origin {
                     None => format!("is to run on {owner}"),
                     Some(origin) => {
-                        format!("is to run on {owner}, made of {}", Note::origin(origin))
+                        format!(
+                            "is to run on {owner}, created from {}",
+                            Note::origin(origin)
+                        )
                     }
                 },
             ),
@@ -37,20 +40,22 @@ impl Note {
             ),
             (Status::Running, Status::Filling { from }) => (
                 EventKind::MachineFilled,
-                format!("has all of its memory on {owner}, and nothing on {from} any more"),
+                format!("has all of its memory on {owner}, and none on {from} any more"),
             ),
             (Status::Filling { from }, _) => (
                 EventKind::MachineArrived,
-                format!("runs on {owner}, arrived from {from}; a part of its memory is to come"),
+                format!(
+                    "runs on {owner}, arrived from {from}; part of its memory has still to arrive"
+                ),
             ),
             (Status::Running, _) => (EventKind::MachineStarted, format!("runs on {owner}")),
             (Status::Arriving { from }, _) => (
                 EventKind::MoveDone,
-                format!("belongs to {owner}, and comes from {from}"),
+                format!("belongs to {owner}, and arrives from {from}"),
             ),
             (Status::Restarting { reason, .. }, _) => (
                 EventKind::MachineRestarting,
-                format!("ended, and is to be started again: {reason}"),
+                format!("ended, and is to be restarted: {reason}"),
             ),
             (Status::Exited { code }, _) => (
                 EventKind::MachineExited,
@@ -58,7 +63,7 @@ impl Note {
             ),
             (Status::Trapped { message }, _) => (
                 EventKind::MachineTrapped,
-                format!("was ended by its program's fault: {message}"),
+                format!("was ended by a trap of its program: {message}"),
             ),
             (Status::Stopped, _) => (
                 EventKind::MachineStopped,
@@ -100,11 +105,11 @@ impl Note {
         let (kind, text) = match refused {
             None => (
                 EventKind::MoveAccepted,
-                format!("is taken in from {source}"),
+                format!("is accepted from {source}"),
             ),
             Some(reason) => (
                 EventKind::MoveRefused,
-                format!("is not taken in from {source}: {reason}"),
+                format!("is refused from {source}: {reason}"),
             ),
         };
         Note::machine(kind, machine, text)
@@ -112,7 +117,7 @@ impl Note {
             .with("source", source)
     }
 
-    /// A checkpoint that was made, or was not.
+    /// The result of a checkpoint.
     pub(crate) fn checkpoint(
         machine: &MachineName,
         result: &Result<CheckpointInfo, CommandError>,

@@ -1,4 +1,4 @@
-//! The parts that requests are handed to.
+//! The handles to which requests are passed.
 
 use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
@@ -14,7 +14,7 @@ use crate::spanning::Spanning;
 use crate::volumes::VolumeFiles;
 use std::sync::Arc;
 
-/// A handle of each part.
+/// A handle of each layer.
 pub(crate) struct Handles {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,

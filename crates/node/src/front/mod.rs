@@ -1,7 +1,7 @@
-//! What people and other nodes reach: HTTP and rpc. Requests are decoded, handed to one
-//! handle, and answers encoded; nothing is decided here.
+//! The interfaces for users and other nodes: HTTP and rpc. Each decodes a request, passes it to
+//! one handle, and encodes the answer; it decides nothing.
 //!
-//! - `handles`: the parts that requests are handed to
+//! - `handles`: the handles to which requests are passed
 //! - `http`: JSON over HTTP, for users
 //! - `rpc`: requests of other nodes
 

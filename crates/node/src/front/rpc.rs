@@ -1,5 +1,5 @@
-//! Requests of other nodes, over `keel-net`'s rpc: each is decoded, handed to one handle,
-//! and its answer encoded. A number that two requests had would be an unreachable arm.
+//! Requests of other nodes, over `keel-net`'s rpc: each is decoded and passed to one handle, and
+//! its answer is encoded. Two requests with one number would be an unreachable arm.
 
 use super::handles::Handles;
 use crate::balancer::{self, BALANCE};
@@ -44,7 +44,7 @@ fn reply<T: Serialize>(
     Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
 }
 
-/// A command of a user of another node, carried out by `here`.
+/// Carries out by `here` a command that a user gave to another node.
 async fn command<C, F>(payload: &Bytes, here: impl FnOnce(C) -> F) -> Result<Reply, RpcError>
 where
     C: MachineCommand,

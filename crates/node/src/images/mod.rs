@@ -1,6 +1,5 @@
-//! Program images: modules as their authors built them, and instrumented ones, by hash.
-//! Modules travel between nodes; code compiled for a processor never does (that is
-//! `code`'s).
+//! Program images, by hash: original and instrumented modules. Modules are sent between nodes;
+//! code compiled for a processor never is, see `code`.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -19,7 +18,7 @@ pub(crate) const FETCH: u16 = 0x0302;
 /// Bytes of a module in one piece.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// The images that this node has, and those that it can fetch.
+/// The images of this node, and access to those of others.
 pub(crate) struct Images {
     context: Arc<Context>,
 }
@@ -29,10 +28,10 @@ impl Images {
         Images { context }
     }
 
-    /// Keeps a module that a user uploads; its hash.
+    /// Stores a module that a user uploads; returns its hash.
     ///
     /// # Errors
-    /// [`CommandError`] if it is no module, or the disk does not take it.
+    /// [`CommandError`] if it is not a module, or cannot be written.
     pub(crate) async fn upload(&self, module: Bytes) -> Result<String, CommandError> {
         if !module.starts_with(b"\0asm") {
             let what = "that is not a WebAssembly module (it does not begin with \\0asm)";
@@ -56,7 +55,7 @@ impl Images {
     /// Sends an image to another node.
     ///
     /// # Errors
-    /// [`RpcError`] if that is no hash, or the image is not here.
+    /// [`RpcError`] if that is not a hash, or the image is not here.
     pub(crate) async fn send(&self, is_program: bool, hash: &str) -> Result<Reply, RpcError> {
         if !is_hash(hash) {
             return Err(RpcError::refused("that is no hash of a module"));
@@ -68,7 +67,7 @@ impl Images {
         send_file(path).await
     }
 
-    /// The file of an instrumented module, fetched from a move's source if need be.
+    /// The file of an instrumented module, fetched from a move's source if necessary.
     pub(crate) async fn find_program(
         &self,
         source: &NodeName,
@@ -84,8 +83,7 @@ impl Images {
         Ok(path)
     }
 
-    /// The file of a module as its author built it, fetched from whichever node has
-    /// it if need be.
+    /// The file of an original module, fetched from any node that has it if necessary.
     pub(crate) async fn find_module(&self, hash: &str) -> Result<PathBuf, String> {
         if !is_hash(hash) {
             return Err(format!("{hash:?} is no hash of a module"));
@@ -100,8 +98,10 @@ impl Images {
             }
             match tokio::time::timeout(6 * PROMPT, self.fetch(node, false, hash, &path)).await {
                 Ok(Ok(())) => return Ok(path),
-                Ok(Err(error)) => tracing::debug!(%node, error, "no module from there"),
-                Err(_) => tracing::warn!(%node, "a module takes too long"),
+                Ok(Err(error)) => {
+                    tracing::debug!(%node, error, "cannot fetch a module from the node")
+                }
+                Err(_) => tracing::warn!(%node, "fetching a module timed out"),
             }
         }
         Err(format!(
@@ -109,7 +109,7 @@ impl Images {
         ))
     }
 
-    /// Gets a file from a node and keeps it, if it is what its hash says.
+    /// Fetches a file from a node and stores it, if it matches its hash.
     async fn fetch(
         &self,
         node: &NodeName,
@@ -134,7 +134,7 @@ impl Images {
         let (hash, path) = (hash.to_owned(), path.to_owned());
         tokio::task::spawn_blocking(move || {
             if blake3::hash(&bytes).to_hex().as_str() != hash {
-                return Err("the module is not what its hash says".to_owned());
+                return Err("the module does not match its hash".to_owned());
             }
             write_whole(&path, &bytes).map_err(|error| format!("{}: {error}", path.display()))
         })
@@ -143,12 +143,12 @@ impl Images {
     }
 }
 
-/// Whether there is such a file; where that cannot be said it is fetched.
+/// Whether the file exists; on an error it is fetched.
 async fn is_there(path: &Path) -> bool {
     tokio::fs::try_exists(path).await.unwrap_or_default()
 }
 
-/// The file of a module, in pieces, for another node.
+/// Sends the file of a module in pieces to another node.
 async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
     let opened = tokio::task::spawn_blocking(move || std::fs::File::open(path));
     let mut file = opened
@@ -170,7 +170,7 @@ async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
                             return;
                         }
                     }
-                    // The receiver checks the hash of the whole.
+                    // The receiver checks the hash of the whole file.
                     Err(error) => {
                         tracing::warn!(%error, "a module cannot be sent");
                         return;

@@ -1,8 +1,8 @@
-//! The output of machines: read where a machine is, followed from node to node.
+//! The output of machines: read on the node of the machine, followed from node to node.
 //!
-//! A follower is told by the store that its machine has another owner, and goes on
-//! there at once: the source's stream ends only when its worker is gone, a while
-//! after the machine runs at the target. Offsets make nothing come twice.
+//! A follower learns from the store that its machine has a new owner, and continues there at once:
+//! the source's stream ends only with its worker, a while after the machine runs at the target.
+//! Offsets prevent duplicates.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -23,9 +23,9 @@ use tokio::sync::mpsc;
 
 /// Bytes of output in one piece.
 const PIECE_BYTES: usize = 64 << 10;
-/// How long a worker whose connection was lost may take to be gone.
+/// How long the process of a worker with a lost connection may take to end.
 const GONE_WITHIN: Duration = Duration::from_millis(500);
-/// Attempts to find a machine that is moving about.
+/// Attempts to find a machine that keeps moving.
 const CHASES_MAX: u32 = 25;
 /// The longest pause between them; the first is the shortest.
 const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
@@ -33,7 +33,7 @@ const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Request between agents: `(machine, from, follow)` → stream of [`LogChunk`].
 pub(crate) const LOG: u16 = 0x0307;
 
-/// Where the output begins that a machine wrote at a time or later.
+/// Asks for the offset of the first output at or after a time.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct LogOffset {
     pub(crate) machine: MachineName,
@@ -60,7 +60,7 @@ impl Logs {
         Logs { context, processes }
     }
 
-    /// Where the output begins that a machine wrote at a time or later.
+    /// The offset of the first output of a machine at or after a time.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -68,8 +68,8 @@ impl Logs {
         at_owner(&self.context, command, |it| self.offset_here(it)).await
     }
 
-    /// The output of a machine that runs, or ended, on this node. It ends with an empty
-    /// chunk if it was read to its end: if it does not, something broke off.
+    /// The output of a machine that runs, or ended, on this node. It ends with an empty chunk if
+    /// it is complete.
     pub(crate) async fn here(
         &self,
         machine: &MachineName,
@@ -100,7 +100,7 @@ impl Logs {
                                 return;
                             }
                         }
-                        // It has ended in the middle: what it wrote is in its folder.
+                        // It has ended during the read: its output is in its folder.
                         Some(Err(_)) if worker.gone_within(GONE_WITHIN).await => break,
                         Some(Err(_)) | None => return,
                     }
@@ -109,15 +109,19 @@ impl Logs {
             let left = tokio::task::spawn_blocking(move || send_left(&folder, at, &send));
             match left.await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "output that was left cannot be read"),
-                Err(error) => tracing::error!(%error, "reading output that was left failed"),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "cannot read the output of an ended machine")
+                }
+                Err(error) => {
+                    tracing::error!(%error, "reading the output of an ended machine failed")
+                }
             }
         });
         Ok(chunks)
     }
 
-    /// Where the output begins that a machine, which runs or ended on this node, wrote
-    /// at a time or later.
+    /// The offset of the first output, at or after a time, of a machine that runs or ended on this
+    /// node.
     pub(crate) async fn offset_here(&self, command: LogOffset) -> Result<u64, CommandError> {
         let LogOffset {
             machine,
@@ -127,7 +131,7 @@ impl Logs {
         if let Some(worker) = self.processes.machines.get(machine) {
             match worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await {
                 Ok(offset) => return Ok(offset),
-                // It has ended just now.
+                // It has just ended.
                 Err(_) if worker.gone_within(GONE_WITHIN).await => {}
                 Err(error) => return Err(CommandError::Unavailable(error.to_string())),
             }
@@ -144,8 +148,8 @@ impl Logs {
             })
     }
 
-    /// The output of a machine from an offset on, following it from node to node. An error
-    /// is the last that comes, and says why there is not all of it.
+    /// The output of a machine from an offset on, followed from node to node. An error is the last
+    /// item and says why the output is incomplete.
     ///
     /// # Errors
     /// [`CommandError`], if there is no such machine.
@@ -161,7 +165,7 @@ impl Logs {
         tokio::spawn(async move {
             let mut at = from;
             let mut idle = 0;
-            let mut why = "it did not begin".to_owned();
+            let mut why = "it did not start".to_owned();
             while idle < CHASES_MAX && !send.is_closed() {
                 let before = at;
                 match records::get(&*logs.context.store, &machine).await {
@@ -175,7 +179,7 @@ impl Logs {
                         };
                         match passed {
                             Ok(()) if follow && found.record.status.ended() => return,
-                            // (Else there may be more of it elsewhere.)
+                            // Otherwise there may be more of it on another node.
                             Ok(()) if !follow && is_there(&logs.context, &found).await => return,
                             Ok(()) => {}
                             Err(error) => why = error,
@@ -188,23 +192,23 @@ impl Logs {
                     }
                     Err(error) => why = error.to_string(),
                 }
-                // It is on its way, or its node is away for a moment.
+                // It is moving, or its node is briefly unreachable.
                 idle = if at > before { 0 } else { idle + 1 };
                 let pause = Duration::from_millis(1) * 2u32.pow(idle.min(10));
                 tokio::time::sleep(pause.min(CHASE_PAUSE_MAX)).await;
             }
-            let why = format!("the output of {machine:?} is not whole: {why}");
-            // Whoever asked may be gone.
+            let why = format!("the output of {machine:?} is incomplete: {why}");
+            // The client may have disconnected.
             let _ = send.send(Err(why)).await;
         });
         Ok(bytes)
     }
 
-    /// Passes on what a machine's owner has, until that is all. May be dropped at any time:
-    /// what `at` counts was passed on.
+    /// Forwards the output at a machine's owner to its end. Cancel-safe: `at` counts the bytes
+    /// that were forwarded.
     ///
     /// # Errors
-    /// Why it is not all.
+    /// Why the output is incomplete.
     async fn pass_on(
         &self,
         record: &Record,
@@ -233,7 +237,7 @@ impl Logs {
                     .map_err(|error| away(&error))?,
                 (None, None) => None,
             };
-            let chunk = chunk.ok_or_else(|| away(&"its output broke off"))?;
+            let chunk = chunk.ok_or_else(|| away(&"its output ended early"))?;
             let LogChunk { offset, bytes } = unpack(&chunk).map_err(|error| away(&error))?;
             if bytes.is_empty() {
                 return Ok(());
@@ -243,7 +247,7 @@ impl Logs {
             let Some(new) = bytes.get(known..) else {
                 continue;
             };
-            // Room first: nothing may come between counting and passing on.
+            // Reserves room first: no await may separate counting and forwarding.
             let Ok(room) = send.reserve().await else {
                 return Ok(());
             };
@@ -253,7 +257,7 @@ impl Logs {
     }
 }
 
-/// Whether a machine is still where it was found, or is no more.
+/// Whether a machine is still where it was found, or is removed.
 async fn is_there(context: &Context, found: &VersionedRecord) -> bool {
     match records::get(&*context.store, &found.record.name).await {
         Ok(now) => now.record.owner == found.record.owner,
@@ -261,8 +265,8 @@ async fn is_there(context: &Context, found: &VersionedRecord) -> bool {
     }
 }
 
-/// Returns when a machine's record names another owner. Never, if the store does
-/// not tell: then the end of the old owner's stream does.
+/// Returns when a machine's record names another owner. Never, if the store does not answer: then
+/// the end of the old owner's stream ends the wait.
 async fn owner_changes(context: &Context, found: &VersionedRecord) {
     let key = Key::Machine(found.record.name.clone()).to_string();
     let Ok(mut watch) = context.store.watch(&key, found.revision + 1).await else {
@@ -270,7 +274,7 @@ async fn owner_changes(context: &Context, found: &VersionedRecord) {
     };
     while let Some(Ok(changes)) = watch.next().await {
         for change in changes.changes {
-            // (Keys of other machines may begin with this one.)
+            // Keys of other machines may have this one as a prefix.
             let Change::Put(entry) = change else { continue };
             if entry.key != key {
                 continue;
@@ -284,8 +288,8 @@ async fn owner_changes(context: &Context, found: &VersionedRecord) {
     std::future::pending().await
 }
 
-/// Sends what a machine left that has ended, and that this is all. Of one that has not
-/// begun, or is not here any more, there is nothing: whoever asked looks where it is.
+/// Sends the remaining output of an ended machine, with the end marker. Sends nothing for a
+/// machine that has not started, or is not here any more: the client searches for its node.
 fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
     let log = Log::open_read_only(folder)?;
     let mut at = from;

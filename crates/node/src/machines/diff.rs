@@ -179,7 +179,7 @@ fn in_cores(millis: u32) -> String {
 mod tests {
     use super::*;
     use keel_machine::checkpoint::Retention;
-    use keel_machine::restart::Restart;
+    use keel_machine::restart_policy::Restart;
     use keel_machine::spec::CheckpointPlan;
 
     fn example() -> Spec {

@@ -36,7 +36,7 @@ pub(crate) struct Machines {
 }
 
 /// The lower layers.
-pub(crate) struct Below {
+pub(crate) struct Dependencies {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
     pub(crate) images: Arc<Images>,
@@ -49,7 +49,7 @@ pub(crate) struct Below {
 }
 
 impl Machines {
-    pub(crate) fn new(below: Below) -> (Self, Restarts) {
+    pub(crate) fn new(below: Dependencies) -> (Self, Restarts) {
         let (restarts, receiver) = unbounded_channel();
         let machines = Machines {
             context: below.context,
@@ -69,12 +69,12 @@ impl Machines {
 
     /// Queues a restart if the end of a machine calls for one. To be called once no other
     /// operation on the machine is in progress.
-    pub(super) fn start_again(
+    pub(super) fn queue_restart(
         &self,
         machine: &MachineName,
-        end: Result<Again, RecordError>,
+        end: Result<RestartDecision, RecordError>,
     ) -> Result<(), RecordError> {
-        if let Again::Under(epoch) = end? {
+        if let RestartDecision::Under(epoch) = end? {
             // The receiver ends with the agent.
             let _ = self.restarts.send((machine.clone(), epoch));
         }
@@ -84,7 +84,7 @@ impl Machines {
 
 /// Whether a machine restarts after its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Again {
+pub(super) enum RestartDecision {
     /// Under this new epoch.
     Under(Epoch),
     No,

@@ -6,7 +6,7 @@
 //! - `create`, `restore`, `spec_check`: new machines, and the limits of their specs
 //! - `reconcile`: schedule → processes
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
-//! - `watch`, `arrivals`, `ends`: states of workers → records
+//! - `watch`, `arrivals`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
 //! - `queries`, `diff`: queries of users
 //! - `stall_status`: machines that wait for a disk or a volume's backend
@@ -14,7 +14,6 @@
 mod arrivals;
 mod create;
 mod diff;
-mod ends;
 mod handle;
 mod queries;
 mod reconcile;
@@ -26,11 +25,12 @@ mod spec_check;
 mod stall_status;
 mod start;
 mod stop;
+mod termination;
 mod watch;
 
 pub(crate) use create::run;
 pub(crate) use diff::diff;
-pub(crate) use handle::{Below, Machines, Restarts};
+pub(crate) use handle::{Dependencies, Machines, Restarts};
 pub(crate) use queries::ReportQuery;
 pub(crate) use reconcile::{follow_restarts, follow_schedule};
 pub(crate) use remove::RemoveMachine;

@@ -340,7 +340,7 @@ fn text(before: &Spec, after: &Spec) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::restart::Restart;
+    use keel_machine::restart_policy::Restart;
 
     fn spec() -> Spec {
         Spec {

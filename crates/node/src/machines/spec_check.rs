@@ -5,7 +5,7 @@ use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use keel_api::{RunRequest, VolumeRequest};
 use keel_cluster::MachineName;
-use keel_machine::restart::Restart;
+use keel_machine::restart_policy::Restart;
 use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;

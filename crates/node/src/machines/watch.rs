@@ -1,9 +1,9 @@
 //! Follows the states of a worker, and records the resulting state of its machine in the store.
 
 use super::arrivals::{await_source, is_running, lost_on_arrival, runs};
-use super::ends::{finish, named_end};
-use super::handle::{Again, Machines};
+use super::handle::{Machines, RestartDecision};
 use super::stall_status;
+use super::termination::{named_end, record_end};
 use crate::events::Note;
 use crate::moves::{drop_reservation, settle};
 use crate::processes::Worker;
@@ -119,9 +119,9 @@ async fn ended(
                 .drop_group(&machines.context.dir, machine)
                 .await;
             let epoch = epoch_of_life(machines, machine, epoch).await;
-            finish(machines, machine, epoch, status).await
+            record_end(machines, machine, epoch, status).await
         }
-        false => Ok(Again::No),
+        false => Ok(RestartDecision::No),
     };
     machines.processes.machines.remove_exactly(machine, worker);
     settled(machines, machine, guarded, end);
@@ -154,12 +154,12 @@ fn settled(
     machines: &Arc<Machines>,
     machine: &MachineName,
     guarded: bool,
-    end: Result<Again, RecordError>,
+    end: Result<RestartDecision, RecordError>,
 ) {
     if guarded {
         machines.processes.exclusion.busy().remove(machine);
     }
-    if let Err(error) = machines.start_again(machine, end) {
+    if let Err(error) = machines.queue_restart(machine, end) {
         tracing::error!(%machine, %error, "cannot record the end");
     }
 }
@@ -248,7 +248,7 @@ async fn worker_lost(
             machines.processes.machines.remove_exactly(machine, worker);
             let end = match record.status {
                 Status::Arriving { from } => lost_on_arrival(machines, machine, &from).await,
-                _ => finish(machines, machine, record.epoch, Status::Failed { reason }).await,
+                _ => record_end(machines, machine, record.epoch, Status::Failed { reason }).await,
             };
             settled(machines, machine, guarded, end);
         }

@@ -60,7 +60,7 @@ pub(crate) struct Moves {
 }
 
 /// The lower layers.
-pub(crate) struct Below {
+pub(crate) struct Dependencies {
     pub(crate) context: Arc<Context>,
     pub(crate) processes: Arc<Processes>,
     pub(crate) images: Arc<Images>,
@@ -71,7 +71,7 @@ pub(crate) struct Below {
 }
 
 impl Moves {
-    pub(crate) fn new(below: Below) -> Self {
+    pub(crate) fn new(below: Dependencies) -> Self {
         Moves {
             context: below.context,
             processes: below.processes,

@@ -30,7 +30,7 @@ pub(crate) use admission::{accept, drop_reservation, would_accept};
 pub(crate) use arrival::{arrival, holds_copy, settle};
 pub(crate) use begin::begin;
 pub(crate) use commands::{CancelMove, DryRunCommand};
-pub(crate) use handle::{Below, MoveOrder, Moves};
+pub(crate) use handle::{Dependencies, MoveOrder, Moves};
 pub(crate) use offer::{ARRIVAL, HELD, MOVE, OFFER, Offer, TRIAL, WITHDRAW, WOULD_ACCEPT};
 pub(crate) use ownership_change::RACED;
 pub(crate) use recovery::{resume_after_move, withdraw_old_offers};

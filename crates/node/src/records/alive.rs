@@ -1,4 +1,4 @@
-//! The nodes that are alive, by the store: followed.
+//! The nodes that are alive: a watch on the store.
 
 use crate::context::Context;
 use keel_cluster::NodeName;
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Pause before the store is followed anew.
+/// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// The nodes that renew their lease.
@@ -21,21 +21,21 @@ impl AliveNodes {
         AliveNodes(watch::Sender::new(BTreeSet::new()))
     }
 
-    /// Those that are alive now.
+    /// The nodes that are alive now.
     pub(crate) fn now(&self) -> BTreeSet<NodeName> {
         self.0.borrow().clone()
     }
 
-    /// Their changes.
+    /// Changes of the set.
     pub(crate) fn changes(&self) -> watch::Receiver<BTreeSet<NodeName>> {
         self.0.subscribe()
     }
 
-    /// Follows the store for ever.
+    /// Follows the store until the agent ends.
     pub(crate) async fn follow(&self, context: &Context) {
         loop {
             if let Err(error) = self.follow_once(context).await {
-                tracing::warn!(%error, "which nodes are alive cannot be followed, trying again");
+                tracing::warn!(%error, "cannot follow which nodes are alive, trying again");
             }
             tokio::time::sleep(RETRY_AFTER).await;
         }

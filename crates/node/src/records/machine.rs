@@ -1,5 +1,5 @@
-//! Machines, schedules, nodes and reservations in the store: reading them, and the
-//! transactions that change them.
+//! Machines, schedules, nodes and reservations in the store: reads, and transactions that change
+//! them.
 
 use crate::error::CommandError;
 use keel_cluster::{Epoch, MachineName, NodeName, members};
@@ -14,14 +14,14 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How often a change is tried again that another one got ahead of.
+/// Attempts at a change that loses against concurrent ones.
 const ATTEMPTS_MAX: u32 = 16;
-/// How long a machine that has just come may take to say that it goes on.
+/// How long the record of an arrived machine may take to show that it runs.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
-/// How often it is looked at until then.
+/// Interval of polling until then.
 const SETTLE_EVERY: Duration = Duration::from_millis(5);
 
-/// What a node says of itself, at `node/NAME`.
+/// A node's own record, at `node/NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct NodeRecord {
     pub(crate) address: String,
@@ -33,14 +33,14 @@ pub(crate) struct NodeRecord {
     pub(crate) version: String,
 }
 
-/// What a reservation for a machine says, at `reservation/NODE/MACHINE`.
+/// A reservation for a machine, at `reservation/NODE/MACHINE`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Reservation {
     pub(crate) source: NodeName,
     pub(crate) bytes: u64,
 }
 
-/// Why a record was not read or changed.
+/// Why a record could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RecordError {
     #[error(transparent)]
@@ -49,7 +49,7 @@ pub(crate) enum RecordError {
     NoMachine(String),
     #[error("{0}")]
     Damaged(String),
-    #[error("machine {0:?} is being changed by others all the time; try again")]
+    #[error("machine {0:?} is being changed concurrently; try again")]
     Contended(String),
     #[error("{0}")]
     Refused(String),
@@ -84,9 +84,8 @@ pub(crate) async fn get(
     }
 }
 
-/// A machine's record, once a move that brought it where it is has been written down
-/// as over. Whoever moved it knows that it went on before the store does; what that
-/// user asks for next is not to be refused for it.
+/// A machine's record, once the end of its last move is recorded. The node that moved it knows
+/// earlier than the store that it runs, and the user's next command must not be refused for that.
 pub(crate) async fn settled(
     store: &dyn Store,
     machine: &MachineName,
@@ -102,7 +101,7 @@ pub(crate) async fn settled(
     }
 }
 
-/// All machines, by name. A damaged record is left out and logged.
+/// All machines, by name. A damaged record is skipped and logged.
 pub(crate) async fn all(store: &dyn Store) -> Result<Vec<Record>, RecordError> {
     let listing = store.list(keys::MACHINES).await?;
     Ok(listing
@@ -122,10 +121,10 @@ pub(crate) fn encode(record: &Record) -> Result<Vec<u8>, RecordError> {
     record.encode().map_err(RecordError::Damaged)
 }
 
-/// Changes a record, beside what `more` adds to the transaction; tries again
-/// when others were faster. `change` answers false to leave it as it is. It may be
-/// called again after a change whose answer was lost was made and then changed by
-/// others: what must not be done twice must be seen in the record.
+/// Changes a record, together with the operations that `more` adds to the transaction; retries on
+/// conflicts. `change` returns false to leave the record as it is. It may run again after a change
+/// that succeeded, with a lost answer, and was followed by other changes: the record must show
+/// what must not be repeated.
 pub(crate) async fn update(
     store: &dyn Store,
     machine: &MachineName,
@@ -151,8 +150,8 @@ pub(crate) async fn update(
         match store.txn(more(txn, &record)).await {
             Ok(TxnOutcome::Committed { .. }) => return Ok(record),
             Ok(TxnOutcome::Refused { .. }) => {}
-            // It may have been made. If it was, the record reads as it was written,
-            // unless others have changed it since.
+            // It may have succeeded. If so, the record equals what was written, unless it was
+            // changed again.
             Err(StoreError::Unknown { .. }) => unknown = Some(record),
             Err(error) => return Err(error.into()),
         }
@@ -160,9 +159,9 @@ pub(crate) async fn update(
     Err(RecordError::Contended(machine.to_string()))
 }
 
-/// Prepares the epoch of a machine that is to be created: what it is written with, and
-/// one condition and, at most, one change of the transaction that creates it. The
-/// counter begins at the revision of that transaction ([`keel_machine::moves::ownership`]).
+/// Prepares the first epoch of a new machine: its value, with one condition and at most one write
+/// for the transaction that creates the machine. The counter starts at the revision of that
+/// transaction ([`keel_machine::moves::ownership`]).
 pub(crate) async fn first_epoch(
     store: &dyn Store,
     record: &mut Record,
@@ -201,7 +200,7 @@ async fn epoch_base(store: &dyn Store) -> Result<(Option<KeyValue>, EpochBase), 
     Ok((entry, base.at_least(incarnation)))
 }
 
-/// An epoch that is not below any that a machine of this cluster has had so far.
+/// An epoch not lower than any that a machine of this cluster has had.
 pub(crate) async fn epochs_so_far(store: &dyn Store) -> Result<Epoch, RecordError> {
     let (_, base) = epoch_base(store).await?;
     Ok(ownership::created_at(base.epoch(), store.revision().await?))
@@ -256,12 +255,12 @@ pub(crate) async fn alive(store: &dyn Store) -> Result<Vec<NodeName>, StoreError
 pub(crate) mod tests {
     use super::*;
     use keel_cluster::Epoch;
-    use keel_machine::restart::Restart;
+    use keel_machine::restart_policy::Restart;
     use keel_machine::spec::{Balancing, Spec};
     use keel_store::{RedbOptions, RedbStore};
     use std::sync::Arc;
 
-    /// One that runs.
+    /// A running one.
     pub(crate) fn record(name: MachineName, owner: NodeName) -> Record {
         Record {
             name,
@@ -293,8 +292,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// A user who was told that a machine moved asks for the next thing before its new
-    /// node has written down that it goes on.
+    /// After a move, a user may send the next command before the new node has recorded that the
+    /// machine runs.
     #[tokio::test]
     async fn what_has_just_come_is_waited_for() {
         let folder = tempfile::tempdir().unwrap();

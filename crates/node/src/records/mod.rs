@@ -1,15 +1,14 @@
-//! Typed views of the store: which record is under which key, and the transactions that
-//! change them.
+//! Typed views of the store: the record under each key, and the transactions that change them.
 //!
 //! - `machine`: machines, schedules, nodes, reservations
-//! - `owner`: commands that the owner of a machine carries out
+//! - `machine_command`: commands that the owner of a machine carries out
 //! - `alive`: the nodes that are alive, followed
-//! - `placements`: where all machines are, followed
-//! - `room`: memory that is free here for machines that come
+//! - `placements`: the nodes of all machines, followed
+//! - `room`: free memory here for arriving machines
 
 mod alive;
 mod machine;
-mod owner;
+mod machine_command;
 mod placements;
 mod room;
 
@@ -20,6 +19,6 @@ pub(crate) use machine::{
     NodeRecord, RecordError, Reservation, VersionedRecord, alive, all, encode, epochs_so_far,
     first_epoch, get, nodes, schedule, settled, update,
 };
-pub(crate) use owner::{MachineCommand, at_owner};
+pub(crate) use machine_command::{MachineCommand, at_owner};
 pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};
 pub(crate) use room::{check_room, free_bytes, room_bytes};

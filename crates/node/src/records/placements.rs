@@ -1,4 +1,4 @@
-//! Where all machines are, by the store: followed, so that reading it costs nothing.
+//! The nodes of all machines: a watch on the store, so that reads are local.
 
 use super::machine::get;
 use crate::context::Context;
@@ -15,24 +15,24 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 
-/// Pause before the store is followed anew.
+/// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// What balancing needs to know of a machine.
+/// A machine as the balancer needs it.
 #[derive(Debug, Clone)]
 pub(crate) struct Placed {
     pub(crate) owner: NodeName,
-    /// Hash of its module as its author built it; empty where it has none.
+    /// Hash of its original module; empty if it has none.
     pub(crate) module: String,
     /// Raised by each change of owner, and by each restart.
     pub(crate) epoch: Epoch,
-    /// Whether it is to run.
+    /// Whether it is scheduled to run.
     pub(crate) live: bool,
     /// Whether it runs, and can be moved.
     pub(crate) movable: bool,
     /// Limit of its CPU time, in cores.
     pub(crate) cores_max: Option<f64>,
-    /// What balancing makes of it.
+    /// Its balancing policy.
     pub(crate) balancing: Balancing,
 }
 
@@ -56,16 +56,16 @@ impl Placed {
 /// A change of the machines of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PlacementChange {
-    /// A machine is this node's now.
+    /// A machine belongs to this node now.
     Arrived {
         machine: MachineName,
         source: NodeName,
     },
-    /// A machine is another node's now.
+    /// A machine belongs to another node now.
     Left { machine: MachineName },
     /// Room is reserved here for a machine.
     Arriving { machine: MachineName },
-    /// The reservation is gone, and the machine is not this node's.
+    /// The reservation is gone, and the machine does not belong to this node.
     ArrivalFailed { machine: MachineName },
 }
 
@@ -78,12 +78,12 @@ impl Placements {
         self.0.lock().unwrap_or_else(|error| error.into_inner())
     }
 
-    /// What is known of one.
+    /// One machine.
     pub(crate) fn get(&self, machine: &str) -> Option<Placed> {
         self.table().get(machine).cloned()
     }
 
-    /// Machines that are to run: name, node, module.
+    /// Machines that are scheduled to run: name, node, module.
     pub(crate) fn programs(&self) -> Vec<(MachineName, NodeName, String)> {
         let table = self.table();
         let live = table.iter().filter(|(_, placed)| placed.live);
@@ -91,7 +91,7 @@ impl Placements {
             .collect()
     }
 
-    /// Machines that are to run, with their nodes.
+    /// Machines that are scheduled to run, with their nodes.
     pub(crate) fn live(&self) -> Vec<(Name, Name)> {
         let table = self.table();
         let live = table.iter().filter(|(_, placed)| placed.live);
@@ -99,7 +99,7 @@ impl Placements {
             .collect()
     }
 
-    /// Machines whose spec says that they are not to be balanced.
+    /// Machines whose spec excludes them from balancing.
     pub(crate) fn opted_out(&self) -> BTreeSet<Name> {
         let table = self.table();
         let out = table
@@ -108,7 +108,7 @@ impl Placements {
         out.map(|(machine, _)| machine.as_str().into()).collect()
     }
 
-    /// Machines that balancing may give parts.
+    /// Machines to which balancing may give parts.
     pub(crate) fn spreadable(&self) -> BTreeMap<Name, Spreadable> {
         let table = self.table();
         let may = table.iter().filter_map(|(machine, placed)| {
@@ -133,7 +133,7 @@ impl Placements {
         follow_all(context, self, changes)
     }
 
-    /// Applies an entry of the store; the change that it is for this node.
+    /// Applies an entry of the store; returns the change for this node, if any.
     fn take(&self, here: &NodeName, entry: &KeyValue) -> Option<PlacementChange> {
         let Ok(Key::Machine(machine)) = entry.key.parse() else {
             return None;
@@ -151,7 +151,7 @@ impl Placements {
     }
 }
 
-/// Follows the store for ever.
+/// Follows the store until the receiver is dropped.
 async fn follow_all(
     context: Arc<Context>,
     placements: Arc<Placements>,
@@ -159,7 +159,7 @@ async fn follow_all(
 ) {
     loop {
         if let Err(error) = follow_once(&context, &placements, &changes).await {
-            tracing::warn!(%error, "where machines are cannot be followed, trying again");
+            tracing::warn!(%error, "cannot follow the placement of machines, trying again");
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -176,7 +176,7 @@ async fn follow_once(
         .table()
         .retain(|machine, _| known.contains(&Key::Machine(machine.clone()).to_string()));
     for entry in &listing.entries {
-        // Moves of a time in which nobody looked are found here.
+        // Moves during an interruption of the watch are detected here.
         if let Some(change) = placements.take(&context.name, entry) {
             let _ = changes.send(change);
         }
@@ -203,15 +203,14 @@ async fn follow_once(
     Ok(())
 }
 
-/// Reports which machines began to arrive, and which will not: room that is reserved
-/// here, and released again.
+/// Reports arrivals that begin or are abandoned: room that is reserved here, and released again.
 pub(crate) async fn follow_arrivals(
     context: Arc<Context>,
     changes: UnboundedSender<PlacementChange>,
 ) {
     loop {
         if let Err(error) = follow_arrivals_once(&context, &changes).await {
-            tracing::warn!(%error, "arrivals cannot be followed, trying again");
+            tracing::warn!(%error, "cannot follow arrivals, trying again");
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -231,7 +230,7 @@ async fn follow_arrivals_once(
             };
             let change = match change {
                 Change::Put(_) => PlacementChange::Arriving { machine },
-                // The commit takes it away too: then the machine is this node's.
+                // The commit deletes it too: then the machine belongs to this node.
                 Change::Delete { .. } => {
                     let record = get(&*context.store, &machine).await;
                     if record.is_ok_and(|found| found.record.owner == context.name) {

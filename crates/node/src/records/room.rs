@@ -1,5 +1,5 @@
-//! Memory that this node has for machines that come: what the kernel says is available,
-//! less a reserve and what was promised to machines that are arriving.
+//! Memory of this node for arriving machines: the available memory by the kernel, less a reserve
+//! and the reservations of arriving machines.
 
 use super::machine::Reservation;
 use crate::context::Context;
@@ -10,8 +10,8 @@ use keel_store::keys::{self, Key};
 /// Memory that a node keeps for itself.
 const SPARE_BYTES: u64 = 256 << 20;
 
-/// Whether memories of a machine (in 64 KiB pages) fit beside what other arriving
-/// machines were promised.
+/// Checks that the memories of a machine, in 64 KiB pages, fit beside the reservations of other
+/// arriving machines.
 ///
 /// # Errors
 /// What it needs and what is free, in a sentence.
@@ -24,22 +24,22 @@ pub(crate) async fn check_room(
     room(memory_pages, available, promised)
 }
 
-/// Bytes of memory that are free here for a machine.
+/// Free bytes here for a machine.
 ///
 /// # Errors
-/// If the store does not say what is reserved.
+/// If the reservations cannot be read.
 pub(crate) async fn room_bytes(context: &Context, machine: &MachineName) -> Result<u64, String> {
     let (available, promised) = available(context, machine).await?;
     Ok(available.saturating_sub(promised))
 }
 
-/// Bytes that are free here, and of them those that other arriving machines were promised.
+/// Free bytes here, and the bytes of them that are reserved for other arriving machines.
 async fn available(context: &Context, machine: &MachineName) -> Result<(u64, u64), String> {
     let listing = context
         .store
         .list(&keys::reservations_of(&context.name))
         .await
-        .map_err(|error| format!("what is reserved here is not known: {error}"))?;
+        .map_err(|error| format!("the reservations here cannot be read: {error}"))?;
     let own = Key::Reservation(context.name.clone(), machine.clone()).to_string();
     let promised: u64 = listing
         .entries
@@ -51,13 +51,13 @@ async fn available(context: &Context, machine: &MachineName) -> Result<(u64, u64
     Ok((free_bytes(), promised))
 }
 
-/// Bytes that are free here, promised or not.
+/// Free bytes here, reserved or not.
 pub(crate) fn free_bytes() -> u64 {
     memory_available_bytes().saturating_sub(SPARE_BYTES)
 }
 
-/// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine counts
-/// twice for a while: too little is accepted rather than too much.
+/// Whether memories, in 64 KiB pages, fit. Pages of a reserved machine that have arrived count
+/// twice for a while: the error is on the safe side.
 fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), String> {
     let wanted = memory_pages.iter().fold(0u64, |sum, pages| {
         sum.saturating_add(pages.saturating_mul(1 << 16))
@@ -68,7 +68,7 @@ fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), Strin
     }
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Err(format!(
-        "it needs {:.1} GiB of memory; {:.1} GiB are free here, of which {:.1} GiB are promised to others that arrive",
+        "it needs {:.1} GiB of memory; {:.1} GiB are free here, of which {:.1} GiB are reserved for other arriving machines",
         gib(wanted),
         gib(available),
         gib(promised)
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(room(&[16_384], gib, 0), Ok(()));
         assert_eq!(room(&[8192, 8192], 3 * gib, 2 * gib), Ok(()));
         let error = room(&[16_384], 2 * gib, 2 * gib).unwrap_err();
-        assert!(error.contains("2.0 GiB are promised"), "{error}");
+        assert!(error.contains("2.0 GiB are reserved"), "{error}");
         assert!(room(&[16_384], gib, 2 * gib).is_err());
         assert!(room(&[u64::MAX, 1], gib, 0).is_err());
     }

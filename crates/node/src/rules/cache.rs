@@ -1,6 +1,5 @@
-//! The rules, drains and labels, followed. The transaction of a move itself decides; this
-//! keeps what it would refuse from being tried, and finds machines that break a rule
-//! where they are.
+//! The rules, drains and labels: a watch on the store. The transaction of a move decides; the
+//! cache avoids attempts that it would refuse, and finds machines that violate a rule.
 
 use super::rule_set::{Drain, RuleSet};
 use crate::context::Context;
@@ -17,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Pause before the store is followed anew.
+/// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// The rules, followed.
@@ -46,12 +45,12 @@ impl RuleCache {
         self.set.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All of them.
+    /// All rules, drains and labels.
     pub(crate) fn set(&self) -> RuleSet {
         self.locked().clone()
     }
 
-    /// Whether a node is being emptied, and until when.
+    /// The drain of a node, with its deadline, if it has one.
     pub(crate) fn drain_of(&self, node: &str) -> Option<Drain> {
         self.locked().drains.get(node).cloned()
     }
@@ -66,12 +65,12 @@ impl RuleCache {
         self.snapshot_of(nodes)
     }
 
-    /// The same with these nodes.
+    /// The same with the given nodes.
     pub(crate) fn snapshot_of(&self, nodes: Vec<Name>) -> RuleSnapshot {
         RuleSnapshot::new(self.set(), &self.placements, nodes)
     }
 
-    /// Why a machine may not be on a node, by rules and drains, if it may not.
+    /// Why rules or drains forbid a machine on a node, if they do.
     pub(crate) fn forbids(&self, machine: &str, node: &str) -> Option<String> {
         let forbidden = self.snapshot().forbids(&machine.into(), &node.into());
         forbidden.map(|broken| broken.why)
@@ -95,7 +94,7 @@ impl RuleCache {
     async fn follow_prefix(&self, prefix: &str) {
         loop {
             if let Err(error) = self.follow_once(prefix).await {
-                tracing::warn!(%error, "the rules cannot be followed, trying again");
+                tracing::warn!(%error, "cannot follow the rules, trying again");
             }
             tokio::time::sleep(RETRY_AFTER).await;
         }
@@ -142,7 +141,7 @@ pub(crate) struct RuleSnapshot {
 
 impl RuleSnapshot {
     fn new(set: RuleSet, placements: &Placements, alive: Vec<Name>) -> Self {
-        // Where there are no rules nothing needs to be known.
+        // Without rules no placement is needed.
         let (placed, nodes) = if set.rules.is_empty() {
             (Vec::new(), Vec::new())
         } else {
@@ -163,7 +162,7 @@ impl RuleSnapshot {
         }
     }
 
-    /// Whether nothing is forbidden to any machine.
+    /// Whether no machine is restricted.
     pub(crate) fn is_empty(&self) -> bool {
         self.set.rules.is_empty() && self.set.drains.is_empty()
     }
@@ -173,14 +172,14 @@ impl RuleSnapshot {
         &self.alive
     }
 
-    /// The rule that does not let a machine move in this minute of the day, UTC.
+    /// The rule that forbids moving a machine in this minute of the day, UTC.
     pub(crate) fn forbids_moving(&self, machine: &Name, minute: u32) -> Option<Violation> {
         let thing = self.set.machine(machine);
         let mut rules = self.set.rules.iter();
         rules.find_map(|rule: &Rule| rule.forbids_moving(&thing, minute))
     }
 
-    /// Machines of a node that break a rule where they are.
+    /// Machines of a node that violate a rule there.
     pub(crate) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         if self.set.rules.is_empty() {
             return Vec::new();
@@ -194,7 +193,7 @@ impl RuleSnapshot {
         broken
     }
 
-    /// The rule that does not allow a machine on a node.
+    /// The rule that forbids a machine on a node.
     pub(crate) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         if self.set.drains.contains_key(target) {
             return Some(Violation {

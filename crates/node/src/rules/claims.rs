@@ -1,5 +1,5 @@
-//! What a transaction that places a machine must compare and write so that the rules
-//! hold, with or without a balancer.
+//! The compares and writes of a transaction that places a machine, which keep the rules, with or
+//! without a balancer.
 
 use super::rule_set::{RuleSet, placed};
 use crate::error::CommandError;
@@ -11,20 +11,20 @@ use keel_store::keys::{self, Key};
 use keel_store::{Compare, Op, Revision, Txn};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Why a machine is not placed.
+/// Why a machine cannot be placed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClaimError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("{0}")]
     Broken(Violation),
-    #[error("node {0:?} is being drained (`keel undrain {0}` opens it again)")]
+    #[error("node {0:?} is being drained (`keel undrain {0}` ends the drain)")]
     Draining(NodeName),
     #[error("{0}")]
     Damaged(String),
 }
 
-/// What a placement adds to its transaction.
+/// The compares and writes that a placement adds to its transaction.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Claims {
     compare: Vec<(Compare, String)>,
@@ -32,7 +32,7 @@ pub(crate) struct Claims {
 }
 
 impl Claims {
-    /// Adds them, behind what is there.
+    /// Appends them to a transaction.
     pub(crate) fn add_to(&self, mut txn: Txn) -> Txn {
         let compares = self.compare.iter().map(|(compare, _)| compare.clone());
         txn.compare.extend(compares);
@@ -40,8 +40,8 @@ impl Claims {
         txn
     }
 
-    /// The rule that others changed meanwhile, of a transaction to which these were
-    /// added behind `before` compares, and whose `failed`-th did not hold.
+    /// The rule that was changed concurrently, if these claims were appended behind `before`
+    /// compares and the `failed`-th one did not hold.
     pub(crate) fn raced(&self, failed: usize, before: usize) -> Option<&str> {
         let (_, rule) = self.compare.get(failed.checked_sub(before)?)?;
         Some(rule)
@@ -59,10 +59,10 @@ impl From<ClaimError> for CommandError {
     }
 }
 
-/// What it takes to place a machine on a node.
+/// The claims for placing a machine on a node.
 ///
 /// # Errors
-/// [`ClaimError::Broken`] if a rule does not allow it.
+/// [`ClaimError::Broken`] if a rule forbids it.
 pub(super) async fn claim_in(
     store: &dyn Store,
     members: &[NodeName],
@@ -85,7 +85,7 @@ pub(super) async fn claim_in(
     if about.is_empty() {
         return Ok(claims);
     }
-    // Before the records: whoever changes one of them later changes these too.
+    // Before the records: each change of a record later changes these keys too.
     let mut revisions: BTreeMap<String, Revision> = BTreeMap::new();
     for rule in &about {
         let name = rule_name(&rule.name)?;

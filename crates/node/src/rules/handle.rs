@@ -1,5 +1,4 @@
-//! The rules of the cluster: reading them, changing them, and what they demand of a
-//! placement.
+//! The rules of the cluster: reads and changes them, and builds the claims of a placement.
 
 use super::cache::RuleCache;
 use super::claims::{ClaimError, Claims, claim_in};
@@ -13,13 +12,13 @@ use keel_store::keys::{self, Key};
 use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 
-/// Labels that a node or machine may have.
+/// The most labels of a node or machine.
 const LABELS_MAX: usize = 64;
 
 /// The rules of the cluster.
 pub(crate) struct Rules {
     context: Arc<Context>,
-    /// What the store says, followed.
+    /// The rules in the store, followed.
     pub(crate) cache: Arc<RuleCache>,
 }
 
@@ -33,10 +32,10 @@ impl Rules {
         Rules { context, cache }
     }
 
-    /// What a transaction must compare and write that places a machine on a node.
+    /// The compares and writes of a transaction that places a machine on a node.
     ///
     /// # Errors
-    /// [`ClaimError::Broken`] if a rule does not allow it.
+    /// [`ClaimError::Broken`] if a rule forbids it.
     pub(crate) async fn claim(
         &self,
         machine: &MachineName,
@@ -46,7 +45,7 @@ impl Rules {
         claim_in(&*self.context.store, &members, machine, target).await
     }
 
-    /// All rules, and the machines that break one where they are.
+    /// All rules, and the machines that violate one.
     pub(crate) async fn list(&self) -> Result<keel_api::RulesInfo, CommandError> {
         let set = RuleSet::load(&*self.context.store).await?;
         let placed = placed(&set, &crate::records::all(&*self.context.store).await?);
@@ -58,7 +57,7 @@ impl Rules {
         })
     }
 
-    /// Adds a rule, or changes the one of its name.
+    /// Adds a rule, or replaces the one with its name.
     pub(crate) async fn put(&self, rule: Rule) -> Result<(), CommandError> {
         MachineName::new(&rule.name).map_err(|error| CommandError::Invalid(error.to_string()))?;
         rule.check().map_err(CommandError::Invalid)?;
@@ -94,7 +93,7 @@ impl Rules {
         for _ in 0..8 {
             let mut set = RuleSet::load(store).await?;
             if set.rules.is_empty() {
-                // Labels are read only where there are rules.
+                // Labels are read only if there are rules.
                 for prefix in [keys::NODE_LABELS, keys::MACHINE_LABELS] {
                     for entry in store.list(prefix).await?.entries {
                         set.take(&entry.key, Some(&entry));
@@ -111,7 +110,7 @@ impl Rules {
             let machines: Vec<Subject> = placed.into_iter().map(|(machine, _)| machine).collect();
             if let Some(names) = conflict(&set.rules, &machines, &self.nodes(&set)) {
                 let what = format!(
-                    "these rules cannot be kept together by the machines and nodes that there are: {} (see `keel rule ls`)",
+                    "these rules cannot all be satisfied by the present machines and nodes: {} (see `keel rule ls`)",
                     names.join(", ")
                 );
                 return Err(CommandError::Conflict(what));
@@ -125,7 +124,7 @@ impl Rules {
             }
         }
         Err(CommandError::Conflict(
-            "the rules are being changed by others all the time; try again".into(),
+            "the rules are being changed concurrently; try again".into(),
         ))
     }
 
@@ -175,7 +174,7 @@ impl Rules {
         match self.context.store.txn(txn.put(key, value)).await? {
             TxnOutcome::Committed { .. } => Ok(labels),
             TxnOutcome::Refused { .. } => Err(CommandError::Conflict(
-                "its labels were changed by somebody else just now; try again".into(),
+                "its labels were changed concurrently; try again".into(),
             )),
         }
     }
@@ -186,7 +185,7 @@ impl Rules {
     }
 }
 
-/// Both are parts of keys: they have the form of names.
+/// Both are parts of keys, so they have the form of names.
 pub(crate) fn check_label(label: &str, value: &str) -> Result<(), CommandError> {
     let check = |text: &str| MachineName::new(text).map(drop);
     let checked = check(label).and_then(|()| {
@@ -280,9 +279,9 @@ mod tests {
         store.txn(txn).await.unwrap().is_committed()
     }
 
-    /// A hundred nodes place and move machines at the same time, while others are
-    /// drained and opened: at no revision of the store is a rule broken, nor comes
-    /// anything to a node that is being drained.
+    /// A hundred nodes place and move machines concurrently, while others are drained and opened.
+    /// At no revision of the store is a rule violated, and no machine is placed on a node that is
+    /// being drained.
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn of_a_thousand_offers_at_once_none_breaks_a_rule_at_any_revision() {
         let folder = tempfile::tempdir().unwrap();

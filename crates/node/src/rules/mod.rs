@@ -1,14 +1,14 @@
-//! Placement rules and labels in the store: reading and changing them, and what a
-//! transaction that places a machine must compare and write so that the rules hold
-//! whatever places it, balancer or not.
+//! Placement rules and labels in the store: reads and changes them, and builds the compares and
+//! writes of a transaction that places a machine, so that the rules hold with or without a
+//! balancer.
 //!
-//! Who may be where is computed from the machines' records. The keys of a rule's domains
-//! (`rule/ID/DOMAIN`) let one of two placements at the same time fail: each is read
-//! before the records are, compared, and written.
+//! The allowed nodes are computed from the machines' records. The keys of a rule's domains
+//! (`rule/ID/DOMAIN`) make one of two concurrent placements fail: each is read before the records,
+//! compared, and written.
 //!
 //! - `handle`: the rules of the cluster, their commands
-//! - `claims`: what a placement adds to its transaction
-//! - `cache`: the rules, followed, for what decides often and asks nobody
+//! - `claims`: the compares and writes of a placement
+//! - `cache`: the rules, followed, for frequent decisions without requests
 //! - `rule_set`: rules and labels of one instant
 
 mod cache;

@@ -1,4 +1,4 @@
-//! Rules and the labels by which they select, as the store has them.
+//! Rules, and the labels that they select by, at one instant of the store.
 
 use keel_balance::Name;
 use keel_balance::rules::{Labels, Rule, Subject};
@@ -11,23 +11,23 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Rules and what they select by, as the store has them.
+/// Rules, and the labels that they select by, at one instant of the store.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RuleSet {
     pub(crate) rules: Vec<Rule>,
     revision: Option<Revision>,
     node_labels: BTreeMap<Name, Labels>,
     machine_labels: BTreeMap<Name, Labels>,
-    /// Nodes that are being emptied.
+    /// Nodes that are being drained.
     pub(crate) drains: BTreeMap<Name, Drain>,
 }
 
-/// That a node is to be emptied, as the store has it.
+/// The drain of a node in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Drain {
-    /// Since when, in milliseconds since 1970-01-01 UTC.
+    /// Its start, in milliseconds since 1970-01-01 UTC.
     pub(crate) since_unix_ms: u64,
-    /// Until when it is to be empty.
+    /// Its deadline.
     pub(crate) deadline_unix_ms: Option<u64>,
 }
 
@@ -36,7 +36,7 @@ impl RuleSet {
     pub(crate) fn take(&mut self, key: &str, entry: Option<&KeyValue>) {
         let read = |entry: &KeyValue| {
             read_entry::<Labels>(entry).unwrap_or_else(|error| {
-                tracing::error!(key, error, "labels that cannot be read count as none");
+                tracing::error!(key, error, "cannot decode labels; they are ignored");
                 Labels::new()
             })
         };
@@ -46,8 +46,8 @@ impl RuleSet {
                     self.rules = rules;
                     self.revision = entry.map(|it| it.modified);
                 }
-                // Those of before go on.
-                Some(Err(error)) => tracing::error!(error, "the rules cannot be read"),
+                // The earlier ones stay in force.
+                Some(Err(error)) => tracing::error!(error, "cannot decode the rules"),
                 None => (self.rules, self.revision) = (Vec::new(), None),
             },
             Ok(Key::NodeLabels(node)) => {
@@ -61,10 +61,10 @@ impl RuleSet {
             Ok(Key::Drain(node)) => {
                 let node: Name = node.as_str().into();
                 match entry {
-                    // What cannot be read closes the node all the same.
+                    // An unreadable entry drains the node all the same.
                     Some(entry) => {
                         let drain = read_entry(entry).unwrap_or_else(|error| {
-                            tracing::error!(error, "since when a node is drained is not known");
+                            tracing::error!(error, "cannot decode the start of a drain");
                             Drain {
                                 since_unix_ms: 0,
                                 deadline_unix_ms: None,
@@ -102,7 +102,7 @@ impl RuleSet {
         Ok(set)
     }
 
-    /// That the rules are still these.
+    /// A compare that the rules are unchanged.
     pub(super) fn unchanged(&self) -> (Compare, String) {
         let key = Key::Rules.to_string();
         let compare = match self.revision {

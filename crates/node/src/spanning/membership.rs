@@ -17,7 +17,7 @@
 use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, text};
 use super::messages::{self, PartJoin, PartOffer};
 use super::parts::parts_report;
-use super::remote_member::{Comes, join_on, ready_on};
+use super::remote_member::{WorkerOrigin, join_on, ready_on};
 use crate::error::CommandError;
 use crate::host::needed_features;
 use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
@@ -144,7 +144,7 @@ impl SpanningMachine<'_> {
         }
         let mut new = Vec::new();
         for node in comes {
-            match self.add(&node, Comes::Anew).await {
+            match self.add(&node, WorkerOrigin::New).await {
                 Ok((part, stood)) => {
                     new.push(part);
                     changed.stood += stood;
@@ -190,7 +190,7 @@ impl SpanningMachine<'_> {
     pub(super) async fn add(
         &self,
         node: &NodeName,
-        comes: Comes,
+        comes: WorkerOrigin,
     ) -> Result<(PartId, u64), CommandError> {
         let (spanning, machine) = (self.spanning, self.machine);
         let has = self.nodes().await?;
@@ -242,7 +242,7 @@ impl SpanningMachine<'_> {
         node: &NodeName,
         has: &BTreeMap<PartId, NodeName>,
         place: &PartAddress,
-        (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, Comes),
+        (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, WorkerOrigin),
     ) -> Result<u64, CommandError> {
         let spanning = self.spanning;
         let mut places = BTreeMap::from([(new, place.clone())]);

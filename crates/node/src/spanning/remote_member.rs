@@ -10,25 +10,25 @@ use std::sync::Arc;
 
 /// The worker that a part gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Comes {
+pub(super) enum WorkerOrigin {
     /// A process of its own.
-    Anew,
+    New,
     /// The worker of an arriving machine.
-    Arriving,
+    FromMove,
 }
 
 pub(super) async fn ready_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     offer: PartOffer,
-    comes: Comes,
+    comes: WorkerOrigin,
 ) -> Result<ReadyMember, String> {
     if *node == spanning.context.name {
         return ready(spanning, node, offer).await;
     }
     let kind = match comes {
-        Comes::Anew => messages::PART,
-        Comes::Arriving => messages::ARRIVING_PART,
+        WorkerOrigin::New => messages::PART,
+        WorkerOrigin::FromMove => messages::ARRIVING_PART,
     };
     let payload = pack(&offer).map_err(|error| error.to_string())?;
     let answer = spanning
@@ -44,14 +44,14 @@ pub(super) async fn join_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     request: PartJoin,
-    comes: Comes,
+    comes: WorkerOrigin,
 ) -> Result<(), String> {
     if *node == spanning.context.name {
         return join(spanning, request).await;
     }
     let kind = match comes {
-        Comes::Anew => messages::PART_JOIN,
-        Comes::Arriving => messages::ARRIVING_JOIN,
+        WorkerOrigin::New => messages::PART_JOIN,
+        WorkerOrigin::FromMove => messages::ARRIVING_JOIN,
     };
     let payload = pack(&request).map_err(|error| error.to_string())?;
     let answer = spanning

@@ -5,7 +5,7 @@ use super::member::mark;
 use super::membership::{Changed, SpanningMachine};
 use super::messages::{PartJoin, PartOffer, ReadyMember};
 use super::parts::{objects_report, parts_of, parts_report};
-use super::remote_member::{Comes, join_on, ready_on};
+use super::remote_member::{WorkerOrigin, join_on, ready_on};
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::host::needed_features;
@@ -211,7 +211,7 @@ async fn spread(
     let offers = members.iter().map(|(part, node)| {
         let offer = offer(*part, node);
         async move {
-            let ready = ready_on(spanning, node, offer, Comes::Anew).await;
+            let ready = ready_on(spanning, node, offer, WorkerOrigin::New).await;
             let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
             ready.map(|ready| (*part, ready))
         }
@@ -226,7 +226,7 @@ async fn spread(
         }
     }
     let spans = match refused {
-        Some(why) => Err(Unmet::certain(CommandError::Conflict(why))),
+        Some(why) => Err(ConnectFailure::certain(CommandError::Conflict(why))),
         None => {
             // A held machine has no memory yet, however large it is.
             let has_bytes = match found.state {
@@ -241,7 +241,7 @@ async fn spread(
                 sharing(&spanning.context.name),
             )
             .await;
-            let how = How {
+            let how = SpanOptions {
                 spawning,
                 room_bytes: own,
             };
@@ -250,7 +250,7 @@ async fn spread(
     };
     let stood = match spans {
         Ok(stood) => stood,
-        Err(Unmet { error, in_doubt }) => {
+        Err(ConnectFailure { error, in_doubt }) => {
             // The home may span with only its answer lost or late, so it is merged before its
             // members are ended; not if it answered that it does not span, since it may then span
             // by another operation.
@@ -270,7 +270,7 @@ async fn spread(
                     worker: member.worker.clone(),
                     join: None,
                 };
-                Some(join_on(spanning, node, request, Comes::Anew))
+                Some(join_on(spanning, node, request, WorkerOrigin::New))
             });
             // A member that cannot be reached ends by itself, since nothing connects to it in
             // time.
@@ -292,15 +292,15 @@ async fn spread(
 }
 
 /// Why parts did not connect.
-struct Unmet {
+struct ConnectFailure {
     error: CommandError,
     /// Whether the machine may span all the same, because no answer excludes it.
     in_doubt: bool,
 }
 
-impl Unmet {
-    fn certain(error: CommandError) -> Unmet {
-        Unmet {
+impl ConnectFailure {
+    fn certain(error: CommandError) -> ConnectFailure {
+        ConnectFailure {
             error,
             in_doubt: false,
         }
@@ -308,7 +308,7 @@ impl Unmet {
 }
 
 /// Options of spanning.
-struct How {
+struct SpanOptions {
     spawning: SpawnPolicy,
     room_bytes: Option<u64>,
 }
@@ -342,8 +342,8 @@ async fn meet(
     epoch: Epoch,
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
-    how: How,
-) -> Result<u64, Unmet> {
+    how: SpanOptions,
+) -> Result<u64, ConnectFailure> {
     let parts = members
         .keys()
         .copied()
@@ -357,7 +357,7 @@ async fn meet(
         COMPILE_PATIENCE,
     )
     .await
-    .map_err(Unmet::certain)?;
+    .map_err(ConnectFailure::certain)?;
     let mut places: BTreeMap<PartId, PartAddress> = ready
         .iter()
         .map(|(part, it)| (*part, it.place.clone()))
@@ -379,7 +379,7 @@ async fn meet(
             join: Some(join.clone()),
         };
         Some(async move {
-            let joined = join_on(spanning, node, request, Comes::Anew).await;
+            let joined = join_on(spanning, node, request, WorkerOrigin::New).await;
             joined.map_err(|why| CommandError::Conflict(format!("no part on {node}: {why}")))
         })
     });
@@ -394,7 +394,7 @@ async fn meet(
         (Err(error), joined) => {
             let answered = matches!(error, RpcError::Failed { .. } | RpcError::Refused { .. });
             let why = CommandError::Conflict(text(error));
-            Err(Unmet {
+            Err(ConnectFailure {
                 error: joined.err().unwrap_or(why),
                 in_doubt: !answered,
             })

@@ -1,4 +1,4 @@
-//! The cluster's volumes: making, listing and removing them, and which machine has which.
+//! The cluster's volumes: creates, lists and removes them, and records their holders.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -6,8 +6,8 @@ use crate::records::RecordError;
 use keel_api::{ClusterVolumeInfo, VolumeContent, VolumeCreateRequest};
 use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{VOLUME_BYTES_MAX, VolumeError, VolumeStore};
+use keel_machine::object_storage::ObjectStorage;
 use keel_machine::spec::{Record, Spec, VolumeKind};
-use keel_machine::storage_location::StorageLocation;
 use keel_store::Store;
 use keel_store::clock::unix_ms;
 use keel_store::encoding;
@@ -19,19 +19,19 @@ use std::time::Duration;
 
 const WHAT: &str = "a volume's record";
 const VOLUME_BYTES_MIN: u64 = 64 << 10;
-/// How long a place may take to open, and to show that a volume is there.
+/// How long a place may take to open, and to show the content of a volume.
 const LOOK_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the store says of a volume.
+/// The record of a volume in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct VolumeEntry {
-    /// Tells it from others that had its name.
+    /// Distinguishes it from other volumes that had its name.
     id: [u8; 16],
     place: String,
     bytes: u64,
     inodes: u64,
     holder: Option<MachineName>,
-    /// Holders so far.
+    /// Number of holders so far.
     holding: u64,
     created_unix_ms: u64,
     /// Its objects are being deleted.
@@ -88,8 +88,8 @@ async fn open(
     let name = name.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let place = match make {
-            true => StorageLocation::create(&url),
-            false => StorageLocation::open(&url),
+            true => ObjectStorage::create(&url),
+            false => ObjectStorage::open(&url),
         };
         let place = place.map_err(|source| VolumeError::Location {
             volume: name.clone(),
@@ -108,7 +108,7 @@ fn silent(name: &MachineName, place: &str) -> CommandError {
     CommandError::Unavailable(format!("volume {name:?}: {place} does not answer"))
 }
 
-/// Makes a volume.
+/// Creates a volume.
 pub(crate) async fn create(
     context: &Context,
     request: VolumeCreateRequest,
@@ -164,7 +164,7 @@ pub(crate) async fn create(
             "{error}; whether volume {name:?} was made is not known: see `keel volume ls`"
         )));
     }
-    // It is nobody's: nothing of it is left behind.
+    // No machine can hold it, so its objects are removed.
     objects.destroy().await.map_err(volume_error)?;
     outcome.map_err(CommandError::from)?;
     Err(taken())
@@ -196,7 +196,7 @@ pub(crate) async fn list(context: &Context) -> Result<Vec<ClusterVolumeInfo>, Co
     Ok(found)
 }
 
-/// A volume, with what is in its place.
+/// A volume, with the content of its place.
 pub(crate) async fn inspect(
     context: &Context,
     name: &str,
@@ -211,7 +211,7 @@ pub(crate) async fn inspect(
     Ok(info)
 }
 
-/// What is in a volume's place.
+/// The content of a volume's place.
 async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, CommandError> {
     let looking = async {
         let objects = open(name, entry.id, entry.place.clone(), false).await?;
@@ -229,8 +229,8 @@ async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, 
     })
 }
 
-/// Removes a volume that no machine has, with all that is kept of it, or with
-/// `forget` without. What could not be deleted is deleted when it is asked for again.
+/// Removes a volume that no machine holds, with all its objects, or without them if `forget` is
+/// set. A repeated command deletes the objects that could not be deleted before.
 pub(crate) async fn remove(
     context: &Context,
     name: &str,
@@ -252,8 +252,8 @@ pub(crate) async fn remove(
     delete_entry(&*context.store, &name, &entry, marked).await
 }
 
-/// From now on no machine gets a volume; what it is, and at which revision. Several
-/// may remove the same one.
+/// Marks a volume so that no machine gets it any more; returns the record and its revision.
+/// Concurrent removals are possible.
 async fn mark_removing(
     store: &dyn Store,
     name: &MachineName,
@@ -276,7 +276,7 @@ async fn mark_removing(
     }
 }
 
-/// Forgets a volume that was marked, but not another one that has its name by now.
+/// Deletes the entry of a marked volume, but not of another one that has its name by now.
 async fn delete_entry(
     store: &dyn Store,
     name: &MachineName,
@@ -292,7 +292,7 @@ async fn delete_entry(
     };
     match current {
         Some(found) if entry(&found)?.id == marked.id => Err(changed(name)),
-        // Somebody else has removed it meanwhile.
+        // A concurrent removal has deleted it.
         _ => Ok(()),
     }
 }
@@ -309,8 +309,8 @@ fn in_use(name: &MachineName, machine: &MachineName) -> CommandError {
     ))
 }
 
-/// Gives a machine that is to be made its volumes: fills in where they are, and adds
-/// to the transaction that makes it. The volumes are looked at first.
+/// Assigns volumes to a machine that is being created: fills in their places, and adds to the
+/// transaction that creates it. The volumes are checked first.
 pub(crate) async fn take(
     context: &Context,
     record: &mut Record,
@@ -345,7 +345,7 @@ pub(crate) async fn take(
                 "volume {name:?} is being removed (`keel volume rm {name}` goes on with that)"
             )));
         }
-        // A checkpoint of a volume that was removed means nothing to its successor.
+        // A checkpoint of a removed volume does not apply to its successor.
         if *id != [0; 16] && *id != entry.id {
             return Err(CommandError::Conflict(format!(
                 "volume {name:?} is another one than that of the checkpoint, which was removed"
@@ -365,7 +365,7 @@ pub(crate) async fn take(
     Ok(txn)
 }
 
-/// Gives the volumes of a machine that is to be removed back, in that transaction.
+/// Adds the release of a machine's volumes to the transaction that removes it.
 pub(crate) async fn give_back(
     store: &dyn Store,
     machine: &MachineName,
@@ -417,8 +417,7 @@ mod tests {
         assert!(matches!(outcome, TxnOutcome::Committed { .. }));
     }
 
-    /// Two remove the same volume, and before the slower one is done the name is
-    /// another's.
+    /// Two removals of the same volume: before the slower one ends, another volume has the name.
     #[tokio::test]
     async fn of_two_removals_the_slower_spares_the_next_volume() {
         let folder = tempfile::tempdir().unwrap();
@@ -443,7 +442,7 @@ mod tests {
             .unwrap();
         let (next, _) = get(&store, &name).await.unwrap();
         assert_eq!((next.id, next.removing), ([2; 16], false));
-        // The same one, changed meanwhile.
+        // The same one, changed in the meantime.
         let (entry, marked) = mark_removing(&store, &name).await.unwrap();
         let key = Key::Volume(name.clone()).to_string();
         let change = Txn::new().put(key, encode(&entry).unwrap());

@@ -1,9 +1,9 @@
-//! Files in machines' volumes, for users: read and written in pieces, each of which
-//! goes to the node that has the machine at that moment. So a copy goes on while the
-//! machine moves, with what was written to a volume of its own already there.
+//! Files in machines' volumes, for users: read and written in pieces, each of which goes to the
+//! node that has the machine at that moment. So a copy continues while the machine moves, because
+//! its own volumes move with it.
 //!
-//! Directories of the host are opened by this agent, whether the machine runs or not;
-//! volumes of a machine's own by its worker.
+//! This agent opens host directories, whether the machine runs or not; the worker opens the
+//! machine's own volumes.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -19,13 +19,13 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes in one piece, at the most.
+/// The most bytes of one piece.
 pub(crate) const PIECE_BYTES_MAX: usize = 1 << 20;
 /// How long a piece waits for a machine that is moving.
 const MOVE_PATIENCE: Duration = Duration::from_secs(60);
 const RETRY_AFTER: Duration = Duration::from_millis(50);
 
-/// Something to be done with a file in a volume; paths are the guest's.
+/// An operation on a file in a volume; paths are the guest's.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct FileCommand {
     pub(crate) machine: MachineName,
@@ -52,7 +52,7 @@ impl VolumeFiles {
         VolumeFiles { context, processes }
     }
 
-    /// Does something with a file of a machine of any node; waits while it moves.
+    /// Carries out an operation on a file of a machine of any node; waits while it moves.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -66,7 +66,7 @@ impl VolumeFiles {
                 }
                 FileDone::Busy => {
                     return Err(CommandError::Unavailable(format!(
-                        "machine {:?} is moving, or being kept, all the time; try again",
+                        "machine {:?} keeps moving, or is being checkpointed; try again",
                         command.machine
                     )));
                 }
@@ -75,7 +75,7 @@ impl VolumeFiles {
         }
     }
 
-    /// Does something with a file of a machine that this node owns.
+    /// Carries out an operation on a file of a machine that this node owns.
     ///
     /// # Errors
     /// [`CommandError`].
@@ -185,7 +185,7 @@ fn volume_of<'a>(record: &'a Record, path: &str) -> Result<(u32, &'a Volume), Co
     })
 }
 
-/// What is left of a path within a directory; `None` if it is not in it.
+/// The rest of a path within a directory; `None` if it is outside.
 fn inside(directory: &str, path: &str) -> Option<String> {
     let rest = path.strip_prefix(directory.trim_end_matches('/'))?;
     if !rest.is_empty() && !rest.starts_with('/') {

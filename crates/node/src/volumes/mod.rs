@@ -1,14 +1,12 @@
-//! Volumes as users see them: files in them, and the cluster's volumes: making, listing, removing, and which
-//! machine has which.
+//! Volumes: files in them, and the cluster's volumes with their holders.
 //!
-//! `volume/NAME` in the store says where a volume is and who has it. A machine gets
-//! its volumes in the transaction that makes its record, and gives them back in the
-//! one that removes it; so a volume has one machine at a time, also one that has
-//! ended: what that wrote last may be looked at before the next writes. Each time
-//! the number of its holder rises, by which writers are ordered
+//! `volume/NAME` in the store holds the place of a volume and its holder. A machine acquires its
+//! volumes in the transaction that creates its record, and releases them in the one that removes
+//! it. So a volume has one holder at a time, also one that has ended: its last writes can be read
+//! before the next holder writes. Each acquisition raises the holder number, which orders writers
 //! (`keel_machine::cluster_volume`).
 //!
-//! - `cluster_volumes`: making, listing, removing, holders
+//! - `cluster_volumes`: creates, lists and removes volumes; holders
 //! - `files`: files in machines' volumes
 
 mod cluster_volumes;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// Machines move while everything that can fail does.
+/// Injects faults at random while machines move.
 #[derive(Parser)]
 struct Args {
     /// The `keel` binary, built with failpoints.
@@ -23,13 +23,13 @@ struct Args {
     /// Minutes in all.
     #[arg(long)]
     minutes: u64,
-    /// Minutes of them that earlier runs have done.
+    /// Minutes that earlier runs have completed.
     #[arg(long, default_value_t = 0.0)]
     done: f64,
-    /// What the random choices begin from.
+    /// Seed of the random choices.
     #[arg(long)]
     seed: u64,
-    /// Where the minutes that have passed are noted after each round.
+    /// File that records the elapsed minutes after each round.
     #[arg(long)]
     note: PathBuf,
 }
@@ -56,7 +56,7 @@ async fn run(args: &Args) -> Result<()> {
     let network = match Network::new(&NODES) {
         Ok(network) => Some(network),
         Err(error) => {
-            println!("on loopback, no link is cut: {error:#}");
+            println!("no network namespaces, so no link is cut: {error:#}");
             None
         }
     };
@@ -69,7 +69,7 @@ async fn run(args: &Args) -> Result<()> {
         match nemesis.round().await {
             Ok(what) => println!("{:>6.1} s  {what}", begun.elapsed().as_secs_f64()),
             Err(error) => {
-                // What the nodes said is worth more than the room it takes.
+                // The nodes' logs are kept for diagnosis.
                 nemesis.keep_disks();
                 let kept = folder.keep();
                 println!("{}", nemesis.tally);

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cluster_volume::UnfinishedSnapshots;
-use crate::storage_location::StorageLocation;
+use crate::object_storage::ObjectStorage;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits};
@@ -118,7 +118,7 @@ impl Bench {
     fn new() -> Self {
         let runtime = Runtime::new().unwrap();
         let gate = Gate::new();
-        let place = StorageLocation::of(Arc::new(gate.clone()), Path::default(), "memory");
+        let place = ObjectStorage::of(Arc::new(gate.clone()), Path::default(), "memory");
         let store = VolumeStore::new("data".parse().unwrap(), [7; 16], place);
         runtime.block_on(store.create(limits())).unwrap();
         let backend = VolumeBackend::new(BackendOptions {

@@ -184,7 +184,7 @@ impl Shared {
             if !idle {
             } else if heard_some {
                 if noted {
-                    // Probably the answer that was answer_expected_until.
+                    // Probably the answer that was expected until then.
                     self.answer_expected_until.store(0, Ordering::Release);
                 }
                 // More data may be decrypted already, for which no socket becomes

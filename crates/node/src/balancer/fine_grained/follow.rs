@@ -3,10 +3,10 @@
 
 use super::super::handle::NodeBalancer;
 use super::actuator::carry_out;
-use super::memory::{HOT_LOOKS, Known};
 use super::observation::{
     bytes_of, draw, follow_pages, nodes, parts, room, silent, threads, view, waited_cores,
 };
+use super::tracked_state::{HOT_LOOKS, TrackedMachine};
 use crate::events::Note;
 use crate::processes::Worker;
 use crate::spanning;
@@ -43,7 +43,7 @@ const FAILED_AFTER: Duration = Duration::from_secs(15);
 
 /// Observes this node's machines until the agent ends.
 pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
-    let mut known: HashMap<MachineName, Known> = HashMap::new();
+    let mut known: HashMap<MachineName, TrackedMachine> = HashMap::new();
     loop {
         let policy = handle.look(|balancer, _, _| balancer.policy().0.clone());
         let Ok(policy) = policy.await else { return };
@@ -55,7 +55,7 @@ pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
 async fn look_at_all(
     handle: &Arc<NodeBalancer>,
     policy: &Policy,
-    known: &mut HashMap<MachineName, Known>,
+    known: &mut HashMap<MachineName, TrackedMachine>,
 ) {
     let mut seen = HashSet::new();
     for machine in handle.processes.machines.names() {
@@ -97,7 +97,7 @@ async fn look_at(
     machine: &MachineName,
     worker: &Worker,
     (balancing, parts_max): (&Balancing, Option<u32>),
-    known: &mut Known,
+    known: &mut TrackedMachine,
 ) -> Result<(), String> {
     let state = worker.state().await.map_err(|error| error.to_string())?;
     let State::Running { epoch } = state else {
@@ -105,10 +105,10 @@ async fn look_at(
     };
     if (known.worker, known.epoch) != (worker.id(), epoch) {
         // It is another life of the machine.
-        *known = Known {
+        *known = TrackedMachine {
             worker: worker.id(),
             epoch,
-            ..Known::default()
+            ..TrackedMachine::default()
         };
     }
     let report = spanning::parts_report(worker)

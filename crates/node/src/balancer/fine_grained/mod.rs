@@ -7,13 +7,13 @@
 //!
 //! - `follow`: one observation of each machine a sample
 //! - `observation`, `cores`: measurements of threads, parts, nodes and memory
-//! - `memory`: the state of a machine between two samples
+//! - `tracked_state`: the state of a machine between two samples
 //! - `actuator`: carries out a decision
 
 mod actuator;
 mod cores;
 mod follow;
-mod memory;
 mod observation;
+mod tracked_state;
 
 pub(in crate::balancer) use follow::follow;

@@ -4,7 +4,7 @@
 use super::super::handle::NodeBalancer;
 use super::super::peers::ask;
 use super::cores::{Cores, NEWEST_WEIGHT};
-use super::memory::{HOT_LOOKS, Known};
+use super::tracked_state::{HOT_LOOKS, TrackedMachine};
 use crate::spanning;
 use futures::future::join_all;
 use keel_api::{EventKind, PartInfo};
@@ -38,7 +38,7 @@ pub(super) async fn bytes_of(report: Report) -> u64 {
 }
 
 /// Cores of each thread since the last sample.
-pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
+pub(super) fn threads(report: &PartsReport, known: &mut TrackedMachine) -> Vec<Thread> {
     let now = Instant::now();
     known.held.retain(|_, until| *until > now);
     known.recent.retain(|(_, until)| *until > now);
@@ -116,7 +116,7 @@ fn smoothed_stands(
 }
 
 /// Adds a preference to threads that persistently wait for pages of one part: to be at that part.
-pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
+pub(super) fn follow_pages(threads: &mut [Thread], known: &mut TrackedMachine, pages: &[HotPage]) {
     let mut hot = HashMap::new();
     for thread in threads {
         let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
@@ -188,7 +188,7 @@ pub(super) fn draw(
     threads: &mut [Thread],
     report: &PartsReport,
     objects: &[ObjectReport],
-    known: &Known,
+    known: &TrackedMachine,
 ) {
     for (thread, said) in threads.iter_mut().zip(&report.threads) {
         let Some(name) = &said.likes else { continue };
@@ -239,7 +239,7 @@ pub(super) fn cores(before: &CpuUsage, now: &CpuUsage) -> Cores {
 }
 
 /// Average number of threads of the home that waited for pages since the last sample.
-pub(super) fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
+pub(super) fn waited_cores(report: &PartsReport, known: &mut TrackedMachine) -> f64 {
     // Bucket i has waits below 2^i µs; the middle of the bucket is used.
     let micros = (0u32..).zip(&report.waits).map(|(power, count)| {
         let middle = 3u64.checked_shl(power).unwrap_or(u64::MAX) / 4;
@@ -510,7 +510,7 @@ mod tests {
 
     #[test]
     fn cores_are_what_was_taken_and_waited_for_where_a_thread_stayed() {
-        let mut known = Known::default();
+        let mut known = TrackedMachine::default();
         let first = threads(
             &report(&[(1, 0, 1000), (2, 1, 1000), (7, 0, 1000), (9, 0, 1000)]),
             &mut known,
@@ -539,7 +539,7 @@ mod tests {
 
     #[test]
     fn a_thread_follows_its_pages_once() {
-        let mut known = Known::default();
+        let mut known = TrackedMachine::default();
         let at = |ms: u64| report(&[(1, 0, ms), (2, 1, ms), (3, 0, ms)]);
         let page = |number: u32, waits: u64, parts: [usize; 2], sharing: Sharing| HotPage {
             memory: 0,
@@ -555,7 +555,7 @@ mod tests {
             page(3, 500, [0, 1], Sharing::Unshared),
             page(4, 500, [0, 2], Sharing::True),
         ];
-        let drawn = |known: &mut Known, report: &PartsReport| {
+        let drawn = |known: &mut TrackedMachine, report: &PartsReport| {
             let mut all = threads(report, known);
             follow_pages(&mut all, known, &pages);
             all.into_iter().map(|it| it.affinity).collect::<Vec<_>>()
@@ -647,7 +647,7 @@ mod tests {
 
     #[test]
     fn stands_at_pages_are_cores_that_are_lost() {
-        let mut known = Known::default();
+        let mut known = TrackedMachine::default();
         let waits = |count: u64| PartsReport {
             waits: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, count],
             ..PartsReport::default()

@@ -42,7 +42,7 @@ async fn act(at: &Handles, name: &str, op: FileOp) -> Result<FileDone, Failure> 
 }
 
 fn otherwise() -> Failure {
-    CommandError::Unavailable("the node answered something else".into()).into()
+    CommandError::Unavailable("the node gave an unexpected answer".into()).into()
 }
 
 pub(super) async fn stat(

@@ -1,14 +1,14 @@
-//! The API: JSON over HTTP on the node's own socket, and over TLS with a token. Only maps
-//! requests to handles; decides nothing.
+//! The API: JSON over HTTP on the node's own socket, and over TLS with a token. Maps requests to
+//! handles; decides nothing.
 //!
 //! - `server`: listens
-//! - `router`: which request goes to which handler, and who may make it
-//! - `machine`, `file`, `balance`: handlers
-//! - `reply`: what handlers share
+//! - `router`: the handler of each request, and the role that it needs
+//! - `handlers`, `file`, `balance`: handlers
+//! - `reply`: shared by the handlers
 
 mod balance;
 mod file;
-mod machine;
+mod handlers;
 mod reply;
 mod router;
 mod server;

@@ -1,4 +1,4 @@
-//! What handlers share: errors as HTTP statuses, names in paths, answers in pieces.
+//! Shared by the handlers: errors as HTTP statuses, names in paths, streamed answers.
 
 use super::super::handles::Handles;
 use crate::error::CommandError;
@@ -44,7 +44,7 @@ pub(super) fn machine_name(name: &str) -> Result<MachineName, Failure> {
     MachineName::new(name).map_err(|error| Failure(CommandError::Invalid(error.to_string())))
 }
 
-/// Lines as they come, as JSON.
+/// Streams lines of JSON.
 pub(super) fn line_by_line<T: serde::Serialize + Send + 'static>(
     lines: tokio::sync::mpsc::Receiver<T>,
 ) -> Response {
@@ -57,8 +57,8 @@ pub(super) fn line_by_line<T: serde::Serialize + Send + 'static>(
     streamed(lines.map(Ok), "application/x-ndjson")
 }
 
-/// An answer that comes in pieces. After an error it is broken off: whoever reads it is
-/// told that it is not whole.
+/// A streamed answer. After an error the stream is aborted, so that the client sees that it is
+/// incomplete.
 pub(super) fn streamed(
     stream: impl futures::Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     content: &'static str,

@@ -1,8 +1,8 @@
-//! Which request goes to which handler, and who may make it.
+//! The handler of each request, and the role that it needs.
 
 use super::super::handles::Handles;
 use super::reply::problem;
-use super::{balance, file, machine};
+use super::{balance, file, handlers};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{Method, StatusCode, header};
@@ -13,50 +13,50 @@ use keel_cluster::tokens::Role;
 use keel_machine::failpoint;
 use std::sync::Arc;
 
-/// What is said of a request that cannot be, in bytes at most.
+/// The most bytes of the text about an invalid request.
 const PROBLEM_BYTES_MAX: usize = 64 << 10;
 
-/// Who asks.
+/// The role of the caller.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Caller(pub(super) Role);
 
 pub(super) fn router(handles: Arc<Handles>) -> Router {
     let router = Router::new()
-        .route("/v1/status", get(machine::status))
-        .route("/v1/nodes", get(machine::nodes))
-        .route("/v1/schedule/{node}", get(machine::schedule))
-        .route("/v1/tokens", post(machine::make_token))
+        .route("/v1/status", get(handlers::status))
+        .route("/v1/nodes", get(handlers::nodes))
+        .route("/v1/schedule/{node}", get(handlers::schedule))
+        .route("/v1/tokens", post(handlers::make_token))
         .route(
             "/v1/modules",
-            put(machine::upload).layer(DefaultBodyLimit::max(keel_machine::MODULE_BYTES_MAX)),
+            put(handlers::upload).layer(DefaultBodyLimit::max(keel_machine::MODULE_BYTES_MAX)),
         )
-        .route("/v1/machines", get(machine::list).post(machine::run))
-        .route("/v1/machines/{name}", get(machine::inspect))
-        .route("/v1/machines/{name}", delete(machine::remove))
-        .route("/v1/machines/{name}/stop", post(machine::stop))
-        .route("/v1/machines/{name}/kill", post(machine::kill))
-        .route("/v1/machines/{name}/move", post(machine::move_machine))
-        .route("/v1/machines/{name}/dry-run", post(machine::dry_run))
+        .route("/v1/machines", get(handlers::list).post(handlers::run))
+        .route("/v1/machines/{name}", get(handlers::inspect))
+        .route("/v1/machines/{name}", delete(handlers::remove))
+        .route("/v1/machines/{name}/stop", post(handlers::stop))
+        .route("/v1/machines/{name}/kill", post(handlers::kill))
+        .route("/v1/machines/{name}/move", post(handlers::move_machine))
+        .route("/v1/machines/{name}/dry-run", post(handlers::dry_run))
         .route(
             "/v1/machines/{name}/cancel-move",
-            post(machine::cancel_move),
+            post(handlers::cancel_move),
         )
-        .route("/v1/machines/{name}/set", post(machine::set))
-        .route("/v1/machines/{name}/diff", post(machine::diff))
+        .route("/v1/machines/{name}/set", post(handlers::set))
+        .route("/v1/machines/{name}/diff", post(handlers::diff))
         .route(
             "/v1/machines/{name}/parts",
-            get(machine::parts)
-                .post(machine::span)
-                .delete(machine::unspan),
+            get(handlers::parts)
+                .post(handlers::span)
+                .delete(handlers::unspan),
         )
         .route(
             "/v1/machines/{name}/threads/{tid}/move",
-            post(machine::move_thread),
+            post(handlers::move_thread),
         )
-        .route("/v1/machines/{name}/objects", get(machine::objects))
+        .route("/v1/machines/{name}/objects", get(handlers::objects))
         .route(
             "/v1/machines/{name}/objects/{object}/move",
-            post(machine::move_object),
+            post(handlers::move_object),
         )
         .route(
             "/v1/machines/{name}/files",
@@ -67,20 +67,20 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         )
         .route("/v1/machines/{name}/files/stat", get(file::stat))
         .route("/v1/machines/{name}/files/rename", post(file::rename))
-        .route("/v1/machines/{name}/logs", get(machine::logs))
-        .route("/v1/machines/{name}/logs/offset", get(machine::log_offset))
+        .route("/v1/machines/{name}/logs", get(handlers::logs))
+        .route("/v1/machines/{name}/logs/offset", get(handlers::log_offset))
         .route(
             "/v1/machines/{name}/checkpoints",
-            get(machine::checkpoints).post(machine::checkpoint),
+            get(handlers::checkpoints).post(handlers::checkpoint),
         )
-        .route("/v1/restore", post(machine::restore))
+        .route("/v1/restore", post(handlers::restore))
         .route(
             "/v1/volumes",
-            get(machine::list_volumes).post(machine::create_volume),
+            get(handlers::list_volumes).post(handlers::create_volume),
         )
         .route(
             "/v1/volumes/{name}",
-            get(machine::inspect_volume).delete(machine::remove_volume),
+            get(handlers::inspect_volume).delete(handlers::remove_volume),
         )
         .route("/v1/balance", get(balance::info))
         .route("/v1/balance/policy", post(balance::change_policy))
@@ -103,9 +103,9 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         )
         .route("/v1/rules/{name}", delete(balance::remove_rule))
         .route("/v1/labels", post(balance::label))
-        .route("/v1/events", get(machine::tell_events));
+        .route("/v1/events", get(handlers::tell_events));
     let router = match failpoint::is_enabled() {
-        true => router.route("/v1/debug/failpoint", post(machine::failpoint)),
+        true => router.route("/v1/debug/failpoint", post(handlers::failpoint)),
         false => router,
     };
     router
@@ -116,7 +116,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         .with_state(handles)
 }
 
-/// What is wrong with a request is said in one form, whoever found it.
+/// Errors have one form, whichever layer detected them.
 async fn in_json(response: Response) -> Response {
     let (status, headers) = (response.status(), response.headers());
     let is_json = headers
@@ -132,7 +132,7 @@ async fn in_json(response: Response) -> Response {
     if text.is_empty() {
         text = format!("{status}: see /v1");
     }
-    // (What else was said, as which methods there are, stays.)
+    // Other headers, as the allowed methods, stay.
     for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
         head.headers.remove(name);
     }
@@ -143,23 +143,22 @@ async fn in_json(response: Response) -> Response {
     answer
 }
 
-/// What changes something is carried out to its end, also where whoever asked has gone
-/// meanwhile: a handler that is dropped in the middle leaves on other nodes what it made
-/// there.
+/// A request that changes state is carried out to its end, even if the client disconnects: a
+/// handler that is dropped half-way would leave its partial results on other nodes.
 async fn in_full(request: Request, next: Next) -> Response {
     if request.method() == Method::GET {
         return next.run(request).await;
     }
     let done = tokio::spawn(next.run(request));
     done.await.unwrap_or_else(|error| {
-        tracing::error!(%error, "a request was not carried out");
-        let text = "this request was not carried out to its end; see the agent's log".into();
+        tracing::error!(%error, "a request handler failed");
+        let text = "this request was not completed; see the agent's log".into();
         problem(StatusCode::INTERNAL_SERVER_ERROR, text)
     })
 }
 
-/// Reading needs a viewer, tokens an admin, everything else an operator, what is in
-/// machines' files too.
+/// Reading needs a viewer, tokens an admin, everything else an operator, including the content of
+/// machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,

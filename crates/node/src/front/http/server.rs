@@ -19,12 +19,12 @@ use tower::ServiceExt;
 /// How long a TLS handshake may take.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Serves until the process is told to stop.
+/// Serves until the process gets a signal to stop.
 pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
     let context = handles.context.clone();
     let path = context.dir.api_socket();
     let temporary = context.dir.root().join("api.new");
-    // A socket that exists answers: it is put in place once it listens.
+    // An existing socket answers: it is renamed into place once it listens.
     let _ = std::fs::remove_file(&temporary);
     let listener = UnixListener::bind(&temporary)?;
     std::fs::rename(&temporary, &path)?;
@@ -33,7 +33,7 @@ pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
         let listener = TcpListener::bind(address).await?;
         tokio::spawn(serve_tls(context.clone(), listener, router.clone()));
     }
-    // The socket lies in a folder that only this user can enter.
+    // The socket is in a folder that only this user can enter.
     let local = router.layer(Extension(Caller(Role::Admin)));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -48,7 +48,7 @@ async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router)
     let tls = match context.identity.server_tls() {
         Ok(tls) => tls,
         Err(error) => {
-            tracing::error!(%error, "no API over TLS");
+            tracing::error!(%error, "cannot serve the API over TLS");
             return;
         }
     };
@@ -68,7 +68,9 @@ async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router)
                 .await
             {
                 Ok((stream, _)) => serve_one(context, router, stream, peer).await,
-                Err(error) => tracing::debug!(%error, "no TLS with a caller of the API"),
+                Err(error) => {
+                    tracing::debug!(%error, "the TLS handshake with a client of the API failed")
+                }
             }
         });
     }
@@ -95,7 +97,7 @@ where
         .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
         .await;
     if let Err(error) = served {
-        tracing::debug!(%peer, %error, "a connection to the API broke");
+        tracing::debug!(%peer, %error, "a connection to the API failed");
     }
 }
 

@@ -1,9 +1,9 @@
-//! Commands on a machine are carried out by the agent of its owner: here one of any node
-//! finds it.
+//! Commands on a machine are carried out by the agent of its owner. This module finds the owner
+//! from any node.
 //!
-//! A command is a type of the part that carries it out ([`MachineCommand`]). The part's
-//! handle calls [`at_owner`] with the method that does it on this node; the rpc front
-//! calls the same method for other nodes.
+//! A command is a type of the layer that carries it out ([`MachineCommand`]). The layer's handle
+//! calls [`at_owner`] with the method for this node; the rpc front calls the same method for other
+//! nodes.
 
 use super::machine::get;
 use crate::context::Context;
@@ -14,24 +14,24 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::time::Duration;
 
-/// How long an owner may take for a command that does not say otherwise.
+/// Default time limit of an owner's answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Something to be done with a machine by the agent of its owner.
+/// A command on a machine, carried out by the agent of its owner.
 pub(crate) trait MachineCommand: Serialize + DeserializeOwned + Send {
     /// Number of the request between agents.
     const KIND: u16;
-    /// How long the owner may take.
+    /// Time limit of the owner's answer.
     const PATIENCE: Duration = PATIENCE;
-    /// What the owner answers.
+    /// The owner's answer.
     type Answer: Serialize + DeserializeOwned + Send;
 
-    /// The machine whose owner it is for.
+    /// The machine, whose owner carries out the command.
     fn machine(&self) -> &MachineName;
 }
 
-/// Has a command carried out by the owner of its machine: by `here` on this node, by a
-/// request on another one.
+/// Has a command carried out by the owner of its machine: by `here` on this node, by a request on
+/// another one.
 ///
 /// # Errors
 /// [`CommandError`] of the owner, or if it does not answer.

@@ -12,7 +12,7 @@ use std::time::Instant;
 pub(super) const HOT_LOOKS: u32 = 4;
 /// State of a machine that is kept between two samples.
 #[derive(Default)]
-pub(super) struct Known {
+pub(super) struct TrackedMachine {
     pub(super) worker: u64,
     pub(super) epoch: Epoch,
     pub(super) took: HashMap<u32, (PartId, CpuUsage)>,

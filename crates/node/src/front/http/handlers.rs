@@ -312,7 +312,7 @@ pub(super) async fn logs(
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
     let mut bytes = at.logs.read(&machine, query.from, query.follow).await?;
-    // What cannot be read at all is an error, and no empty answer. (A follower waits.)
+    // An unreadable output is an error, not an empty answer. A follower waits.
     let first = if query.follow {
         None
     } else {
@@ -376,7 +376,7 @@ pub(super) async fn tell_events(
         follow: query.follow,
     };
     let gathered = cluster_events::of_cluster(&at.context, &question).await;
-    // Removed machines have events too; a name without either is a mistake.
+    // Removed machines have events too; a name with neither is a mistake.
     if let Some(machine) = &question.machine
         && gathered.events.is_empty()
         && let Err(error @ RecordError::NoMachine(_)) =

@@ -27,7 +27,7 @@ pub struct StorageLocationError {
 
 /// An open storage location.
 #[derive(Debug, Clone)]
-pub struct StorageLocation {
+pub struct ObjectStorage {
     store: Arc<dyn ObjectStore>,
     /// The same store, if it is a directory.
     folder: Option<Arc<LocalFileSystem>>,
@@ -41,7 +41,7 @@ fn directory(url: &str) -> Option<&str> {
     folder.starts_with('/').then_some(folder)
 }
 
-impl StorageLocation {
+impl ObjectStorage {
     /// Opens a location for writing; creates its directory if it is missing. Blocking.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl StorageLocation {
                 .map_err(|error| bad(error.to_string()))?
                 .with_fsync(true);
             let store = Arc::new(store);
-            return Ok(StorageLocation {
+            return Ok(ObjectStorage {
                 folder: Some(store.clone()),
                 ..Self::of(store, Path::default(), url)
             });
@@ -123,7 +123,7 @@ impl StorageLocation {
 
     /// A location in any object store; `url` is its name for users.
     pub fn of(store: Arc<dyn ObjectStore>, prefix: Path, url: &str) -> Self {
-        StorageLocation {
+        ObjectStorage {
             store,
             folder: None,
             prefix,

@@ -1,6 +1,5 @@
-//! The tiny process above an agent: starts it again at once when it dies, and
-//! passes on the signals to stop. Machines are not its children's concern: they
-//! run in workers of their own.
+//! The small parent process of an agent: restarts it when it dies, and forwards the signals to
+//! stop. Machines are not affected, because they run in workers of their own.
 
 use crate::processes::own_image;
 use std::path::Path;
@@ -9,13 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// An agent that lived this long starts again at once.
+/// An agent that lived this long is restarted at once.
 const GOOD_LIFE: Duration = Duration::from_secs(1);
-/// The longest pause before starting again: a machine that is frozen for a move
-/// waits for the agent, and others take a node for gone when its lease ends.
+/// The longest pause before a restart: a machine that is frozen for a move waits for the agent,
+/// and the node counts as dead when its lease ends.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// How an agent's end is to be taken.
+/// How the end of an agent is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
     /// It ended on purpose.
@@ -24,22 +23,22 @@ pub enum Restart {
     After(Duration),
 }
 
-/// Whether, and when, to start an agent again that lived for `life`.
+/// Whether, and when, to restart an agent that lived for `life`.
 fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
     if status.success() {
         Restart::No
     } else if life >= GOOD_LIFE {
         Restart::After(Duration::ZERO)
     } else {
-        // A first quick death may be an accident; then slower and slower.
+        // A first early death may be an accident; further ones increase the pause.
         Restart::After((Duration::from_millis(20) * 2u32.pow(failures.min(8))).min(PAUSE_MAX))
     }
 }
 
-/// Names the parent's process to its agent, which may be of a newer version.
+/// Passes the parent's process id to its agent, which may be of a newer version.
 pub const PARENT_ENVIRONMENT: &str = "KEEL_AGENT_PARENT";
 
-/// Why there is no agent, or no watching it.
+/// Why there is no agent, or why it cannot be supervised.
 #[derive(Debug, thiserror::Error)]
 pub enum ParentError {
     /// Neither the installed file nor this process's own can be started.
@@ -47,7 +46,7 @@ pub enum ParentError {
     Start {
         /// The installed file.
         program: String,
-        /// What the kernel says.
+        /// The error of the kernel.
         error: std::io::Error,
     },
     /// Signals cannot be caught, or the agent's end cannot be seen.
@@ -55,9 +54,9 @@ pub enum ParentError {
     Watch(#[from] std::io::Error),
 }
 
-/// Runs the agent until it ends on purpose, or this process is told to stop.
-/// `agent` makes its command of a path: each time of `installed` first, which may be
-/// a newer version by then, and of this process's own image where that fails.
+/// Runs the agent until it ends on purpose, or this process gets a signal to stop. `agent` builds
+/// the command from a path: from `installed` first, which may be a newer version, and from this
+/// process's own image if that fails.
 ///
 /// # Errors
 /// If the agent cannot be started, or signals cannot be caught.
@@ -85,7 +84,7 @@ pub async fn supervise(
         match decide(status, begun.elapsed(), failures) {
             Restart::No => return Ok(()),
             Restart::After(pause) => {
-                tracing::warn!(%status, "the agent ended, starting it again");
+                tracing::warn!(%status, "the agent ended, restarting it");
                 failures += 1;
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
@@ -117,7 +116,7 @@ async fn stop(mut child: Child) -> std::io::Result<()> {
         .and_then(|pid| i32::try_from(pid).ok())
         .and_then(rustix::process::Pid::from_raw)
     {
-        // It may have ended this instant.
+        // It may have ended at this moment.
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     child.wait().await.map(drop)
@@ -134,7 +133,7 @@ mod tests {
         assert_eq!(decide(ExitStatus::from_raw(0), GOOD_LIFE, 0), Restart::No);
         assert_eq!(decide(killed, GOOD_LIFE, 7), Restart::After(Duration::ZERO));
         let Restart::After(first) = decide(killed, Duration::ZERO, 0) else {
-            panic!("not started again");
+            panic!("not restarted");
         };
         assert!(first <= Duration::from_millis(20));
         assert_eq!(
