@@ -1,14 +1,11 @@
-//! How long a thread takes to a safepoint after it was asked, and how long it
-//! takes to capture it there.
+//! Time of a thread from a request to a safepoint, and time of capturing it there.
 //!
-//! - *asked to off the stack*: from the request to the moment at which all
-//!   frames are saved and the thread's native stack is empty
-//! - *capture*: from then until the thread is plain bytes (frames, globals,
-//!   tables; encoded)
-//! - *step*: enters a frame, runs to the next safepoint, leaves again and
-//!   gathers the frames: an upper bound for leaving
-//! - *freeze*: `Machine::freeze`, the request and all that the machine does
-//!   until its thread is parked
+//! - *asked to off the stack*: from the request until all frames are saved and the thread's native
+//! stack is empty
+//! - *capture*: from then until the thread is serialised (frames, globals, tables; encoded)
+//! - *step*: enters a frame, runs to the next safepoint, leaves it and collects the frames: an
+//! upper bound for leaving
+//! - *freeze*: `Machine::freeze`, from the request until the machine's thread is parked
 
 use crate::Options;
 use crate::guest::Start;
@@ -19,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Guests that run until they are dropped: file, arguments, and what they do.
+/// Guests that run until they are dropped: file, arguments, description.
 const GUESTS: &[(&str, &[&str], &str)] = &[
     ("deep", &["deep", "0"], "tight loop, 1 frame"),
     ("deep", &["deep", "40"], "tight loop, 40 frames"),
@@ -94,7 +91,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// When the thread was last asked; `None` while nobody asked.
+/// Time of the last request; `None` while there is none.
 type Asked = Mutex<Option<Instant>>;
 
 fn capture(program: &Arc<Program>, start: &Start, captures: usize, blocked: bool) -> Result<Times> {
@@ -157,7 +154,7 @@ fn capture(program: &Arc<Program>, start: &Start, captures: usize, blocked: bool
     Ok(times)
 }
 
-/// Asks again and again, after uneven pauses, once the last request was met.
+/// Sends requests at irregular intervals, each after the last one is served.
 fn ask(signal: &Signal, asked: &Asked, over: &AtomicBool) {
     let mut random = 88_172_645_463_325_252_u64;
     while !over.load(Ordering::Relaxed) {
@@ -172,7 +169,7 @@ fn ask(signal: &Signal, asked: &Asked, over: &AtomicBool) {
             signal.request();
         }
     }
-    // Whoever still waits for one.
+    // Releases a pending wait.
     signal.request();
 }
 

@@ -1,5 +1,5 @@
-//! Checkpoints into a directory beside plain writing and reading of as many bytes
-//! there, in turns; and what an incremental one costs.
+//! Checkpoints into a directory compared with plain writing and reading of as many bytes there,
+//! alternately; and the cost of incremental checkpoints.
 //!
 //! *Plain writing* is one file, written in pieces of 1 MiB from a buffer, and synced
 //! once; *plain reading* reads those files again in such pieces. Before each reading
@@ -31,7 +31,7 @@ use tokio::runtime::Runtime;
 /// Bytes of one plain write or read.
 const PIECE_BYTES: usize = 1 << 20;
 const MEMORY_MIB: &str = "1024";
-/// Something hangs that takes longer.
+/// Time limit after which an operation counts as blocked.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Bench {
@@ -52,7 +52,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     let (mut cold, mut reading) = (Vec::new(), Vec::new());
     let mut pauses = Vec::new();
     for _ in 0..rounds {
-        told::check()?;
+        signals::check()?;
         let (taken, rate) = quiet.take(&mut Checkpointer::default())?;
         taking.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
@@ -80,7 +80,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     increments(guests, folder.path(), rounds)
 }
 
-/// Of a machine of two parts that have half of its memory each, while it writes.
+/// A machine of two parts that have half of its memory each, while it writes.
 fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let bench = Bench::start(guests, folder, "50")?;
     let how = SpanConfig {
@@ -94,7 +94,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let member = PartId::new(1).context("a member")?;
     let (mut rates, mut writing, mut pauses) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
-        told::check()?;
+        signals::check()?;
         let half = bench.machine.memories()[0].size_bytes() / 2;
         pages.move_object(0, half / 2..half + half / 2, member, PATIENCE)?;
         let (taken, rate) = bench.take_of(Some(pages), &mut Checkpointer::default())?;
@@ -112,7 +112,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// What increments cost that have different shares of memory.
+/// Cost of increments with different shares of memory.
 fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let mut table = Table::new(&[
         "written in between, MB/s",
@@ -126,7 +126,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         bench.take(&mut checkpointer)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
-            told::check()?;
+            signals::check()?;
             std::thread::sleep(Duration::from_millis(500));
             let (taken, _) = bench.take(&mut checkpointer)?;
             stored.push(taken.manifest.stored_bytes() as f64 / 1e6);
@@ -148,7 +148,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
 impl Bench {
     fn start(guests: &Path, folder: &Path, rate: &str) -> Result<Self> {
         let module = std::fs::read(guests.join("writer.wasm")).context("the guest `writer`")?;
-        // With a cache, as a node has one: compiling is not reading.
+        // With a cache, as on a node: compiling does not count as reading.
         let engine = Engine::with_cache(Options::default(), &folder.join("code"))?;
         let program = engine.load(&module)?;
         program.prepare_resume()?;
@@ -164,7 +164,7 @@ impl Bench {
             args: args.map(str::to_owned).to_vec(),
             env: Vec::new(),
             volumes: Vec::new(),
-            // Twice the size passes by while the guest allocates.
+            // The guest passes through twice the size while it allocates.
             memory_bytes: 3 << 30,
             threads_max: 1,
             cpu_limit_millis: None,
@@ -196,7 +196,7 @@ impl Bench {
         Ok(Repository::create(&place.display().to_string())?)
     }
 
-    /// Takes one, and how many megabytes a second that were.
+    /// Takes one, and returns its rate in megabytes a second.
     fn take(&self, checkpointer: &mut Checkpointer) -> Result<(CreatedCheckpoint, f64)> {
         self.take_of(None, checkpointer)
     }
@@ -265,7 +265,8 @@ fn packs(place: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The next reading comes from the disk; bytes of all packs.
+/// Drops the files from the page cache, so that the next read comes from the disk; returns the
+/// bytes of all packs.
 fn drop_from_cache(place: &Path) -> Result<u64> {
     let mut bytes = 0;
     for path in packs(place)? {
@@ -276,7 +277,7 @@ fn drop_from_cache(place: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Megabytes a second of writing so many bytes to one file.
+/// Megabytes a second of writing this many bytes to one file.
 fn plain_write(place: &Path, bytes: u64) -> Result<f64> {
     let path = place.join("plain");
     let piece: Vec<u8> = (0..PIECE_BYTES).map(|at| (at * 31) as u8).collect();

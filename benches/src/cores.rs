@@ -1,11 +1,11 @@
-//! Which cores processes run on: what is on two nodes never shares one, and the kernel puts
-//! two processes that take turns on the same core where it can.
+//! CPU affinity of processes: those of different nodes never share a core. The kernel otherwise
+//! places two processes that run alternately on the same core if it can.
 
 use anyhow::{Context, Result, ensure};
 use std::process::Command;
 
-/// Binds all threads of a process to cores, as `taskset -c` names them; what it starts later
-/// is bound as it is.
+/// Binds all threads of a process to cores, in the syntax of `taskset -c`; child processes inherit
+/// the binding.
 pub(crate) fn bind(pid: &str, cores: &str) -> Result<()> {
     let output = Command::new("taskset")
         .args(["-a", "-c", "-p", cores, pid])

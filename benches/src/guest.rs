@@ -1,4 +1,4 @@
-//! Runs a program plain or as a machine, and takes what it prints.
+//! Runs a program plain or as a machine, and collects its output.
 
 use anyhow::{Context, Result, bail};
 use keel_wasi::{
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
-/// What a guest is started with.
+/// Arguments and directories of a guest.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Start {
     pub(crate) args: Vec<String>,
@@ -27,7 +27,7 @@ impl Start {
         }
     }
 
-    /// WASI state, and where its output goes.
+    /// WASI state, and the buffer of its output.
     pub(crate) fn wasi(&self) -> Result<(Wasi, Output)> {
         let output = Output::default();
         let config = Config {
@@ -54,10 +54,10 @@ impl Start {
     }
 }
 
-/// Shows a guest the processor time of the thread that asks, so that what else
-/// runs on the host counts as little as it can.
+/// Gives a guest the processor time of the calling thread as its clock, so that other processes on
+/// the host affect it little.
 struct CpuClock {
-    /// It asks once, before the guest: its time must not be ahead of the guest's.
+    /// The first call comes before the guest starts: its time must not be ahead of the guest's.
     starter: ThreadId,
 }
 
@@ -75,7 +75,7 @@ impl HostClock for CpuClock {
     }
 }
 
-/// What a guest printed.
+/// The output of a guest.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Output(Arc<Mutex<Vec<u8>>>);
 

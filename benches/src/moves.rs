@@ -1,5 +1,5 @@
-//! Moves between two nodes as real processes on loopback, beside a plain TLS
-//! stream in the same run.
+//! Moves between two nodes as real processes on loopback, compared with a plain TLS stream in the
+//! same run.
 
 use crate::table::{Table, median, percentile};
 use crate::told;
@@ -13,14 +13,14 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Instant;
 
-/// Bytes that the plain stream carries.
+/// Bytes of the plain stream.
 const STREAM_BYTES: usize = 1 << 30;
-/// Bytes of one write to it, as moves make them.
+/// Bytes of one write to it, as in moves.
 const WRITE_BYTES: usize = 256 << 10;
 
 pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(told::until(measure(keel, guests, moves)))
+    runtime.block_on(signals::until(measure(keel, guests, moves)))
 }
 
 async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
@@ -73,7 +73,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     Ok(())
 }
 
-/// How copying went, for people who tune it.
+/// The copy rounds, for tuning.
 fn rounds_line(report: &MoveReport) -> String {
     let rounds: Vec<String> = report
         .rounds
@@ -103,7 +103,7 @@ async fn cold_move(keel: &Path, writer: &[u8]) -> Result<MoveReport> {
     cluster.move_machine("a", "idle", "b").await
 }
 
-/// Waits until the guest has filled its memory: it prints only then.
+/// Waits until the guest has filled its memory, which it reports by its first output.
 async fn wait_memory(cluster: &LocalCluster, machine: &str, bytes: u64) -> Result<()> {
     keel_testkit::wait_for("the guest has its memory", || async {
         let info = cluster.inspect("a", machine).await.ok()?;
@@ -148,7 +148,7 @@ fn print_busy(reports: &[MoveReport], streams: Vec<f64>) {
         rate / stream
     );
     let slowed = reports.iter().filter(|report| report.slowed).count();
-    println!("\nmoves in which the guest was slowed down: {slowed}");
+    println!("\nmoves in which the guest was throttled: {slowed}");
 }
 
 fn ms(micros: u64) -> f64 {

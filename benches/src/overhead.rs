@@ -1,6 +1,6 @@
-//! Run time of instrumented programs against plain wasmtime and Binaryen's
-//! Asyncify. Guests time themselves, so compiling does not count; the variants
-//! take turns, and ratios are medians over rounds.
+//! Run time of instrumented programs compared with plain wasmtime and Binaryen's Asyncify. Guests
+//! measure their own time, so compiling does not count; the variants run alternately, and ratios
+//! are medians over rounds.
 
 use crate::Options;
 use crate::guest::{self, Start};
@@ -30,7 +30,7 @@ const KERNELS: &[(&str, u32)] = &[
     ("strings", 1000),
 ];
 
-/// What `wasm-opt` may use and keep.
+/// WebAssembly features that `wasm-opt` may use and keep.
 const FEATURES: &[&str] = &[
     "bulk-memory",
     "bulk-memory-opt",
@@ -41,7 +41,7 @@ const FEATURES: &[&str] = &[
     "sign-ext",
 ];
 
-/// Calls, dictionaries, sorting, strings, and native code under them.
+/// Calls, dictionaries, sorting, strings, and the native code that they use.
 const PYTHON: &str = r#"
 import time, hashlib, json
 def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
@@ -134,8 +134,8 @@ impl Variants {
     }
 }
 
-/// The module as `wasm-opt --asyncify -O3` rewrites it, with polls where ours
-/// has them, or most loops could not be left at all.
+/// The module after `wasm-opt --asyncify -O3`, with polls at the same places as ours, since most
+/// loops could not be left otherwise.
 fn asyncify(tool: &Path, module: &[u8]) -> Result<Vec<u8>> {
     let polled = tempfile::NamedTempFile::new()?;
     std::fs::write(polled.path(), with_polls(module)?)?;
@@ -153,7 +153,7 @@ fn asyncify(tool: &Path, module: &[u8]) -> Result<Vec<u8>> {
     Ok(std::fs::read(out.path())?)
 }
 
-/// Adds a row; the ratios of ours and of Asyncify.
+/// Adds a row; returns the ratios of ours and of Asyncify.
 fn measure(variants: &Variants, rounds: usize, table: &mut Table) -> Result<(f64, Option<f64>)> {
     let mut times = Vec::new();
     let mut ours = Vec::new();

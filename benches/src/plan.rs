@@ -1,15 +1,13 @@
-//! Plans for whole clusters beside Ganeti's `hbal` (Debian `ganeti-htools`): the same
+//! Plans for whole clusters compared with Ganeti's `hbal` (Debian `ganeti-htools`): the same
 //! skewed clusters, written in its text format, scored by its own measure.
 //!
-//! The clusters: nodes of 64 GiB, 16 cores and 1 TB; instances of 1/2 to 4 GiB, 1 to 4
-//! virtual CPUs of which they use about half, on shared disks, most of them on the first
-//! nodes. That our unevenness is hbal's score is checked in each run: hbal is asked for
-//! the score of our ends, too.
+//! The clusters: nodes of 64 GiB, 16 cores and 1 TB; instances of 1/2 to 4 GiB, 1 to 4 virtual
+//! CPUs of which they use about half, on shared disks, most of them on the first nodes. Each run
+//! checks that our unevenness is hbal's score: hbal also scores our results.
 //!
-//! Beside the plan that is as level as can be there is the one of the fewest moves that
-//! is still more level than hbal's, and what the masterless rounds come to (strategy
-//! `spread`, simulated): they see loads, two nodes at a time, and know nothing of this
-//! score.
+//! Besides the most even plan, the table has the one with the fewest moves that is still more even
+//! than hbal's, and the result of the masterless rounds (strategy `spread`, simulated): they use
+//! loads of two nodes at a time, and not this score.
 
 use crate::table::Table;
 use anyhow::{Context, Result, bail, ensure};
@@ -27,7 +25,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Nodes, instances, and whether hbal comes to an end with so many.
+/// Nodes, instances, and whether hbal ends in time with this number.
 const SIZES: [(usize, usize, bool); 5] = [
     (15, 150, true),
     (20, 80, true),
@@ -35,14 +33,14 @@ const SIZES: [(usize, usize, bool); 5] = [
     (200, 2_000, false),
     (1_000, 20_000, false),
 ];
-/// How long hbal may take.
+/// Time limit of hbal.
 const HBAL_MAX: Duration = Duration::from_secs(300);
 const MEMORY_MIB: f64 = 65_536.0;
 const OWN_MIB: f64 = 1_024.0;
 const DISK_MIB: f64 = 1_000_000.0;
 const CORES: f64 = 16.0;
 
-/// What hbal said.
+/// The output of hbal.
 struct Said {
     moves: usize,
     before: f64,
@@ -118,7 +116,7 @@ pub(crate) fn bench() -> Result<()> {
     Ok(())
 }
 
-/// The plan of the fewest moves that is more level than hbal's.
+/// The plan with the fewest moves that is more even than hbal's.
 fn fewest(problem: &Problem, said: &Said) -> Option<(Plan, Duration)> {
     let of = |moves_max: usize| {
         let goal = Goal::Level {
@@ -132,10 +130,10 @@ fn fewest(problem: &Problem, said: &Said) -> Option<(Plan, Duration)> {
     all.take_while(more_level).last()
 }
 
-/// Seconds that rounds have.
+/// Simulated seconds of the rounds.
 const ROUNDS_S: u64 = 3_600;
 
-/// What rounds come to; `None` for what takes too long to simulate by the second.
+/// The result of the rounds; `None` if simulating them by the second takes too long.
 fn rounds(files: &Path, problem: &Problem) -> Result<Option<Vec<String>>> {
     if problem.sites.len() > 200 {
         return Ok(None);
@@ -182,12 +180,12 @@ fn numbers(before: f64, after: f64, moves: usize, bytes: f64, took: Duration) ->
 fn check_score(theirs: f64, ours: f64) -> Result<()> {
     ensure!(
         (theirs - ours).abs() <= 0.02 * ours.max(0.5),
-        "hbal says {theirs} of what we say {ours}"
+        "hbal's score is {theirs}, ours is {ours}"
     );
     Ok(())
 }
 
-/// Shares of memory, disk and virtual CPUs, and what instances are said to use.
+/// Shares of memory, disk and virtual CPUs, and the reported use of instances.
 fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut free = vec![MEMORY_MIB - 2.0 * OWN_MIB; nodes];
@@ -198,7 +196,7 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
             let disk = pick(&mut rng, &[5_000.0, 10_000.0, 20_000.0]);
             let cpus = pick(&mut rng, &[1.0, 2.0, 4.0]);
             let site = loop {
-                // The least of three: most are on the first nodes.
+                // The least of three random numbers: most are on the first nodes.
                 let tries = (0..3).map(|_| rng.random_range(0..nodes));
                 let site = tries.min().unwrap_or(0);
                 if free[site] >= memory {
@@ -233,7 +231,7 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
         weights: [1.0; RESOURCES],
         hard: [true, true, false, false, false, false, false],
         rules: Vec::new(),
-        // What one machine can do for the whole falls with the number of nodes.
+        // The gain of one machine for the whole decreases with the number of nodes.
         gain_min: (1.0 / nodes as f64).min(0.01),
         at_once: (1, 1),
     }
@@ -292,7 +290,7 @@ fn hbal(path: &Path, more: &[&str]) -> Result<Said> {
     let text = String::from_utf8_lossy(&output.stdout);
     if text.trim().is_empty() {
         bail!(
-            "hbal said nothing (apt-get install ganeti-htools): {}",
+            "hbal printed nothing (apt-get install ganeti-htools): {}",
             String::from_utf8_lossy(&output.stderr)
         );
     }
@@ -304,7 +302,7 @@ fn hbal(path: &Path, more: &[&str]) -> Result<Said> {
         word.parse::<f64>().ok()
     };
     let before = after("Initial score:").or_else(|| after("initial score"));
-    let before = before.with_context(|| format!("hbal said: {text}"))?;
+    let before = before.with_context(|| format!("hbal printed: {text}"))?;
     Ok(Said {
         moves: after("Solution length=").unwrap_or(0.0) as usize,
         before,

@@ -1,6 +1,6 @@
-//! Makes a module that Asyncify can leave wherever ours can: at each loop's
-//! header and each function's entry it asks a global, and calls the host if it
-//! is set. Asyncify by itself only rewrites what may reach a call of the host.
+//! Makes a module that Asyncify can leave wherever ours can: each loop header and function entry
+//! tests a global, and calls the host if it is set. Asyncify by itself only rewrites functions
+//! that may reach a host call.
 
 use anyhow::{Result, anyhow};
 use wasm_encoder::reencode::{Error, Reencode, utils};
@@ -9,7 +9,7 @@ use wasm_encoder::{
     GlobalSection, GlobalType, ImportSection, Instruction as I, Module, TypeSection, ValType,
 };
 
-/// The call of the host that a poll makes: all our runners have it.
+/// The host call of a poll, which all our runners provide.
 const HOST: (&str, &str) = ("wasi_snapshot_preview1", "sched_yield");
 
 #[derive(Default)]
@@ -95,7 +95,7 @@ impl Reencode for Polls {
         section: wasmparser::ExportSectionReader<'_>,
     ) -> Result<(), Error> {
         utils::parse_export_section(self, exports, section)?;
-        // The host could set it, so no optimiser takes it for zero.
+        // Exported, so that no optimiser takes it for constant zero.
         exports.export("request", ExportKind::Global, self.globals);
         Ok(())
     }

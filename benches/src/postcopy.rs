@@ -1,5 +1,5 @@
-//! Post-copy: for how long a machine of 1 GiB stands still, beside pre-copy of the
-//! same machine in turns, when all of its memory is there, and how fast it is again.
+//! Post-copy: the downtime of a machine of 1 GiB, compared with pre-copy of the same machine
+//! alternately; the time until all of its memory has arrived; and its speed after the move.
 
 use crate::table::{Table, median, percentile};
 use crate::told;
@@ -13,15 +13,15 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// The speed of the machine is that of this long before a move, and in this long a
-/// second after it.
+/// The interval in which the machine's speed is measured before a move, and again from a second
+/// after it.
 const WINDOW: Duration = Duration::from_millis(1000);
-/// How long the machine may take to its first word.
+/// Time limit of the machine's first output.
 const FIRST_PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(told::until(measure(keel, guests, moves)))
+    runtime.block_on(signals::until(measure(keel, guests, moves)))
 }
 
 fn request(to: &str, place: Option<&Path>) -> MoveRequest {
@@ -66,7 +66,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
             true => after.push(report),
             false => before.push(report),
         }
-        // What the fallback took is not the next move's business.
+        // The time of the fallback checkpoint must not affect the next move.
         let _ = std::fs::remove_dir_all(&place);
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -103,11 +103,11 @@ fn print(after: &[MoveReport], before: &[MoveReport]) {
     ));
     let fills = after.iter().filter_map(|report| report.fill.as_ref());
     let all: Vec<f64> = fills.map(|fill| fill.micros as f64 / 1e3).collect();
-    println!("\nall memory there after {:.0} ms p50", median(all));
+    println!("\nall memory arrived after {:.0} ms p50", median(all));
 }
 
-/// How fast a hot loop over 64 MiB of 1 GiB is, one second after it went on by
-/// post-copy, as a share of what it was before.
+/// Speed of a hot loop over 64 MiB of 1 GiB, one second after it resumed by post-copy, as a share
+/// of its speed before.
 async fn speed(
     keel: &Path,
     folder: &Path,
@@ -141,7 +141,7 @@ async fn speed(
     });
     // It touches all of its memory first.
     told.recv_timeout(FIRST_PATIENCE)
-        .context("the guest `hot` says nothing")?;
+        .context("the guest `hot` printed nothing")?;
     let client = cluster.client("a");
     let place = folder.join("kept");
     let mut shares = Vec::new();
@@ -150,30 +150,33 @@ async fn speed(
         let to = ["b", "a"][round % 2];
         let report = move_as(&client, "hot", &request(to, Some(&place))).await?;
         ensure!(report.ending == Ending::Moved, "{}", report.line());
-        // The report comes when all memory is there; what of the second is left?
+        // The report arrives when all memory has: waits for the rest of the second.
         let filled = report.fill.as_ref().map_or(0, |fill| fill.micros);
         let wait = Duration::from_secs(1).saturating_sub(Duration::from_micros(filled));
         let again = rate(&told, wait)?;
         shares.push(again / quiet);
         let _ = std::fs::remove_dir_all(&place);
     }
-    // It has nothing to lose.
+    // Its state is not needed.
     let _ = logs.kill();
     let _ = logs.wait();
     println!(
-        "\nspeed of a hot loop over 64 MiB, a second after it went on: {:.0} % p50, {:.0} % at the least",
+        "\nspeed of a hot loop over 64 MiB, a second after it resumed: {:.0} % p50, {:.0} % at the least",
         100.0 * percentile(&mut shares, 0.5),
         100.0 * percentile(&mut shares, 0.0)
     );
     Ok(())
 }
 
-/// MiB a second that it writes, in a window that begins after a wait.
+/// MiB a second that it writes, in an interval that begins after a wait.
 fn rate(told: &Receiver<(Instant, u64)>, wait: Duration) -> Result<f64> {
     std::thread::sleep(wait);
     let begun = Instant::now();
     std::thread::sleep(WINDOW);
     let marks: Vec<(Instant, u64)> = told.try_iter().filter(|(at, _)| *at >= begun).collect();
-    let (first, last) = marks.first().zip(marks.last()).context("it says nothing")?;
+    let (first, last) = marks
+        .first()
+        .zip(marks.last())
+        .context("it printed nothing")?;
     Ok((last.1 - first.1) as f64 / (last.0 - first.0).as_secs_f64())
 }

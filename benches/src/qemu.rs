@@ -1,12 +1,12 @@
-//! A machine of 256 MiB with a hot loop over 64 MiB of them, moved by us and by
-//! QEMU under TCG in turns: for how long it stands still as seen from outside.
+//! A machine of 256 MiB with a hot loop over 64 MiB of them, moved by us and by QEMU under TCG
+//! alternately: the downtime as seen from outside.
 //!
-//! Both guests do the same: they touch all of their memory once, then write a word
-//! in each page of 64 MiB over and over as fast as they can, and after each MiB say
-//! something if about half a millisecond is over. A prober beside them notes when it hears what; the longest
-//! silence around a move is the pause. QEMU's guest runs without an operating system
-//! and speaks through its debug console on a socket; ours through `keel logs
-//! --follow`, so its figure has all of that command's way in it.
+//! Both guests do the same: they touch all of their memory once, then write a word in each page of
+//! 64 MiB in a loop as fast as they can, and after each MiB print a byte if about half a
+//! millisecond has passed. A prober on the host records the times of the output; the longest gap
+//! around a move is the pause. QEMU's guest runs without an operating system and prints by its
+//! debug console to a socket; ours by `keel logs --follow`, so its figure includes the latency of
+//! that command.
 
 use crate::table::{Table, percentile};
 use crate::told;
@@ -24,9 +24,9 @@ use std::time::{Duration, Instant};
 const QEMU: &str = "qemu-system-x86_64";
 const MEMORY_MIB: &str = "256";
 const HOT_MIB: &str = "64";
-/// What is heard before a move and after it, so that the silence has two ends.
+/// Observation time before and after a move, so that the gap has two ends.
 const AROUND: Duration = Duration::from_millis(300);
-/// After so long something hangs.
+/// Time limit after which an operation counts as blocked.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Multiboot, 32 bits, no paging: a word in each page of 2 to 255 MiB, then the hot
@@ -66,7 +66,7 @@ time:
     jmp mib
 "#;
 
-/// One move: what the mover says of the pause, and what was heard, in milliseconds.
+/// One move: the downtime reported by the mover, and the observed one, in milliseconds.
 struct Pause {
     reported: f64,
     seen: f64,
@@ -86,15 +86,15 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
     let module = std::fs::read(guests.join("hot.wasm")).context("the guest `hot`")?;
     let (mut theirs, mut ours) = (Vec::new(), Vec::new());
-    // In turns, so that what else the computer does meets both.
+    // Alternately, so that other load of the host affects both.
     for round in 0..moves.div_ceil(4) {
         let place = folder.path().join(round.to_string());
         std::fs::create_dir_all(&place)?;
         for _ in 0..4 {
-            told::check()?;
+            signals::check()?;
             theirs.push(qemu_move(&place, &payload)?);
         }
-        let moves = told::until(our_moves(&keel, &place, &module, 4));
+        let moves = signals::until(our_moves(&keel, &place, &module, 4));
         ours.extend(runtime.block_on(moves)?);
     }
     print(&theirs, &ours);
@@ -133,7 +133,7 @@ fn print(theirs: &[Pause], ours: &[Pause]) {
     );
 }
 
-/// The longest silence within what was heard.
+/// The longest gap between observed outputs.
 fn longest(heard: &[Instant]) -> f64 {
     heard
         .windows(2)
@@ -141,7 +141,7 @@ fn longest(heard: &[Instant]) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// Notes when something comes.
+/// Records the time of each output.
 fn listen(mut from: impl Read + Send + 'static, heard: Sender<Instant>) {
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
@@ -172,7 +172,7 @@ fn assemble(folder: &Path) -> Result<std::path::PathBuf> {
     Ok(payload)
 }
 
-/// A QEMU that ends with this.
+/// A QEMU process; killed on drop.
 struct Qemu {
     process: Child,
     monitor: BufReader<UnixStream>,
@@ -244,7 +244,7 @@ impl Qemu {
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// A command of its monitor protocol (QMP).
+    /// Sends a command of its monitor protocol (QMP).
     fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.monitor
@@ -270,7 +270,7 @@ fn qemu_move(folder: &Path, payload: &Path) -> Result<Pause> {
     let uri = format!("unix:{}", socket.display());
     let more = ["-incoming", uri.as_str()];
     let _target = Qemu::start(folder, "target", payload, &more, send)?;
-    // As fast as it can, else it never gets ahead of the loop.
+    // Without a rate limit, or pre-copy would not converge with the loop.
     let fast = json!({ "max-bandwidth": 10_000_000_000u64 });
     source.ask("migrate-set-parameters", fast)?;
     settle(&heard)?;
@@ -296,11 +296,11 @@ fn qemu_move(folder: &Path, payload: &Path) -> Result<Pause> {
     })
 }
 
-/// Waits until the guest is heard steadily.
+/// Waits until the guest prints steadily.
 fn settle(heard: &Receiver<Instant>) -> Result<()> {
     heard
         .recv_timeout(LIMIT)
-        .context("the guest says nothing")?;
+        .context("the guest printed nothing")?;
     std::thread::sleep(3 * AROUND);
     Ok(())
 }
@@ -316,7 +316,7 @@ async fn our_moves(keel: &Path, folder: &Path, module: &[u8], count: usize) -> R
         (output.lines().count() > 3).then_some(())
     })
     .await?;
-    // Ready to be moved, as QEMU's is.
+    // Settled before the move, as QEMU's is.
     for to in ["b", "a"] {
         cluster.move_machine("a", "hot", to).await?;
     }
@@ -345,7 +345,7 @@ async fn our_moves(keel: &Path, folder: &Path, module: &[u8], count: usize) -> R
             seen: longest(&marks),
         });
     }
-    // It has nothing to lose.
+    // Its state is not needed.
     let _ = logs.kill();
     let _ = logs.wait();
     Ok(pauses)

@@ -1,4 +1,4 @@
-//! A program of this text that spans parts in this process, without a worker or a cluster.
+//! Runs a program in text format that spans parts in this process, without a worker or a cluster.
 
 use anyhow::{Context, Result};
 use keel_machine::span::{InProcess, PartLimits, SpanConfig};
@@ -7,17 +7,17 @@ use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::time::Duration;
 
-/// After so long something hangs.
+/// Time limit after which an operation counts as blocked.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
-/// One that spans.
+/// A spanning program.
 pub(crate) struct Spanned {
     pub(crate) machine: Machine,
     pub(crate) parts: InProcess,
 }
 
 impl Spanned {
-    /// Begins to span before the program runs for long, over so many parts.
+    /// Starts the program and makes it span this number of parts.
     pub(crate) fn begin(
         text: &str,
         parts: usize,

@@ -1,10 +1,10 @@
-//! Pages of a machine that spans: how long a thread stands at one that is in another
-//! process, beside a plain round trip over TCP; how fast a set of pages moves, beside a
-//! plain stream of TLS; what it is worth that directories move along with objects; and how
-//! fast a program is whose part keeps less than it uses.
+//! Pages of a spanning machine: the time that a thread waits for one in another process, compared
+//! with a plain round trip over TCP; the throughput of moving a set of pages, compared with a
+//! plain TLS stream; the gain of moving directories along with objects; and the speed of a program
+//! whose part keeps less than it uses.
 //!
-//! The other part is a process of its own (this program again, [`home`]): it has all
-//! pages. It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
+//! The other part is a process of its own (this program again, [`home`]), which holds all pages.
+//! It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
 
 use crate::cores;
 use crate::spanned::{LIMIT, Spanned};
@@ -23,18 +23,18 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The option that makes this program the other part.
+/// The option that runs this program as the other part.
 pub(crate) const HOME: &str = "--span-home";
 /// Bytes of the memory; the first are touched page by page, the rest moves.
 const MEMORY_BYTES: u64 = TOUCHED_PAGES * PAGE_BYTES + SETS_MAX as u64 * MOVED_BYTES;
-/// Pages that are touched, and what is between two that are touched one after the other:
-/// odd, so that each is touched once.
+/// Pages that are touched, and the stride between consecutive touches: odd, so that each page is
+/// touched once.
 const TOUCHED_PAGES: u64 = 1 << 16;
 const STRIDE: u64 = 40_503;
-/// Pages that are touched in a round, and round trips beside them.
+/// Pages touched in a round, and round trips for comparison.
 const TOUCHES: u64 = 2000;
 const QUESTION_BYTES: usize = 64;
-/// Bytes that move at once, and that the plain stream carries; and how often at most.
+/// Bytes of one move and of the plain stream; and the most moves.
 const MOVED_BYTES: u64 = 64 << 20;
 const SETS_MAX: usize = 12;
 
@@ -42,7 +42,7 @@ fn part(number: usize) -> Result<PartId> {
     PartId::new(number).context("a part's number")
 }
 
-/// What both sides tell each other: the certificate, then ports.
+/// The messages between both sides: the certificate, then ports.
 struct Told {
     fingerprint: String,
     ports: Vec<u16>,
@@ -60,13 +60,13 @@ impl Told {
         from.read_line(&mut line)?;
         let mut words = line.split_whitespace();
         Ok(Told {
-            fingerprint: words.next().context("the other part says nothing")?.into(),
+            fingerprint: words.next().context("the other part sent nothing")?.into(),
             ports: words.map(str::parse).collect::<Result<_, _>>()?,
         })
     }
 }
 
-/// One side, connected.
+/// Connects one side.
 fn begin(
     me: usize,
     identity: &PinnedIdentity,
@@ -106,7 +106,7 @@ fn memory() -> Result<Arc<GuestMemory>> {
     Ok(Arc::new(memory))
 }
 
-/// The other part, until its input ends.
+/// Runs the other part, until its input ends.
 pub(crate) fn home() -> Result<()> {
     let identity = PinnedIdentity::generate()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -136,7 +136,7 @@ pub(crate) fn home() -> Result<()> {
             }
         }
     });
-    // A set of pages each time that it is told where one begins, until its input ends.
+    // Moves a set of pages for each start address in its input, until that ends.
     let mut line = String::new();
     while input.read_line(&mut line)? > 0 {
         let at: u64 = line.trim().parse().context("where it begins")?;
@@ -152,7 +152,7 @@ pub(crate) fn home() -> Result<()> {
     Ok(())
 }
 
-/// The other process, which ends with this.
+/// The other process; killed on drop.
 struct Other(Child);
 
 impl Drop for Other {
@@ -213,7 +213,7 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Pages that are touched one by one, beside plain round trips; from the `next` on.
+/// Pages that are touched one by one, from `next` on, compared with plain round trips.
 fn faults(
     pages: &Pages,
     memory: &GuestMemory,
@@ -223,7 +223,7 @@ fn faults(
     let (mut trips, mut touches) = (Vec::new(), Vec::new());
     let before = pages.latency();
     let mut answer = vec![0; PAGE_BYTES as usize];
-    // In turns, so that what else the computer does meets both.
+    // Alternately, so that other load of the host affects both.
     for _ in 0..rounds {
         for _ in 0..TOUCHES {
             let begun = Instant::now();
@@ -232,7 +232,7 @@ fn faults(
             trips.push(micros(begun.elapsed()));
         }
         for _ in 0..TOUCHES {
-            // In no order: what is gone through in order is asked for ahead.
+            // In random order: sequential access would be prefetched.
             let page = *next * STRIDE % TOUCHED_PAGES;
             *next += 1;
             let begun = Instant::now();
@@ -275,17 +275,17 @@ const WAITS: &str = r#"(module (memory (export "memory") 528 528 shared)
         (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
 /// Pages of each of two objects.
 const OBJECT_PAGES: u64 = 4096;
-/// Pages of one of them that are read before some of the other.
+/// Pages of one object that are read before some of the other.
 const TURNS: u64 = 256;
 
-/// Pages of one member that another one reads, asking the home for them or the one that has
-/// them; in turns. All three are in this process.
+/// Pages of one member that another one reads, with their directory at the home or at the member
+/// that holds them; alternately. All three parts are in this process.
 fn directories() -> Result<()> {
     let spanned = Spanned::begin(WAITS, 3, SpawnPolicy::Here, PartLimits::default())?;
     let parts = &spanned.parts;
     let home = parts.home().pages();
     let bytes = OBJECT_PAGES * PAGE_BYTES;
-    // (The first page is the program's.)
+    // The first page belongs to the program.
     let first = 1 << 20;
     for page in 0..2 * OBJECT_PAGES {
         let at = first + page * PAGE_BYTES;
@@ -303,12 +303,12 @@ fn directories() -> Result<()> {
     }
     let memory = &reader.memories()[0];
     let (mut of_home, mut of_owner) = (Vec::new(), Vec::new());
-    // In turns, but not one by one: whoever was just asked looks for more for a moment, and
+    // Alternately, but not one by one: a part polls for more requests for a moment after each, and
     // takes a processor from the others.
     for turns in 0..OBJECT_PAGES / TURNS {
         for (figures, first_page) in [(&mut of_home, 0), (&mut of_owner, OBJECT_PAGES)] {
             for turn in turns * TURNS..(turns + 1) * TURNS {
-                // In no order: what is gone through in order is asked for ahead.
+                // In random order: sequential access would be prefetched.
                 let page = first_page + turn * STRIDE % OBJECT_PAGES;
                 let begun = Instant::now();
                 let word = memory.load_u32(first + page * PAGE_BYTES);
@@ -335,9 +335,9 @@ fn directories() -> Result<()> {
     spanned.end()
 }
 
-/// Adds to a word of one page of 64 MiB after the other, and counts that: in no order, some
-/// pages much more often than others (the page is the cube of what is drawn: an eighth of
-/// them have half of all).
+/// Increments a word in one page of 64 MiB after the other, and counts: in random order, some
+/// pages much more often than others (the page number is the cube of a random number: an eighth of
+/// the pages have half of the accesses).
 const USES: &str = r#"(module (memory (export "memory") 1040 1040 shared)
     (func (export "_start") (local $x i64) (local $u i64) (local $at i32) (local $turn i32)
         (local.set $x (i64.const 88172645463325252))
@@ -360,16 +360,15 @@ const USES: &str = r#"(module (memory (export "memory") 1040 1040 shared)
             (i64.atomic.store (i32.const 8)
                 (i64.add (i64.atomic.load (i32.const 8)) (i64.const 1)))
             (br $more))))"#;
-/// Its parts: all of it has room on the others.
+/// Its parts: the others have room for all of it.
 const PARTS: usize = 8;
-/// What each of them keeps.
+/// The limit of each.
 const KEPT: [u64; 3] = [16 << 20, 32 << 20, 48 << 20];
-/// Before it is counted, and while it is.
+/// Warm-up and measured time.
 const WARM: Duration = Duration::from_secs(3);
 const COUNTED: Duration = Duration::from_secs(4);
 
-/// A program that uses some of its memory more than other, where its part may keep less
-/// than it has.
+/// A program with skewed access, whose part may keep less than it has.
 fn limits() -> Result<()> {
     let mut table = Table::new(&["limit of a part", "uses/s", "waits/s", "uses for one wait"]);
     for kept in std::iter::once(None).chain(KEPT.into_iter().rev().map(Some)) {
@@ -407,7 +406,7 @@ fn limits() -> Result<()> {
     Ok(())
 }
 
-/// Sets of pages, as a user moves an object, beside plain streams.
+/// Moves sets of pages, as a user moves an object, compared with plain streams.
 fn moves(
     memory: &GuestMemory,
     rounds: usize,
@@ -429,7 +428,7 @@ fn moves(
         streams.push(stream(nothing, |_, _| Ok(()))?);
         let copy = self::memory()?;
         copies.push(stream(nothing, |at, bytes| Ok(copy.write(at, bytes)?))?);
-        // (What has just moved here.)
+        // The set that has just moved here.
         let copy = self::memory()?;
         machines.push(stream(
             |from, piece| Ok(memory.read(at + from, piece)?),
@@ -465,8 +464,8 @@ fn is_all_here(memory: &GuestMemory, at: u64) -> Result<bool> {
         .any(|range| range.start <= at && at + MOVED_BYTES <= range.end))
 }
 
-/// Megabytes a second of as many bytes over TLS, which this gives, to a thread that does that
-/// with them.
+/// Megabytes a second of the same bytes over TLS from this thread to one that runs the given
+/// function on them.
 fn stream(
     mut gives: impl FnMut(u64, &mut [u8]) -> Result<()>,
     mut takes: impl FnMut(u64, &[u8]) -> Result<()> + Send,

@@ -1,5 +1,5 @@
-//! One program on two nodes of one core each, beside the same on one node of both cores,
-//! and on one core: the share of two cores that is left when its threads are apart.
+//! One program on two nodes of one core each, compared with one node of both cores, and with one
+//! core: the share of two cores that remains when its threads are on different nodes.
 
 use crate::table::{Table, median};
 use crate::{Options, cores, told};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// Programs of two workers that write a line for each piece of work.
 const PROGRAMS: [(&str, &[&str]); 7] = [
     ("render", &["2", "480", "320", "100000000"]),
-    // (Bands of whole pages.)
+    // Bands of whole pages.
     ("render", &["2", "512", "320", "100000000"]),
     ("render", &["2", "1280", "720", "100000000"]),
     ("matrix", &["2", "512", "100000000"]),
@@ -20,17 +20,16 @@ const PROGRAMS: [(&str, &[&str]); 7] = [
     ("mapreduce", &["2", "32", "100000000"]),
     ("ep", &["2", "23", "100000000"]),
 ];
-/// Nodes, and the cores that each has.
+/// Nodes, and the cores of each.
 const NODES: [(&str, &str); 3] = [("one", "0"), ("other", "1"), ("both", "0,1")];
-/// How long it runs before it counts, and how long it counts, at least: from the end of a
-/// piece to that of another.
+/// Warm-up and least measured time: from the end of a piece to that of another.
 const SETTLE: Duration = Duration::from_secs(3);
 const WINDOW: Duration = Duration::from_secs(8);
-/// Between two looks whether a piece is done, and the longest that one takes.
+/// Interval of checking for the end of a piece, and the longest time of one.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const PIECE_MAX: Duration = Duration::from_secs(30);
 
-/// Where a program runs.
+/// The placement of a program.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
     OneCore,
@@ -40,7 +39,7 @@ enum Place {
 
 pub(crate) fn bench(options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(told::until(measure(options)))
+    runtime.block_on(signals::until(measure(options)))
 }
 
 async fn measure(options: &Options) -> Result<()> {
@@ -126,7 +125,7 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
             if now > before {
                 return Ok((Instant::now(), now));
             }
-            ensure!(since.elapsed() < PIECE_MAX, "it stands still");
+            ensure!(since.elapsed() < PIECE_MAX, "it makes no progress");
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     };
@@ -137,7 +136,7 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
     Ok((after - before) as f64 / ended.duration_since(begun).as_secs_f64())
 }
 
-/// Binds all processes of a node to cores; those that they start are bound as they are.
+/// Binds all processes of a node to cores; child processes inherit the binding.
 fn pin(state: &Path, which: &str) -> Result<()> {
     let state = state.display().to_string();
     for entry in std::fs::read_dir("/proc")?.flatten() {

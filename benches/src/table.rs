@@ -24,7 +24,7 @@ pub(crate) fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-/// A table that is printed when it is whole.
+/// A table that is printed when it is complete.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
@@ -71,7 +71,7 @@ impl Table {
     }
 }
 
-/// What the numbers were measured on.
+/// The hardware of the measurement.
 pub(crate) fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");

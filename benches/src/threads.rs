@@ -1,11 +1,10 @@
-//! Threads of a machine that spans: how long one stands still when it moves to another
-//! part and back, and what two parts of one processor each compute beside one of two.
+//! Threads of a spanning machine: the downtime of one that moves to another part and back, and the
+//! throughput of two parts of one processor each compared with one of two.
 //!
-//! Both parts are in this process, connected over TLS on loopback as they are between
-//! nodes; the home is the directory. A thread stands from the moment in which its code is
-//! left at one part to that in which it is entered at the other. The other system's
-//! figures are published ones: PM2 75 µs (Antoniu and others, "Generating adaptive
-//! migration policies", 2000s), Nu about 100 µs (Ruan and others, NSDI 2023).
+//! Both parts are in this process, connected over TLS on loopback as they are between nodes; the
+//! home has the directory. The downtime lasts from leaving the code at one part to entering it at
+//! the other. Figures of other systems are published ones: PM2 75 µs (Antoniu and others,
+//! "Generating adaptive migration policies", 2000s), Nu about 100 µs (Ruan and others, NSDI 2023).
 
 use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, percentile};
@@ -14,7 +13,7 @@ use keel_machine::span::{PartId, PartLimits};
 use keel_wasm::runtime::parts::SpawnPolicy;
 use std::time::{Duration, Instant};
 
-/// Moves before any is counted: code and connections are warm then.
+/// Warm-up moves: code and connections are warm after them.
 const WARM: usize = 50;
 /// How long a thread runs between two moves.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -47,7 +46,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
     let there = PartId::new(1).context("a part")?;
     let begun = Instant::now();
     while machine.threads().len() < 2 {
-        ensure!(begun.elapsed() < LIMIT, "its thread does not begin");
+        ensure!(begun.elapsed() < LIMIT, "its thread does not start");
         std::thread::sleep(PAUSE);
     }
     let tid = 1;
@@ -78,7 +77,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
                 true => (home_signal.ran().1, there_signal.ran().0),
                 false => (there_signal.ran().1, home_signal.ran().0),
             };
-            // Both are of this move.
+            // Both figures are of this move.
             if left > asked.0 && entered > left {
                 break entered - left;
             }
@@ -99,17 +98,17 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
     others()
 }
 
-/// Rounds in which other threads are counted, and how long each is.
+/// Measured rounds, and the length of each.
 const ROUNDS: usize = 5;
 const ROUND: Duration = Duration::from_secs(2);
-/// First bytes of what the counting threads have: a page each.
+/// First bytes of the counters of the threads: a page each.
 const COUNTERS: [u64; 2] = [0x2_0000, 0x3_0000];
 
-/// What two threads compute, one at each part, while two others take one page from each
-/// other as hard as they can, beside what they do while those two just spin.
+/// Throughput of two threads, one at each part, while two others contend for one page, compared
+/// with the same while those two spin without sharing.
 fn others() -> Result<()> {
     let (mut shared, mut own) = (0.0, 0.0);
-    // In turns, so that what else the computer does meets both.
+    // Alternately, so that other load of the host affects both.
     for _ in 0..ROUNDS {
         shared += counted("(i32.const 0x4000)")?;
         own += counted("(i32.add (i32.const 0x4000) (i32.shl (local.get $arg) (i32.const 12)))")?;
@@ -124,7 +123,7 @@ fn others() -> Result<()> {
     Ok(())
 }
 
-/// How far two threads count in a round, while two others write at an address.
+/// Counts of two threads in a round, while two others write at an address.
 fn counted(address: &str) -> Result<f64> {
     let text = format!(
         r#"(module
@@ -150,12 +149,12 @@ fn counted(address: &str) -> Result<f64> {
                 (br_if $more (i32.lt_u (local.get $n) (i32.const 4))))
             (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#
     );
-    // (One of each kind at each part.)
+    // One of each kind at each part.
     let spanned = Spanned::begin(&text, 2, SpawnPolicy::Even, PartLimits::default())?;
     let (machine, parts) = (&spanned.machine, &spanned.parts);
     let begun = Instant::now();
     while machine.threads().len() < 5 {
-        ensure!(begun.elapsed() < LIMIT, "its threads do not begin");
+        ensure!(begun.elapsed() < LIMIT, "its threads do not start");
         std::thread::sleep(PAUSE);
     }
     let count = || -> Result<u64> {

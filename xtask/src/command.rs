@@ -1,4 +1,4 @@
-//! Running programs: with their output passed on, or kept, within a time.
+//! Runs programs with a time limit, and with their output passed on or captured.
 
 use anyhow::{Context, Result, bail, ensure};
 use std::io::Read;
@@ -12,14 +12,14 @@ pub(crate) fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_owned()
 }
 
-/// `cargo`, as this program was started by, in the workspace.
+/// The `cargo` that started this program, in the workspace.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.current_dir(root());
     command
 }
 
-/// Runs it with its output passed on; fails if it does.
+/// Runs a command with its output passed on; fails if the command fails.
 pub(crate) fn check(command: &mut Command) -> Result<()> {
     let shown = show(command);
     println!("$ {shown}");
@@ -45,24 +45,24 @@ pub(crate) fn has(program: &str) -> bool {
     })
 }
 
-/// Builds `keel` and says where it is.
+/// Builds `keel` and returns its path.
 pub(crate) fn keel() -> Result<PathBuf> {
     check(cargo().args(["build", "--release", "--package", "keel"]))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from);
     Ok(target.join("release/keel"))
 }
 
-/// What a finished program left.
+/// The result of a finished program.
 pub(crate) struct Finished {
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: String,
-    /// `None` when a signal ended it.
+    /// `None` if a signal ended it.
     pub(crate) code: Option<i32>,
     pub(crate) took: Duration,
 }
 
-/// Runs it to its end and keeps its output; it is killed after `limit`. Its
-/// standard input stays open and empty.
+/// Runs a program to its end and captures its output; it is killed after `limit`. Its standard
+/// input stays open and empty.
 pub(crate) fn finish(command: &mut Command, limit: Duration) -> Result<Finished> {
     let begun = Instant::now();
     let mut child = command
@@ -94,7 +94,7 @@ fn collect(stream: Option<impl Read + Send + 'static>) -> std::thread::JoinHandl
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut stream) = stream {
-            // What came before an error counts.
+            // The output before an error counts.
             let _ = stream.read_to_end(&mut bytes);
         }
         bytes

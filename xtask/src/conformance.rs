@@ -1,6 +1,5 @@
-//! The public WASI test-suite (WebAssembly/wasi-testsuite, branch
-//! prod/testsuite-all): each prebuilt preview-1 module, plain, instrumented and
-//! shaken, against the expectations beside it.
+//! The public WASI test-suite (WebAssembly/wasi-testsuite, branch prod/testsuite-all): each
+//! prebuilt preview-1 module, plain, instrumented and shaken, compared with its expectations.
 
 use crate::command::{self, Finished};
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-/// Folders of the suite with preview-1 modules, by the names given here.
+/// Folders of the suite with preview-1 modules, by their names here.
 const FOLDERS: [(&str, &str); 4] = [
     (
         "assemblyscript",
@@ -21,10 +20,10 @@ const FOLDERS: [(&str, &str); 4] = [
     ("threads", "tests/proposals/wasi-threads"),
 ];
 
-/// How long one test may take.
+/// Time limit of one test.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How many safepoints a second a shaken test is asked to come to.
+/// Requested safepoints a second of a shaken test.
 const RATE: &str = "5000";
 
 #[derive(Deserialize)]
@@ -39,7 +38,7 @@ struct Deviation {
     reason: String,
 }
 
-/// What stands beside a test, in its older form.
+/// The older format of the file with a test's expectations.
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 struct Expectations {
@@ -147,7 +146,7 @@ struct Tally {
     captures: u64,
     /// Tests that were captured at least once.
     captured: u32,
-    /// Listed, but not different.
+    /// Listed as different, but equal.
     stale: Vec<String>,
 }
 
@@ -218,7 +217,7 @@ fn find(suite: &Path) -> Result<Vec<Test>> {
     Ok(tests)
 }
 
-/// Runs a test in a fresh copy of its folders; `None` if all is as expected.
+/// Runs a test in a fresh copy of its folders; `None` if the results are as expected.
 fn differences(
     keel: &Path,
     test: &Test,
@@ -256,7 +255,7 @@ fn differences(
 }
 
 fn compare(wanted: &Expectations, finished: &Finished, captures: &mut u64) -> Option<String> {
-    // What `--shake` says at the end is not the program's.
+    // The summary of `--shake` is not output of the program.
     let (ours, theirs): (Vec<&str>, Vec<&str>) = finished
         .stderr
         .split_inclusive('\n')
@@ -290,7 +289,7 @@ fn compare(wanted: &Expectations, finished: &Finished, captures: &mut u64) -> Op
     None
 }
 
-/// Copies a folder, without what earlier runs left (`*.cleanup`).
+/// Copies a folder, without the remains of earlier runs (`*.cleanup`).
 fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {

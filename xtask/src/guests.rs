@@ -1,10 +1,9 @@
-//! Guest programs: built from `guests/` by zig, and kept beside their sources.
+//! Guest programs: built from `guests/` by zig, and stored beside their sources.
 //!
-//! `guests/MANIFEST` has a line for each: its name, the BLAKE3 hash of its
-//! module and that of all its sources. A test compares: so a source that was
-//! changed without a new build, or a module that was, is found. That the
-//! module really comes from the sources only a build can prove; the test does
-//! one where this version of zig is installed.
+//! `guests/MANIFEST` has a line for each: its name, the BLAKE3 hash of its module and that of all
+//! its sources. A test compares them, and so detects a changed source without a new build, or a
+//! changed module. Only a build can prove that the module comes from the sources; the test makes
+//! one if this version of zig is installed.
 
 use crate::command::{check, root};
 use anyhow::{Context, Result, ensure};
@@ -15,7 +14,7 @@ use std::process::Command;
 /// The compiler (PyPI `ziglang`) that made the modules.
 const ZIG: &str = "0.17.0";
 
-/// The largest module that is kept in the repository.
+/// The largest module that is stored in the repository.
 const BYTES_MAX: u64 = 300 << 10;
 
 const SHIM: [&str; 3] = ["shim/pthread.h", "shim/pthread.c", "shim/start.S"];

@@ -1,11 +1,11 @@
-//! Which source file imports which, and whether that forms circles.
+//! Checks the imports between source files for cycles.
 //!
-//! A file is a module; it imports another one if a path in it leads there (`use`, or a
-//! path that begins with `crate`, `super`, `self` or one of its own modules). Tests do not
-//! count. Two rules:
+//! A file is a module; it imports another one if a path in it refers to that one (`use`, or a path
+//! that begins with `crate`, `super`, `self` or one of its own modules). Tests do not count. Two
+//! rules:
 //!
-//! - A circle may join a module and its own children, and nothing more.
-//! - In `crates/node` there is no circle at all, and a layer imports only layers below it.
+//! - A cycle may include a module and its own children only.
+//! - In `crates/node` there is no cycle at all, and a layer imports only layers below it.
 
 use anyhow::{Context, Result, bail};
 use petgraph::algo::tarjan_scc;
@@ -17,8 +17,8 @@ use syn::visit::{self, Visit};
 /// The crate whose files form layers.
 const LAYERED: &str = "node";
 
-/// Its layers, from the ground up: modules of one layer do not import each other, unless
-/// they are on one line here because they are one thing.
+/// Its layers, from the bottom up: modules of one layer do not import each other, unless they
+/// share one line here because they form one unit.
 const LAYERS: &[&[&str]] = &[
     &["error", "host", "state_dir"],
     &["events"],
@@ -47,7 +47,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
         let modules = Modules::read(&folder.join("src"))
             .with_context(|| format!("the modules of {}", folder.display()))?;
         let imports = modules.imports();
-        wrong.extend(circles(&modules, &imports, name == LAYERED));
+        wrong.extend(cycles(&modules, &imports, name == LAYERED));
         if name == LAYERED {
             wrong.extend(upward(&modules, &imports));
         }
@@ -61,7 +61,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
 /// A module's path in its crate: empty for the root.
 type ModulePath = Vec<String>;
 
-/// The files of one crate by the modules that they are.
+/// The files of one crate, by module.
 struct Modules {
     files: BTreeMap<ModulePath, (PathBuf, syn::File)>,
 }
@@ -139,10 +139,10 @@ fn children(file: &syn::File) -> BTreeSet<String> {
     declared.collect()
 }
 
-/// Collects the paths in a file that lead to modules of its crate.
+/// Collects the paths in a file that refer to modules of its crate.
 struct Paths {
     module: ModulePath,
-    /// Modules within the file around what is visited.
+    /// Modules within the file that enclose the visited item.
     inner: ModulePath,
     children: BTreeSet<String>,
     found: Vec<ModulePath>,
@@ -229,7 +229,7 @@ impl<'ast> Visit<'ast> for Paths {
         visit::visit_path(self, path);
     }
 
-    // (Paths in these lead nowhere that code does not.)
+    // Paths in these refer to nothing that code does not.
     fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
     fn visit_attribute(&mut self, _: &'ast syn::Attribute) {}
 }
@@ -245,8 +245,8 @@ fn is_for_tests(attributes: &[syn::Attribute]) -> bool {
     })
 }
 
-/// Circles that are not allowed, each with its files and the imports that make it.
-fn circles(
+/// Forbidden cycles, each with its files and the imports that form it.
+fn cycles(
     modules: &Modules,
     imports: &BTreeSet<(ModulePath, ModulePath)>,
     none_at_all: bool,
@@ -254,14 +254,14 @@ fn circles(
     let graph: DiGraphMap<&ModulePath, ()> =
         imports.iter().map(|(from, to)| (from, to, ())).collect();
     let mut wrong = Vec::new();
-    for circle in tarjan_scc(&graph) {
-        if circle.len() < 2 || !none_at_all && is_one_family(&circle) {
+    for cycle in tarjan_scc(&graph) {
+        if cycle.len() < 2 || !none_at_all && is_one_family(&cycle) {
             continue;
         }
         let file = |module: &ModulePath| modules.files[module].0.display().to_string();
-        let mut lines = vec![format!("a circle of {} files:", circle.len())];
+        let mut lines = vec![format!("a cycle of {} files:", cycle.len())];
         for (from, to) in imports {
-            if circle.contains(&from) && circle.contains(&to) {
+            if cycle.contains(&from) && cycle.contains(&to) {
                 lines.push(format!("  {} imports {}", file(from), file(to)));
             }
         }
@@ -270,15 +270,15 @@ fn circles(
     wrong
 }
 
-/// Whether these are within one module and children of its own.
-fn is_one_family(circle: &[&ModulePath]) -> bool {
+/// Whether these are one module and children of its own.
+fn is_one_family(cycle: &[&ModulePath]) -> bool {
     let is_in = |parent: &[String], module: &ModulePath| {
         module == parent || module.len() == parent.len() + 1 && module.starts_with(parent)
     };
-    let first = circle[0];
+    let first = cycle[0];
     let parents = [&first[..], &first[..first.len().saturating_sub(1)]];
     let mut parents = parents.iter();
-    parents.any(|parent| circle.iter().all(|module| is_in(parent, module)))
+    parents.any(|parent| cycle.iter().all(|module| is_in(parent, module)))
 }
 
 /// Imports of a layer that is not below the importing one.
@@ -324,7 +324,7 @@ mod tests {
 
     fn wrong(files: &[(&str, &str)], none_at_all: bool) -> Vec<String> {
         let modules = modules(files);
-        circles(&modules, &modules.imports(), none_at_all)
+        cycles(&modules, &modules.imports(), none_at_all)
     }
 
     #[test]
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_two_families_is_named() {
+    fn a_cycle_of_two_families_is_named() {
         let files = [
             ("src/lib.rs", "mod a; mod b;"),
             ("src/a/mod.rs", "mod c;"),

@@ -1,5 +1,5 @@
-//! Which licences dependencies may have: `deny.toml` says, as for cargo-deny;
-//! this checks without it.
+//! Checks the licences of dependencies against `deny.toml`, in the format of cargo-deny, but
+//! without that tool.
 
 use crate::command::{cargo, root};
 use anyhow::{Context, Result, bail, ensure};
@@ -18,8 +18,7 @@ struct Licences {
 
 pub(crate) fn check() -> Result<()> {
     let deny: Deny = toml::from_str(&std::fs::read_to_string(root().join("deny.toml"))?)?;
-    // What is really built here: the lock file also has what no enabled
-    // feature needs.
+    // Packages that are built here: the lock file also lists those that no enabled feature needs.
     let output = cargo()
         .args(["tree", "--workspace", "--quiet", "--edges", "all"])
         .args(["--prefix", "none", "--format", "{p}|{l}"])
@@ -49,7 +48,7 @@ pub(crate) fn check() -> Result<()> {
     bail!("not allowed by deny.toml:\n  {}", refused.join("\n  "))
 }
 
-/// Whether an SPDX expression can be met. (`A/B` is an old way to write `OR`.)
+/// Whether an SPDX expression can be satisfied. `A/B` is an old form of `OR`.
 fn allows(expression: &str, allowed: &[String]) -> Result<bool> {
     let spaced = expression
         .replace('(', " ( ")

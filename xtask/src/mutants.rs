@@ -1,8 +1,7 @@
-//! Mutants of the commit rule: each comparison of `moves/ownership.rs` is changed in
-//! turn, and the tests of the rule must fail for each. A comparison that can be changed
-//! unnoticed is not tested.
+//! Mutants of the commit rule: each comparison of `moves/ownership.rs` is changed in turn, and the
+//! tests of the rule must fail for each. A comparison whose change no test detects is not tested.
 //!
-//! The file is changed in place and put back, so that all else is compiled once.
+//! The file is changed in place and restored, so that the rest is compiled once.
 
 use crate::command::cargo;
 use anyhow::{Context, Result, bail, ensure};
@@ -14,11 +13,10 @@ const FILE: &str = "crates/machine/src/moves/ownership.rs";
 /// Seeds of the simulation for each mutant.
 const SEEDS: &str = "40000";
 
-/// The crate is compiled anew for each mutant: that takes longer than the seeds do.
+/// Without optimisation, because the crate is compiled for each mutant, which takes longer than the seeds.
 const QUICK_BUILD: &str = "profile.release.package.keel-machine.opt-level=1";
 
-/// What is changed: what it is, the text, which of its occurrences (from 0), what it
-/// becomes.
+/// The mutants: name, text, the occurrence of the text (from 0), replacement.
 const MUTANTS: &[(&str, &str, usize, &str)] = &[
     (
         "commit: record's revision",
@@ -246,13 +244,13 @@ const MUTANTS: &[(&str, &str, usize, &str)] = &[
     ),
 ];
 
-/// Restores the file when the run ends, however it ends.
+/// Restores the file at the end of the run, also after a panic.
 struct Original(String);
 
 impl Drop for Original {
     fn drop(&mut self) {
         if let Err(error) = fs::write(FILE, &self.0) {
-            eprintln!("{FILE} is left changed ({error}): `git checkout {FILE}`");
+            eprintln!("{FILE} could not be restored ({error}): `git checkout {FILE}`");
         }
     }
 }
@@ -282,7 +280,7 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Which tests fail; `None` if all pass.
+/// The tests that fail; `None` if all pass.
 fn caught_by() -> Result<Option<String>> {
     let mut failed = Vec::new();
     for (what, args) in [

@@ -1,5 +1,5 @@
-//! Lets everything fail that can, for some minutes; `keel_testkit::nemesis` says
-//! how. A run that was cut off goes on with `--resume`.
+//! Runs the nemesis for some minutes; see `keel_testkit::nemesis`. `--resume` continues an
+//! interrupted run.
 
 use crate::command::{cargo, check, root};
 use anyhow::{Context, Result};
@@ -29,7 +29,7 @@ pub(crate) fn run(minutes: u64, resume: bool, seed: Option<u64>) -> Result<()> {
     )
 }
 
-/// Minutes that were done, and a seed that was not used for them.
+/// Completed minutes, and a seed that they did not use.
 fn read(note: &std::path::Path) -> Option<(f64, u64)> {
     let text = std::fs::read_to_string(note).ok()?;
     let (done, seed) = text.trim().split_once(' ')?;
@@ -37,7 +37,7 @@ fn read(note: &std::path::Path) -> Option<(f64, u64)> {
     Some((done.parse().ok()?, seed.wrapping_add(1)))
 }
 
-/// Any number: the time.
+/// An arbitrary number: the time.
 fn rand() -> u64 {
     std::time::UNIX_EPOCH
         .elapsed()

@@ -1,6 +1,5 @@
-//! `cargo xtask package`: what is installed on a server, in one archive: the binary,
-//! the manual, completions, the service, licences. Pages and completions are made by
-//! the very binary that they are for.
+//! `cargo xtask package`: one archive for servers with the binary, the manual, completions, the
+//! service and licences. The packaged binary itself generates the pages and completions.
 
 use crate::command::{check, keel, root};
 use anyhow::{Context, Result, ensure};
@@ -8,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Shells, and where each looks for completions below `share`.
+/// Shells, with the folder of their completions below `share`.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "bash-completion/completions/keel"),
     ("zsh", "zsh/site-functions/_keel"),
@@ -16,7 +15,7 @@ const COMPLETIONS: [(&str, &str); 3] = [
 ];
 const TEXTS: [&str; 4] = ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"];
 
-/// Builds `target/package/keel-VERSION-ARCH.tar.gz`, and says where it is.
+/// Builds `target/package/keel-VERSION-ARCH.tar.gz`, and prints its path.
 pub(crate) fn make() -> Result<()> {
     let keel = keel()?;
     let name = format!(

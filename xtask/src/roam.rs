@@ -1,6 +1,6 @@
-//! Programs that others built, moved among three nodes while they run: CPython
-//! and Ruby with scripts that hash for long, zstd with four workers. What they
-//! print must be what they print when they are left alone.
+//! Third-party programs that are moved among three nodes while they run: CPython and Ruby with
+//! scripts that hash for long, zstd with four workers. Their output must equal that of a run
+//! without moves.
 
 use crate::big;
 use crate::command::{self, Finished};
@@ -10,13 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
-/// How long a node may take to answer.
+/// Time limit of a node's first answer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a program may take in all, beyond its own time: the first moves
-/// compile it.
+/// Time limit of a program beyond its own time: the first moves compile it.
 const COMPILING: Duration = Duration::from_secs(300);
 
-/// Three nodes on loopback; ended when dropped.
+/// Three nodes on loopback; ended on drop.
 struct Cluster {
     keel: PathBuf,
     folder: tempfile::TempDir,
@@ -73,7 +72,7 @@ impl Cluster {
         command
     }
 
-    /// Asks the first node.
+    /// Runs a command at the first node.
     fn ask(&self, arguments: &[&str]) -> Result<String> {
         let mut command = self.command(NODES[0]);
         command.args(arguments);
@@ -91,7 +90,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         for parent in &mut self.parents {
-            // The parent takes its agent along; machines have ended.
+            // The parent ends its agent; machines have ended.
             let _ = Command::new("kill")
                 .args(["-TERM", &parent.id().to_string()])
                 .status();
@@ -117,7 +116,7 @@ pub(crate) fn run(
         .join("guests/zstd.wasm")
         .display()
         .to_string();
-    // About a third of a second a round of 4 MiB at level 12.
+    // About a third of a second for each round of 4 MiB at level 12.
     let rounds = (seconds * 3).to_string();
     let zstd = [zstd.as_str(), "4", "12", "4096", &rounds].map(str::to_owned);
     programs.push(("zstd, 4 workers".into(), zstd.to_vec()));
@@ -138,16 +137,16 @@ pub(crate) fn run(
     }
     ensure!(
         unlike == 0,
-        "{unlike} programs gave another output when moved"
+        "{unlike} programs have a different output when moved"
     );
     Ok(())
 }
 
-/// How one program fared.
+/// The result of one program.
 struct Roamed {
     alone: Duration,
     moved: Duration,
-    /// Time that it stood still in each move, in microseconds, rising.
+    /// Downtime of each move in microseconds, ascending.
     stood_still: Vec<u64>,
     equal: bool,
 }
@@ -170,7 +169,7 @@ impl Roamed {
     }
 }
 
-/// Moves it to every node once, so that all have compiled it.
+/// Moves the program to every node once, so that all have compiled it.
 fn warm(cluster: &Cluster, arguments: &[String]) -> Result<()> {
     let run = ["run", "-d", "--name", "warm", "--on", NODES[0]];
     let all: Vec<&str> = run
@@ -195,7 +194,7 @@ fn warm(cluster: &Cluster, arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program alone and on the cluster, where it is moved all the time.
+/// Runs a program alone and on the cluster, with moves throughout.
 fn roam(
     cluster: &Cluster,
     machine: &str,
@@ -218,7 +217,7 @@ fn roam(
     let (finished, stood_still) = std::thread::scope(|scope| -> Result<(Finished, Vec<u64>)> {
         let running = scope.spawn(|| command::finish(&mut command, limit));
         let mut stood_still = Vec::new();
-        // Spread over the time that the program has.
+        // Spread over the program's run time.
         let pause = Duration::from_secs(seconds.into()) / (moves * 2).max(1);
         let mut failed = None;
         while !running.is_finished() && (stood_still.len() as u32) < moves {
@@ -230,7 +229,7 @@ fn roam(
                     stood_still.push(report["downtime_micros"].as_u64().unwrap_or_default());
                     failed = None;
                 }
-                // It may not have started yet, or just have ended.
+                // It may not have started yet, or have just ended.
                 Err(error) => failed = Some(error),
             }
         }
@@ -242,7 +241,7 @@ fn roam(
     })?;
     ensure!(
         stood_still.len() as u32 == moves,
-        "it ended after {} moves of {moves}: give it more --seconds",
+        "it ended after {} moves of {moves}: raise --seconds",
         stood_still.len()
     );
     let mut stood_still = stood_still;

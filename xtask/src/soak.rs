@@ -1,9 +1,9 @@
-//! Guests with threads as several parts of one process, over and over, with threads moved
-//! between the parts and machines captured at random, beside programs that want the
-//! processors: what they print must be what the untouched modules print.
+//! Repeated runs of guests with threads as several parts of one process, with threads moved
+//! between the parts and machines captured at random, and busy processes beside them: the output
+//! must equal that of the plain modules.
 //!
-//! Each run is of the next guest, with one more part, another rate and another seed than the
-//! one before; all that a run was started with is printed where it differs.
+//! Each run has the next guest, another number of parts, another rate and another seed than the
+//! one before; all its options are printed if the output differs.
 
 use crate::command::{self, Finished, root};
 use anyhow::{Context, Result, ensure};
@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Guests, each with arguments with which it takes about a second as three parts. Those that
-/// print what depends on time are not here.
+/// Guests, each with arguments for about a second as three parts. Guests whose output depends on
+/// time are excluded.
 const GUESTS: [(&str, &[&str]); 9] = [
     ("stencil", &["4", "34", "40", "2"]),
     ("stencil", &["3", "130", "12", "2"]),
@@ -24,31 +24,31 @@ const GUESTS: [(&str, &[&str]); 9] = [
     ("mapreduce", &["4", "1", "2"]),
     ("ep", &["4", "17", "2"]),
 ];
-/// How often a second something is captured or moved; 0 is never.
+/// Captures or moves a second; 0 is never.
 const RATES: [u32; 4] = [0, 20, 200, 1000];
-/// Parts of a run.
+/// Numbers of parts.
 const PARTS: [u32; 3] = [2, 3, 4];
-/// One run that takes longer hangs. (Where ten times as many want the processors as there are,
-/// one of a second has taken two minutes.)
+/// Time limit of one run. With ten times as many busy processes as processors, a run of one second
+/// has taken two minutes.
 const LIMIT: Duration = Duration::from_secs(1200);
 
-/// What is to be done, and how long.
+/// The task and its limits.
 pub(crate) struct Soak {
-    /// Minutes after which no run begins; runs are counted where there are none.
+    /// Minutes after which no run starts; without them runs are counted.
     pub(crate) minutes: Option<u64>,
-    /// Runs.
+    /// Number of runs.
     pub(crate) runs: u64,
-    /// Processes that do nothing but compute beside them.
+    /// Number of busy processes beside them.
     pub(crate) busy: u32,
     /// Only guests whose name contains this.
     pub(crate) only: Option<String>,
-    /// A `keel` that was built before.
+    /// An existing `keel` binary.
     pub(crate) keel: Option<PathBuf>,
-    /// What the seeds of runs begin from.
+    /// Seed of the runs.
     pub(crate) seed: u64,
 }
 
-/// Processes that are killed when this is dropped.
+/// Processes that are killed on drop.
 struct Busy(Vec<Child>);
 
 impl Busy {
@@ -70,7 +70,7 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         for child in &mut self.0 {
-            // (It may have ended.)
+            // It may have ended.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -93,7 +93,7 @@ fn run(keel: &Path, options: &[String], guest: &str, args: &[&str]) -> Result<Fi
 
 /// Options of a run: parts, rate and seed change with its number.
 fn options(number: u64, guests: u64, seed: u64) -> Vec<String> {
-    // (So that each guest has each number of parts and each rate in time.)
+    // Each guest gets each number of parts and each rate in time.
     let turn = number / guests;
     let parts = PARTS[(turn % PARTS.len() as u64) as usize];
     let rate = RATES[(turn / PARTS.len() as u64 % RATES.len() as u64) as usize];
@@ -106,7 +106,7 @@ fn options(number: u64, guests: u64, seed: u64) -> Vec<String> {
     options
 }
 
-/// How a run differs from the plain one; `None` if it does not.
+/// The difference of a run from the plain one, if any.
 fn difference(plain: &Finished, finished: &Result<Finished>) -> Option<String> {
     match finished {
         Err(error) => Some(format!("{error:#}")),

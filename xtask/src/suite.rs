@@ -1,5 +1,5 @@
-//! The test-suite in two parts: the usual one, which takes some minutes, and groups of long
-//! tests, each about one subject. `all` runs both, with the soak and nemesis behind them.
+//! The test-suite in two parts: the usual one, which takes some minutes, and groups of long tests,
+//! each about one subject. `all` runs both, followed by the soak and nemesis.
 
 use crate::command::{cargo, check, has};
 use crate::nemesis;
@@ -7,17 +7,17 @@ use crate::soak::{self, Soak};
 use anyhow::{Result, bail};
 use std::process::Command;
 
-/// Programs that tests or builds need, and the Debian packages that have them.
+/// Programs that tests or builds need, with their Debian packages.
 const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
 
-/// Runs of the soak, and minutes of nemesis, behind all tests.
+/// Runs of the soak, and minutes of nemesis, after all tests.
 const SOAK_RUNS: u64 = 60;
 const NEMESIS_MINUTES: u64 = 5;
 
 /// Long tests about one subject.
 pub(crate) struct Group {
     pub(crate) name: &'static str,
-    /// Crates whose change asks for it, by their folders.
+    /// Crates, by their folders, whose change selects the group.
     pub(crate) crates: &'static [&'static str],
     /// Milliseconds by which each message between nodes is delayed.
     message_delay_ms: Option<&'static str>,
@@ -25,7 +25,7 @@ pub(crate) struct Group {
     tests: &'static [&'static str],
 }
 
-/// All groups of long tests. What is in none of them is in the usual suite.
+/// All groups of long tests. Other tests are in the usual suite.
 pub(crate) const LONG: &[Group] = &[
     Group {
         name: "failpoints at every step",
@@ -147,8 +147,8 @@ pub(crate) const LONG: &[Group] = &[
     },
 ];
 
-/// Runs what `args` ask the runner for; without any the usual suite, and everything else
-/// too where `all` is wanted.
+/// Runs the tests that `args` select; by default the usual suite, and with `all` everything else
+/// too.
 pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
     provide()?;
     if !args.is_empty() {
@@ -209,7 +209,7 @@ fn runner(message_delay_ms: Option<&str>) -> Command {
         false => command.arg("test"),
     };
     command.args(["--release", "--workspace"]);
-    // Of a whole run what failed and why is to be seen at its end, not frames.
+    // The summary of a whole run lists failures with their causes, not backtraces.
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         command.env("RUST_BACKTRACE", "0");
     }
@@ -219,7 +219,7 @@ fn runner(message_delay_ms: Option<&str>) -> Command {
     command
 }
 
-/// Installs what is missing, or names it.
+/// Installs missing programs, or reports them.
 fn provide() -> Result<()> {
     let packages: Vec<&str> = NEEDED
         .iter()
@@ -258,7 +258,7 @@ mod tests {
         }
     }
 
-    /// A test that was renamed would be in the usual suite, and in no group, unnoticed.
+    /// A renamed test would silently move from its group to the usual suite.
     #[test]
     fn long_tests_exist() {
         let mut text = String::new();

@@ -42,7 +42,7 @@ async fn a_node_goes_down_and_its_machines_run_on() {
         said,
         [
             "stopping a",
-            "machines run on, and the next `keel up` finds them: lines",
+            "machines continue to run, and the next `keel up` finds them: lines",
             "it keeps the store: until it is up again, no node can run, move or stop machines",
             "a is down (`keel up` starts it again)",
         ]

@@ -99,7 +99,7 @@ async fn moves_are_foretold_and_compared() {
         let (code, text) = keel(&["move", "writer", "--to", "b", "--dry-run"]);
         assert_eq!(code, Some(0), "{text}");
         assert!(text.contains("b would accept it from a"), "{text}");
-        assert!(text.contains("learned from 2 earlier"), "{text}");
+        assert!(text.contains("measured by 2 earlier"), "{text}");
     }
     assert_eq!(keel(&["kill", "writer"]).0, Some(0));
     let (code, text) = keel(&["move", "writer", "--to", "b", "--dry-run"]);

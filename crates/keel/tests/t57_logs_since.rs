@@ -198,5 +198,5 @@ async fn what_cannot_be_read_is_no_empty_output() {
         .unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{error}");
-    assert!(error.contains("broke off after 0 bytes"), "{error}");
+    assert!(error.contains("ended early after 0 bytes"), "{error}");
 }

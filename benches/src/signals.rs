@@ -1,5 +1,5 @@
-//! Being told to end (SIGINT, SIGTERM): what was started is ended first. Machines
-//! outlive whoever started them, so nobody else would.
+//! Handles SIGINT and SIGTERM: ends child processes first, because machines outlive the process
+//! that started them.
 
 use anyhow::{Result, bail};
 use std::future::Future;
@@ -8,15 +8,15 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// What does not end by itself until then is cut off.
+/// Time limit for an orderly end, after which the process exits.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-static TOLD: LazyLock<watch::Sender<bool>> = LazyLock::new(|| watch::channel(false).0);
+static INTERRUPTED: LazyLock<watch::Sender<bool>> = LazyLock::new(|| watch::channel(false).0);
 
-/// Listens from now on.
+/// Installs the signal handlers.
 ///
 /// # Errors
-/// Where the host gives no thread or no signals.
+/// If no thread can be started, or the handlers cannot be installed.
 pub(crate) fn listen() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -37,34 +37,34 @@ pub(crate) fn listen() -> Result<()> {
                     _ = terminate.recv() => {}
                 }
             });
-            TOLD.send_replace(true);
-            // (Told several times it is all the same: `timeout` does so.)
+            INTERRUPTED.send_replace(true);
+            // Further signals are ignored, since `timeout` sends several.
             std::thread::sleep(PATIENCE);
             std::process::exit(130);
         })?;
     Ok(())
 }
 
-/// For work that nothing interrupts: an error once it was told.
+/// For work without cancellation: an error after the first signal.
 ///
 /// # Errors
-/// That it was told.
+/// That a signal was received.
 pub(crate) fn check() -> Result<()> {
-    if *TOLD.borrow() {
-        bail!("told to end");
+    if *INTERRUPTED.borrow() {
+        bail!("interrupted by a signal");
     }
     Ok(())
 }
 
-/// Does work, and drops it when it is told to end.
+/// Runs a future, and drops it at the first signal.
 ///
 /// # Errors
-/// The work's, and that it was told.
+/// The error of the future, or that a signal was received.
 pub(crate) async fn until<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let mut told = TOLD.subscribe();
+    let mut told = INTERRUPTED.subscribe();
     tokio::select! {
         done = work => done,
-        // (Its sender lives as long as the process.)
-        _ = told.wait_for(|told| *told) => bail!("told to end"),
+        // Its sender lives as long as the process.
+        _ = told.wait_for(|told| *told) => bail!("interrupted by a signal"),
     }
 }
