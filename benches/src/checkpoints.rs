@@ -5,8 +5,8 @@
 //! once; *plain reading* reads those files again in such pieces. Before each reading
 //! the files are dropped from the page cache, so that both come from the disk.
 
+use crate::signals;
 use crate::table::{Table, median};
-use crate::told;
 use anyhow::{Context, Result};
 use keel_machine::checkpoint::{
     Checkpointer, CreatedCheckpoint, Destination, MemoryRestore, Origin, Repository, Subject,

@@ -1,8 +1,8 @@
 //! Moves between two nodes as real processes on loopback, compared with a plain TLS stream in the
 //! same run.
 
+use crate::signals;
 use crate::table::{Table, median, percentile};
-use crate::told;
 use anyhow::{Context, Result, ensure};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};

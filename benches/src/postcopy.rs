@@ -1,8 +1,8 @@
 //! Post-copy: the downtime of a machine of 1 GiB, compared with pre-copy of the same machine
 //! alternately; the time until all of its memory has arrived; and its speed after the move.
 
+use crate::signals;
 use crate::table::{Table, median, percentile};
-use crate::told;
 use anyhow::{Context, Result, ensure};
 use keel_api::{MoveRequest, Urgency};
 use keel_machine::moves::{Ending, MoveReport};

@@ -8,8 +8,8 @@
 //! debug console to a socket; ours by `keel logs --follow`, so its figure includes the latency of
 //! that command.
 
+use crate::signals;
 use crate::table::{Table, percentile};
-use crate::told;
 use anyhow::{Context, Result, bail, ensure};
 use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, wait_for};

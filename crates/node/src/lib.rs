@@ -11,7 +11,7 @@
 //! - `moves`: moves of whole machines, as source and as target
 //! - `spanning`: machines with parts on several nodes
 //! - `checkpoints`, `volumes`, `logs`, `rules`, `code`: checkpoints, volumes, output, placement
-//! rules and compiled code of machines
+//!   rules and compiled code of machines
 //! - `images`: program images: modules by hash
 //! - `processes`: the worker processes of this node
 //! - `records`: typed views of the store
