@@ -247,7 +247,7 @@ async fn threads_that_share_pages_are_brought_together() {
     .await
     .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["threads", "pair"])));
     let threads = said(&cluster, &["threads", "pair"]);
-    assert!(threads.contains("STOOD FOR"), "{threads}");
+    assert!(threads.contains("WAITED FOR"), "{threads}");
     cluster.end("a", "pair").await.expect("it ends");
 }
 

@@ -2,7 +2,7 @@
 //! machine whose source or worker is lost before that.
 
 use super::ends::finish;
-use super::handle::{Again, Machines, starts};
+use super::handle::{Machines, RestartDecision, starts};
 use crate::events::Note;
 use crate::moves::HELD;
 use crate::processes::{PROMPT, Worker};
@@ -80,7 +80,7 @@ pub(super) async fn lost_on_arrival(
     machines: &Arc<Machines>,
     machine: &MachineName,
     from: &NodeName,
-) -> Result<Again, RecordError> {
+) -> Result<RestartDecision, RecordError> {
     let mut gone_since = None;
     loop {
         let waits = |record: &Record| {
@@ -89,7 +89,7 @@ pub(super) async fn lost_on_arrival(
         };
         let epoch = match records::get(&*machines.context.store, machine).await {
             Ok(found) if waits(&found.record) => found.record.epoch,
-            Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(Again::No),
+            Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(RestartDecision::No),
             Err(error) => {
                 tracing::warn!(%machine, %error, "the owner is not known yet");
                 tokio::time::sleep(RETRY_AFTER).await;

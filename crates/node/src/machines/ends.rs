@@ -1,7 +1,7 @@
 //! Records the end of a machine's life in the store, and removes machines with `rm = true` after
 //! their end.
 
-use super::handle::{Again, Machines};
+use super::handle::{Machines, RestartDecision};
 use super::remove::remove_ended;
 use crate::events::Note;
 use crate::records::{self, RecordError};
@@ -28,7 +28,7 @@ pub(super) async fn finish(
     machine: &MachineName,
     epoch: Epoch,
     status: Status,
-) -> Result<Again, RecordError> {
+) -> Result<RestartDecision, RecordError> {
     let mut before = None;
     let mut effect = EndEffect::None;
     loop {
@@ -58,12 +58,12 @@ pub(super) async fn finish(
         match written {
             // An earlier attempt may have written it and lost the answer.
             Ok(record) if effect == EndEffect::None && !record.status.ended() => {
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
             Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
                 let reason = status.end().unwrap_or_default();
                 tracing::info!(%machine, restarts = record.restarts, reason, "restarting the machine");
-                return Ok(Again::Under(record.epoch));
+                return Ok(RestartDecision::Under(record.epoch));
             }
             Ok(record) => {
                 if record.spec.remove_at_end
@@ -72,13 +72,13 @@ pub(super) async fn finish(
                 {
                     remove_later(machines, &record);
                 }
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
             Err(RecordError::Store(error)) => {
                 tracing::warn!(%machine, %error, "cannot record the end yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
-            Err(RecordError::NoMachine(_)) => return Ok(Again::No),
+            Err(RecordError::NoMachine(_)) => return Ok(RestartDecision::No),
             Err(error) => return Err(error),
         }
     }

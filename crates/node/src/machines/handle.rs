@@ -72,9 +72,9 @@ impl Machines {
     pub(super) fn start_again(
         &self,
         machine: &MachineName,
-        end: Result<Again, RecordError>,
+        end: Result<RestartDecision, RecordError>,
     ) -> Result<(), RecordError> {
-        if let Again::Under(epoch) = end? {
+        if let RestartDecision::Under(epoch) = end? {
             // The receiver ends with the agent.
             let _ = self.restarts.send((machine.clone(), epoch));
         }
@@ -84,7 +84,7 @@ impl Machines {
 
 /// Whether a machine restarts after its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Again {
+pub(super) enum RestartDecision {
     /// Under this new epoch.
     Under(Epoch),
     No,

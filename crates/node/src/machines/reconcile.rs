@@ -7,7 +7,7 @@
 
 use super::arrivals::{is_running, lost_on_arrival};
 use super::ends::{finish, named_end, sweep_ended};
-use super::handle::{Again, Machines, Restarts, starts};
+use super::handle::{Machines, RestartDecision, Restarts, starts};
 use super::set::apply_record;
 use super::start::start;
 use super::watch::watch_worker;
@@ -125,7 +125,7 @@ async fn ensure_guarded(
     machines: &Arc<Machines>,
     machine: &MachineName,
     given: Option<Epoch>,
-) -> Result<Again, RecordError> {
+) -> Result<RestartDecision, RecordError> {
     if let Some(worker) = machines.processes.machines.get(machine) {
         let found = records::get(&*machines.context.store, machine).await?;
         let record = &found.record;
@@ -140,7 +140,7 @@ async fn ensure_guarded(
                 if let Err(error) = go {
                     tracing::info!(%machine, %error, "the source resumed it first");
                 }
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
             // A copy that arrived for an earlier life of that name never runs.
             Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
@@ -155,7 +155,7 @@ async fn ensure_guarded(
             // An earlier agent died while it started the machine.
             Ok(State::Running { epoch }) if starts(&record.status) && record.epoch == epoch => {
                 is_running(machines, machine, epoch).await?;
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
             Ok(State::Empty | State::Held { .. }) if starts(&record.status) => {
                 machines
@@ -169,9 +169,9 @@ async fn ensure_guarded(
                 if record.owner == machines.context.name && record.epoch == epoch =>
             {
                 apply_record(machines, machine, &worker).await;
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
-            _ => return Ok(Again::No),
+            _ => return Ok(RestartDecision::No),
         }
     }
     start_scheduled(machines, machine, given).await
@@ -181,7 +181,7 @@ async fn start_scheduled(
     machines: &Arc<Machines>,
     machine: &MachineName,
     given: Option<Epoch>,
-) -> Result<Again, RecordError> {
+) -> Result<RestartDecision, RecordError> {
     let mut found = records::get(&*machines.context.store, machine).await?;
     if let Status::Restarting { at_unix_ms, .. } = found.record.status {
         let rest = Duration::from_millis(at_unix_ms.saturating_sub(unix_ms()));
@@ -190,7 +190,7 @@ async fn start_scheduled(
         found = records::get(&*machines.context.store, machine).await?;
     }
     if found.record.owner != machines.context.name {
-        return Ok(Again::No);
+        return Ok(RestartDecision::No);
     }
     if found.record.stop_wanted && starts(&found.record.status) {
         return finish(machines, machine, found.record.epoch, Status::Stopped).await;
@@ -202,7 +202,7 @@ async fn start_scheduled(
     if starts(&found.record.status) && !is_new && given != Some(found.record.epoch) {
         found.record = under_next_epoch(machines, &found.record).await?;
         if found.record.owner != machines.context.name {
-            return Ok(Again::No);
+            return Ok(RestartDecision::No);
         }
     }
     let epoch = found.record.epoch;
@@ -241,13 +241,13 @@ async fn start_scheduled(
                         tracing::warn!(%machine, %error, "the machine has not stopped yet");
                     }
                 }
-                return Ok(Again::No);
+                return Ok(RestartDecision::No);
             }
             Err(reason) => reason,
         },
         Status::Running | Status::Filling { .. } => "its worker process was lost".to_owned(),
         Status::Arriving { from } => return lost_on_arrival(machines, machine, &from).await,
-        _ => return Ok(Again::No),
+        _ => return Ok(RestartDecision::No),
     };
     let reason = named_end(machines, machine).unwrap_or(failure);
     machines

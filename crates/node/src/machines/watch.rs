@@ -2,7 +2,7 @@
 
 use super::arrivals::{await_source, is_running, lost_on_arrival, runs};
 use super::ends::{finish, named_end};
-use super::handle::{Again, Machines};
+use super::handle::{Machines, RestartDecision};
 use super::stall_status;
 use crate::events::Note;
 use crate::moves::{drop_reservation, settle};
@@ -121,7 +121,7 @@ async fn ended(
             let epoch = epoch_of_life(machines, machine, epoch).await;
             finish(machines, machine, epoch, status).await
         }
-        false => Ok(Again::No),
+        false => Ok(RestartDecision::No),
     };
     machines.processes.machines.remove_exactly(machine, worker);
     settled(machines, machine, guarded, end);
@@ -154,7 +154,7 @@ fn settled(
     machines: &Arc<Machines>,
     machine: &MachineName,
     guarded: bool,
-    end: Result<Again, RecordError>,
+    end: Result<RestartDecision, RecordError>,
 ) {
     if guarded {
         machines.processes.exclusion.busy().remove(machine);

@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 /// The worker that a part gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Comes {
+pub(super) enum WorkerKind {
     /// A process of its own.
-    Anew,
+    New,
     /// The worker of an arriving machine.
     Arriving,
 }
@@ -21,14 +21,14 @@ pub(super) async fn ready_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     offer: PartOffer,
-    comes: Comes,
+    comes: WorkerKind,
 ) -> Result<ReadyMember, String> {
     if *node == spanning.context.name {
         return ready(spanning, node, offer).await;
     }
     let kind = match comes {
-        Comes::Anew => messages::PART,
-        Comes::Arriving => messages::ARRIVING_PART,
+        WorkerKind::New => messages::PART,
+        WorkerKind::Arriving => messages::ARRIVING_PART,
     };
     let payload = pack(&offer).map_err(|error| error.to_string())?;
     let answer = spanning
@@ -44,14 +44,14 @@ pub(super) async fn join_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     request: PartJoin,
-    comes: Comes,
+    comes: WorkerKind,
 ) -> Result<(), String> {
     if *node == spanning.context.name {
         return join(spanning, request).await;
     }
     let kind = match comes {
-        Comes::Anew => messages::PART_JOIN,
-        Comes::Arriving => messages::ARRIVING_JOIN,
+        WorkerKind::New => messages::PART_JOIN,
+        WorkerKind::Arriving => messages::ARRIVING_JOIN,
     };
     let payload = pack(&request).map_err(|error| error.to_string())?;
     let answer = spanning
