@@ -59,7 +59,7 @@ async fn wait_lines(cluster: &LocalCluster, node: &str, machine: &str, count: u6
         (lines(cluster, node, machine).await > count).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
 }
 
 fn epoch(info: &MachineInfo) -> Epoch {
@@ -163,7 +163,7 @@ async fn a_killed_agent_finds_its_machines_running() {
     let before = cluster.inspect("b", "on-b").await.expect("info");
     for node in ["b", "a"] {
         cluster.kill_agent(node).expect("an agent to kill");
-        cluster.wait_alive(node).await.expect("it comes back");
+        cluster.wait_alive(node).await.expect("it is alive again");
     }
     let after = wait_for("the machine is found", || async {
         let info = cluster.inspect("b", "on-b").await.ok()?;
@@ -226,7 +226,7 @@ async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
         let (report, ()) = tokio::join!(moving, killing);
         drop(report);
         for node in [at.as_str(), to] {
-            cluster.wait_alive(node).await.expect("it is back");
+            cluster.wait_alive(node).await.expect("it is alive again");
         }
         let before = wait_for("its output is found", || async {
             let output = cluster.output("a", "writer").await.ok()?;
@@ -240,7 +240,7 @@ async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
             (lines > before + 1).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let info = cluster.inspect("a", "writer").await.expect("info");
         assert_eq!(info.status, "running", "{info:?}");
     }
@@ -509,7 +509,7 @@ async fn machines_are_kept_and_made_again() {
         &["restore", "writer", "--from", place, "--on", "a"],
     );
     assert_eq!(code, 0, "{err}");
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let output = cluster.output("a", "writer").await.ok()?;
         let first: u64 = output.lines().next()?.parse().ok()?;
         assert!(first > before, "{first} after {before}");
@@ -517,7 +517,7 @@ async fn machines_are_kept_and_made_again() {
         (next > first + 2).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     let info = cluster.inspect("a", "writer").await.expect("info");
     assert!(epoch(&info) > ended, "{info:?}, after {ended}");
     let (_, _, notice) = keel(&bench, "a", &["logs", "writer"]);
@@ -531,7 +531,7 @@ async fn machines_are_kept_and_made_again() {
     let (code, _, err) = keel(&bench, "a", &["clone", "writer", "--as", "copy"]);
     assert_eq!(code, 0, "{err}");
     for (node, name) in [("b", "old"), ("a", "copy")] {
-        wait_for("it goes on from there", || async {
+        wait_for("it continues from there", || async {
             let output = cluster.output(node, name).await.ok()?;
             let first: u64 = output.lines().next()?.parse().ok()?;
             assert!(first > 0);
@@ -539,7 +539,7 @@ async fn machines_are_kept_and_made_again() {
             (next > first + 2).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
     let copy = cluster.inspect("a", "copy").await.expect("info");
     assert!(copy.status == "running" && epoch(&copy) > ended, "{copy:?}");
@@ -843,7 +843,7 @@ async fn machines_are_started_again_as_their_policy_says() {
         cluster.run(guest).await.expect("it starts");
     }
     for name in ["always", "failing"] {
-        wait_for(&format!("{name} is started again"), || async {
+        wait_for(&format!("{name} is restarted"), || async {
             let info = cluster.inspect("a", name).await.ok()?;
             (info.restarts >= 2 && epoch(&info) > begun).then_some(())
         })

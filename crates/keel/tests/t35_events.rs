@@ -182,7 +182,11 @@ async fn a_machines_life_is_told_by_all_nodes_and_outlives_agents() {
 
     // The agent's death does not change earlier events.
     bench.cluster.kill_agent("b").expect("it dies");
-    bench.cluster.wait_alive("b").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("b")
+        .await
+        .expect("it is alive again");
     expected.push(("b", Kind::MachineFound));
     bench.wait_kinds("a", "lines", &expected).await;
 

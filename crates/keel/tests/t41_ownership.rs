@@ -52,7 +52,7 @@ impl Bench {
 
     async fn inspect(&self, machine: &str) -> MachineInfo {
         let info = self.cluster.inspect("calm", machine).await;
-        info.expect("what the store says")
+        info.expect("the store answers")
     }
 
     /// Nodes with a process of the machine.
@@ -84,11 +84,11 @@ impl Bench {
             check_numbered(&output, 0).ok()
         };
         let before = printed().await.expect("numbered lines");
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (printed().await? > before + 20).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
 }
 

@@ -165,15 +165,15 @@ async fn machines_start_warm() {
     assert!(done, "{text}");
     for (node, name) in [("b", "warm-1"), ("a", "warm-2")] {
         let before = lines(&output(node, name).await).len();
-        wait_for("it checks its memory and goes on", || async {
+        wait_for("it checks its memory and continues", || async {
             (lines(&output(node, name).await).len() > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let numbers = lines(&output(node, name).await);
         let first = numbers[0];
         let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
-        check_numbered(&text, first).expect("none is missing or doubled");
+        check_numbered(&text, first).expect("none is missing or repeated");
     }
     // A machine with damaged pages is ended with a reason, and does not start elsewhere.
     let pack = std::fs::read_dir(format!("{kept}/machines/template"))

@@ -109,7 +109,7 @@ async fn moves_are_foretold_and_compared() {
     let (code, text) = keel(&["restore", "writer", "--from", &kept, "--as", "again"]);
     assert_eq!(code, Some(0), "{text}");
     // The writer checks all of its memory, and would trap.
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let output = cluster.output("a", "again").await.ok()?;
         (output.lines().count() > 5).then_some(())
     })

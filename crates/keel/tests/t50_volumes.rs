@@ -73,11 +73,11 @@ impl Bench {
 
     async fn goes_on(&self, machine: &str, first: u64) {
         let before = self.lines(machine, first).await;
-        wait_for(&format!("{machine} goes on"), || async {
+        wait_for(&format!("{machine} continues"), || async {
             (self.lines(machine, first).await > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
 
     /// Waits until a machine is paused, and takes all room meanwhile.
@@ -183,7 +183,7 @@ async fn volumes_move_along_and_are_kept() {
         ],
     );
     for machine in ["disk", "copy"] {
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             let node = bench.inspect(machine).await.node;
             let output = bench.cluster.output(&node, machine).await.ok()?;
             let first: u64 = output.lines().next()?.parse().ok()?;
@@ -191,7 +191,7 @@ async fn volumes_move_along_and_are_kept() {
             (next > first + 10).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         bench.runs(machine).await;
     }
     bench.moves("copy", "s").await;

@@ -160,7 +160,7 @@ async fn a_machine_that_ran_out_of_memory_is_started_again() {
     let first = bench.start("eater", &eater(), Restart::OnFailure).await;
     let groups = bench.group_folders("eater");
     bench.starve("eater");
-    let again = wait_for("it is started again", || async {
+    let again = wait_for("it is restarted", || async {
         let info = bench.cluster.inspect("a", "eater").await.ok()?;
         (info.status == "running" && info.restarts == 1 && info.cgroup.is_some()).then_some(info)
     })

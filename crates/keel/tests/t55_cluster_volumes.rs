@@ -157,11 +157,11 @@ impl Bench {
         };
         let first = wait_for(&format!("{machine} begins"), story).await;
         let first = first.expect("it begins").last;
-        wait_for(&format!("{machine} goes on"), || async {
+        wait_for(&format!("{machine} continues"), || async {
             story().await.filter(|now| now.last > first + 3)
         })
         .await
-        .expect("it goes on")
+        .expect("it continues")
     }
 
     async fn status(&self, machine: &str, status: &str) -> MachineInfo {
@@ -367,11 +367,11 @@ async fn checkpoints_take_volumes_along() {
     for to in ["b", "s"] {
         bench.moves("m", to, false).await;
         let before = lines(to).await;
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines(to).await > before + 5).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
     bench.keel(&["stop", "m"]);
     bench.keel(&["rm", "m"]);
@@ -384,11 +384,11 @@ async fn checkpoints_take_volumes_along() {
     bench.keel(&["restore", "m", "--from", &kept, "--on", "b"]);
     bench.status("m", "running").await;
     let before = lines("b").await;
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         (lines("b").await > before + 5).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     bench.status("m", "running").await;
 }
 

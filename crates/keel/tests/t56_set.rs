@@ -197,7 +197,7 @@ async fn what_was_set_is_kept() {
     let _: CheckpointInfo = client.post(path, &request).await.unwrap();
     // The policy is the one that was set, and so is the limit of the next life.
     bench.cluster.kill_worker("b", "m").unwrap();
-    wait_for("it is started again", || async {
+    wait_for("it is restarted", || async {
         let info = bench.cluster.inspect("a", "m").await.ok()?;
         (info.restarts == 1 && info.status == "running").then_some(())
     })

@@ -149,7 +149,11 @@ async fn a_machine_spans_nodes_while_it_runs() {
     assert_eq!(bench.parts("spread").parts[0].node, "c");
     // The agent of its home is restarted: the machine still spans, and the agent finds it.
     bench.cluster.kill_agent("c").expect("an agent");
-    bench.cluster.wait_alive("c").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("c")
+        .await
+        .expect("it is alive again");
     wait_for("its parts are told of", || async {
         let (done, _) = bench.keel(&["parts", "spread"]);
         done.then_some(())
@@ -456,7 +460,7 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
         (nodes == ["b", "c"] && bench.cluster.parts_of("b") == 0).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["move", "m", "--to", "c"]);
     wait_for("and again", || async {
         let parts = bench.parts("m").parts.into_iter();
@@ -464,7 +468,7 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
         (nodes == ["c", "b"]).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["move", "m/thread/2", "--to", "b"]);
     // A failed move leaves it unchanged.
     bench.fails(&["move", "m", "--to", "x"], "no node");
@@ -492,24 +496,24 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     // It continues, and each of its parts has memory within its limit.
     let goes_on = async |name: &str, nodes: &[&str]| {
         let before = lines(name).await.len();
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines(name).await.len() > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let numbers = lines(name).await;
         // Its output before the restart stays.
         let rewound = (1..numbers.len()).rfind(|at| numbers[*at] <= numbers[at - 1]);
         let numbers = &numbers[rewound.unwrap_or(0)..];
         let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
-        check_numbered(&text, numbers[0]).expect("none is missing or doubled");
+        check_numbered(&text, numbers[0]).expect("none is missing or repeated");
         let parts = bench.parts(name).parts;
         let on: Vec<&str> = parts.iter().map(|part| part.node.as_str()).collect();
         assert_eq!(on.first(), nodes.first());
         assert_eq!(on.len(), nodes.len());
         assert!(nodes.iter().all(|node| on.contains(node)), "{on:?}");
         for part in &parts {
-            let memory = part.memory.as_ref().expect("what it has");
+            let memory = part.memory.as_ref().expect("its memory");
             let mib = memory.resident_bytes >> 20;
             assert!((4..=22).contains(&mib), "{mib} MiB on {}", part.node);
         }
@@ -608,15 +612,15 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
     run(&bench, &Guest::new("m", "a", &module, &["48", "20"])).await;
     let lines = async || -> u64 {
         let text = bench.cluster.output("a", "m").await.unwrap_or_default();
-        check_numbered(&text, 0).expect("none is missing or doubled")
+        check_numbered(&text, 0).expect("none is missing or repeated")
     };
     let goes_on = async || {
         let before = lines().await;
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines().await > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     };
     goes_on().await;
     bench.does(&["set", "m", "--max-parts", "4", "--part-memory", "20M"]);
@@ -647,7 +651,7 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
         .unwrap_or_else(|error| panic!("{error}: {:?}, {:?}", on(), keep()));
         goes_on().await;
         for part in bench.parts("m").parts {
-            let mib = part.memory.expect("what it has").resident_bytes >> 20;
+            let mib = part.memory.expect("its memory").resident_bytes >> 20;
             assert!(mib <= 24, "{mib} MiB on {}", part.node);
         }
     }
@@ -707,7 +711,11 @@ async fn parts_come_and_go_while_it_runs() {
     bench.does(&["span", "m", "--nodes", "a,c"]);
     for agent in ["c", "a"] {
         bench.cluster.kill_agent(agent).expect("an agent");
-        bench.cluster.wait_alive(agent).await.expect("it is back");
+        bench
+            .cluster
+            .wait_alive(agent)
+            .await
+            .expect("it is alive again");
     }
     // The store has a new leader first.
     wait_for("its parts are changed", || async {
@@ -776,7 +784,11 @@ async fn who_is_lost_while_parts_come_and_go() {
     order("parts.known", Some("kill")).await;
     let (done, text) = bench.keel(&["span", "m", "--nodes", "b,c"]);
     assert!(!done, "{text}");
-    bench.cluster.wait_alive("a").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("a")
+        .await
+        .expect("it is alive again");
     wait_for("nothing of it is left", || async {
         (bench.cluster.parts_of("c") == 0).then_some(())
     })
@@ -869,12 +881,12 @@ async fn memory_is_given_to_other_nodes() {
     // It has checked all of it meanwhile, and continues.
     let output = bench.cluster.output("a", "m").await.expect("output");
     let lines = check_numbered(&output, 0).expect("none missing");
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let output = bench.cluster.output("a", "m").await.ok()?;
         (check_numbered(&output, 0).ok()? > lines + 3).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     assert_eq!(bench.inspect("m").await.status, "running");
     bench.does(&["kill", "m"]);
 }
@@ -929,7 +941,7 @@ async fn objects_have_names() {
         (nodes_of("rows") == [("a".into(), 1024)] && likes()).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["span", "m", "--nodes", "b"]);
     let said = bench.does(&["move", "m/objects/rows", "--to", "b"]);
     assert!(said.contains("1.00 MiB"), "{said}");

@@ -330,12 +330,12 @@ async fn memory_that_rests_goes_where_it_fits() {
         .expect("output")
         .lines()
         .count();
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let now = cluster.output("a", "hot").await.ok()?.lines().count();
         (now > lines + 10).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     // Its limit can be changed meanwhile: no part exceeds it after a moment, copies included.
     said(&cluster, &["set", "hot", "--part-memory", "24M"]);
     let most = 24 << 20;

@@ -253,7 +253,7 @@ impl Nemesis {
             let lines = self.told[number].lines;
             let cluster = &self.cluster;
             let inspect = || async { cluster.inspect(NODES[0], name).await.ok() };
-            let runs = wait_for(&format!("{name} goes on"), || async {
+            let runs = wait_for(&format!("{name} continues"), || async {
                 let info: MachineInfo = inspect().await?;
                 let one = NODES.iter().all(|node| {
                     let expected = usize::from(*node == info.node);

@@ -138,7 +138,7 @@ async fn change(
     let what = match (&changed.came[..], &changed.went[..]) {
         ([], []) => return done.map(|()| 0),
         (came, []) => format!("has parts on {}, too", named(came)),
-        ([], went) => format!("has no part on {} any more", named(went)),
+        ([], went) => format!("no longer has a part on {}", named(went)),
         (came, went) => format!("has parts on {}, and none on {}", named(came), named(went)),
     };
     let downtime_ms = changed.downtime_micros as f64 / 1000.0;
@@ -178,7 +178,7 @@ async fn spread(
     let (machine, spec) = (&record.name, &record.spec);
     let (State::Running { epoch } | State::Held { epoch }) = found.state else {
         return Err(CommandError::Conflict(format!(
-            "machine {machine:?} does not run any more"
+            "machine {machine:?} no longer runs"
         )));
     };
     let program = found.program.map(Fingerprint);

@@ -577,7 +577,7 @@ mod tests {
             "{first:?}"
         );
         let other = PartId::new(1).expect("a part");
-        assert_eq!(shares(&pages[2..], 0, other), "", "nobody knows");
+        assert_eq!(shares(&pages[2..], 0, other), "", "unknown");
         assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
         assert_eq!(then[1..], [None, None]);
         // After one move it does not follow again soon, and has no rates at the new part.
