@@ -1,10 +1,10 @@
 //! Time of a thread from a request to a safepoint, and time of capturing it there.
 //!
 //! - *asked to off the stack*: from the request until all frames are saved and the thread's native
-//! stack is empty
+//!   stack is empty
 //! - *capture*: from then until the thread is serialised (frames, globals, tables; encoded)
 //! - *step*: enters a frame, runs to the next safepoint, leaves it and collects the frames: an
-//! upper bound for leaving
+//!   upper bound for leaving
 //! - *freeze*: `Machine::freeze`, from the request until the machine's thread is parked
 
 use crate::Options;

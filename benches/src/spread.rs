@@ -2,7 +2,7 @@
 //! core: the share of two cores that remains when its threads are on different nodes.
 
 use crate::table::{Table, median};
-use crate::{Options, cores, told};
+use crate::{Options, cores, signals};
 use anyhow::{Context, Result, ensure};
 use keel_api::SpanRequest;
 use keel_testkit::{Guest, LocalCluster, wait_for};

@@ -1,5 +1,5 @@
-//! Checks of a change: lints, the usual tests, the long tests that it may affect, and as many
-//! others as fit into a quarter of an hour.
+//! Checks of a change: lints, the usual tests, and as many long tests as fit into a quarter of an
+//! hour, those that it may affect first.
 
 use crate::command::{cargo, check, has, root};
 use crate::suite::{self, LONG};
@@ -8,8 +8,9 @@ use anyhow::Result;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Time for long tests that the change does not affect.
-const OTHERS_MAX: Duration = Duration::from_secs(15 * 60);
+/// Time after which no further group of long tests begins: a change of many crates affects all
+/// groups, and all of CI has an hour.
+const LONG_MAX: Duration = Duration::from_secs(15 * 60);
 /// Environment variable with the base commit of a change.
 const BASE: &str = "KEEL_CI_BASE";
 /// Default base: this number of commits back.
@@ -43,23 +44,22 @@ pub(crate) fn run() -> Result<()> {
     suite::run(&[], false)
 }
 
-/// Runs long tests: the groups whose crates changed, then others in rotation.
+/// Runs long tests while there is time: the groups whose crates changed, then others, each in
+/// rotation.
 pub(crate) fn long_tests() -> Result<()> {
     let changed = changed_crates();
-    let asked = |group: &&suite::Group| {
+    let is_affected = |group: &suite::Group| {
         let mut crates = group.crates.iter();
         crates.any(|name| changed.iter().any(|it| it == name))
     };
+    let first = first_of(LONG.len());
+    let mut groups: Vec<&suite::Group> = LONG[first..].iter().chain(&LONG[..first]).collect();
+    // A stable sort: each kind stays in rotation.
+    groups.sort_by_key(|group| !is_affected(group));
     let (mut skipped, mut ran) = (Vec::new(), Vec::new());
-    for group in LONG.iter().filter(asked) {
-        suite::run_group(group)?;
-        ran.push(group.name);
-    }
-    let others: Vec<&suite::Group> = LONG.iter().filter(|group| !asked(group)).collect();
     let begun = Instant::now();
-    for turn in 0..others.len() {
-        let group = others[(first_of(others.len()) + turn) % others.len()];
-        if begun.elapsed() > OTHERS_MAX {
+    for group in groups {
+        if begun.elapsed() > LONG_MAX {
             skipped.push(group.name);
             continue;
         }

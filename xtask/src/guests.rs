@@ -124,7 +124,7 @@ mod tests {
             let (kept, built) = (kept.join(&module), built.path().join(&module));
             assert!(
                 std::fs::read(kept)? == std::fs::read(built)?,
-                "{module} is not what its sources give"
+                "{module} differs from a build of its sources"
             );
         }
         Ok(())

@@ -147,18 +147,18 @@ struct Roamed {
     alone: Duration,
     moved: Duration,
     /// Downtime of each move in microseconds, ascending.
-    stood_still: Vec<u64>,
+    downtimes_micros: Vec<u64>,
     equal: bool,
 }
 
 impl Roamed {
     fn line(&self) -> String {
         let ms = |at: usize| {
-            self.stood_still
+            self.downtimes_micros
                 .get(at)
                 .map_or(0.0, |us| *us as f64 / 1000.0)
         };
-        let count = self.stood_still.len();
+        let count = self.downtimes_micros.len();
         format!(
             "{:>8.1} {:>8.1} {count:>6} {:>24}  {}",
             self.alone.as_secs_f64(),
@@ -214,42 +214,44 @@ fn roam(
     command
         .args(["run", "--name", machine, "--on", NODES[0]])
         .args(arguments);
-    let (finished, stood_still) = std::thread::scope(|scope| -> Result<(Finished, Vec<u64>)> {
-        let running = scope.spawn(|| command::finish(&mut command, limit));
-        let mut stood_still = Vec::new();
-        // Spread over the program's run time.
-        let pause = Duration::from_secs(seconds.into()) / (moves * 2).max(1);
-        let mut failed = None;
-        while !running.is_finished() && (stood_still.len() as u32) < moves {
-            std::thread::sleep(pause);
-            let to = NODES[(stood_still.len() + 1) % NODES.len()];
-            match cluster.ask(&["move", machine, "--to", to, "-o", "json"]) {
-                Ok(report) => {
-                    let report: serde_json::Value = serde_json::from_str(&report)?;
-                    stood_still.push(report["downtime_micros"].as_u64().unwrap_or_default());
-                    failed = None;
+    let (finished, downtimes_micros) =
+        std::thread::scope(|scope| -> Result<(Finished, Vec<u64>)> {
+            let running = scope.spawn(|| command::finish(&mut command, limit));
+            let mut downtimes_micros = Vec::new();
+            // Spread over the program's run time.
+            let pause = Duration::from_secs(seconds.into()) / (moves * 2).max(1);
+            let mut failed = None;
+            while !running.is_finished() && (downtimes_micros.len() as u32) < moves {
+                std::thread::sleep(pause);
+                let to = NODES[(downtimes_micros.len() + 1) % NODES.len()];
+                match cluster.ask(&["move", machine, "--to", to, "-o", "json"]) {
+                    Ok(report) => {
+                        let report: serde_json::Value = serde_json::from_str(&report)?;
+                        downtimes_micros
+                            .push(report["downtime_micros"].as_u64().unwrap_or_default());
+                        failed = None;
+                    }
+                    // It may not have started yet, or have just ended.
+                    Err(error) => failed = Some(error),
                 }
-                // It may not have started yet, or have just ended.
-                Err(error) => failed = Some(error),
             }
-        }
-        let finished = running.join().map_err(|_| anyhow::anyhow!("the run"))??;
-        if let Some(error) = failed.filter(|_| (stood_still.len() as u32) < moves) {
-            eprintln!("{machine}: after {} moves: {error}", stood_still.len());
-        }
-        Ok((finished, stood_still))
-    })?;
+            let finished = running.join().map_err(|_| anyhow::anyhow!("the run"))??;
+            if let Some(error) = failed.filter(|_| (downtimes_micros.len() as u32) < moves) {
+                eprintln!("{machine}: after {} moves: {error}", downtimes_micros.len());
+            }
+            Ok((finished, downtimes_micros))
+        })?;
     ensure!(
-        stood_still.len() as u32 == moves,
+        downtimes_micros.len() as u32 == moves,
         "it ended after {} moves of {moves}: raise --seconds",
-        stood_still.len()
+        downtimes_micros.len()
     );
-    let mut stood_still = stood_still;
-    stood_still.sort_unstable();
+    let mut downtimes_micros = downtimes_micros;
+    downtimes_micros.sort_unstable();
     Ok(Roamed {
         alone: alone.took,
         moved: finished.took,
-        stood_still,
+        downtimes_micros,
         equal: alone.stdout == finished.stdout && finished.code == Some(0),
     })
 }

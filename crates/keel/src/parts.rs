@@ -78,7 +78,7 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
     )
 }
 
-fn stood(info: &PartsInfo) -> String {
+fn downtime(info: &PartsInfo) -> String {
     match info.downtime_micros {
         Some(micros) => format!("; downtime {:.1} ms", micros as f64 / 1000.0),
         None => String::new(),
@@ -93,7 +93,12 @@ pub(crate) async fn span(reach: &Reach, args: &SpanArgs) -> Result<ExitCode> {
     let info: PartsInfo = reach.client()?.post(&path(&args.machine), &request).await?;
     output::one(reach.format(), &info, &args.machine, |info| {
         let nodes: Vec<&str> = info.parts.iter().map(|part| part.node.as_str()).collect();
-        format!("{} spans {}{}", args.machine, nodes.join(", "), stood(info))
+        format!(
+            "{} spans {}{}",
+            args.machine,
+            nodes.join(", "),
+            downtime(info)
+        )
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -105,7 +110,7 @@ pub(crate) async fn unspan(reach: &Reach, machine: &str) -> Result<ExitCode> {
         .await?;
     output::one(reach.format(), &info, machine, |info| {
         let node = info.parts.first().map_or("?", |part| part.node.as_str());
-        format!("{machine} is on {node} alone{}", stood(info))
+        format!("{machine} is on {node} alone{}", downtime(info))
     })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -137,7 +142,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "part",
             "state",
             "cpu there",
-            "stood for",
+            "waited for",
             "likes",
         ],
         |thread| thread.tid.to_string(),
@@ -151,7 +156,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
                     Some(micros) => format!("{:.2} s", micros as f64 / 1e6),
                     None => "-".into(),
                 },
-                stood_for(thread),
+                page_waits(thread),
                 thread.likes.clone().unwrap_or_else(|| "-".into()),
             ]
         },
@@ -160,7 +165,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
 }
 
 /// How long it waited for pages, by the nodes that sent them.
-fn stood_for(thread: &ThreadInfo) -> String {
+fn page_waits(thread: &ThreadInfo) -> String {
     let from = thread.stalled_micros.iter();
     let from: Vec<String> = from
         .map(|(node, micros)| format!("{node} {:.2} s", *micros as f64 / 1e6))

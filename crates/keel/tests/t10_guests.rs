@@ -1,12 +1,11 @@
-//! The guests plain, instrumented, and shaken: the same output, the same exit
-//! code, however often their threads are captured and resumed.
+//! The guests plain, instrumented, and shaken: the output and exit code are the same, however
+//! often their threads are captured and resumed.
 
 mod common;
 
 use common::{Finished, MODES, finish, guest, keel, run};
 
-/// Runs a guest in every mode and compares with the first. Returns how often
-/// it was captured.
+/// Runs a guest in every mode and compares the results. Returns the number of captures.
 fn same_in_every_mode(name: &str, args: &[&str]) -> u64 {
     let plain = run(MODES[0], name, args);
     assert_eq!(plain.code, Some(0), "{plain:?}");
@@ -42,7 +41,7 @@ fn spinner() {
 
 #[test]
 fn writer() {
-    // Its own time decides how much it writes; what it prints is the same.
+    // The amount of writing depends on its run time; its output does not.
     assert!(same_in_every_mode("writer", &["24", "200", "3"]) > 50);
 }
 
@@ -100,7 +99,7 @@ fn volumes() {
         );
         assert_eq!(disk.code, Some(0), "{mode:?}: {disk:?}");
         assert!(disk.stdout.ends_with("\n300\nall of it is as it must be\n"));
-        // A quota is a full disk to the program.
+        // A quota looks like a full disk to the program.
         let small = run(
             &with(&["--volume", "tmp:4M:/d"]),
             "disk",
@@ -108,7 +107,7 @@ fn volumes() {
         );
         assert_eq!(small.code, Some(4), "{mode:?}: {small:?}");
     }
-    // Copies are changed, originals are not.
+    // Copies change, originals do not.
     std::fs::write(folder.path().join("big"), "in the way").unwrap();
     let copy = format!("{}::/d", folder.path().display());
     let refused = run(&["--copy", &copy], "disk", &["/d", "1", "1"]);
@@ -122,8 +121,7 @@ fn volumes() {
     assert_eq!(folder.path().read_dir().unwrap().count(), 1);
 }
 
-/// As several parts, between which their threads move: the one of a program without
-/// others too.
+/// As several parts, between which threads move, also for a single-threaded program.
 #[test]
 fn several_parts() {
     let folder = tempfile::tempdir().unwrap();
@@ -152,8 +150,8 @@ fn several_parts() {
     assert_eq!(none.status.code(), Some(2), "{none:?}");
 }
 
-/// Programs of many kinds: bands that nobody shares, rings between stages, locks, tables
-/// that all read, and work of which all take.
+/// Programs of many kinds: private bands, rings between stages, locks, tables with many readers,
+/// and shared work queues.
 #[test]
 fn programs_with_threads() {
     let cases: [(&str, &[&str]); 7] = [
@@ -176,7 +174,7 @@ fn programs_with_threads() {
         );
         assert_same(&plain, &shaken, &format!("{name} as three parts"));
         assert!(shaken.captures > 3, "{name}: {shaken:?}");
-        // However many workers there are.
+        // For any number of workers.
         let workers = [&["3"], &args[1..]].concat();
         let other = run(&["--shake", "500"], name, &workers);
         if matches!(name, "stencil" | "render" | "matrix" | "mapreduce" | "ep") {
@@ -184,7 +182,7 @@ fn programs_with_threads() {
         }
         assert_eq!(other.code, Some(0), "{name}: {other:?}");
     }
-    // What cannot be.
+    // Invalid options.
     for (name, args) in [
         ("render", &["0"][..]),
         ("matrix", &["4", "5000"]),
@@ -199,18 +197,18 @@ fn programs_with_threads() {
     assert!(full.stderr.contains("no memory for 64 MiB"), "{full:?}");
 }
 
-/// `ep` compares its sums with what the benchmark's authors published.
+/// `ep` compares its sums with those published by the benchmark's authors.
 #[test]
 fn ep_of_a_class_with_published_sums() {
     let finished = run(&["--shake", "300", "--seed", "7"], "ep", &["4", "24"]);
     assert_eq!(finished.code, Some(0), "{finished:?}");
-    // 17 digits: all that a double has.
+    // 17 digits: the full precision of a double.
     let sums = "0 -3.2478346520346163e+03 -6.9584070783828211e+03 13176389\n";
     assert_eq!(finished.stdout, sums);
 }
 
-/// Programs with more memory than any of their parts may keep, also with less room in all
-/// than they need.
+/// Programs with more memory than any of their parts may keep, also with less total room than they
+/// need.
 #[test]
 fn parts_that_keep_little() {
     let cases: [(&str, &[&str], &str); 4] = [
@@ -246,7 +244,7 @@ fn parts_that_keep_little() {
     }
 }
 
-/// Many threads, captured as often as it goes, with many seeds.
+/// Many threads, captured as often as possible, with many seeds.
 #[test]
 fn threads_at_a_high_rate() {
     let plain = run(&["--plain"], "threads", &["16", "6000"]);

@@ -1,4 +1,4 @@
-//! Everything behind the module on a command line is the program's.
+//! All arguments after the module belong to the program.
 
 use keel_testkit::LocalCluster;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// Prints its arguments, each with a NUL behind it.
+/// Prints its arguments, each followed by a NUL.
 const ARGUMENTS: &str = r#"(module
   (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
   (import "wasi_snapshot_preview1" "args_get" (func $args (param i32 i32) (result i32)))
@@ -19,7 +19,7 @@ const ARGUMENTS: &str = r#"(module
     (i32.store (i32.const 8) (i32.const 4096))
     (drop (call $write (i32.const 1) (i32.const 8) (i32.const 1) (i32.const 4)))))"#;
 
-/// What only the program is to see, whatever keel itself has under that name.
+/// Options that only the program gets, even if keel has options with these names.
 const OPTIONS: [&[&str]; 7] = [
     &["-o", "x"],
     &["-h"],
@@ -74,7 +74,7 @@ async fn options_behind_the_module_are_the_programs() {
             );
         }
     }
-    // In front of it they are keel's, and what it does not know is named.
+    // Before the module they are keel's, and unknown ones are reported.
     for command in ["wasm", "run"] {
         let (code, out, err) = output(Command::new(KEEL).args([command, "--nmae", "x", "M.wasm"]));
         assert_eq!((code, out.as_str()), (Some(2), ""), "{err}");

@@ -1,4 +1,4 @@
-//! `keel doctor` on this computer: what is broken on purpose is found and named.
+//! `keel doctor` on this computer: deliberate faults are found and reported.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -39,7 +39,7 @@ fn check(output: &Output, name: &str) -> (String, String) {
     (text("outcome"), text("found"))
 }
 
-/// An address on loopback that is nobody else's.
+/// An unused address on loopback.
 fn free() -> String {
     let [a, b]: [u8; 2] = rand::random();
     format!("127.{}.{b}.77:7070", a.max(1))
@@ -79,7 +79,7 @@ fn a_fresh_computer_is_looked_at_without_an_agent() {
     assert!(found.ends_with("new does not exist yet; `keel up` makes it"));
     assert_eq!(check(&output, "agent").0, "ok");
     assert_eq!(check(&output, "port").0, "ok");
-    // Nothing was made.
+    // No folder was created.
     assert!(!state.exists());
     let failed = findings(&output)["failed"].as_u64().unwrap();
     assert_eq!(output.status.code(), Some(i32::from(failed > 0)));
@@ -96,7 +96,7 @@ fn what_is_broken_is_named_with_a_remedy() {
     assert!(outcome == "fail" && found.starts_with(&mine), "{found}");
     assert_eq!(output.status.code(), Some(1));
 
-    // An address of nobody here (TEST-NET-1).
+    // An address that this host does not have (TEST-NET-1).
     let output = doctor(
         folder.path(),
         &["--listen", &free(), "--api", "192.0.2.1:7071"],

@@ -1,5 +1,5 @@
-//! What is packaged beside the binary: a page of the manual for each command,
-//! completions, and a service that systemd understands.
+//! Contents of the package besides the binary: a page of the manual for each command, completions,
+//! and a valid systemd service.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,7 +19,7 @@ fn commands(of: &[&str]) -> Vec<String> {
     let list = help.split_once("Commands:\n").map_or("", |(_, list)| list);
     list.lines()
         .take_while(|line| line.starts_with("  "))
-        // What begins further right goes on from the line above.
+        // A deeper indentation continues the line above.
         .filter(|line| !line.starts_with("   "))
         .filter_map(|line| line.split_whitespace().next())
         .filter(|name| *name != "help")
@@ -51,7 +51,7 @@ fn each_command_has_its_page() {
     for name in &found {
         let page = std::fs::read_to_string(folder.path().join(name)).unwrap();
         assert!(page.contains(".TH ") && page.contains(".SH NAME"), "{name}");
-        // What starts processes behind the scenes is not for people.
+        // Internal commands have no pages.
         assert!(!page.contains("keel\\-worker"), "{name}");
     }
     let refused = Command::new(KEEL)
@@ -80,7 +80,7 @@ fn the_service_is_one_that_systemd_understands() {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/keel.service");
     let unit = std::fs::read_to_string(unit).unwrap();
     for line in [
-        // Machines outlive the agent, in groups of their own, and are its to name.
+        // Machines outlive the agent, in groups of their own, which it must be able to create.
         "KillMode=process",
         "Delegate=yes",
         "DelegateSubgroup=keel-agent",
@@ -101,7 +101,7 @@ fn the_service_is_one_that_systemd_understands() {
         return;
     };
     let said = String::from_utf8_lossy(&verified.stderr);
-    // It succeeds whatever it ignores; of this unit it may not know what is newer.
+    // It succeeds even if it ignores settings; it may not know newer ones of this unit.
     let complaints: Vec<&str> = said
         .lines()
         .filter(|line| line.contains("keel.service"))

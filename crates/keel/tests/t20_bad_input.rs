@@ -53,7 +53,7 @@ fn a_memory_that_is_too_large_at_the_start_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("large.wasm");
     for (memory, modes) in [
-        // (Plain wasmtime says so in its own words.)
+        // Plain wasmtime has a message of its own.
         ("(memory 2000)", &MODES[1..]),
         (
             r#"(import "env" "memory" (memory 2000 3000 shared))"#,
@@ -97,7 +97,8 @@ fn descriptors_end_at_their_limit() {
     }
 }
 
-/// Who floods is slowed by its reader, and learns when that has gone.
+/// A program that floods its output is slowed by its reader, and gets an error when the reader is
+/// gone.
 #[test]
 fn a_flood_waits_for_its_reader() {
     for mode in MODES {
@@ -198,7 +199,7 @@ fn what_is_no_program_is_refused_by_name() {
     assert!(finished.stderr.contains("missing.wasm"), "{finished:?}");
 }
 
-/// Nothing outside of a directory that was given can be reached.
+/// No path outside a given directory can be reached.
 #[test]
 fn directories_are_a_sandbox() {
     let folder = tempfile::tempdir().unwrap();
@@ -263,7 +264,7 @@ fn options_that_cannot_be_are_named() {
     }
 }
 
-/// As in `keel doctor | true`: no word of it, and no panic.
+/// As in `keel doctor | true`: no output about it, and no panic.
 #[test]
 fn nobody_reads_what_is_said() {
     let (reader, writer) = std::io::pipe().unwrap();

@@ -1,5 +1,5 @@
-//! What keel says when something is wrong, word by word: `errors.txt` beside this file.
-//! `UPDATE_EXPECT=1 cargo test` writes that file anew; read what changed.
+//! Error messages of keel, verbatim: `errors.txt` beside this file. `UPDATE_EXPECT=1 cargo test`
+//! regenerates that file; check the differences.
 
 use keel_testkit::{Guest, LocalCluster};
 use std::fmt::Write;

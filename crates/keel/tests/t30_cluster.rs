@@ -1,5 +1,5 @@
-//! Clusters of real processes on loopback: machines run, move, and outlive
-//! agents; whatever fails leaves them running.
+//! Clusters of real processes on loopback: machines run, move, outlive agents, and survive
+//! failures.
 
 use keel_api::{
     CheckpointInfo, Client, MachineInfo, MoveRequest, NodeInfo, Token, TokenRequest, Urgency,
@@ -59,7 +59,7 @@ async fn wait_lines(cluster: &LocalCluster, node: &str, machine: &str, count: u6
         (lines(cluster, node, machine).await > count).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
 }
 
 fn epoch(info: &MachineInfo) -> Epoch {
@@ -84,7 +84,7 @@ async fn machines_move_and_nothing_is_lost() {
     let nodes = ["b", "c", "a"];
     for round in 0..12 {
         let before = lines(cluster, "a", "counter").await;
-        // Whichever node is asked, the owner is found.
+        // Any node finds the owner.
         let via = nodes[(round + round / 3) % 3];
         let to = nodes[round % 3];
         let report = cluster
@@ -103,7 +103,7 @@ async fn machines_move_and_nothing_is_lost() {
         .await
         .expect("schedule");
     assert_eq!(schedule, ["counter"]);
-    // The nodes that it left keep nothing of it.
+    // The nodes that it left keep no state of it.
     assert!(!cluster.folder("b").join("workers/counter").exists());
 
     let (code, out, err) = keel(&bench, "c", &["stop", "counter"]);
@@ -163,7 +163,7 @@ async fn a_killed_agent_finds_its_machines_running() {
     let before = cluster.inspect("b", "on-b").await.expect("info");
     for node in ["b", "a"] {
         cluster.kill_agent(node).expect("an agent to kill");
-        cluster.wait_alive(node).await.expect("it comes back");
+        cluster.wait_alive(node).await.expect("it is alive again");
     }
     let after = wait_for("the machine is found", || async {
         let info = cluster.inspect("b", "on-b").await.ok()?;
@@ -205,7 +205,7 @@ async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
             report
         };
         let killing = async {
-            // A move that is refused (no lease yet) or done never comes so far.
+            // A move that is refused for lack of a lease, or has completed, never gets this far.
             let seen = wait_for("the move has come so far, or is over", || async {
                 if over.load(std::sync::atomic::Ordering::SeqCst) {
                     return Some(false);
@@ -221,12 +221,12 @@ async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
                 cluster.kill_agent(&at).expect("an agent to kill");
             }
         };
-        // Whether the move was done or cut off: one machine goes on, and has
-        // lost nothing.
+        // Whether the move completed or was interrupted: one machine continues, without lost
+        // output.
         let (report, ()) = tokio::join!(moving, killing);
         drop(report);
         for node in [at.as_str(), to] {
-            cluster.wait_alive(node).await.expect("it is back");
+            cluster.wait_alive(node).await.expect("it is alive again");
         }
         let before = wait_for("its output is found", || async {
             let output = cluster.output("a", "writer").await.ok()?;
@@ -240,7 +240,7 @@ async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
             (lines > before + 1).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let info = cluster.inspect("a", "writer").await.expect("info");
         assert_eq!(info.status, "running", "{info:?}");
     }
@@ -273,7 +273,7 @@ async fn a_node_that_was_left_can_be_switched_off_and_on() {
     })
     .await
     .expect("it is noticed");
-    // To a node that is away nothing moves, and the machine goes on.
+    // A move to an unreachable node fails, and the machine continues.
     let report = bench
         .cluster
         .move_machine("a", "counter", "b")
@@ -313,8 +313,7 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
         .expect("it is cleared away");
         let to_b = bench.cluster.move_machine("a", "writer", "b");
         let kill = async {
-            // At another moment of the move each time, by what the target
-            // has of it so far.
+            // At a different point of the move each time, by the pages that the target has so far.
             let sought = ["worker.log", "socket", "log.0", "log.0"][round];
             wait_for("the move has come so far", || async {
                 folder.join(sought).exists().then_some(())
@@ -330,8 +329,8 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
                 let count = lines(&bench.cluster, "a", "writer").await;
                 wait_lines(&bench.cluster, "a", "writer", count).await;
             }
-            // The kill came before there was a process, or after the machine
-            // had arrived; then it is lost with its process, and said to be.
+            // The kill came before the process was started, or after the machine had arrived; then
+            // it is lost with its process, and reported so.
             Ending::Moved if killed.is_err() => {
                 let back = bench.cluster.move_machine("b", "writer", "a").await;
                 moved(&back.expect("a report"));
@@ -347,7 +346,7 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
             }
         }
     }
-    // And after all that it still can move.
+    // Afterwards it can still move.
     let report = wait_for("the target is free again", || async {
         let report = bench.cluster.move_machine("a", "writer", "b").await.ok()?;
         (report.ending == Ending::Moved).then_some(report)
@@ -358,8 +357,8 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
     bench.cluster.power_off("a");
 }
 
-/// An agent that stands still loses its connections, but not its machines; and
-/// a worker that does not answer for long is ended before it is called lost.
+/// A stopped agent loses its connections, but not its machines; and a worker that does not answer
+/// for long is killed before it counts as lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_is_no_proof_of_death() {
     let bench = cluster(&["a", "b"]).await;
@@ -371,7 +370,7 @@ async fn silence_is_no_proof_of_death() {
             .await
             .expect("it starts");
     }
-    // Longer than connections live without a sign of life.
+    // Longer than the time-out of idle connections.
     cluster.stop_agent("b", true).expect("an agent");
     tokio::time::sleep(Duration::from_secs(13)).await;
     cluster.stop_agent("b", false).expect("an agent");
@@ -396,8 +395,8 @@ async fn silence_is_no_proof_of_death() {
     assert!(gone, "its process is still there");
 }
 
-/// To and fro without a pause: each move begins as soon as the last one is
-/// reported, wherever the machine then is.
+/// Back and forth without a pause: each move begins as soon as the last one is reported, on
+/// whichever node the machine is.
 #[tokio::test(flavor = "multi_thread")]
 async fn moves_may_follow_one_another_at_once() {
     let bench = cluster(&["a", "b"]).await;
@@ -416,7 +415,7 @@ async fn moves_may_follow_one_another_at_once() {
         let report = cluster.move_machine(from, "counter", to).await;
         let report = report.expect("a report");
         moved(&report);
-        // It was told to go on by its source, not found by its agent.
+        // Its source resumed it; its agent did not find it.
         assert!(report.resume_micros > 0);
     }
     let count = lines(cluster, "a", "counter").await;
@@ -448,7 +447,7 @@ async fn a_lost_worker_is_reported_and_others_are_unharmed() {
     assert_eq!(keel(&bench, "a", &["rm", "one", "two"]).0, 0);
 }
 
-/// A machine is kept, lost with its worker, made again; and copied.
+/// A machine is checkpointed, lost with its worker, restored; and cloned.
 #[tokio::test(flavor = "multi_thread")]
 async fn machines_are_kept_and_made_again() {
     let bench = cluster(&["a", "b"]).await;
@@ -477,8 +476,8 @@ async fn machines_are_kept_and_made_again() {
     let second = take(&[]);
     assert_eq!(second.parent.as_ref(), Some(&first.id));
     assert!(second.stored_bytes < 6 << 20, "{second:?}");
-    // It can still move, and be kept elsewhere: a full one, since b knows
-    // nothing of what a had stored.
+    // It can still move, and be checkpointed elsewhere: in full, since b does not know what a has
+    // stored.
     moved(
         &cluster
             .move_machine("a", "writer", "b")
@@ -492,7 +491,7 @@ async fn machines_are_kept_and_made_again() {
         "a",
         &["checkpoints", "writer", "--from", place, "-o", "name"],
     );
-    // What the second stands on is kept too.
+    // The checkpoint on which the second depends is kept too.
     assert_eq!(out.lines().count(), 3, "{out}");
 
     let (code, _, err) = keel(&bench, "a", &["restore", "writer", "--from", place]);
@@ -510,7 +509,7 @@ async fn machines_are_kept_and_made_again() {
         &["restore", "writer", "--from", place, "--on", "a"],
     );
     assert_eq!(code, 0, "{err}");
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let output = cluster.output("a", "writer").await.ok()?;
         let first: u64 = output.lines().next()?.parse().ok()?;
         assert!(first > before, "{first} after {before}");
@@ -518,7 +517,7 @@ async fn machines_are_kept_and_made_again() {
         (next > first + 2).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     let info = cluster.inspect("a", "writer").await.expect("info");
     assert!(epoch(&info) > ended, "{info:?}, after {ended}");
     let (_, _, notice) = keel(&bench, "a", &["logs", "writer"]);
@@ -532,7 +531,7 @@ async fn machines_are_kept_and_made_again() {
     let (code, _, err) = keel(&bench, "a", &["clone", "writer", "--as", "copy"]);
     assert_eq!(code, 0, "{err}");
     for (node, name) in [("b", "old"), ("a", "copy")] {
-        wait_for("it goes on from there", || async {
+        wait_for("it continues from there", || async {
             let output = cluster.output(node, name).await.ok()?;
             let first: u64 = output.lines().next()?.parse().ok()?;
             assert!(first > 0);
@@ -540,7 +539,7 @@ async fn machines_are_kept_and_made_again() {
             (next > first + 2).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
     let copy = cluster.inspect("a", "copy").await.expect("info");
     assert!(copy.status == "running" && epoch(&copy) > ended, "{copy:?}");
@@ -652,7 +651,7 @@ async fn a_second_move_and_a_stop_find_a_moving_machine() {
         .await
     };
     let (first, second) = tokio::join!(first, second);
-    // Whichever came first moved it; the other was told.
+    // The first request moved it; the other one got an error.
     match first {
         Ok(report) => moved(&report),
         Err(error) => assert!(error.to_string().contains("moving already"), "{error}"),
@@ -663,7 +662,7 @@ async fn a_second_move_and_a_stop_find_a_moving_machine() {
         "{second}"
     );
 
-    // A stop cancels the move: the machine must not go on elsewhere.
+    // A stop cancels the move: the machine must not continue elsewhere.
     let back = cluster.move_machine("a", "writer", "a");
     let (report, stopped) = tokio::join!(back, async {
         wait_for("the move back is under way", || async {
@@ -679,7 +678,7 @@ async fn a_second_move_and_a_stop_find_a_moving_machine() {
     });
     drop(report);
     let ended = wait_for("it is stopped", || async {
-        // A stop that met the very end of the move says so.
+        // A stop at the very end of the move reports that.
         if stopped.0 != 0 {
             keel(&bench, "a", &["stop", "writer"]);
         }
@@ -727,7 +726,7 @@ async fn exit_codes_output_and_removal() {
     let machines: Vec<MachineInfo> = serde_json::from_str(&out).expect("JSON");
     assert_eq!(machines.len(), 3);
     assert_eq!(keel(&bench, "a", &["rm", "seven", "trap", "strange"]).0, 0);
-    // Its code is known, and its name free at once.
+    // Its exit code is known, and its name free at once.
     for _ in 0..3 {
         let (code, _, err) = keel(&bench, "a", &["run", "--rm", "--name", "seven", &seven]);
         assert_eq!(code, 7, "{err}");
@@ -809,13 +808,13 @@ async fn users_come_in_over_tls_with_a_token_and_its_role_only() {
         .await
         .expect_err("no valid token");
     assert!(refused.to_string().contains("no valid token"), "{refused}");
-    // A server of another cluster is not spoken to.
+    // A server of another cluster is rejected.
     let other = keel_net::Fingerprint([7; 32]);
     let foreign = Client::tls(&api, &viewer.token, other).expect("a client");
     assert!(foreign.get::<Vec<NodeInfo>>("/v1/nodes").await.is_err());
 }
 
-/// Ends a node that was started in the background.
+/// Stops a node that was started in the background.
 struct Stop(String);
 
 impl Drop for Stop {
@@ -844,7 +843,7 @@ async fn machines_are_started_again_as_their_policy_says() {
         cluster.run(guest).await.expect("it starts");
     }
     for name in ["always", "failing"] {
-        wait_for(&format!("{name} is started again"), || async {
+        wait_for(&format!("{name} is restarted"), || async {
             let info = cluster.inspect("a", name).await.ok()?;
             (info.restarts >= 2 && epoch(&info) > begun).then_some(())
         })
@@ -853,7 +852,7 @@ async fn machines_are_started_again_as_their_policy_says() {
     }
     let info = cluster.wait_end("a", "done").await.expect("its end");
     assert_eq!((info.status.as_str(), info.restarts), ("exited (0)", 0));
-    // What it printed before stays, and says that it began anew.
+    // Its earlier output stays, with a note about the restart.
     let (_, out, err) = keel(&bench, "a", &["logs", "always"]);
     assert!(out.starts_with("0\n1\n2\n0\n1\n"), "{out}");
     let second = begun.next();
@@ -861,19 +860,19 @@ async fn machines_are_started_again_as_their_policy_says() {
         "keel: restart 1 under epoch {second}, since it exited with code 0; it starts from its beginning"
     );
     assert!(err.contains(&notice), "{err}");
-    // Ended by a command they stay so, also while they wait.
+    // Machines that were ended by a command stay ended, also while they wait for a restart.
     for name in ["always", "failing"] {
         let (code, out, err) = keel(&bench, "a", &["stop", name]);
         assert_eq!(code, 0, "{name}: {out}{err}");
         let epoch = cluster.inspect("a", name).await.expect("info").epoch;
         tokio::time::sleep(Duration::from_millis(700)).await;
         let info = cluster.inspect("a", name).await.expect("info");
-        // (It may have come to its own end just before.)
+        // It may have ended by itself just before.
         assert!(!info.is_live(), "{info:?}");
         assert_eq!(info.epoch, epoch);
     }
 
-    // One whose worker is lost goes on from its newest checkpoint.
+    // A machine with a lost worker continues from its newest checkpoint.
     let lost = with("lost", &counter, &["1000000", "2"][..], Restart::OnFailure);
     cluster.run(&lost).await.expect("it starts");
     wait_lines(cluster, "a", "lost", 50).await;
@@ -908,8 +907,8 @@ async fn machines_are_started_again_as_their_policy_says() {
     assert_eq!(code, 2, "{err}");
 }
 
-/// Memory that comes after the machine: to and fro, while it writes; then the
-/// source's worker is killed before all has come.
+/// Post-copy: back and forth, while the machine writes; then the source's worker is killed before
+/// all memory has arrived.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_comes_after_the_machine() {
     let bench = cluster(&["a", "b"]).await;
@@ -945,7 +944,7 @@ async fn memory_comes_after_the_machine() {
         wait_lines(cluster, "b", "writer", before + 2).await;
         let info = cluster.inspect("b", "writer").await.expect("info");
         assert_eq!((info.status.as_str(), info.node.as_str()), ("running", to));
-        // An ordinary move is possible again at once, and a checkpoint.
+        // An ordinary move, or a checkpoint, is possible again at once.
         let (code, _, err) = keel(&bench, "a", &["checkpoint", "writer", "--to", &shared]);
         assert_eq!(code, 0, "{err}");
     }
@@ -974,8 +973,8 @@ async fn memory_comes_after_the_machine() {
     assert_eq!(keel(&bench, "a", &["stop", "writer"]).0, 0);
 }
 
-/// Many machines leave a node at once, and others come to it: all arrive, the
-/// report of none is lost, and no more copy at a time than may.
+/// Many machines leave a node at once, and others arrive: all complete, no report is lost, and the
+/// limit of concurrent copies holds.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_machines_move_at_once() {
     let bench = cluster(&["a", "b", "c"]).await;

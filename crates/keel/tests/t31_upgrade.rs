@@ -1,4 +1,4 @@
-//! The binary is replaced, or gone, while a node runs.
+//! The binary is replaced, or deleted, while a node runs.
 
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::os::unix::fs::MetadataExt;
@@ -11,14 +11,14 @@ fn guest(name: &str) -> Vec<u8> {
     std::fs::read(path).expect("a prebuilt guest")
 }
 
-/// Installs the binary, in place of what is there.
+/// Installs the binary, in place of the present one.
 fn install(program: &Path) {
     let new = program.with_extension("new");
     std::fs::copy(KEEL, &new).expect("a copy of the binary");
     std::fs::rename(&new, program).expect("it is put in place");
 }
 
-/// The processes of a node whose command line has a word; with the file that each runs.
+/// The processes of a node whose command line contains a word, with the file that each runs.
 fn images(folder: &Path, word: &str) -> Vec<(u64, PathBuf)> {
     let folder = folder.display().to_string();
     let mut images = Vec::new();
@@ -64,7 +64,7 @@ async fn a_binary_that_was_replaced_keeps_no_machine_from_starting() {
     let first = std::fs::metadata(&program).expect("installed").ino();
     agent_inode("the agent runs what is installed", first).await;
 
-    // Gone: a machine starts from the agent's image.
+    // Deleted: a machine starts from the agent's image.
     std::fs::remove_file(&program).expect("it is removed");
     let running = async |name: &str| {
         let info = cluster
@@ -75,17 +75,17 @@ async fn a_binary_that_was_replaced_keeps_no_machine_from_starting() {
     };
     running("gone").await;
 
-    // And an agent that dies now is started from its parent's image.
+    // An agent that dies now is restarted from its parent's image.
     cluster.kill_agent("a").expect("an agent");
     agent_inode("the agent runs the image of its parent", first).await;
     cluster.wait_alive("a").await.expect("a node");
     running("orphan").await;
 
-    // Replaced by what does not run: the same.
+    // Replaced by a file that cannot be executed: the same.
     std::fs::write(&program, "half of an executable").expect("a file");
     running("damaged").await;
 
-    // Upgraded: machines start from the agent's image still; the next agent is the new one.
+    // Upgraded: machines still start from the agent's image; the next agent is the new one.
     std::fs::remove_file(&program).expect("it is removed");
     install(&program);
     let second = std::fs::metadata(&program).expect("installed").ino();

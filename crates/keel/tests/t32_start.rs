@@ -8,10 +8,10 @@ use std::process::{Command, Stdio};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// Functions of a program that takes a while to compile.
+/// Number of functions of a program that takes a while to compile.
 const FUNCTIONS: usize = 6000;
 
-/// A program that is large, and runs until it is ended.
+/// A large program that runs until it is stopped.
 fn large() -> Vec<u8> {
     let mut text = String::from("(module (memory 1)\n");
     for number in 0..FUNCTIONS {
@@ -63,7 +63,7 @@ async fn a_machine_that_starts_is_shown_and_runs_when_detach_returns() {
         .spawn();
     let run = run.expect("keel runs");
 
-    // Both nodes say how far it is.
+    // Both nodes report the progress.
     let mut last = 0;
     for node in ["a", "b"] {
         let percent = wait_for("a phase with a percentage", || async {
@@ -104,7 +104,7 @@ async fn a_machine_that_starts_is_shown_and_runs_when_detach_returns() {
     assert_eq!(nodes.len(), 2);
 }
 
-/// The exit code of `run --detach` is whether it ran.
+/// The exit code of `run --detach` tells whether the machine ran.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_does_not_start_is_said_by_detach() {
     let folder = tempfile::Builder::new()
@@ -144,8 +144,8 @@ async fn a_machine_that_does_not_start_is_said_by_detach() {
     }
     let (code, out, err) = run("again", strange, &["--restart", "always"]);
     assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
-    assert!(err.contains("tried again"), "{err}");
-    // What ran did run, however short.
+    assert!(err.contains("will be retried"), "{err}");
+    // A program that ran counts as started, however short.
     for options in [&[][..], &["--rm"], &["--restart", "always"]] {
         let name = format!("quick{}", options.len() + options.join("").len());
         let (code, out, err) = run(&name, quick, options);

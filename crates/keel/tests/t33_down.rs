@@ -1,4 +1,4 @@
-//! `keel down`: the node stops, its machines run on, or are stopped first.
+//! `keel down`: the node stops; its machines continue, or are stopped first.
 
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::Path;
@@ -47,7 +47,7 @@ async fn a_node_goes_down_and_its_machines_run_on() {
             "a is down (`keel up` starts it again)",
         ]
     );
-    // It waited: nobody is there any more, but the machine.
+    // It waited: all processes are gone except the machine's.
     assert_eq!(cluster.workers_of("a", "lines"), 1);
     assert!(cluster.kill_agent("a").is_err(), "its agent has ended");
     let (code, out, err) = keel(&["down"]);

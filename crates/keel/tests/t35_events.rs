@@ -1,5 +1,5 @@
-//! Events of clusters of real processes: told by all nodes, kept over the death
-//! of agents, followed while they happen.
+//! Events of clusters of real processes: reported by all nodes, kept over the death of agents,
+//! followed live.
 
 use keel_api::{Event, EventKind, EventLine, Silence};
 use keel_testkit::{Guest, LocalCluster, wait_for};
@@ -50,7 +50,7 @@ impl Bench {
         )
     }
 
-    /// What `keel events` tells of a machine.
+    /// The output of `keel events` for a machine.
     fn told(&self, node: &str, machine: &str) -> (Vec<Event>, Vec<Silence>) {
         let (code, out, err) = self.keel(node, &["events", machine, "-o", "json"]);
         assert_eq!(code, 0, "{err}");
@@ -79,7 +79,7 @@ impl Bench {
     }
 }
 
-/// A `keel events --follow` and what it printed so far.
+/// A `keel events --follow` and its output so far.
 struct Follower {
     child: Child,
     lines: Arc<Mutex<Vec<EventLine>>>,
@@ -144,7 +144,7 @@ async fn a_machines_life_is_told_by_all_nodes_and_outlives_agents() {
         ("a", Kind::MoveStarted),
         ("b", Kind::MoveAccepted),
     ];
-    // The target tells that it runs, the source that it left: nearly at once.
+    // The target reports that it runs, the source that it left: nearly at the same time.
     wait_for("both sides of the move", || async {
         let (events, _) = bench.told("a", "lines");
         let has = |kind| events.iter().any(|event| event.kind == kind);
@@ -180,9 +180,13 @@ async fn a_machines_life_is_told_by_all_nodes_and_outlives_agents() {
     expected.push(("b", Kind::CheckpointMade));
     bench.wait_kinds("b", "lines", &expected).await;
 
-    // The agent's death changes nothing of what was told.
+    // The agent's death does not change earlier events.
     bench.cluster.kill_agent("b").expect("it dies");
-    bench.cluster.wait_alive("b").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("b")
+        .await
+        .expect("it is alive again");
     expected.push(("b", Kind::MachineFound));
     bench.wait_kinds("a", "lines", &expected).await;
 
@@ -195,7 +199,7 @@ async fn a_machines_life_is_told_by_all_nodes_and_outlives_agents() {
     ]);
     bench.wait_kinds("a", "lines", &expected).await;
 
-    // Who followed, through the agent that died, saw each once and in order.
+    // The follower, through the agent that died, got each event once and in order.
     follower
         .wait(
             "the follower sees the end",
@@ -243,7 +247,7 @@ async fn nodes_that_do_not_answer_are_named() {
     assert_eq!(code, 0, "{err}");
     assert!(err.contains("node b does not answer"), "{err}");
     assert!(out.contains(" node-started "), "{out}");
-    // The node with the store tells that it is gone, and that it is back.
+    // The node with the store reports that it is gone, and that it is back.
     follower
         .wait("b is away", |line| {
             matches!(line, EventLine::Event(event)
@@ -257,7 +261,7 @@ async fn nodes_that_do_not_answer_are_named() {
                 if event.kind == EventKind::NodeAlive && event.fields["of"] == "b")
         })
         .await;
-    // It is followed again by itself.
+    // Following resumes by itself.
     follower
         .wait("b's second start", |line| {
             matches!(line, EventLine::Event(event)
@@ -311,12 +315,12 @@ async fn questions_that_cannot_be_are_named() {
         "{}",
         limited.2
     );
-    // Nothing is as young as that.
+    // No event is that recent.
     let (code, out, err) = bench.keel("a", &["events", "--since", "0s"]);
     assert_eq!((code, out.as_str()), (0, ""), "{err}");
 }
 
-/// The agent is one of the things that the doctor looks at.
+/// The doctor also checks the agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_doctor_asks_the_agent() {
     let mut bench = Bench::new(&["a"]).await;
@@ -370,7 +374,7 @@ async fn a_machine_is_described_on_one_page() {
         .run(&Guest::new("other", "a", &counter, &["1000000", "2"]))
         .await
         .expect("it starts");
-    // What was only scheduled cannot move yet.
+    // A machine that is only scheduled cannot move yet.
     wait_for("lines runs", || async {
         let info = bench.cluster.inspect("a", "lines").await.ok()?;
         (info.status == "running").then_some(())
@@ -413,13 +417,13 @@ async fn a_machine_is_described_on_one_page() {
     ] {
         assert!(page.contains(part), "{part:?} is not in\n{page}");
     }
-    // Values may be secrets, and other machines are another matter.
+    // Values may be secret, and other machines are not shown.
     assert!(
         !page.contains("secret") && !page.contains("other"),
         "{page}"
     );
 
-    // A machine made of the checkpoint under the same name has its own story.
+    // A machine created from the checkpoint under the same name has a history of its own.
     assert_eq!(bench.keel("a", &["rm", "--force", "lines"]).0, 0);
     let (code, _, err) = bench.keel("a", &["restore", "lines", "--from", kept]);
     assert_eq!(code, 0, "{err}");

@@ -1,6 +1,5 @@
-//! Every failpoint, driven: a kill and a failure at each step of moves,
-//! checkpoints, restores, starts and ends. The table of docs/moves.md names the
-//! tests of this file.
+//! Every failpoint: a kill and an error at each step of moves, checkpoints, restores, starts and
+//! ends. The table of docs/moves.md names the tests of this file.
 
 use keel_machine::failpoint::{ALL, Failpoint, Site};
 use keel_testkit::LocalCluster;
@@ -9,13 +8,13 @@ use std::path::Path;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// Drills all failpoints that fit, with each order.
+/// Runs drills for all matching failpoints, with each action.
 async fn drill_all(fits: impl Fn(&Failpoint) -> bool, orders: &[&str]) {
     drill_as(fits, orders, (4, None), false).await;
 }
 
-/// As [`drill_all`], with a machine of so many MiB, of which a part keeps so many bytes; or
-/// that has another part, which stays.
+/// As [`drill_all`], with a machine of this size in MiB whose parts have this limit in bytes; or
+/// one with another part, which stays.
 async fn drill_as(
     fits: impl Fn(&Failpoint) -> bool,
     orders: &[&str],
@@ -44,7 +43,7 @@ async fn drill_as(
     };
     drill.start().await.unwrap();
     let mut drilled = 0;
-    // (To try some of them: `EVENKEEL_DRILL=move.go,in.go`.)
+    // To run some of them: `EVENKEEL_DRILL=move.go,in.go`.
     let only = std::env::var("EVENKEEL_DRILL").unwrap_or_default();
     let wanted = |it: &&Failpoint| only.is_empty() || only.split(',').any(|name| name == it.name);
     for failpoint in ALL.iter().filter(|it| fits(it)).filter(wanted) {
@@ -135,7 +134,7 @@ async fn at_restores_starts_and_ends() {
     .await;
 }
 
-/// Where it is larger than a part, and so begins on several nodes.
+/// If it is larger than a part, and so starts on several nodes.
 #[tokio::test(flavor = "multi_thread")]
 async fn at_beginnings_on_several_nodes() {
     let machine = (8, Some(3 << 20));
@@ -148,8 +147,8 @@ async fn at_beginnings_on_several_nodes() {
     .await;
 }
 
-/// Of a machine that spans only the home moves. Lost agents, and steps that fail, cost it
-/// nothing; a lost part, wherever, is its end, and it begins anew from its checkpoint.
+/// Only the home of a spanning machine moves. Lost agents, and failed steps, have no effect on it;
+/// after the loss of any part it ends, and restarts from its checkpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn at_moves_of_homes() {
     let agents = |it: &Failpoint| matches!(it.site, Site::SourceAgent | Site::TargetAgent);
@@ -178,7 +177,7 @@ fn every_failpoint_is_in_one_of_these() {
             Site::TargetWorker,
             Site::SourceWorker,
         ];
-        // (Parts that come and go: `t70_spanning`.)
+        // Adding and removing parts: `t70_spanning`.
         let others = [
             "keep.", "take.", "restore.", "start.", "end.", "apart.", "parts.",
         ];

@@ -1,4 +1,4 @@
-//! A machine that prints more while it moves than is kept of its output.
+//! A machine prints more during a move than is kept of its output.
 
 use keel_machine::log::SEGMENT_BYTES_MAX;
 use keel_machine::moves::Ending;
@@ -22,8 +22,8 @@ async fn a_machine_that_floods_its_output_moves() {
         .run(&Guest::new("flood", "a", &module, &["flood"]))
         .await
         .expect("it starts");
-    // The move waits between its hello, which names the oldest output, and its first
-    // round for longer than that is kept, at 16 MiB a second.
+    // The move waits between its hello, which names the oldest output, and its first round until
+    // that output is deleted, at 16 MiB a second.
     let order = "delay(8000)";
     cluster
         .failpoint("a", "out.hello", Some(order))

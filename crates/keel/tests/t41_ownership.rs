@@ -1,5 +1,4 @@
-//! Who owns a machine whose move nobody knows the end of, and how epochs rise, with
-//! real processes.
+//! The owner of a machine whose move is in doubt, and the order of epochs, with real processes.
 
 use keel_api::{CheckpointRequest, MachineInfo};
 use keel_cluster::Epoch;
@@ -53,17 +52,17 @@ impl Bench {
 
     async fn inspect(&self, machine: &str) -> MachineInfo {
         let info = self.cluster.inspect("calm", machine).await;
-        info.expect("what the store says")
+        info.expect("the store answers")
     }
 
-    /// Nodes on which a process of the machine is.
+    /// Nodes with a process of the machine.
     fn places(&self, machine: &str) -> Vec<&'static str> {
         let has = |node: &&str| self.cluster.workers_of(node, machine) > 0;
         NODES.into_iter().filter(has).collect()
     }
 
-    /// Exactly one process of the machine is left, on the node that the store names,
-    /// and it goes on printing.
+    /// Exactly one process of the machine remains, on the node that the store names, and it
+    /// continues to print.
     async fn runs_where_the_store_says(&self, machine: &str) {
         let settled = wait_for("one process, where the store says", || async {
             let info = self.cluster.inspect("calm", machine).await.ok()?;
@@ -85,17 +84,17 @@ impl Bench {
             check_numbered(&output, 0).ok()
         };
         let before = printed().await.expect("numbered lines");
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (printed().await? > before + 20).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
 }
 
-/// The commit's answer is lost, and the source's worker dies before the commit is even
-/// sent. The end of that worker was once written while the move did not know whose the
-/// machine is: the store then said that it had failed at a, and it ran on at b.
+/// The commit's answer is lost, and the source's worker dies before the commit is sent. A
+/// regression test: the end of that worker was recorded while the owner was in doubt, so that the
+/// store reported a failure at a while the machine ran at b.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_dies_in_doubt_leaves_one_copy() {
     let bench = bench().await;
@@ -120,7 +119,7 @@ async fn a_worker_that_dies_in_doubt_leaves_one_copy() {
         let passed = cluster.failpoints_passed("a").len();
         let client = cluster.client("calm");
         let moves = tokio::spawn(async move {
-            // Whatever the move says of itself: what counts is what runs then.
+            // The report of the move does not matter, only what runs afterwards.
             let _ = keel_testkit::move_by(&client, name, "b").await;
         });
         wait_for("the commit to be held back", || async {
@@ -147,7 +146,7 @@ async fn a_worker_that_dies_in_doubt_leaves_one_copy() {
     }
 }
 
-/// A fencing token never falls, whatever is removed, restored or begun anew under a name.
+/// A fencing token never decreases, whatever is removed, restored or restarted under a name.
 #[tokio::test(flavor = "multi_thread")]
 async fn epochs_of_a_name_never_fall() {
     let bench = bench().await;

@@ -1,5 +1,5 @@
-//! Checkpoints that are made by themselves, and machines that start warm, in
-//! clusters of real processes.
+//! Periodic checkpoints, and machines that run before their memory is restored, in clusters of
+//! real processes.
 
 use keel_api::CheckpointInfo;
 use keel_machine::checkpoint::Retention;
@@ -49,8 +49,8 @@ fn folder() -> tempfile::TempDir {
     folder.expect("a folder")
 }
 
-/// Each second one, the newest three are kept, also after a move and a new agent;
-/// none is made too many.
+/// One a second, the newest three are kept, also after a move and a restart of the agent; none is
+/// surplus.
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_are_made_by_themselves() {
     let folder = folder();
@@ -84,7 +84,7 @@ async fn checkpoints_are_made_by_themselves() {
     };
     let first = several(&bench, None).await;
     assert!(first.len() <= 4, "{} are kept", first.len());
-    // (One may just be in the making.)
+    // One may be in progress.
     for pair in first.windows(2) {
         let apart = pair[0].created_unix_ms - pair[1].created_unix_ms;
         assert!(apart >= 900, "{apart} ms apart");
@@ -115,8 +115,8 @@ async fn checkpoints_are_made_by_themselves() {
     }
 }
 
-/// A template becomes machines at once, with their memory coming behind; each is
-/// whole, can be kept, moved and lost like any other.
+/// A template becomes several machines at once, whose memory follows; each is complete, and can be
+/// checkpointed, moved and lost like any other.
 #[tokio::test(flavor = "multi_thread")]
 async fn machines_start_warm() {
     let folder = folder();
@@ -150,7 +150,7 @@ async fn machines_start_warm() {
         let (done, text) = bench.keel("a", &args);
         assert!(done, "{text}");
     }
-    // At once: what is still to come of its memory is waited for.
+    // At once: the command waits for the rest of the memory.
     let client = bench.cluster.client("a");
     wait_for("warm-1 runs", || async {
         let info = bench.cluster.inspect("a", "warm-1").await.ok()?;
@@ -165,17 +165,17 @@ async fn machines_start_warm() {
     assert!(done, "{text}");
     for (node, name) in [("b", "warm-1"), ("a", "warm-2")] {
         let before = lines(&output(node, name).await).len();
-        wait_for("it checks its memory and goes on", || async {
+        wait_for("it checks its memory and continues", || async {
             (lines(&output(node, name).await).len() > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let numbers = lines(&output(node, name).await);
         let first = numbers[0];
         let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
-        check_numbered(&text, first).expect("none is missing or doubled");
+        check_numbered(&text, first).expect("none is missing or repeated");
     }
-    // One whose pages are damaged is ended by name, and starts nowhere else.
+    // A machine with damaged pages is ended with a reason, and does not start elsewhere.
     let pack = std::fs::read_dir(format!("{kept}/machines/template"))
         .expect("packs")
         .map(|entry| entry.expect("an entry").path())
@@ -189,8 +189,8 @@ async fn machines_start_warm() {
     let args = [
         "restore", "template", "--from", &kept, "--as", "torn", "--warm",
     ];
-    // Whether the command still sees it run is a matter of luck: its memory comes
-    // behind, and the damage with it.
+    // Whether the command sees it run is not determined: its memory, with the damage, follows
+    // later.
     let (done, text) = bench.keel("a", &args);
     let is_named = text.contains("is damaged") && text.contains("keel rm torn");
     assert!(done || is_named, "{text}");
@@ -203,7 +203,7 @@ async fn machines_start_warm() {
     assert_eq!(info.status, "failed");
     let message = info.message.unwrap_or_default();
     assert!(message.contains("is damaged"), "{message}");
-    // Where its memory is read first, the command itself says so, and fails.
+    // If its memory is read first, the command reports the damage, and fails.
     let cold = |name: &'static str, more: &[&'static str]| {
         let mut args = vec!["restore", "template", "--from", &kept, "--as", name];
         args.extend(more);
@@ -214,7 +214,7 @@ async fn machines_start_warm() {
     assert!(!done && is_named, "{text}");
     let (done, text) = cold("detached", &["--detach"]);
     assert!(done && text.trim() == "detached", "{text}");
-    // One that is whole runs by the time of the answer.
+    // A complete one runs when the command returns.
     let (done, text) = bench.keel("a", &["clone", "warm-2", "--as", "copy"]);
     assert!(done, "{text}");
     let info = bench.cluster.inspect("a", "copy").await.expect("info");

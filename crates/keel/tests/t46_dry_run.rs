@@ -1,4 +1,4 @@
-//! What is foretold of moves, before and after, in a cluster of real processes.
+//! Predictions of moves, before and after, in a cluster of real processes.
 
 use keel_api::{DryRun, MoveRequest, Urgency};
 use keel_machine::moves::Ending;
@@ -13,7 +13,7 @@ fn guest(name: &str) -> Vec<u8> {
     std::fs::read(path).expect("a prebuilt guest")
 }
 
-/// Nothing is changed by it; it learns from moves; what cannot be is named.
+/// A prediction changes nothing; it uses earlier moves; impossible moves are reported.
 #[tokio::test(flavor = "multi_thread")]
 async fn moves_are_foretold_and_compared() {
     let folder = tempfile::Builder::new()
@@ -48,8 +48,7 @@ async fn moves_are_foretold_and_compared() {
         .expect("a prediction");
     assert_eq!(foretold.refusal, None);
     assert!(foretold.memory_bytes >= 64 << 20, "{foretold:?}");
-    // It writes 50 MB/s: what was seen of that is more than nothing, and not
-    // absurd.
+    // It writes 50 MB/s: the measured rate is positive and plausible.
     let written = foretold.pre_copy.written_bytes_per_s;
     assert!((5 << 20..2 << 30).contains(&written), "{written}");
     assert!(foretold.pre_copy.bytes.likely >= 64 << 20);
@@ -65,7 +64,7 @@ async fn moves_are_foretold_and_compared() {
         assert!(predicted.total_micros.low <= predicted.total_micros.high);
         assert_eq!(predicted.learned_from as usize, number / 2);
         assert!(report.line().contains("predicted"), "{}", report.line());
-        // What comes next can be asked for at once.
+        // The next prediction is possible at once.
         let back = if to == "a" { "b" } else { "a" };
         let next: DryRun = client
             .post("/v1/machines/writer/dry-run", &request(back))
@@ -78,7 +77,7 @@ async fn moves_are_foretold_and_compared() {
         .await
         .expect("a prediction");
     assert_eq!(learned.pre_copy.learned_from, 2);
-    // Checkpoints share the trackers: nothing of what was written is forgotten.
+    // Checkpoints share the dirty trackers: no written page is missed.
     let kept = folder.path().join("kept").display().to_string();
     let keel = |args: &[&str]| {
         let output = Command::new(KEEL)
@@ -109,8 +108,8 @@ async fn moves_are_foretold_and_compared() {
     );
     let (code, text) = keel(&["restore", "writer", "--from", &kept, "--as", "again"]);
     assert_eq!(code, Some(0), "{text}");
-    // The writer checks all of its memory and would trap.
-    wait_for("it goes on", || async {
+    // The writer checks all of its memory, and would trap.
+    wait_for("it continues", || async {
         let output = cluster.output("a", "again").await.ok()?;
         (output.lines().count() > 5).then_some(())
     })

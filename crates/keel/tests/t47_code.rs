@@ -1,5 +1,5 @@
-//! Compiled code: made ahead, on the nodes that may receive a machine, and waited for by
-//! a move that comes before it.
+//! Compiled code: compiled ahead on the nodes that may receive a machine, and awaited by a move
+//! that comes first.
 
 use keel_api::MachineInfo;
 use keel_machine::moves::Ending;
@@ -24,7 +24,7 @@ async fn ready_on(cluster: &LocalCluster, machine: &str, nodes: &[&str]) -> Mach
     .expect("it is compiled")
 }
 
-/// Rules say where a machine may go: elsewhere its program is not compiled.
+/// Rules limit the nodes of a machine: other nodes do not compile its program.
 #[tokio::test(flavor = "multi_thread")]
 async fn programs_are_compiled_where_machines_may_go() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
@@ -57,13 +57,13 @@ async fn programs_are_compiled_where_machines_may_go() {
     cluster.run(&free).await.expect("it starts");
     ready_on(&cluster, "bound", &["a", "b"]).await;
     ready_on(&cluster, "free", &["a", "b", "c"]).await;
-    // (c has looked at both, and compiled the one.)
+    // c has checked both, and compiled the one.
     ready_on(&cluster, "bound", &["a", "b"]).await;
     let page = keel(&["describe", "bound"]);
     assert!(page.contains("compiled    on a, b"), "{page}");
 }
 
-/// A move that is ordered at once waits for the code, says so, and loses nothing.
+/// A move at once waits for the code, reports that, and loses no output.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_move_waits_for_code() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
@@ -78,7 +78,7 @@ async fn a_move_waits_for_code() {
         .await
         .expect("a report");
     assert_eq!(first.ending, Ending::Moved, "{}", first.line());
-    // From now on both have it.
+    // From now on both nodes have the code.
     ready_on(&cluster, "counter", &["a", "b"]).await;
     let back = cluster
         .move_machine("b", "counter", "a")

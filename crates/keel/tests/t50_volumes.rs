@@ -33,7 +33,7 @@ fn folder() -> tempfile::TempDir {
 }
 
 impl Bench {
-    /// What a command prints; it must succeed.
+    /// The output of a command that must succeed.
     fn keel(&self, node: &str, args: &[&str]) -> String {
         let (done, out, err) = self.try_keel(node, args);
         assert!(done, "{args:?}: {err}");
@@ -64,7 +64,7 @@ impl Bench {
         self.cluster.run(&disk).await.expect("it starts");
     }
 
-    /// Its lines, checked: none is missing, none comes twice.
+    /// Its lines, checked: none is missing or repeated.
     async fn lines(&self, machine: &str, first: u64) -> u64 {
         let node = self.inspect(machine).await.node;
         let output = self.cluster.output(&node, machine).await.expect("output");
@@ -73,11 +73,11 @@ impl Bench {
 
     async fn goes_on(&self, machine: &str, first: u64) {
         let before = self.lines(machine, first).await;
-        wait_for(&format!("{machine} goes on"), || async {
+        wait_for(&format!("{machine} continues"), || async {
             (self.lines(machine, first).await > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
 
     /// Waits until a machine is paused, and takes all room meanwhile.
@@ -92,7 +92,7 @@ impl Bench {
         .expect("it waits")
     }
 
-    /// Waits until the store says that a machine runs.
+    /// Waits until the store reports that a machine runs.
     async fn runs(&self, machine: &str) {
         wait_for(&format!("{machine} runs"), || async {
             let info = self.inspect(machine).await;
@@ -115,8 +115,7 @@ impl Bench {
     }
 }
 
-/// The guest checks its file against what it remembers, and ends if a page
-/// differs.
+/// The guest compares its file with its memory, and ends if a page differs.
 #[tokio::test(flavor = "multi_thread")]
 async fn volumes_move_along_and_are_kept() {
     let folder = folder();
@@ -126,7 +125,7 @@ async fn volumes_move_along_and_are_kept() {
     for to in ["b", "s", "b", "s", "b"] {
         bench.moves("disk", to).await;
         bench.goes_on("disk", 1).await;
-        // The node that it left keeps nothing of it.
+        // The node that it left keeps no state of it.
         let left = if to == "b" { "s" } else { "b" };
         let folder = bench.cluster.folder(left).join("workers/disk");
         wait_for("the source forgets", || async {
@@ -142,9 +141,9 @@ async fn volumes_move_along_and_are_kept() {
         ("/tmp", "tmp")
     );
     assert_eq!(volume.bytes_max, Some(64 << 20));
-    // (What it cut away just now is zeros that do not count.)
+    // Truncated data becomes zeros, which do not count.
     assert!(volume.bytes >= Some(15 << 20), "{volume:?}");
-    // It was sent, and not all of it while the machine stood still.
+    // It was sent, and not all of it during the downtime.
     let report = info.moves.last().expect("a move");
     assert!(
         report.bytes > 16 << 20 && report.last_bytes < 16 << 20,
@@ -153,7 +152,7 @@ async fn volumes_move_along_and_are_kept() {
 
     let place = bench.folder.join("kept");
     let place = place.to_str().expect("a path");
-    // Memory may come after the machine; files are there before it.
+    // Post-copy delays memory only; files are complete before.
     for to in ["s", "b"] {
         let request = MoveRequest {
             to: to.to_owned(),
@@ -172,7 +171,7 @@ async fn volumes_move_along_and_are_kept() {
         bench.goes_on("disk", 1).await;
     }
     bench.keel("s", &["stop", "disk"]);
-    // It ends with the machine; output stays.
+    // The volume ends with the machine; the output stays.
     let folder = bench.cluster.folder("b").join("workers/disk");
     assert!(folder.exists() && !folder.join("volumes").exists());
     bench.keel("s", &["rm", "disk"]);
@@ -184,7 +183,7 @@ async fn volumes_move_along_and_are_kept() {
         ],
     );
     for machine in ["disk", "copy"] {
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             let node = bench.inspect(machine).await.node;
             let output = bench.cluster.output(&node, machine).await.ok()?;
             let first: u64 = output.lines().next()?.parse().ok()?;
@@ -192,7 +191,7 @@ async fn volumes_move_along_and_are_kept() {
             (next > first + 10).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         bench.runs(machine).await;
     }
     bench.moves("copy", "s").await;
@@ -200,7 +199,7 @@ async fn volumes_move_along_and_are_kept() {
     assert_eq!(bench.inspect("copy").await.node, "s");
 }
 
-/// The guest makes its file anew, which must not be there.
+/// The guest creates its file, which must not exist.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_begins_anew_has_empty_volumes() {
     let folder = folder();
@@ -224,8 +223,8 @@ async fn a_machine_that_begins_anew_has_empty_volumes() {
     bench.runs("disk").await;
 }
 
-/// Node `a` has a small disk. The test runs itself in a namespace of its own,
-/// which lets it mount one.
+/// Node `a` has a small disk. The test runs itself in a mount namespace, in which it can mount
+/// one.
 #[test]
 fn a_full_disk_pauses_a_machine() {
     const VARIABLE: &str = "KEEL_TEST_SMALL_DISK";
@@ -256,8 +255,7 @@ async fn full_disk(folder: &Path) {
     bench.run_disk("disk", "a", "16").await;
     bench.run_disk("other", "a", "4").await;
     bench.goes_on("disk", 1).await;
-    // Somebody takes all that is left; what the machine cuts and writes anew
-    // has no room then, or its output.
+    // All remaining space is taken, so that the machine's new writes, or its output, have no room.
     let ballast = folder.join("a/ballast");
     let info = bench.paused("disk", &ballast).await;
     let message = info.message.expect("a message");
@@ -266,12 +264,12 @@ async fn full_disk(folder: &Path) {
         "{message}"
     );
     let at = bench.lines("disk", 1).await;
-    // Moved away it goes on: what waited is written there.
+    // After a move it continues: the waiting data is written there.
     bench.moves("disk", "s").await;
     bench.goes_on("disk", 1).await;
     assert!(bench.lines("disk", 1).await > at);
     bench.runs("disk").await;
-    // And does not fit back, which is said.
+    // It does not fit back, which is reported.
     bench.paused("other", &ballast).await;
     let back = bench.cluster.move_machine("s", "disk", "a").await;
     let back = back.expect("a report");
@@ -279,14 +277,14 @@ async fn full_disk(folder: &Path) {
         Ending::Stayed { reason } => assert!(reason.contains("GiB of disk"), "{reason}"),
         Ending::Moved => panic!("there was no room"),
     }
-    // With room it goes on by itself.
+    // With room it continues by itself.
     std::fs::remove_file(&ballast).expect("room");
     bench.goes_on("other", 1).await;
     bench.runs("other").await;
     bench.goes_on("disk", 1).await;
 }
 
-/// Adds to a file until there is no room.
+/// Appends to a file until there is no room.
 fn fill(path: &Path) {
     use std::io::Write;
     let file = std::fs::OpenOptions::new()

@@ -1,6 +1,6 @@
-//! Workers in control groups of their own: bounded, counted, and named when the
-//! kernel ends them for want of memory. Where this user may make no groups, that is
-//! said, and nothing else is tested.
+//! Workers in control groups of their own: limited, accounted, and reported when the kernel kills
+//! them for lack of memory. If this user may not create groups, the test reports that and is
+//! skipped.
 
 use keel_api::{EventKind, EventLine, MachineInfo, NodeInfo};
 use keel_machine::cgroup::{Group, memory_limit_bytes};
@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 const MEMORY_BYTES: u64 = 1 << 30;
-/// Of the machines that `LocalCluster::run` makes.
+/// Limit of the machines of `LocalCluster::run`.
 const THREADS_MAX: u32 = 64;
 
-/// A program that touches a page of its 1 GiB every millisecond or so.
+/// A program that touches a page of its 1 GiB about every millisecond.
 fn eater() -> Vec<u8> {
     wat::parse_str(
         r#"(module
@@ -50,7 +50,7 @@ impl Bench {
         self.folder.path().join("a/workers").join(machine)
     }
 
-    /// The folders of a machine's group; none without rights.
+    /// The folders of a machine's group; none without privileges.
     fn group_folders(&self, machine: &str) -> Vec<PathBuf> {
         let Ok(text) = std::fs::read(self.worker_folder(machine).join("cgroups")) else {
             return Vec::new();
@@ -72,14 +72,14 @@ impl Bench {
         self.cluster.run(&guest).await.expect("it starts")
     }
 
-    /// Leaves a machine's group 8 MiB more than it has.
+    /// Limits a machine's group to 8 MiB more than its present memory.
     fn starve(&self, machine: &str) {
         let group = Group::load(&self.worker_folder(machine)).expect("a group");
         let now = group.usage().memory_bytes.expect("its memory is counted");
         group.limit_memory(now + (8 << 20)).expect("a lower limit");
     }
 
-    /// What was told of a machine, of one kind.
+    /// Events about a machine, of one kind.
     async fn told(&self, machine: &str, kind: EventKind) -> Vec<String> {
         let path = format!("/v1/events?machine={machine}");
         let mut lines = self.cluster.client("a").get_stream(&path).await.unwrap();
@@ -93,7 +93,7 @@ impl Bench {
         texts
     }
 
-    /// Why this node's machines' memory is not bounded, if it is not.
+    /// Why the memory of this node's machines is not limited, if it is not.
     async fn missing(&self) -> Option<String> {
         let nodes: Vec<NodeInfo> = self.cluster.client("a").get("/v1/nodes").await.unwrap();
         let lacks = nodes.into_iter().flat_map(|node| node.lacks);
@@ -123,7 +123,7 @@ async fn a_machine_that_runs_out_of_memory_is_named() {
     let limit = memory_limit_bytes(1, MEMORY_BYTES, THREADS_MAX);
     assert_eq!(counted.memory_limit_bytes, Some(limit));
     assert!(counted.memory_bytes > Some(0) && counted.memory_peak_bytes >= counted.memory_bytes);
-    // What this agent did not start is found, bounded and named as well.
+    // Workers of an earlier agent are found, limited and reported as well.
     let group = Group::load(&bench.worker_folder("eater")).expect("a group");
     group.limit_memory(limit / 2).expect("another limit");
     bench.cluster.kill_agent("a").unwrap();
@@ -160,7 +160,7 @@ async fn a_machine_that_ran_out_of_memory_is_started_again() {
     let first = bench.start("eater", &eater(), Restart::OnFailure).await;
     let groups = bench.group_folders("eater");
     bench.starve("eater");
-    let again = wait_for("it is started again", || async {
+    let again = wait_for("it is restarted", || async {
         let info = bench.cluster.inspect("a", "eater").await.ok()?;
         (info.status == "running" && info.restarts == 1 && info.cgroup.is_some()).then_some(info)
     })
@@ -169,11 +169,11 @@ async fn a_machine_that_ran_out_of_memory_is_started_again() {
     assert_ne!((again.pid, &again.epoch), (first.pid, &first.epoch));
     let told = bench.told("eater", EventKind::MachineRestarting).await;
     assert!(told[0].contains("out of memory: "), "{told:?}");
-    // The new one has a new group with the whole limit.
+    // The new worker has a new group with the whole limit.
     assert!(groups.iter().all(|group| !group.exists()));
     let limit = memory_limit_bytes(1, MEMORY_BYTES, THREADS_MAX);
     assert_eq!(again.cgroup.unwrap().memory_limit_bytes, Some(limit));
-    // A cluster of tests leaves nothing, whatever ran in it.
+    // A cluster of tests leaves no groups.
     drop(bench);
     for group in groups {
         assert!(!group.parent().unwrap().exists(), "{}", group.display());

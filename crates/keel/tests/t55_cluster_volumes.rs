@@ -1,5 +1,6 @@
-//! Volumes that outlive their machines, in clusters of real processes. The guest
-//! (`ledger`) prints a round's number once all of it is synced; begun anew it
+//! Volumes that outlive their machines, in clusters of real processes. The guest (`ledger`) prints
+//! a round's number once all of it is synced. After a restart it checks all data and prints the
+//! last round.
 //! checks all that it finds and says which round was the last.
 
 use keel_api::{ClusterVolumeInfo, MachineInfo, MoveRequest, Urgency};
@@ -21,24 +22,24 @@ fn folder() -> tempfile::TempDir {
     folder.expect("a folder")
 }
 
-/// What the guest printed: numbers in order but where it began anew.
+/// The guest's output: consecutive numbers, except at restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Story {
-    /// The last round that it printed.
+    /// The last printed round.
     last: u64,
-    /// How often it began.
+    /// Number of starts.
     begun: u32,
 }
 
-/// Checks what a guest printed: no round is missing or comes twice, and each
-/// beginning found at least what was printed before.
+/// Checks a guest's output: no round is missing or repeated, and each start found at least the
+/// rounds printed before.
 fn story(text: &str) -> Story {
     let mut story = Story { last: 0, begun: 0 };
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     for line in whole.lines() {
         if let Some(found) = line.strip_prefix("found ") {
             let found: u64 = found.parse().expect("a number");
-            // (A round may be synced, and its number not be printed yet.)
+            // A round may be synced before its number is printed.
             let fits = (story.last..=story.last + 1).contains(&found);
             assert!(story.begun == 0 || fits, "{line:?} after {story:?}");
             story = Story {
@@ -73,14 +74,14 @@ impl Bench {
         self.folder.join("place").display().to_string()
     }
 
-    /// What a command prints; it must succeed.
+    /// The output of a command that must succeed.
     fn keel(&self, args: &[&str]) -> String {
         let (done, out, err) = self.try_keel(args);
         assert!(done, "{args:?}: {err}");
         out
     }
 
-    /// What a command says that must fail.
+    /// The error of a command that must fail.
     fn fails(&self, args: &[&str]) -> String {
         let (done, out, err) = self.try_keel(args);
         assert!(!done, "{args:?}: {out}");
@@ -143,7 +144,7 @@ impl Bench {
         )
     }
 
-    /// Waits until it has begun so often, and gone on for some rounds.
+    /// Waits until it has started this often, and continued for some rounds.
     async fn goes_on(&self, machine: &str, begun: u32) -> Story {
         let story = || async {
             let now = self.story(machine).await;
@@ -156,11 +157,11 @@ impl Bench {
         };
         let first = wait_for(&format!("{machine} begins"), story).await;
         let first = first.expect("it begins").last;
-        wait_for(&format!("{machine} goes on"), || async {
+        wait_for(&format!("{machine} continues"), || async {
             story().await.filter(|now| now.last > first + 3)
         })
         .await
-        .expect("it goes on")
+        .expect("it continues")
     }
 
     async fn status(&self, machine: &str, status: &str) -> MachineInfo {
@@ -190,13 +191,13 @@ impl Bench {
 fn newest_segment(log: &Path) -> Segment {
     let names = std::fs::read_dir(log).expect("a log");
     let names = names.map(|entry| entry.expect("an entry").path());
-    // (The store's own names for what it is just writing have a `#`.)
+    // Temporary files of the store have a `#` in their names.
     let names = names.filter(|path| !path.to_string_lossy().contains('#'));
     let newest = names.max().expect("a segment");
     Segment::decode(&std::fs::read(newest).expect("bytes")).expect("a segment")
 }
 
-/// Where the objects of the volume `data` are.
+/// The folder of the objects of the volume `data`.
 fn objects_of_data(place: &Path) -> PathBuf {
     let folders = std::fs::read_dir(place).expect("a place");
     let mut folders = folders.map(|entry| entry.expect("an entry").path());
@@ -257,12 +258,12 @@ async fn volumes_outlive_machines_and_move_with_them() {
     let info = bench.inspect("first").await;
     assert_eq!(info.volumes[0].kind, "cluster:data");
     assert_eq!(info.volumes[0].bytes_max, Some(64 << 20));
-    // What the volume has was not all sent.
+    // Not all content of the volume was sent.
     let report = info.moves.last().expect("a move");
     assert!(report.last_bytes < 4 << 20, "{report:?}");
     bench.keel(&["stop", "first"]);
     let last = bench.story("first").await.last;
-    // One that has ended has it still.
+    // An ended machine still holds it.
     let error = run_fails("second");
     assert!(error.contains("in use by machine \"first\""), "{error}");
     bench.keel(&["rm", "first"]);
@@ -291,7 +292,7 @@ async fn volumes_outlive_machines_and_move_with_them() {
             .fails(&["volume", "inspect", "data"])
             .contains("no volume \"data\"")
     );
-    // Of one whose place is gone the name can be had again.
+    // If the place is gone, the name can be freed.
     let gone = folder.path().join("gone");
     let at = gone.display().to_string();
     bench.keel(&["volume", "create", "other", "--at", &at]);
@@ -321,7 +322,7 @@ async fn what_was_synced_survives_kills() {
         bench.goes_on("m", begun).await;
         bench.status("m", "running").await;
         bench.moves("m", to, false).await;
-        // Just after it went on there.
+        // Just after it resumed there.
         let killed = bench.cluster.kill_worker(to, "m");
         killed.expect("a worker");
         begun += 1;
@@ -343,12 +344,12 @@ async fn checkpoints_take_volumes_along() {
         bench.keel(&["checkpoint", "m", "--to", &kept, "--full", "--keep", "1"]);
         bench.goes_on("m", 1).await;
     }
-    // Only the snapshot of the checkpoint that is left is.
+    // Only the snapshot of the remaining checkpoint is left.
     let content = bench.volume("data").content.expect("it can be read");
     assert_eq!(content.snapshots.len(), 1, "{content:?}");
     assert!(content.snapshots[0].starts_with("m."), "{content:?}");
-    // With its memory the machine is taken back, and the volume with it: the guest
-    // would find pages that differ. It goes on where the checkpoint was.
+    // The volume is rolled back together with the machine's memory: otherwise the guest would find
+    // pages that differ.
     bench.cluster.kill_worker("s", "m").expect("a worker");
     wait_for("it goes back", || async {
         let output = bench.keel(&["logs", "m"]);
@@ -366,15 +367,15 @@ async fn checkpoints_take_volumes_along() {
     for to in ["b", "s"] {
         bench.moves("m", to, false).await;
         let before = lines(to).await;
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines(to).await > before + 5).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     }
     bench.keel(&["stop", "m"]);
     bench.keel(&["rm", "m"]);
-    // Another machine writes to it, then the first is made again.
+    // Another machine writes to it, then the first is restored.
     bench.run("between", "b", &[]);
     bench.goes_on("between", 1).await;
     let error = bench.fails(&["restore", "m", "--from", &kept]);
@@ -383,11 +384,11 @@ async fn checkpoints_take_volumes_along() {
     bench.keel(&["restore", "m", "--from", &kept, "--on", "b"]);
     bench.status("m", "running").await;
     let before = lines("b").await;
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         (lines("b").await > before + 5).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     bench.status("m", "running").await;
 }
 
@@ -417,7 +418,7 @@ async fn a_place_that_vanishes_pauses_machines() {
     }
     let error = bench.fails(&["volume", "inspect", "data"]);
     assert!(error.is_empty(), "{error}");
-    // (What was just being put has made folders anew; it does not count.)
+    // Writes in progress have created folders again; these do not count.
     if there.exists() {
         std::fs::remove_dir_all(&there).expect("nothing of value");
     }
@@ -429,8 +430,8 @@ async fn a_place_that_vanishes_pauses_machines() {
     bench.goes_on("m", 1).await;
 }
 
-/// Somebody with a newer epoch claims the volume: the machine ends by that name, and
-/// nothing of it comes after the claim.
+/// A newer epoch claims the volume: the machine ends with that reason, and writes nothing after
+/// the claim.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fenced_machine_writes_nothing() {
     let folder = folder();
@@ -465,8 +466,7 @@ async fn a_fenced_machine_writes_nothing() {
     .expect("output");
 }
 
-/// The guest gets an I/O error where a chunk is not what it was, and the output says
-/// which.
+/// The guest gets an I/O error if a chunk is damaged, and the output names the chunk.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_chunk_is_named() {
     let folder = folder();
@@ -513,7 +513,7 @@ impl Bench {
     }
 }
 
-/// A checkpoint that fails after its volumes were kept leaves nothing of that.
+/// A checkpoint that fails after its volumes were snapshotted leaves no snapshots.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_checkpoint_leaves_no_snapshot() {
     let folder = folder();
@@ -532,8 +532,8 @@ async fn a_failed_checkpoint_leaves_no_snapshot() {
     assert_eq!(content.snapshots.len(), 1, "{content:?}");
 }
 
-/// The target goes on and writes, but is lost before anybody knows: the machine is
-/// taken back to its source, and the volume with it.
+/// The target resumes and writes, but is lost before it reports: the machine is taken back to its
+/// source, and the volume with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_is_taken_back_takes_its_volume_back() {
     let folder = folder();
@@ -559,7 +559,7 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
         let enough = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let over = enough.clone();
         let moving = tokio::spawn(async move {
-            // What was to arrive there before may still be being cleared away.
+            // An earlier incomplete copy may still be being removed there.
             while !over.load(std::sync::atomic::Ordering::Relaxed) {
                 if move_as(&client, "m", &request)
                     .await
@@ -582,14 +582,14 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
         .expect("it writes");
         enough.store(true, std::sync::atomic::Ordering::Relaxed);
         bench.cluster.kill_worker(target, "m").expect("a worker");
-        // The agent is about to say that it runs. The next one has no orders.
+        // The agent is about to record that it runs. The next one has no failpoints.
         bench.cluster.kill_agent(target).expect("an agent");
         bench.goes_on("m", 1).await;
         bench.status("m", "running").await;
         assert_eq!(bench.inspect("m").await.node, source);
         moving.await.expect("it ends");
     }
-    // What was to arrive there before is cleared away in its own time.
+    // An earlier incomplete copy is removed in the background.
     wait_for("it moves", || async {
         let report = bench.cluster.move_machine("s", "m", "c").await.ok()?;
         (report.ending == Ending::Moved).then_some(())
@@ -599,8 +599,7 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
     bench.goes_on("m", 1).await;
 }
 
-/// Whatever dies at whichever step of a move: what was synced is there, and what is
-/// there is of one instant.
+/// A kill at any step of a move: synced data is present, and all data is of one instant.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_synced_is_lost_at_any_step_of_a_move() {
     let folder = folder();
@@ -609,7 +608,7 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
     let steps = keel_machine::failpoint::ALL.iter().filter(|failpoint| {
         let kinds = ["move.", "offer.", "in.", "out.", "arrived."];
         kinds.iter().any(|kind| failpoint.name.starts_with(kind))
-            // Those are on the way of moves that go otherwise.
+            // Those failpoints are passed by other kinds of moves.
             && !["move.settle", "move.served", "move.take", "move.thaw", "move.abort", "out.thaw"]
                 .iter()
                 .any(|name| failpoint.name.starts_with(name))
@@ -617,7 +616,7 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
     let mut machine = String::new();
     let mut drilled = 0;
     for failpoint in steps {
-        // Restarts take longer and longer.
+        // The pauses before restarts grow.
         let lives = match machine.as_str() {
             "" => 9,
             machine => bench.story(machine).await.begun,
@@ -648,7 +647,7 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
             downtime_ms: None,
         };
         wait_for(failpoint.name, || async {
-            // It may end in any way, also since the one before left something behind.
+            // It may fail, also because of remains of the one before.
             let _ = move_as(&client, &machine, &request).await;
             let names = bench.cluster.failpoints_passed(at);
             let mut names = names[passed..].iter();

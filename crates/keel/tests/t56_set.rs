@@ -1,5 +1,5 @@
-//! `keel set`: limits and the restart policy of machines that run are changed, and
-//! stay changed over moves, restarts and checkpoints.
+//! `keel set`: limits and the restart policy of running machines change, and stay changed over
+//! moves, restarts and checkpoints.
 
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use keel_machine::moves::Ending;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 const MIB: u64 = 1 << 20;
 
-/// A program that burns, and takes 64 KiB more every few milliseconds if it gets
-/// them, up to the 8 MiB that it says it needs.
+/// A busy program that allocates 64 KiB every few milliseconds while it can, up to its maximum of
+/// 8 MiB.
 fn grower() -> Vec<u8> {
     wat::parse_str(
         r#"(module
@@ -81,7 +81,7 @@ impl Bench {
         self.cluster.inspect("a", machine).await.unwrap()
     }
 
-    /// Waits until it has so much memory, as one that takes what it gets does.
+    /// Waits until it has this much memory, as a program that allocates does.
     async fn grows_to(&self, machine: &str, bytes: u64) {
         wait_for(&format!("{machine} has {bytes} bytes"), || async {
             let info = self.cluster.inspect("a", machine).await.ok()?;
@@ -113,13 +113,13 @@ async fn memory_grows_as_far_as_it_may_now() {
     let error = bench.refused(&["m", "--memory", "1M"]);
     assert!(error.contains("2097152 bytes already"), "{error}");
     assert_eq!(bench.inspect("m").await.memory_limit_bytes, 2 * MIB);
-    // More than the node has, and more than is possible at all.
+    // More than the node has, and more than the limit of any machine.
     let error = bench.refused(&["m", "--memory", "65G"]);
     assert!(error.contains("64 KiB to 64 GiB"), "{error}");
-    // What the module itself says is the end.
+    // The maximum of the module is the upper bound.
     bench.done(&["m", "--memory", "16M"]);
     bench.grows_to("m", 8 * MIB).await;
-    // Down again to what it has.
+    // Down to its present size.
     bench.done(&["m", "--memory", "8M"]);
     assert_eq!(bench.inspect("m").await.memory_limit_bytes, 8 * MIB);
     let error = bench.refused(&["m", "--cpu", "0"]);
@@ -139,7 +139,7 @@ async fn cpu_limits_come_and_go_while_it_runs() {
     bench.start("m", MIB).await;
     bench.grows_to("m", MIB).await;
     bench.done(&["m", "--cpu", "0.1"]);
-    // What it had in hand is used up first.
+    // Its remaining quota is used up first.
     wait_for("it is held back", || async {
         (bench.cores("m").await < 0.2).then_some(())
     })
@@ -151,7 +151,7 @@ async fn cpu_limits_come_and_go_while_it_runs() {
     })
     .await
     .unwrap();
-    // And once more: who held it back has ended.
+    // And once more: the throttling thread has ended.
     bench.done(&["m", "--cpu", "0.1"]);
     wait_for("it is held back again", || async {
         (bench.cores("m").await < 0.2).then_some(())
@@ -183,7 +183,7 @@ async fn what_was_set_is_kept() {
     let report = bench.cluster.move_machine("a", "m", "b").await.unwrap();
     assert_eq!(report.ending, Ending::Moved);
     check(&bench.inspect("m").await);
-    // Where it is now it can be changed as well, through any node.
+    // On the new node it can be changed as well, through any node.
     bench.done(&["m", "--memory", "4M"]);
     bench.grows_to("m", 4 * MIB).await;
     bench.done(&["m", "--memory", "4M"]);
@@ -197,7 +197,7 @@ async fn what_was_set_is_kept() {
     let _: CheckpointInfo = client.post(path, &request).await.unwrap();
     // The policy is the one that was set, and so is the limit of the next life.
     bench.cluster.kill_worker("b", "m").unwrap();
-    wait_for("it is started again", || async {
+    wait_for("it is restarted", || async {
         let info = bench.cluster.inspect("a", "m").await.ok()?;
         (info.restarts == 1 && info.status == "running").then_some(())
     })

@@ -1,4 +1,4 @@
-//! `keel logs --since`: what was written since a time, wherever it was written.
+//! `keel logs --since`: output since a time, from whichever node wrote it.
 
 use keel_api::{LogOffset, MachineInfo};
 use keel_machine::log::split_records;
@@ -17,7 +17,7 @@ fn now_ms() -> u64 {
     since.as_millis() as u64
 }
 
-/// Numbers of the lines in a text; each line begins with its own.
+/// Numbers of the lines in a text; each line begins with its number.
 fn numbers(text: &str) -> Vec<u64> {
     let first = |line: &str| line.split_whitespace().next()?.parse().ok();
     text.lines().filter_map(first).collect()
@@ -40,7 +40,7 @@ async fn lines_since(cluster: &LocalCluster, node: &str, since: u64) -> Vec<u64>
     numbers(&String::from_utf8(text).unwrap())
 }
 
-/// Waits until a machine's newest line is beyond a number; the newest.
+/// Waits until a machine's newest line is beyond a number; returns the newest.
 async fn beyond(cluster: &LocalCluster, node: &str, number: u64) -> u64 {
     wait_for(&format!("line {number} was written"), || async {
         let text = cluster.output(node, "m").await.ok()?;
@@ -62,7 +62,7 @@ async fn output_is_told_since_a_time_also_after_moves() {
     let counter = Guest::new("m", "a", &module, &args);
     cluster.run(&counter).await.unwrap();
     let early = beyond(&cluster, "a", 5).await;
-    // (Times are exact to a tenth of a second: lines of that may come as well.)
+    // Times are exact to a tenth of a second, so lines of that interval may be included.
     tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     let middle = now_ms();
     let there = beyond(&cluster, "a", early).await;
@@ -79,10 +79,10 @@ async fn output_is_told_since_a_time_also_after_moves() {
             "{early} {first} {there}"
         );
         assert!(last >= late, "{last} {late}");
-        // None is missing, none comes twice.
+        // None is missing or repeated.
         assert_eq!(some, (first..=last).collect::<Vec<_>>());
     }
-    // The same by the command line, once it has ended.
+    // The same by the command line, after its end.
     let client = cluster.client("a");
     let _: serde_json::Value = client.post("/v1/machines/m/stop", &()).await.unwrap();
     let info: MachineInfo = client.get("/v1/machines/m").await.unwrap();
@@ -117,13 +117,13 @@ fn keel_logs(cluster: &LocalCluster, node: &str, machine: &str) -> (bool, String
     (output.status.success(), said, error)
 }
 
-/// Output that was there is there, also in the moment in which its machine ends or leaves.
+/// Complete output is available also at the moment in which its machine ends or leaves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn output_never_becomes_less() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await;
     let cluster = &cluster.unwrap();
-    // Where processors are free, nobody asks between a worker's last word and its end.
+    // With free processors no request comes between a worker's last output and its end.
     let over = Arc::new(AtomicBool::new(false));
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     for _ in 0..cores {
@@ -140,14 +140,14 @@ async fn output_never_becomes_less() {
         let moves = tokio::spawn({
             let (client, name) = (cluster.client("a"), name.clone());
             async move {
-                // (It may have ended before.)
+                // It may have ended before.
                 if round % 3 == 2 {
                     let to = ["b", "a"][round % 2];
                     let _ = keel_testkit::move_by(&client, &name, to).await;
                 }
             }
         });
-        // Until its process is gone for a while.
+        // Until its process has been gone for a while.
         let read = || async {
             let mut lines = 0;
             let begun = Instant::now();
@@ -189,7 +189,7 @@ async fn what_cannot_be_read_is_no_empty_output() {
         error.contains("the output of \"m\" is incomplete") && error.contains("node b"),
         "{error}"
     );
-    // Whoever follows it is told so too, and does not wait for ever.
+    // A follower gets the same error, and does not wait for ever.
     let output = Command::new(KEEL)
         .arg("--state-dir")
         .arg(cluster.folder("a"))

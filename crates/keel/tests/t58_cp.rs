@@ -1,4 +1,4 @@
-//! `keel cp`: files in volumes of machines, which run, move or have ended.
+//! `keel cp`: files in volumes of machines that run, move or have ended.
 
 use keel_api::MachineInfo;
 use keel_machine::moves::Ending;
@@ -34,7 +34,7 @@ impl Bench {
         }
     }
 
-    /// A machine with a volume of its own at /tmp, and a directory of the host.
+    /// A machine with a volume of its own at /tmp, and a host directory.
     async fn start(&self, host: &Path) {
         let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
         let module = std::fs::read(guest).unwrap();
@@ -51,7 +51,7 @@ impl Bench {
         self.folder.path().join(name)
     }
 
-    /// A file of bytes that repeat nowhere.
+    /// A file of pseudo-random bytes.
     fn file(&self, name: &str, bytes: usize) -> Vec<u8> {
         let mut text = Vec::with_capacity(bytes + 8);
         let mut word = bytes as u64;
@@ -108,14 +108,14 @@ async fn files_go_in_and_come_out_whole() {
             bench.put("text", &format!("m:{volume}/copy"));
             assert!(bench.got(&format!("m:{volume}/copy")) == text, "{bytes}");
         }
-        // Into a directory it goes under its own name.
+        // In a directory it gets its own name.
         bench.put("text", &format!("m:{volume}"));
         assert_eq!(bench.got(&format!("m:{volume}/text")).len(), 5 * MIB + 3);
     }
-    // Nothing but the two files and the directory itself is left.
+    // Only the two files and the directory itself remain.
     assert_eq!(bench.inodes().await, 3);
     assert_eq!(std::fs::read_dir(bench.path("host")).unwrap().count(), 2);
-    // Too much for its quota: nothing of it stays.
+    // Too much for its quota: no partial file stays.
     bench.file("big", 80 * MIB);
     let big = bench.path("big");
     let said = bench.refused(big.to_str().unwrap(), "m:/tmp/copy");
@@ -137,7 +137,7 @@ async fn files_go_in_and_come_out_whole() {
         let said = bench.refused(source, target);
         assert!(said.contains(what), "{source} {target}: {said}");
     }
-    // What is the machine's own ends with it, what is the host's does not.
+    // The machine's own volume ends with it, the host's does not.
     let client = bench.cluster.client("a");
     let _: serde_json::Value = client.post("/v1/machines/m/stop", &()).await.unwrap();
     let info: MachineInfo = client.get("/v1/machines/m").await.unwrap();
@@ -168,7 +168,7 @@ async fn copies_go_on_while_the_machine_moves() {
     assert!(copying.wait().unwrap().success());
     assert!(bench.got("m:/tmp/copy") == text);
     assert_eq!(bench.inodes().await, 2);
-    // And while it is copied out.
+    // Also during a copy from it.
     let got = bench.path("out");
     let mut copying = command(bench.path("b"), &["m:/tmp/copy", got.to_str().unwrap()])
         .spawn()

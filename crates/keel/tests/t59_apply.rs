@@ -1,5 +1,4 @@
-//! `keel apply`: machines become what a file says, and stay so when it is applied
-//! again.
+//! `keel apply`: machines become equal to those of a file, and a second run changes nothing.
 
 use keel_api::MachineInfo;
 use keel_machine::moves::Ending;
@@ -40,7 +39,7 @@ impl Bench {
             .unwrap()
     }
 
-    /// What it says; it must succeed.
+    /// The output of a command that must succeed.
     fn done(&self, text: &str, args: &[&str]) -> String {
         let output = self.apply(text, args);
         let error = String::from_utf8_lossy(&output.stderr);
@@ -99,13 +98,13 @@ volume = ["tmp:1M:/scratch"]
     assert_eq!(one.args, ["counter.wasm", "1000000", "100"]);
     assert_eq!(one.memory_limit_bytes, 64 << 20);
     assert_eq!(two.volumes[0].bytes_max, Some(1 << 20));
-    // Again, and again after a move: it is as it should be.
+    // A second run, also after a move, changes nothing.
     let same = "unchanged one\nunchanged two\n";
     assert_eq!(bench.done(&first, &[]), same);
     let report = bench.cluster.move_machine("a", "one", "b").await.unwrap();
     assert_eq!(report.ending, Ending::Moved);
     assert_eq!(bench.done(&first, &[]), same);
-    // What can be changed while it runs is.
+    // Some changes are made live.
     let one = bench.running("one").await;
     let second = file("128M", "100", "hunter2");
     let changes = "one\n            memory 64M → 128M\nunchanged two\n";
@@ -118,7 +117,7 @@ volume = ["tmp:1M:/scratch"]
     let now = bench.running("one").await;
     assert_eq!((now.memory_limit_bytes, now.pid), (128 << 20, one.pid));
     assert_eq!(bench.done(&second, &[]), same);
-    // What cannot is refused as a whole, and no secret is told.
+    // Others are refused as a whole, and no secret is shown.
     let third = file("256M", "50", "hunter3");
     let error = bench.refused(&third, &[]);
     for part in [
@@ -145,7 +144,7 @@ volume = ["tmp:1M:/scratch"]
         (256 << 20, "b")
     );
     assert_ne!(new.pid, now.pid);
-    // The other was never touched.
+    // The other machine is unchanged.
     assert_eq!(bench.running("two").await.pid, two.pid);
     assert_eq!(bench.done(&third, &["-o", "name"]), "");
 }
@@ -181,7 +180,7 @@ async fn what_is_wrong_changes_nothing() {
         assert!(error.contains(what), "{bad}: {error}");
         assert_eq!(bench.machines().await, [], "{bad}");
     }
-    // A directory of the host does not go back with a checkpoint.
+    // A host directory is not rolled back with a checkpoint.
     let host = bench.folder.path().join("host");
     std::fs::create_dir(&host).unwrap();
     let volume = format!(

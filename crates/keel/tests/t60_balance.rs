@@ -1,5 +1,5 @@
-//! Clusters of real processes that balance themselves. Each node has a CPU quota of its
-//! own (a control group); where there can be none, these tests say so and fail.
+//! Clusters of real processes that balance themselves. Each node has a CPU quota of its own (a
+//! control group); without quotas these tests fail with a message.
 
 use keel_api::{BalanceInfo, LedgerInfo, MachineInfo, WhyNot};
 use keel_balance::ledger::Decision;
@@ -20,7 +20,7 @@ fn guest(name: &str) -> Vec<u8> {
 /// One at a time: they measure processors.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// A cluster in which promises count: what else this computer does is no matter.
+/// A cluster in which target loads count, so that other load of this computer does not matter.
 async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
     let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
         .await
@@ -32,8 +32,7 @@ async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
     cluster
 }
 
-/// Starts so many machines on one node that promise a core each, as one that never
-/// rests demands.
+/// Starts this number of machines on one node with a target of one core each, like busy ones.
 async fn burn(cluster: &LocalCluster, node: &str, count: usize) {
     let module = guest("counter");
     for number in 0..count {
@@ -45,7 +44,7 @@ async fn burn(cluster: &LocalCluster, node: &str, count: usize) {
     }
 }
 
-/// Starts so many machines on one node that never rest: for what is measured.
+/// Starts this number of busy machines on one node, for measurements.
 async fn spin(cluster: &LocalCluster, node: &str, count: usize) {
     let module = guest("spinner");
     for number in 0..count {
@@ -61,7 +60,7 @@ async fn machines(cluster: &LocalCluster) -> Vec<MachineInfo> {
     machines.expect("the machines")
 }
 
-/// How many machines each node has.
+/// Number of machines of each node.
 async fn spread(cluster: &LocalCluster) -> BTreeMap<String, usize> {
     let mut spread = BTreeMap::new();
     for machine in machines(cluster).await {
@@ -110,12 +109,12 @@ async fn a_hot_node_cures_itself_and_says_why() {
         panic!("{error}; {}", keel(&cluster, &["ledger"]));
     }
     let took = begun.elapsed();
-    // The last move's report comes when its source has forgotten the machine.
+    // The report of the last move comes when its source has dropped the machine.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let made = moves(&cluster).await;
     println!("level after {took:?} with {made} moves");
     assert!(made <= 10, "{made} moves; {}", keel(&cluster, &["ledger"]));
-    // And then nothing moves any more.
+    // Afterwards no machine moves any more.
     tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(
         moves(&cluster).await,
@@ -125,7 +124,7 @@ async fn a_hot_node_cures_itself_and_says_why() {
     );
     assert_eq!(spread(&cluster).await, even);
 
-    // Every move is explained, by what was seen.
+    // Every move is explained, with its inputs.
     let told = ledger(&cluster).await;
     assert!(told.silent.is_empty());
     let decided: Vec<&Decision> = told
@@ -173,7 +172,7 @@ async fn unlike_nodes_end_level_in_relative_load() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.2), ("b", 0.4), ("c", 0.8)]).await;
     burn(&cluster, "a", 14).await;
-    // What went to the middle one first goes on when its hold time is over.
+    // A machine that moved to the middle node first continues when its hold time is over.
     for more in [true, true, false] {
         let level = wait_for("machines as the nodes' quotas", || async {
             let spread = spread(&cluster).await;
@@ -237,7 +236,7 @@ async fn what_is_only_suggested_waits_for_a_person() {
     );
 }
 
-/// Starts a machine that counts slowly, and does next to nothing.
+/// Starts a machine that counts slowly, and is nearly idle.
 async fn quiet(cluster: &LocalCluster, name: &str, node: &str) -> anyhow::Result<MachineInfo> {
     let module = guest("counter");
     cluster
@@ -279,7 +278,7 @@ async fn rules_hold_for_everyone_and_are_repaired() {
                  per = { label = \"zone\" }\nmachines.names = [\"web-*\"]\n";
     assert_eq!(set(apart), (true, String::new()));
 
-    // Placement and moves keep to it, whoever asks.
+    // Placement and moves obey the rules, whoever requests them.
     quiet(&cluster, "web-1", "a")
         .await
         .expect("it is the first");
@@ -308,7 +307,7 @@ async fn rules_hold_for_everyone_and_are_repaired() {
         "{shown}"
     );
 
-    // What cannot be kept is refused, with the rules that are in each other's way.
+    // Unsatisfiable rules are refused, with the conflicting ones.
     let pinned = "[[rule]]\nname = \"web-pin\"\nrule = \"pin\"\n\
                   machines.names = [\"web-*\"]\nnodes.labels = { zone = \"x\" }\n";
     let (taken, said) = set(pinned);
@@ -316,7 +315,7 @@ async fn rules_hold_for_everyone_and_are_repaired() {
     let (taken, said) = set("[[rule]]\nname = \"r\"\nrule = \"stay\"\n[rule.machines]\n");
     assert!(!taken && said.contains("names no machines"), "{said}");
 
-    // A rule that is broken when it is set is repaired, where balancing may act.
+    // A rule that is violated when it is set is repaired, if balancing may act.
     cluster
         .set_policy("mode", "automatic")
         .await
@@ -375,7 +374,7 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
         for machine in ["m-1", "m-2"] {
             let info = cluster.inspect("a", machine).await.expect("it is there");
             nodes.push(info.node.clone());
-            // Back to where it began, for the next time.
+            // Back to the first node, for the next step.
             let home = if machine == "m-1" { "a" } else { "b" };
             if info.node != home {
                 let back = cluster
@@ -389,8 +388,8 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
     }
 }
 
-/// Where a machine has been, and why, its node knows when the nodes it came from are
-/// gone; and what they and it did is known by time.
+/// A machine's node can explain its history when its earlier nodes are gone; and the measured
+/// history is kept by time.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_past_is_known_when_the_source_is_gone() {
     let _alone = ALONE.lock().await;
@@ -422,7 +421,7 @@ async fn the_past_is_known_when_the_source_is_gone() {
         )
     };
     let path = format!("/v1/ledger?machine={}", moved.name);
-    // What b and c know without a: the line that says why, from its own hand.
+    // Known to b and c without a: the line with the reason, from their own ledgers.
     wait_for("the ledger to go along", || async {
         let told: LedgerInfo = cluster.client("b").get(&path).await.ok()?;
         let ended = |it: &Decision| matches!(it, Decision::Ended { .. });
@@ -450,14 +449,14 @@ async fn the_past_is_known_when_the_source_is_gone() {
     let (done, said) = via(&["history", "--machine", "nobody"]);
     assert!(!done && said.contains("no measurements"), "{said}");
 
-    // (Why it went was sent when it had, seconds before its end was told.)
+    // The reason was sent when the machine left, seconds before the end of the move was recorded.
     cluster.power_off("a");
     let (done, why) = via(&["why", &moved.name]);
     assert!(done && why.contains("levels the two nodes best"), "{why}");
 }
 
-/// By its promise a machine that rests weighs what it will need; one that opted out
-/// stays, but not in a drain.
+/// With a target load an idle machine has the weight of its future need; one that opted out stays,
+/// except in a drain.
 #[tokio::test(flavor = "multi_thread")]
 async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     let _alone = ALONE.lock().await;
@@ -473,7 +472,7 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
         quiet.balancing.cpu_target_millis = Some(400);
         cluster.run(&quiet).await.expect("it starts");
     }
-    // A load of 2 that is measured and 0.8 of each promise: 2.8 and 2.4.
+    // A measured load of 2 and 0.8 of each target: 2.8 and 2.4.
     let even = BTreeMap::from([("a".into(), 2), ("b".into(), 3)]);
     wait_for("promises level", || async {
         (spread(&cluster).await == even).then_some(())
@@ -484,7 +483,7 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     let why_not = keel(&cluster, &["why-not", "still", "--to", "b"]);
     assert!(why_not.contains("excludes it from balancing"), "{why_not}");
 
-    // What is measured of one that rests is next to nothing.
+    // The measured load of an idle machine is nearly zero.
     let one = wait_for("its move to be over", || async {
         let output = Command::new(KEEL)
             .arg("--state-dir")
@@ -500,7 +499,7 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     assert!(one.contains("balanced by actual, cpu.target 0.4"), "{one}");
     let shown = keel(&cluster, &["describe", "q-0"]);
     assert!(shown.contains("by actual, cpu.target 0.4"), "{shown}");
-    // (It may be moved once more, now that it weighs less.)
+    // It may be moved once more, now that its weight is lower.
     let loads = || async {
         let info: BalanceInfo = cluster.client("a").get("/v1/balance").await.ok()?;
         let samples = info.nodes.into_iter().filter_map(|it| it.sample);
@@ -523,9 +522,9 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     assert_eq!(cluster.inspect("a", "still").await.unwrap().node, "b");
 }
 
-/// A person has all nodes levelled at once, while the balancer is off. What is carried
-/// out is the plan that was shown, on the cluster that it was made of, or nothing. Loads
-/// are promised: what else the computer does is no matter.
+/// A plan for all nodes, while the balancer is off: it is carried out as shown on an unchanged
+/// cluster, or not at all. Target loads count, so that other load of this computer does not
+/// matter.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
     let _alone = ALONE.lock().await;
@@ -557,7 +556,7 @@ async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
         "{shown}"
     );
 
-    // Another one than was shown is not carried out, nor one for a cluster that changed.
+    // A plan other than the shown one is refused, and so is one for a cluster that has changed.
     let mut other = plan.clone();
     other.steps[0].to = other.steps[0].from.clone();
     std::fs::write(&file, serde_json::to_vec(&other).unwrap()).unwrap();
@@ -595,8 +594,8 @@ async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
     assert!(!done && said.contains("possible values"), "{said}");
 }
 
-/// Who says nothing of a node leaves it to the loads; a directory of the host keeps the
-/// machine where it was named.
+/// Without a requested node the loads decide; a host directory keeps the machine on the node where
+/// it was named.
 #[tokio::test(flavor = "multi_thread")]
 async fn new_machines_start_where_there_is_least_to_do() {
     let _alone = ALONE.lock().await;

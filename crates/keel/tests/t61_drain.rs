@@ -1,4 +1,4 @@
-//! Emptying nodes, and plans for all of them, in clusters of real processes.
+//! Drains of nodes, and plans for all of them, in clusters of real processes.
 
 use keel_api::{DrainInfo, DrainState, LedgerInfo, MachineInfo, NodeInfo};
 use keel_balance::ledger::Decision;
@@ -19,7 +19,7 @@ async fn start(folder: &Path) -> LocalCluster {
         .expect("a cluster of three")
 }
 
-/// Runs the CLI against node b; whether it succeeded, and all that it said.
+/// Runs the CLI against node b; returns whether it succeeded, and all output.
 async fn keel(cluster: &LocalCluster, args: &[&str]) -> (bool, String) {
     let mut command = Command::new(KEEL);
     command.arg("--state-dir").arg(cluster.folder("b"));
@@ -31,14 +31,14 @@ async fn keel(cluster: &LocalCluster, args: &[&str]) -> (bool, String) {
     (output.status.success(), said)
 }
 
-/// The same, which is to succeed.
+/// The same for a command that must succeed.
 async fn done(cluster: &LocalCluster, args: &[&str]) -> String {
     let (succeeded, said) = keel(cluster, args).await;
     assert!(succeeded, "{args:?}: {said}");
     said
 }
 
-/// The same, which is to be refused.
+/// The same for a command that must be refused.
 async fn refused(cluster: &LocalCluster, args: &[&str]) -> String {
     let (succeeded, said) = keel(cluster, args).await;
     assert!(!succeeded, "{args:?}: {said}");
@@ -52,7 +52,7 @@ async fn on(cluster: &LocalCluster, node: &str) -> Vec<String> {
     there.map(|it| it.name).collect()
 }
 
-/// Starts machines that write numbered lines, without an end.
+/// Starts machines that write numbered lines endlessly.
 async fn count(cluster: &LocalCluster, node: &str, names: &[&str]) {
     let module = guest("counter");
     for name in names {
@@ -93,7 +93,7 @@ async fn a_drained_node_is_empty_closed_and_opened_again() {
     let info: DrainInfo = cluster.client("c").get("/v1/nodes/a/drain").await.unwrap();
     assert_eq!((info.state, info.moved), (DrainState::Late, 5), "{info:?}");
 
-    // Nobody places anything there.
+    // No machine is placed there.
     let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
     let module = module.to_str().unwrap();
     for args in [
@@ -108,7 +108,7 @@ async fn a_drained_node_is_empty_closed_and_opened_again() {
     let draining: Vec<&str> = draining.map(|node| node.name.as_str()).collect();
     assert_eq!(draining, ["a"]);
 
-    // Without the rule it goes on, from where it was.
+    // Without the rule the drain continues from its present state.
     done(&cluster, &["rule", "rm", "here"]).await;
     let said = done(&cluster, &["drain", "a"]).await;
     assert!(said.contains("a is empty"), "{said}");
@@ -131,8 +131,8 @@ async fn a_drained_node_is_empty_closed_and_opened_again() {
     }
 }
 
-/// The node that empties itself is killed, again and again; and another one, to which
-/// machines go.
+/// The node that is being drained is killed repeatedly; and so is another one, to which machines
+/// move.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_outlives_its_agents() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();

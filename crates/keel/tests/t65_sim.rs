@@ -1,5 +1,5 @@
-//! `keel sim`: needs no node; says what came, in tables, JSON and a picture; and exits
-//! with 1 when an expectation fails.
+//! `keel sim`: needs no node; prints results in tables, JSON and a page; and exits with 1 if an
+//! expectation fails.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -71,7 +71,7 @@ fn a_scenario_is_run_and_told() {
     let moves = both["as_it_is"]["moves"].as_array().unwrap();
     assert!(moves.iter().all(|it| it["source"] == "n1"), "{moves:?}");
 
-    // Another seed, an expectation that fails.
+    // Another seed, and an expectation that fails.
     std::fs::write(
         place.join("no.toml"),
         HOT.replace("moves_max = 10", "moves_max = 2"),
@@ -98,7 +98,7 @@ fn what_was_decided_is_decided_again() {
     let replayed: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(replayed["differ"], 0);
     assert!(replayed["same"].as_u64().unwrap() >= 8, "{replayed}");
-    // By another policy something else would have been decided.
+    // With another policy the decision differs.
     let lines = std::fs::read_to_string(place.join("l.jsonl")).unwrap();
     let other = lines.replace("\"gain_min\":0.01", "\"gain_min\":1000.0");
     std::fs::write(place.join("l.jsonl"), other).unwrap();

@@ -1,6 +1,6 @@
-//! Machines with parts on several nodes, in clusters of real processes: they compute what
-//! they compute alone while parts come and go and threads move; a lost part ends them by
-//! name, and nothing is left of them anywhere.
+//! Machines with parts on several nodes, in clusters of real processes: their results are the same
+//! as on one node while parts are added and removed and threads move; a lost part ends them with a
+//! reason, and no process remains.
 
 use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_range, object_range_name};
 use keel_machine::restart_policy::Restart;
@@ -41,7 +41,7 @@ impl Bench {
         }
     }
 
-    /// Whether it succeeded, and all that it said.
+    /// Whether it succeeded, and all output.
     fn keel(&self, args: &[&str]) -> (bool, String) {
         let output = Command::new(KEEL)
             .arg("--state-dir")
@@ -84,7 +84,7 @@ impl Bench {
         info.expect("info")
     }
 
-    /// Until no process of a part is left anywhere.
+    /// Waits until no process of a part remains on any node.
     async fn no_parts(&self) {
         wait_for("no part is left", || async {
             let left = NODES.iter().map(|node| self.cluster.parts_of(node));
@@ -100,7 +100,7 @@ fn folder() -> tempfile::TempDir {
     folder.expect("a folder")
 }
 
-/// Until it runs.
+/// Waits until it runs.
 async fn run(bench: &Bench, guest: &Guest<'_>) {
     bench.cluster.run(guest).await.expect("it is scheduled");
     wait_for("it runs", || async {
@@ -120,7 +120,7 @@ async fn a_machine_spans_nodes_while_it_runs() {
     run(&bench, &Guest::new("spread", "a", &module, &args)).await;
     let mut rng = SmallRng::seed_from_u64(9);
     let mut moves = 0;
-    // Its home is named or not; two parts on one node; then another home.
+    // The home is named or not; two parts on one node; then another home.
     for nodes in ["a,b,c", "b,c", "a,a,b"] {
         let said = bench.does(&["span", "spread", "--nodes", nodes]);
         assert!(said.contains("downtime"), "{said}");
@@ -143,13 +143,17 @@ async fn a_machine_spans_nodes_while_it_runs() {
     }
     assert_eq!(moves, 36);
     assert_eq!(bench.inspect("spread").await.status, "running");
-    // It moves as any, and spans from where it is then.
+    // It moves like any other, and spans from its new node.
     bench.does(&["move", "spread", "--to", "c"]);
     bench.does(&["span", "spread", "--nodes", "a,b,c"]);
     assert_eq!(bench.parts("spread").parts[0].node, "c");
-    // The agent of its home is another one: the machine spans on, and is known to.
+    // The agent of its home is restarted: the machine still spans, and the agent finds it.
     bench.cluster.kill_agent("c").expect("an agent");
-    bench.cluster.wait_alive("c").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("c")
+        .await
+        .expect("it is alive again");
     wait_for("its parts are told of", || async {
         let (done, _) = bench.keel(&["parts", "spread"]);
         done.then_some(())
@@ -185,7 +189,7 @@ async fn what_cannot_be_is_said() {
         (&["span", "m", "--nodes", "x"], "no node"),
         (&["span", "m", "--nodes", "A b"], "not valid"),
         (&["span", "nothing", "--nodes", "b"], "no machine"),
-        // (Names are one piece of a path, whatever is in them.)
+        // Names are one segment of a path, whatever their characters.
         (&["span", "../m", "--nodes", "b"], "not valid"),
         (&["stop", "m/kill?"], "not valid"),
         (&["parts", "m?"], "not valid"),
@@ -225,7 +229,7 @@ async fn what_cannot_be_is_said() {
     ] {
         bench.fails(args, with);
     }
-    // What is no request is told in the same form as all that cannot be.
+    // An invalid request has the same form of error as an impossible one.
     for (request, status) in [
         ("POST /v1/machines/m/parts", "400"),
         ("POST /v1/machines/m/threads/1/move", "400"),
@@ -242,7 +246,7 @@ async fn what_cannot_be_is_said() {
         assert!(answer.contains(&format!(" {status} ")), "{answer}");
         assert!(answer.contains("{\"error\":"), "{answer}");
     }
-    // It went on all the time, as it is, and ends with all its parts.
+    // It ran throughout, and ends with all its parts.
     assert_eq!(bench.parts("m").parts.len(), 2);
     assert_eq!(bench.cluster.parts_of("b"), 1);
     let page = bench.does(&["describe", "m"]);
@@ -250,7 +254,7 @@ async fn what_cannot_be_is_said() {
     bench.does(&["stop", "m"]);
     bench.no_parts().await;
     assert_eq!(bench.inspect("m").await.status, "stopped");
-    // A limit of its CPU time is kept on one node.
+    // A CPU limit applies on one node only.
     run(&bench, &Guest::new("n", "a", &module, &["2", "4000000"])).await;
     bench.does(&["set", "n", "--cpu", "0.5"]);
     bench.fails(&["span", "n", "--nodes", "b"], "--cpu none");
@@ -259,8 +263,8 @@ async fn what_cannot_be_is_said() {
     bench.does(&["kill", "n"]);
 }
 
-/// Rules and drains hold for parts, whoever wants them; and a node is empty when its parts
-/// have left, too.
+/// Rules and drains hold for parts, whoever requests them; and a node is drained only when its
+/// parts have left, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_and_drains_hold_for_parts() {
     let folder = folder();
@@ -292,9 +296,9 @@ async fn rules_and_drains_hold_for_parts() {
     bench.no_parts().await;
 }
 
-/// A machine that is to spread its threads has parts before it begins, so each thread begins
-/// where the fewest are; nothing of it is moved. Where nobody else may have a part it runs
-/// all the same.
+/// A machine that spreads its threads has parts before it starts, so each thread starts on the
+/// part with the fewest; nothing is moved later. If no other node may have a part it runs all the
+/// same.
 #[tokio::test(flavor = "multi_thread")]
 async fn threads_are_spread_from_the_first_on() {
     let folder = folder();
@@ -333,8 +337,7 @@ async fn threads_are_spread_from_the_first_on() {
     bench.does(&["kill", "n"]);
 }
 
-/// What was asked is done to its end, also where whoever asked has gone: it leaves no parts
-/// that nobody knows.
+/// A request is completed even if its client disconnects: it leaves no orphaned parts.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asked_may_go() {
     let folder = folder();
@@ -348,7 +351,7 @@ async fn who_asked_may_go() {
             .args(["span", "m", "--nodes", "b,c"])
             .spawn()
             .expect("keel runs");
-        // (It asks after some milliseconds, and parts take some tens.)
+        // The request arrives after some milliseconds, and creating parts takes some tens.
         std::thread::sleep(Duration::from_millis(10 + 10 * round));
         // It may have ended.
         let _ = asking.kill();
@@ -371,8 +374,7 @@ async fn who_asked_may_go() {
     bench.does(&["kill", "m"]);
 }
 
-/// A part whose process stands still is named where something waits for it; and all goes on
-/// when it does.
+/// A part with a stopped process is reported if a request waits for it; all continue when it does.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_does_not_answer_is_named() {
     let folder = folder();
@@ -411,8 +413,8 @@ async fn who_does_not_answer_is_named() {
     bench.no_parts().await;
 }
 
-/// A checkpoint leaves it where it is; of what moves only the home does, and it has parts on
-/// the same nodes as before, but for the home's if that went where none was.
+/// A checkpoint does not change its placement; a move affects the home only, and the parts stay on
+/// the same nodes, except that the home's old node gets one if the target had none.
 #[tokio::test(flavor = "multi_thread")]
 async fn checkpoints_and_moves_leave_parts_where_they_are() {
     let folder = folder();
@@ -435,7 +437,7 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
     for number in 0..3 {
         let said = bench.does(&["checkpoint", "m"]);
         assert!(said.contains("downtime"), "{said}");
-        // Each but the first has only what changed since.
+        // Each but the first has only the changes since.
         assert_eq!(said.contains(" since "), number > 0, "{said}");
         let now = bench.parts("m");
         let thread = now.threads.iter().find(|thread| thread.tid == 2);
@@ -445,7 +447,8 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
     assert_eq!(bench.cluster.parts_of("b"), 1);
     bench.does(&["restore", "m", "--as", "twin", "--on", "a"]);
     bench.does(&["kill", "twin"]);
-    // Its home goes where no part is, and where one is, which then is at the home's place.
+    // Its home moves to a node without a part, and to one with a part, which then moves to the
+    // home's old node.
     let part = bench.cluster.part_pids("b");
     bench.does(&["move", "m", "--to", "c"]);
     again("c", "b").await;
@@ -457,7 +460,7 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
         (nodes == ["b", "c"] && bench.cluster.parts_of("b") == 0).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["move", "m", "--to", "c"]);
     wait_for("and again", || async {
         let parts = bench.parts("m").parts.into_iter();
@@ -465,9 +468,9 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
         (nodes == ["c", "b"]).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["move", "m/thread/2", "--to", "b"]);
-    // A move that does not come about leaves it as it was.
+    // A failed move leaves it unchanged.
     bench.fails(&["move", "m", "--to", "x"], "no node");
     again("c", "b").await;
     assert_eq!(bench.inspect("m").await.status, "running");
@@ -475,8 +478,8 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
     bench.no_parts().await;
 }
 
-/// A machine that is larger than a part is to be gets its parts before its memory comes:
-/// when it is restored, where its parts are named, and when it is started again.
+/// A machine that is larger than the limit of a part gets its parts before its memory: on a
+/// restore with named parts, and on a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_larger_than_a_part_begins_on_several() {
     let folder = folder();
@@ -490,27 +493,27 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         let text = bench.cluster.output("a", name).await.unwrap_or_default();
         text.lines().filter_map(|line| line.parse().ok()).collect()
     };
-    // It goes on, and each of its parts has some, and none too much.
+    // It continues, and each of its parts has memory within its limit.
     let goes_on = async |name: &str, nodes: &[&str]| {
         let before = lines(name).await.len();
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines(name).await.len() > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
         let numbers = lines(name).await;
-        // (What it said before it was started again stays.)
+        // Its output before the restart stays.
         let rewound = (1..numbers.len()).rfind(|at| numbers[*at] <= numbers[at - 1]);
         let numbers = &numbers[rewound.unwrap_or(0)..];
         let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
-        check_numbered(&text, numbers[0]).expect("none is missing or doubled");
+        check_numbered(&text, numbers[0]).expect("none is missing or repeated");
         let parts = bench.parts(name).parts;
         let on: Vec<&str> = parts.iter().map(|part| part.node.as_str()).collect();
         assert_eq!(on.first(), nodes.first());
         assert_eq!(on.len(), nodes.len());
         assert!(nodes.iter().all(|node| on.contains(node)), "{on:?}");
         for part in &parts {
-            let memory = part.memory.as_ref().expect("what it has");
+            let memory = part.memory.as_ref().expect("its memory");
             let mib = memory.resident_bytes >> 20;
             assert!((4..=22).contains(&mib), "{mib} MiB on {}", part.node);
         }
@@ -533,7 +536,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         bench.keel(&args)
     };
-    // By itself, since it is that large; and where somebody says so.
+    // Automatically for its size; and on request.
     for (args, nodes) in [
         (&[][..], &["a", "b", "c"][..]),
         (&["--nodes", "b,c,c"], &["b", "c", "c"]),
@@ -545,7 +548,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         bench.does(&["kill", "twin"]);
         bench.does(&["rm", "twin"]);
     }
-    // It cannot be on one node, nor on two; but its parts may be others.
+    // It cannot be on one node, nor on two; but its parts may be on others.
     let (done, text) = restore(&[]);
     assert!(done, "{text}");
     bench.does(&["span", "twin", "--nodes", "b,b,c"]);
@@ -563,7 +566,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     }
     let limited = ["set", "m", "--cpu", "0.5"];
     bench.fails(&limited, "applies on one node only");
-    // While its memory is still to come nothing lets it run, and it can be stopped.
+    // While its memory is still being read it cannot be resumed, but it can be stopped.
     let waits = bench
         .cluster
         .failpoint("a", "apart.spans", Some("delay(3000)"));
@@ -584,7 +587,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     bench.does(&["rm", "twin"]);
     let done = bench.cluster.failpoint("a", "apart.spans", None).await;
     done.expect("no order");
-    // Its process is lost: it goes on from the checkpoint, on several nodes at once.
+    // Its process is lost: it restarts from the checkpoint, on several nodes at once.
     bench.cluster.kill_worker("a", "m").expect("a worker");
     wait_for("it runs again", || async {
         let info = bench.inspect("m").await;
@@ -599,8 +602,8 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     bench.no_parts().await;
 }
 
-/// What is larger than a part is to be moves, part by part and home by home, while it runs
-/// and prints; no more is anywhere than may be there.
+/// A machine that is larger than the limit of a part moves, part by part and home by home, while
+/// it runs and prints; the limit of each part holds throughout.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_home_of_what_is_larger_than_a_part_moves() {
     let folder = folder();
@@ -609,15 +612,15 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
     run(&bench, &Guest::new("m", "a", &module, &["48", "20"])).await;
     let lines = async || -> u64 {
         let text = bench.cluster.output("a", "m").await.unwrap_or_default();
-        check_numbered(&text, 0).expect("none is missing or doubled")
+        check_numbered(&text, 0).expect("none is missing or repeated")
     };
     let goes_on = async || {
         let before = lines().await;
-        wait_for("it goes on", || async {
+        wait_for("it continues", || async {
             (lines().await > before + 3).then_some(())
         })
         .await
-        .expect("it goes on");
+        .expect("it continues");
     };
     goes_on().await;
     bench.does(&["set", "m", "--max-parts", "4", "--part-memory", "20M"]);
@@ -635,7 +638,7 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
         ("b", ["b", "a", "b", "c"]),
     ] {
         bench.does(&["move", "m", "--to", to]);
-        // All know at once what they may keep, also who has only come.
+        // All parts know their limit at once, including a new one.
         let keep = || {
             let parts = bench.parts("m").parts.into_iter();
             let keep = parts.map(|part| part.memory.and_then(|it| it.limit_bytes));
@@ -648,11 +651,11 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
         .unwrap_or_else(|error| panic!("{error}: {:?}, {:?}", on(), keep()));
         goes_on().await;
         for part in bench.parts("m").parts {
-            let mib = part.memory.expect("what it has").resident_bytes >> 20;
+            let mib = part.memory.expect("its memory").resident_bytes >> 20;
             assert!(mib <= 24, "{mib} MiB on {}", part.node);
         }
     }
-    // Its home's node is emptied, and it has none of it any more.
+    // Its home's node is drained, and holds none of its memory any more.
     bench.does(&["drain", "b"]);
     wait_for("nothing of it is there", || async {
         (!on().contains(&"b".to_owned())).then_some(())
@@ -665,14 +668,14 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
     bench.no_parts().await;
 }
 
-/// Parts come and go while it runs, with the threads and the memory that they have, also
-/// when their node's agent, or its home's, is another one than when they were made.
+/// Parts are added and removed while it runs, with their threads and memory, also after restarts
+/// of their agents, or of the home's.
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_come_and_go_while_it_runs() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
     let module = guest("threads");
-    // (It must outlast what follows, also where each step waits for its node's agent.)
+    // It must run longer than the steps below, each of which waits for an agent.
     let args = ["5", "2000000"];
     run(&bench, &Guest::new("m", "a", &module, &args)).await;
     run(&bench, &Guest::new("alone", "b", &module, &args)).await;
@@ -694,8 +697,8 @@ async fn parts_come_and_go_while_it_runs() {
     })
     .await
     .expect("they are");
-    // One more; then one goes, and its threads to the home; then its node's is another part,
-    // and there are two on one node.
+    // One more part; then one is removed, and its threads move to the home; then another node's is
+    // removed, and there are two on one node.
     let said = bench.does(&["span", "m", "--nodes", "b,c"]);
     assert!(said.contains("spans a, b, c"), "{said}");
     bench.does(&["move", "m/thread/3", "--to", "c"]);
@@ -704,13 +707,17 @@ async fn parts_come_and_go_while_it_runs() {
     assert_eq!(on(), ["a", "c"]);
     assert_eq!(threads("b"), 0);
     assert_eq!(bench.cluster.parts_of("b"), 0);
-    // (It is that already.)
+    // It has that placement already.
     bench.does(&["span", "m", "--nodes", "a,c"]);
     for agent in ["c", "a"] {
         bench.cluster.kill_agent(agent).expect("an agent");
-        bench.cluster.wait_alive(agent).await.expect("it is back");
+        bench
+            .cluster
+            .wait_alive(agent)
+            .await
+            .expect("it is alive again");
     }
-    // (The store has another leader first.)
+    // The store has a new leader first.
     wait_for("its parts are changed", || async {
         let (done, _) = bench.keel(&["span", "m", "--nodes", "b,b,c"]);
         done.then_some(())
@@ -720,7 +727,7 @@ async fn parts_come_and_go_while_it_runs() {
     let mut nodes = on();
     nodes.sort();
     assert_eq!(nodes, ["a", "b", "b", "c"]);
-    // What replaces another one gets its threads.
+    // A replacement gets the threads of the part that it replaces.
     bench.does(&["move", "m/thread/4", "--to", "c"]);
     wait_for("it is there", || async { (threads("c") > 0).then_some(()) })
         .await
@@ -747,8 +754,8 @@ async fn parts_come_and_go_while_it_runs() {
     assert_eq!(outputs[0], outputs[1]);
 }
 
-/// Who is lost while a part comes, or has gone: the machine goes on with the parts that it
-/// has, or, where that was its home, ends as at any time.
+/// Losses while a part is added, or after one was removed: the machine continues with its parts,
+/// or, if its home was lost, ends as at any time.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_lost_while_parts_come_and_go() {
     let folder = folder();
@@ -773,11 +780,15 @@ async fn who_is_lost_while_parts_come_and_go() {
     })
     .await
     .expect("no part");
-    // The owner's agent: nobody lets the new one join, and it ends.
+    // The owner's agent: the new part never joins, and it ends.
     order("parts.known", Some("kill")).await;
     let (done, text) = bench.keel(&["span", "m", "--nodes", "b,c"]);
     assert!(!done, "{text}");
-    bench.cluster.wait_alive("a").await.expect("it is back");
+    bench
+        .cluster
+        .wait_alive("a")
+        .await
+        .expect("it is alive again");
     wait_for("nothing of it is left", || async {
         (bench.cluster.parts_of("c") == 0).then_some(())
     })
@@ -791,7 +802,7 @@ async fn who_is_lost_while_parts_come_and_go() {
     .expect("parts");
     assert_eq!(has(), ["a", "b"]);
     assert_eq!(bench.inspect("m").await.status, "running");
-    // Again, and it works. (The store has another leader first.)
+    // A second attempt succeeds. The store has a new leader first.
     wait_for("it has parts on both", || async {
         let (done, _) = bench.keel(&["span", "m", "--nodes", "b,c"]);
         done.then_some(())
@@ -799,13 +810,13 @@ async fn who_is_lost_while_parts_come_and_go() {
     .await
     .expect("parts");
     assert_eq!(has(), ["a", "b", "c"]);
-    // The answer is lost: what was done is seen.
+    // The answer is lost: the result is visible.
     order("parts.gone", Some("error")).await;
     bench.fails(&["span", "m", "--nodes", "c"], "parts.gone");
     order("parts.gone", None).await;
     assert_eq!(has(), ["a", "c"]);
     bench.does(&["span", "m", "--nodes", "b,c"]);
-    // The home: so ends the machine, and with it all its parts.
+    // The home: the machine ends, with all its parts.
     order("parts.gone", Some("kill")).await;
     bench.fails(
         &["span", "m", "--nodes", "c"],
@@ -819,14 +830,13 @@ async fn who_is_lost_while_parts_come_and_go() {
     bench.no_parts().await;
 }
 
-/// Memory is given away: it is there, and not where it was; and it comes back when it is
-/// used.
+/// Memory moves: it is present at the target only, and returns when it is used.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_is_given_to_other_nodes() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
     let module = guest("writer");
-    // (48 MiB, of which it writes and checks a little all the time.)
+    // 48 MiB, of which it continuously writes and checks a little.
     run(&bench, &Guest::new("m", "a", &module, &["48", "1"])).await;
     bench.does(&["span", "m", "--nodes", "b"]);
     let objects = || -> Vec<ObjectInfo> {
@@ -851,12 +861,12 @@ async fn memory_is_given_to_other_nodes() {
     let before = held("a");
     let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
     assert!(said.contains("32.0"), "{said}");
-    // (What it writes and checks comes back, page by page.)
+    // Pages that it writes and checks return one by one.
     let (home, member, there) = (held("a"), held("b"), on("b"));
     assert!(there > 1 << 20, "{there}");
     assert!(member > 1 << 20, "{member}");
     assert!(home < before, "{home} of {before}");
-    // The node where it is knows who has it, also what has come back.
+    // The directory is on the node that holds the memory, also for pages that returned.
     wait_for("its directory is there, too", || async {
         let known = objects().into_iter();
         let known = known.filter(|object| object.directory == "b");
@@ -868,26 +878,26 @@ async fn memory_is_given_to_other_nodes() {
     assert!(said.contains("moves of threads"), "{said}");
     bench.does(&["unspan", "m"]);
     bench.no_parts().await;
-    // It checked all of it meanwhile, and goes on.
+    // It has checked all of it meanwhile, and continues.
     let output = bench.cluster.output("a", "m").await.expect("output");
     let lines = check_numbered(&output, 0).expect("none missing");
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let output = bench.cluster.output("a", "m").await.ok()?;
         (check_numbered(&output, 0).ok()? > lines + 3).then_some(())
     })
     .await
-    .expect("it goes on");
+    .expect("it continues");
     assert_eq!(bench.inspect("m").await.status, "running");
     bench.does(&["kill", "m"]);
 }
 
-/// A program that names its memory, and says what its threads like: both are seen, survive
-/// a move and a checkpoint, and what is named moves by its name.
+/// A program that names its memory, and the preferences of its threads: both are reported, survive
+/// a move and a checkpoint, and named objects move by name.
 #[tokio::test(flavor = "multi_thread")]
 async fn objects_have_names() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
-    // 1 MiB each from 1 MiB on; a thread likes the second.
+    // 1 MiB each from 1 MiB on; a thread prefers the second.
     let text = r#"(module
         (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
         (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
@@ -931,13 +941,13 @@ async fn objects_have_names() {
         (nodes_of("rows") == [("a".into(), 1024)] && likes()).then_some(())
     })
     .await
-    .expect("they have");
+    .expect("all have them");
     bench.does(&["span", "m", "--nodes", "b"]);
     let said = bench.does(&["move", "m/objects/rows", "--to", "b"]);
     assert!(said.contains("1.00 MiB"), "{said}");
     assert_eq!(nodes_of("rows"), [("b".into(), 1024)]);
     assert_eq!(nodes_of("cache").first().map(|it| it.0.as_str()), Some("a"));
-    // All of it, by parts; and the largest piece only.
+    // All of it, by parts; and the largest object only.
     let parts = bench.does(&["-o", "name", "objects", "m", "--summary"]);
     assert_eq!(parts.lines().collect::<Vec<_>>(), ["0", "1"]);
     let text = bench.does(&["-o", "json", "objects", "m", "--by", "bytes", "--top", "1"]);
@@ -949,7 +959,7 @@ async fn objects_have_names() {
     bench.fails(&["move", "m/objects/columns", "--to", "b"], "calls nothing");
     bench.fails(&["move", "m/objects/-x", "--to", "b"], "neither a range");
     bench.fails(&["move", "m/objects/rows", "--to", "c"], "no part on");
-    // Names go where the machine goes.
+    // Names move with the machine.
     bench.does(&["unspan", "m"]);
     bench.does(&["move", "m", "--to", "c"]);
     assert_eq!(nodes_of("rows"), [("c".into(), 1024)]);
@@ -963,7 +973,7 @@ async fn objects_have_names() {
     bench.does(&["kill", "m"]);
 }
 
-/// Two threads on two nodes add to two words in one page, and both to one in another.
+/// Two threads on two nodes increment two words in one page, and both one word in another.
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_that_are_shared_falsely_are_told_apart() {
     let folder = folder();
@@ -991,12 +1001,12 @@ async fn pages_that_are_shared_falsely_are_told_apart() {
         let text = bench.does(&["-o", "json", "objects", "m"]);
         serde_json::from_str(&text).expect("JSON")
     };
-    // Alone nobody waits for anything.
+    // On one node there are no waits.
     let alone = objects();
     assert!(alone.iter().all(|it| (it.waits, it.shared_pages) == (0, 0)));
     bench.does(&["span", "m", "--nodes", "b"]);
     bench.does(&["move", "m/thread/2", "--to", "b"]);
-    // (One page each: how many are shared, how many of them falsely.)
+    // One page each: the number of shared and of falsely shared ones.
     let told = |at: u64| {
         let object = objects().into_iter().find(|it| {
             let range = object_range(&it.range).expect("a range");
@@ -1022,8 +1032,8 @@ async fn pages_that_are_shared_falsely_are_told_apart() {
     bench.does(&["kill", "m"]);
 }
 
-/// Whatever part is lost, at whatever moment: the machine ends by the name of what was
-/// lost, begins anew where that is its policy, and no process is left behind.
+/// The loss of any part at any moment: the machine ends with the name of the lost part, restarts
+/// if its policy says so, and no process remains.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_part_is_the_machines_end() {
     let folder = folder();
@@ -1042,14 +1052,14 @@ async fn a_lost_part_is_the_machines_end() {
         "{message}"
     );
     bench.no_parts().await;
-    // Its home: what was elsewhere goes with it.
+    // Its home: the other parts end with it.
     let mut again = Guest::new("again", "a", &module, &args);
     again.restart = Restart::OnFailure;
     run(&bench, &again).await;
     bench.does(&["span", "again", "--nodes", "b,c"]);
     bench.cluster.kill_worker("a", "again").expect("a worker");
     bench.no_parts().await;
-    // It begins anew; and once more, when a member stands still while it is to span.
+    // It restarts; and once more, while a member is stopped during the start.
     wait_for("it runs again", || async {
         let info = bench.inspect("again").await;
         (info.status == "running" && info.restarts == 1).then_some(())
@@ -1073,7 +1083,7 @@ async fn a_lost_part_is_the_machines_end() {
         bench.cluster.wake("c");
     };
     let (spans, ()) = tokio::join!(spans, wakes);
-    // (It may have waited, or have given that node up; it is whole in both cases.)
+    // It may have waited, or have replaced that node; it is complete in both cases.
     let spans = spans.expect("a task").expect("keel runs").status.success();
     let parts = bench.parts("again").parts.len();
     assert_eq!(parts, if spans { 3 } else { 1 });
@@ -1082,7 +1092,7 @@ async fn a_lost_part_is_the_machines_end() {
     bench.no_parts().await;
 }
 
-/// A node is cut off, without a word: both sides notice in time, and end what they have.
+/// A node is disconnected silently: both sides detect it in time, and end their parts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_cut_off_is_a_lost_part() {
     let network = match Network::new(&NODES) {

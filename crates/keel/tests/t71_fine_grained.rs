@@ -1,6 +1,5 @@
-//! Machines that may have parts, in clusters whose nodes have quotas: they get them by
-//! themselves, their threads and their memory go where there is room, and every decision
-//! says why.
+//! Machines that may have parts, in clusters whose nodes have quotas: balancing gives them parts,
+//! their threads and their memory move to free capacity, and every decision is explained.
 
 use keel_api::{LedgerInfo, ObjectInfo, PartsInfo};
 use keel_balance::fine_grained::Action;
@@ -35,7 +34,7 @@ async fn start(folder: &Path, policy: &[(&str, &str)]) -> LocalCluster {
     cluster
 }
 
-/// The lines of a program that runs alone.
+/// The lines of a program that runs on one node.
 fn alone(name: &str, args: &[&str]) -> Vec<String> {
     let mut command = Command::new(KEEL);
     let output = command
@@ -70,7 +69,7 @@ async fn memory(cluster: &LocalCluster, machine: &str) -> BTreeMap<String, u64> 
     let path = format!("/v1/machines/{machine}/objects");
     let objects: Vec<ObjectInfo> = match cluster.client("a").get(&path).await {
         Ok(objects) => objects,
-        // It is on one node yet.
+        // It is still on one node.
         Err(_) => return BTreeMap::new(),
     };
     let mut memory: BTreeMap<String, u64> = BTreeMap::new();
@@ -115,8 +114,8 @@ fn folder() -> tempfile::TempDir {
     folder.expect("a folder")
 }
 
-/// A renderer presses its node alone: it gets parts, its threads go there, its pictures
-/// stay the same; when a node is drained its part goes, and it works on.
+/// A renderer overloads its node: it gets parts, its threads move there, its pictures stay the
+/// same; when a node is drained its part leaves, and the renderer continues.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_program_outgrows_its_node_by_itself() {
     let _alone = ALONE.lock().await;
@@ -169,8 +168,8 @@ async fn a_program_outgrows_its_node_by_itself() {
     let again = alone("render", &["2", "480", "320", "3", &first.to_string()]);
     assert_eq!(drawn[first..], again);
 
-    // One of them is emptied: no part may be there. (Its home may have moved before it got
-    // any: an agent that does not know of them yet moves it as a whole.)
+    // One of them is drained: no part may be there. Its home may have moved before it got any: an
+    // agent that does not know of them yet moves it as a whole.
     let parts_now = parts(&cluster, "render").await.parts;
     let mut stay: Vec<String> = parts_now.into_iter().map(|part| part.node).collect();
     let at = (1..stay.len()).rfind(|at| stay[*at] != "a");
@@ -196,7 +195,7 @@ async fn a_program_outgrows_its_node_by_itself() {
     cluster.end("a", "render").await.expect("it ends");
 }
 
-/// Two threads on two nodes that take a page from each other all the time come together.
+/// Two threads on two nodes that contend for one page are moved together.
 #[tokio::test(flavor = "multi_thread")]
 async fn threads_that_share_pages_are_brought_together() {
     let _alone = ALONE.lock().await;
@@ -248,12 +247,12 @@ async fn threads_that_share_pages_are_brought_together() {
     .await
     .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["threads", "pair"])));
     let threads = said(&cluster, &["threads", "pair"]);
-    assert!(threads.contains("STOOD FOR"), "{threads}");
+    assert!(threads.contains("WAITED FOR"), "{threads}");
     cluster.end("a", "pair").await.expect("it ends");
 }
 
-/// A machine that a person let span leaves a node that is drained, whatever the policy
-/// is, and keeps its other parts, with the threads that were there.
+/// A machine that a user made span leaves a node that is drained, under any policy, and keeps its
+/// other parts, with the threads of the drained one.
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_leave_a_node_that_is_drained() {
     let _alone = ALONE.lock().await;
@@ -283,14 +282,14 @@ async fn parts_leave_a_node_that_is_drained() {
     cluster.end("a", "m").await.expect("it ends");
 }
 
-/// More memory than a part keeps: it gets parts, and what it does not use goes there.
+/// More memory than the limit of a part: it gets parts, and its unused memory moves there.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_that_rests_goes_where_it_fits() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let cluster = start(folder.path(), &[("mode", "automatic")]).await;
     let module = guest("writer");
-    // 60 MiB, of which it writes and checks a little all the time.
+    // 60 MiB, of which it continuously writes and checks a little.
     let mut hot = Guest::new("hot", "a", &module, &["60", "1"]);
     hot.balancing.parts_max = Some(3);
     hot.balancing.part_memory_bytes = Some(28 << 20);
@@ -305,8 +304,8 @@ async fn memory_that_rests_goes_where_it_fits() {
     let given = decided
         .iter()
         .filter(|(_, action, _)| matches!(action, Action::Objects { .. }));
-    // (Where it was told what its parts keep before it had any, as one that moved was, they
-    // give it away themselves.)
+    // If it knew the limit of its parts before it had any, as one that moved does, they evict by
+    // themselves.
     let parts: PartsInfo = cluster
         .client("a")
         .get("/v1/machines/hot/parts")
@@ -322,23 +321,22 @@ async fn memory_that_rests_goes_where_it_fits() {
             .all(|(_, _, why)| why.contains("limit of 28.0 MiB")),
         "{decided:?}"
     );
-    // (Each is rounded down.)
+    // Each is rounded down.
     assert!(memory.values().sum::<u64>() >= 57, "{memory:?}");
-    // (It checks each page that it comes by: it goes on, or has ended.)
+    // It checks each page that it visits: it continues, or has ended.
     let lines = cluster
         .output("a", "hot")
         .await
         .expect("output")
         .lines()
         .count();
-    wait_for("it goes on", || async {
+    wait_for("it continues", || async {
         let now = cluster.output("a", "hot").await.ok()?.lines().count();
         (now > lines + 10).then_some(())
     })
     .await
-    .expect("it goes on");
-    // What it keeps can be changed meanwhile: no part has more within a moment, copies
-    // included.
+    .expect("it continues");
+    // Its limit can be changed meanwhile: no part exceeds it after a moment, copies included.
     said(&cluster, &["set", "hot", "--part-memory", "24M"]);
     let most = 24 << 20;
     wait_for("no part has more than that", || async {
@@ -355,8 +353,8 @@ async fn memory_that_rests_goes_where_it_fits() {
     cluster.end("a", "hot").await.expect("it ends");
 }
 
-/// Where nothing is to be done by itself, it is said what would be, once; and a machine
-/// that is to have parts from its beginning has them.
+/// With balancing in suggest mode, the decision is reported, once; and a machine that is to have
+/// parts from its beginning has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_suggested_is_not_done() {
     let _alone = ALONE.lock().await;
@@ -387,7 +385,7 @@ async fn what_is_suggested_is_not_done() {
     let decided = grains(&cluster).await;
     let suggested = decided.iter().filter(|(mode, ..)| *mode == Mode::Suggest);
     assert_eq!(suggested.count(), 1, "{decided:?}");
-    // Bad input.
+    // Invalid input.
     for (args, with) in [
         (&["run", "--spawn", "here", "x.wasm"][..], "--max-parts"),
         (&["set", "eager", "--max-parts", "1"], "2 to 64"),

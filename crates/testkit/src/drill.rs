@@ -31,7 +31,7 @@ enum Trigger {
 }
 
 /// The operation that passes a failpoint, and the failpoints that it needs before.
-fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
+fn trigger_for(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
     let kind = name.split('.').next().unwrap_or_default();
     match (kind, name) {
         (_, "move.settle" | "move.settled") => (Trigger::Move, &[("move.committed", "error")]),
@@ -106,7 +106,7 @@ impl Drill<'_> {
         guest.balancing.part_memory_bytes = self.part_memory_bytes;
         guest.balancing.parts_max = self.part_memory_bytes.map(|_| 3);
         self.cluster.run(&guest).await?;
-        self.goes_on(0).await?;
+        self.wait_running(0).await?;
         self.checkpoint().await?;
         Ok(())
     }
@@ -165,7 +165,7 @@ impl Drill<'_> {
     }
 
     /// Waits until the machine runs on one node only and continues to write.
-    async fn goes_on(&self, lines: u64) -> Result<String> {
+    async fn wait_running(&self, lines: u64) -> Result<String> {
         let runs = wait_for(&format!("{} runs again", self.machine), || async {
             let info = self.info().await?;
             let settled = self.nodes.iter().all(|node| {
@@ -209,12 +209,12 @@ impl Drill<'_> {
     /// # Errors
     /// The violated condition, or that the failpoint was not passed.
     pub async fn run(&self, failpoint: &Failpoint, order: Injection) -> Result<Outcome> {
-        let source = self.goes_on(0).await?;
+        let source = self.wait_running(0).await?;
         if self.spans {
             self.span().await?;
         }
         let before = self.evidence()?;
-        let (trigger, ways) = way_to(failpoint.name);
+        let (trigger, ways) = trigger_for(failpoint.name);
         let at = self.place(failpoint.site, &source).to_owned();
         let passed = self.cluster.failpoints_passed(&at).len();
         let mut orders = vec![(failpoint.name, order.to_string())];
@@ -263,7 +263,7 @@ impl Drill<'_> {
             self.order(node, name, None).await?;
         }
         let lines = self.evidence()?.lines;
-        self.goes_on(lines.max(before.lines)).await?;
+        self.wait_running(lines.max(before.lines)).await?;
         let recovery = fault.elapsed();
         let after = self.evidence()?;
         let rewinds = after.rewinds - before.rewinds;
@@ -355,7 +355,7 @@ fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {
             // A part of it is still at the source.
             || trigger == Trigger::PostCopy && failpoint.site.is_worker()
             || WENT_ON.contains(&failpoint.name));
-    let lost_there = way_to(failpoint.name)
+    let lost_there = trigger_for(failpoint.name)
         .1
         .iter()
         .any(|(name, order)| WENT_ON.contains(name) && *order == "kill");

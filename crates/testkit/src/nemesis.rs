@@ -223,7 +223,7 @@ impl Nemesis {
             owners: vec![String::new(); MACHINES.len()],
             tally: Arc::default(),
         };
-        nemesis.all_go_on().await?;
+        nemesis.wait_all_running().await?;
         for (name, _) in MACHINES {
             nemesis.checkpoint(name).await?;
         }
@@ -248,12 +248,12 @@ impl Nemesis {
     }
 
     /// Waits until each machine runs on one node and has written more.
-    async fn all_go_on(&mut self) -> Result<()> {
+    async fn wait_all_running(&mut self) -> Result<()> {
         for (number, (name, _)) in MACHINES.iter().enumerate() {
             let lines = self.told[number].lines;
             let cluster = &self.cluster;
             let inspect = || async { cluster.inspect(NODES[0], name).await.ok() };
-            let runs = wait_for(&format!("{name} goes on"), || async {
+            let runs = wait_for(&format!("{name} continues"), || async {
                 let info: MachineInfo = inspect().await?;
                 let one = NODES.iter().all(|node| {
                     let expected = usize::from(*node == info.node);
@@ -370,7 +370,7 @@ impl Nemesis {
     }
 
     /// Injects a fault, if its object exists.
-    async fn break_it(&mut self, fault: &Fault) {
+    async fn inject(&mut self, fault: &Fault) {
         match fault {
             Fault::Nothing => {}
             Fault::Failpoint(node, name, order) => {
@@ -423,7 +423,7 @@ impl Nemesis {
         }
     }
 
-    async fn mend(&mut self, fault: &Fault) -> Result<()> {
+    async fn repair(&mut self, fault: &Fault) -> Result<()> {
         match fault {
             Fault::Nothing | Fault::KillAgent(_) | Fault::KillWorker(..) => {}
             Fault::Failpoint(node, name, _) => {
@@ -475,7 +475,7 @@ impl Nemesis {
         };
         let wait = Duration::from_millis(self.random.random_range(0..120));
         if first {
-            self.break_it(&fault).await;
+            self.inject(&fault).await;
         }
         let mut what = Vec::new();
         let mut tasks = tokio::task::JoinSet::new();
@@ -519,7 +519,7 @@ impl Nemesis {
         }
         if !first {
             tokio::time::sleep(wait).await;
-            self.break_it(&fault).await;
+            self.inject(&fault).await;
         }
         if let Fault::KillInDoubt(node, machine) = &fault {
             self.kill_in_doubt(node, machine, passed).await;
@@ -533,7 +533,7 @@ impl Nemesis {
             let ms = self.random.random_range(1..most);
             tokio::time::sleep(Duration::from_millis(ms)).await;
         }
-        self.mend(&fault)
+        self.repair(&fault)
             .await
             .with_context(|| format!("{fault:?}"))?;
         let mended = Instant::now();
@@ -559,7 +559,7 @@ impl Nemesis {
                 self.told[number] = told;
             }
         }
-        self.all_go_on()
+        self.wait_all_running()
             .await
             .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
         let settled = mended.elapsed().as_millis() as u64;

@@ -38,7 +38,7 @@ pub(super) fn checks(
             "settings",
             "the agent does not start without them",
             error.to_string(),
-            "Restore the file from a copy, or let the node join anew in an empty folder.",
+            "Restore the file from a copy, or join the cluster again with an empty folder.",
         ));
     }
     let known = known.ok().flatten();

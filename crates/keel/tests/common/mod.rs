@@ -1,4 +1,4 @@
-//! Running `keel wasm` on the guests of `guests/`.
+//! Runs `keel wasm` on the guests of `guests/`.
 
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// After so long a program hangs.
+/// Time limit after which a program counts as blocked.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// How a program is run.
@@ -31,7 +31,7 @@ pub(crate) struct Finished {
     pub(crate) stdout: String,
     pub(crate) stderr: String,
     pub(crate) code: Option<i32>,
-    /// As `--shake` counts them.
+    /// The number of captures that `--shake` reports.
     pub(crate) captures: u64,
 }
 
@@ -41,12 +41,12 @@ pub(crate) fn keel() -> Command {
     command
 }
 
-/// `keel wasm OPTIONS GUEST ARGS` to its end.
+/// Runs `keel wasm OPTIONS GUEST ARGS` to its end.
 pub(crate) fn run(options: &[&str], name: &str, args: &[&str]) -> Finished {
     finish(keel().args(options).arg(guest(name)).args(args))
 }
 
-/// Kills a child that the test leaves behind.
+/// Kills a child process on drop.
 pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {

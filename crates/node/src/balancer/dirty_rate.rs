@@ -15,17 +15,17 @@ const FIRST_AFTER: Duration = Duration::from_secs(10);
 
 /// Measurements of a machine that runs here.
 #[derive(Debug)]
-struct RateMeasurement {
+struct DirtyRate {
     bytes_per_s: f64,
     due: Instant,
 }
 
 /// Dirty rates of the machines of this node.
 #[derive(Debug, Clone, Default)]
-pub(super) struct DirtyRates(Arc<Mutex<HashMap<MachineName, RateMeasurement>>>);
+pub(super) struct DirtyRates(Arc<Mutex<HashMap<MachineName, DirtyRate>>>);
 
 impl DirtyRates {
-    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, RateMeasurement>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, DirtyRate>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -39,7 +39,7 @@ impl DirtyRates {
         let mut table = self.table();
         table.retain(|machine, _| here.contains(machine));
         for machine in here {
-            table.entry(machine.clone()).or_insert(RateMeasurement {
+            table.entry(machine.clone()).or_insert(DirtyRate {
                 bytes_per_s: 0.0,
                 due: now + FIRST_AFTER,
             });
@@ -50,11 +50,11 @@ impl DirtyRates {
     }
 
     /// Records a measurement; a failed one leaves the earlier value.
-    pub(super) fn looked(&self, machine: &MachineName, bytes_per_s: Option<f64>, now: Instant) {
-        if let Some(looked) = self.table().get_mut(machine) {
-            looked.bytes_per_s = bytes_per_s.unwrap_or(looked.bytes_per_s);
+    pub(super) fn record(&self, machine: &MachineName, bytes_per_s: Option<f64>, now: Instant) {
+        if let Some(rate) = self.table().get_mut(machine) {
+            rate.bytes_per_s = bytes_per_s.unwrap_or(rate.bytes_per_s);
             // A machine that could not be measured may still be arriving.
-            looked.due = now + bytes_per_s.map_or(FIRST_AFTER, |_| AGAIN_AFTER);
+            rate.due = now + bytes_per_s.map_or(FIRST_AFTER, |_| AGAIN_AFTER);
         }
     }
 }
@@ -72,22 +72,22 @@ mod tests {
         assert_eq!(writes.next(&here, now), None, "they just came");
         now += FIRST_AFTER;
         let first = writes.next(&here, now).unwrap();
-        writes.looked(&first, Some(7.0), now);
+        writes.record(&first, Some(7.0), now);
         now += EVERY;
         let second = writes.next(&here, now).unwrap();
         assert_ne!(first, second);
-        writes.looked(&second, None, now);
+        writes.record(&second, None, now);
         assert_eq!((writes.of(&first), writes.of(&second)), (7.0, 0.0));
         assert_eq!(writes.next(&here, now), None);
         now += FIRST_AFTER;
         assert_eq!(writes.next(&here, now), Some(second.clone()), "once more");
-        writes.looked(&second, Some(3.0), now);
+        writes.record(&second, Some(3.0), now);
         assert_eq!(writes.next(&here, now), None);
         now += AGAIN_AFTER;
-        writes.looked(&second, Some(3.0), now);
+        writes.record(&second, Some(3.0), now);
         assert_eq!(writes.next(&here, now), Some(first.clone()));
         // A failed measurement keeps the earlier value.
-        writes.looked(&first, None, now);
+        writes.record(&first, None, now);
         assert_eq!(writes.of(&first), 7.0);
         // One that left is forgotten.
         assert_eq!(writes.next(&[second], now + EVERY), None);

@@ -27,11 +27,11 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
         let Some(worker) = handle.processes.machines.get(&machine) else {
             continue;
         };
-        let looked: Result<Activity, _> = worker.ask(kind::ACTIVITY, &(), PATIENCE).await;
-        let looked = looked.inspect_err(|error| {
+        let activity: Result<Activity, _> = worker.ask(kind::ACTIVITY, &(), PATIENCE).await;
+        let activity = activity.inspect_err(|error| {
             tracing::debug!(%machine, %error, "the dirty rate was not measured");
         });
-        let bytes_per_s = looked.ok().map(|it| it.bytes_per_s() as f64);
-        rates.looked(&machine, bytes_per_s, Instant::now());
+        let bytes_per_s = activity.ok().map(|it| it.bytes_per_s() as f64);
+        rates.record(&machine, bytes_per_s, Instant::now());
     }
 }

@@ -198,7 +198,7 @@ impl Ledger {
     fn look_back(
         &self,
         among: usize,
-        mut goes_on: impl FnMut(Line) -> bool,
+        mut continues: impl FnMut(Line) -> bool,
     ) -> Result<(), redb::Error> {
         // Before the database: a line that is written meanwhile appears in both, under the same
         // number.
@@ -206,7 +206,7 @@ impl Ledger {
         let written_before = unwritten.first().map_or(u64::MAX, |(number, _)| *number);
         let mut left = among;
         for (_, line) in unwritten.into_iter().rev() {
-            if left == 0 || !goes_on(line) {
+            if left == 0 || !continues(line) {
                 return Ok(());
             }
             left -= 1;
@@ -219,7 +219,7 @@ impl Ledger {
             let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
                 continue;
             };
-            if !goes_on(line) {
+            if !continues(line) {
                 break;
             }
         }

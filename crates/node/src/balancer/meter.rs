@@ -49,7 +49,7 @@ pub(super) struct Measured {
 
 /// State of a machine that runs here.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Runs {
+pub(super) struct RunningMachine {
     /// Limit of its CPU time, in cores.
     pub(super) cores_max: Option<f64>,
     /// Bytes a second that it writes.
@@ -61,7 +61,10 @@ impl Measured {
     /// here. Other processes are copies that do not run here yet or any more: their memory counts,
     /// but not their CPU time, which is from before the move. Otherwise a node would seem loaded
     /// by a machine that it has just moved away, and move more away.
-    pub(super) fn sample(self, runs: impl Fn(&MachineName) -> Option<Runs>) -> NodeSample {
+    pub(super) fn sample(
+        self,
+        runs: impl Fn(&MachineName) -> Option<RunningMachine>,
+    ) -> NodeSample {
         let mut base = self.base;
         let mut machines = Vec::with_capacity(self.machines.len());
         for (machine, (mut factors, usage)) in self.machines {
@@ -123,7 +126,7 @@ struct Counters {
 
 /// The measurement of a working set in progress.
 #[derive(Debug)]
-struct Touched {
+struct WorkingSetScan {
     since: Instant,
     bytes: Option<u64>,
 }
@@ -140,7 +143,7 @@ struct Host {
 pub(super) struct Meter {
     dir: StateDir,
     previous: HashMap<u32, Counters>,
-    touched: HashMap<u32, Touched>,
+    touched: HashMap<u32, WorkingSetScan>,
     own: Counters,
     host: Host,
     pressure: Pressure,
@@ -291,7 +294,7 @@ impl Meter {
         let bytes = known.then(|| referenced_bytes(&process)).flatten();
         // 1 clears the bits of all pages.
         let forgotten = std::fs::write(process.join("clear_refs"), "1").is_ok();
-        let touched = Touched {
+        let touched = WorkingSetScan {
             since: Instant::now(),
             bytes: bytes.filter(|_| forgotten),
         };
@@ -612,7 +615,7 @@ mod tests {
             traffic: Vec::new(),
         };
         let sample = measured.sample(|machine| {
-            (machine.as_str() == "here").then_some(Runs {
+            (machine.as_str() == "here").then_some(RunningMachine {
                 cores_max: Some(1.0),
                 dirty_bytes_per_s: 5.0,
             })

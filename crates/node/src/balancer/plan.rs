@@ -391,7 +391,7 @@ async fn take_role(handle: &NodeBalancer) -> Result<Key, CommandError> {
     let key = Key::Lease(role);
     let Some(lease) = *handle.context.lease.borrow() else {
         return Err(CommandError::Unavailable(
-            "this node has no lease just now".into(),
+            "this node has no lease at present".into(),
         ));
     };
     let txn = Txn::new().when_absent(key.clone()).put_leased(

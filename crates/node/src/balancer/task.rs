@@ -6,7 +6,7 @@ use super::constraints::Snapshot;
 use super::declared_load::promised;
 use super::handle::{Inbox, Input, NodeBalancer};
 use super::ledger_transfer::{send_along, send_ledger_lines};
-use super::meter::{Measured, Meter, Runs};
+use super::meter::{Measured, Meter, RunningMachine};
 use super::peers::ask;
 use super::policy::follow_policy;
 use super::{compile_ahead, dirty_rate_sampler, drain, fine_grained, speed};
@@ -259,7 +259,7 @@ impl Task {
             .unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut measured.traffic);
         measured.sample(|machine| {
             let placed = self.handle.placements.get(machine.as_str())?;
-            (placed.live && placed.owner == self.handle.context.name).then(|| Runs {
+            (placed.live && placed.owner == self.handle.context.name).then(|| RunningMachine {
                 cores_max: placed.cores_max,
                 dirty_bytes_per_s: self.handle.dirty_rates.of(machine),
             })

@@ -104,7 +104,7 @@ pub(super) async fn lost_on_arrival(
         let gone = since.is_some_and(|since| since.elapsed() > GONE_PATIENCE);
         if gone || source_holds(machines, machine, from).await == Some(false) {
             let reason = format!(
-                "its worker process was lost just after it arrived, and {from} has no copy any more"
+                "its worker process was lost just after it arrived, and {from} no longer has a copy"
             );
             return record_end(machines, machine, epoch, Status::Failed { reason }).await;
         }

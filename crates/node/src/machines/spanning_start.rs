@@ -78,7 +78,7 @@ pub(super) async fn placed(
             here >> 20
         ));
     }
-    let wanted = Wanted {
+    let wanted = Requirements {
         bytes,
         part_bytes,
         parts_max: balancing.parts_max.map_or(PARTS_MAX, |most| most as usize),
@@ -144,7 +144,7 @@ async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String>
 
 /// Requirements of a machine that is larger than a node.
 #[derive(Debug, Clone, Copy)]
-struct Wanted {
+struct Requirements {
     /// Its bytes in memory.
     bytes: u64,
     /// The most that a part keeps.
@@ -153,7 +153,7 @@ struct Wanted {
     parts_max: usize,
 }
 
-impl Wanted {
+impl Requirements {
     /// The nodes with most room, until the total has room for the machine and its growth. Only the
     /// home exceeds the limit of a part, and only if the others have no room.
     fn choose(
@@ -248,7 +248,11 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn chosen(wanted: Wanted, home: u64, others: &[(&str, u64)]) -> Result<Vec<String>, String> {
+    fn chosen(
+        wanted: Requirements,
+        home: u64,
+        others: &[(&str, u64)],
+    ) -> Result<Vec<String>, String> {
         let name = |text: &str| NodeName::new(text).unwrap();
         let others = others.iter().map(|(node, room)| (name(node), room * MIB));
         let chosen = wanted.choose((&name("a"), home * MIB), others.collect());
@@ -257,7 +261,7 @@ mod tests {
 
     #[test]
     fn the_nodes_with_most_room_are_taken_until_there_is_some_more() {
-        let wanted = Wanted {
+        let wanted = Requirements {
             bytes: 320 * MIB,
             part_bytes: None,
             parts_max: PARTS_MAX,
@@ -280,7 +284,7 @@ mod tests {
 
     #[test]
     fn what_parts_are_to_keep_is_no_bound_but_their_number_and_room_are() {
-        let wanted = Wanted {
+        let wanted = Requirements {
             bytes: 100 * MIB,
             part_bytes: Some(20 * MIB),
             parts_max: 3,
@@ -292,7 +296,7 @@ mod tests {
         let why = chosen(wanted, 50, &all).unwrap_err();
         assert!(why.contains("its 3 parts at most"), "{why}");
         assert!(why.contains("a part keeps 20"), "{why}");
-        let wider = Wanted {
+        let wider = Requirements {
             parts_max: 4,
             ..wanted
         };

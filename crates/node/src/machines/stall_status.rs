@@ -39,10 +39,10 @@ async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<Str
     let paused = full.map(|path| {
         // A worker reports the full folder by its path, or another reason in a sentence.
         if !path.starts_with('/') {
-            return format!("{path}: it goes on by itself when that is mended");
+            return format!("{path}: the machine continues by itself when the cause is removed");
         }
         format!(
-            "the disk of {} is full ({path}): it goes on by itself when there is room; \
+            "the disk of {} is full ({path}): it continues by itself when there is room; \
              or move it away (`keel move {machine} --to NODE`)",
             machines.context.name
         )

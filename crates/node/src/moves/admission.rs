@@ -191,7 +191,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
 /// commit impossible.
 async fn reserve(moves: &Arc<Moves>, source: &NodeName, offer: &Offer) -> Result<(), String> {
     let lease = (*moves.context.lease.borrow())
-        .ok_or("this node has no lease in the store just now; try again")?;
+        .ok_or("this node has no lease in the store at present; try again")?;
     let reservation = Reservation {
         source: source.clone(),
         bytes: offer.memory_pages.iter().sum::<u64>() << 16,

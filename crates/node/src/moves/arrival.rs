@@ -59,7 +59,7 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
         .map_err(|error| error.to_string())?
         .is_committed();
     passed("arrival.settled").await?;
-    if !taken && goes_on(moves, machine, &worker, &state).await? {
+    if !taken && resume_if_committed(moves, machine, &worker, &state).await? {
         return Ok(());
     }
     drop_copy(moves, machine, &worker).await
@@ -87,7 +87,7 @@ async fn drop_copy(
 
 /// Resumes an arrival whose reservation is gone, if the record shows that the commit of its move
 /// has won. False if it can never win.
-async fn goes_on(
+async fn resume_if_committed(
     moves: &Arc<Moves>,
     machine: &MachineName,
     worker: &Worker,

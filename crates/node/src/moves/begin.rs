@@ -148,7 +148,7 @@ pub(crate) async fn begin(
 /// Takes over a committed move whose agent has died. The frozen copy is kept until the target
 /// reports that the machine runs, or the machine is taken back. `record` is the state that the
 /// commit wrote.
-pub(crate) async fn take_up(moves: &Arc<Moves>, record: Record, worker: Worker, post_copy: bool) {
+pub(crate) async fn take_over(moves: &Arc<Moves>, record: Record, worker: Worker, post_copy: bool) {
     let target = record.owner.clone();
     let epoch = Epoch {
         counter: record.epoch.counter.saturating_sub(1),
@@ -189,7 +189,7 @@ pub(crate) async fn take_up(moves: &Arc<Moves>, record: Record, worker: Worker, 
         spans: false,
         placement: None,
     };
-    driver.carry_on(commands.into()).await;
+    driver.run_commands(commands.into()).await;
     moves.processes.exclusion.moves().remove(&machine);
     ends.over.send_replace(true);
 }

@@ -1,7 +1,7 @@
 //! Recovers moves that an earlier agent of this node began: withdraws its offers, and takes back
 //! the machine that it was moving away, or continues the move.
 
-use super::begin::take_up;
+use super::begin::take_over;
 use super::handle::Moves;
 use super::offer::{WITHDRAW, needs_copy};
 use crate::events::Note;
@@ -86,7 +86,7 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
                 let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
                 moves.context.events.record(taken_up.under(record.epoch));
                 let post_copy = worker.report().await.is_ok_and(|report| report.post_copy);
-                take_up(moves, record, worker, post_copy).await;
+                take_over(moves, record, worker, post_copy).await;
                 return;
             }
             // It runs elsewhere, or ended: the frozen copy is of no use.

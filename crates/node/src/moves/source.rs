@@ -107,10 +107,10 @@ impl Driver {
             Some(interrupted) => interrupted,
         };
         let commands = self.source.step(offered).into();
-        self.carry_on(commands).await;
+        self.run_commands(commands).await;
     }
 
-    pub(super) async fn carry_on(&mut self, mut commands: VecDeque<SourceCommand>) {
+    pub(super) async fn run_commands(&mut self, mut commands: VecDeque<SourceCommand>) {
         while let Some(command) = commands.pop_front() {
             tracing::debug!(machine = %self.record.name, ?command, "move");
             if let Some(event) = self.carry_out(command).await {

@@ -6,7 +6,7 @@ use super::member::mark;
 use super::membership::SpanningMachine;
 use super::messages::ARRIVED_PART;
 use super::parts::parts_report;
-use super::remote_member::WorkerOrigin;
+use super::remote_member::WorkerKind;
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, Worker};
@@ -88,7 +88,7 @@ pub(crate) async fn successor(
     };
     // A checkpoint in progress is ended: the move takes priority.
     let _: () = ask(worker, kind::END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
-    let (part, _) = parts.add(target, WorkerOrigin::FromMove).await?;
+    let (part, _) = parts.add(target, WorkerKind::Arriving).await?;
     Ok(Some(Successor {
         part,
         threads_to,

@@ -17,7 +17,7 @@
 use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, text};
 use super::messages::{self, PartJoin, PartOffer};
 use super::parts::parts_report;
-use super::remote_member::{WorkerOrigin, join_on, ready_on};
+use super::remote_member::{WorkerKind, join_on, ready_on};
 use crate::error::CommandError;
 use crate::host::needed_features;
 use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
@@ -118,7 +118,7 @@ pub(super) struct Changed {
     /// Nodes that lost a part.
     pub(crate) went: Vec<NodeName>,
     /// Total downtime in microseconds.
-    pub(crate) stood: u64,
+    pub(crate) downtime_micros: u64,
 }
 
 impl SpanningMachine<'_> {
@@ -144,10 +144,10 @@ impl SpanningMachine<'_> {
         }
         let mut new = Vec::new();
         for node in comes {
-            match self.add(&node, WorkerOrigin::New).await {
-                Ok((part, stood)) => {
+            match self.add(&node, WorkerKind::New).await {
+                Ok((part, downtime_micros)) => {
                     new.push(part);
-                    changed.stood += stood;
+                    changed.downtime_micros += downtime_micros;
                     changed.came.push(node);
                 }
                 Err(error) => {
@@ -168,7 +168,7 @@ impl SpanningMachine<'_> {
         let mut threads_to = new.iter().copied().cycle();
         for (part, node) in goes {
             let to = threads_to.next().unwrap_or(PartId::HOME);
-            changed.stood += self.part_with(part, to).await?;
+            changed.downtime_micros += self.part_with(part, to).await?;
             changed.went.push(node);
         }
         Ok(())
@@ -190,7 +190,7 @@ impl SpanningMachine<'_> {
     pub(super) async fn add(
         &self,
         node: &NodeName,
-        comes: WorkerOrigin,
+        kind: WorkerKind,
     ) -> Result<(PartId, u64), CommandError> {
         let (spanning, machine) = (self.spanning, self.machine);
         let has = self.nodes().await?;
@@ -210,7 +210,7 @@ impl SpanningMachine<'_> {
             sharing: 1,
         };
         let on_node = |why| CommandError::Conflict(format!("no part on {node}: {why}"));
-        let ready = ready_on(spanning, node, offer, comes)
+        let ready = ready_on(spanning, node, offer, kind)
             .await
             .map_err(on_node)?;
         let ends = |join| PartJoin {
@@ -218,15 +218,15 @@ impl SpanningMachine<'_> {
             join,
         };
         let met = self
-            .meet(new, node, &has, &ready.place, (&ends, comes))
+            .meet(new, node, &has, &ready.place, (&ends, kind))
             .await;
         match met {
-            Ok(stood) => Ok((new, stood)),
+            Ok(downtime_micros) => Ok((new, downtime_micros)),
             Err(error) => {
                 // Its answer may be lost or late.
                 match parts_report(self.worker).await {
                     Ok(report) if report.nodes.contains_key(&new) => return Ok((new, 0)),
-                    Ok(_) => drop(join_on(spanning, node, ends(None), comes).await),
+                    Ok(_) => drop(join_on(spanning, node, ends(None), kind).await),
                     // No part has been told of it: if it does not join, it ends by itself.
                     Err(_) => {}
                 }
@@ -242,7 +242,7 @@ impl SpanningMachine<'_> {
         node: &NodeName,
         has: &BTreeMap<PartId, NodeName>,
         place: &PartAddress,
-        (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, WorkerOrigin),
+        (ends, kind): (&impl Fn(Option<Join>) -> PartJoin, WorkerKind),
     ) -> Result<u64, CommandError> {
         let spanning = self.spanning;
         let mut places = BTreeMap::from([(new, place.clone())]);
@@ -264,7 +264,7 @@ impl SpanningMachine<'_> {
             places,
         };
         let known = async {
-            let mut stood = 0;
+            let mut downtime_micros = 0;
             // The home is the first by number, and the last to be informed.
             for (me, at) in has.iter().rev() {
                 if *me == PartId::HOME {
@@ -279,11 +279,11 @@ impl SpanningMachine<'_> {
                     node: node.clone(),
                 };
                 let kinds = (messages::ADD_PART, kind::ADD_PART);
-                stood = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
+                downtime_micros = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
             }
-            Ok::<u64, CommandError>(stood)
+            Ok::<u64, CommandError>(downtime_micros)
         };
-        let joined = join_on(spanning, node, ends(Some(join.clone())), comes);
+        let joined = join_on(spanning, node, ends(Some(join.clone())), kind);
         // The side with the cause fails first; the other one then waits in vain.
         match select(pin!(joined), pin!(known)).await {
             Either::Right((known, _)) => known,

@@ -60,8 +60,8 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         cpu_micros: thread.took.as_ref().map(|took| took.time.run_ns / 1000),
         stalled_micros: {
             let mut by_node: BTreeMap<String, u64> = BTreeMap::new();
-            let stood = thread.took.iter().flat_map(|took| &took.stalled_us);
-            for (from, micros) in stood {
+            let stalled = thread.took.iter().flat_map(|took| &took.stalled_us);
+            for (from, micros) in stalled {
                 *by_node.entry(node(*from)).or_default() += micros;
             }
             by_node

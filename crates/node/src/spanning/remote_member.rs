@@ -10,25 +10,25 @@ use std::sync::Arc;
 
 /// The worker that a part gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum WorkerOrigin {
+pub(super) enum WorkerKind {
     /// A process of its own.
     New,
     /// The worker of an arriving machine.
-    FromMove,
+    Arriving,
 }
 
 pub(super) async fn ready_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     offer: PartOffer,
-    comes: WorkerOrigin,
+    kind: WorkerKind,
 ) -> Result<ReadyMember, String> {
     if *node == spanning.context.name {
         return ready(spanning, node, offer).await;
     }
-    let kind = match comes {
-        WorkerOrigin::New => messages::PART,
-        WorkerOrigin::FromMove => messages::ARRIVING_PART,
+    let kind = match kind {
+        WorkerKind::New => messages::PART,
+        WorkerKind::Arriving => messages::ARRIVING_PART,
     };
     let payload = pack(&offer).map_err(|error| error.to_string())?;
     let answer = spanning
@@ -44,14 +44,14 @@ pub(super) async fn join_on(
     spanning: &Arc<Spanning>,
     node: &NodeName,
     request: PartJoin,
-    comes: WorkerOrigin,
+    kind: WorkerKind,
 ) -> Result<(), String> {
     if *node == spanning.context.name {
         return join(spanning, request).await;
     }
-    let kind = match comes {
-        WorkerOrigin::New => messages::PART_JOIN,
-        WorkerOrigin::FromMove => messages::ARRIVING_JOIN,
+    let kind = match kind {
+        WorkerKind::New => messages::PART_JOIN,
+        WorkerKind::Arriving => messages::ARRIVING_JOIN,
     };
     let payload = pack(&request).map_err(|error| error.to_string())?;
     let answer = spanning

@@ -5,7 +5,7 @@ use super::member::mark;
 use super::membership::{Changed, SpanningMachine};
 use super::messages::{PartJoin, PartOffer, ReadyMember};
 use super::parts::{objects_report, parts_of, parts_report};
-use super::remote_member::{WorkerOrigin, join_on, ready_on};
+use super::remote_member::{WorkerKind, join_on, ready_on};
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::host::needed_features;
@@ -95,14 +95,16 @@ pub(crate) async fn span(
     }
     if found.parts > 0 {
         let nodes: Vec<NodeName> = members.into_values().collect();
-        let stood = change(spanning, machine, &record.spec, &worker, &found, &nodes).await?;
+        let downtime_micros =
+            change(spanning, machine, &record.spec, &worker, &found, &nodes).await?;
         let mut info = parts_of(spanning, machine).await?;
-        info.downtime_micros = Some(stood);
+        info.downtime_micros = Some(downtime_micros);
         return Ok(info);
     }
-    let stood = spread(spanning, &record, &worker, &found, &members, request.here).await?;
+    let downtime_micros =
+        spread(spanning, &record, &worker, &found, &members, request.here).await?;
     let mut info = parts_of(spanning, machine).await?;
-    info.downtime_micros = Some(stood);
+    info.downtime_micros = Some(downtime_micros);
     Ok(info)
 }
 
@@ -136,14 +138,14 @@ async fn change(
     let what = match (&changed.came[..], &changed.went[..]) {
         ([], []) => return done.map(|()| 0),
         (came, []) => format!("has parts on {}, too", named(came)),
-        ([], went) => format!("has no part on {} any more", named(went)),
+        ([], went) => format!("no longer has a part on {}", named(went)),
         (came, went) => format!("has parts on {}, and none on {}", named(came), named(went)),
     };
-    let stood = changed.stood as f64 / 1000.0;
-    let what = format!("{what}; downtime {stood:.1} ms");
+    let downtime_ms = changed.downtime_micros as f64 / 1000.0;
+    let what = format!("{what}; downtime {downtime_ms:.1} ms");
     let note = Note::machine(EventKind::MachineSpans, machine, what);
     spanning.context.events.record(note.under(*epoch));
-    done.map(|()| changed.stood)
+    done.map(|()| changed.downtime_micros)
 }
 
 /// Gives a held machine parts on these nodes, besides its home.
@@ -176,7 +178,7 @@ async fn spread(
     let (machine, spec) = (&record.name, &record.spec);
     let (State::Running { epoch } | State::Held { epoch }) = found.state else {
         return Err(CommandError::Conflict(format!(
-            "machine {machine:?} does not run any more"
+            "machine {machine:?} no longer runs"
         )));
     };
     let program = found.program.map(Fingerprint);
@@ -211,7 +213,7 @@ async fn spread(
     let offers = members.iter().map(|(part, node)| {
         let offer = offer(*part, node);
         async move {
-            let ready = ready_on(spanning, node, offer, WorkerOrigin::New).await;
+            let ready = ready_on(spanning, node, offer, WorkerKind::New).await;
             let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
             ready.map(|ready| (*part, ready))
         }
@@ -226,7 +228,7 @@ async fn spread(
         }
     }
     let spans = match refused {
-        Some(why) => Err(ConnectFailure::certain(CommandError::Conflict(why))),
+        Some(why) => Err(SpanFailure::certain(CommandError::Conflict(why))),
         None => {
             // A held machine has no memory yet, however large it is.
             let has_bytes = match found.state {
@@ -241,16 +243,16 @@ async fn spread(
                 sharing(&spanning.context.name),
             )
             .await;
-            let how = SpanOptions {
+            let options = SpanOptions {
                 spawning,
                 room_bytes: own,
             };
-            meet(spanning, worker, epoch, members, &ready, how).await
+            meet(spanning, worker, epoch, members, &ready, options).await
         }
     };
-    let stood = match spans {
-        Ok(stood) => stood,
-        Err(ConnectFailure { error, in_doubt }) => {
+    let downtime_micros = match spans {
+        Ok(downtime_micros) => downtime_micros,
+        Err(SpanFailure { error, in_doubt }) => {
             // The home may span with only its answer lost or late, so it is merged before its
             // members are ended; not if it answered that it does not span, since it may then span
             // by another operation.
@@ -270,7 +272,7 @@ async fn spread(
                     worker: member.worker.clone(),
                     join: None,
                 };
-                Some(join_on(spanning, node, request, WorkerOrigin::New))
+                Some(join_on(spanning, node, request, WorkerKind::New))
             });
             // A member that cannot be reached ends by itself, since nothing connects to it in
             // time.
@@ -283,24 +285,24 @@ async fn spread(
         "spans {} and {}; downtime {:.1} ms",
         spanning.context.name,
         nodes.join(", "),
-        stood as f64 / 1000.0
+        downtime_micros as f64 / 1000.0
     );
     mark(spanning, machine, worker);
     let note = Note::machine(EventKind::MachineSpans, machine, what);
     spanning.context.events.record(note.under(epoch));
-    Ok(stood)
+    Ok(downtime_micros)
 }
 
 /// Why parts did not connect.
-struct ConnectFailure {
+struct SpanFailure {
     error: CommandError,
     /// Whether the machine may span all the same, because no answer excludes it.
     in_doubt: bool,
 }
 
-impl ConnectFailure {
-    fn certain(error: CommandError) -> ConnectFailure {
-        ConnectFailure {
+impl SpanFailure {
+    fn certain(error: CommandError) -> SpanFailure {
+        SpanFailure {
             error,
             in_doubt: false,
         }
@@ -342,8 +344,8 @@ async fn meet(
     epoch: Epoch,
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
-    how: SpanOptions,
-) -> Result<u64, ConnectFailure> {
+    options: SpanOptions,
+) -> Result<u64, SpanFailure> {
     let parts = members
         .keys()
         .copied()
@@ -357,7 +359,7 @@ async fn meet(
         COMPILE_PATIENCE,
     )
     .await
-    .map_err(ConnectFailure::certain)?;
+    .map_err(SpanFailure::certain)?;
     let mut places: BTreeMap<PartId, PartAddress> = ready
         .iter()
         .map(|(part, it)| (*part, it.place.clone()))
@@ -369,8 +371,8 @@ async fn meet(
     let span = Span {
         join: join.clone(),
         nodes,
-        spawning: how.spawning,
-        room_bytes: how.room_bytes,
+        spawning: options.spawning,
+        room_bytes: options.room_bytes,
     };
     let joins = ready.iter().filter_map(|(part, member)| {
         let node = members.get(part)?;
@@ -379,22 +381,22 @@ async fn meet(
             join: Some(join.clone()),
         };
         Some(async move {
-            let joined = join_on(spanning, node, request, WorkerOrigin::New).await;
+            let joined = join_on(spanning, node, request, WorkerKind::New).await;
             joined.map_err(|why| CommandError::Conflict(format!("no part on {node}: {why}")))
         })
     });
-    let (stood, joined) = tokio::join!(
+    let (downtime_micros, joined) = tokio::join!(
         worker.ask::<_, u64>(kind::SPAN, &span, SPAN_PATIENCE),
         try_join_all(joins)
     );
     // If the home spans, all have joined, whatever happened to their answers. Otherwise the member
     // that did not join is the cause.
-    match (stood, joined) {
-        (Ok(stood), _) => Ok(stood),
+    match (downtime_micros, joined) {
+        (Ok(downtime_micros), _) => Ok(downtime_micros),
         (Err(error), joined) => {
             let answered = matches!(error, RpcError::Failed { .. } | RpcError::Refused { .. });
             let why = CommandError::Conflict(text(error));
-            Err(ConnectFailure {
+            Err(SpanFailure {
                 error: joined.err().unwrap_or(why),
                 in_doubt: !answered,
             })
@@ -447,18 +449,18 @@ pub(crate) async fn unspan(
     if let Some(why) = too_large(spanning, machine, &worker).await? {
         return Err(CommandError::Conflict(why));
     }
-    let stood: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
+    let downtime_micros: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
     spanning.marked().remove(machine);
     let what = format!(
         "is on {} alone; downtime {:.1} ms",
         spanning.context.name,
-        stood as f64 / 1000.0
+        downtime_micros as f64 / 1000.0
     );
     spanning
         .context
         .events
         .record(Note::machine(EventKind::MachineAlone, machine, what));
-    Ok(stood)
+    Ok(downtime_micros)
 }
 
 #[cfg(test)]

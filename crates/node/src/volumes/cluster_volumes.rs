@@ -342,7 +342,7 @@ pub(crate) async fn take(
         }
         if entry.removing {
             return Err(CommandError::Conflict(format!(
-                "volume {name:?} is being removed (`keel volume rm {name}` goes on with that)"
+                "volume {name:?} is being removed (`keel volume rm {name}` continues that)"
             )));
         }
         // A checkpoint of a removed volume does not apply to its successor.

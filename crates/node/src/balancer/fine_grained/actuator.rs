@@ -35,7 +35,9 @@ async fn leave(
         false => span(handle, machine, &keeps).await,
     };
     let why = match left {
-        Ok(stood) => return Ok(format!("downtime {:.1} ms", stood as f64 / 1e3)),
+        Ok(downtime_micros) => {
+            return Ok(format!("downtime {:.1} ms", downtime_micros as f64 / 1e3));
+        }
         Err(error) => text(error),
     };
     let has_part =
@@ -60,11 +62,11 @@ async fn leave(
         return Err(why);
     }
     keeps.extend(new.iter().cloned());
-    let stood = span(handle, machine, &keeps).await.map_err(text)?;
+    let downtime_micros = span(handle, machine, &keeps).await.map_err(text)?;
     Ok(format!(
         "{why}; so it has parts on {}; downtime {:.1} ms",
         new.join(", "),
-        stood as f64 / 1e3
+        downtime_micros as f64 / 1e3
     ))
 }
 
@@ -101,15 +103,15 @@ pub(super) async fn carry_out(
     match grain {
         Action::Spread { nodes } => {
             let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
-            let stood = span(handle, machine, &nodes).await.map_err(text)?;
-            Ok(format!("downtime {:.1} ms", stood as f64 / 1e3))
+            let downtime_micros = span(handle, machine, &nodes).await.map_err(text)?;
+            Ok(format!("downtime {:.1} ms", downtime_micros as f64 / 1e3))
         }
         Action::Leave { nodes } => leave(handle, machine, nodes).await,
         Action::Gather => {
-            let stood = spanning::unspan(&handle.spanning, machine)
+            let downtime_micros = spanning::unspan(&handle.spanning, machine)
                 .await
                 .map_err(text)?;
-            Ok(format!("downtime {:.1} ms", stood as f64 / 1e3))
+            Ok(format!("downtime {:.1} ms", downtime_micros as f64 / 1e3))
         }
         Action::Thread {
             tid,

@@ -47,12 +47,12 @@ pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
     loop {
         let policy = handle.look(|balancer, _, _| balancer.policy().0.clone());
         let Ok(policy) = policy.await else { return };
-        look_at_all(&handle, &policy, &mut known).await;
+        observe_all(&handle, &policy, &mut known).await;
         tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
     }
 }
 
-async fn look_at_all(
+async fn observe_all(
     handle: &Arc<NodeBalancer>,
     policy: &Policy,
     known: &mut HashMap<MachineName, TrackedMachine>,
@@ -75,7 +75,7 @@ async fn look_at_all(
         };
         seen.insert(machine.clone());
         let known = known.entry(machine.clone()).or_default();
-        if let Err(error) = look_at(
+        if let Err(error) = observe(
             handle,
             policy,
             &machine,
@@ -91,7 +91,7 @@ async fn look_at_all(
     known.retain(|machine, _| seen.contains(machine));
 }
 
-async fn look_at(
+async fn observe(
     handle: &Arc<NodeBalancer>,
     policy: &Policy,
     machine: &MachineName,

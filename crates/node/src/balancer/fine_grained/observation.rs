@@ -44,19 +44,19 @@ pub(super) fn threads(report: &PartsReport, known: &mut TrackedMachine) -> Vec<T
     known.recent.retain(|(_, until)| *until > now);
     known.followed.retain(|_, until| *until > now);
     let (mut took, mut smoothed) = (HashMap::new(), HashMap::new());
-    let mut stands_at = HashMap::new();
+    let mut all_page_waits = HashMap::new();
     let threads = report.threads.iter().map(|thread| {
         let before = known.took.get(&thread.tid);
-        let (cores, stands) = match (before, &thread.took) {
+        let (cores, page_waits) = match (before, &thread.took) {
             (Some((part, before)), Some(now)) if *part == thread.part => {
-                (cores(before, now), Some(stands(before, now)))
+                (cores(before, now), Some(page_waits(before, now)))
             }
             _ => (Cores::default(), None),
         };
         // At a new part it waits for other pages.
-        if let Some(stands) = stands {
-            let earlier = known.stands.get(&thread.tid);
-            stands_at.insert(thread.tid, smoothed_stands(stands, earlier));
+        if let Some(page_waits) = page_waits {
+            let earlier = known.page_waits.get(&thread.tid);
+            all_page_waits.insert(thread.tid, smoothed_page_waits(page_waits, earlier));
         }
         let cores = match known.cores.get(&thread.tid) {
             Some(earlier) => cores.after(earlier),
@@ -83,13 +83,13 @@ pub(super) fn threads(report: &PartsReport, known: &mut TrackedMachine) -> Vec<T
     let threads = threads.collect();
     known.took = took;
     known.cores = smoothed;
-    known.stands = stands_at;
+    known.page_waits = all_page_waits;
     threads
 }
 
 /// Share of the time between two samples that a thread waited for pages, by the part that sent
 /// them.
-pub(super) fn stands(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64> {
+pub(super) fn page_waits(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64> {
     let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
     if seconds <= 0.0 {
         return BTreeMap::new();
@@ -101,7 +101,7 @@ pub(super) fn stands(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64>
     now.stalled_us.iter().map(share).collect()
 }
 
-fn smoothed_stands(
+fn smoothed_page_waits(
     now: BTreeMap<PartId, f64>,
     earlier: Option<&BTreeMap<PartId, f64>>,
 ) -> BTreeMap<PartId, f64> {
@@ -119,7 +119,7 @@ fn smoothed_stands(
 pub(super) fn follow_pages(threads: &mut [Thread], known: &mut TrackedMachine, pages: &[HotPage]) {
     let mut hot = HashMap::new();
     for thread in threads {
-        let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
+        let Some((part, there, all)) = known.page_waits.get(&thread.tid).and_then(hottest) else {
             continue;
         };
         let is_elsewhere = part.number() as u32 != thread.part;
@@ -177,9 +177,11 @@ fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
 
 /// The part for whose pages a thread waits longest, with the total share of its time and the
 /// part's share of that.
-fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
-    let all = stands.values().sum();
-    let most = stands.iter().max_by(|one, other| one.1.total_cmp(other.1));
+fn hottest(page_waits: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
+    let all = page_waits.values().sum();
+    let most = page_waits
+        .iter()
+        .max_by(|one, other| one.1.total_cmp(other.1));
     most.map(|(part, there)| (*part, *there, all))
 }
 
@@ -575,7 +577,7 @@ mod tests {
             "{first:?}"
         );
         let other = PartId::new(1).expect("a part");
-        assert_eq!(shares(&pages[2..], 0, other), "", "nobody knows");
+        assert_eq!(shares(&pages[2..], 0, other), "", "unknown");
         assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
         assert_eq!(then[1..], [None, None]);
         // After one move it does not follow again soon, and has no rates at the new part.

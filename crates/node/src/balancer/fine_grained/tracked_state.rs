@@ -24,7 +24,7 @@ pub(super) struct TrackedMachine {
     /// Cores of each thread, smoothed.
     pub(super) cores: HashMap<u32, Cores>,
     /// Share of its time that each thread waits for pages, by the part that sends them, smoothed.
-    pub(super) stands: HashMap<u32, BTreeMap<PartId, f64>>,
+    pub(super) page_waits: HashMap<u32, BTreeMap<PartId, f64>>,
     /// The part that sent most pages of a thread, and for how many consecutive samples.
     pub(super) hot: HashMap<u32, (PartId, u32)>,
     /// Threads that followed their pages, or were moved away from a preferred place, and until
