@@ -1,5 +1,5 @@
-//! Checks of a change: lints, the usual tests, and as many long tests as fit into a quarter of an
-//! hour, those that it may affect first.
+//! Checks of a change: lints, the usual tests, and as many long tests as fit into ten
+//! minutes, those that it may affect first.
 
 use crate::command::{cargo, check, has, root};
 use crate::suite::{self, LONG};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// Time after which no further group of long tests begins: a change of many crates affects all
 /// groups, and all of CI has an hour.
-const LONG_MAX: Duration = Duration::from_secs(15 * 60);
+const LONG_MAX: Duration = Duration::from_secs(10 * 60);
 /// Environment variable with the base commit of a change.
 const BASE: &str = "KEEL_CI_BASE";
 /// Default base: this number of commits back.

@@ -58,7 +58,7 @@ enum Task {
     Lint,
     /// Runs the lints, the usual tests, and some of the long ones: `.ci/run`.
     Ci,
-    /// Runs long tests for a quarter of an hour, those that a change affects first.
+    /// Runs long tests for ten minutes, those that a change affects first.
     LongTests,
     /// Checks that imports form no cycles, and that layers import lower ones only.
     Imports,

@@ -58,7 +58,7 @@ pub(crate) const LONG: &[Group] = &[
             "threads_are_spread_from_the_first_on",
             "the_home_of_what_is_larger_than_a_part_moves",
             "the_home_moves_while_it_runs",
-            "what_nobody_uses_is_known",
+            "idle_memory_is_reported",
         ],
     },
     Group {
@@ -66,15 +66,15 @@ pub(crate) const LONG: &[Group] = &[
         crates: &["machine", "node"],
         message_delay_ms: None,
         tests: &[
-            "volumes_are_in_it",
-            "of_a_machine_with_parts_it_is_of_one_instant",
-            "what_is_larger_than_a_part_comes_to_several",
-            "alone_again_a_full_one_comes_first",
-            "every_checkpoint_of_a_chain_goes_on_where_it_was",
-            "threads_and_what_they_wait_for_are_in_it",
-            "of_parts_what_did_not_change_is_not_stored_again",
-            "chains_are_made_full_ones_and_nothing_changes",
-            "a_store_that_is_gone_is_named",
+            "volumes_are_part_of_checkpoints",
+            "a_checkpoint_of_several_parts_is_consistent",
+            "memory_larger_than_a_part_is_restored_to_several",
+            "a_full_checkpoint_follows_the_return_to_one_part",
+            "every_checkpoint_of_a_chain_can_be_restored",
+            "threads_and_their_waits_are_restored",
+            "unchanged_pages_of_parts_are_not_stored_again",
+            "compaction_preserves_the_machine",
+            "an_unreachable_store_is_reported",
         ],
     },
     Group {
@@ -208,7 +208,7 @@ fn runner(message_delay_ms: Option<&str>) -> Command {
         true => command.args(["nextest", "run"]),
         false => command.arg("test"),
     };
-    command.args(["--release", "--workspace"]);
+    command.args(["--release", "--workspace", "--no-fail-fast"]);
     // The summary of a whole run lists failures with their causes, not backtraces.
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         command.env("RUST_BACKTRACE", "0");

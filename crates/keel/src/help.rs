@@ -53,6 +53,7 @@ pub(crate) fn grouped(command: Command) -> Command {
                 .and_then(Command::get_about)
                 .map(ToString::to_string)
                 .unwrap_or_default();
+            let about = brief(&about);
             let _ = writeln!(text, "  {name:<width$}  {about}");
         }
         text.push('\n');
@@ -60,9 +61,14 @@ pub(crate) fn grouped(command: Command) -> Command {
     text.push_str("`keel COMMAND --help` describes each.");
     command
         .help_template(
-            "{about-with-newline}\n{usage-heading} {usage}\n\n{after-help}\n\nOptions:\n{options}",
+            "{about-with-newline}\n{usage-heading} {usage}{after-help}\n\nOptions:\n{options}",
         )
         .after_help(text)
+}
+
+/// The first clause of a description: one line of the list.
+fn brief(about: &str) -> &str {
+    about.split([';', ':']).next().unwrap_or(about)
 }
 
 #[cfg(test)]
@@ -82,5 +88,14 @@ mod tests {
         shown.sort_unstable();
         grouped.sort_unstable();
         assert_eq!(grouped, shown);
+    }
+
+    /// A wrapped line would begin like another command.
+    #[test]
+    fn each_command_has_one_line() {
+        let help = super::grouped(crate::Cli::command()).render_help();
+        for line in help.to_string().lines().filter(|it| it.starts_with("  ")) {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
     }
 }

@@ -75,13 +75,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Shows three nodes on this computer, machines that move, and a node that dies.
+    /// Shows three nodes on this computer; machines move, and a node dies.
     Demo(demo::Args),
     /// Runs one WebAssembly program in the foreground, without a cluster.
     Wasm(wasm::Args),
     /// Starts the node of this computer; creates a cluster if there is none yet.
     Up(up::UpArgs),
-    /// Makes this computer a node of an existing cluster, and starts the node.
+    /// Makes this computer a node of an existing cluster; starts the node.
     Join(up::JoinArgs),
     /// Stops the node of this computer; its machines continue, and the next `keel up` finds them.
     Down(down::Args),
@@ -128,9 +128,9 @@ enum Command {
     },
     /// Lists events of machines, moves, checkpoints and nodes.
     Events(events::Args),
-    /// Copies a file from or to a volume of a machine, which may run and move meanwhile.
+    /// Copies a file from or to a volume of a machine; it may run and move meanwhile.
     Cp(cp::Args),
-    /// Changes limits of a machine, its restart policy or its checkpoints, while it runs.
+    /// Changes limits, restart policy or checkpoints of a machine; it may run.
     Set(set::Args),
     /// Simulates a cluster and its balancer: the moves, and their result.
     ///
@@ -179,7 +179,7 @@ enum Command {
     /// Lists the memory of a machine with several parts: the node of each object, the threads that
     /// wait for it, and its unused pages.
     Objects(objects::ObjectsArgs),
-    /// Moves threads and memory of a machine with several parts at random, for tests.
+    /// Moves threads and memory between parts at random; for tests.
     Shake(parts::ShakeArgs),
     /// Shows the loads of the nodes; shows and changes the balancer's policy.
     Balance(balance::BalanceArgs),
@@ -194,7 +194,7 @@ enum Command {
     Why(balance::WhyArgs),
     /// Explains why a machine does not move to a node, or that it would.
     WhyNot(balance::WhyNotArgs),
-    /// Lists the balancer's decisions, and each change of its reason for not acting.
+    /// Lists the balancer's decisions; also each change of its reason for not acting.
     Ledger(balance::LedgerArgs),
     /// Shows measured loads of nodes and machines, up to a month ago.
     History(history::Args),

@@ -13,14 +13,19 @@ fn text(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Commands that the help of a command lists.
+/// Commands that the help of a command lists: all of `keel` in groups, others under one title.
 fn commands(of: &[&str]) -> Vec<String> {
     let help = text(&[of, &["-h"]].concat());
-    let list = help.split_once("Commands:\n").map_or("", |(_, list)| list);
+    let title = if of.is_empty() {
+        "Machines:\n"
+    } else {
+        "Commands:\n"
+    };
+    let list = help.split_once(title).map_or("", |(_, list)| list);
     list.lines()
-        .take_while(|line| line.starts_with("  "))
-        // A deeper indentation continues the line above.
-        .filter(|line| !line.starts_with("   "))
+        .take_while(|line| !line.starts_with("Options:") && !line.starts_with('`'))
+        // Titles are not indented; a deeper indentation continues the line above.
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
         .filter_map(|line| line.split_whitespace().next())
         .filter(|name| *name != "help")
         .map(str::to_owned)

@@ -321,7 +321,7 @@ mod tests {
             all[2]
                 .take_over_home(&fewer)
                 .unwrap_err()
-                .contains("does not know")
+                .contains("unknown to the home")
         );
         let mut twice = holdings.clone();
         twice.rows.push(holdings.rows[0]);
