@@ -3,7 +3,7 @@
 
 use crate::command::{cargo, check, has, root};
 use crate::suite::{self, LONG};
-use crate::{imports, licences};
+use crate::{imports, licences, pages};
 use anyhow::Result;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,10 +16,11 @@ const BASE: &str = "KEEL_CI_BASE";
 /// Default base: this number of commits back.
 const COMMITS: u32 = 10;
 
-/// Formatter, lints, documentation, imports, licences.
+/// Formatter, imports, names in pages, lints, documentation, licences.
 pub(crate) fn lint() -> Result<()> {
     check(cargo().args(["fmt", "--all", "--check"]))?;
     imports::check(&root())?;
+    pages::check(&root())?;
     check(
         cargo()
             .args(["clippy", "--release", "--workspace", "--all-targets"])

@@ -12,6 +12,7 @@
 //! - `mutants`: whether the tests of the commit rule detect each change of it
 //! - `soak`: repeated runs of guests with threads as several parts
 //! - `package`: the archive for servers
+//! - `pages`: checks the names of files in the documentation
 //! - `command`: runs programs
 
 #![forbid(unsafe_code)]
@@ -26,6 +27,7 @@ mod licences;
 mod mutants;
 mod nemesis;
 mod package;
+mod pages;
 mod roam;
 mod soak;
 mod suite;
