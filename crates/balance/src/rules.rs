@@ -251,7 +251,7 @@ impl Rule {
     /// of live nodes.
     ///
     /// # Errors
-    /// [`Broken`] if the rule does not allow it.
+    /// [`Violation`] if the rule does not allow it.
     pub fn claim(
         &self,
         machine: &Subject,

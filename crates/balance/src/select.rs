@@ -56,7 +56,7 @@ impl NodeState {
         self.load * self.capacity.power()
     }
 
-    /// Whether its power exceeds the other node's by the factor [`STRONGER`].
+    /// Whether its power exceeds the other node's by the factor `STRONGER`.
     pub fn stronger_than(&self, other: &NodeState) -> bool {
         self.capacity.power() > STRONGER * other.capacity.power()
     }

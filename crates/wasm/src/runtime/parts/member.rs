@@ -220,7 +220,7 @@ impl Calls {
 
 impl Member {
     /// A member without threads. Its memories are as large as the home's. Orders of the home are
-    /// passed to [`Self::hear`].
+    /// passed to [`Self::receive`].
     pub fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
