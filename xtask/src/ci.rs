@@ -8,8 +8,9 @@ use anyhow::Result;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Time after which no further group of long tests begins: a change of many crates affects all
-/// groups, and all of CI has an hour.
+/// Time after which no further group of long tests begins, with the time to compile the tests: a
+/// change of many crates affects all groups, and all of CI has an hour. On a fresh computer one
+/// group runs.
 const LONG_MAX: Duration = Duration::from_secs(10 * 60);
 /// Environment variable with the base commit of a change.
 const BASE: &str = "KEEL_CI_BASE";
