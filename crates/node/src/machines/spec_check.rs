@@ -23,7 +23,7 @@ const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
 
 /// Why a CPU limit excludes parts.
 pub(super) const LIMITED_HAS_NO_PARTS: &str =
-    "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)";
+    "a limit of its CPU time applies on one node only: a machine with one has no parts (max parts)";
 
 /// Builds a validated spec from a request.
 pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {

@@ -330,7 +330,7 @@ mod tests {
             all[2]
                 .take_over_home(&twice)
                 .unwrap_err()
-                .contains("out of turn")
+                .contains("out of order")
         );
         assert_eq!(all[2], untouched, "as it was");
         all[2].take_over_home(&holdings).unwrap();
