@@ -1,45 +1,78 @@
-//! Load time of a module: cold, without any cache.
+//! Load time of a module without any cache: instrumenting it, which only the node where it starts
+//! does, and compiling what a node needs in order to receive a machine: the hot module, and the code
+//! for resuming the functions that stand on the stacks of a running program. Compared with plain
+//! wasmtime in the same run.
 
 use crate::Options;
+use crate::guest::Start;
 use crate::table::{Table, median};
 use anyhow::{Context, Result};
-use keel_wasm::runtime::Engine;
-use std::time::Instant;
+use keel_wasm::instrument;
+use keel_wasm::runtime::{Engine, Limits, Machine};
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 use wasm_encoder::{
     BlockType, CodeSection, ExportKind, ExportSection, Function, FunctionSection, Instruction as I,
     Module, TypeSection, ValType,
 };
 
 const ROUNDS: usize = 3;
+/// A program whose stack has the functions of the byte code's interpreter, of its calls, and of a
+/// library.
+const PYTHON: &str = "
+import json, re
+def deep(n): return n if n == 0 else deep(n - 1) + sum(map(len, re.findall('a', 'banana' * n)))
+while True: json.loads(json.dumps([deep(n) for n in range(30)]), object_hook=dict)
+";
+/// When stacks are read after the start, and how often.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(300);
+const SAMPLES: u32 = 3;
 
 pub(crate) fn bench(options: &Options) -> Result<()> {
-    let mut modules = vec![("one function of 1 MiB".to_owned(), huge_function())];
-    for path in options.python.iter().chain(&options.module) {
+    let mut modules = vec![("one function of 1 MiB".to_owned(), huge_function(), None)];
+    let python = options.python.iter().zip(&options.python_root);
+    let python = python.map(|(path, root)| {
+        let start = Start {
+            args: ["python", "-c", PYTHON].map(str::to_owned).to_vec(),
+            env: Vec::new(),
+            dirs: vec![(root.clone(), "/".into())],
+        };
+        (path, Some(start))
+    });
+    for (path, start) in python.chain(options.module.iter().map(|path| (path, None))) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let bytes = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
-        modules.push((name.into_owned(), bytes));
+        modules.push((name.into_owned(), bytes, start));
     }
     let mut table = Table::new(&[
         "module",
         "MB",
         "plain s",
-        "load s",
+        "instrument s",
+        "hot code s",
+        "functions on stacks",
+        "their clones s",
         "ratio",
-        "until it can be resumed s",
         "plain code MB",
-        "code",
-        "code with clones",
+        "hot code",
     ]);
-    for (name, bytes) in &modules {
-        table.row(measure(name, bytes)?);
+    for (name, bytes, start) in &modules {
+        table.row(measure(name, bytes, start.as_ref())?);
     }
-    table.print("Load (instrument and compile, cold) and machine code");
+    table.print("Load without a cache (ratio: hot code and clones to plain) and machine code");
     Ok(())
 }
 
-fn measure(name: &str, bytes: &[u8]) -> Result<Vec<String>> {
-    let (mut plain, mut load, mut whole) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut plain_bytes, mut start_bytes, mut whole_bytes) = (0, 0, 0);
+fn measure(name: &str, bytes: &[u8], start: Option<&Start>) -> Result<Vec<String>> {
+    let (mut plain, mut hot, mut clones) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ratios, mut plain_bytes, mut hot_bytes) = (Vec::new(), 0, 0);
+    let begun = Instant::now();
+    let instrumented = instrument::instrument(bytes)?;
+    let instrument = begun.elapsed().as_secs_f64();
+    let functions = match start {
+        Some(start) => on_stacks(&instrumented, start)?,
+        None => BTreeSet::new(),
+    };
     for _ in 0..ROUNDS {
         let mut config = wasmtime::Config::new();
         config.wasm_threads(true).wasm_tail_call(true);
@@ -48,33 +81,63 @@ fn measure(name: &str, bytes: &[u8]) -> Result<Vec<String>> {
         let begun = Instant::now();
         let module =
             wasmtime::Module::new(&engine, bytes).map_err(|error| anyhow::anyhow!("{error:#}"))?;
-        plain.push(begun.elapsed().as_secs_f64());
+        let plain_took = begun.elapsed().as_secs_f64();
         plain_bytes = module.text().len();
         drop(module);
 
         let engine = Engine::new(keel_wasm::runtime::Options::default())?;
+        let instrumented = instrumented.clone();
         let begun = Instant::now();
-        let program = engine.load(bytes)?;
-        load.push(begun.elapsed().as_secs_f64());
-        start_bytes = program.code_bytes();
-        let begun = Instant::now();
-        program.prepare_resume()?;
-        whole.push(begun.elapsed().as_secs_f64());
-        whole_bytes = program.code_bytes();
+        let program = engine.load_instrumented(instrumented)?;
+        let hot_took = begun.elapsed().as_secs_f64();
+        hot_bytes = program.code_bytes();
+        program.prepare_functions(&functions)?;
+        let took = begun.elapsed().as_secs_f64();
+        plain.push(plain_took);
+        hot.push(hot_took);
+        clones.push(took - hot_took);
+        ratios.push(took / plain_took);
     }
-    let (plain, load, whole) = (median(plain), median(load), median(whole));
-    eprintln!("{name}: plain {plain:.2} s, load {load:.2} s, then {whole:.2} s");
+    let (plain, hot, ratio) = (median(plain), median(hot), median(ratios));
+    eprintln!("{name}: plain {plain:.2} s, hot {hot:.2} s, ratio {ratio:.2}");
     Ok(vec![
         name.to_owned(),
         format!("{:.1}", bytes.len() as f64 / 1e6),
         format!("{plain:.2}"),
-        format!("{load:.2}"),
-        format!("{:.2}", load / plain),
-        format!("{:.2}", load + whole),
+        format!("{instrument:.2}"),
+        format!("{hot:.2}"),
+        match start {
+            Some(_) => functions.len().to_string(),
+            None => "-".to_owned(),
+        },
+        match start {
+            Some(_) => format!("{:.2}", median(clones)),
+            None => "-".to_owned(),
+        },
+        format!("{ratio:.2}"),
         format!("{:.1}", plain_bytes as f64 / 1e6),
-        format!("{:.2}", start_bytes as f64 / plain_bytes as f64),
-        format!("{:.2}", whole_bytes as f64 / plain_bytes as f64),
+        format!("{:.2}", hot_bytes as f64 / plain_bytes as f64),
     ])
+}
+
+/// The functions on the stacks of a program that runs, sampled as a move samples them.
+fn on_stacks(instrumented: &[u8], start: &Start) -> Result<BTreeSet<u32>> {
+    let engine = Engine::new(keel_wasm::runtime::Options::default())?;
+    let program = engine.load_instrumented(instrumented.to_vec())?;
+    let (wasi, output) = start.wasi()?;
+    let machine = Machine::start(program, wasi, Limits::default())?;
+    let mut functions = BTreeSet::new();
+    for _ in 0..SAMPLES {
+        std::thread::sleep(SAMPLE_INTERVAL);
+        anyhow::ensure!(
+            machine.wait(Some(Duration::ZERO)).is_none(),
+            "it ended: {}",
+            output.text()
+        );
+        functions.extend(machine.functions_on_stacks(Duration::from_secs(1))?);
+    }
+    machine.stop();
+    Ok(functions)
 }
 
 /// A module with one function whose body is 1 MiB: arithmetic on forty locals,

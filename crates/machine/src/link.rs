@@ -5,7 +5,8 @@
 //! ```text
 //!   source                                            target
 //!     │ HELLO (machine, epoch, sizes)                   │
-//!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE     (each round)
+//!     │ FUNCTIONS at any time before the freeze         │ compiles them, so that threads can resume
+//!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE, or COMPILING (each round)
 //!     │  freeze                                         │
 //!     │ FROZEN, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
 //!     │  commit in the store                            │
@@ -31,19 +32,21 @@ use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 5;
-/// The previous version: with it, the pages left to post-copy are all named before the
-/// target is ready.
-pub const HELLO_BEFORE: u32 = 4;
+pub const HELLO_VERSION: u32 = 6;
+/// The previous version: with it, the source does not name functions to compile.
+pub const HELLO_BEFORE: u32 = 5;
 /// Time limit for the target to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
+/// Maximum functions in one message.
+pub const FUNCTIONS_MAX: usize = 4096;
 /// Bytes collected before they are encrypted and sent.
 const BATCH_BYTES: usize = 128 << 10;
 /// Header of the payload of pages: memory and offset.
@@ -81,6 +84,8 @@ const KIND_FROZEN: u16 = 19;
 const KIND_PARTS: u16 = 20;
 const KIND_LOG_BEGINS: u16 = 21;
 const KIND_LOG_RESEND: u16 = 22;
+const KIND_FUNCTIONS: u16 = 23;
+const KIND_COMPILING: u16 = 24;
 
 /// The source's first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,6 +198,11 @@ pub enum Message {
     LogBegins { offset: u64 },
     /// The target requests output from an offset on.
     LogResend { offset: u64 },
+    /// Functions on the stacks of the machine's threads, by their positions in the metadata of
+    /// the program; at most [`FUNCTIONS_MAX`].
+    Functions(BTreeSet<u32>),
+    /// All data of a round is in place, but functions are still being compiled.
+    Compiling,
 }
 
 /// Why a connection between workers ended.
@@ -305,6 +315,15 @@ impl Message {
             KIND_LOG_RESEND => Message::LogResend {
                 offset: number(payload, 0)?,
             },
+            KIND_FUNCTIONS => {
+                let functions: BTreeSet<u32> = plain(payload)?;
+                if functions.len() > FUNCTIONS_MAX {
+                    let count = functions.len();
+                    return Err(LinkError::Message(format!("{count} functions at once")));
+                }
+                Message::Functions(functions)
+            }
+            KIND_COMPILING => Message::Compiling,
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
         })
     }
@@ -379,6 +398,12 @@ impl Message {
             Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
             Message::LogBegins { offset } => (KIND_LOG_BEGINS, offset.to_le_bytes().to_vec()),
             Message::LogResend { offset } => (KIND_LOG_RESEND, offset.to_le_bytes().to_vec()),
+            Message::Functions(functions) => (
+                KIND_FUNCTIONS,
+                postcard::to_stdvec(functions)
+                    .map_err(|error| LinkError::Message(error.to_string()))?,
+            ),
+            Message::Compiling => (KIND_COMPILING, Vec::new()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -831,6 +856,8 @@ mod tests {
                 inode: 7,
                 bytes: 0,
             },
+            Message::Functions([0, 7, u32::MAX].into()),
+            Message::Compiling,
             Message::RoundEnd,
             Message::Frozen,
             Message::Parts(Bytes::from_static(b"parts")),
@@ -951,7 +978,7 @@ mod tests {
             let mut payload = vec![0; random.random_range(0..64)];
             random.fill_bytes(&mut payload);
             // Either a message or an error with a reason.
-            let _ = Message::decode(random.random_range(0..20), &payload);
+            let _ = Message::decode(random.random_range(0..=KIND_COMPILING), &payload);
         }
     }
 }

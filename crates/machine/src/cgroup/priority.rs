@@ -29,7 +29,7 @@ pub fn raise_priority() {
 /// Nice value, relative to guests', of threads that compile what a guest or its user
 /// waits for.
 const COMPILE_STEP: i32 = 5;
-/// Nice value of a process that compiles in advance: beside a guest on the same processor
+/// Nice value of a process that compiles a program: beside a guest on the same processor
 /// it gets 36 of 1,060 parts (the kernel's `sched_prio_to_weight`).
 const BACKGROUND_NICE: i32 = 15;
 
@@ -45,10 +45,10 @@ pub fn yield_compile_thread() {
 pub enum CompilePriority {
     /// The priority of its agent: before guests, where permitted.
     First,
-    /// A move waits for it: beside a guest on the same processor it gets a quarter.
-    Wanted,
-    /// Nothing waits for it: a guest on the same processor keeps 97 %.
+    /// A guest on the same processor keeps 97 %.
     Background,
+    /// A move has waited for it for long: beside a guest on the same processor it gets a quarter.
+    Overdue,
 }
 
 /// Sets the priority of a compiling process and all its threads relative to guests. It
@@ -58,8 +58,8 @@ pub enum CompilePriority {
 pub fn set_compile_priority(priority: CompilePriority) {
     let nice = match priority {
         CompilePriority::First => rustix::process::getpriority_process(None).unwrap_or(GUEST_NICE),
-        CompilePriority::Wanted => GUEST_NICE + COMPILE_STEP,
         CompilePriority::Background => BACKGROUND_NICE,
+        CompilePriority::Overdue => GUEST_NICE + COMPILE_STEP,
     };
     // On the second call it already leads its session.
     let _ = rustix::process::setsid();

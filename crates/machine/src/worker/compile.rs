@@ -1,10 +1,11 @@
-//! The process that compiles a program into the node's cache, so that its threads can be
-//! resumed there: `keel compile`. It prints its progress in percent, a line per change.
+//! The process that compiles a program into the node's cache: `keel compile`. It prints its
+//! progress in percent, a line per change.
 //!
 //! A small program is compiled at once, because it is cheap: on a node with more runnable
 //! guests than processors, its first move would otherwise wait for seconds. A longer
-//! compilation yields to guests, until a line on standard input says that a move waits
-//! for it.
+//! compilation yields to guests. A line on standard input says that a move waits: if the
+//! compilation takes long even so, it gets a larger share, and functions whose clones take
+//! long to compile are left to the move, which names those that it needs.
 
 use crate::cgroup::{CompilePriority, expose_worker_to_oom, set_compile_priority};
 use keel_wasm::runtime::{Engine, Options};
@@ -17,13 +18,16 @@ use std::time::{Duration, Instant};
 const TELL_EVERY: Duration = Duration::from_millis(100);
 /// The longest compilation of a small program.
 const SMALL_MAX: Duration = Duration::from_millis(500);
+/// How long a move waits for a compilation that yields to guests as much as one that nothing waits
+/// for.
+const YIELD_MAX: Duration = Duration::from_secs(30);
 
 /// State shared with the threads that read input and print progress.
 #[derive(Debug, Default)]
 struct State {
     wanted: AtomicBool,
-    /// It yields to guests.
-    yields: AtomicBool,
+    /// The program can run here; only clones are still compiled.
+    runs: AtomicBool,
     done: AtomicBool,
 }
 
@@ -46,21 +50,27 @@ pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String>
     std::thread::spawn(|| read_requests(state));
     std::thread::scope(|scope| {
         scope.spawn(|| report_progress(&engine, state));
-        let compiled = engine.load_instrumented(bytes);
+        let compiled = engine.load_instrumented(bytes).and_then(|program| {
+            state.runs.store(true, Ordering::SeqCst);
+            match state.wanted.load(Ordering::SeqCst) {
+                true => Ok(()),
+                false => program.prepare_resume(),
+            }
+        });
         state.done.store(true, Ordering::Release);
-        compiled.map(drop).map_err(|error| error.to_string())
+        compiled.map_err(|error| error.to_string())
     })
 }
 
-/// Raises the priority once a move waits. Exits with the agent, whose successor compiles
-/// anew and must not wait for this process's lock.
+/// Notes that a move waits; it need not wait for clones. Exits with the agent, whose successor
+/// compiles anew and must not wait for this process's lock.
 fn read_requests(state: &State) {
     let mut input = std::io::stdin().lock();
     let mut line = String::new();
     while matches!(input.read_line(&mut line), Ok(1..)) {
         state.wanted.store(true, Ordering::SeqCst);
-        if state.yields.load(Ordering::SeqCst) {
-            set_compile_priority(CompilePriority::Wanted);
+        if state.runs.load(Ordering::SeqCst) {
+            std::process::exit(0);
         }
     }
     if !state.done.load(Ordering::Acquire) {
@@ -72,16 +82,20 @@ fn read_requests(state: &State) {
 /// complete.
 fn report_progress(engine: &Engine, state: &State) {
     let (begun, mut printed) = (Instant::now(), None);
+    let mut priority = CompilePriority::First;
+    let mut wanted_since = None;
     while !state.done.load(Ordering::Acquire) {
-        if !state.yields.load(Ordering::Acquire) && begun.elapsed() > SMALL_MAX {
-            state.yields.store(true, Ordering::SeqCst);
-            if !state.wanted.load(Ordering::SeqCst) {
-                set_compile_priority(CompilePriority::Background);
-            }
-            // The request may have arrived just now.
-            if state.wanted.load(Ordering::SeqCst) {
-                set_compile_priority(CompilePriority::Wanted);
-            }
+        if wanted_since.is_none() && state.wanted.load(Ordering::Acquire) {
+            wanted_since = Some(Instant::now());
+        }
+        let now = match wanted_since {
+            _ if begun.elapsed() <= SMALL_MAX => CompilePriority::First,
+            Some(since) if since.elapsed() > YIELD_MAX => CompilePriority::Overdue,
+            _ => CompilePriority::Background,
+        };
+        if now != priority {
+            set_compile_priority(now);
+            priority = now;
         }
         let percent = engine.compile_progress().map(|it| it.percent());
         if percent.is_some() && percent != printed {

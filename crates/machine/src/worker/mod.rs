@@ -10,6 +10,7 @@
 //! - `cluster_volumes`: the machine's cluster volumes
 //! - `spanning`: the worker as one of several parts
 //! - `membership`: changes of the set of parts
+//! - `stack_functions`: functions on the stacks of a machine that moves, compiled at the target
 //! - `residual_dirty_scan`: the pages that a frozen machine wrote last
 //!
 //! A worker outlives its agent, which finds it again through the socket in its folder. It
@@ -27,6 +28,7 @@ mod process;
 mod residual_dirty_scan;
 mod source;
 mod spanning;
+mod stack_functions;
 mod target;
 pub mod volumes;
 

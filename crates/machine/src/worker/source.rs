@@ -6,6 +6,7 @@ use super::control::{Copy, CopyEvent, Frozen, HomeHandover};
 use super::log_transfer::LogSource;
 use super::post_copy::{self, PageSet};
 use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
+use super::stack_functions::{SampleError, StackFunctions};
 use super::volumes::{SourceVolumes, VolumeError};
 use crate::cgroup::YieldPolicy;
 use crate::failpoint::{self, Injected};
@@ -65,6 +66,8 @@ pub(super) enum SourceError {
     Spanning(#[from] SpanningError),
     #[error("the state of its home cannot be encoded: {0}")]
     HomeState(#[from] postcard::Error),
+    #[error(transparent)]
+    Stacks(#[from] SampleError),
     #[error(transparent)]
     Injected(#[from] Injected),
 }
@@ -151,6 +154,7 @@ pub(super) struct SourceSession {
     /// For a machine that spans.
     parts: Option<SpanningSource>,
     volumes: SourceVolumes,
+    functions: StackFunctions,
     throttle: Throttle,
     /// For each memory, dirty pages that were found and not sent.
     unsent: Vec<PageSet>,
@@ -208,6 +212,7 @@ impl SourceSession {
             trackers: Vec::new(),
             parts,
             volumes: SourceVolumes::default(),
+            functions: StackFunctions::default(),
             budget: Duration::from_micros(copy.budget_micros),
         })
     }
@@ -227,8 +232,8 @@ impl SourceSession {
         cluster_volumes
             .wait_claimed()
             .map_err(VolumeError::NotClaimed)?;
-        // Threads must be able to resume here if the move fails; the code for that is
-        // compiled now, while they run.
+        // Threads must be able to resume here if the move fails; what takes long to
+        // compile for that is compiled now, while they run.
         self.machine.program().prepare_resume()?;
         failpoint::pass("out.hello")?;
         // Memory of a machine that spans stays with its parts.
@@ -245,6 +250,7 @@ impl SourceSession {
         }
         self.volumes = SourceVolumes::start(self.machine.wasi(), cluster_volumes);
         self.yielding = YieldPolicy::begin();
+        self.name_functions()?;
         self.drain_home(tell)?;
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
@@ -260,15 +266,13 @@ impl SourceSession {
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
             failpoint::pass("out.round")?;
-            match self.answer()? {
-                Message::RoundDone => {}
-                other => return Err(unexpected(&other)),
+            let is_compiling = self.end_of_round()?;
+            // (A round in which the target waited for code says nothing about the rate.)
+            if !is_compiling || first {
+                let micros = micros(begun.elapsed());
+                rounds.push(Round { bytes, micros });
             }
-            let took = begun.elapsed();
-            rounds.push(Round {
-                bytes,
-                micros: micros(took),
-            });
+            self.name_functions()?;
             let mut left = self.volumes.record_changes();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
@@ -287,7 +291,11 @@ impl SourceSession {
             if !goes_on {
                 return Err(LinkError::Aborted("the caller is gone".into()).into());
             }
+            if is_compiling && !self.way.hello.post_copy {
+                continue;
+            }
             if self.way.hello.post_copy {
+                self.wait_for_code(is_compiling)?;
                 // A single round; pages written since are sent by post-copy. Blocks of
                 // files are not: the target cannot request a missing block.
                 self.volumes.catch_up(&mut self.link)?;
@@ -313,6 +321,34 @@ impl SourceSession {
             rounds,
             slowed: self.throttle.is_on(),
         });
+        Ok(())
+    }
+
+    /// Names the functions that the target must compile. Threads of a machine that spans stay with
+    /// its parts.
+    fn name_functions(&mut self) -> Result<(), SourceError> {
+        match self.parts {
+            Some(_) => Ok(()),
+            None => Ok(self.functions.name(&self.machine, &mut self.link)?),
+        }
+    }
+
+    /// The target's answer to the end of a round: whether it still compiles functions.
+    fn end_of_round(&mut self) -> Result<bool, SourceError> {
+        match self.answer()? {
+            Message::RoundDone => Ok(false),
+            Message::Compiling => Ok(true),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits until the target has compiled the functions that were named.
+    fn wait_for_code(&mut self, mut is_compiling: bool) -> Result<(), SourceError> {
+        while is_compiling {
+            self.link.send(&Message::RoundEnd)?;
+            self.link.flush()?;
+            is_compiling = self.end_of_round()?;
+        }
         Ok(())
     }
 

@@ -4,10 +4,11 @@
 use super::control::{HomeHandover, Receive};
 use super::log_transfer::LogTarget;
 use super::post_copy::PostCopyTarget;
+use super::stack_functions::Compilation;
 use super::volumes::{TargetVolumes, VolumeError};
 use crate::cgroup::YieldPolicy;
 use crate::failpoint::{self, Injected};
-use crate::link::{HELLO_BEFORE, Hello, ImageBytes, Link, LinkError, Message};
+use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use crate::span::{MemberPart, SpanError};
 use keel_cluster::Epoch;
@@ -44,6 +45,8 @@ pub(super) enum TargetError {
     ClusterVolumes(#[from] keel_net::RpcError),
     #[error(transparent)]
     Faults(#[from] Unavailable),
+    #[error("the code for resuming its threads cannot be compiled: {0}")]
+    StartCompile(std::io::Error),
     #[error("post-copy cannot start: {0}")]
     StartPostCopy(std::io::Error),
     #[error(transparent)]
@@ -129,9 +132,8 @@ pub(super) fn receive(
         None => None,
     };
     let (mut image, mut handover) = (ImageBytes::default(), ImageBytes::default());
-    // A source of the previous version does not report the freeze.
-    let begun = (hello.version > HELLO_BEFORE).then(YieldPolicy::begin);
-    let yielding = RefCell::new(begun.flatten());
+    let yielding = RefCell::new(YieldPolicy::begin());
+    let mut compilation = Compilation::new(program.clone());
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
         if let Some(yielding) = &mut *yielding.borrow_mut() {
             yielding.check();
@@ -178,8 +180,16 @@ pub(super) fn receive(
                 if let Some(again) = output.missing()? {
                     link.send(&again)?;
                 }
-                link.send(&Message::RoundDone)?;
+                link.send(&match compilation.is_complete() {
+                    true => Message::RoundDone,
+                    false => Message::Compiling,
+                })?;
                 link.flush()?;
+            }
+            Message::Functions(functions) => {
+                compilation
+                    .add(functions)
+                    .map_err(TargetError::StartCompile)?;
             }
             Message::Remote {
                 memory,
@@ -218,11 +228,6 @@ pub(super) fn receive(
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
     let machine = make()?;
-    if let Some(post_copy_target) = &post_copy_target
-        && hello.version <= HELLO_BEFORE
-    {
-        while !handle_page_names(link.receive()?, post_copy_target)? {}
-    }
     failpoint::pass("in.ready")?;
     Ok(ReceivedMachine {
         machine,

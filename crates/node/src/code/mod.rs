@@ -1,4 +1,4 @@
-//! Compiled code on this node: the programs that are ready to be resumed here, and the order of
+//! Compiled code on this node: the programs whose machines can arrive here at once, and the order of
 //! compilations.
 //!
 //! ```text
@@ -8,12 +8,13 @@
 //!                         (`keel compile`, yields to guests)
 //! ```
 //!
-//! A machine can only arrive, or be captured, if the code is ready with which its threads are
-//! resumed. Compiling that code takes several times as long as starting the program, so it is done
-//! ahead of use: on the node where a machine runs, and on those that may receive it, one program
-//! at a time, in a process that gets only the processor time that guests leave. A move that finds
-//! no code has it compiled at once, and shows the progress. The store has the nodes with their
-//! code: the balancer counts the cost of compiling, and `keel inspect` shows it.
+//! A machine can only arrive if its program is compiled. That takes seconds for a large program, so
+//! it is done ahead of use: on the nodes that may receive the machine, one program at a time, in a
+//! process that gets only the processor time that guests leave. A move that finds no code has it
+//! compiled at once, and shows the progress. What the threads of a machine need besides depends on
+//! their stacks, and is compiled while its memory is copied (`keel_machine`'s
+//! `worker::stack_functions`). The store has the nodes with their code: the balancer counts the cost
+//! of compiling, and `keel inspect` shows it.
 //!
 //! Native code is never sent between nodes; modules are.
 //!

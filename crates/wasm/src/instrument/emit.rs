@@ -17,10 +17,11 @@
 //! In a clone every value that is live across a landing is in a local: originals in their own,
 //! operands in *temporaries*, one per height and type.
 
-mod save_area;
+mod exit;
 mod spill;
 
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
+use super::callees::{Callee, SegmentOp};
 use super::error::InstrumentError;
 use super::meta::{self, SlotType, slot_type};
 use super::plan::{BlockTypes, Plan, RESULT};
@@ -145,6 +146,10 @@ struct Writer<'a, 'p> {
     next_construct: usize,
     next_point: usize,
     scratch: u32,
+    /// Local of the address of the frame being saved.
+    frame: u32,
+    /// Exits that some point of this version uses.
+    used_exits: Vec<bool>,
     /// Local of a loop version, or of a clone that contains its loops: a mask with all bits set, or
     /// none until the header at which it was resumed is passed, so that it does not leave again.
     mask: u32,
@@ -156,9 +161,6 @@ struct Writer<'a, 'p> {
     is_over: bool,
     body_label: u32,
 }
-
-/// The code behind this block is the common exit of all points of a function.
-const LEAVE_LABEL: u32 = 1;
 
 impl<'a, 'p> Writer<'a, 'p> {
     fn new(
@@ -172,10 +174,10 @@ impl<'a, 'p> Writer<'a, 'p> {
             Version::Clone { .. } | Version::Loop { .. } => &body.locals[..],
         };
         let mut locals: Vec<(u32, wasm_encoder::ValType)> = Vec::new();
-        let all = own
-            .iter()
-            .chain(&plan.temp_types)
-            .chain(&[ValType::I32, ValType::I32]);
+        let all =
+            own.iter()
+                .chain(&plan.temp_types)
+                .chain(&[ValType::I32, ValType::I32, ValType::I32]);
         for ty in all {
             let ty = RoundtripReencoder.val_type(*ty)?;
             match locals.last_mut() {
@@ -184,6 +186,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             }
         }
         let shift = u32::from(version != Version::Hot);
+        let first_own = shift + (body.locals.len() + plan.temp_types.len()) as u32;
         Ok(Writer {
             plan,
             version,
@@ -194,12 +197,14 @@ impl<'a, 'p> Writer<'a, 'p> {
             open: Vec::new(),
             next_construct: 0,
             next_point: 0,
-            scratch: shift + (body.locals.len() + plan.temp_types.len()) as u32,
-            mask: shift + (body.locals.len() + plan.temp_types.len()) as u32 + 1,
+            scratch: first_own,
+            mask: first_own + 1,
+            frame: first_own + 2,
+            used_exits: vec![false; plan.exits.len()],
             has_begun: !matches!(version, Version::Loop { .. }),
             is_dead: false,
             is_over: false,
-            body_label: LEAVE_LABEL + u32::from(!body.points.is_empty()),
+            body_label: exit::body_label(plan),
         })
     }
 
@@ -230,9 +235,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 }
             }
         }
-        if !body.points.is_empty() {
-            self.i(&Instruction::Block(BlockType::Empty));
-        }
+        self.open_exits();
         let ty = self.types.block(&[], &body.results)?;
         self.i(&Instruction::Block(ty));
         self.labels = self.body_label + 1;
@@ -391,9 +394,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
         let (visible, operands) = visible(point);
         self.spill(&visible[..operands], point.outer);
-        self.save(number)?;
-        let depth = self.labels - 1 - LEAVE_LABEL;
-        self.i(&Instruction::Br(depth));
+        self.exit(number, self.labels);
         Ok(())
     }
 
@@ -565,15 +566,54 @@ impl<'a, 'p> Writer<'a, 'p> {
                 let local = self.local(*local_index);
                 self.i(&Instruction::LocalTee(local));
             }
-            other => {
-                let instruction = RoundtripReencoder.instruction(other.clone())?;
-                self.i(&instruction);
+            Operator::RefFunc { function_index } if self.version != Version::Hot => {
+                self.reference(*function_index)?;
             }
+            other => self.other(other)?,
         }
         if ends_here(op) && matches!(self.version, Version::Loop { .. }) {
             self.is_dead = true;
         }
         Ok(())
+    }
+
+    fn other(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
+        if self.version != Version::Hot
+            && let Some(segment_op) = SegmentOp::of(op)
+        {
+            let function = self.plan.callees.segment_op(segment_op);
+            let function = function.ok_or_else(|| missing("an operation on a segment"))?;
+            self.i(&Instruction::Call(function));
+            return Ok(());
+        }
+        let instruction = RoundtripReencoder.instruction(op.clone())?;
+        self.i(&instruction);
+        Ok(())
+    }
+
+    /// A reference to a function in a clone: that of the hot module, because references are compared
+    /// by identity.
+    fn reference(&mut self, function: u32) -> Result<(), InstrumentError> {
+        let entry = self.plan.callees.reference(function);
+        self.konst(entry.ok_or_else(|| missing("a reference"))?);
+        self.i(&Instruction::TableGet(self.plan.refs + 1));
+        Ok(())
+    }
+
+    /// The call itself, without its status.
+    fn call_directly(&mut self, callee: u32) {
+        let function = match self.plan.callees.callee(callee) {
+            _ if self.version == Version::Hot => callee,
+            Callee::Exported => callee,
+            Callee::Dispatched {
+                dispatcher,
+                position,
+            } => {
+                self.konst(position);
+                dispatcher
+            }
+        };
+        self.i(&Instruction::Call(function));
     }
 
     /// Whether the innermost construct encloses the entered loop.
@@ -843,11 +883,16 @@ impl<'a, 'p> Writer<'a, 'p> {
     }
 
     fn cold_if(&mut self, ty: BlockType) {
+        self.hint_unlikely();
+        self.i(&Instruction::If(ty));
+    }
+
+    /// In front of a branch that is seldom taken.
+    fn hint_unlikely(&mut self) {
         self.hints.push(BranchHint {
             branch_func_offset: self.out.byte_len() as u32,
             branch_hint_value: 0,
         });
-        self.i(&Instruction::If(ty));
     }
 
     /// With a condition on the stack (of a poll, or a call's status): if it is set, saves the frame
@@ -857,8 +902,13 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.next_point += 1;
         let point = &self.plan.body.points[number];
         let (visible, operands) = visible(point);
+        if operands == 0 {
+            self.exit_if(number);
+            return Ok(());
+        }
         if visible.len() > BLOCK_VALUES_MAX {
-            return self.leave_if_spilled(number, &visible);
+            self.leave_if_spilled(number, &visible);
+            return Ok(());
         }
         let ty = self.types.block(&visible, &visible)?;
         self.cold_if(ty);
@@ -866,10 +916,8 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.i(&Instruction::Drop);
         }
         self.spill(&visible[..operands], point.outer);
-        self.save(number)?;
         // The `if` itself adds a label.
-        let depth = self.labels - LEAVE_LABEL;
-        self.i(&Instruction::Br(depth));
+        self.exit(number, self.labels + 1);
         self.i(&Instruction::End);
         Ok(())
     }
@@ -887,78 +935,6 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.reload(&visible, point.outer);
     }
 
-    /// Writes the frame of a point to the save area, and leaves the address
-    /// behind it in the scratch local.
-    fn save(&mut self, number: usize) -> Result<(), InstrumentError> {
-        let types = self.plan.saved[number].iter();
-        let types = types.map(|slot| self.plan.slots[*slot as usize].1);
-        let references = types.filter(|ty| matches!(ty, ValType::Ref(_))).count();
-        self.make_room(references as u32);
-        let pointer = self.control_arg(meta::SAVE_POINTER, 2);
-        let scratch = self.scratch;
-        self.konst(0);
-        self.i(&Instruction::I32Load(pointer));
-        self.i(&Instruction::LocalTee(scratch));
-        self.konst(self.plan.first_point + number as u32);
-        let header = self.control_arg(0, 2);
-        self.i(&Instruction::I32Store(header));
-        let mut offset = meta::FRAME_HEADER_BYTES;
-        for slot in &self.plan.saved[number] {
-            let (local, ty) = self.plan.slots[*slot as usize];
-            self.save_slot(local, ty, offset)?;
-            offset += slot_type(ty)?.bytes();
-        }
-        self.i(&Instruction::LocalGet(scratch));
-        self.konst(offset.next_multiple_of(8));
-        self.i(&Instruction::I32Add);
-        self.i(&Instruction::LocalSet(scratch));
-        Ok(())
-    }
-
-    fn save_slot(&mut self, local: u32, ty: ValType, offset: u32) -> Result<(), InstrumentError> {
-        let scratch = self.scratch;
-        let arg = self.control_arg(offset, 0);
-        if slot_type(ty)? == SlotType::FuncRef {
-            // A reference cannot lie in memory: it goes to the next entry of
-            // the references table, and the entry's index into the frame.
-            let next = self.control_arg(meta::REF_POINTER, 2);
-            self.konst(0).i(&Instruction::I32Load(next));
-            self.get(local);
-            self.i(&Instruction::TableSet(self.plan.refs));
-            self.i(&Instruction::LocalGet(scratch));
-            self.konst(0).i(&Instruction::I32Load(next));
-            self.i(&Instruction::I32Store(arg));
-            self.konst(0);
-            self.konst(0).i(&Instruction::I32Load(next));
-            self.konst(1).i(&Instruction::I32Add);
-            self.i(&Instruction::I32Store(next));
-            return Ok(());
-        }
-        self.i(&Instruction::LocalGet(scratch));
-        self.get(local);
-        self.i(&store(ty, arg));
-        Ok(())
-    }
-
-    /// The common exit of all points: returns with the status set. One exit needs far less code
-    /// than one per point.
-    fn leave(&mut self) {
-        self.i(&Instruction::End);
-        self.check_save_area();
-        let pointer = self.control_arg(meta::SAVE_POINTER, 2);
-        let scratch = self.scratch;
-        self.konst(0);
-        self.i(&Instruction::LocalGet(scratch));
-        self.i(&Instruction::I32Store(pointer));
-        if self.version == Version::Hot {
-            for ty in &self.plan.body.results {
-                let zero = zero(*ty);
-                self.i(&zero);
-            }
-        }
-        self.konst(1);
-    }
-
     fn write_return(&mut self) {
         if self.version == Version::Hot {
             if self.plan.graph.has_status(self.plan.function) {
@@ -972,7 +948,7 @@ impl<'a, 'p> Writer<'a, 'p> {
     }
 
     fn call(&mut self, callee: u32) -> Result<(), InstrumentError> {
-        self.i(&Instruction::Call(callee));
+        self.call_directly(callee);
         if self.plan.graph.may_unwind(callee) {
             self.leave_if()?;
             self.land_at_point();
@@ -992,7 +968,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.i(&Instruction::ReturnCall(callee));
             return Ok(());
         }
-        self.i(&Instruction::Call(callee));
+        self.call_directly(callee);
         match (self.version, mine, theirs) {
             (Version::Clone { .. } | Version::Loop { .. }, _, true) => {
                 self.after_clone_tail_call();
@@ -1071,7 +1047,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 }
             } else {
                 self.konst(0).i(&Instruction::Return);
-                self.leave();
+                self.close_exits()?;
             }
             self.i(&Instruction::End);
             return Ok(());
@@ -1093,7 +1069,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             }
         }
         self.konst(0).i(&Instruction::Return);
-        self.leave();
+        self.close_exits()?;
         self.i(&Instruction::End);
         Ok(())
     }
@@ -1139,26 +1115,6 @@ fn zero(ty: ValType) -> Instruction<'static> {
     }
 }
 
-/// The function through which the runtime enters clones: `(clone, resume number) -> status`. If
-/// each clone were reachable through a table, the engine would create an entry trampoline for each:
-/// a fourth of their compile time.
-pub(crate) fn resume_dispatcher(entries: &[u32]) -> Function {
-    let clones = entries.len() as u32;
-    let mut out = Function::new([]);
-    for _ in 0..=clones {
-        out.instruction(&Instruction::Block(BlockType::Empty));
-    }
-    let targets: Vec<u32> = (0..clones).collect();
-    out.instruction(&Instruction::LocalGet(0))
-        .instruction(&Instruction::BrTable(targets.into(), clones))
-        .instruction(&Instruction::End);
-    for clone in entries {
-        out.instruction(&Instruction::LocalGet(1))
-            .instruction(&Instruction::Call(*clone))
-            .instruction(&Instruction::Return)
-            .instruction(&Instruction::End);
-    }
-    out.instruction(&Instruction::Unreachable)
-        .instruction(&Instruction::End);
-    out
+fn missing(what: &str) -> InstrumentError {
+    InstrumentError::Malformed(format!("{what} was not found in the first reading"))
 }

@@ -20,7 +20,7 @@ pub const SECTION: &str = "keel.meta";
 
 /// Version of the metadata and of the frame format. Incremented when either changes; other versions
 /// are refused with an error that names them.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Address of the request word (`u32`): nonzero requests a safepoint.
 pub const REQUEST: u32 = 0;
@@ -55,10 +55,30 @@ pub const TABLE_ENTRIES_MAX: u64 = 1 << 20;
 
 /// Prefix of all exports and imports that the instrumenter adds. Reserved: guests must not use it.
 pub const PREFIX: &str = "keel:";
-/// Export name of the function that enters clones.
+/// Export name of a clone in its resume module.
 pub const RESUME_EXPORT: &str = "keel:resume";
-/// Module name of the host functions that lowering uses.
+/// Module name of the host functions that lowering uses, and of what resume modules import.
 pub const HOST_MODULE: &str = "keel";
+
+/// Export name of a function that clones may call.
+pub(crate) fn function_export(index: u32) -> String {
+    format!("{PREFIX}f{index}")
+}
+
+/// Export name of a memory; the control memories follow the guest's.
+pub(crate) fn memory_export(index: u32) -> String {
+    format!("{PREFIX}m{index}")
+}
+
+/// Export name of a global.
+pub(crate) fn global_export(index: u32) -> String {
+    format!("{PREFIX}g{index}")
+}
+
+/// Export name of a table; the references table and the directory follow the guest's.
+pub(crate) fn table_export(index: u32) -> String {
+    format!("{PREFIX}t{index}")
+}
 
 /// Type of one saved value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -122,6 +142,10 @@ pub struct Point {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Function {
     pub index: u32,
+    /// Function index of its clone.
+    pub clone: u32,
+    /// Number of loop versions, whose indices follow that of the clone.
+    pub loop_versions: u32,
     /// Number of its first point among all points of the module.
     pub first_point: u32,
     /// Types of all values that any of its points saves or receives, in the order in which the
@@ -134,6 +158,15 @@ pub struct Function {
 }
 
 impl Function {
+    /// Indices of its clone and its loop versions.
+    pub fn clones(&self) -> std::ops::Range<u32> {
+        self.clone
+            ..self
+                .clone
+                .saturating_add(self.loop_versions)
+                .saturating_add(1)
+    }
+
     fn check(&self) -> Result<(), &'static str> {
         let bytes: u64 = self.slots.iter().map(|ty| u64::from(ty.bytes())).sum();
         let is_reference = |ty: &&SlotType| **ty == SlotType::FuncRef;

@@ -18,28 +18,30 @@
 //! - `liveness`: live locals at each point
 //! - `plan`: frame layout of a function
 //! - `emit`: writes the hot version and the clone
+//! - `callees`: how clones reach what they call
 //! - `relocate`: the second pass
 //! - `meta`: metadata for the runtime, stored in the module
 //! - `error`: why a module is refused
-//! - `strip`: the module without its clones, in which programs start
+//! - `extract`: the modules that are compiled: the hot one, and one for each clone
 //!
 //! `docs/instrumentation.md` explains rewriting, capture, resume and compilation.
 
 mod body;
+mod callees;
 mod callgraph;
 mod emit;
 mod error;
+mod extract;
 mod liveness;
 mod lower;
 pub mod meta;
 mod plan;
 mod relocate;
 mod scan;
-mod strip;
 
 pub use error::InstrumentError;
+pub use extract::{Layout, hot_module};
 pub use scan::MODULE_BYTES_MAX;
-pub use strip::without_clones;
 
 /// Incremented when the same module is instrumented differently than before with the same
 /// [`meta::VERSION`]: modules instrumented before remain usable, but are no longer produced.

@@ -2,6 +2,7 @@
 //! frame layout, and the temporaries of operands.
 
 use super::body::{Body, PointKind};
+use super::callees::Callees;
 use super::callgraph::CallGraph;
 use super::error::InstrumentError;
 use super::liveness::{self, LocalSet};
@@ -56,6 +57,7 @@ const LOCALS_MAX: usize = 50_000;
 pub(crate) struct Plan<'a> {
     pub(crate) body: &'a Body<'a>,
     pub(crate) graph: &'a CallGraph,
+    pub(crate) callees: &'a Callees,
     pub(crate) function: u32,
     /// Index of the control memory and of the references table.
     pub(crate) control: u32,
@@ -70,10 +72,15 @@ pub(crate) struct Plan<'a> {
     /// Byte offset of each slot in the restore area.
     pub(crate) slot_offsets: Vec<u32>,
     pub(crate) saved: Vec<Vec<u32>>,
+    /// One point for each distinct list of [`Self::saved`], by which its exit is written.
+    pub(crate) exits: Vec<usize>,
+    /// Position in [`Self::exits`] of each point.
+    pub(crate) exit_of: Vec<u32>,
 }
 
 pub(crate) struct PlanContext<'a> {
     pub(crate) graph: &'a CallGraph,
+    pub(crate) callees: &'a Callees,
     pub(crate) control: u32,
     pub(crate) refs: u32,
     pub(crate) status_types: u32,
@@ -90,6 +97,7 @@ impl<'a> Plan<'a> {
         let mut plan = Plan {
             body,
             graph: context.graph,
+            callees: context.callees,
             function,
             control: context.control,
             refs: context.refs,
@@ -100,6 +108,8 @@ impl<'a> Plan<'a> {
             slots: Vec::new(),
             slot_offsets: Vec::new(),
             saved: Vec::new(),
+            exits: Vec::new(),
+            exit_of: Vec::new(),
         };
         if body.points.is_empty() {
             return Ok(plan);
@@ -108,13 +118,14 @@ impl<'a> Plan<'a> {
         let positions: Vec<Option<usize>> = body.points.iter().map(|point| point.op).collect();
         let live = liveness::live_at(&body.ops, body.locals.len(), &positions);
         plan.make_slots(&live);
+        plan.make_exits();
         let mut offset = 0;
         for (_, ty) in &plan.slots {
             plan.slot_offsets.push(offset);
             offset += slot_type(*ty)?.bytes();
         }
-        // (Plus the clone's parameter, and two of the writer.)
-        let locals = body.locals.len() + plan.temp_types.len() + 3;
+        // (Plus the clone's parameter, and three of the writer.)
+        let locals = body.locals.len() + plan.temp_types.len() + 4;
         if meta::RESTORE + offset > meta::SAVE || locals > LOCALS_MAX {
             return Err(InstrumentError::Unsupported {
                 what: format!(
@@ -187,8 +198,21 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The metadata of this function; `None` where it cannot be captured.
-    pub(crate) fn meta(&self) -> Result<Option<meta::Function>, InstrumentError> {
+    fn make_exits(&mut self) {
+        let mut known: HashMap<&[u32], u32> = HashMap::new();
+        for (point, saved) in self.saved.iter().enumerate() {
+            let exits = &mut self.exits;
+            let exit = *known.entry(saved).or_insert_with(|| {
+                exits.push(point);
+                exits.len() as u32 - 1
+            });
+            self.exit_of.push(exit);
+        }
+    }
+
+    /// The metadata of this function, whose clone has this index; `None` where it cannot be
+    /// captured.
+    pub(crate) fn meta(&self, clone: u32) -> Result<Option<meta::Function>, InstrumentError> {
         if self.body.points.is_empty() {
             return Ok(None);
         }
@@ -215,6 +239,8 @@ impl<'a> Plan<'a> {
             .collect();
         Ok(Some(meta::Function {
             index: self.function,
+            clone,
+            loop_versions: 0,
             first_point: self.first_point,
             slots: self
                 .slots

@@ -1,6 +1,9 @@
 //! Second pass: polls, status results, saved frames, and clones with entries at every point. Input
-//! is a lowered module; see [`super::lower`].
+//! is a lowered module; see [`super::lower`]. The functions of the output are, in this order: imports,
+//! hot versions, the functions of [`Callees`], and clones, each followed by its loop versions.
 
+use super::body;
+use super::callees::{Callees, SegmentOp};
 use super::callgraph::{self, CallGraph, Calls};
 use super::emit::Written;
 use super::error::InstrumentError;
@@ -8,7 +11,6 @@ use super::lower::Lowered;
 use super::meta::{self, Global, Import, Meta, PREFIX, slot_type};
 use super::plan::{BlockTypes, Plan, PlanContext};
 use super::scan::{self, Scan};
-use super::{body, emit};
 use std::collections::BTreeSet;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
 use wasm_encoder::{
@@ -34,7 +36,10 @@ struct Input<'a> {
     mutable_globals: Vec<(u32, wasmparser::ValType)>,
     tables: u32,
     changing_tables: BTreeSet<u32>,
+    segment_ops: Vec<SegmentOp>,
+    tables64: Vec<bool>,
     memories: MemorySection,
+    memories64: Vec<bool>,
     memory_count: u32,
     table_section: TableSection,
     globals: GlobalSection,
@@ -60,7 +65,7 @@ pub(crate) fn relocate(
         &referenced,
         std::mem::take(&mut input.calls),
     );
-    let mut written = write_functions(&mut input, &graph, scan)?;
+    let mut written = write_functions(&mut input, &graph, &referenced, scan)?;
 
     let mut meta = Meta {
         version: meta::VERSION,
@@ -82,16 +87,19 @@ pub(crate) fn relocate(
     let mut out = Output {
         types: types(&graph, &written.block_types)?,
         clone_type: written.clone_type,
-        resume_type: written.resume_type,
         ..Output::default()
     };
-    out.functions(&input, &graph, &written.clones);
-    out.hidden(&mut input, &mut meta, &graph, &written.clones)?;
-    for function in written.hot.iter().chain(&written.clones) {
-        out.code.function(&function.0);
+    out.functions(&input, &graph, &written);
+    out.hidden(&mut input, &mut meta, &written.callees)?;
+    for (function, _) in &written.hot {
+        out.code.function(function);
     }
-    out.code
-        .function(&emit::resume_dispatcher(&written.entries));
+    for (_, function) in written.callees.functions() {
+        out.code.function(&function);
+    }
+    for (function, _) in &written.clones {
+        out.code.function(function);
+    }
     let hints = |functions: &[Written], first: u32, out: &mut BranchHints| {
         for (at, function) in (first..).zip(functions) {
             if !function.1.is_empty() {
@@ -100,8 +108,8 @@ pub(crate) fn relocate(
         }
     };
     hints(&written.hot, imported, &mut out.hints);
-    hints(&written.clones, graph.functions(), &mut out.hints);
-    out.names(&meta, &written);
+    hints(&written.clones, written.callees.end(), &mut out.hints);
+    out.names(&meta, &graph, &written.callees);
     out.finish(&input, &meta)
 }
 
@@ -117,7 +125,10 @@ fn read(bytes: &[u8], start: Option<u32>) -> Result<Input<'_>, InstrumentError> 
         mutable_globals: Vec::new(),
         tables: 0,
         changing_tables: BTreeSet::new(),
+        segment_ops: Vec::new(),
+        tables64: Vec::new(),
         memories: MemorySection::new(),
+        memories64: Vec::new(),
         memory_count: 0,
         table_section: TableSection::new(),
         globals: GlobalSection::new(),
@@ -169,10 +180,16 @@ impl<'a> Input<'a> {
             }
             Payload::TableSection(section) => {
                 self.tables = section.count();
+                for table in section.clone() {
+                    self.tables64.push(table?.ty.table64);
+                }
                 utils::parse_table_section(&mut same, &mut self.table_section, section)?;
             }
             Payload::MemorySection(section) => {
                 self.memory_count = section.count();
+                for memory in section.clone() {
+                    self.memories64.push(memory?.memory64);
+                }
                 utils::parse_memory_section(&mut same, &mut self.memories, section)?;
             }
             Payload::GlobalSection(section) => {
@@ -201,6 +218,11 @@ impl<'a> Input<'a> {
     }
 
     fn note(&mut self, op: &Operator<'_>) {
+        if let Some(op) = SegmentOp::of(op)
+            && !self.segment_ops.contains(&op)
+        {
+            self.segment_ops.push(op);
+        }
         match *op {
             Operator::RefFunc { function_index } => {
                 self.referenced.insert(function_index);
@@ -239,36 +261,33 @@ struct Functions {
     hot: Vec<Written>,
     /// Clones, each followed by its loop versions.
     clones: Vec<Written>,
-    /// Function indices of the clones, with the number of loop versions that follow each.
-    entries: Vec<u32>,
-    versions: Vec<u32>,
+    callees: Callees,
     functions: Vec<meta::Function>,
     block_types: BlockTypes,
     clone_type: u32,
-    resume_type: u32,
 }
 
 fn write_functions(
     input: &mut Input<'_>,
     graph: &CallGraph,
+    referenced: &[u32],
     scan: &Scan,
 ) -> Result<Functions, InstrumentError> {
     let types = graph.types().len() as u32;
-    let mut out = Functions {
-        hot: Vec::new(),
-        clones: Vec::new(),
-        entries: Vec::new(),
-        versions: Vec::new(),
-        functions: Vec::new(),
-        block_types: BlockTypes::new(2 * types),
-        clone_type: 0,
-        resume_type: 0,
-    };
+    let mut block_types = BlockTypes::new(2 * types);
     let i32 = wasmparser::ValType::I32;
-    out.clone_type = out.block_types.function(&[i32], &[i32]);
-    out.resume_type = out.block_types.function(&[i32, i32], &[i32]);
+    let clone_type = block_types.function(&[i32], &[i32]);
+    let callees = Callees::new(
+        graph,
+        referenced,
+        &input.segment_ops,
+        (&input.tables64, &input.memories64),
+        &mut block_types,
+    );
+    let (mut hot, mut clones, mut functions) = (Vec::new(), Vec::new(), Vec::new());
     let context = PlanContext {
         graph,
+        callees: &callees,
         control: input.memory_count,
         refs: input.tables,
         status_types: types,
@@ -283,45 +302,42 @@ fn write_functions(
         allocations = validator.into_allocations();
         let place = scan.place((function - graph.imported()) as usize);
         let plan = Plan::new(&body, &context, function, next_point, &place)?;
-        out.hot.push(plan.hot(&mut out.block_types)?);
-        if let Some(meta) = plan.meta()? {
+        hot.push(plan.hot(&mut block_types)?);
+        let first = clones.len();
+        let index = callees.end() + first as u32;
+        if let Some(mut meta) = plan.meta(index)? {
             next_point += meta.points.len() as u32;
-            let index = graph.functions() + out.clones.len() as u32;
-            out.entries.push(index);
-            let hot_bytes = out.hot.last().map_or(0, |hot| hot.0.byte_len());
-            let versions = plan.loop_versions(&mut out.block_types, hot_bytes)?;
+            let hot_bytes = hot.last().map_or(0, |hot: &Written| hot.0.byte_len());
+            let versions = plan.loop_versions(&mut block_types, hot_bytes)?;
             let first_loop = versions.is_some().then_some(index + 1);
-            let clone = plan.clone_version(&mut out.block_types, first_loop)?;
-            out.clones.push(clone);
+            clones.push(plan.clone_version(&mut block_types, first_loop)?);
             let versions = versions.unwrap_or_default();
-            out.versions.push(versions.len() as u32);
-            out.clones.extend(versions);
-            out.functions.push(meta);
+            meta.loop_versions = versions.len() as u32;
+            clones.extend(versions);
+            functions.push(meta);
         }
-        check_sizes(&out, function, graph, &place)?;
+        check_sizes(hot.last().into_iter().chain(&clones[first..]), &place)?;
     }
-    Ok(out)
+    Ok(Functions {
+        hot,
+        clones,
+        callees,
+        functions,
+        block_types,
+        clone_type,
+    })
 }
 
 /// Maximum bytes of a function's body (an implementation limit).
 const BODY_BYTES_MAX: usize = 7_654_321;
 
-/// Refuses a function that became too large, with its place; its versions are the last ones.
-fn check_sizes(
-    out: &Functions,
-    function: u32,
-    graph: &CallGraph,
+/// Refuses a function one of whose versions became too large, with its place.
+fn check_sizes<'a>(
+    versions: impl Iterator<Item = &'a Written>,
     place: &str,
 ) -> Result<(), InstrumentError> {
-    let first = match out.functions.last() {
-        Some(last) if last.index == function => out.entries.last().copied(),
-        _ => None,
-    };
-    let clones = first.map_or(out.clones.len(), |first| {
-        (first - graph.functions()) as usize
-    });
-    let all = out.hot.last().into_iter().chain(&out.clones[clones..]);
-    let largest = all.map(|written| written.0.byte_len()).max().unwrap_or(0);
+    let sizes = versions.map(|written| written.0.byte_len());
+    let largest = sizes.max().unwrap_or(0);
     if largest <= BODY_BYTES_MAX {
         return Ok(());
     }
@@ -391,7 +407,6 @@ fn types(graph: &CallGraph, blocks: &BlockTypes) -> Result<TypeSection, Instrume
 struct Output {
     types: TypeSection,
     clone_type: u32,
-    resume_type: u32,
     imports: ImportSection,
     functions: FunctionSection,
     hints: BranchHints,
@@ -400,7 +415,7 @@ struct Output {
 }
 
 impl Output {
-    fn functions(&mut self, input: &Input<'_>, graph: &CallGraph, clones: &[Written]) {
+    fn functions(&mut self, input: &Input<'_>, graph: &CallGraph, written: &Functions) {
         let status = graph.types().len() as u32;
         for (function, (module, name)) in (0u32..).zip(&input.imports) {
             let ty = EntityType::Function(status + graph.type_index(function));
@@ -414,10 +429,12 @@ impl Output {
                 ty
             });
         }
-        for _ in clones {
+        for (ty, _) in written.callees.functions() {
+            self.functions.function(ty);
+        }
+        for _ in &written.clones {
             self.functions.function(self.clone_type);
         }
-        self.functions.function(self.resume_type);
     }
 
     /// Adds the control memory, the hidden tables and the hidden exports.
@@ -425,8 +442,7 @@ impl Output {
         &mut self,
         input: &mut Input<'_>,
         meta: &mut Meta,
-        graph: &CallGraph,
-        clones: &[Written],
+        callees: &Callees,
     ) -> Result<(), InstrumentError> {
         // Twice, see `meta`.
         for _ in 0..2 {
@@ -465,43 +481,46 @@ impl Output {
                 input.tables + table as u32,
             );
         }
-        for memory in 0..input.memory_count {
-            exports.export(&format!("{PREFIX}m{memory}"), ExportKind::Memory, memory);
+        // (With the control memories, the references table and the directory.)
+        for memory in 0..input.memory_count + 2 {
+            exports.export(&meta::memory_export(memory), ExportKind::Memory, memory);
+        }
+        for table in 0..input.tables + 2 {
+            exports.export(&meta::table_export(table), ExportKind::Table, table);
+        }
+        for global in 0..input.globals.len() {
+            exports.export(&meta::global_export(global), ExportKind::Global, global);
+        }
+        for function in callees.exported() {
+            exports.export(&meta::function_export(function), ExportKind::Func, function);
         }
         for (index, ty) in &input.mutable_globals {
-            let name = format!("{PREFIX}g{index}");
-            exports.export(&name, ExportKind::Global, *index);
             meta.globals.push(Global {
-                export: name,
+                export: meta::global_export(*index),
                 ty: slot_type(*ty)?,
             });
         }
         for table in &input.changing_tables {
-            let name = format!("{PREFIX}t{table}");
-            exports.export(&name, ExportKind::Table, *table);
-            meta.tables.push((*table, name));
+            meta.tables.push((*table, meta::table_export(*table)));
         }
         if let Some(start) = meta.start {
             exports.export(&format!("{PREFIX}start"), ExportKind::Func, start);
         }
-        // The last export: `strip` removes it with the clones.
-        exports.export(
-            meta::RESUME_EXPORT,
-            ExportKind::Func,
-            graph.functions() + clones.len() as u32,
-        );
         Ok(())
     }
 
-    fn names(&mut self, meta: &Meta, written: &Functions) {
+    fn names(&mut self, meta: &Meta, graph: &CallGraph, callees: &Callees) {
         let mut names = NameMap::new();
         for (index, name) in &meta.names {
             names.append(*index, name);
         }
-        let clones = written.entries.iter().zip(&written.versions);
-        for ((at, versions), function) in clones.zip(&meta.functions) {
+        // By their names, backtraces omit them.
+        for function in graph.functions()..callees.end() {
+            names.append(function, &meta::function_export(function));
+        }
+        for function in &meta.functions {
             let name = meta.function_name(function.index);
-            for index in *at..=at + versions {
+            for index in function.clones() {
                 names.append(index, &name);
             }
         }

@@ -11,8 +11,8 @@
 //! the results of the one before: the native stack never holds more than what
 //! the thread called since it was resumed.
 //!
-//! A thread starts in an instance of the module without clones, if those are not compiled yet; its
-//! first resume switches to an instance of the whole module.
+//! A clone is a module of its own, compiled when the first thread is resumed in it. Its instance
+//! imports memories, tables, globals and callees from the thread's instance of the hot module.
 
 use super::frame::{Frame, Pending, ThreadState, Value};
 use super::host::{Exited, Host, HostThread, HostTrap, ThreadContext, host_call, to_val, typed};
@@ -67,9 +67,6 @@ pub enum FiberError {
     Program(#[from] ProgramError),
     #[error("cannot make an instance: {0:#}")]
     Engine(#[from] wasmtime::Error),
-    /// Compilation is missing or failed.
-    #[error("the program has no code")]
-    NoCode,
     /// The module has no such function.
     #[error("the module exports no function {0:?}")]
     NoExport(String),
@@ -88,8 +85,8 @@ pub struct Fiber {
     control: Arc<Control>,
     refs: Table,
     directory: Table,
-    /// Enters clones; `None` in an instance without them.
-    clones: Option<TypedFunc<(u32, u32), u32>>,
+    /// Clones by the position of their function in the metadata.
+    clones: HashMap<usize, TypedFunc<u32, u32>>,
     globals: Vec<Global>,
     tables: Vec<Table>,
     /// Raw function references back to indices; filled when first needed.
@@ -125,10 +122,7 @@ impl Fiber {
         host: Arc<dyn Host>,
         thread: HostThread,
     ) -> Result<Self, FiberError> {
-        let linked = match program.linked() {
-            Some(linked) => linked.clone(),
-            None => return Err(FiberError::NoCode),
-        };
+        let linked = program.linked().clone();
         let control = Arc::new(Control::new()?);
         let memories = thread.memories.clone();
         let signal = thread.signal.clone();
@@ -152,10 +146,6 @@ impl Fiber {
         };
         let refs = table(&mut store, &format!("{PREFIX}refs"))?;
         let directory = table(&mut store, &format!("{PREFIX}dir"))?;
-        let clones = match instance.get_func(&mut store, meta::RESUME_EXPORT) {
-            Some(function) => Some(function.typed(&store)?),
-            None => None,
-        };
         let mut tables = Vec::new();
         for (_, name) in &program.meta.tables {
             tables.push(table(&mut store, name)?);
@@ -176,7 +166,7 @@ impl Fiber {
             control,
             refs,
             directory,
-            clones,
+            clones: HashMap::new(),
             globals,
             tables,
             indices: None,
@@ -233,10 +223,6 @@ impl Fiber {
     /// # Errors
     /// As [`Self::call`].
     pub fn resume(&mut self) -> Result<Run, Stop> {
-        if self.clones.is_none() {
-            let state = self.state()?;
-            self.load(state)?;
-        }
         loop {
             if self.signal().is_requested() {
                 return Ok(Run::Captured);
@@ -300,15 +286,11 @@ impl Fiber {
             Pending::Results(values) => values,
             _ => Vec::new(),
         };
+        let clone = self.clone_of(position)?;
         self.enter();
         self.fill_restore_area(frame, function, point, &values)?;
-        let Some(clones) = &self.clones else {
-            return Err(plain_trap(
-                "a frame cannot be resumed without clones".into(),
-            ));
-        };
         let number = frame.point - function.first_point + 1;
-        match catch_engine_panic(|| clones.call(&mut self.store, (position as u32, number))) {
+        match catch_engine_panic(|| clone.call(&mut self.store, number)) {
             Err(error) => Err(self.stop(error)),
             Ok(0) => {
                 self.pending = Pending::Results(self.results(&function.results)?);
@@ -316,6 +298,28 @@ impl Fiber {
             }
             Ok(_) => self.collect().map(|()| true),
         }
+    }
+
+    /// The clone of a function, by its position in the metadata.
+    fn clone_of(&mut self, position: usize) -> Result<TypedFunc<u32, u32>, Stop> {
+        if let Some(clone) = self.clones.get(&position) {
+            return Ok(clone.clone());
+        }
+        let clone = self.link_clone(position);
+        let clone = clone.map_err(|error| plain_trap(error.to_string()))?;
+        self.clones.insert(position, clone.clone());
+        Ok(clone)
+    }
+
+    fn link_clone(&mut self, position: usize) -> Result<TypedFunc<u32, u32>, FiberError> {
+        let module = self.program.resume_module(position)?;
+        let mut imports = Vec::with_capacity(module.imports().len());
+        for import in module.imports() {
+            let export = self.instance.get_export(&mut self.store, import.name());
+            imports.push(export.ok_or_else(|| FiberError::NoExport(import.name().to_owned()))?);
+        }
+        let instance = Instance::new(&mut self.store, module, &imports)?;
+        Ok(instance.get_typed_func(&mut self.store, meta::RESUME_EXPORT)?)
     }
 
     /// Prepares the control memory for running code.
@@ -492,9 +496,11 @@ impl Fiber {
     /// checked against the module (see [`ThreadState::check`]).
     ///
     /// # Errors
-    /// [`Stop::Trap`] if it does not fit.
+    /// [`Stop::Trap`] if it does not fit, or its frames cannot be resumed.
     pub fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
-        self.enter_whole_module()?;
+        let functions = state.functions(&self.program.meta);
+        let prepared = self.program.prepare_functions(&functions);
+        prepared.map_err(|error| plain_trap(error.to_string()))?;
         self.update_sizes()?;
         for (at, value) in state.globals.iter().enumerate() {
             let val = self.to_val(*value)?;
@@ -547,22 +553,6 @@ impl Fiber {
                 })?;
             }
         }
-        Ok(())
-    }
-
-    /// Makes this a fresh instance of the whole module, clones included.
-    fn enter_whole_module(&mut self) -> Result<(), Stop> {
-        if self.clones.is_some() {
-            return Ok(());
-        }
-        let data = self.store.data();
-        let (host, thread) = (data.host.clone(), data.thread.clone());
-        let whole = self
-            .program
-            .prepare_resume()
-            .map_err(FiberError::from)
-            .and_then(|()| Fiber::new(self.program.clone(), host, thread));
-        *self = whole.map_err(|error| plain_trap(error.to_string()))?;
         Ok(())
     }
 
@@ -674,9 +664,11 @@ impl Fiber {
                 trace
                     .frames()
                     .iter()
-                    .map(|frame| match frame.func_name() {
-                        Some(name) => name.to_owned(),
-                        None => self.program.meta.function_name(frame.func_index()),
+                    .filter_map(|frame| match frame.func_name() {
+                        // A dispatcher, which the program does not have.
+                        Some(name) if name.starts_with(PREFIX) => None,
+                        Some(name) => Some(name.to_owned()),
+                        None => Some(self.program.meta.function_name(frame.func_index())),
                     })
                     .collect()
             })

@@ -38,7 +38,7 @@ use crate::instrument::meta::Meta;
 use crate::memory::{GuestMemory, MemoryError};
 use keel_wasi::Wasi;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -523,6 +523,24 @@ impl Machine {
                 .unwrap_or_else(|error| error.into_inner())
                 .0;
         }
+    }
+
+    /// The functions on the stacks of its threads (by their positions in the metadata): what must be
+    /// compiled to resume them. Freezes the machine for some microseconds.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`] and [`Self::thaw`].
+    pub fn functions_on_stacks(&self, patience: Duration) -> Result<BTreeSet<u32>, MachineError> {
+        self.freeze(patience)?;
+        let found = {
+            let threads = locked(&self.shared.threads);
+            let parked = threads.table.values().filter_map(|it| it.parked.as_ref());
+            let states = parked.flatten();
+            let functions = states.flat_map(|it| it.functions(&self.shared.program.meta));
+            functions.collect()
+        };
+        self.thaw()?;
+        Ok(found)
     }
 
     /// The frozen machine as plain data, without its memories.

@@ -1,4 +1,5 @@
-//! From module bytes to a program: instrument, compile, cache, link.
+//! From module bytes to a program: instrument, compile, cache, link; and the code for resuming
+//! threads, which is compiled function by function when it is first needed.
 //!
 //! Two kinds of files are stored by content hash: instrumented modules (which machines refer to,
 //! and which move with them) and compiled code (native code, which never moves, and is loaded only
@@ -11,8 +12,9 @@ use super::host::{self, ThreadContext};
 use super::imports;
 use super::tables::{self, TABLES_ENTRIES_MAX};
 use crate::instrument::meta::{Meta, TABLE_ENTRIES_MAX};
-use crate::instrument::{self, InstrumentError};
+use crate::instrument::{self, InstrumentError, Layout};
 use crate::memory::Creator;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use wasmtime::{Config, InstancePre, Linker, Module, OptLevel};
@@ -41,8 +43,12 @@ pub enum ProgramError {
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
     /// It runs, but can be neither moved nor captured.
-    #[error("the code for resuming threads cannot be compiled: {0}")]
-    Clones(String),
+    #[error("the code for resuming {function} cannot be compiled: {reason}")]
+    Clone {
+        /// Name of the function.
+        function: String,
+        reason: String,
+    },
     #[error("the cache at {path}: {source}", path = path.display())]
     Cache {
         path: PathBuf,
@@ -140,8 +146,7 @@ impl Engine {
         CompileProgress::now()
     }
 
-    /// Creates a program from an original module. Only the code needed to run is compiled; see
-    /// [`Program::prepare_resume`] for the rest. Imports are checked first.
+    /// Creates a program from an original module. Imports are checked first.
     ///
     /// # Errors
     /// [`ProgramError`].
@@ -160,48 +165,38 @@ impl Engine {
                 bytes
             }
         };
-        let program = self.program(instrumented)?;
-        match self.cached_code(&program.code_name(WHOLE)) {
-            Some(module) => {
-                let linked = program.link(&module)?;
-                program.whole.get_or_init(|| Ok(linked));
-            }
-            None => {
-                let bytes = instrument::without_clones(&program.bytes, &program.meta)?;
-                let module = self.compile(&bytes, &program.code_name(START))?;
-                let linked = program.link(&module)?;
-                program.start.get_or_init(|| linked);
-            }
-        }
-        Ok(Arc::new(program))
+        self.load_instrumented(instrumented)
     }
 
-    /// Creates a program from a module that was instrumented before, possibly on another node; its
-    /// threads can be resumed immediately.
+    /// Creates a program from a module that was instrumented before, possibly on another node.
     ///
     /// # Errors
     /// [`ProgramError`].
     pub fn load_instrumented(&self, bytes: Vec<u8>) -> Result<Arc<Program>, ProgramError> {
-        let program = self.program(bytes)?;
-        program.prepare_resume()?;
-        Ok(Arc::new(program))
-    }
-
-    /// A program without compiled code.
-    fn program(&self, bytes: Vec<u8>) -> Result<Program, ProgramError> {
         let meta = instrument::read_meta(&bytes)?;
         let kinds = host::import_kinds(&meta)?;
         let table_entries = tables::initial_entries(&bytes, true)?;
-        Ok(Program {
-            hash: *blake3::hash(&bytes).as_bytes(),
+        let hash = *blake3::hash(&bytes).as_bytes();
+        let name = code_name(&hash, HOT);
+        let module = match self.cached_code(&name) {
+            Some(module) => module,
+            None => self.compile(&instrument::hot_module(&bytes, &meta)?, &name)?,
+        };
+        let mut linker = Linker::new(&self.inner);
+        let hot = host::link(&mut linker, &module, &meta, &kinds)
+            .and_then(|()| linker.instantiate_pre(&module))
+            .map_err(ProgramError::Compile)?;
+        Ok(Arc::new(Program {
+            hash,
+            resume_modules: meta.functions.iter().map(|_| OnceLock::new()).collect(),
+            layout: OnceLock::new(),
             meta,
             bytes,
             kinds,
             table_entries,
-            start: OnceLock::new(),
-            whole: OnceLock::new(),
+            hot,
             engine: self.clone(),
-        })
+        }))
     }
 
     fn compile(&self, bytes: &[u8], name: &str) -> Result<Module, ProgramError> {
@@ -282,25 +277,31 @@ fn cached_code(engine: &wasmtime::Engine, cache: &Cache, name: &str) -> Option<M
     }
 }
 
-/// The hash (hex digits) of the program for whose threads a cache file of this name has resume
-/// code; `None` for other files.
+/// The hash (hex digits) of the program whose code a cache file of this name has; `None` for other
+/// files.
 pub fn program_of_code(file_name: &str) -> Option<&str> {
-    file_name.strip_suffix(WHOLE)?.strip_suffix('.')
+    file_name.strip_suffix(HOT)?.strip_suffix('.')
 }
 
-/// Suffixes of cached code: of the whole module, of the one without clones, and of the original
-/// module.
-const WHOLE: &str = "code";
-const START: &str = "start";
+fn code_name(hash: &[u8; 32], which: &str) -> String {
+    format!("{}.{which}", hex(hash))
+}
+
+/// Suffixes of cached code: of the hot module, of the resume module of a function (behind its
+/// number), and of the original module.
+const HOT: &str = "code";
+const RESUME: &str = "resume";
 const PLAIN: &str = "plain";
 
-type Linked = Result<InstancePre<ThreadContext>, String>;
+/// Size of a function's clone and loop versions, in bytes of WebAssembly, from which they are
+/// compiled before a thread is captured: about a quarter of a second on one core. The others are
+/// compiled when the first thread is resumed in them, which must wait for it.
+const LARGE_CLONE_BYTES: usize = 256 << 10;
 
 /// A compiled, instrumented module.
 ///
-/// Two modules are compiled from it: the one without clones, in which new threads start (it is
-/// ready much sooner), and the whole one, in which threads are resumed and, once it is compiled,
-/// also start.
+/// Threads run in the code of its hot module. The clone of a function, in which captured frames of
+/// it are resumed, is a module of its own that is compiled when it is first needed.
 pub struct Program {
     pub(crate) meta: Meta,
     hash: [u8; 32],
@@ -308,8 +309,10 @@ pub struct Program {
     pub(crate) kinds: Vec<host::ImportKind>,
     /// Initial table entries of each thread's instance.
     pub(super) table_entries: u64,
-    start: OnceLock<InstancePre<ThreadContext>>,
-    whole: OnceLock<Linked>,
+    hot: InstancePre<ThreadContext>,
+    /// For each function of the metadata.
+    resume_modules: Box<[OnceLock<Result<Module, String>>]>,
+    layout: OnceLock<Layout>,
     engine: Engine,
 }
 
@@ -343,65 +346,88 @@ impl Program {
 
     /// Whether the module exports a function of this name.
     pub fn exports_function(&self, name: &str) -> bool {
-        self.linked().is_some_and(|instance| {
-            instance
-                .module()
-                .get_export(name)
-                .is_some_and(|ty| ty.func().is_some())
+        let export = self.hot.module().get_export(name);
+        export.is_some_and(|ty| ty.func().is_some())
+    }
+
+    /// Compiles the clones that take so long that no captured thread should wait for them; most
+    /// programs have none. Best called well before a freeze, on a thread that may block: freezing
+    /// calls it, and waits.
+    ///
+    /// # Errors
+    /// [`ProgramError::Clone`], the same each time: threads cannot be resumed, so the program must
+    /// not be captured.
+    pub fn prepare_resume(&self) -> Result<(), ProgramError> {
+        let layout = self.layout()?;
+        let functions = self.meta.functions.iter().enumerate();
+        functions
+            .filter(|(_, it)| layout.clone_bytes(it) >= LARGE_CLONE_BYTES)
+            .try_for_each(|(position, _)| self.resume_module(position).map(drop))
+    }
+
+    /// Compiles the clones of functions (by their positions in the metadata; others are ignored),
+    /// before threads are resumed in them.
+    ///
+    /// # Errors
+    /// [`ProgramError::Clone`].
+    pub fn prepare_functions(&self, functions: &BTreeSet<u32>) -> Result<(), ProgramError> {
+        let known = 0..self.meta.functions.len();
+        let functions = functions.iter().map(|position| *position as usize);
+        functions
+            .filter(|position| known.contains(position))
+            .try_for_each(|position| self.resume_module(position).map(drop))
+    }
+
+    /// The code in which frames of a function (by its position in the metadata) are resumed;
+    /// compiles it if it is missing, or waits for the thread that compiles it. So it must not be
+    /// called by a thread of rayon's pool: the compiler distributes its work there, and a thread that
+    /// waits for that work may be given one that waits for the same code.
+    ///
+    /// # Errors
+    /// [`ProgramError::Clone`], the same each time.
+    pub(super) fn resume_module(&self, position: usize) -> Result<&Module, ProgramError> {
+        let function = &self.meta.functions[position];
+        let compiled = self.resume_modules[position].get_or_init(|| {
+            let name = code_name(&self.hash, &format!("{position}.{RESUME}"));
+            if let Some(module) = self.engine.cached_code(&name) {
+                return Ok(module);
+            }
+            let extracted = self
+                .layout()
+                .and_then(|layout| Ok(layout.resume_module(&self.bytes, &self.meta, function)?));
+            extracted
+                .and_then(|bytes| self.engine.compile(&bytes, &name))
+                .map_err(|error| error.to_string())
+        });
+        compiled.as_ref().map_err(|reason| ProgramError::Clone {
+            function: self.meta.function_name(function.index),
+            reason: reason.clone(),
         })
     }
 
-    /// Compiles the code for resuming threads, if missing. It takes a few times as long as loading,
-    /// so it is best called well before a freeze, on a thread that may block: resuming and freezing
-    /// call it, and wait.
-    ///
-    /// # Errors
-    /// [`ProgramError::Clones`], the same each time.
-    pub fn prepare_resume(&self) -> Result<(), ProgramError> {
-        let linked = self.whole.get_or_init(|| {
-            self.engine
-                .compile(&self.bytes, &self.code_name(WHOLE))
-                .and_then(|module| self.link(&module))
-                .map_err(|error| error.to_string())
-        });
-        match linked {
-            Ok(_) => Ok(()),
-            Err(error) => Err(ProgramError::Clones(error.clone())),
+    fn layout(&self) -> Result<&Layout, ProgramError> {
+        if let Some(layout) = self.layout.get() {
+            return Ok(layout);
         }
-    }
-
-    /// Whether threads can be resumed without compiling first.
-    pub fn can_resume(&self) -> bool {
-        matches!(self.whole.get(), Some(Ok(_)))
+        let layout = Layout::read(&self.bytes)?;
+        Ok(self.layout.get_or_init(|| layout))
     }
 
     /// Bytes of machine code in use.
     pub fn code_bytes(&self) -> usize {
-        self.linked()
-            .map_or(0, |instance| instance.module().text().len())
+        let compiled = self.resume_modules.iter().filter_map(OnceLock::get);
+        let clones = compiled.filter_map(|module| module.as_ref().ok());
+        let clones: usize = clones.map(|module| module.text().len()).sum();
+        self.hot.module().text().len() + clones
     }
 
     /// Template of new instances.
-    pub(crate) fn linked(&self) -> Option<&InstancePre<ThreadContext>> {
-        match self.whole.get() {
-            Some(Ok(whole)) => Some(whole),
-            _ => self.start.get(),
-        }
+    pub(crate) fn linked(&self) -> &InstancePre<ThreadContext> {
+        &self.hot
     }
 
     pub(crate) fn wasmtime(&self) -> &wasmtime::Engine {
         &self.engine.inner
-    }
-
-    fn link(&self, module: &Module) -> Result<InstancePre<ThreadContext>, ProgramError> {
-        let mut linker = Linker::new(&self.engine.inner);
-        host::link(&mut linker, module, &self.meta, &self.kinds)
-            .and_then(|()| linker.instantiate_pre(module))
-            .map_err(ProgramError::Compile)
-    }
-
-    fn code_name(&self, which: &str) -> String {
-        format!("{}.{which}", hex(&self.hash))
     }
 }
 

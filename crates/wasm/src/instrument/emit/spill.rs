@@ -1,7 +1,6 @@
 //! Points with more operands than a block may have.
 
 use super::Writer;
-use crate::instrument::error::InstrumentError;
 use wasm_encoder::{BlockType, Instruction};
 use wasmparser::ValType;
 
@@ -12,22 +11,15 @@ impl Writer<'_, '_> {
     /// As [`Self::leave_if`], if the operands, a call's results last, are too many for the block in
     /// which they would be saved: they pass through their temporaries instead. (Free on the hot
     /// path: to the compiler they are the same values.)
-    pub(super) fn leave_if_spilled(
-        &mut self,
-        number: usize,
-        visible: &[ValType],
-    ) -> Result<(), InstrumentError> {
+    pub(super) fn leave_if_spilled(&mut self, number: usize, visible: &[ValType]) {
         let outer = self.plan.body.points[number].outer;
         let condition = self.scratch;
         self.i(&Instruction::LocalSet(condition));
         self.spill(visible, outer);
         self.i(&Instruction::LocalGet(condition));
         self.cold_if(BlockType::Empty);
-        self.save(number)?;
-        let depth = self.labels - super::LEAVE_LABEL;
-        self.i(&Instruction::Br(depth));
+        self.exit(number, self.labels + 1);
         self.i(&Instruction::End);
         self.reload(visible, outer);
-        Ok(())
     }
 }
