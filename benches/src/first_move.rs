@@ -170,8 +170,13 @@ async fn measure(keel: &Path, case: &Case) -> Result<Figures> {
     drop(cluster);
 
     let folder = tempfile::tempdir()?;
-    let cluster = LocalCluster::start(keel, folder.path(), &["a", "b"]).await?;
+    let mut cluster = LocalCluster::start(keel, folder.path(), &["a", "b"]).await?;
+    // Or it would compile the program ahead of the move.
+    cluster.power_off("b");
     start(keel, &cluster, case)?;
+    wait_lines(&cluster, 1).await?;
+    tokio::time::sleep(ALONE).await;
+    cluster.power_on("b").await?;
     let began = now();
     let report = cluster.move_machine("a", NAME, "b").await?;
     let ended = now();

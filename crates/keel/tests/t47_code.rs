@@ -88,3 +88,41 @@ async fn a_move_waits_for_code() {
     let output = cluster.output("b", "counter").await.expect("output");
     check_numbered(&output, 0).expect("every line once and in order");
 }
+
+/// The target compiles what the threads are resumed in before the source freezes them: downtime
+/// does not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn code_for_resuming_is_compiled_before_the_freeze() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"])
+        .await
+        .expect("a cluster");
+    let compiled = |node: &str| {
+        let files = std::fs::read_dir(cluster.folder(node).join("cache")).expect("a cache");
+        let names = files.map(|file| file.expect("an entry").file_name());
+        names
+            .filter(|name| name.to_string_lossy().ends_with(".resume"))
+            .count()
+    };
+    let counter = guest("counter");
+    let counter = Guest::new("counter", "a", &counter, &["1000000", "2"]);
+    cluster.run(&counter).await.expect("it starts");
+    ready_on(&cluster, "counter", &["a", "b"]).await;
+    let ahead = compiled("b");
+
+    // Copying is complete, and the move fails.
+    cluster
+        .failpoint("a", "out.converged", Some("error"))
+        .await
+        .expect("an order");
+    let failed = cluster.move_machine("a", "counter", "b").await;
+    let failed = failed.expect("a report");
+    assert_ne!(failed.ending, Ending::Moved, "{}", failed.line());
+    assert!(compiled("b") > ahead);
+
+    let moved = cluster.move_machine("a", "counter", "b").await;
+    let moved = moved.expect("a report");
+    assert_eq!(moved.ending, Ending::Moved, "{}", moved.line());
+    let output = cluster.output("b", "counter").await.expect("output");
+    check_numbered(&output, 0).expect("every line once and in order");
+}

@@ -5,7 +5,8 @@ mod common;
 
 use common::{LIMIT, Running, guest, program};
 use keel_wasi::{Config, MemorySink, Wasi};
-use keel_wasm::runtime::{Hold, Limits, Machine, MachineError, Outcome};
+use keel_wasm::runtime::{Engine, Hold, Limits, Machine, MachineError, Options, Outcome};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -33,6 +34,42 @@ fn alone(name: &str, args: &[&str]) -> String {
     let running = Running::start(&program(&guest(name)), args);
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
     running.text()
+}
+
+/// A program's code for resuming threads is that of the functions on their stacks, and no more is
+/// compiled.
+#[test]
+fn only_functions_on_stacks_are_compiled_for_resuming() {
+    let cache = tempfile::tempdir().unwrap();
+    let compiled = || -> BTreeSet<u32> {
+        let files = std::fs::read_dir(cache.path()).unwrap();
+        let names = files.map(|file| file.unwrap().file_name().into_string().unwrap());
+        let numbers = names.filter_map(|name| {
+            let stem = name.strip_suffix(".resume")?;
+            stem.rsplit('.').next()?.parse().ok()
+        });
+        numbers.collect()
+    };
+    let engine = Engine::with_cache(Options::default(), cache.path()).unwrap();
+    let program = engine.load(&guest("counter")).unwrap();
+    let mut running = Running::start(&program, &["0", "1"]);
+    assert_eq!(compiled(), BTreeSet::new());
+
+    let found = running.machine.functions_on_stacks(LIMIT).unwrap();
+    assert!(!found.is_empty() && found.len() < program.meta().functions.len() / 2);
+    program.prepare_functions(&found).unwrap();
+    let here = compiled();
+    assert!(here.is_superset(&found), "{here:?} {found:?}");
+
+    // The next freeze may find one or two others, which then are compiled when it goes on.
+    let before = running.output.bytes().len();
+    assert!(running.move_on());
+    let begun = Instant::now();
+    while running.output.bytes().len() == before {
+        assert!(begun.elapsed() < LIMIT, "it stands still");
+        std::thread::yield_now();
+    }
+    assert!(compiled().len() < program.meta().functions.len() / 2);
 }
 
 /// Threads spawned while a freeze times out still start.

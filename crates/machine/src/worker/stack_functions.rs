@@ -7,7 +7,7 @@
 
 use crate::cgroup::yield_compile_thread;
 use crate::link::{FUNCTIONS_MAX, Link, LinkError, Message};
-use keel_wasm::runtime::{Machine, MachineError, Program, ProgramError};
+use keel_wasm::runtime::{Machine, MachineError, Program};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -32,13 +32,11 @@ pub(super) enum SampleError {
     Link(#[from] LinkError),
     #[error(transparent)]
     Machine(#[from] MachineError),
-    #[error(transparent)]
-    Program(#[from] ProgramError),
 }
 
 impl StackFunctions {
     /// Names the functions that are on the stacks now and were not named before. Threads that were
-    /// captured for it resume here, so this node compiles them too.
+    /// captured for it resume here: each compiles a function when it returns to it.
     ///
     /// # Errors
     /// [`SampleError`]. That a thread is in a long host call is none: its functions are found later.
@@ -55,8 +53,7 @@ impl StackFunctions {
         }
         self.named.extend(&new);
         link.send(&Message::Functions(new.clone()))?;
-        link.flush()?;
-        Ok(machine.program().prepare_functions(&new)?)
+        Ok(link.flush()?)
     }
 }
 

@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, watch};
 /// How long the store may take before a move is aborted.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between checks of the progress of compiling.
-const CODE_AGAIN_AFTER: Duration = Duration::from_millis(100);
+const CODE_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// Pause between checks whether the target has recorded that it has all memory.
 const FILLED_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// Pause between attempts to settle what is unknown.
@@ -206,8 +206,9 @@ impl Driver {
 
     // ── code ────────────────────────────────────────────────────────────
 
-    /// Waits until source and target have the compiled code of the program, with which threads are
-    /// resumed. Returns the event that interrupts the wait, if any.
+    /// Waits until the target has the compiled code of the program. Returns the event that
+    /// interrupts the wait, if any. Meanwhile this node compiles what its worker needs to freeze the
+    /// machine.
     async fn compile(&mut self) -> Option<SourceEvent> {
         let begun = Instant::now();
         let program = match self.worker.report().await.map(|report| report.program) {
@@ -215,26 +216,26 @@ impl Driver {
             // The offer fails with the reason.
             Ok(None) | Err(_) => return None,
         };
+        let code = &self.moves.code;
+        code.prepare(program, &self.moves.context.name);
         loop {
-            let here = self.moves.code.demand(program, &self.moves.context.name);
-            let there = match self.code_there(program).await {
-                Ok(there) => there,
+            let percent = match self.code_there(program).await {
+                Ok(CodeState::Ready) => {
+                    let waited_ms = micros(begun) / 1000;
+                    tracing::info!(machine = %self.record.name, waited_ms, "its code is ready");
+                    return None;
+                }
+                Ok(CodeState::Compiling { percent }) => percent,
+                Ok(CodeState::Waiting) => 0,
+                Ok(CodeState::Failed { reason }) => {
+                    let node = &self.target;
+                    let reason = format!("its program cannot be compiled on {node}: {reason}");
+                    return Some(SourceEvent::Refused(reason));
+                }
                 Err(reason) => {
                     let reason = format!("{} refuses it: {reason}", self.target);
                     return Some(SourceEvent::Refused(reason));
                 }
-            };
-            let nodes = [(&self.moves.context.name, &here), (&self.target, &there)];
-            for (node, state) in nodes {
-                if let CodeState::Failed { reason } = state {
-                    let reason = format!("its program cannot be compiled on {node}: {reason}");
-                    return Some(SourceEvent::Refused(reason));
-                }
-            }
-            let Some(percent) = least_percent(&[here, there]) else {
-                let waited_ms = micros(begun) / 1000;
-                tracing::info!(machine = %self.record.name, waited_ms, "its code is ready");
-                return None;
             };
             let progress = Progress {
                 percent: Some(percent),
@@ -670,15 +671,6 @@ impl Driver {
 }
 
 /// Progress of the slowest one in percent; `None` once all are ready.
-fn least_percent(states: &[CodeState]) -> Option<u8> {
-    let percent = |state: &CodeState| match state {
-        CodeState::Ready => None,
-        CodeState::Compiling { percent } => Some(*percent),
-        CodeState::Waiting | CodeState::Failed { .. } => Some(0),
-    };
-    states.iter().filter_map(percent).min()
-}
-
 async fn interruption(interrupted: &mut watch::Receiver<Option<SourceEvent>>) -> SourceEvent {
     let event = match interrupted.wait_for(Option::is_some).await {
         Ok(event) => event.clone(),

@@ -4,28 +4,29 @@
 //! Clones are most of an instrumented module, and few are ever needed: those of functions that
 //! stood on the stack of a thread when it was captured. So each is compiled when it is first needed.
 //! An instance of a resume module imports memories, tables, globals and callees from the thread's
-//! instance of the hot module, under the names by which that exports them; all indices except those
-//! of functions are the same.
+//! instance of the hot module, under the names by which that exports them. It has only the types that
+//! it uses, because the engine compiles code for each type of a module: 296 functions instead of one
+//! for a small function of CPython. All other indices except those of functions are the same.
 
 use super::error::InstrumentError;
 use super::meta::{self, HOST_MODULE, Meta};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
+use wasm_encoder::reencode::{self, Reencode, RoundtripReencoder};
 use wasm_encoder::{
     BranchHint, BranchHints, CodeSection, EntityType, ExportKind, ExportSection, Function,
-    FunctionSection, GlobalType, ImportSection, Instruction, MemoryType, Module, NameMap,
-    NameSection, RawSection, TableType,
+    FunctionSection, GlobalType, ImportSection, MemoryType, Module, NameMap, NameSection,
+    RawSection, TableType, TypeSection,
 };
 use wasmparser::{
-    BinaryReader, CustomSectionReader, FunctionBody, KnownCustom, Operator, Parser, Payload,
-    TypeRef,
+    BinaryReader, CustomSectionReader, FuncType, FunctionBody, KnownCustom, Operator, Parser,
+    Payload, TypeRef,
 };
 
 /// Where the parts of an instrumented module are that resume modules need.
 #[derive(Debug, Default)]
 pub struct Layout {
-    types: Range<usize>,
+    types: Vec<FuncType>,
     imported: u32,
     /// Type of each function, imported ones first.
     function_types: Vec<u32>,
@@ -47,7 +48,11 @@ impl Layout {
         let mut layout = Layout::default();
         for payload in Parser::new(0).parse_all(module) {
             match payload? {
-                Payload::TypeSection(section) => layout.types = range(section.range()),
+                Payload::TypeSection(section) => {
+                    for ty in section.into_iter_err_on_gc_types() {
+                        layout.types.push(ty?);
+                    }
+                }
                 Payload::ImportSection(section) => {
                     for import in section.into_imports() {
                         let TypeRef::Func(ty) = import?.ty else {
@@ -126,11 +131,11 @@ impl Layout {
             let (start, bytes) = body.ok_or_else(|| malformed("a clone is missing"))?;
             bodies.push(FunctionBody::new(BinaryReader::new(bytes, start as u64)));
         }
-        let imports = callees(&bodies, &clones)?;
-        let own = imports.len() as u32;
-        let index = |index: u32| match clones.contains(&index) {
-            true => own + (index - clones.start),
-            false => imports.get(&index).copied().unwrap_or_default(),
+        let callees = callees(&bodies, &clones)?;
+        let mut indices = Indices {
+            own: clones.clone(),
+            callees,
+            types: BTreeMap::new(),
         };
 
         let mut functions = FunctionSection::new();
@@ -138,28 +143,32 @@ impl Layout {
         let mut names = NameMap::new();
         let name = meta.function_name(function.index);
         for (clone, body) in clones.clone().zip(&bodies) {
-            functions.function(self.function_type(clone)?);
+            let (number, ty) = (indices.of_function(clone), self.function_type(clone)?);
+            functions.function(indices.of_type(ty));
             let known = self.hints.get(&clone).map_or(&[][..], Vec::as_slice);
-            let (function, moved) = with_indices(body, known, &index)?;
+            let (function, moved) = with_indices(body, known, &mut indices)?;
             if !moved.is_empty() {
-                hints.function_hints(index(clone), moved);
+                hints.function_hints(number, moved);
             }
             code.function(&function);
-            names.append(index(clone), &name);
+            names.append(number, &name);
         }
         let mut exports = ExportSection::new();
-        exports.export(meta::RESUME_EXPORT, ExportKind::Func, own);
+        exports.export(
+            meta::RESUME_EXPORT,
+            ExportKind::Func,
+            indices.of_function(clones.start),
+        );
         // Host functions find the memories at the instance that calls them.
         for memory in 0..meta.memories.len() as u32 {
             exports.export(&meta::memory_export(memory), ExportKind::Memory, memory);
         }
         let mut name_section = NameSection::new();
         name_section.functions(&names);
-        let types = module.get(self.types.clone());
-        let types = types.ok_or_else(|| malformed("its types are cut off"))?;
+        let imports = self.imports(&mut indices)?;
         let mut out = Module::new();
-        out.section(&RawSection { id: 1, data: types })
-            .section(&self.imports(&imports)?)
+        out.section(&self.types(&indices)?)
+            .section(&imports)
             .section(&functions)
             .section(&exports)
             .section(&hints)
@@ -168,12 +177,33 @@ impl Layout {
         Ok(out.finish())
     }
 
+    /// The types used, in their new order.
+    fn types(&self, indices: &Indices) -> Result<TypeSection, InstrumentError> {
+        let mut used: Vec<(u32, u32)> = indices
+            .types
+            .iter()
+            .map(|(old, new)| (*new, *old))
+            .collect();
+        used.sort_unstable();
+        let mut section = TypeSection::new();
+        for (_, old) in used {
+            let ty = self.types.get(old as usize);
+            let ty = ty.ok_or_else(|| malformed("a type is missing that a clone uses"))?;
+            section
+                .ty()
+                .func_type(&RoundtripReencoder.func_type(ty.clone())?);
+        }
+        Ok(section)
+    }
+
     /// The functions called, and everything else that the hot module has.
-    fn imports(&self, functions: &BTreeMap<u32, u32>) -> Result<ImportSection, InstrumentError> {
+    fn imports(&self, indices: &mut Indices) -> Result<ImportSection, InstrumentError> {
         let mut imports = ImportSection::new();
-        for function in functions.keys() {
-            let ty = EntityType::Function(self.function_type(*function)?);
-            imports.import(HOST_MODULE, &meta::function_export(*function), ty);
+        let callees: Vec<u32> = indices.callees.keys().copied().collect();
+        for function in callees {
+            let ty = indices.of_type(self.function_type(function)?);
+            let name = meta::function_export(function);
+            imports.import(HOST_MODULE, &name, EntityType::Function(ty));
         }
         for (table, ty) in (0..).zip(&self.tables) {
             imports.import(HOST_MODULE, &meta::table_export(table), *ty);
@@ -224,16 +254,51 @@ fn callees(
     Ok(callees)
 }
 
-/// A body that calls functions by other indices, and its hints.
+/// Indices of a resume module, by those of the instrumented module.
+struct Indices {
+    /// The clones, which follow the callees.
+    own: Range<u32>,
+    callees: BTreeMap<u32, u32>,
+    /// Types that were used so far, numbered in this order.
+    types: BTreeMap<u32, u32>,
+}
+
+impl Indices {
+    fn of_function(&self, function: u32) -> u32 {
+        match self.own.contains(&function) {
+            true => self.callees.len() as u32 + (function - self.own.start),
+            false => self.callees.get(&function).copied().unwrap_or_default(),
+        }
+    }
+
+    fn of_type(&mut self, ty: u32) -> u32 {
+        let next = self.types.len() as u32;
+        *self.types.entry(ty).or_insert(next)
+    }
+}
+
+impl Reencode for Indices {
+    type Error = std::convert::Infallible;
+
+    fn function_index(&mut self, function: u32) -> Result<u32, reencode::Error> {
+        Ok(self.of_function(function))
+    }
+
+    fn type_index(&mut self, ty: u32) -> Result<u32, reencode::Error> {
+        Ok(self.of_type(ty))
+    }
+}
+
+/// A body with other indices, and its hints.
 fn with_indices(
     body: &FunctionBody<'_>,
     hints: &[(u32, bool)],
-    index: &dyn Fn(u32) -> u32,
+    indices: &mut Indices,
 ) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
     let mut locals = Vec::new();
     for local in body.get_locals_reader()? {
         let (count, ty) = local?;
-        locals.push((count, RoundtripReencoder.val_type(ty)?));
+        locals.push((count, indices.val_type(ty)?));
     }
     let mut out = Function::new(locals);
     let mut moved = Vec::new();
@@ -247,17 +312,7 @@ fn with_indices(
                 branch_hint_value: u32::from(*taken),
             });
         }
-        match op {
-            Operator::Call { function_index } => {
-                out.instruction(&Instruction::Call(index(function_index)));
-            }
-            Operator::ReturnCall { function_index } => {
-                out.instruction(&Instruction::ReturnCall(index(function_index)));
-            }
-            other => {
-                out.instruction(&RoundtripReencoder.instruction(other)?);
-            }
-        }
+        out.instruction(&indices.instruction(op)?);
     }
     Ok((out, moved))
 }
@@ -360,4 +415,42 @@ fn range(range: Range<u64>) -> Range<usize> {
 
 fn malformed(what: &str) -> InstrumentError {
     InstrumentError::Malformed(what.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instrument::{instrument, read_meta};
+    use std::fmt::Write;
+
+    /// The engine compiles code for each type of a module, whether it is used or not.
+    #[test]
+    fn a_resume_module_has_the_types_that_it_uses() {
+        let mut text = String::from(
+            "(module (type $used (func (param i64) (result i32)))
+            (table 1 funcref)
+            (func (export \"f\") (param i32) (result i32)
+              (loop (br_if 0 (call_indirect (type $used) (i64.const 7) (i32.const 0))))
+              (local.get 0))",
+        );
+        for number in 0..100 {
+            let params = "i32 ".repeat(number + 3);
+            write!(text, "(type (func (param {params})))").unwrap();
+        }
+        text.push(')');
+        let module = instrument(&wat::parse_str(text).unwrap()).unwrap();
+        let meta = read_meta(&module).unwrap();
+        let layout = Layout::read(&module).unwrap();
+        assert!(layout.types.len() > 100);
+        let function = &meta.functions[0];
+        let resume = layout.resume_module(&module, &meta, function).unwrap();
+        wasmparser::validate(&resume).unwrap();
+        let types = Parser::new(0).parse_all(&resume).find_map(|payload| {
+            let Ok(Payload::TypeSection(section)) = payload else {
+                return None;
+            };
+            Some(section.count())
+        });
+        assert!(matches!(types, Some(2..10)), "{types:?}");
+    }
 }

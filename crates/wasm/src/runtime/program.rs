@@ -350,8 +350,7 @@ impl Program {
         export.is_some_and(|ty| ty.func().is_some())
     }
 
-    /// Compiles the clones that take so long that no captured thread should wait for them; most
-    /// programs have none. Best called well before a freeze, on a thread that may block: freezing
+    /// Compiles the clones that take so long that no captured thread should wait for them. Best called well before a freeze, on a thread that may block: freezing
     /// calls it, and waits.
     ///
     /// # Errors
