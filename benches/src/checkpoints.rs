@@ -8,13 +8,12 @@
 use crate::signals;
 use crate::table::{Table, median};
 use anyhow::{Context, Result};
-use keel_machine::checkpoint::{
-    Checkpointer, CreatedCheckpoint, Destination, MemoryRestore, Origin, Repository, Subject,
-    restore,
-};
+use keel_kind_wasm::checkpoint::{Checkpointer, CreatedCheckpoint, Destination, Subject, restore};
+use keel_kind_wasm::span::{InProcess, Pages, PartLimits, SpanConfig};
+use keel_kind_wasm::{WasmKind, WasmSpec};
+use keel_machine::checkpoint::{MemoryRestore, Origin, Repository};
 use keel_machine::log::Log;
 use keel_machine::restart_policy::Restart;
-use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
@@ -159,14 +158,18 @@ impl Bench {
             stdout: Box::new(output.clone()),
             ..Config::default()
         };
-        let spec = Spec {
+        let own = WasmSpec {
             module: String::new(),
             args: args.map(str::to_owned).to_vec(),
             env: Vec::new(),
+            threads_max: 1,
+        };
+        let spec = Spec {
+            kind: WasmKind::kind_name(),
+            kind_spec: own.to_kind_spec().map_err(anyhow::Error::msg)?,
             volumes: Vec::new(),
             // The guest passes through twice the size while it allocates.
             memory_bytes: 3 << 30,
-            threads_max: 1,
             cpu_limit_millis: None,
             output_bytes_per_s: 1 << 20,
             remove_at_end: false,
@@ -175,7 +178,7 @@ impl Bench {
             balancing: Balancing::default(),
         };
         let bench = Bench {
-            machine: Machine::start(program, Wasi::new(config)?, spec.limits())?,
+            machine: Machine::start(program, Wasi::new(config)?, own.limits(&spec))?,
             output,
             engine,
             log: Log::open(&folder.join("log"), 0)?,
@@ -235,7 +238,9 @@ impl Bench {
             is_clone: false,
             memory: MemoryRestore::Eager,
         };
-        let limits = self.spec.limits();
+        let limits = WasmSpec::of(&self.spec)
+            .map_err(anyhow::Error::msg)?
+            .limits(&self.spec);
         let begun = Instant::now();
         let volumes = self.place.with_extension("volumes");
         let runtime = self.runtime.handle();

@@ -1,7 +1,7 @@
 //! Runs a program in text format that spans parts in this process, without a worker or a cluster.
 
 use anyhow::{Context, Result};
-use keel_machine::span::{InProcess, PartLimits, SpanConfig};
+use keel_kind_wasm::span::{InProcess, PartLimits, SpanConfig};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};

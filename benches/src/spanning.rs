@@ -11,7 +11,7 @@ use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, ensure};
 use keel_cluster::Epoch;
-use keel_machine::span::{Hello, Pages, PartConfig, PartLimits, PeerConnections};
+use keel_kind_wasm::span::{Hello, Pages, PartConfig, PartLimits, PeerConnections};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};

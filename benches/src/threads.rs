@@ -9,7 +9,7 @@
 use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
-use keel_machine::span::{PartId, PartLimits};
+use keel_kind_wasm::span::{PartId, PartLimits};
 use keel_wasm::runtime::parts::SpawnPolicy;
 use std::time::{Duration, Instant};
 

@@ -6,6 +6,9 @@
 //!
 //! - A cycle may include a module and its own children only.
 //! - In `crates/node` there is no cycle at all, and a layer imports only layers below it.
+//!
+//! Crates that know machines of every kind import no engine, and of kinds only the agent's layers for
+//! machines with parts import one.
 
 use anyhow::{Context, Result, bail};
 use petgraph::algo::tarjan_scc;
@@ -37,6 +40,19 @@ const LAYERS: &[&[&str]] = &[
     &["lib"],
 ];
 
+/// Crates that must not be named in a file of another one: the crate's folder, the name, and the
+/// modules that may name it (with their children). Tests do not count.
+const FOREIGN: &[(&str, &str, &[&str])] = &[
+    ("machine", "keel_wasm", &[]),
+    ("machine", "keel_kind_wasm", &[]),
+    ("node", "keel_wasm", &[]),
+    (
+        "node",
+        "keel_kind_wasm",
+        &["spanning", "balancer", "machines", "moves", "front"],
+    ),
+];
+
 /// Checks all crates of the workspace.
 pub(crate) fn check(root: &Path) -> Result<()> {
     let mut wrong = Vec::new();
@@ -48,6 +64,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
             .with_context(|| format!("the modules of {}", folder.display()))?;
         let imports = modules.imports();
         wrong.extend(cycles(&modules, &imports, name == LAYERED));
+        wrong.extend(foreign(&name, &modules));
         if name == LAYERED {
             wrong.extend(upward(&modules, &imports));
         }
@@ -56,6 +73,54 @@ pub(crate) fn check(root: &Path) -> Result<()> {
         return Ok(());
     }
     bail!("imports:\n{}", wrong.join("\n"))
+}
+
+/// Files that name a crate which they must not know.
+fn foreign(name: &str, modules: &Modules) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let of_crate = FOREIGN.iter().filter(|(folder, _, _)| *folder == name);
+    for (_, foreign, allowed) in of_crate {
+        for (module, (path, file)) in &modules.files {
+            let top = module.first().map_or("", String::as_str);
+            if allowed.contains(&top) {
+                continue;
+            }
+            let mut names = Names {
+                foreign,
+                is_found: false,
+            };
+            names.visit_file(file);
+            if names.is_found {
+                wrong.push(format!("{} names {foreign}", path.display()));
+            }
+        }
+    }
+    wrong
+}
+
+/// Looks for paths that begin with the name of a crate.
+struct Names<'a> {
+    foreign: &'a str,
+    is_found: bool,
+}
+
+impl<'ast> Visit<'ast> for Names<'_> {
+    fn visit_item_mod(&mut self, module: &'ast syn::ItemMod) {
+        if !is_for_tests(&module.attrs) {
+            visit::visit_item_mod(self, module);
+        }
+    }
+
+    fn visit_use_path(&mut self, path: &'ast syn::UsePath) {
+        self.is_found |= path.ident == self.foreign;
+        visit::visit_use_path(self, path);
+    }
+
+    fn visit_path(&mut self, path: &'ast syn::Path) {
+        let first = path.segments.first();
+        self.is_found |= first.is_some_and(|first| first.ident == self.foreign);
+        visit::visit_path(self, path);
+    }
 }
 
 /// A module's path in its crate: empty for the root.

@@ -29,7 +29,7 @@ pub(crate) struct Group {
 pub(crate) const LONG: &[Group] = &[
     Group {
         name: "failpoints at every step",
-        crates: &["machine", "node", "store", "cluster"],
+        crates: &["kind-wasm", "machine", "node", "store", "cluster"],
         message_delay_ms: None,
         tests: &[
             "at_the_source_agent",
@@ -45,8 +45,18 @@ pub(crate) const LONG: &[Group] = &[
         ],
     },
     Group {
+        name: "another kind of machine",
+        crates: &["machine", "kind-null", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "null_moves_survive_faults_of_agents",
+            "null_moves_survive_faults_of_workers",
+            "null_checkpoints_and_starts_survive_faults",
+        ],
+    },
+    Group {
         name: "spanning",
-        crates: &["machine", "wasm", "node"],
+        crates: &["kind-wasm", "machine", "wasm", "node"],
         message_delay_ms: None,
         tests: &[
             "parts_come_and_go_while_it_runs",
@@ -63,7 +73,7 @@ pub(crate) const LONG: &[Group] = &[
     },
     Group {
         name: "checkpoints",
-        crates: &["machine", "node"],
+        crates: &["kind-wasm", "machine", "node"],
         message_delay_ms: None,
         tests: &[
             "volumes_are_part_of_checkpoints",
@@ -101,7 +111,7 @@ pub(crate) const LONG: &[Group] = &[
     },
     Group {
         name: "volumes",
-        crates: &["wasi", "machine", "node"],
+        crates: &["wasi", "kind-wasm", "machine", "node"],
         message_delay_ms: None,
         tests: &["nothing_synced_is_lost_at_any_step_of_a_move"],
     },

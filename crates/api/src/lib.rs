@@ -7,7 +7,7 @@
 //! | `GET /v1/nodes` | list of [`NodeInfo`] |
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |
-//! | `PUT /v1/modules` (the module) | [`Uploaded`] |
+//! | `PUT /v1/images` (the file that machines start from: a module) | [`Uploaded`] |
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
@@ -55,6 +55,7 @@ pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 
 use keel_machine::cgroup::GroupUsage;
+use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::moves::prediction::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart_policy::Restart;
@@ -143,25 +144,22 @@ pub struct MachineInfo {
     pub epoch: String,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
-    /// Hash of its module.
-    pub module: String,
+    /// Its kind.
+    pub kind: KindName,
+    /// What it runs, in one line: for `wasm`, the program and its arguments.
+    pub program: String,
+    /// What only its kind understands, without secrets: for `wasm`, the module's hash, the
+    /// arguments, the names of the variables in its environment, and the limit of threads.
+    pub kind_spec: serde_json::Value,
     /// Nodes that have its compiled code, to which it can move at once. Only in the answer about
     /// one machine.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ready_on: Vec<String>,
-    /// Program name and arguments.
-    pub args: Vec<String>,
-    /// Names of the variables in its environment.
-    #[serde(default)]
-    pub env_names: Vec<String>,
     /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeInfo>,
     /// Limit of each memory in bytes.
     pub memory_limit_bytes: u64,
-    /// Limit of its threads.
-    #[serde(default)]
-    pub threads_max: u32,
     /// Limit of its output, in bytes a second.
     #[serde(default)]
     pub output_bytes_per_s: u64,
@@ -252,11 +250,11 @@ impl StartPhaseInfo {
     }
 }
 
-/// A module that the cluster stores.
+/// An image that the cluster stores.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uploaded {
     /// Its hash (BLAKE3, hex).
-    pub module: String,
+    pub hash: String,
 }
 
 /// A volume for a machine.
@@ -378,20 +376,16 @@ pub struct RunRequest {
     /// The node to start it on; the one that is asked if absent.
     #[serde(default)]
     pub on: Option<String>,
-    /// Hash of an uploaded module.
-    pub module: String,
-    /// The program's name and arguments.
-    pub args: Vec<String>,
-    /// Its environment variables.
-    #[serde(default)]
-    pub env: Vec<(String, String)>,
+    /// Its kind: `wasm`.
+    pub kind: KindName,
+    /// What only its kind understands: for `wasm`, the hash of an uploaded module
+    /// (`module`), `args`, `env` and `threads_max`. Other fields are refused by name.
+    pub kind_spec: KindSpec,
     /// Its volumes.
     #[serde(default)]
     pub volumes: Vec<VolumeRequest>,
     /// Limit of each of its memories, in bytes.
     pub memory_bytes: u64,
-    /// Limit of its threads.
-    pub threads_max: u32,
     /// Limit of its CPU time (`cpu.limit`), in thousandths of a core.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,

@@ -158,8 +158,11 @@ fn write_state(page: &mut Page, machine: &MachineInfo) {
     }
     page.line("node", format!("{}, epoch {}", machine.node, machine.epoch));
     page.line("created", moment(machine.created_unix_ms));
-    page.line("program", machine.args.join(" "));
-    page.line("module", &machine.module);
+    page.line("program", &machine.program);
+    page.line("kind", machine.kind.as_str());
+    for (name, value) in output::fields(&machine.kind_spec) {
+        page.line(&name, value);
+    }
     if !machine.ready_on.is_empty() {
         page.line("compiled", format!("on {}", machine.ready_on.join(", ")));
     }
@@ -186,11 +189,7 @@ fn write_resources(page: &mut Page, machine: &MachineInfo) {
     let now = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     page.line(
         "threads",
-        format!(
-            "{} of at most {}",
-            now(machine.threads.map(|threads| threads.to_string())),
-            machine.threads_max
-        ),
+        now(machine.threads.map(|threads| threads.to_string())),
     );
     page.line(
         "memory",
@@ -256,13 +255,5 @@ fn write_permissions(page: &mut Page, machine: &MachineInfo) {
     for volume in &machine.volumes {
         page.line("directory", crate::volume::line(volume));
     }
-    page.line(
-        "environment",
-        if machine.env_names.is_empty() {
-            "none".to_owned()
-        } else {
-            machine.env_names.join(", ")
-        },
-    );
     page.line("network", "none");
 }

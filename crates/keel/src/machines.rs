@@ -13,6 +13,7 @@ use keel_api::{
     Client, ClientError, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded,
     Urgency, VolumeRequest,
 };
+use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
@@ -299,7 +300,7 @@ enum HowUrgent {
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
     let module = args.program.read()?;
     let uploaded: Uploaded = client
-        .call(Method::PUT, "/v1/modules", Bytes::from(module))
+        .call(Method::PUT, "/v1/images", Bytes::from(module))
         .await
         .with_context(|| format!("module {}", args.program.module().display()))?;
     let mut env = Vec::new();
@@ -316,15 +317,19 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     for volume in &args.volume {
         volumes.push(request(volume)?);
     }
+    let own = WasmSpec {
+        module: uploaded.hash,
+        args: args.program.arguments()?,
+        env,
+        threads_max: args.threads,
+    };
     let request = RunRequest {
         name: args.name.clone(),
         on: args.on.clone(),
-        module: uploaded.module,
-        args: args.program.arguments()?,
-        env,
+        kind: WasmKind::kind_name(),
+        kind_spec: own.to_kind_spec().map_err(anyhow::Error::msg)?,
         volumes,
         memory_bytes: args.memory,
-        threads_max: args.threads,
         cpu_limit_millis: args.cpu_limit,
         output_bytes_per_s: args.output_rate,
         remove_at_end: args.rm,
@@ -538,7 +543,7 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
                     .filter(|report| report.ending == Ending::Moved)
                     .count()
                     .to_string(),
-                machine.args.join(" "),
+                machine.program.clone(),
             ]
         },
     )?;
@@ -563,9 +568,10 @@ fn describe(machine: &MachineInfo) -> String {
             machine.status_line()
         ),
         format!("epoch {}", machine.epoch),
-        format!("program {}", machine.args.join(" ")),
-        format!("module {}", machine.module),
+        format!("program {}", machine.program),
+        format!("kind {}", machine.kind),
     ];
+    lines.extend(output::fields(&machine.kind_spec).map(|(name, value)| format!("{name} {value}")));
     if machine.is_live() {
         lines.push(match machine.ready_on.is_empty() {
             true => "compiled on no node yet".into(),

@@ -91,6 +91,26 @@ pub(crate) fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> S
     table.trim_fmt()
 }
 
+/// The fields of an object as names and values for users, in alphabetical order; empty ones are
+/// `none`.
+pub(crate) fn fields(object: &serde_json::Value) -> impl Iterator<Item = (String, String)> {
+    let fields = object.as_object().into_iter().flatten();
+    fields.map(|(name, value)| (name.replace('_', " "), field_value(value)))
+}
+
+fn field_value(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::Array(values) if values.is_empty() => "none".to_owned(),
+        serde_json::Value::Array(values) => {
+            let values: Vec<String> = values.iter().map(field_value).collect();
+            values.join(" ")
+        }
+        serde_json::Value::Null => "none".to_owned(),
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
 /// Bytes with a unit.
 pub(crate) fn bytes(count: u64) -> String {
     indicatif::HumanBytes(count).to_string()

@@ -3,6 +3,7 @@
 
 use crate::cluster::Reach;
 use anyhow::{Context, Result, bail};
+use keel_machine::kind::{KindName, Kinds, WorkerFolders};
 use keel_node::{AgentError, AgentOptions};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -61,6 +62,9 @@ pub(crate) struct AgentArgs {
 
 #[derive(clap::Args)]
 pub(crate) struct WorkerArgs {
+    /// The kind of its machine.
+    #[arg(long)]
+    kind: KindName,
     /// The machine's folder.
     #[arg(long)]
     folder: PathBuf,
@@ -177,13 +181,16 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
     }
 }
 
-pub(crate) async fn agent(args: &AgentArgs) -> Result<ExitCode> {
-    keel_node::run(&args.folder).await?;
+pub(crate) async fn agent(args: &AgentArgs, kinds: Kinds) -> Result<ExitCode> {
+    keel_node::run(&args.folder, kinds).await?;
     Ok(ExitCode::SUCCESS)
 }
 
 #[derive(clap::Args)]
 pub(crate) struct CompileArgs {
+    /// The kind of machine that runs it.
+    #[arg(long)]
+    kind: KindName,
     /// Compiled code.
     #[arg(long)]
     cache: PathBuf,
@@ -195,15 +202,26 @@ pub(crate) struct CompileArgs {
     wanted: bool,
 }
 
-pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode> {
-    match keel_machine::worker::compile(&args.cache, &args.program, args.wanted) {
+pub(crate) fn compile(args: &CompileArgs, kinds: &Kinds) -> Result<ExitCode> {
+    let compiled = kinds
+        .get(&args.kind)
+        .and_then(|kind| kind.compile(&args.cache, &args.program, args.wanted));
+    match compiled {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => bail!(error),
     }
 }
 
-pub(crate) fn worker(args: &WorkerArgs) -> Result<ExitCode> {
-    match keel_machine::worker::run(&args.folder, &args.cache, &args.programs) {
+pub(crate) fn worker(args: WorkerArgs, kinds: &Kinds) -> Result<ExitCode> {
+    let folders = WorkerFolders {
+        folder: args.folder,
+        cache: args.cache,
+        programs: args.programs,
+    };
+    let ended = kinds
+        .get(&args.kind)
+        .and_then(|kind| kind.run_worker(&folders));
+    match ended {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => bail!(error),
     }

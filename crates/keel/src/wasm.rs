@@ -4,7 +4,7 @@
 use crate::program::Invocation;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
-use keel_machine::span::{InProcess, PART_BYTES_MIN, PartLimits, SpanConfig};
+use keel_kind_wasm::span::{InProcess, PART_BYTES_MIN, PartLimits, SpanConfig};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;

@@ -403,7 +403,7 @@ async fn a_machine_is_described_on_one_page() {
         "  status      running, since 2",
         &format!("  node        b, epoch {}\n", moved.epoch),
         "  program     counter.wasm 1000000 2\n",
-        " of at most 7\n",
+        "  threads max 7\n",
         "at most 64.00 MiB in each",
         "at most 0.5 core(s)\n",
         &format!("  directory   {shown} as /data (read only)\n"),

@@ -40,6 +40,7 @@ async fn drill_as(
         pause_us: 1000,
         part_memory_bytes,
         spans,
+        kind: None,
     };
     drill.start().await.unwrap();
     let mut drilled = 0;

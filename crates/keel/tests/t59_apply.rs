@@ -95,7 +95,7 @@ volume = ["tmp:1M:/scratch"]
     assert_eq!(bench.machines().await, []);
     assert_eq!(bench.done(&first, &[]), "created   one\ncreated   two\n");
     let (one, two) = (bench.running("one").await, bench.running("two").await);
-    assert_eq!(one.args, ["counter.wasm", "1000000", "100"]);
+    assert_eq!(one.program, "counter.wasm 1000000 100");
     assert_eq!(one.memory_limit_bytes, 64 << 20);
     assert_eq!(two.volumes[0].bytes_max, Some(1 << 20));
     // A second run, also after a move, changes nothing.
@@ -138,7 +138,7 @@ volume = ["tmp:1M:/scratch"]
     let said = bench.done(&third, &["--replace"]);
     assert!(said.starts_with("replaced  one\n"), "{said}");
     let new = bench.running("one").await;
-    assert_eq!(new.args, ["counter.wasm", "1000000", "50"]);
+    assert_eq!(new.program, "counter.wasm 1000000 50");
     assert_eq!(
         (new.memory_limit_bytes, new.node.as_str()),
         (256 << 20, "b")

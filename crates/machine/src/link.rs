@@ -24,12 +24,12 @@
 //! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of the
 //! messages here. A peer of another version is refused with an error that names it.
 
+use crate::PAGE_BYTES;
 use crate::moves::FillReport;
 use bytes::Bytes;
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
-use keel_wasm::memory::{MemoryError, PAGE_BYTES};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -95,8 +95,9 @@ pub struct Hello {
     pub machine: MachineName,
     /// The epoch under which the source runs it.
     pub epoch: Epoch,
-    /// Hash of its instrumented module.
-    pub program: [u8; 32],
+    /// Hash of the program that runs (for `wasm`, the instrumented module), if its kind has
+    /// one.
+    pub program: Option<[u8; 32]>,
     /// Offset of the first byte of output that the source still has.
     pub log_base: u64,
     /// Whether this is a post-copy move.
@@ -221,10 +222,17 @@ pub enum LinkError {
     Message(String),
     /// Pages cannot be read or written at this side.
     #[error(transparent)]
-    Memory(#[from] MemoryError),
+    Memory(Box<dyn std::error::Error + Send + Sync>),
     /// The other side gave up.
     #[error("the other side gave up: {0}")]
     Aborted(String),
+}
+
+impl LinkError {
+    /// Pages cannot be read or written at this side.
+    pub fn memory(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        LinkError::Memory(Box::new(error))
+    }
 }
 
 fn number(bytes: &[u8], at: usize) -> Result<u64, LinkError> {
@@ -414,7 +422,7 @@ impl Message {
 }
 
 /// Fills a buffer with the content of a memory at an offset.
-pub type ReadPages<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), MemoryError> + 'a;
+pub type ReadPages<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), LinkError> + 'a;
 /// Receives content of a memory: its number, the offset, and the bytes.
 pub type WritePages<'a> = dyn FnMut(u32, u64, &[u8]) -> Result<(), LinkError> + 'a;
 
@@ -538,7 +546,7 @@ impl std::fmt::Debug for Link {
 }
 
 /// Lets the kernel detect an unreachable host.
-pub(crate) fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
+pub fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
     rustix::net::sockopt::set_socket_keepalive(socket, true)?;
     rustix::net::sockopt::set_tcp_keepidle(socket, KEEPALIVE)?;
     rustix::net::sockopt::set_tcp_keepintvl(socket, KEEPALIVE)?;
@@ -830,7 +838,7 @@ mod tests {
                 version: HELLO_VERSION,
                 machine: "web-1".parse().unwrap(),
                 epoch,
-                program: [7; 32],
+                program: Some([7; 32]),
                 log_base: 12,
                 post_copy: true,
                 purpose: Purpose::Pull,

@@ -2,11 +2,11 @@
 
 use crate::checkpoint::origin::Origin;
 use crate::checkpoint::retention::Retention;
+use crate::kind::{KindName, KindSpec};
 use crate::moves::MoveReport;
 use crate::restart_policy::Restart;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_store::encoding;
-use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
 
 /// Reports of moves in a record; older ones are dropped.
@@ -58,17 +58,14 @@ pub struct Volume {
 /// The specification of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
-    /// Hash (BLAKE3, hex) of the module as its author built it.
-    pub module: String,
-    /// The program's name and arguments.
-    pub args: Vec<String>,
-    /// Its environment.
-    pub env: Vec<(String, String)>,
+    /// What runs the machine, and understands `kind_spec`.
+    pub kind: KindName,
+    /// What only its kind understands: for `wasm`, the module and its arguments.
+    pub kind_spec: KindSpec,
     /// Its directories.
     pub volumes: Vec<Volume>,
     /// Limit of each of its memories, in bytes.
     pub memory_bytes: u64,
-    pub threads_max: u32,
     /// Limit of CPU time per second of all its threads, in thousandths of a core
     /// (`cpu.limit`).
     pub cpu_limit_millis: Option<u32>,
@@ -97,8 +94,8 @@ pub struct Balancing {
     pub memory_target_bytes: Option<u64>,
     /// Promised disk traffic (`io.target`), in bytes per second.
     pub io_target_bytes_per_s: Option<u64>,
-    /// The most parts that balancing may create (`max_parts`), 2 to
-    /// [`keel_wasm::coherence::PARTS_MAX`]; without it balancing creates none.
+    /// The most parts that balancing may create (`max_parts`), from 2 on; without it
+    /// balancing creates none.
     pub parts_max: Option<u32>,
     /// Where new threads begin while it has parts.
     pub spawn: Spawn,
@@ -362,15 +359,6 @@ impl Spec {
         kinds
             .filter(|(_, kind)| matches!(kind, VolumeKind::Cluster { .. }))
             .collect()
-    }
-
-    /// Limits that the runtime enforces.
-    pub fn limits(&self) -> Limits {
-        Limits {
-            memory_bytes: self.memory_bytes,
-            threads_max: self.threads_max,
-            cpu_millis: self.cpu_limit_millis,
-        }
     }
 }
 

@@ -6,6 +6,7 @@ use keel_machine::checkpoint::{
     CheckpointId, Manifest, Pack, PackName, Repository, RepositoryError, Retention, Run,
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
+use keel_machine::kind::KindSpec;
 use keel_machine::object_storage::ObjectStorage;
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
@@ -92,12 +93,10 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
         epoch: Epoch::default(),
         created_unix_ms: time,
         spec: Spec {
-            module: String::new(),
-            args: vec!["web".into()],
-            env: Vec::new(),
+            kind: "wasm".parse().unwrap(),
+            kind_spec: KindSpec::default(),
             volumes: Vec::new(),
             memory_bytes: 1 << 20,
-            threads_max: 4,
             cpu_limit_millis: None,
             output_bytes_per_s: 1000,
             remove_at_end: false,
@@ -105,7 +104,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             checkpoints: None,
             balancing: Balancing::default(),
         },
-        program: [3; 32],
+        program: Some([3; 32]),
         log_end: 0,
         memory_pages: vec![16],
         runs: vec![Run {
@@ -184,7 +183,7 @@ fn a_bucket_keeps_checkpoints() {
         }
         let full = manifest(None, 2000, &[1; 4096]);
         let of_it = Manifest {
-            program: hash,
+            program: Some(hash),
             ..full.clone()
         };
         assert_eq!(repository.program(&of_it).await.unwrap(), &program[..]);

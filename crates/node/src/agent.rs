@@ -27,6 +27,7 @@ use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
 use keel_cluster::tokens::JoinToken;
 use keel_machine::cgroup::Slice;
+use keel_machine::kind::Kinds;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use keel_store::Store;
 use keel_store::StoreError;
@@ -218,11 +219,12 @@ pub fn addresses(state_dir: &Path) -> Result<Option<Addresses>, AgentError> {
     }
 }
 
-/// Runs the agent of the node in a folder until it gets a signal to stop.
+/// Runs the agent of the node in a folder until it gets a signal to stop. `kinds` are the
+/// kinds of machines that it runs.
 ///
 /// # Errors
 /// [`AgentError`] if it cannot start.
-pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
+pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
     let shown = state_dir.display().to_string();
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
@@ -267,6 +269,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         name: identity.node.clone(),
         cluster: identity.cluster,
         dir,
+        kinds,
         settings,
         store,
         peers,
@@ -515,10 +518,7 @@ async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
 }
 
 fn describe(context: &Context, processes: &Processes) -> NodeRecord {
-    let mut lacks = Vec::new();
-    if let Some(missing) = keel_machine::missing_for_moves() {
-        lacks.push(missing);
-    }
+    let mut lacks = context.kinds.missing_for_moves();
     lacks.extend(processes.machines.slice().missing());
     NodeRecord {
         address: context.settings.listen.to_string(),

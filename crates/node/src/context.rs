@@ -6,6 +6,7 @@ use crate::state_dir::StateDir;
 use keel_cluster::NodeName;
 use keel_cluster::identity::{ClusterId, NodeIdentity};
 use keel_cluster::members::MemberSet;
+use keel_machine::kind::Kinds;
 use keel_net::{Peers, Traffic};
 use keel_store::LeaseId;
 use keel_store::Store;
@@ -28,6 +29,8 @@ pub(crate) struct Context {
     pub(crate) name: NodeName,
     pub(crate) cluster: ClusterId,
     pub(crate) dir: StateDir,
+    /// The kinds of machines that this node runs.
+    pub(crate) kinds: Kinds,
     pub(crate) settings: Settings,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) peers: Arc<Peers>,

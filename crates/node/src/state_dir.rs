@@ -44,7 +44,7 @@ impl StateDir {
         for part in [
             "workers",
             "parts",
-            "modules",
+            "images",
             "programs",
             "cache",
             "checkpoints",
@@ -98,8 +98,8 @@ impl StateDir {
     }
 
     /// An original module.
-    pub fn module(&self, hash: &str) -> PathBuf {
-        self.root.join("modules").join(format!("{hash}.wasm"))
+    pub fn image(&self, hash: &str) -> PathBuf {
+        self.root.join("images").join(hash)
     }
 
     /// Instrumented modules.

@@ -9,6 +9,7 @@ use keel_api::{
     CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, PartsInfo, SpanRequest, Urgency,
 };
 use keel_machine::failpoint::{Action, Failpoint, Injection, Site};
+use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::restart_policy::Restart;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -79,11 +80,33 @@ pub struct Drill<'a> {
     pub part_memory_bytes: Option<u64>,
     /// Whether it has a part on the node that is asked.
     pub spans: bool,
+    /// Another kind of machine than the WebAssembly program `witness.wasm`.
+    pub kind: Option<DrillKind>,
+}
+
+/// A kind of machine for drills.
+#[derive(Debug, Clone)]
+pub struct DrillKind {
+    /// Its name.
+    pub name: KindName,
+    /// A machine that writes the lines of a witness into the drill's file.
+    pub witness: KindSpec,
+    /// A machine that ends at once, with success.
+    pub brief: KindSpec,
 }
 
 impl Drill<'_> {
-    fn file(&self) -> PathBuf {
+    /// The witness's file.
+    pub fn file(&self) -> PathBuf {
         self.folder.join(format!("{}.lines", self.machine))
+    }
+
+    /// The module of the witness, if it is a program.
+    fn module(&self) -> Result<Vec<u8>> {
+        match self.kind {
+            Some(_) => Ok(Vec::new()),
+            None => Ok(std::fs::read(self.folder.join("witness.wasm"))?),
+        }
     }
 
     fn vault(&self) -> String {
@@ -96,12 +119,14 @@ impl Drill<'_> {
     /// # Errors
     /// The node's error.
     pub async fn start(&self) -> Result<()> {
-        let witness = std::fs::read(self.folder.join("witness.wasm"))?;
+        let witness = self.module()?;
         let (file, mib) = (self.file().display().to_string(), self.mib.to_string());
         let pause = self.pause_us.to_string();
         let args = [file.as_str(), mib.as_str(), pause.as_str()];
         let mut guest = Guest::new(self.machine, self.nodes[0], &witness, &args);
-        guest.volume = Some(self.folder);
+        guest.volume = Some(self.folder).filter(|_| self.kind.is_none());
+        let kind = self.kind.as_ref();
+        guest.kind = kind.map(|kind| (kind.name.clone(), kind.witness.clone()));
         guest.restart = Restart::OnFailure;
         guest.balancing.part_memory_bytes = self.part_memory_bytes;
         guest.balancing.parts_max = self.part_memory_bytes.map(|_| 3);
@@ -329,9 +354,11 @@ impl Drill<'_> {
 
     /// Runs a machine that ends at once, and whose end must be recorded.
     async fn brief(&self, node: &str) -> Result<()> {
-        let witness = std::fs::read(self.folder.join("witness.wasm"))?;
+        let witness = self.module()?;
         let name = format!("{}-{:08x}", self.machine, rand::random::<u32>());
-        let guest = Guest::new(&name, node, &witness, &["-", "1", "1000", "5"]);
+        let mut guest = Guest::new(&name, node, &witness, &["-", "1", "1000", "5"]);
+        let kind = self.kind.as_ref();
+        guest.kind = kind.map(|kind| (kind.name.clone(), kind.brief.clone()));
         self.cluster.run(&guest).await?;
         let info = self.cluster.wait_end(self.calm, &name).await?;
         ensure!(info.exit_code == Some(0), "{name} is {}", info.status);

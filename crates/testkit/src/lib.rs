@@ -12,6 +12,8 @@ use keel_api::{
     Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, Token, TokenRequest,
     Uploaded, Urgency, VolumeRequest,
 };
+use keel_kind_wasm::{WasmKind, WasmSpec};
+use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart_policy::Restart;
@@ -101,6 +103,9 @@ pub struct Guest<'a> {
     pub balancing: Balancing,
     /// Size of a volume of its own at `/tmp`.
     pub tmp_bytes: Option<u64>,
+    /// The kind of another machine than a WebAssembly program, and its spec; module and arguments
+    /// mean nothing then.
+    pub kind: Option<(KindName, KindSpec)>,
 }
 
 impl<'a> Guest<'a> {
@@ -117,6 +122,7 @@ impl<'a> Guest<'a> {
             checkpoints: None,
             balancing: Balancing::default(),
             tmp_bytes: None,
+            kind: None,
         }
     }
 }
@@ -311,16 +317,15 @@ impl LocalCluster {
     /// The node's answer.
     pub async fn run(&self, guest: &Guest<'_>) -> Result<MachineInfo> {
         let client = self.client(guest.node);
-        let module = Bytes::copy_from_slice(guest.module);
-        let uploaded: Uploaded = client.call(Method::PUT, "/v1/modules", module).await?;
-        let mut args = vec![guest.name.to_owned()];
-        args.extend(guest.args.iter().map(|arg| (*arg).to_owned()));
+        let (kind, kind_spec) = match &guest.kind {
+            Some(kind) => kind.clone(),
+            None => (WasmKind::kind_name(), program(&client, guest).await?),
+        };
         let request = RunRequest {
             name: Some(guest.name.to_owned()),
             on: Some(guest.node.to_owned()),
-            module: uploaded.module,
-            args,
-            env: Vec::new(),
+            kind,
+            kind_spec,
             volumes: guest
                 .volume
                 .iter()
@@ -336,7 +341,6 @@ impl LocalCluster {
                 }))
                 .collect(),
             memory_bytes: guest.memory_bytes,
-            threads_max: 64,
             cpu_limit_millis: None,
             output_bytes_per_s: 16 << 20,
             remove_at_end: false,
@@ -681,4 +685,19 @@ pub fn check_numbered(text: &str, first: u64) -> Result<u64> {
         next += 1;
     }
     Ok(next)
+}
+
+/// Uploads the module of a WebAssembly program; returns its spec.
+async fn program(client: &Client, guest: &Guest<'_>) -> Result<KindSpec> {
+    let module = Bytes::copy_from_slice(guest.module);
+    let uploaded: Uploaded = client.call(Method::PUT, "/v1/images", module).await?;
+    let mut args = vec![guest.name.to_owned()];
+    args.extend(guest.args.iter().map(|arg| (*arg).to_owned()));
+    let own = WasmSpec {
+        module: uploaded.hash,
+        args,
+        env: Vec::new(),
+        threads_max: 64,
+    };
+    own.to_kind_spec().map_err(anyhow::Error::msg)
 }

@@ -13,6 +13,7 @@
 
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use keel_api::RunRequest;
+use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use serde::Deserialize;
@@ -214,15 +215,20 @@ impl Machine {
                 Some(plan.map_err(|error| format!("{error:#}"))?)
             }
         };
-        let request = RunRequest {
-            name: Some(name.to_owned()),
-            on: self.on,
+        let own = WasmSpec {
+            // The hash is known once the module was read.
             module: String::new(),
             args,
             env: self.env.into_iter().collect(),
+            threads_max: self.threads.unwrap_or(THREADS_DEFAULT),
+        };
+        let request = RunRequest {
+            name: Some(name.to_owned()),
+            on: self.on,
+            kind: WasmKind::kind_name(),
+            kind_spec: own.to_kind_spec()?,
             volumes,
             memory_bytes: size(self.memory, MEMORY_DEFAULT)?,
-            threads_max: self.threads.unwrap_or(THREADS_DEFAULT),
             cpu_limit_millis: self.cpu_limit.map(|Cores(millis)| millis),
             output_bytes_per_s: size(self.output_rate, OUTPUT_RATE_DEFAULT)?,
             remove_at_end: self.rm,
@@ -355,24 +361,30 @@ mod tests {
         let wanted = read(text).unwrap();
         let plain = &wanted[0].request;
         assert_eq!(wanted[0].module, Path::new("/abs/plain.wasm"));
-        assert_eq!(plain.args, ["plain.wasm"]);
-        assert_eq!((plain.memory_bytes, plain.threads_max), (4 << 30, 256));
+        let own: WasmSpec = plain.kind_spec.decode().unwrap();
+        assert_eq!(own.args, ["plain.wasm"]);
+        assert_eq!((plain.memory_bytes, own.threads_max), (4 << 30, 256));
         assert_eq!(plain.output_bytes_per_s, 16 << 20);
         assert_eq!((plain.cpu_limit_millis, plain.restart), (None, Restart::No));
         assert_eq!(wanted[1].module, Path::new("/etc/sub/web.wasm"));
         let web = RunRequest {
             name: Some("web".into()),
             on: Some("a".into()),
-            module: String::new(),
-            args: vec!["web.wasm".into(), "-v".into()],
-            env: vec![("A".into(), "1".into()), ("B".into(), "2".into())],
+            kind: WasmKind::kind_name(),
+            kind_spec: WasmSpec {
+                module: String::new(),
+                args: vec!["web.wasm".into(), "-v".into()],
+                env: vec![("A".into(), "1".into()), ("B".into(), "2".into())],
+                threads_max: 4,
+            }
+            .to_kind_spec()
+            .unwrap(),
             volumes: vec![VolumeRequest::Tmp {
                 bytes: 1 << 30,
                 inodes: None,
                 guest: "/scratch".into(),
             }],
             memory_bytes: 512 << 20,
-            threads_max: 4,
             cpu_limit_millis: Some(500),
             output_bytes_per_s: 1024,
             remove_at_end: false,

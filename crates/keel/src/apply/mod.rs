@@ -17,6 +17,7 @@ use keel_api::{
     CheckpointChange, Client, FieldChange, MachineDiff, MachineInfo, Nothing, RunRequest,
     SetRequest, Uploaded, VolumeRequest,
 };
+use keel_kind_wasm::WasmSpec;
 use keel_machine::restart_policy::Restart;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -114,7 +115,12 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
     let bytes = std::fs::read(&module)
         .with_context(|| format!("cannot read {}", module.display()))
         .with_context(of)?;
-    request.module = blake3::hash(&bytes).to_hex().to_string();
+    let own: WasmSpec = request.kind_spec.decode().map_err(anyhow::Error::msg)?;
+    let own = WasmSpec {
+        module: blake3::hash(&bytes).to_hex().to_string(),
+        ..own
+    };
+    request.kind_spec = own.to_kind_spec().map_err(anyhow::Error::msg)?;
     // The node validates the name.
     let path = keel_api::path(["machines", &machine, "diff"]);
     let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
@@ -214,7 +220,7 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
 
 async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> {
     let module = plan.module.clone();
-    let _: Uploaded = client.call(Method::PUT, "/v1/modules", module).await?;
+    let _: Uploaded = client.call(Method::PUT, "/v1/images", module).await?;
     let request = RunRequest {
         on,
         ..plan.wanted.clone()

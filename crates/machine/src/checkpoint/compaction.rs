@@ -6,12 +6,11 @@
 //! under names of a new generation, then its manifest is replaced atomically. A reader of
 //! the old manifest that misses a pack reads the manifest again.
 
-use super::create::{CreateError, Packer, note_page};
 use super::format::{BLOCK_BYTES, BlockRun, Manifest};
 use super::id::CheckpointId;
 use super::layout::{Layout, LiveRange};
+use super::packer::{PackError, Packer, note_block, note_page};
 use super::repository::{PackName, Repository, RepositoryError};
-use super::volumes::note_block;
 use keel_cluster::MachineName;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::AtomicBool;
@@ -21,13 +20,13 @@ use tokio::runtime::Handle;
 /// Blocking, outside of the runtime.
 ///
 /// # Errors
-/// [`CreateError`]; the checkpoint is unchanged then.
+/// [`PackError`]; the checkpoint is unchanged then.
 pub fn compact(
     repository: &Repository,
     runtime: &Handle,
     machine: &MachineName,
     id: &CheckpointId,
-) -> Result<Option<u64>, CreateError> {
+) -> Result<Option<u64>, PackError> {
     let chain = runtime.block_on(repository.chain(machine, id))?;
     match chain.last() {
         Some(newest) if chain.len() > 1 => rewrite(repository, runtime, &chain, newest).map(Some),
@@ -47,7 +46,7 @@ fn rewrite(
     runtime: &Handle,
     chain: &[Manifest],
     newest: &Manifest,
-) -> Result<u64, CreateError> {
+) -> Result<u64, PackError> {
     let part = |reason: &str| RepositoryError::Part {
         machine: newest.machine.clone(),
         id: newest.id.clone(),
@@ -76,7 +75,7 @@ fn rewrite(
             pack: number,
             number: of_pack,
         };
-        repository.read_blocks::<CreateError>(
+        repository.read_blocks::<PackError>(
             runtime,
             (of, PackName::Pages(at.number)),
             &of.packs[at.number],
@@ -114,7 +113,7 @@ fn rewrite(
                 before = end;
                 continue;
             }
-            repository.read_blocks::<CreateError>(
+            repository.read_blocks::<PackError>(
                 runtime,
                 (of, PackName::Blocks(number)),
                 pack,

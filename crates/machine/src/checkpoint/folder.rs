@@ -19,15 +19,15 @@ use std::path::{Path, PathBuf};
 const ALIGN: usize = 4096;
 
 /// A buffer whose first byte is aligned for direct I/O.
-#[derive(Default)]
-pub(super) struct AlignedBuffer {
+#[derive(Debug, Default)]
+pub struct AlignedBuffer {
     bytes: Vec<u8>,
     start: usize,
 }
 
 impl AlignedBuffer {
     /// Grows it to at least this length; the first `kept` bytes are preserved.
-    pub(super) fn grow(&mut self, length: usize, kept: usize) {
+    pub fn grow(&mut self, length: usize, kept: usize) {
         if self.len() >= length {
             return;
         }

@@ -22,7 +22,7 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
-pub(super) const BLOCK_BYTES: usize = 1 << 20;
+pub const BLOCK_BYTES: usize = 1 << 20;
 
 /// Pages of one memory, in the order of the packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,7 +85,7 @@ impl Pack {
     }
 
     /// Byte range of a block.
-    pub(super) fn block_range(&self, number: usize) -> Range<u64> {
+    pub fn block_range(&self, number: usize) -> Range<u64> {
         let start = (number * BLOCK_BYTES) as u64;
         start.min(self.bytes)..(start + BLOCK_BYTES as u64).min(self.bytes)
     }
@@ -106,8 +106,9 @@ pub struct Manifest {
     pub created_unix_ms: u64,
     #[serde(with = "crate::spec::as_cbor")]
     pub spec: Spec,
-    /// Hash of the instrumented module.
-    pub program: [u8; 32],
+    /// Hash of the program that runs (for `wasm`, the instrumented module), if its kind has
+    /// one.
+    pub program: Option<[u8; 32]>,
     /// Bytes of output before the freeze.
     pub log_end: u64,
     /// Size of each memory in 64 KiB pages.
@@ -120,7 +121,7 @@ pub struct Manifest {
     pub block_runs: Vec<BlockRun>,
     /// The packs with their blocks, in order.
     pub block_packs: Vec<Pack>,
-    /// Threads and WASI state.
+    /// The machine's state beside its memory; for `wasm`, threads and WASI state.
     pub image: Vec<u8>,
 }
 
@@ -201,7 +202,7 @@ impl Manifest {
             if run.pages == 0 || end > size.saturating_mul(16) {
                 return Err(damaged("it has pages outside its memory"));
             }
-            stored += u64::from(run.pages) * keel_wasm::memory::PAGE_BYTES;
+            stored += u64::from(run.pages) * crate::PAGE_BYTES;
         }
         if sum_of(&self.packs) != Some(stored) {
             return Err(damaged("its packs are not as long as its pages"));
@@ -278,7 +279,9 @@ fn sum_of(packs: &[Pack]) -> Option<u64> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::kind::KindSpec;
     use crate::spec::{Balancing, Volume, VolumeKind};
+    use std::collections::BTreeMap;
 
     pub(crate) fn example() -> Manifest {
         let pages = vec![7u8; 3 * 4096];
@@ -298,9 +301,8 @@ pub(super) mod tests {
             },
             created_unix_ms: 1_700_000_000_000,
             spec: Spec {
-                module: "ab".repeat(32),
-                args: vec!["web".into()],
-                env: Vec::new(),
+                kind: "wasm".parse().unwrap(),
+                kind_spec: KindSpec::new(&BTreeMap::from([("module", "ab".repeat(32))])).unwrap(),
                 volumes: vec![
                     volume(VolumeKind::Host { path: "/a".into() }),
                     volume(VolumeKind::Tmp {
@@ -309,7 +311,6 @@ pub(super) mod tests {
                     }),
                 ],
                 memory_bytes: 1 << 20,
-                threads_max: 4,
                 cpu_limit_millis: None,
                 output_bytes_per_s: 1000,
                 remove_at_end: false,
@@ -317,7 +318,7 @@ pub(super) mod tests {
                 checkpoints: None,
                 balancing: Balancing::default(),
             },
-            program: [3; 32],
+            program: Some([3; 32]),
             log_end: 77,
             memory_pages: vec![2],
             runs: vec![

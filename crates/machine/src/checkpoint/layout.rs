@@ -3,7 +3,7 @@
 //! order and by several threads.
 
 use super::format::{BLOCK_BYTES, Manifest};
-use keel_wasm::memory::PAGE_BYTES;
+use crate::PAGE_BYTES;
 use std::ops::Range;
 
 /// Pages that share a checksum.
@@ -15,7 +15,7 @@ const NOWHERE: u32 = u32::MAX;
 
 /// A MiB of a pack: the unit of reading and verification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Block {
+pub struct Block {
     /// Number of the pack in the layout.
     pub pack: usize,
     /// Number of the block in the pack.
@@ -24,7 +24,7 @@ pub(super) struct Block {
 
 /// A pack of one of the chain's checkpoints.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct PackAt {
+pub struct PackAt {
     /// Number of the checkpoint in the chain.
     pub checkpoint: usize,
     /// Number of the pack in the checkpoint.
@@ -47,7 +47,7 @@ struct Stored {
 
 /// A run of live pages in a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct LiveRange {
+pub struct LiveRange {
     pub memory: usize,
     /// Offset in the memory, in bytes.
     pub offset: u64,
@@ -57,7 +57,7 @@ pub(super) struct LiveRange {
 
 /// All pages of a chain, whose first checkpoint is the full one.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub struct Layout {
     packs: Vec<PackAt>,
     stored: Vec<Stored>,
     /// For each memory and page, its live copy.
@@ -69,7 +69,7 @@ impl Layout {
     ///
     /// # Errors
     /// A message, if they do not belong together.
-    pub(super) fn new(chain: &[Manifest]) -> Result<Self, &'static str> {
+    pub fn new(chain: &[Manifest]) -> Result<Self, &'static str> {
         let last = chain.last().ok_or("it is empty")?;
         if last.memory_pages.iter().any(|size| *size > SIZE_MAX) {
             return Err("it is larger than any machine");
@@ -123,18 +123,18 @@ impl Layout {
     }
 
     /// The packs, by their numbers.
-    pub(super) fn packs(&self) -> &[PackAt] {
+    pub fn packs(&self) -> &[PackAt] {
         &self.packs
     }
 
     /// Blocks of a pack.
-    pub(super) fn blocks(&self, pack: usize) -> impl Iterator<Item = Block> + use<> {
+    pub fn blocks(&self, pack: usize) -> impl Iterator<Item = Block> + use<> {
         let pages = self.packs.get(pack).map_or(0, |pack| pack.pages);
         (0..pages.div_ceil(BLOCK_PAGES) as usize).map(move |number| Block { pack, number })
     }
 
     /// The block of a page; `None` if the page is zero.
-    pub(super) fn find(&self, memory: usize, page: u64) -> Option<Block> {
+    pub fn find(&self, memory: usize, page: u64) -> Option<Block> {
         let at = *self
             .newest
             .get(memory)?
@@ -146,7 +146,7 @@ impl Layout {
     }
 
     /// Live pages of a block.
-    pub(super) fn pieces(&self, block: Block) -> Vec<LiveRange> {
+    pub fn pieces(&self, block: Block) -> Vec<LiveRange> {
         let mut pieces: Vec<LiveRange> = Vec::new();
         let Some(pack) = self.packs.get(block.pack) else {
             return pieces;
@@ -187,7 +187,7 @@ impl Layout {
     }
 
     /// Bytes of live pages.
-    pub(super) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         let pages = self.newest.iter().flatten();
         pages.filter(|at| **at != NOWHERE).count() as u64 * PAGE_BYTES
     }

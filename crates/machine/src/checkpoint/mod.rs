@@ -1,18 +1,16 @@
-//! Checkpoints: stored states of machines, from which they can be restored.
+//! Checkpoints: stored states of machines, from which they can be restored. This is their
+//! stored form and their repositories; a machine's kind makes and restores them.
 //!
 //! - `id`: the ids of checkpoints
 //! - `origin`: which checkpoint a machine is restored from
 //! - `retention`: which checkpoints are kept
 //! - `format`: the stored form and its validation
+//! - `packer`: collects bytes into packs
 //! - `repository`: storage in a directory or an S3-compatible store
 //! - `folder`: writing and reading packs in a directory
-//! - `create`: makes a checkpoint while the machine runs
-//! - `restore`: restores a machine from a checkpoint
 //! - `compaction`: turns an incremental checkpoint into a full one within the store
 //! - `layout`: the location of the newest copy of each page in a chain
-//! - `lazy_restore`: runs a machine before its pages are read
-//! - `spanning_restore`: reads the pages of a machine once it has parts
-//! - `volumes`: the machine's own volumes in both directions
+//! - `size`: the memory that a restored machine needs
 //!
 //! Of `cluster:` volumes a checkpoint contains only names and sizes, in the image; a
 //! snapshot under the checkpoint's name stays with the volume (`cluster_volume`).
@@ -29,34 +27,28 @@
 //! block of a pack and each manifest has a checksum, so truncation and corruption are
 //! detected. An incremental checkpoint names its parent and contains only the pages
 //! written since; after [`CHAIN_MAX`] of them a full one is made.
-//!
-//! Architecture Invariant: the machine is stopped only while its last pages are copied
-//! *within memory*; it waits for no store meanwhile.
 
 mod compaction;
-mod create;
 mod folder;
 mod format;
 mod id;
 mod layout;
-mod lazy_restore;
 pub(crate) mod origin;
+mod packer;
 mod repository;
-mod restore;
 pub(crate) mod retention;
-mod spanning_restore;
-mod volumes;
+mod size;
 
 pub use compaction::compact;
-pub use create::{Checkpointer, CreateError, CreatedCheckpoint, Destination, Subject};
-pub use format::{BlockRun, FormatError, Manifest, Pack, Run};
+pub use folder::AlignedBuffer;
+pub use format::{BLOCK_BYTES, BlockRun, FormatError, Manifest, Pack, Run};
 pub use id::CheckpointId;
-pub use lazy_restore::LazyRestore;
+pub use layout::{Block, Layout, LiveRange, PackAt};
 pub use origin::{MemoryRestore, Origin};
+pub use packer::{PackError, Packer, note_block, note_page};
 pub use repository::{BlockSink, Candidates, Outline, PackName, Repository, RepositoryError};
-pub use restore::{RemainingMemory, RestoreError, Restored, memory_bytes, restore};
 pub use retention::Retention;
-pub use spanning_restore::SpanningRestore;
+pub use size::memory_bytes;
 
 /// Name of a cluster volume's snapshot for a checkpoint.
 pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {

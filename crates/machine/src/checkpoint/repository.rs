@@ -5,10 +5,10 @@
 //! may be slow. Where the bytes of an object go is `object_storage.rs`.
 
 use super::compaction::compact;
-use super::create::CreateError;
 use super::folder;
 use super::format::{BLOCK_BYTES, FormatError, Manifest, Pack};
 use super::id::CheckpointId;
+use super::packer::PackError;
 use super::retention::Retention;
 use crate::object_storage::{ObjectStorage, StorageLocationError};
 use futures::{StreamExt, TryStreamExt};
@@ -502,7 +502,7 @@ impl Repository {
         Ok(names)
     }
 
-    /// Stores an instrumented module, unless it exists.
+    /// Stores a program (for `wasm`, the instrumented module), unless it exists.
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
@@ -517,7 +517,7 @@ impl Repository {
         Ok(())
     }
 
-    /// Reads a checkpoint's instrumented module and verifies it.
+    /// Reads a checkpoint's program and verifies it.
     ///
     /// # Errors
     /// [`RepositoryError`].
@@ -528,16 +528,13 @@ impl Repository {
             part: "its program".into(),
             reason: reason.into(),
         };
-        let bytes = match self
-            .place
-            .read(&self.program_place(&manifest.program))
-            .await
-        {
+        let hash = manifest.program.ok_or_else(|| part("it names none"))?;
+        let bytes = match self.place.read(&self.program_place(&hash)).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing")),
             Err(error) => return Err(error.into()),
         };
-        if *blake3::hash(&bytes).as_bytes() == manifest.program {
+        if *blake3::hash(&bytes).as_bytes() == hash {
             Ok(bytes)
         } else {
             Err(part("it is damaged: its checksum is wrong"))
@@ -550,7 +547,7 @@ impl Repository {
     /// deleted checkpoints. Blocking, outside of the runtime.
     ///
     /// # Errors
-    /// [`CreateError`], also if the required objects cannot be determined; none of them
+    /// [`PackError`], also if the required objects cannot be determined; none of them
     /// is deleted then.
     pub fn apply_retention(
         &self,
@@ -558,7 +555,7 @@ impl Repository {
         machine: &MachineName,
         retention: Retention,
         now_unix_ms: u64,
-    ) -> Result<Vec<CheckpointId>, CreateError> {
+    ) -> Result<Vec<CheckpointId>, PackError> {
         let all = runtime.block_on(self.list(machine))?;
         let wanted: Vec<&CheckpointId> = (0..)
             .zip(&all)

@@ -32,7 +32,7 @@ pub fn act(files: &Files, op: FileOp) -> std::io::Result<FileDone> {
 
 /// Fetches the blocks that a write needs, as far as possible: the write itself holds
 /// locks and must not wait for them.
-pub(super) fn prefetch_blocks(files: &Files, op: &FileOp) {
+pub fn prefetch_blocks(files: &Files, op: &FileOp) {
     if let FileOp::Write {
         path,
         offset,

@@ -23,14 +23,15 @@ use std::sync::Arc;
 const AGAIN_MAX: u32 = 16;
 
 /// The source's side.
-pub(super) struct LogSource {
+#[derive(Debug)]
+pub struct LogSource {
     log: Arc<Log>,
     /// Offset of the next bytes to send.
     next: u64,
 }
 
 impl LogSource {
-    pub(super) fn new(log: Arc<Log>) -> Self {
+    pub fn new(log: Arc<Log>) -> Self {
         LogSource {
             next: log.base(),
             log,
@@ -41,7 +42,7 @@ impl LogSource {
     ///
     /// # Errors
     /// If the output cannot be read.
-    pub(super) fn next(&mut self) -> io::Result<Option<Message>> {
+    pub fn next(&mut self) -> io::Result<Option<Message>> {
         let (offset, bytes) = self.log.read(self.next, CHUNK_BYTES)?;
         if offset > self.next {
             self.next = offset;
@@ -58,13 +59,14 @@ impl LogSource {
     }
 
     /// Continues from an offset that the target requests.
-    pub(super) fn resume_from(&mut self, offset: u64) {
+    pub fn resume_from(&mut self, offset: u64) {
         self.next = self.next.min(offset);
     }
 }
 
 /// The target's side.
-pub(super) struct LogTarget {
+#[derive(Debug)]
+pub struct LogTarget {
     log: Arc<Log>,
     /// Whether a piece did not follow the end of the log.
     lacks: bool,
@@ -72,7 +74,7 @@ pub(super) struct LogTarget {
 }
 
 impl LogTarget {
-    pub(super) fn new(log: Arc<Log>) -> Self {
+    pub fn new(log: Arc<Log>) -> Self {
         LogTarget {
             log,
             lacks: false,
@@ -84,7 +86,7 @@ impl LogTarget {
     ///
     /// # Errors
     /// If the output cannot be written.
-    pub(super) fn take(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    pub fn take(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         if offset > self.log.end() {
             self.lacks = true;
             return Ok(());
@@ -96,7 +98,7 @@ impl LogTarget {
     ///
     /// # Errors
     /// If this cannot be recorded on disk.
-    pub(super) fn begins(&mut self, offset: u64) -> io::Result<()> {
+    pub fn begins(&mut self, offset: u64) -> io::Result<()> {
         self.log.begin_at(offset)
     }
 
@@ -104,7 +106,7 @@ impl LogTarget {
     ///
     /// # Errors
     /// If output was requested too often.
-    pub(super) fn missing(&mut self) -> io::Result<Option<Message>> {
+    pub fn missing(&mut self) -> io::Result<Option<Message>> {
         if !std::mem::take(&mut self.lacks) {
             return Ok(None);
         }

@@ -1,838 +1,420 @@
-//! The source's side of a move: copies memory while the machine runs, freezes it, sends
-//! the rest, and tells the target to resume. Blocking; runs on a thread of its own.
+//! Moving the machine away, for every kind: one attempt at a time, which another request
+//! may give up in any phase before the commit.
+//!
+//! ```text
+//!   copy ──converged──▶ idle ──freeze──▶ idle ──go──▶ told ──serve──▶ (post-copy only)
+//!     │ given up, lost    │ given up       │ thaw: the machine stays, under an epoch that the
+//!     └──────▶ runs ◀─────┴────────────────┘       agent got from the store
+//! ```
+//!
+//! A session has one user at a time: the thread that copies takes it out of the state and
+//! puts it back. To give up a session that is in use its connection is closed.
 
-use super::cluster_volumes::ClusterVolumes;
-use super::control::{Copy, CopyEvent, Frozen, HomeHandover};
-use super::log_transfer::LogSource;
-use super::post_copy::{self, PageSet};
-use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
-use super::stack_functions::{SampleError, StackFunctions};
-use super::volumes::{SourceVolumes, VolumeError};
-use crate::cgroup::YieldPolicy;
-use crate::failpoint::{self, Injected};
-use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
-use crate::log::Log;
-use crate::moves::convergence::{self, CopyDecision, best_rate};
-use crate::moves::{FillReport, Phase, Progress, Round};
-use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
-use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_net::{ClientTls, PinnedIdentity};
-use keel_wasm::memory::{DirtyTracker, MemoryError};
-use keel_wasm::runtime::{Hold, Machine, MachineError, ProgramError};
-use std::collections::BTreeMap;
-use std::ops::Range;
+use super::control::{Copy, CopyEvent, Frozen, State, pack};
+use super::{MoveError, SourceSession, Worker, publish_resumed, target};
+use crate::failpoint;
+use crate::link::LinkError;
+use crate::moves::{TargetEvent, TargetState};
+use keel_cluster::Epoch;
+use keel_net::{Bytes, PinnedIdentity, RpcError};
+use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
 
-/// Bytes of pages sent between two checks for starvation by other threads.
-const PIECE_BYTES: u64 = 1 << 20;
-/// Rounds of catching up just before the freeze, and the number of bytes at which they
-/// end.
-const CATCH_UP_ROUNDS_MAX: u32 = 4;
-const CATCH_UP_BYTES: u64 = 256 << 10;
-/// Time limits for moving a home's threads and pages elsewhere while the machine runs,
-/// and for its last pages while it is stopped.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(120);
-const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
-/// Interval of keep-alive messages to the target meanwhile.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
-/// Time limit for threads to reach a safepoint.
-const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-/// Period of throttling a guest, and the largest share of it, in percent, for which the
-/// guest is stopped.
-const SLOW_PERIOD: Duration = Duration::from_millis(4);
-const SLOW_PERCENT_MAX: u32 = 97;
+/// How long a freeze waits for the thread that has just reported convergence.
+const HANDBACK_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Why the machine was not moved. It runs on here, unless it ended.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SourceError {
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Volume(#[from] VolumeError),
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    #[error(transparent)]
-    Program(#[from] ProgramError),
-    #[error("its output cannot be read, or no thread can be started for its move: {0}")]
-    Log(#[from] std::io::Error),
-    #[error(transparent)]
-    Tls(#[from] keel_net::TlsError),
-    #[error(transparent)]
-    Spanning(#[from] SpanningError),
-    #[error("the state of its home cannot be encoded: {0}")]
-    HomeState(#[from] postcard::Error),
-    #[error(transparent)]
-    Stacks(#[from] SampleError),
-    #[error(transparent)]
-    Injected(#[from] Injected),
+/// An attempt that a kind has prepared.
+pub struct Connect<S> {
+    /// Ends the attempt early where closing its connection does not.
+    pub give_up: Option<Arc<AtomicBool>>,
+    /// Waits for what excludes a move, and connects to the target.
+    pub connect: Box<dyn FnOnce(&PinnedIdentity) -> Result<S, MoveError> + Send>,
 }
 
-/// The home of a machine that spans, whose other parts stay where they are.
-pub(super) struct SpanningSource {
-    pub(super) home: Arc<Home>,
-    pub(super) successor: PartId,
-    pub(super) threads_to: PartId,
-    /// The node of each part.
-    pub(super) nodes: BTreeMap<PartId, NodeName>,
-    /// Set to give the move up.
-    pub(super) give_up: Arc<AtomicBool>,
-    /// Set once its threads and pages are leaving.
-    pub(super) leaving: Option<HomeMigration>,
-}
-
-impl SpanningSource {
-    /// Cancels the home migration: the machine may be thawed.
-    ///
-    /// # Errors
-    /// [`SpanError`] if a part was lost.
-    fn cancel(&mut self) -> Result<(), SpanError> {
-        match self.leaving.take() {
-            Some(mut leaving) => leaving.cancel(),
-            None => Ok(()),
-        }
-    }
-
-    /// Whether the remaining pages can move while the machine is stopped.
-    fn check(&self) -> Result<(), SpanningError> {
-        self.leaving.as_ref().map_or(Ok(()), HomeMigration::check)
-    }
-
-    /// The encoded state for the successor.
-    fn handover(&mut self) -> Result<Vec<u8>, SourceError> {
-        let leaving = self.leaving.as_mut();
-        let leaving = leaving.ok_or(LinkError::Aborted("its home does not move".into()))?;
-        let home_state = leaving.leave(LEAVE_PATIENCE)?;
-        let mut nodes = self.nodes.clone();
-        if let Some(node) = nodes.remove(&self.successor) {
-            nodes.insert(PartId::HOME, node);
-        }
-        Ok(postcard::to_stdvec(&HomeHandover { home_state, nodes })?)
+impl<S> fmt::Debug for Connect<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connect")
+            .field("give_up", &self.give_up)
+            .finish_non_exhaustive()
     }
 }
 
-impl Drop for SpanningSource {
-    fn drop(&mut self) {
-        if let Err(error) = self.cancel() {
-            tracing::warn!(%error, "a machine lost a part during the move of its home");
-        }
-    }
+/// A session that is not in use by its move.
+pub(super) enum SourceTask<S> {
+    Idle(Box<S>),
+    /// A thread works on it while the store commits.
+    Working(JoinHandle<S>),
 }
 
-/// Address and credentials of the target's worker.
-pub(super) struct TargetEndpoint {
-    address: String,
-    tls: ClientTls,
-    hello: Hello,
-}
-
-impl TargetEndpoint {
-    /// Connects and sends the purpose of the connection.
-    pub(super) fn connect(&self, purpose: Purpose) -> Result<Link, LinkError> {
-        let mut link = Link::connect(&self.address, &self.tls)?;
-        let hello = Hello {
-            purpose,
-            ..self.hello.clone()
-        };
-        link.send(&Message::Hello(hello))?;
-        link.flush()?;
-        Ok(link)
-    }
-}
-
-/// One attempt to move the machine away.
-pub(super) struct SourceSession {
-    machine: Machine,
-    log: LogSource,
-    link: Link,
-    way: TargetEndpoint,
-    trackers: Vec<DirtyTracker>,
-    /// For a machine that spans.
-    parts: Option<SpanningSource>,
-    volumes: SourceVolumes,
-    functions: StackFunctions,
-    throttle: Throttle,
-    /// For each memory, dirty pages that were found and not sent.
-    unsent: Vec<PageSet>,
-    /// In a post-copy move: the scan for the last dirty pages, once the machine is
-    /// stopped.
-    scan: Option<ResidualDirtyScan>,
-    /// The finished scan, which takes a while to drop.
-    finished_scan: Option<ResidualDirtyScan>,
-    /// Result of naming pages.
-    named: Result<(), SourceError>,
-    /// While memory is copied.
-    yielding: Option<YieldPolicy>,
-    /// Time limit for sending what is left at the freeze.
-    budget: Duration,
-}
-
-impl SourceSession {
-    /// Connects to the target.
-    pub(super) fn connect(
-        name: &MachineName,
-        epoch: Epoch,
-        machine: Machine,
-        log: Arc<Log>,
-        identity: &PinnedIdentity,
-        copy: &Copy,
-        parts: Option<SpanningSource>,
-    ) -> Result<Self, SourceError> {
-        failpoint::pass("out.connect")?;
-        let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let way = TargetEndpoint {
-            address: copy.target.address.clone(),
-            tls,
-            hello: Hello {
-                version: HELLO_VERSION,
-                machine: name.clone(),
-                epoch,
-                program: *machine.program().hash(),
-                log_base: log.base(),
-                post_copy: copy.post_copy,
-                purpose: Purpose::Move,
-            },
-        };
-        let link = way.connect(Purpose::Move)?;
-        Ok(SourceSession {
-            way,
-            throttle: Throttle::new(machine.clone()),
-            unsent: vec![PageSet::default(); machine.memories().len()],
-            scan: None,
-            finished_scan: None,
-            named: Ok(()),
-            yielding: None,
-            machine,
-            log: LogSource::new(log),
-            link,
-            trackers: Vec::new(),
-            parts,
-            volumes: SourceVolumes::default(),
-            functions: StackFunctions::default(),
-            budget: Duration::from_micros(copy.budget_micros),
+impl<S> fmt::Debug for SourceTask<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SourceTask::Idle(_) => "Idle",
+            SourceTask::Working(_) => "Working",
         })
     }
-
-    /// A handle that closes the connection from another thread.
-    pub(super) fn closer(&self) -> Result<std::net::TcpStream, SourceError> {
-        Ok(self.link.closer()?)
-    }
-
-    /// Copies memory until little is left; of cluster volumes, the blocks that are in no
-    /// segment.
-    pub(super) fn copy(
-        &mut self,
-        cluster_volumes: &ClusterVolumes,
-        tell: &mut dyn FnMut(CopyEvent) -> bool,
-    ) -> Result<(), SourceError> {
-        cluster_volumes
-            .wait_claimed()
-            .map_err(VolumeError::NotClaimed)?;
-        // Threads must be able to resume here if the move fails; what takes long to
-        // compile for that is compiled now, while they run.
-        self.machine.program().prepare_resume()?;
-        failpoint::pass("out.hello")?;
-        // Memory of a machine that spans stays with its parts.
-        let memories = match self.parts {
-            Some(_) => Arc::default(),
-            None => self.machine.memories().clone(),
-        };
-        for memory in memories.iter() {
-            let tracker = DirtyTracker::start(memory.clone())?;
-            if let Some(missing) = tracker.missing() {
-                tracing::warn!(%missing, "writes are found by hashing, which is slower");
-            }
-            self.trackers.push(tracker);
-        }
-        self.volumes = SourceVolumes::start(self.machine.wasi(), cluster_volumes);
-        self.yielding = YieldPolicy::begin();
-        self.name_functions()?;
-        self.drain_home(tell)?;
-        let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
-        for memory in memories.iter() {
-            ranges.push(memory.populated()?);
-        }
-        let mut rounds: Vec<Round> = Vec::new();
-        loop {
-            let begun = Instant::now();
-            let first = rounds.is_empty();
-            let mut bytes = self.send_ranges(&ranges, first)?;
-            bytes += self.volumes.send(&mut self.link)?;
-            self.send_log()?;
-            self.link.send(&Message::RoundEnd)?;
-            self.link.flush()?;
-            failpoint::pass("out.round")?;
-            let is_compiling = self.end_of_round()?;
-            // (A round in which the target waited for code says nothing about the rate.)
-            if !is_compiling || first {
-                let micros = micros(begun.elapsed());
-                rounds.push(Round { bytes, micros });
-            }
-            self.name_functions()?;
-            let mut left = self.volumes.record_changes();
-            for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
-                *ranges = tracker.take()?;
-                left += ranges
-                    .iter()
-                    .map(|range| range.end - range.start)
-                    .sum::<u64>();
-            }
-            let goes_on = tell(CopyEvent::Progress(Progress {
-                round: rounds.len() as u32,
-                sent_bytes: self.link.sent_bytes(),
-                remaining_bytes: left,
-                bytes_per_s: best_rate(&rounds) as u64,
-                ..Progress::of(Phase::Copy)
-            }));
-            if !goes_on {
-                return Err(LinkError::Aborted("the caller is gone".into()).into());
-            }
-            if is_compiling && !self.way.hello.post_copy {
-                continue;
-            }
-            if self.way.hello.post_copy {
-                self.wait_for_code(is_compiling)?;
-                // A single round; pages written since are sent by post-copy. Blocks of
-                // files are not: the target cannot request a missing block.
-                self.volumes.catch_up(&mut self.link)?;
-                for (set, ranges) in self.unsent.iter_mut().zip(&ranges) {
-                    ranges.iter().for_each(|range| set.add_bytes(range));
-                }
-                break;
-            }
-            match convergence::next(&rounds, left, self.budget) {
-                CopyDecision::Freeze => {
-                    // Dirty pages that were found are sent with the rest.
-                    self.send_ranges(&ranges, false)?;
-                    self.volumes.send(&mut self.link)?;
-                    break;
-                }
-                CopyDecision::Slower => self.throttle.more(),
-                CopyDecision::Round => {}
-            }
-        }
-        self.yielding = None;
-        failpoint::pass("out.converged")?;
-        tell(CopyEvent::Converged {
-            rounds,
-            slowed: self.throttle.is_on(),
-        });
-        Ok(())
-    }
-
-    /// Names the functions that the target must compile. Threads of a machine that spans stay with
-    /// its parts.
-    fn name_functions(&mut self) -> Result<(), SourceError> {
-        match self.parts {
-            Some(_) => Ok(()),
-            None => Ok(self.functions.name(&self.machine, &mut self.link)?),
-        }
-    }
-
-    /// The target's answer to the end of a round: whether it still compiles functions.
-    fn end_of_round(&mut self) -> Result<bool, SourceError> {
-        match self.answer()? {
-            Message::RoundDone => Ok(false),
-            Message::Compiling => Ok(true),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Waits until the target has compiled the functions that were named.
-    fn wait_for_code(&mut self, mut is_compiling: bool) -> Result<(), SourceError> {
-        while is_compiling {
-            self.link.send(&Message::RoundEnd)?;
-            self.link.flush()?;
-            is_compiling = self.end_of_round()?;
-        }
-        Ok(())
-    }
-
-    /// Moves the threads and pages of a home to other parts while the machine runs.
-    fn drain_home(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), SourceError> {
-        let (Some(parts), link) = (&mut self.parts, &mut self.link) else {
-            return Ok(());
-        };
-        let mut told = Instant::now();
-        let mut lost = None;
-        let give_up = parts.give_up.clone();
-        let mut goes_on = |left: u64| {
-            if give_up.load(Ordering::Acquire) {
-                lost = Some(LinkError::Aborted("the move was given up".into()).into());
-                return false;
-            }
-            if told.elapsed() < KEEPALIVE_INTERVAL {
-                return true;
-            }
-            told = Instant::now();
-            // The target waits for a message, but not for ever.
-            let heard = link
-                .send(&Message::RoundEnd)
-                .and_then(|()| link.flush())
-                .and_then(|()| link.receive());
-            match heard {
-                Ok(Message::RoundDone) => {}
-                Ok(other) => lost = Some(unexpected(&other)),
-                Err(error) => lost = Some(error.into()),
-            }
-            lost.is_none()
-                && tell(CopyEvent::Progress(Progress {
-                    sent_bytes: link.sent_bytes(),
-                    remaining_bytes: left,
-                    ..Progress::of(Phase::Copy)
-                }))
-        };
-        let leaving = HomeMigration::begin(
-            parts.home.clone(),
-            parts.successor,
-            parts.threads_to,
-            DRAIN_PATIENCE,
-            &mut goes_on,
-        );
-        if let Some(lost) = lost {
-            return Err(lost);
-        }
-        parts.leaving = Some(leaving?);
-        Ok(failpoint::pass("home.way")?)
-    }
-
-    /// Cancels the move of the home; the machine may be thawed.
-    ///
-    /// # Errors
-    /// [`SpanError`] if a part was lost: the machine has ended then.
-    pub(super) fn cancel(&mut self) -> Result<(), SpanError> {
-        match &mut self.parts {
-            Some(parts) => parts.cancel(),
-            None => Ok(()),
-        }
-    }
-
-    /// Freezes the machine and sends all that the target lacks; returns when the target
-    /// is ready to resume it.
-    pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, SourceError> {
-        let post_copy = self.way.hello.post_copy;
-        match post_copy {
-            true => {
-                self.volumes.catch_up(&mut self.link)?;
-                // NamedRange while the machine runs, so that few pages are left to name.
-                for number in 0..self.trackers.len() {
-                    let ranges = self.trackers[number].take()?;
-                    self.keep_pages(number as u32, &ranges)?;
-                }
-                self.link.flush()?;
-            }
-            false => self.catch_up()?,
-        }
-        if let Some(parts) = &self.parts {
-            parts.check()?;
-        }
-        // A throttled guest stays throttled until here; if it is stopped just now, its
-        // downtime has begun.
-        let begun = self.throttle.stop().unwrap_or_else(Instant::now);
-        self.link.use_frozen_timeout()?;
-        failpoint::pass("out.freeze")?;
-        self.machine.freeze(FREEZE_PATIENCE)?;
-        self.throttle.release();
-        failpoint::pass("out.frozen")?;
-        let frozen = Instant::now();
-        self.link.send(&Message::Frozen)?;
-        let mut last_bytes = 0;
-        if let Some(parts) = &mut self.parts {
-            let handover = parts.handover()?;
-            failpoint::pass("home.left")?;
-            last_bytes += handover.len() as u64;
-            for piece in handover.chunks(CHUNK_BYTES) {
-                self.link.send(&Message::Parts(piece.to_vec().into()))?;
-            }
-        }
-        if !post_copy {
-            for number in 0..self.trackers.len() {
-                let ranges = self.trackers[number].take_at_once()?;
-                last_bytes += self.send_memory(number as u32, &ranges, false)?;
-            }
-        }
-        let pages_sent = self.send_state(&mut last_bytes)?;
-        failpoint::pass("out.image")?;
-        if post_copy {
-            // In post-copy, dirty pages are only named, before the machine resumes at the
-            // target: the scan runs while the target builds the machine and the store
-            // commits.
-            let mut scan = ResidualDirtyScan::begin(std::mem::take(&mut self.trackers));
-            while !self.link.has_input()? && scan.scan_piece() {
-                // The target's thread may need this processor.
-                std::thread::yield_now();
-            }
-            self.scan = Some(scan);
-        }
-        loop {
-            match self.link.receive()? {
-                Message::Prepared => break,
-                Message::LogResend { offset } => {
-                    self.log.resume_from(offset);
-                    self.send_log()?;
-                    self.link.send(&Message::ImageEnd)?;
-                    self.link.flush()?;
-                }
-                other => return Err(unexpected(&other)),
-            }
-        }
-        failpoint::pass("out.prepared")?;
-        // From here on the store decides, however long that takes.
-        self.link.wait_without_timeout()?;
-        Ok(Frozen {
-            freeze_micros: micros(frozen - begun),
-            last_pages_micros: micros(pages_sent - frozen),
-            last_bytes,
-            state_micros: micros(pages_sent.elapsed()),
-            bytes: self.link.sent_bytes(),
-        })
-    }
-
-    /// Sends everything but memory; returns when the transfer of threads and WASI state
-    /// began.
-    fn send_state(&mut self, last_bytes: &mut u64) -> Result<Instant, SourceError> {
-        *last_bytes += self.volumes.send_all(&mut self.link)?;
-        self.send_log()?;
-        let pages_sent = Instant::now();
-        failpoint::pass("out.last-pages")?;
-        let image = self.machine.image()?.encode()?;
-        for piece in image.chunks(CHUNK_BYTES) {
-            self.link.send(&Message::Image(piece.to_vec().into()))?;
-        }
-        self.link.send(&Message::ImageEnd)?;
-        self.link.flush()?;
-        Ok(pages_sent)
-    }
-
-    /// Sends pages written since the last round, which preceded the store's check: every
-    /// millisecond of that means fewer pages to send while frozen.
-    fn catch_up(&mut self) -> Result<(), SourceError> {
-        for _ in 0..CATCH_UP_ROUNDS_MAX {
-            let mut ranges = Vec::with_capacity(self.trackers.len());
-            for tracker in &mut self.trackers {
-                ranges.push(tracker.take()?);
-            }
-            let mut bytes = self.send_ranges(&ranges, false)?;
-            bytes += self.volumes.send_all(&mut self.link)?;
-            self.link.flush()?;
-            if bytes <= CATCH_UP_BYTES {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the target that the commit was applied; returns when the machine runs there.
-    pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), SourceError> {
-        let told = self.tell(epoch);
-        // The target may have been told by its agent; it then waits for further messages
-        // on this connection, while this side waits for page requests.
-        if told.is_err()
-            && self.way.hello.post_copy
-            && let Ok(closer) = self.link.closer()
-        {
-            // The socket may be closed already.
-            let _ = closer.shutdown(std::net::Shutdown::Both);
-        }
-        told
-    }
-
-    fn tell(&mut self, epoch: Epoch) -> Result<(), SourceError> {
-        failpoint::pass("out.go")?;
-        if self.way.hello.post_copy {
-            failpoint::pass("fill.name")?;
-            std::mem::replace(&mut self.named, Ok(()))?;
-        }
-        self.link.send(&Message::Go(epoch))?;
-        self.link.flush()?;
-        match self.link.receive()? {
-            Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// The session is not in use for now.
-    pub(super) fn into_idle(self) -> SourceTask {
-        SourceTask::Idle(Box::new(self))
-    }
-
-    /// Whether there are pages to name, which may take a while.
-    pub(super) fn has_names(&self) -> bool {
-        self.scan.is_some()
-    }
-
-    /// Finds the pages written last and names them, while the store commits; [`Self::go`]
-    /// returns the result.
-    pub(super) fn name(&mut self) {
-        let Some(mut scan) = self.scan.take() else {
-            return;
-        };
-        let finished_scan = scan.end();
-        self.finished_scan = Some(scan);
-        match finished_scan {
-            Ok(written) => self.named = self.send_names(written),
-            // If the target receives the go message, it treats every page as written.
-            Err(error) => {
-                tracing::warn!(%error, "cannot determine the pages written last: all are sent");
-            }
-        }
-    }
-
-    fn send_names(&mut self, written: DirtyRanges) -> Result<(), SourceError> {
-        let mut by_memory = vec![Vec::new(); self.unsent.len()];
-        for (number, ranges) in written {
-            by_memory[number].extend(ranges);
-        }
-        for (number, ranges) in (0..).zip(by_memory) {
-            self.keep_pages(number, &ranges)?;
-        }
-        self.link.send(&Message::RoundEnd)?;
-        Ok(self.link.flush()?)
-    }
-
-    /// Names the pages that the target does not get yet.
-    fn keep_pages(&mut self, number: u32, ranges: &[Range<u64>]) -> Result<(), SourceError> {
-        let memory = self.machine.memories()[number as usize].clone();
-        self.link.send(&Message::Size {
-            memory: number,
-            pages: memory.size_bytes() >> 16,
-        })?;
-        let mut set = std::mem::take(&mut self.unsent[number as usize]);
-        for range in ranges {
-            set.add_bytes(range);
-        }
-        for message in set.messages(number) {
-            self.link.send(&message)?;
-        }
-        Ok(())
-    }
-
-    /// Sends all kept pages, for as long as it takes.
-    pub(super) fn serve(self, unsent: &std::sync::atomic::AtomicU64) -> FillReport {
-        post_copy::serve(&self.way, self.machine.memories(), Some(self.link), unsent)
-    }
-
-    /// Gives the move up. Does not thaw the machine.
-    pub(super) fn abort(mut self, reason: &str) {
-        // The target notices in any case when the connection closes.
-        let _ = self.link.send(&Message::Abort(reason.to_owned()));
-        let _ = self.link.flush();
-    }
-
-    fn send_ranges(
-        &mut self,
-        ranges: &[Vec<Range<u64>>],
-        skip_zero: bool,
-    ) -> Result<u64, SourceError> {
-        let mut bytes = 0;
-        for (number, ranges) in ranges.iter().enumerate() {
-            bytes += self.send_memory(number as u32, ranges, skip_zero)?;
-        }
-        Ok(bytes)
-    }
-
-    fn send_memory(
-        &mut self,
-        number: u32,
-        ranges: &[Range<u64>],
-        skip_zero: bool,
-    ) -> Result<u64, SourceError> {
-        let memory = self.machine.memories()[number as usize].clone();
-        self.link.send(&Message::Size {
-            memory: number,
-            pages: memory.size_bytes() >> 16,
-        })?;
-        let read = |at: u64, bytes: &mut [u8]| memory.read(at, bytes);
-        let mut sent = 0;
-        for range in ranges {
-            for start in (range.start..range.end).step_by(PIECE_BYTES as usize) {
-                let piece = start..range.end.min(start + PIECE_BYTES);
-                sent += self.link.send_pages(number, piece, skip_zero, &read)?;
-                if let Some(yielding) = &mut self.yielding {
-                    yielding.check();
-                }
-            }
-        }
-        Ok(sent)
-    }
-
-    fn send_log(&mut self) -> Result<(), SourceError> {
-        while let Some(message) = self.log.next()? {
-            self.link.send(&message)?;
-        }
-        Ok(())
-    }
-
-    /// The target's answer to a round; missing output is sent in the next round.
-    fn answer(&mut self) -> Result<Message, SourceError> {
-        loop {
-            match self.link.receive()? {
-                Message::LogResend { offset } => self.log.resume_from(offset),
-                other => return Ok(other),
-            }
-        }
-    }
 }
 
-fn unexpected(message: &Message) -> SourceError {
-    LinkError::Message(format!("{message:?} out of turn")).into()
-}
+impl<S: SourceSession> SourceTask<S> {
+    fn idle(session: S) -> Self {
+        SourceTask::Idle(Box::new(session))
+    }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// A [`SourceSession`] that is not in use by its move.
-pub(super) enum SourceTask {
-    /// Idle.
-    Idle(Box<SourceSession>),
-    /// A thread names pages.
-    NamingPages(JoinHandle<SourceSession>),
-}
-
-impl SourceTask {
-    /// Starts to name the pages written last, if needed.
+    /// Starts the work that can be done while the store commits, if there is any.
     ///
     /// # Errors
     /// If no thread can be started: the connection is lost then.
-    pub(super) fn after_freeze(mut outgoing: SourceSession) -> std::io::Result<Self> {
-        if !outgoing.has_names() {
-            return Ok(outgoing.into_idle());
+    fn after_freeze(mut session: S) -> std::io::Result<Self> {
+        if !session.has_work_during_commit() {
+            return Ok(Self::idle(session));
         }
-        let thread = std::thread::Builder::new().name("name".into());
-        let name = move || {
-            outgoing.name();
-            outgoing
+        let thread = std::thread::Builder::new().name("commit-work".into());
+        let work = move || {
+            session.work_during_commit();
+            session
         };
-        Ok(SourceTask::NamingPages(thread.spawn(name)?))
-    }
-
-    /// Cancels the move; the machine may be thawed.
-    ///
-    /// # Errors
-    /// [`SpanError`] if a part was lost: the machine has ended then.
-    pub(super) fn cancel(&mut self) -> Result<(), SpanError> {
-        match self {
-            SourceTask::Idle(outgoing) => outgoing.cancel(),
-            // Post-copy exists only for machines on one node.
-            SourceTask::NamingPages(_) => Ok(()),
-        }
+        Ok(SourceTask::Working(thread.spawn(work)?))
     }
 
     /// Waits until the session is idle.
-    pub(super) fn wait(self) -> SourceSession {
+    fn wait(self) -> S {
         match self {
-            SourceTask::Idle(outgoing) => *outgoing,
-            SourceTask::NamingPages(thread) => thread
+            SourceTask::Idle(session) => *session,
+            SourceTask::Working(thread) => thread
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
         }
     }
 }
 
-/// Throttles a guest: its threads are stopped at safepoints for a share of the time.
-struct Throttle {
-    machine: Machine,
-    shared: Arc<ThrottleState>,
-    thread: Option<JoinHandle<Option<Instant>>>,
-}
-
-#[derive(Default)]
-struct ThrottleState {
-    /// Share of the time in which the guest is stopped, in percent; `None` ends the
-    /// throttling.
-    percent: Mutex<Option<u32>>,
-    changed: Condvar,
-}
-
-impl ThrottleState {
-    fn locked(&self) -> MutexGuard<'_, Option<u32>> {
-        self.percent
-            .lock()
-            .unwrap_or_else(|error| error.into_inner())
-    }
-
-    /// Sleeps; `false` if the end was signalled.
-    fn sleep(&self, time: Duration) -> bool {
-        let (percent, _) = self
-            .changed
-            .wait_timeout_while(self.locked(), time, |percent| percent.is_some())
-            .unwrap_or_else(|error| error.into_inner());
-        percent.is_some()
-    }
-
-    /// Stops and releases the guest periodically until the end; returns since when it is
-    /// stopped then.
-    fn keep(&self, machine: &Machine) -> Option<Instant> {
-        loop {
-            let percent = (*self.locked())?;
-            let begun = Instant::now();
-            if let Err(error) = machine.hold(Hold::Slowdown, None) {
-                tracing::warn!(%error, "cannot throttle the machine");
-                return None;
-            }
-            if !self.sleep(SLOW_PERIOD * percent / 100) {
-                return Some(begun);
-            }
-            machine.release(Hold::Slowdown);
-            if !self.sleep(SLOW_PERIOD * (100 - percent) / 100) {
-                return None;
-            }
-        }
-    }
-}
-
-impl Throttle {
-    fn new(machine: Machine) -> Self {
-        Throttle {
-            machine,
-            shared: Arc::default(),
-            thread: None,
-        }
-    }
-
-    fn is_on(&self) -> bool {
-        self.thread.is_some()
-    }
-
-    fn more(&mut self) {
-        {
-            let mut percent = self.shared.locked();
-            // 50, 75, 87, 93, 96, 97
-            let now = percent.unwrap_or(0);
-            *percent = Some((now + (100 - now) / 2).min(SLOW_PERCENT_MAX));
-        }
-        if self.thread.is_some() {
+/// Copies the machine to a target while it runs, and streams the progress. `prepare` is
+/// called while nothing freezes or thaws the machine.
+pub fn copy<W: Worker>(
+    worker: &Arc<W>,
+    copy: &Copy,
+    prepare: impl FnOnce(&Arc<W>) -> Result<Connect<W::Session>, String>,
+    events: &mpsc::Sender<Bytes>,
+) {
+    let mut tell = |event: CopyEvent| match pack(&event) {
+        Ok(bytes) => events.blocking_send(bytes).is_ok(),
+        Err(_) => false,
+    };
+    // Other changes of the machine take this lock and check whether it is moving.
+    let freezing = worker.process().freezing();
+    let prepared = match prepare(worker) {
+        Ok(prepared) => prepared,
+        Err(reason) => {
+            tell(CopyEvent::Lost { reason });
             return;
         }
-        let (machine, pace) = (self.machine.clone(), self.shared.clone());
-        self.thread = std::thread::Builder::new()
-            .name("throttle".into())
-            .spawn(move || pace.keep(&machine))
-            .ok();
+    };
+    let Some((identity, attempt)) = begin_attempt(&**worker, copy, prepared.give_up.clone()) else {
+        tell(CopyEvent::Lost {
+            reason: "this worker has no machine to move".into(),
+        });
+        return;
+    };
+    drop(freezing);
+    let aborted = |reason: &str| MoveError::from(LinkError::Aborted(reason.to_owned()));
+    let connected = (prepared.connect)(&identity);
+    let mut result = connected.and_then(|mut session| {
+        let closer = session.closer()?;
+        let is_current = worker.moves(|moves| {
+            let is_current = moves.is_attempt(attempt);
+            if is_current {
+                moves.closer = Some(closer);
+            }
+            is_current
+        });
+        if !is_current {
+            return Err(aborted("the move was given up"));
+        }
+        session.copy(&mut tell).map(|()| session)
+    });
+    if !worker.moves(|moves| moves.is_attempt(attempt))
+        && let Ok(session) = &mut result
+    {
+        cancel_given_up(session);
     }
-
-    /// Ends the throttling; threads that are stopped stay so, and the time since then is
-    /// returned.
-    fn stop(&mut self) -> Option<Instant> {
-        *self.shared.locked() = None;
-        self.shared.changed.notify_all();
-        // The thread only sleeps, stops and releases.
-        self.thread.take()?.join().unwrap_or_default()
+    let mut given_up = None;
+    let failure = worker.moves(|moves| {
+        let is_current = moves.is_attempt(attempt);
+        if moves.attempt == attempt {
+            moves.copying = false;
+            // The request to give up left this to the copying thread.
+            moves.moving_away &= !moves.given_up;
+        }
+        match result {
+            Ok(session) if is_current => {
+                moves.outgoing = Some(SourceTask::idle(session));
+                None
+            }
+            Ok(session) => {
+                given_up = Some(session);
+                None
+            }
+            Err(error) => {
+                if moves.attempt == attempt {
+                    moves.moving_away = false;
+                }
+                Some(error.to_string())
+            }
+        }
+    });
+    if let Some(mut session) = given_up {
+        // Given up in this very moment, perhaps: to cancel again does nothing.
+        cancel_given_up(&mut session);
+        abort_in_background(
+            Some(SourceTask::idle(session)),
+            "the move was given up".into(),
+        );
     }
-
-    fn release(&self) {
-        self.machine.release(Hold::Slowdown);
+    if let Some(reason) = failure {
+        tell(CopyEvent::Lost { reason });
     }
 }
 
-impl Drop for Throttle {
-    fn drop(&mut self) {
-        self.stop();
-        self.release();
+/// Before the machine's parts can change.
+fn cancel_given_up<S: SourceSession>(session: &mut S) {
+    if let Err(error) = session.cancel() {
+        tracing::warn!(%error, "a machine was lost during its move");
+    }
+}
+
+/// Marks the machine as moving away; `None` if it cannot begin.
+fn begin_attempt<W: Worker>(
+    worker: &W,
+    copy: &Copy,
+    give_up: Option<Arc<AtomicBool>>,
+) -> Option<(PinnedIdentity, u64)> {
+    worker.moves(|moves| {
+        if moves.outgoing.is_some() {
+            return None;
+        }
+        let identity = moves.identity.take();
+        moves.moving_away = identity.is_some();
+        moves.copying = identity.is_some();
+        moves.given_up = false;
+        moves.give_up = give_up;
+        moves.attempt += 1;
+        moves.post_copy = copy.post_copy;
+        // State of an earlier move does not count.
+        moves.serving = false;
+        moves.fill = None;
+        moves.unsent = Arc::default();
+        identity.map(|identity| (identity, moves.attempt))
+    })
+}
+
+/// Freezes the machine and sends the rest; returns when the target is ready.
+pub(super) fn freeze<W: Worker>(worker: &W) -> Result<Frozen, RpcError> {
+    // `copy` reports convergence a moment before it puts the session back.
+    let deadline = Instant::now() + HANDBACK_PATIENCE;
+    let _freezing = worker.process().freezing();
+    let mut session = loop {
+        let outgoing = worker.moves(|moves| match moves.given_up {
+            true => Err(RpcError::refused("the move was given up")),
+            false => Ok(moves.outgoing.take()),
+        })?;
+        if let Some(outgoing) = outgoing {
+            break outgoing.wait();
+        }
+        if Instant::now() > deadline {
+            return Err(RpcError::refused("nothing was copied"));
+        }
+        std::thread::yield_now();
+    };
+    let result = session.freeze_and_send();
+    let outgoing = match &result {
+        Ok(_) => SourceTask::after_freeze(session).map_err(RpcError::failed)?,
+        Err(_) => SourceTask::idle(session),
+    };
+    worker.moves(|moves| moves.outgoing = Some(outgoing));
+    result.map_err(RpcError::failed)
+}
+
+/// At the source: tells the target to resume. At the target: resumes. Returns the time in
+/// microseconds until the machine runs.
+pub(super) fn go<W: Worker>(worker: &Arc<W>, epoch: Epoch) -> Result<u64, RpcError> {
+    let begun = Instant::now();
+    // A machine that arrived by a move may be in its next move already: the outgoing one
+    // counts.
+    let outgoing = worker.moves(|moves| {
+        let outgoing = moves.outgoing.take();
+        moves.going |= outgoing.is_some();
+        outgoing
+    });
+    let Some(outgoing) = outgoing else {
+        return resume_at_target(worker, epoch, begun);
+    };
+    let mut session = outgoing.wait();
+    let result = session.go(epoch);
+    worker.moves(|moves| {
+        moves.outgoing = Some(SourceTask::idle(session));
+        moves.going = false;
+    });
+    result.map_err(RpcError::unknown)?;
+    let took = micros(begun.elapsed());
+    // Readers of its output continue at the target.
+    if let Some(log) = worker.process().log() {
+        log.close();
+    }
+    if worker.moves(|moves| moves.post_copy) {
+        // At once: threads wait there.
+        serve(worker)?;
+    }
+    Ok(took)
+}
+
+fn resume_at_target<W: Worker>(
+    worker: &Arc<W>,
+    epoch: Epoch,
+    begun: Instant,
+) -> Result<u64, RpcError> {
+    let (moving_away, has_target) =
+        worker.moves(|moves| (moves.moving_away, moves.target.is_some()));
+    if moving_away {
+        // Already told, or being told: only the target knows.
+        return Err(RpcError::unknown("the target is being told"));
+    }
+    if !has_target {
+        return Err(RpcError::refused("no move is in progress"));
+    }
+    failpoint::pass("in.go").map_err(RpcError::unknown)?;
+    worker.before_resume();
+    match target::step_target(worker, TargetEvent::Go(epoch)) {
+        commands if commands.is_empty() => Err(RpcError::refused("not ready, or an older epoch")),
+        _ => Ok(micros(begun.elapsed())),
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// At the source of a post-copy move: sends the rest, for as long as it takes.
+pub(super) fn serve<W: Worker>(worker: &Arc<W>) -> Result<(), RpcError> {
+    let begun = worker.moves(|moves| {
+        if moves.serving {
+            return Ok(None);
+        }
+        let outgoing = moves
+            .outgoing
+            .take()
+            .ok_or_else(|| RpcError::refused("no move is in progress"))?;
+        moves.serving = true;
+        // This move cannot be given up any more; and a connection closes only with its
+        // last handle.
+        moves.closer = None;
+        Ok(Some((outgoing, moves.unsent.clone())))
+    })?;
+    let Some((outgoing, unsent)) = begun else {
+        return Ok(());
+    };
+    let worker = worker.clone();
+    std::thread::Builder::new()
+        .name("fill-push".into())
+        .spawn(move || {
+            // The agent ends this process when it is not needed any more.
+            let fill = outgoing.wait().serve(&unsent);
+            worker.moves(|moves| moves.fill = Some(fill));
+        })
+        .map(drop)
+        .map_err(RpcError::failed)
+}
+
+/// The machine stays at its source, under an epoch that the agent got from the store.
+pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> {
+    failpoint::pass("out.thaw").map_err(RpcError::unknown)?;
+    give_up(worker);
+    let _freezing = worker.process().freezing();
+    let (outgoing, is_taken_back) = worker.moves(|moves| {
+        if moves.going {
+            return Err(RpcError::unknown("the target is being told"));
+        }
+        // Only this node can have used its own epoch and the one after it.
+        let is_taken_back = epoch > moves.epoch.next();
+        moves.epoch = epoch;
+        Ok((moves.outgoing.take(), is_taken_back))
+    })?;
+    if is_taken_back {
+        worker.process().notice(&format!(
+            "the target of its move was lost; it resumes here under epoch {epoch}, and what it may have done there is discarded"
+        ));
+    }
+    worker.stay_under(epoch);
+    // A session that works during the commit has nothing to cancel.
+    let mut outgoing = outgoing;
+    if let Some(SourceTask::Idle(session)) = &mut outgoing
+        && let Err(error) = session.cancel()
+    {
+        // It ends, and does not move.
+        worker.moves(|moves| moves.moving_away = false);
+        return Err(RpcError::failed(error));
+    }
+    worker.thaw()?;
+    worker.moves(|moves| moves.moving_away = moves.copying);
+    let log = worker.process().log();
+    let state = State::Running { epoch };
+    publish_resumed(&worker.process().state, log.as_deref(), state);
+    // The machine runs: notifying the target may take its time.
+    abort_in_background(outgoing, "the machine stays at its source".into());
+    Ok(())
+}
+
+/// Gives up the move that is in progress, in any phase.
+fn give_up<W: Worker>(worker: &W) {
+    worker.moves(|moves| {
+        moves.given_up = true;
+        if let Some(give_up) = &moves.give_up {
+            give_up.store(true, Ordering::Release);
+        }
+        // A connection that another thread uses is closed.
+        if moves.outgoing.is_none()
+            && let Some(closer) = moves.closer.take()
+        {
+            // The socket may be closed already.
+            let _ = closer.shutdown(std::net::Shutdown::Both);
+        }
+    });
+}
+
+/// Gives up a move, at its source or at its target.
+pub(super) fn abort<W: Worker>(worker: &Arc<W>, reason: String) {
+    let is_arriving = worker.moves(|moves| {
+        moves.target.as_ref().is_some_and(|target| {
+            !matches!(
+                target.state(),
+                TargetState::Running { .. } | TargetState::Dropped
+            )
+        })
+    });
+    if is_arriving {
+        target::step_target(worker, TargetEvent::Abort(reason));
+        return;
+    }
+    give_up(&**worker);
+    let outgoing = worker.moves(|moves| {
+        // A machine that was frozen for the move is thawed first.
+        moves.moving_away = moves.copying;
+        moves.outgoing.take()
+    });
+    abort_in_background(outgoing, reason);
+}
+
+/// Tells the target that the move is given up, on a thread of its own, because an
+/// unresponsive target blocks it.
+fn abort_in_background<S: SourceSession>(outgoing: Option<SourceTask<S>>, reason: String) {
+    let Some(outgoing) = outgoing else { return };
+    let thread = std::thread::Builder::new()
+        .name("goodbye".into())
+        .spawn(move || outgoing.wait().abort(&reason));
+    if let Err(error) = thread {
+        // The connection closes, which tells the target as well.
+        tracing::debug!(%error, "cannot tell the target why the move was given up");
     }
 }

@@ -1,302 +1,158 @@
-//! The target's side of a move: receives pages, output, then threads and WASI state, and
-//! builds a machine that is ready to resume. Blocking; runs on a thread of its own.
+//! Receiving a machine from another worker, for every kind; the store decides when this
+//! worker owns it.
+//!
+//! ```text
+//!   listen ──▶ Receiving ──all arrived──▶ Prepared ──go (source, or agent)──▶ Running
+//!                 │ failed, aborted          │ source lost: the agent asks the store
+//!                 └──────▶ Dropped ◀─────────┘ aborted
+//! ```
+//!
+//! `moves::TargetMove` decides; this module feeds it and carries out its commands.
 
-use super::control::{HomeHandover, Receive};
-use super::log_transfer::LogTarget;
-use super::post_copy::PostCopyTarget;
-use super::stack_functions::Compilation;
-use super::volumes::{TargetVolumes, VolumeError};
-use crate::cgroup::YieldPolicy;
-use crate::failpoint::{self, Injected};
-use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
-use crate::log::Log;
-use crate::span::{MemberPart, SpanError};
-use keel_cluster::Epoch;
-use keel_net::{PinnedIdentity, ServerTls};
-use keel_wasi::volume::LocalBlocks;
-use keel_wasm::memory::{MemoryError, Unavailable};
-use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
-use std::cell::RefCell;
-use std::net::TcpListener;
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use super::control::{MoveEndpoint, Receive, State};
+use super::{MoveError, Process, Worker, publish_resumed};
+use crate::failpoint;
+use crate::link::{Hello, Link, LinkError, Message};
+use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
+use keel_cluster::{Epoch, MachineName};
+use keel_net::{PinnedIdentity, RpcError, ServerTls};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 
 /// Time limit for the source to connect.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
 
+/// A source that has connected and identified itself.
+pub struct Accepted {
+    pub link: Link,
+    pub hello: Hello,
+    /// For further connections of the same source.
+    pub listener: TcpListener,
+    pub tls: ServerTls,
+}
+
+/// Receives a machine and prepares it to resume; the result is the connection to the
+/// source, on which the kind has not announced that it is ready.
+pub type Receiver = Box<dyn FnOnce(Accepted) -> Result<Link, MoveError> + Send>;
+
+/// Why no source was accepted.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum TargetError {
+enum AcceptError {
     #[error(transparent)]
     Link(#[from] LinkError),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Volume(#[from] VolumeError),
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    #[error("the machine's output cannot be written: {0}")]
-    Log(#[from] std::io::Error),
+    #[error("the source cannot connect: {0}")]
+    Io(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
-    #[error("its environment cannot be created here: {0}")]
-    Wasi(#[from] keel_wasi::Error),
-    #[error("{0}")]
-    ClusterVolumes(#[from] keel_net::RpcError),
-    #[error(transparent)]
-    Faults(#[from] Unavailable),
-    #[error("the code for resuming its threads cannot be compiled: {0}")]
-    StartCompile(std::io::Error),
-    #[error("post-copy cannot start: {0}")]
-    StartPostCopy(std::io::Error),
-    #[error(transparent)]
-    Injected(#[from] Injected),
-    #[error(transparent)]
-    Span(#[from] SpanError),
-    #[error("the state of its home cannot be decoded: {0}")]
-    HomeState(#[from] postcard::Error),
     #[error("the source did not connect in time")]
     Timeout,
     #[error("the source identifies itself as {0}, which was not agreed")]
     Other(String),
 }
 
-/// A machine that has arrived and is ready to resume, with the connection to its source.
-pub(super) struct ReceivedMachine {
-    pub(super) machine: Machine,
-    pub(super) log: Arc<Log>,
-    pub(super) link: Link,
-    /// In a post-copy move: the receiver of the remaining pages, and the channel for its
-    /// first connection.
-    pub(super) post_copy_target: Option<(PostCopyTarget, Sender<Link>)>,
-    /// For a machine that spans: the part that becomes its home, and the state for it.
-    pub(super) handover: Option<(Arc<MemberPart>, HomeHandover)>,
+/// The source that was agreed on.
+struct Expected {
+    machine: MachineName,
+    offered: Epoch,
+    program: Option<[u8; 32]>,
+    certificate: keel_net::Fingerprint,
 }
 
-/// What a move needs of the target's worker.
-pub(super) struct TargetEnvironment<'a> {
-    pub(super) restore: &'a RestoreWasi<'a>,
-    pub(super) fill: &'a StartPostCopy<'a>,
-    /// The part of the machine that is at this node, once the source has connected.
-    pub(super) part: &'a dyn Fn() -> Option<Arc<MemberPart>>,
-}
-
-/// Starts to resolve accesses to memory; the hello authenticates further connections of
-/// the source.
-pub(super) type StartPostCopy<'a> =
-    dyn Fn(&PostCopyTarget, TcpListener, ServerTls, Hello) -> std::io::Result<Sender<Link>> + 'a;
-
-/// Restores WASI state from a snapshot, with this node's resources, a log, and the blocks
-/// of cluster volumes that arrived.
-pub(super) type RestoreWasi<'a> = dyn Fn(
-        keel_wasi::Snapshot,
-        Arc<Log>,
-        Vec<(u32, LocalBlocks)>,
-    ) -> Result<keel_wasi::Wasi, TargetError>
-    + 'a;
-
-/// Waits for the source and receives the machine.
-pub(super) fn receive(
-    listener: &TcpListener,
-    identity: &PinnedIdentity,
-    request: &Receive,
-    program: Arc<Program>,
-    folder: &std::path::Path,
-    mut volumes: TargetVolumes,
-    surroundings: &TargetEnvironment<'_>,
-) -> Result<ReceivedMachine, TargetError> {
-    let tls = ServerTls::pinned(identity, request.source)?;
-    let (mut link, hello) = accept(listener, &tls, request, &program)?;
-    failpoint::pass("in.greeted")?;
-    let limits = request.spec.limits();
-    let part = (surroundings.part)();
-    let memories = match &part {
-        // Its content arrived by other connections.
-        Some(part) => part.memories().clone(),
-        None => make_memories(program.meta(), limits.memory_bytes)?,
-    };
-    let log = Arc::new(Log::open(folder, hello.log_base)?);
-    let mut output = LogTarget::new(log.clone());
-    let post_copy_target = match hello.post_copy {
-        true => Some(PostCopyTarget::new(memories.clone())?),
-        false => None,
-    };
-    // Its threads are started before the machine is stopped.
-    let push = match &post_copy_target {
-        Some(post_copy_target) => {
-            let begin =
-                |listener| (surroundings.fill)(post_copy_target, listener, tls, hello.clone());
-            let begun = listener.try_clone().and_then(begin);
-            Some(begun.map_err(TargetError::StartPostCopy)?)
-        }
-        None => None,
-    };
-    let (mut image, mut handover) = (ImageBytes::default(), ImageBytes::default());
-    let yielding = RefCell::new(YieldPolicy::begin());
-    let mut compilation = Compilation::new(program.clone());
-    let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
-        if let Some(yielding) = &mut *yielding.borrow_mut() {
-            yielding.check();
-        }
-        let memory = memories
-            .get(memory as usize)
-            .filter(|_| part.is_none())
-            .ok_or_else(|| LinkError::Message(format!("unexpected pages of memory {memory}")))?;
-        Ok(memory.write(offset, bytes)?)
-    };
-    loop {
-        match link.receive_pages(&mut write)? {
-            Message::Frozen => {
-                yielding.take();
-            }
-            Message::Size { memory, pages } => {
-                let memory = memories
-                    .get(memory as usize)
-                    .filter(|_| part.is_none())
-                    .ok_or_else(|| TargetError::Other(format!("memory {memory}")))?;
-                let missing = pages.saturating_sub(memory.size_bytes() >> 16);
-                if memory.grow(missing).is_none() {
-                    return Err(TargetError::Other(format!(
-                        "{pages} pages of memory (the limit is {} bytes)",
-                        memory.limit_bytes()
-                    )));
-                }
-            }
-            Message::Block {
-                volume,
-                inode,
-                offset,
-                bytes,
-            } => volumes.block(volume, inode, offset, &bytes)?,
-            Message::Cut {
-                volume,
-                inode,
-                bytes,
-            } => volumes.cut(volume, inode, bytes)?,
-            Message::Log { offset, bytes } => output.take(offset, &bytes)?,
-            Message::LogBegins { offset } => output.begins(offset)?,
-            Message::RoundEnd => {
-                failpoint::pass("in.round")?;
-                if let Some(again) = output.missing()? {
-                    link.send(&again)?;
-                }
-                link.send(&match compilation.is_complete() {
-                    true => Message::RoundDone,
-                    false => Message::Compiling,
-                })?;
-                link.flush()?;
-            }
-            Message::Functions(functions) => {
-                compilation
-                    .add(functions)
-                    .map_err(TargetError::StartCompile)?;
-            }
-            Message::Remote {
-                memory,
-                first_page,
-                bits,
-            } => match &post_copy_target {
-                Some(post_copy_target) => post_copy_target.remote(memory, first_page, &bits)?,
-                None => return Err(TargetError::Other("remaining memory out of turn".into())),
-            },
-            Message::Parts(bytes) if part.is_some() => handover.add(&bytes)?,
-            Message::Image(bytes) => image.add(&bytes)?,
-            Message::ImageEnd => match output.missing()? {
-                Some(again) => {
-                    link.send(&again)?;
-                    link.flush()?;
-                }
-                None => break,
-            },
-            other => return Err(TargetError::Other(format!("{other:?}"))),
+impl Process {
+    /// # Errors
+    /// If the process has a machine.
+    pub(super) fn check_empty(&self) -> Result<(), RpcError> {
+        match *self.state.borrow() {
+            State::Empty => Ok(()),
+            _ => Err(RpcError::refused("this worker has a machine already")),
         }
     }
-    // The reserved bytes were used, or were not needed.
-    let local = volumes.finish();
-    failpoint::pass("in.image")?;
-    let handover = match part {
-        Some(part) => {
-            let handover: HomeHandover = postcard::from_bytes(&handover.take())?;
-            part.check_successor(&handover.home_state)?;
-            Some((part, handover))
-        }
-        None => None,
-    };
-    let make = || -> Result<Machine, TargetError> {
-        let image = Image::decode(&image.take(), &program)?;
-        let wasi = (surroundings.restore)(image.wasi.clone(), log.clone(), local)?;
-        Ok(Machine::prepare(program, image, memories, wasi, limits)?)
-    };
-    let machine = make()?;
-    failpoint::pass("in.ready")?;
-    Ok(ReceivedMachine {
-        machine,
-        log,
-        link,
-        post_copy_target: post_copy_target.zip(push),
-        handover,
-    })
 }
 
-/// Handles a message that names pages written last, after the freeze; true at the last
-/// one.
-///
-/// # Errors
-/// [`LinkError::Message`] for any other message.
-pub(super) fn handle_page_names(
-    message: Message,
-    post_copy_target: &PostCopyTarget,
-) -> Result<bool, LinkError> {
-    match message {
-        // Memory cannot have grown after the freeze.
-        Message::Size { .. } => {}
-        Message::Remote {
-            memory,
-            first_page,
-            bits,
-        } => post_copy_target.remote(memory, first_page, &bits)?,
-        Message::RoundEnd => {
-            post_copy_target.all_named();
-            return Ok(true);
-        }
-        other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
-    }
-    Ok(false)
+/// Prepares to receive a machine; returns where this worker listens for the source.
+pub(super) fn receive<W: Worker>(
+    worker: &Arc<W>,
+    request: Receive,
+    runtime: &Handle,
+) -> Result<MoveEndpoint, RpcError> {
+    worker.process().check_empty()?;
+    let expected = Expected {
+        machine: request.machine.clone(),
+        offered: request.offered,
+        program: request.program_hash,
+        certificate: request.source,
+    };
+    let address = request.address.clone();
+    let receiver = worker.begin_receive(request, runtime)?;
+    let identity = PinnedIdentity::generate().map_err(RpcError::failed)?;
+    let listener = TcpListener::bind((address.as_str(), 0))
+        .map_err(|error| RpcError::failed(format!("{address}: {error}")))?;
+    let place = listener.local_addr().map_err(RpcError::failed)?;
+    let endpoint = MoveEndpoint {
+        address: place.to_string(),
+        fingerprint: identity.fingerprint,
+    };
+    let offered = expected.offered;
+    worker.moves(|moves| moves.target = Some(TargetMove::new(offered)));
+    failpoint::pass("in.listening").map_err(RpcError::failed)?;
+    worker
+        .process()
+        .state
+        .send_replace(State::Receiving { offered });
+    let worker = worker.clone();
+    std::thread::Builder::new()
+        .name("move-in".into())
+        .spawn(move || {
+            let arrived = accept(listener, &identity, &expected)
+                .map_err(MoveError::from)
+                .and_then(receiver);
+            finish(&worker, arrived, offered);
+        })
+        .map_err(RpcError::failed)?;
+    Ok(endpoint)
 }
 
 /// Waits for a peer with the agreed certificate and hello. Other peers are rejected and
 /// do not end the move.
 fn accept(
-    listener: &TcpListener,
-    tls: &ServerTls,
-    request: &Receive,
-    program: &Program,
-) -> Result<(Link, Hello), TargetError> {
+    listener: TcpListener,
+    identity: &PinnedIdentity,
+    expected: &Expected,
+) -> Result<Accepted, AcceptError> {
+    let tls = ServerTls::pinned(identity, expected.certificate)?;
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + CONNECT_PATIENCE;
     loop {
         match listener.accept() {
             Ok((socket, peer)) => {
                 socket.set_nonblocking(false)?;
-                match greet(socket, tls, request, program) {
-                    Ok(link) => return Ok(link),
+                match greet(socket, &tls, expected) {
+                    Ok((link, hello)) => {
+                        failpoint::pass("in.greeted").map_err(std::io::Error::other)?;
+                        return Ok(Accepted {
+                            link,
+                            hello,
+                            listener,
+                            tls,
+                        });
+                    }
                     Err(error) => tracing::warn!(%peer, %error, "rejected a peer"),
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 let rest = deadline.saturating_duration_since(Instant::now());
                 if rest.is_zero() {
-                    return Err(TargetError::Timeout);
+                    return Err(AcceptError::Timeout);
                 }
-                let mut wait = [rustix::event::PollFd::new(
-                    listener,
-                    rustix::event::PollFlags::IN,
-                )];
-                let timeout = rustix::event::Timespec {
+                let mut wait = [PollFd::new(&listener, PollFlags::IN)];
+                let timeout = Timespec {
                     tv_sec: rest.as_secs() as i64,
                     tv_nsec: rest.subsec_nanos().into(),
                 };
-                rustix::event::poll(&mut wait, Some(&timeout)).map_err(std::io::Error::from)?;
+                poll(&mut wait, Some(&timeout)).map_err(std::io::Error::from)?;
             }
             Err(error) => return Err(error.into()),
         }
@@ -304,20 +160,19 @@ fn accept(
 }
 
 fn greet(
-    socket: std::net::TcpStream,
+    socket: TcpStream,
     tls: &ServerTls,
-    request: &Receive,
-    program: &Program,
-) -> Result<(Link, Hello), TargetError> {
+    expected: &Expected,
+) -> Result<(Link, Hello), AcceptError> {
     let mut link = Link::accept(socket, tls)?;
     let Message::Hello(hello) = link.receive()? else {
-        return Err(TargetError::Other("no hello".into()));
+        return Err(AcceptError::Other("no hello".into()));
     };
-    if hello.machine != request.machine
-        || hello.epoch != request.offered
-        || hello.program != *program.hash()
+    if hello.machine != expected.machine
+        || hello.epoch != expected.offered
+        || hello.program != expected.program
     {
-        return Err(TargetError::Other(format!(
+        return Err(AcceptError::Other(format!(
             "machine {} under epoch {}",
             hello.machine, hello.epoch
         )));
@@ -325,17 +180,140 @@ fn greet(
     Ok((link, hello))
 }
 
-impl ReceivedMachine {
-    /// Tells the source that the machine is ready.
-    pub(super) fn send_prepared(&mut self) -> Result<(), LinkError> {
-        self.link.send(&Message::Prepared)?;
-        self.link.flush()?;
-        self.link.wait_without_timeout()
+/// A machine has arrived, or not: announces it to the source, and waits for the outcome.
+fn finish<W: Worker>(worker: &Arc<W>, arrived: Result<Link, MoveError>, offered: Epoch) {
+    let mut link = match arrived {
+        Ok(link) => link,
+        Err(error) => {
+            step_target(worker, TargetEvent::Failed(error.to_string()));
+            return;
+        }
+    };
+    step_target(worker, TargetEvent::StateArrived);
+    let commands = step_target(worker, TargetEvent::InstancesMade);
+    if !commands.contains(&TargetCommand::SendPrepared) {
+        return;
     }
+    // It may have been dropped meanwhile.
+    let is_prepared = worker.moves(|moves| {
+        let target = moves.target.as_ref();
+        let is_prepared = target.is_some_and(|target| target.state() == TargetState::Prepared);
+        if is_prepared {
+            worker.process().state.send_replace(State::Prepared {
+                offered,
+                source_lost: false,
+            });
+        }
+        is_prepared
+    });
+    if !is_prepared {
+        return;
+    }
+    let said = send_prepared(&mut link).map_err(|error| error.to_string());
+    let passed = failpoint::pass("in.prepared").map_err(|error| error.to_string());
+    if let Err(error) = said.and(passed) {
+        source_lost(worker, error, offered);
+        return;
+    }
+    read_source(worker, &mut link, offered);
+    worker.after_source(link);
+}
+
+/// Tells the source that the machine is ready.
+fn send_prepared(link: &mut Link) -> Result<(), LinkError> {
+    link.send(&Message::Prepared)?;
+    link.flush()?;
+    link.wait_without_timeout()
 }
 
 /// Tells the source that the machine runs here.
-pub(super) fn send_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
+fn send_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
+    failpoint::pass("in.gone").map_err(|error| LinkError::Aborted(error.to_string()))?;
     link.send(&Message::Resumed(epoch))?;
     link.flush()
+}
+
+/// Reads messages of the source until it disconnects, or until what follows is the kind's.
+fn read_source<W: Worker>(worker: &Arc<W>, link: &mut Link, offered: Epoch) {
+    loop {
+        let message = link.receive().and_then(|message| {
+            let is_kinds = worker.source_message(&message)?;
+            Ok((!is_kinds).then_some(message))
+        });
+        let event = match message {
+            Ok(None) => continue,
+            Ok(Some(Message::Go(epoch))) => match failpoint::pass("in.go") {
+                Ok(()) => TargetEvent::Go(epoch),
+                Err(error) => return source_lost(worker, error.to_string(), offered),
+            },
+            Ok(Some(_)) => TargetEvent::Abort("the source sent a message out of turn".into()),
+            Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
+            Err(error) => return source_lost(worker, error.to_string(), offered),
+        };
+        let is_last = !matches!(event, TargetEvent::Go(_)) || worker.expects_more();
+        // The source measures downtime until this message arrives.
+        step_target_and(worker, event, &mut |epoch| {
+            if let Err(error) = send_resumed(link, epoch) {
+                // The source asks again through the agents.
+                tracing::info!(%error, "cannot tell the source that the machine runs");
+            }
+        });
+        if is_last {
+            return;
+        }
+    }
+}
+
+fn source_lost<W: Worker>(worker: &Arc<W>, reason: String, offered: Epoch) {
+    worker.source_lost();
+    let commands = step_target(worker, TargetEvent::SourceLost(reason));
+    if commands.contains(&TargetCommand::AskAgent) {
+        worker.process().state.send_replace(State::Prepared {
+            offered,
+            source_lost: true,
+        });
+    }
+}
+
+/// Steps the target's state machine and carries out its commands, except messages to the
+/// source.
+pub fn step_target<W: Worker>(worker: &Arc<W>, event: TargetEvent) -> Vec<TargetCommand> {
+    step_target_and(worker, event, &mut |_| {})
+}
+
+/// As [`step_target`]; tells the source at once when the machine runs.
+fn step_target_and<W: Worker>(
+    worker: &Arc<W>,
+    event: TargetEvent,
+    say_resumed: &mut dyn FnMut(Epoch),
+) -> Vec<TargetCommand> {
+    // A repeated request to resume is answered after the first one is carried out.
+    let _stepping = worker
+        .process()
+        .stepping
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let commands = worker.moves(|moves| {
+        let target = moves.target.as_mut();
+        target.map_or_else(Vec::new, |target| target.step(event))
+    });
+    let mut resumed = None;
+    for command in &commands {
+        match command {
+            TargetCommand::Thaw(epoch) => {
+                worker.moves(|moves| moves.epoch = *epoch);
+                worker.resume(*epoch);
+                resumed = Some(*epoch);
+            }
+            TargetCommand::SendResumed(epoch) => say_resumed(*epoch),
+            TargetCommand::Drop(reason) => worker.drop_received(reason),
+            TargetCommand::Prepare | TargetCommand::SendPrepared | TargetCommand::AskAgent => {}
+        }
+    }
+    if let Some(epoch) = resumed {
+        let state = worker.resumed(epoch);
+        let log = worker.process().log();
+        publish_resumed(&worker.process().state, log.as_deref(), state);
+    }
+    commands
 }

@@ -1,20 +1,22 @@
 //! Records of machines.
 
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::kind::KindSpec;
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
+
+/// The memory limit of a new machine.
+pub(crate) const MEMORY_BYTES: u64 = 1 << 20;
 
 /// A record as written at creation.
 pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Record {
     Record {
         name,
         spec: Spec {
-            module: String::new(),
-            args: vec!["m".into()],
-            env: Vec::new(),
+            kind: "wasm".parse().unwrap(),
+            kind_spec: KindSpec::default(),
             volumes: Vec::new(),
-            memory_bytes: 1 << 20,
-            threads_max: 1,
+            memory_bytes: MEMORY_BYTES,
             cpu_limit_millis: None,
             output_bytes_per_s: 1 << 20,
             remove_at_end: false,

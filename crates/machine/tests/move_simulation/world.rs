@@ -192,8 +192,8 @@ pub(crate) struct World {
     deaths: u32,
     /// A process at the source was killed, with its memory.
     source_killed: bool,
-    /// The last acknowledged number of threads, of the record's creation.
-    acknowledged: u32,
+    /// The last acknowledged limit of memory, of the record's creation.
+    acknowledged: u64,
     began: Epoch,
     creations: u32,
 }
@@ -247,7 +247,7 @@ impl World {
             post_copy,
             deaths: 0,
             source_killed: false,
-            acknowledged: 1,
+            acknowledged: crate::record::MEMORY_BYTES,
             began: Epoch::default(),
             creations: 0,
             machine,
@@ -352,7 +352,7 @@ impl World {
             assert!(epoch.counter >= created, "of another creation: {self:?}");
         }
         if let Some(record) = self.found().map(|it| it.record) {
-            let kept = record.spec.threads_max >= self.acknowledged;
+            let kept = record.spec.memory_bytes >= self.acknowledged;
             assert!(kept, "an acknowledged change is undone: {self:?}");
             assert!(record.restarts <= self.deaths, "restarts: {self:?}");
         }
@@ -418,7 +418,7 @@ impl World {
             .put(self.entry_key(node), Vec::new());
         if self.store.apply(&txn) {
             self.creations += 1;
-            self.acknowledged = 1;
+            self.acknowledged = crate::record::MEMORY_BYTES;
             self.deaths = 0;
             self.say("created");
         }
@@ -435,7 +435,7 @@ impl World {
         assert!(self.store.apply(&txn));
         let owner = if found.record.owner == A.name() { A } else { B };
         self.processes[owner as usize] = None;
-        self.acknowledged = 1;
+        self.acknowledged = crate::record::MEMORY_BYTES;
         self.say("removed");
     }
 
@@ -444,10 +444,10 @@ impl World {
         let Some(VersionedRecord { mut record, .. }) = self.found() else {
             return;
         };
-        record.spec.threads_max += 1;
+        record.spec.memory_bytes += 1;
         let txn = self.change(&record);
         if self.send(&txn) == Some(true) {
-            self.acknowledged = record.spec.threads_max;
+            self.acknowledged = record.spec.memory_bytes;
             self.say("set");
         }
     }

@@ -5,6 +5,7 @@ use super::handle::NodeBalancer;
 use crate::code::{PROGRAM, program_here};
 use keel_balance::Name;
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::kind::KindName;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::Fingerprint;
 use std::collections::{BTreeMap, HashMap};
@@ -21,33 +22,32 @@ const ASK_PATIENCE: Duration = Duration::from_secs(2);
 struct Eligible {
     name: MachineName,
     owner: NodeName,
-    /// Hash of its module as its author built it; empty where it has none.
-    module: String,
+    kind: KindName,
+    /// Hash of the image that the program is made from.
+    image: String,
 }
 
 /// Compiles eligible programs until the agent ends.
 pub(super) async fn run(handle: Arc<NodeBalancer>) {
-    // By the hash of the original module: each node produces the same program from it.
+    // By the hash of the image: each node produces the same program from it.
     let mut programs: HashMap<String, Fingerprint> = HashMap::new();
     loop {
         let mut running = BTreeMap::new();
         for machine in eligible(&handle) {
-            let known = programs.get(&machine.module).copied();
+            let known = programs.get(&machine.image).copied();
             let program = match known {
                 Some(program) => Some(program),
                 None => program_of(&handle, &machine.owner, &machine.name).await,
             };
             // A machine without a worker is asked again.
             let Some(program) = program else { continue };
-            if !machine.module.is_empty() {
-                programs.insert(machine.module, program);
-            }
+            programs.insert(machine.image, program);
             if machine.owner == handle.context.name {
                 let path = handle.context.dir.program(&program.to_string());
                 let bytes = tokio::fs::metadata(path).await.map_or(0, |it| it.len());
                 running.insert(machine.name, (program, bytes));
             }
-            handle.code.prepare(program, &machine.owner);
+            handle.code.prepare(&machine.kind, program, &machine.owner);
         }
         handle.code.set_running(running);
         tokio::time::sleep(LOOK_EVERY).await;
@@ -81,12 +81,15 @@ fn eligible(handle: &NodeBalancer) -> Vec<Eligible> {
     let rules = handle.rules.cache.snapshot_of(nodes);
     let mut found: Vec<Eligible> = handle
         .placements
-        .programs()
+        .compiled()
         .into_iter()
-        .map(|(name, owner, module)| Eligible {
-            name,
-            owner,
-            module,
+        .filter_map(|(name, placed)| {
+            Some(Eligible {
+                name,
+                owner: placed.owner,
+                kind: placed.kind,
+                image: placed.compiled_image?,
+            })
         })
         .filter(|it| {
             it.owner == handle.context.name

@@ -17,7 +17,7 @@ use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
-use keel_machine::guest_memory;
+use keel_machine::kind::{GUEST_THREAD_PREFIX, Kinds};
 use keel_net::traffic::{self, Traffic};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -142,6 +142,7 @@ struct Host {
 /// Takes readings and keeps the last one.
 pub(super) struct Meter {
     dir: StateDir,
+    kinds: Kinds,
     previous: HashMap<u32, Counters>,
     touched: HashMap<u32, WorkingSetScan>,
     own: Counters,
@@ -152,9 +153,10 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn new(dir: StateDir) -> Self {
+    pub(super) fn new(dir: StateDir, kinds: Kinds) -> Self {
         Meter {
             dir,
+            kinds,
             previous: HashMap::new(),
             touched: HashMap::new(),
             own: Counters::default(),
@@ -193,7 +195,7 @@ impl Meter {
             let process = PathBuf::from(format!("/proc/{pid}"));
             let group = Group::load(&self.dir.worker(&machine));
             let now = read_process(&process, group.as_ref());
-            let resident = resident_bytes(&process);
+            let resident = resident_bytes(&self.kinds, &process);
             memory_bytes = memory_bytes.saturating_add(resident);
             let touched = self.touched.get(&pid).and_then(|it| it.bytes);
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
@@ -422,7 +424,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.unwrap_or_default().trim()
         };
-        let is_guest = word("Name:").starts_with("guest-");
+        let is_guest = word("Name:").starts_with(GUEST_THREAD_PREFIX);
         let thread = Thread {
             is_guest,
             waited,
@@ -462,9 +464,9 @@ fn field(text: &str, name: &str) -> u64 {
 
 /// Memory that a process occupies. All present pages of a machine's memory count, not only those
 /// in the process's page table.
-fn resident_bytes(process: &Path) -> u64 {
+fn resident_bytes(kinds: &Kinds, process: &Path) -> u64 {
     let mapped = mapped_bytes(process);
-    let Some(memory) = guest_memory::bytes_of_process(process) else {
+    let Some(memory) = kinds.memory_bytes(process) else {
         return mapped;
     };
     let status = std::fs::read_to_string(process.join("status")).unwrap_or_default();
@@ -531,7 +533,8 @@ fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
 fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
     let total = crate::host::memory_bytes();
     match budget.memory_bytes {
-        Some(limit) if limit < total => (limit, resident_bytes(Path::new("/proc/self"))),
+        // An agent runs no machine itself.
+        Some(limit) if limit < total => (limit, mapped_bytes(Path::new("/proc/self"))),
         _ => {
             let used = total.saturating_sub(crate::host::memory_available_bytes());
             (total, used.saturating_sub(machines_bytes))
@@ -542,6 +545,9 @@ fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
+    use keel_machine::spec::Spec;
+    use std::sync::Arc;
 
     fn thread(is_guest: bool, nanos: u64, rests: u64) -> Thread {
         Thread {
@@ -650,19 +656,64 @@ mod tests {
         burner.join().unwrap();
         // Run time or wait: independent of the load of the host.
         assert!(guest.cpu_cores > 0.5, "{guest:?}");
-        assert!(resident_bytes(own) > 1 << 20);
-        // A page of a machine's memory counts once it is present, mapped or not.
-        let before = mapped_bytes(own);
-        let memory = guest_memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
-        memory.write(0, &vec![1; 24 << 20]).unwrap();
-        assert_eq!(guest_memory::bytes_of_process(own), Some(24 << 20));
-        let whole = resident_bytes(own);
+    }
+
+    /// Memory of a machine that its kind knows counts beside that of its process.
+    #[test]
+    fn memory_that_a_kind_knows_is_counted() {
+        let own = Path::new("/proc/self");
+        let none = Kinds::new([]);
+        let before = resident_bytes(&none, own);
+        assert!(before > 1 << 20);
+        let memory_bytes = 24 << 20;
+        let known = Kinds::new([Arc::new(KnownMemory(memory_bytes)) as Arc<dyn Kind>]);
+        let whole = resident_bytes(&known, own);
         assert!(
-            whole >= 24 << 20 && whole >= before / 2 + (24 << 20),
+            whole >= memory_bytes && whole >= before / 2 + memory_bytes,
             "{whole}, {before}"
         );
-        drop(memory);
-        assert_eq!(guest_memory::bytes_of_process(own), None);
+    }
+
+    /// A kind whose machines occupy a number of bytes.
+    #[derive(Debug)]
+    struct KnownMemory(u64);
+
+    impl Kind for KnownMemory {
+        fn name(&self) -> KindName {
+            "known".parse().unwrap()
+        }
+
+        fn abilities(&self) -> Abilities {
+            Abilities::default()
+        }
+
+        fn check(&self, _spec: &Spec) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn image(&self, _spec: &Spec) -> Option<String> {
+            None
+        }
+
+        fn summary(&self, _spec: &Spec) -> String {
+            String::new()
+        }
+
+        fn shown(&self, _spec: &Spec) -> serde_json::Value {
+            serde_json::Value::Null
+        }
+
+        fn differences(&self, _old: &Spec, _new: &Spec) -> Vec<Difference> {
+            Vec::new()
+        }
+
+        fn memory_bytes(&self, _process: &Path) -> Option<u64> {
+            Some(self.0)
+        }
+
+        fn run_worker(&self, _folders: &WorkerFolders) -> Result<(), String> {
+            Err("it has no worker".into())
+        }
     }
 
     #[test]

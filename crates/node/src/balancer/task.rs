@@ -87,7 +87,7 @@ fn measure_for_ever(handle: &Arc<NodeBalancer>, sample_ms: Arc<AtomicU64>) -> st
         handle.processes.members.clone(),
     );
     let traffic = handle.context.traffic.clone();
-    let mut meter = Meter::new(handle.context.dir.clone());
+    let mut meter = Meter::new(handle.context.dir.clone(), handle.context.kinds.clone());
     std::thread::Builder::new()
         .name("measure".into())
         .spawn(move || {

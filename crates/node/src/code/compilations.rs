@@ -3,6 +3,7 @@
 
 use super::nodes_with_code::Published;
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::kind::KindName;
 use keel_net::Fingerprint;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -39,6 +40,8 @@ pub(crate) enum CodeState {
 /// A compilation job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Job {
+    /// The kind of machine that runs it.
+    pub(super) kind: KindName,
     pub(super) program: Fingerprint,
     /// The node that has its module, if it is not here.
     pub(super) holder: NodeName,
@@ -102,7 +105,12 @@ impl Code {
 
     /// The state of a program that a move waits for; starts its compilation at once if it is not
     /// ready. `holder` has its module.
-    pub(crate) fn demand(&self, program: Fingerprint, holder: &NodeName) -> CodeState {
+    pub(crate) fn demand(
+        &self,
+        kind: &KindName,
+        program: Fingerprint,
+        holder: &NodeName,
+    ) -> CodeState {
         let mut inner = self.inner();
         // All waiting moves get the failure; a later move, or the first one, starts a retry.
         let failed = inner.failed.get(&program);
@@ -120,15 +128,18 @@ impl Code {
         }
         inner.queue.retain(|job| job.program != program);
         if !inner.urgent.iter().any(|job| job.program == program) {
-            let holder = holder.clone();
-            inner.urgent.push(Job { program, holder });
+            inner.urgent.push(Job {
+                kind: kind.clone(),
+                program,
+                holder: holder.clone(),
+            });
             self.work.notify_one();
         }
         CodeState::Waiting
     }
 
     /// Appends a program to the queue, ahead of any use.
-    pub(crate) fn prepare(&self, program: Fingerprint, holder: &NodeName) {
+    pub(crate) fn prepare(&self, kind: &KindName, program: Fingerprint, holder: &NodeName) {
         let mut inner = self.inner();
         let failed_lately = inner
             .failed
@@ -140,8 +151,11 @@ impl Code {
         if known || failed_lately || inner.queue.len() >= QUEUE_MAX {
             return;
         }
-        let holder = holder.clone();
-        inner.queue.push_back(Job { program, holder });
+        inner.queue.push_back(Job {
+            kind: kind.clone(),
+            program,
+            holder: holder.clone(),
+        });
         self.work.notify_one();
     }
 
@@ -236,6 +250,10 @@ impl Inner {
 mod tests {
     use super::*;
 
+    fn kind() -> KindName {
+        "wasm".parse().unwrap()
+    }
+
     fn program(number: u8) -> Fingerprint {
         Fingerprint([number; 32])
     }
@@ -253,30 +271,33 @@ mod tests {
                 .collect()
         };
         for number in [1, 2, 3, 2] {
-            code.prepare(program(number), &node);
+            code.prepare(&kind(), program(number), &node);
         }
         // One at a time.
         assert_eq!(begun(&code), [(program(1), false)]);
         assert_eq!(begun(&code), []);
-        assert_eq!(code.demand(program(3), &node), CodeState::Waiting);
-        assert_eq!(code.demand(program(4), &node), CodeState::Waiting);
-        assert_eq!(code.demand(program(4), &node), CodeState::Waiting);
-        code.prepare(program(3), &node);
+        assert_eq!(code.demand(&kind(), program(3), &node), CodeState::Waiting);
+        assert_eq!(code.demand(&kind(), program(4), &node), CodeState::Waiting);
+        assert_eq!(code.demand(&kind(), program(4), &node), CodeState::Waiting);
+        code.prepare(&kind(), program(3), &node);
         assert_eq!(begun(&code), [(program(3), true), (program(4), true)]);
         // A move needs a program that is being compiled already.
         let percent = 40;
         code.inner().current.get_mut(&program(1)).unwrap().percent = percent;
         assert!(!*code.inner().current[&program(1)].wanted.borrow());
         let compiling = CodeState::Compiling { percent };
-        assert_eq!(code.demand(program(1), &node), compiling);
+        assert_eq!(code.demand(&kind(), program(1), &node), compiling);
         assert!(*code.inner().current[&program(1)].wanted.borrow());
         // The next one follows when this one ends.
         code.done(program(1), Ok(()));
         assert_eq!(begun(&code), [(program(2), false)]);
-        assert_eq!(code.demand(program(1), &node), CodeState::Ready);
+        assert_eq!(code.demand(&kind(), program(1), &node), CodeState::Ready);
         code.done(program(3), Err("no memory".into()));
         let reason = "no memory".to_owned();
-        assert_eq!(code.demand(program(3), &node), CodeState::Failed { reason });
+        assert_eq!(
+            code.demand(&kind(), program(3), &node),
+            CodeState::Failed { reason }
+        );
     }
 
     #[test]
@@ -284,17 +305,20 @@ mod tests {
         let code = Code::new();
         let node: NodeName = "a".parse().unwrap();
         // No move waited: it is not retried ahead of use, but the first move retries it.
-        code.prepare(program(1), &node);
+        code.prepare(&kind(), program(1), &node);
         assert_eq!(code.inner().begin().len(), 1);
         code.done(program(1), Err("unreachable".into()));
-        code.prepare(program(1), &node);
+        code.prepare(&kind(), program(1), &node);
         assert!(code.inner().queue.is_empty());
-        assert_eq!(code.demand(program(1), &node), CodeState::Waiting);
+        assert_eq!(code.demand(&kind(), program(1), &node), CodeState::Waiting);
         assert_eq!(code.inner().begin().len(), 1);
         code.done(program(1), Err("no memory".into()));
         for _ in 0..2 {
             let reason = "no memory".to_owned();
-            assert_eq!(code.demand(program(1), &node), CodeState::Failed { reason });
+            assert_eq!(
+                code.demand(&kind(), program(1), &node),
+                CodeState::Failed { reason }
+            );
         }
     }
 
@@ -308,8 +332,8 @@ mod tests {
         changes.mark_unchanged();
         code.set_ready(program(1));
         assert!(!changes.has_changed().unwrap());
-        code.prepare(program(1), &node);
-        assert_eq!(code.demand(program(1), &node), CodeState::Ready);
+        code.prepare(&kind(), program(1), &node);
+        assert_eq!(code.demand(&kind(), program(1), &node), CodeState::Ready);
         assert!(code.inner().queue.is_empty());
     }
 
@@ -317,8 +341,8 @@ mod tests {
     fn what_is_found_in_the_cache_late_is_not_compiled() {
         let code = Code::new();
         let node: NodeName = "a".parse().unwrap();
-        code.prepare(program(1), &node);
-        code.prepare(program(2), &node);
+        code.prepare(&kind(), program(1), &node);
+        code.prepare(&kind(), program(2), &node);
         code.set_ready(program(1));
         let begun = code.inner().begin();
         let programs: Vec<_> = begun.iter().map(|(job, _)| job.program).collect();

@@ -12,7 +12,7 @@
 //! it is done ahead of use: on the nodes that may receive the machine, one program at a time, in a
 //! process that gets only the processor time that guests leave. A move that finds no code has it
 //! compiled at once, and shows the progress. What the threads of a machine need besides depends on
-//! their stacks, and is compiled while its memory is copied (`keel_machine`'s
+//! their stacks, and is compiled while its memory is copied (`keel_kind_wasm`'s
 //! `worker::stack_functions`). The store has the nodes with their code: the balancer counts the cost
 //! of compiling, and `keel inspect` shows it.
 //!

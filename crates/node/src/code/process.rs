@@ -4,7 +4,6 @@ use super::compilations::{Code, Job};
 use crate::context::Context;
 use crate::images::Images;
 use crate::processes::own_image;
-use keel_machine::worker::program_of_code;
 use keel_net::Fingerprint;
 use std::process::Stdio;
 use std::time::Duration;
@@ -17,12 +16,12 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 /// Programs in the cache of an earlier agent. Whether the code fits this host and engine is
 /// checked when it is loaded.
 pub(super) async fn compiled_before(context: &Context) -> Vec<Fingerprint> {
-    let folder = context.dir.cache();
+    let (folder, kinds) = (context.dir.cache(), context.kinds.clone());
     let listed = tokio::task::spawn_blocking(move || {
         let entries = std::fs::read_dir(folder).into_iter().flatten();
         let names = entries.flatten().filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
-            program_of_code(&name)?.parse().ok()
+            kinds.program_of_code(&name)?.parse().ok()
         });
         names.collect()
     });
@@ -45,6 +44,8 @@ pub(super) async fn compile(
         .map_err(|_| format!("{} does not send its module", job.holder))??;
     let mut child = tokio::process::Command::new(own_image())
         .arg("compile")
+        .arg("--kind")
+        .arg(job.kind.as_str())
         .arg("--cache")
         .arg(context.dir.cache())
         .arg("--program")

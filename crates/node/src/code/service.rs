@@ -11,7 +11,7 @@ use keel_net::Fingerprint;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Request between agents: `program` → [`super::CodeState`]. A machine is to move here, and the
+/// Request between agents: `(kind, program)` → [`super::CodeState`]. A machine is to move here, and the
 /// asking node has its module.
 pub(crate) const CODE: u16 = 0x031c;
 /// Request between agents: `machine` → `Option<Fingerprint>`: the program of a machine that

@@ -25,7 +25,9 @@ use crate::volumes::FileCommand;
 use futures::FutureExt;
 use keel_cluster::service::ClusterService;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::worker::control::{AddPart, ConnectNewPart, pack, unpack};
+use keel_kind_wasm::control::{AddPart, ConnectNewPart};
+use keel_machine::kind::KindName;
+use keel_machine::worker::control::{pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
 use std::sync::Arc;
@@ -104,8 +106,8 @@ impl Service {
                 reply(moves::arrival(&at.moves, &machine, epoch).await)
             }
             CODE => {
-                let program: Fingerprint = unpack(payload)?;
-                Ok(pack(&at.code.demand(program, &source))?.into())
+                let (kind, program): (KindName, Fingerprint) = unpack(payload)?;
+                Ok(pack(&at.code.demand(&kind, program, &source))?.into())
             }
             PROGRAM => {
                 let machine: MachineName = unpack(payload)?;

@@ -1,5 +1,6 @@
-//! Program images, by hash: original and instrumented modules. Modules are sent between nodes;
-//! code compiled for a processor never is, see `code`.
+//! Program images, by hash: what machines start from (for `wasm`, modules as their authors built
+//! them) and what runs (instrumented modules). Both are sent between nodes; code compiled for a
+//! processor never is, see `code`.
 
 use crate::context::Context;
 use crate::error::CommandError;
@@ -15,7 +16,7 @@ use tokio::sync::mpsc;
 /// Request between agents: `(is program, hash)` → stream of the file's pieces.
 pub(crate) const FETCH: u16 = 0x0302;
 
-/// Bytes of a module in one piece.
+/// Bytes of a file in one piece.
 const PIECE_BYTES: usize = 1 << 20;
 
 /// The images of this node, and access to those of others.
@@ -28,21 +29,21 @@ impl Images {
         Images { context }
     }
 
-    /// Stores a module that a user uploads; returns its hash.
+    /// Stores an image that a user uploads; returns its hash.
     ///
     /// # Errors
-    /// [`CommandError`] if it is not a module, or cannot be written.
-    pub(crate) async fn upload(&self, module: Bytes) -> Result<String, CommandError> {
-        if !module.starts_with(b"\0asm") {
-            let what = "that is not a WebAssembly module (it does not begin with \\0asm)";
-            return Err(CommandError::Invalid(what.into()));
-        }
+    /// [`CommandError`] if no machine starts from it, or it cannot be written.
+    pub(crate) async fn upload(&self, image: Bytes) -> Result<String, CommandError> {
+        self.context
+            .kinds
+            .check_image(&image)
+            .map_err(CommandError::Invalid)?;
         let context = self.context.clone();
         tokio::task::spawn_blocking(move || {
-            let hash = blake3::hash(&module).to_hex().to_string();
-            let path = context.dir.module(&hash);
+            let hash = blake3::hash(&image).to_hex().to_string();
+            let path = context.dir.image(&hash);
             if !path.exists() {
-                write_whole(&path, &module).map_err(|error| {
+                write_whole(&path, &image).map_err(|error| {
                     CommandError::Unavailable(format!("{}: {error}", path.display()))
                 })?;
             }
@@ -62,12 +63,12 @@ impl Images {
         }
         let path = match is_program {
             true => self.context.dir.program(hash),
-            false => self.context.dir.module(hash),
+            false => self.context.dir.image(hash),
         };
         send_file(path).await
     }
 
-    /// The file of an instrumented module, fetched from a move's source if necessary.
+    /// The file of a program, fetched from a move's source if necessary.
     pub(crate) async fn find_program(
         &self,
         source: &NodeName,
@@ -83,12 +84,12 @@ impl Images {
         Ok(path)
     }
 
-    /// The file of an original module, fetched from any node that has it if necessary.
-    pub(crate) async fn find_module(&self, hash: &str) -> Result<PathBuf, String> {
+    /// The file of an image, fetched from any node that has it if necessary.
+    pub(crate) async fn find_image(&self, hash: &str) -> Result<PathBuf, String> {
         if !is_hash(hash) {
             return Err(format!("{hash:?} is no hash of a module"));
         }
-        let path = self.context.dir.module(hash);
+        let path = self.context.dir.image(hash);
         if is_there(&path).await {
             return Ok(path);
         }
@@ -127,7 +128,7 @@ impl Images {
         let mut bytes = Vec::new();
         while let Some(piece) = stream.recv().await {
             bytes.extend_from_slice(&piece.map_err(|error| error.to_string())?);
-            if bytes.len() > 2 * keel_machine::MODULE_BYTES_MAX {
+            if bytes.len() > 2 * self.context.kinds.image_bytes_max() {
                 return Err("the module is too large".into());
             }
         }

@@ -27,7 +27,7 @@ pub(crate) async fn run(
         None => MachineName::new(&format!("m-{:08x}", rand::random::<u32>()))
             .map_err(|error| bad(error.to_string()))?,
     };
-    let spec = spec(&request)?;
+    let spec = spec(&machines.context.kinds, &request)?;
     let of_host = |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. });
     let node = match &request.on {
         Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
@@ -47,11 +47,11 @@ pub(crate) async fn run(
             "there is no node {node:?} (see `keel nodes`)"
         )));
     }
-    machines
-        .images
-        .find_module(&spec.module)
-        .await
-        .map_err(CommandError::NotFound)?;
+    let kind = machines.context.kinds.of(&spec).map_err(bad)?;
+    if let Some(image) = kind.image(&spec) {
+        let found = machines.images.find_image(&image).await;
+        found.map_err(CommandError::NotFound)?;
+    }
     let record = Record {
         name: name.clone(),
         spec,
@@ -99,7 +99,7 @@ pub(crate) async fn schedule(
                 .context
                 .events
                 .record(Note::status(&record, &record.status));
-            Ok(info(&record, None))
+            Ok(info(&machines.context.kinds, &record, None))
         }
         TxnOutcome::Refused { failed: 0, .. } => Err(CommandError::Conflict(format!(
             "the name {name:?} is in use (`keel rm {name}` frees it once the machine has ended)"

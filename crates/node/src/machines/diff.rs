@@ -7,6 +7,7 @@ use crate::error::CommandError;
 use crate::records::{self, RecordError};
 use keel_api::{FieldChange, MachineDiff, RunRequest};
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::kind::Kinds;
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ pub(crate) async fn diff(
     machine: &MachineName,
     request: &RunRequest,
 ) -> Result<MachineDiff, CommandError> {
-    let wanted = spec(request)?;
+    let wanted = spec(&machines.context.kinds, request)?;
     if let Some(node) = &request.on {
         let node = NodeName::new(node).map_err(|error| CommandError::Invalid(error.to_string()))?;
         if !machines.context.members.contains(&node) {
@@ -33,7 +34,7 @@ pub(crate) async fn diff(
             Ok(MachineDiff {
                 node: Some(record.owner.to_string()),
                 live,
-                changes: changes(&record.spec, &wanted, live),
+                changes: changes(&machines.context.kinds, &record.spec, &wanted, live),
             })
         }
         Err(RecordError::NoMachine(_)) => Ok(MachineDiff {
@@ -47,7 +48,7 @@ pub(crate) async fn diff(
 
 /// The differences, in the terms of a machine file. Some fields of a running machine can be
 /// changed live.
-fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
+fn changes(kinds: &Kinds, old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
     let mut changes = Vec::new();
     let mut compare = |field: &str, old: String, new: String, live: bool| {
         if old != new {
@@ -59,21 +60,13 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
             });
         }
     };
-    let hash = |spec: &Spec| spec.module.get(..12).unwrap_or(&spec.module).to_owned();
-    compare("module", hash(old), hash(new), false);
-    compare("args", args(old), args(new), false);
-    let (old_env, new_env) = (env(old), env(new));
-    let names: BTreeSet<&str> = old_env.keys().chain(new_env.keys()).copied().collect();
-    for name in names {
-        // The values are private to the machine.
-        let (before, after) = match (old_env.get(name), new_env.get(name)) {
-            (Some(old), Some(new)) if old == new => continue,
-            (Some(_), Some(_)) => ("a value", "another value"),
-            (None, _) => ("none", "a value"),
-            (_, None) => ("a value", "none"),
-        };
-        let field = format!("env {name}");
-        compare(&field, before.to_owned(), after.to_owned(), false);
+    compare("kind", old.kind.to_string(), new.kind.to_string(), false);
+    if old.kind == new.kind
+        && let Ok(kind) = kinds.of(new)
+    {
+        for difference in kind.differences(old, new) {
+            compare(&difference.field, difference.old, difference.new, false);
+        }
     }
     let (old_volumes, new_volumes) = (volumes(old), volumes(new));
     let guests: BTreeSet<&str> = old_volumes
@@ -94,8 +87,6 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
         size(new.memory_bytes),
         true,
     );
-    let threads = |spec: &Spec| spec.threads_max.to_string();
-    compare("threads", threads(old), threads(new), false);
     compare("cpu-limit", cores(old), cores(new), true);
     let rate = |spec: &Spec| size(spec.output_bytes_per_s);
     compare("output-rate", rate(old), rate(new), false);
@@ -125,17 +116,6 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
     let memory = |it: &Balancing| it.part_memory_bytes.map_or_else(none, size);
     compare("part-memory", memory(was), memory(will), true);
     changes
-}
-
-fn args(spec: &Spec) -> String {
-    format!("{:?}", spec.args)
-}
-
-fn env(spec: &Spec) -> BTreeMap<&str, &str> {
-    let variables = spec.env.iter();
-    variables
-        .map(|(name, value)| (name.as_str(), value.as_str()))
-        .collect()
 }
 
 fn volumes(spec: &Spec) -> BTreeMap<&str, String> {
@@ -178,15 +158,29 @@ fn in_cores(millis: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use keel_kind_wasm::{WasmKind, WasmSpec};
     use keel_machine::checkpoint::Retention;
+    use keel_machine::kind::Kind;
     use keel_machine::restart_policy::Restart;
     use keel_machine::spec::CheckpointPlan;
 
-    fn example() -> Spec {
-        Spec {
+    fn kinds() -> Kinds {
+        Kinds::new([Arc::new(WasmKind) as Arc<dyn Kind>])
+    }
+
+    fn own() -> WasmSpec {
+        WasmSpec {
             module: "0123456789abcdef".into(),
             args: vec!["app".into(), "x y".into()],
             env: vec![("A".into(), "1".into()), ("B".into(), "secret".into())],
+            threads_max: 4,
+        }
+    }
+
+    fn example() -> Spec {
+        Spec {
+            kind: WasmKind::kind_name(),
+            kind_spec: own().to_kind_spec().unwrap(),
             volumes: vec![Volume {
                 kind: VolumeKind::Tmp {
                     bytes: 1 << 30,
@@ -196,7 +190,6 @@ mod tests {
                 read_only: false,
             }],
             memory_bytes: 1 << 30,
-            threads_max: 4,
             cpu_limit_millis: None,
             output_bytes_per_s: 1 << 20,
             remove_at_end: false,
@@ -211,22 +204,32 @@ mod tests {
             let live = if change.live { " (live)" } else { "" };
             format!("{}: {} → {}{live}", change.field, change.old, change.new)
         };
-        changes(old, new, runs).into_iter().map(line).collect()
+        changes(&kinds(), old, new, runs)
+            .into_iter()
+            .map(line)
+            .collect()
     }
 
     #[test]
     fn the_same_has_no_changes_whatever_the_order() {
         let mut other = example();
-        other.env.reverse();
+        let mut own = own();
+        own.env.reverse();
+        other.kind_spec = own.to_kind_spec().unwrap();
         assert_eq!(lines(&example(), &other, true), Vec::<String>::new());
     }
 
     #[test]
     fn each_field_is_compared_and_no_secret_told() {
-        let new = Spec {
+        let own = WasmSpec {
             module: "f".repeat(64),
             args: vec!["app".into()],
             env: vec![("B".into(), "other".into()), ("C".into(), "2".into())],
+            threads_max: 8,
+        };
+        let new = Spec {
+            kind: WasmKind::kind_name(),
+            kind_spec: own.to_kind_spec().unwrap(),
             volumes: vec![Volume {
                 kind: VolumeKind::Host {
                     path: "/srv".into(),
@@ -235,7 +238,6 @@ mod tests {
                 read_only: true,
             }],
             memory_bytes: 3 << 29,
-            threads_max: 8,
             cpu_limit_millis: Some(500),
             output_bytes_per_s: 1000,
             remove_at_end: true,
@@ -262,10 +264,10 @@ mod tests {
                 "env A: a value → none",
                 "env B: a value → another value",
                 "env C: none → a value",
+                "threads: 4 → 8",
                 "volume /data: none → /srv (read only)",
                 "volume /scratch: tmp:1G → none",
                 "memory: 1G → 1536M (live)",
-                "threads: 4 → 8",
                 "cpu-limit: none → 0.5 (live)",
                 "output-rate: 1M → 1000",
                 "rm: false → true",
@@ -276,7 +278,7 @@ mod tests {
         );
         // No field of an ended machine can be changed live.
         assert!(
-            changes(&example(), &new, false)
+            changes(&kinds(), &example(), &new, false)
                 .iter()
                 .all(|change| !change.live)
         );

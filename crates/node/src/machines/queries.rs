@@ -6,6 +6,7 @@ use crate::events::Note;
 use crate::records::{self, MachineCommand, at_owner};
 use keel_api::{MachineInfo, StartPhaseInfo, VolumeInfo};
 use keel_cluster::MachineName;
+use keel_machine::kind::Kinds;
 use keel_machine::spec::{Record, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{Report, StartProgress, State};
 use keel_net::Fingerprint;
@@ -92,7 +93,9 @@ fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
 }
 
 /// A machine in the form that users see.
-pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
+pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> MachineInfo {
+    // A machine of a kind that this node lacks runs elsewhere.
+    let kind = kinds.of(&record.spec).ok();
     let running = report
         .filter(|report| matches!(report.state, State::Running { .. } | State::Filling { .. }));
     MachineInfo {
@@ -117,18 +120,12 @@ pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         },
         epoch: record.epoch.to_string(),
         created_unix_ms: record.created_unix_ms,
-        module: record.spec.module.clone(),
+        kind: record.spec.kind.clone(),
+        program: kind.map_or_else(String::new, |kind| kind.summary(&record.spec)),
+        kind_spec: kind.map_or(serde_json::Value::Null, |kind| kind.shown(&record.spec)),
         ready_on: Vec::new(),
-        args: record.spec.args.clone(),
-        env_names: record
-            .spec
-            .env
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect(),
         volumes: volume_infos(record, running),
         memory_limit_bytes: record.spec.memory_bytes,
-        threads_max: record.spec.threads_max,
         output_bytes_per_s: record.spec.output_bytes_per_s,
         remove_at_end: record.spec.remove_at_end,
         created_from: record.origin.as_ref().map(Note::origin),
@@ -164,7 +161,7 @@ async fn inspect(
         .await?
         .record;
     let report = report(machines, machine).await;
-    let mut info = info(&record, report.as_ref());
+    let mut info = info(&machines.context.kinds, &record, report.as_ref());
     if let Some(program) = report.and_then(|report| report.program) {
         let nodes = machines.code.published.nodes_with(&Fingerprint(program));
         info.ready_on = nodes.iter().map(ToString::to_string).collect();
@@ -189,7 +186,11 @@ async fn list(machines: &Arc<Machines>) -> Result<Vec<MachineInfo>, CommandError
             true => tokio::time::timeout(LIST_PATIENCE, asked).await,
             false => Ok(None),
         };
-        info(record, report.ok().flatten().as_ref())
+        info(
+            &machines.context.kinds,
+            record,
+            report.ok().flatten().as_ref(),
+        )
     });
     Ok(futures::future::join_all(infos).await)
 }

@@ -7,10 +7,10 @@ use crate::checkpoints::{open, place, vault_error};
 use crate::error::CommandError;
 use keel_api::{MachineInfo, RestoreRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_kind_wasm::span::PARTS_MAX;
 use keel_machine::checkpoint::{
     CheckpointId, Manifest, MemoryRestore, Origin, Repository, RepositoryError,
 };
-use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Status};
 use keel_store::clock::unix_ms;
 use std::sync::Arc;

@@ -76,6 +76,8 @@ async fn set(
     if spec == before.spec {
         return Ok(());
     }
+    let kinds = &machines.context.kinds;
+    kinds.check(&spec).map_err(CommandError::Invalid)?;
     if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
         return Err(CommandError::Invalid(LIMITED_HAS_NO_PARTS.into()));
     }
@@ -340,16 +342,15 @@ fn text(before: &Spec, after: &Spec) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use keel_machine::kind::KindSpec;
     use keel_machine::restart_policy::Restart;
 
     fn spec() -> Spec {
         Spec {
-            module: String::new(),
-            args: Vec::new(),
-            env: Vec::new(),
+            kind: "wasm".parse().unwrap(),
+            kind_spec: KindSpec::default(),
             volumes: Vec::new(),
             memory_bytes: 1 << 20,
-            threads_max: 1,
             cpu_limit_millis: None,
             output_bytes_per_s: 1,
             remove_at_end: false,

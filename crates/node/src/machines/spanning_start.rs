@@ -19,13 +19,13 @@ use crate::records::{free_bytes, room_bytes};
 use crate::spanning::{self, ROOM_BYTES_MIN};
 use futures::future::join_all;
 use keel_cluster::NodeName;
+use keel_kind_wasm::control::kind;
+use keel_kind_wasm::span::PARTS_MAX;
 use keel_machine::checkpoint::{
     MemoryRestore, Origin, Repository, RepositoryError, memory_bytes as checkpointed_bytes,
 };
 use keel_machine::failpoint;
-use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Spawn};
-use keel_machine::worker::control::kind;
 use keel_net::RpcError;
 use std::sync::Arc;
 

@@ -5,14 +5,14 @@ use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use keel_api::{RunRequest, VolumeRequest};
 use keel_cluster::MachineName;
+use keel_kind_wasm::span::{PART_BYTES_MIN, PARTS_MAX};
+use keel_machine::kind::Kinds;
 use keel_machine::restart_policy::Restart;
-use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 
-/// Largest limits of a machine.
+/// The largest memory limit of a machine.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
-const THREADS_MAX: u32 = 16_384;
 /// Volumes of one machine, and the size of its own ones.
 const VOLUMES_MAX: usize = 64;
 const VOLUME_BYTES_MIN: u64 = 64 << 10;
@@ -26,15 +26,9 @@ pub(super) const LIMITED_HAS_NO_PARTS: &str =
     "a limit of its CPU time applies on one node only: a machine with one has no parts (max parts)";
 
 /// Builds a validated spec from a request.
-pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
+pub(super) fn spec(kinds: &Kinds, request: &RunRequest) -> Result<Spec, CommandError> {
     let bad = |what: String| Err(CommandError::Invalid(what));
     check_memory("limit", request.memory_bytes)?;
-    if request.threads_max == 0 || request.threads_max > THREADS_MAX {
-        return bad(format!(
-            "a limit of {} threads: 1 to {THREADS_MAX} are possible",
-            request.threads_max
-        ));
-    }
     if let Some(millis) = request.cpu_limit_millis {
         check_cpu("limit", millis)?;
     }
@@ -56,9 +50,6 @@ pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
     if let Some(bytes) = request.balancing.part_memory_bytes {
         check_part_memory(bytes)?;
     }
-    if request.args.is_empty() {
-        return bad("no program name: the first argument is missing".into());
-    }
     if request.remove_at_end && request.restart != Restart::No {
         return bad(format!(
             "a machine that is removed when it ends cannot be restarted too (restart = {:?})",
@@ -69,20 +60,20 @@ pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
         check_plan(plan)?;
     }
     let volumes = volumes(&request.volumes)?;
-    Ok(Spec {
-        module: request.module.clone(),
-        args: request.args.clone(),
-        env: request.env.clone(),
+    let spec = Spec {
+        kind: request.kind.clone(),
+        kind_spec: request.kind_spec.clone(),
         volumes,
         memory_bytes: request.memory_bytes,
-        threads_max: request.threads_max,
         cpu_limit_millis: request.cpu_limit_millis,
         output_bytes_per_s: request.output_bytes_per_s,
         remove_at_end: request.remove_at_end,
         restart: request.restart,
         checkpoints: request.checkpoints.clone(),
         balancing: request.balancing,
-    })
+    };
+    kinds.check(&spec).map_err(CommandError::Invalid)?;
+    Ok(spec)
 }
 
 /// Checks a limit for each memory of a machine.

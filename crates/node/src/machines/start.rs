@@ -1,4 +1,4 @@
-//! Starts a machine's worker: from its module, or from a checkpoint.
+//! Starts a machine's worker: from its beginning, or from a checkpoint.
 
 use super::handle::Machines;
 use super::spanning_start;
@@ -30,18 +30,27 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             StartFrom::Checkpoint(spanning_start::placed(machines, record, origin).await?)
         }
         None => {
-            let module = machines.images.find_module(&record.spec.module).await?;
+            let kind = machines.context.kinds.of(&record.spec)?;
+            let image = match kind.image(&record.spec) {
+                Some(hash) => Some(machines.images.find_image(&hash).await?),
+                None => None,
+            };
             spread = spanning_start::spread_over(machines, record).await;
-            match spread.is_empty() {
-                true => StartFrom::Module(module),
-                false => StartFrom::HeldModule(module),
+            StartFrom::Beginning {
+                image,
+                is_held: !spread.is_empty(),
             }
         }
     };
     let worker = machines
         .processes
         .machines
-        .start(&machines.context.dir, &record.name, leftovers)
+        .start(
+            &machines.context.dir,
+            &record.name,
+            &record.spec.kind,
+            leftovers,
+        )
         .await?;
     failpoint::pass_async("start.worker")
         .await
@@ -53,7 +62,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         }) => nodes.clone(),
         _ => spread,
     };
-    let runs_alone = matches!(from, StartFrom::HeldModule(_));
+    let runs_alone = matches!(from, StartFrom::Beginning { is_held: true, .. });
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),

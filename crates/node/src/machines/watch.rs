@@ -14,7 +14,7 @@ use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::spec::Status;
 use keel_machine::worker::control::{State, kind, unpack};
-use keel_machine::worker::volumes;
+use keel_machine::worker::volume_folder;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -221,7 +221,7 @@ async fn worker_lost(
     }
     let folder = machines.context.dir.worker(machine);
     // Its volumes are lost with its memory. A panic in the task removes nothing.
-    let _ = tokio::task::spawn_blocking(move || volumes::remove(&folder)).await;
+    let _ = tokio::task::spawn_blocking(move || volume_folder::remove(&folder)).await;
     let found = loop {
         match records::get(&*machines.context.store, machine).await {
             Ok(found) => break Some(found.record),

@@ -10,7 +10,7 @@ use crate::spanning::part_of;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::VolumeKind;
 use keel_machine::worker::control::{MoveEndpoint, Receive, State, kind};
-use keel_machine::worker::volumes;
+use keel_machine::worker::volume_folder;
 use keel_net::RpcError;
 use keel_store::keys::Key;
 use keel_store::{Txn, TxnOutcome};
@@ -43,8 +43,10 @@ pub(crate) async fn would_accept(moves: &Moves, offer: &Offer) -> Result<(), Str
 }
 
 async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
+    let kind = moves.context.kinds.of(&offer.spec)?;
+    moves.context.kinds.check(&offer.spec)?;
     if offer.post_copy
-        && let Some(missing) = keel_machine::missing_for_post_copy()
+        && let Some(missing) = kind.missing_for_post_copy()
     {
         return Err(format!(
             "memory cannot come after a machine here: {missing}"
@@ -64,10 +66,10 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     let (workers, volume_bytes) = (moves.context.dir.workers(), offer.volume_bytes);
     tokio::task::spawn_blocking(move || {
         if volume_bytes > 0 {
-            let free = volumes::free_bytes(&workers)
+            let free = volume_folder::free_bytes(&workers)
                 .map_err(|error| format!("{}: {error}", workers.display()))?;
             if volume_bytes > free {
-                return Err(volumes::no_room(volume_bytes, free, &workers));
+                return Err(volume_folder::no_room(volume_bytes, free, &workers));
             }
         }
         for (volume, proof) in spec_volumes.iter().zip(&proofs) {
@@ -116,7 +118,10 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
             Ok(_) => return Err(format!("machine {machine:?} has a worker here already")),
         }
     }
-    let program = moves.images.find_program(&source, &offer.program).await?;
+    let program = match &offer.program {
+        Some(program) => Some(moves.images.find_program(&source, program).await?),
+        None => None,
+    };
     passed("offer.fetched").await?;
     {
         // Serialised: two machines that each fit may not fit together.
@@ -128,7 +133,12 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     let worker = match moves
         .processes
         .machines
-        .start(&moves.context.dir, machine, Leftovers::Remove)
+        .start(
+            &moves.context.dir,
+            machine,
+            &offer.spec.kind,
+            Leftovers::Remove,
+        )
         .await
     {
         Ok(worker) => worker,
@@ -153,6 +163,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
         machine: machine.clone(),
         spec: offer.spec.clone(),
         program,
+        program_hash: offer.program.map(|hash| hash.0),
         offered: offer.epoch,
         source: offer.worker,
         address: moves.context.worker_address(),

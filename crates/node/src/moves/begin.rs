@@ -61,6 +61,13 @@ pub(crate) async fn begin(
     let spans = worker.report().await.is_ok_and(|report| report.parts > 0);
     let post_copy = order.post_copy && !spans;
     if post_copy {
+        let kind = moves.context.kinds.of(&record.spec)?;
+        if !kind.abilities().post_copy {
+            return Err(format!(
+                "machine {machine:?} is of kind {}, whose memory cannot follow it (post-copy)",
+                record.spec.kind
+            ));
+        }
         let request = CheckpointRequest {
             to: order.checkpoint_to.clone(),
             ..CheckpointRequest::default()

@@ -30,7 +30,8 @@ pub(crate) const WOULD_ACCEPT: u16 = 0x030b;
 pub(crate) struct Offer {
     pub(crate) machine: MachineName,
     pub(crate) spec: Spec,
-    pub(crate) program: Fingerprint,
+    /// The program that runs, if its kind has one.
+    pub(crate) program: Option<Fingerprint>,
     pub(crate) epoch: Epoch,
     /// Revision of the machine's record: the reservation holds only for it.
     pub(crate) revision: u64,
@@ -75,7 +76,7 @@ pub(super) fn offer_of(
     Ok(Offer {
         machine: record.name.clone(),
         spec: record.spec.clone(),
-        program: Fingerprint(report.program.ok_or("it has no program")?),
+        program: report.program.map(Fingerprint),
         epoch: record.epoch,
         revision,
         worker,

@@ -14,14 +14,14 @@ use crate::rules::{ClaimError, Claims};
 use crate::spanning::{Placement, Successor, successor};
 use keel_api::{MoveLine, Urgency};
 use keel_cluster::{Epoch, NodeName};
+use keel_kind_wasm::control::{CopyHome, kind::COPY_HOME};
 use keel_machine::failpoint;
+use keel_machine::kind::KindName;
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Status};
-use keel_machine::worker::control::{
-    Copy, CopyEvent, CopyHome, MoveEndpoint, State, kind, pack, unpack,
-};
+use keel_machine::worker::control::{Copy, CopyEvent, MoveEndpoint, State, kind, pack, unpack};
 use keel_net::{Fingerprint, RpcError};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -213,13 +213,14 @@ impl Driver {
         let begun = Instant::now();
         let program = match self.worker.report().await.map(|report| report.program) {
             Ok(Some(program)) => Fingerprint(program),
-            // The offer fails with the reason.
+            // Nothing is to be compiled, or the offer fails with the reason.
             Ok(None) | Err(_) => return None,
         };
         let code = &self.moves.code;
-        code.prepare(program, &self.moves.context.name);
+        let kind = self.record.spec.kind.clone();
+        code.prepare(&kind, program, &self.moves.context.name);
         loop {
-            let percent = match self.code_there(program).await {
+            let percent = match self.code_there(&kind, program).await {
                 Ok(CodeState::Ready) => {
                     let waited_ms = micros(begun) / 1000;
                     tracing::info!(machine = %self.record.name, waited_ms, "its code is ready");
@@ -250,8 +251,8 @@ impl Driver {
         }
     }
 
-    async fn code_there(&self, program: Fingerprint) -> Result<CodeState, String> {
-        let payload = pack(&program).map_err(|error| error.to_string())?;
+    async fn code_there(&self, kind: &KindName, program: Fingerprint) -> Result<CodeState, String> {
+        let payload = pack(&(kind, program)).map_err(|error| error.to_string())?;
         let answer = self
             .moves
             .context
@@ -394,7 +395,7 @@ impl Driver {
                     successor: part,
                     threads_to,
                 };
-                self.worker.stream(kind::COPY_HOME, &copy).await
+                self.worker.stream(COPY_HOME, &copy).await
             }
         };
         let mut events = match events {

@@ -121,7 +121,10 @@ mod tests {
         });
         let workers = Arc::new(Workers::new(Arc::new(Slice::default())));
         // The test's own image is started here, which is no worker.
-        let started = workers.start(&dir, &machine, Leftovers::Remove).await;
+        let kind = "wasm".parse().expect("a name");
+        let started = workers
+            .start(&dir, &machine, &kind, Leftovers::Remove)
+            .await;
         let error = started.expect_err("no worker");
         assert!(error.contains("ended at once"), "{error}");
         let left = watcher.await.expect("it has seen the tree");

@@ -5,6 +5,7 @@ use super::image::own_image;
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, OutOfMemory, Slice};
+use keel_machine::kind::KindName;
 use keel_machine::spec::Record;
 use keel_machine::worker::SOCKET;
 use keel_machine::worker::control::{Report, State, kind, pack, unpack};
@@ -355,6 +356,7 @@ impl Workers {
         self: &Arc<Self>,
         dir: &StateDir,
         machine: &MachineName,
+        kind: &KindName,
         leftovers: Leftovers,
     ) -> Result<Worker, String> {
         if self.get(machine).is_some() {
@@ -377,6 +379,8 @@ impl Workers {
         command
             .arg0("keel")
             .arg("worker")
+            .arg("--kind")
+            .arg(kind.as_str())
             .arg("--folder")
             .arg(&folder)
             .arg("--cache")

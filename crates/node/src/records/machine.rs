@@ -255,6 +255,7 @@ pub(crate) async fn alive(store: &dyn Store) -> Result<Vec<NodeName>, StoreError
 pub(crate) mod tests {
     use super::*;
     use keel_cluster::Epoch;
+    use keel_machine::kind::KindSpec;
     use keel_machine::restart_policy::Restart;
     use keel_machine::spec::{Balancing, Spec};
     use keel_store::{RedbOptions, RedbStore};
@@ -266,12 +267,10 @@ pub(crate) mod tests {
             name,
             owner,
             spec: Spec {
-                module: String::new(),
-                args: vec!["m".into()],
-                env: Vec::new(),
+                kind: "wasm".parse().unwrap(),
+                kind_spec: KindSpec::default(),
                 volumes: Vec::new(),
                 memory_bytes: 1 << 20,
-                threads_max: 1,
                 cpu_limit_millis: None,
                 output_bytes_per_s: 1 << 20,
                 remove_at_end: false,

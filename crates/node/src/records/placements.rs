@@ -5,6 +5,7 @@ use crate::context::Context;
 use keel_balance::Name;
 use keel_balance::select::Spreadable;
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::kind::{KindName, Kinds};
 use keel_machine::moves::ownership::VersionedRecord;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
 use keel_store::StoreError;
@@ -22,8 +23,9 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone)]
 pub(crate) struct Placed {
     pub(crate) owner: NodeName,
-    /// Hash of its original module; empty if it has none.
-    pub(crate) module: String,
+    pub(crate) kind: KindName,
+    /// Hash of the program's image, if it is compiled before it runs.
+    pub(crate) compiled_image: Option<String>,
     /// Raised by each change of owner, and by each restart.
     pub(crate) epoch: Epoch,
     /// Whether it is scheduled to run.
@@ -37,10 +39,14 @@ pub(crate) struct Placed {
 }
 
 impl Placed {
-    fn of(record: &Record) -> Self {
+    fn of(kinds: &Kinds, record: &Record) -> Self {
+        // A kind that this node lacks runs elsewhere only.
+        let kind = kinds.of(&record.spec).ok();
+        let compiled = kind.filter(|kind| kind.abilities().compiles);
         Placed {
             owner: record.owner.clone(),
-            module: record.spec.module.clone(),
+            kind: record.spec.kind.clone(),
+            compiled_image: compiled.and_then(|kind| kind.image(&record.spec)),
             epoch: record.epoch,
             live: !record.status.ended(),
             movable: record.status == Status::Running && record.paused.is_none(),
@@ -83,11 +89,14 @@ impl Placements {
         self.table().get(machine).cloned()
     }
 
-    /// Machines that are scheduled to run: name, node, module.
-    pub(crate) fn programs(&self) -> Vec<(MachineName, NodeName, String)> {
+    /// Machines that are scheduled to run, and whose programs are compiled before.
+    pub(crate) fn compiled(&self) -> Vec<(MachineName, Placed)> {
         let table = self.table();
-        let live = table.iter().filter(|(_, placed)| placed.live);
-        live.map(|(machine, it)| (machine.clone(), it.owner.clone(), it.module.clone()))
+        let found = table
+            .iter()
+            .filter(|(_, placed)| placed.live && placed.compiled_image.is_some());
+        found
+            .map(|(machine, placed)| (machine.clone(), placed.clone()))
             .collect()
     }
 
@@ -134,12 +143,12 @@ impl Placements {
     }
 
     /// Applies an entry of the store; returns the change for this node, if any.
-    fn take(&self, here: &NodeName, entry: &KeyValue) -> Option<PlacementChange> {
+    fn take(&self, kinds: &Kinds, here: &NodeName, entry: &KeyValue) -> Option<PlacementChange> {
         let Ok(Key::Machine(machine)) = entry.key.parse() else {
             return None;
         };
         let record = VersionedRecord::read(entry).ok()?.record;
-        let placed = Placed::of(&record);
+        let placed = Placed::of(kinds, &record);
         let owner = placed.owner.clone();
         let before = self.table().insert(machine.clone(), placed);
         let before = before.filter(|before| before.live)?.owner;
@@ -177,7 +186,7 @@ async fn follow_once(
         .retain(|machine, _| known.contains(&Key::Machine(machine.clone()).to_string()));
     for entry in &listing.entries {
         // Moves during an interruption of the watch are detected here.
-        if let Some(change) = placements.take(&context.name, entry) {
+        if let Some(change) = placements.take(&context.kinds, &context.name, entry) {
             let _ = changes.send(change);
         }
     }
@@ -187,7 +196,7 @@ async fn follow_once(
         for change in batch?.changes {
             match change {
                 Change::Put(entry) => {
-                    if let Some(change) = placements.take(&context.name, &entry) {
+                    if let Some(change) = placements.take(&context.kinds, &context.name, &entry) {
                         // The balancer ends with the context.
                         let _ = changes.send(change);
                     }

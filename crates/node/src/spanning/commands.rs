@@ -4,6 +4,7 @@ use super::handle::{PATIENCE, Spanning};
 use super::parts::{move_object, move_thread, objects, parts_of};
 use super::span::{span, unspan};
 use crate::error::CommandError;
+use crate::records;
 use crate::records::{MachineCommand, at_owner};
 use keel_api::{ObjectInfo, PartsInfo, SpanRequest};
 use keel_cluster::MachineName;
@@ -126,6 +127,7 @@ impl Spanning {
         self: &Arc<Self>,
         command: SpanCommand,
     ) -> Result<PartsInfo, CommandError> {
+        self.check_spans(&command.machine).await?;
         span(self, &command.machine, &command.request).await
     }
 
@@ -144,6 +146,7 @@ impl Spanning {
         self: &Arc<Self>,
         command: UnspanCommand,
     ) -> Result<u64, CommandError> {
+        self.check_spans(&command.machine).await?;
         unspan(self, &command.machine).await
     }
 
@@ -162,6 +165,7 @@ impl Spanning {
         self: &Arc<Self>,
         query: PartsQuery,
     ) -> Result<PartsInfo, CommandError> {
+        self.check_spans(&query.machine).await?;
         parts_of(self, &query.machine).await
     }
 
@@ -181,6 +185,7 @@ impl Spanning {
         self: &Arc<Self>,
         query: ObjectsQuery,
     ) -> Result<Positional<Vec<ObjectInfo>>, CommandError> {
+        self.check_spans(&query.machine).await?;
         objects(self, &query.machine).await.map(Positional)
     }
 
@@ -199,6 +204,7 @@ impl Spanning {
         self: &Arc<Self>,
         command: MoveObjectCommand,
     ) -> Result<u64, CommandError> {
+        self.check_spans(&command.machine).await?;
         move_object(self, &command.machine, &command.name, &command.to).await
     }
 
@@ -217,6 +223,20 @@ impl Spanning {
         self: &Arc<Self>,
         command: MoveThreadCommand,
     ) -> Result<(), CommandError> {
+        self.check_spans(&command.machine).await?;
         move_thread(self, &command.machine, command.tid, &command.to).await
+    }
+
+    /// Fails for a machine of a kind that has no parts.
+    async fn check_spans(&self, machine: &MachineName) -> Result<(), CommandError> {
+        let record = records::get(&*self.context.store, machine).await?.record;
+        let kind = self.context.kinds.of(&record.spec);
+        match kind.map_err(CommandError::Conflict)?.abilities().spans {
+            true => Ok(()),
+            false => Err(CommandError::Conflict(format!(
+                "machine {machine:?} is of kind {}, whose machines have no parts, threads and objects that move",
+                record.spec.kind
+            ))),
+        }
     }
 }

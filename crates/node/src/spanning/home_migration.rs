@@ -12,9 +12,11 @@ use crate::events::Note;
 use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, Worker};
 use keel_api::{EventKind, SpanRequest};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::span::PartId;
+use keel_kind_wasm::control::{RemovePart, kind};
+use keel_kind_wasm::span::PartId;
 use keel_machine::spec::Record;
-use keel_machine::worker::control::{RemovePart, kind, pack, unpack};
+use keel_machine::worker::control::kind::END_CHECKPOINT;
+use keel_machine::worker::control::{pack, unpack};
 use keel_net::Fingerprint;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -87,7 +89,7 @@ pub(crate) async fn successor(
         epoch: record.epoch,
     };
     // A checkpoint in progress is ended: the move takes priority.
-    let _: () = ask(worker, kind::END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
+    let _: () = ask(worker, END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
     let (part, _) = parts.add(target, WorkerKind::Arriving).await?;
     Ok(Some(Successor {
         part,

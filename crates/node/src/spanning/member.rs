@@ -7,8 +7,9 @@ use crate::host::check_features;
 use crate::processes::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker};
 use crate::records;
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::span::PartId;
-use keel_machine::worker::control::{ConnectParts, PrepareMember, State, kind};
+use keel_kind_wasm::control::{ConnectParts, PrepareMember, kind};
+use keel_kind_wasm::span::PartId;
+use keel_machine::worker::control::State;
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +65,7 @@ pub(crate) async fn ready(
     let started = spanning
         .processes
         .members
-        .start(&dir, &name, Leftovers::Remove)
+        .start(&dir, &name, &offer.spec.kind, Leftovers::Remove)
         .await;
     let worker = match started {
         Ok(worker) => worker,

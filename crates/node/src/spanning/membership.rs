@@ -24,12 +24,11 @@ use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
 use futures::future::{Either, select};
 use futures::stream::{FuturesUnordered, StreamExt};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_kind_wasm::control::{AddPart, ConnectNewPart, Join, RemovePart, kind};
+use keel_kind_wasm::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::failpoint;
-use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::{
-    AddPart, ConnectNewPart, Join, RemovePart, kind, pack, unpack,
-};
+use keel_machine::worker::control::{pack, unpack};
 use keel_net::{Fingerprint, RpcError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;

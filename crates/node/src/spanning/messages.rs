@@ -1,9 +1,9 @@
 //! Messages between the node of a machine's owner and the nodes of its members.
 
 use keel_cluster::MachineName;
-use keel_machine::span::{PartAddress, PartId, PartSet};
+use keel_kind_wasm::control::Join;
+use keel_kind_wasm::span::{PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::Join;
 use keel_net::Fingerprint;
 use serde::{Deserialize, Serialize};
 

@@ -5,11 +5,10 @@ use crate::error::CommandError;
 use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
 use keel_api::{ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, ThreadInfo};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::guest_memory::PAGE_BYTES;
-use keel_machine::span::{Heat, HotPage, PartId, Sharing};
-use keel_machine::worker::control::{
-    MoveObject, MoveThread, ObjectReport, PartsReport, Positional, kind,
-};
+use keel_kind_wasm::control::{MoveObject, MoveThread, ObjectReport, PartsReport, kind};
+use keel_kind_wasm::span::{Heat, HotPage, PartId, Sharing};
+use keel_machine::PAGE_BYTES;
+use keel_machine::worker::control::Positional;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;

@@ -9,8 +9,8 @@ use keel_api::SpanRequest;
 use keel_balance::Name;
 use keel_balance::fine_grained::{Action, Object, coldest};
 use keel_cluster::MachineName;
-use keel_machine::span::PartId;
-use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport};
+use keel_kind_wasm::control::{MoveObject, MoveThread, ObjectReport};
+use keel_kind_wasm::span::PartId;
 use std::sync::Arc;
 
 /// Removes the parts on these nodes. Their threads and memory move to the other parts, or, if

@@ -16,7 +16,7 @@ use keel_balance::fine_grained::{Action, Choice, Observation, Part, decide, gath
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::Heat;
+use keel_kind_wasm::span::Heat;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn};
 use keel_machine::worker::control::State;
 use std::collections::{HashMap, HashSet};
@@ -170,7 +170,7 @@ async fn observe(
             vec![Part {
                 number: 0,
                 node: handle.context.name.as_str().into(),
-                memory_bytes: Some(bytes_of(report).await),
+                memory_bytes: Some(bytes_of(handle.context.kinds.clone(), report).await),
                 overflows: false,
             }]
         }

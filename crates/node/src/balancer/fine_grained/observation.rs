@@ -12,9 +12,10 @@ use keel_balance::Name;
 use keel_balance::fine_grained::{Affinity, Node, Object, Observation, Part, Thread};
 use keel_balance::round::{Request, Response, View};
 use keel_cluster::MachineName;
-use keel_machine::guest_memory::bytes_of_process;
-use keel_machine::span::{CpuUsage, Heat, HotPage, PartId, Sharing};
-use keel_machine::worker::control::{ObjectReport, PartsReport, Report};
+use keel_kind_wasm::control::{ObjectReport, PartsReport};
+use keel_kind_wasm::span::{CpuUsage, Heat, HotPage, PartId, Sharing};
+use keel_machine::kind::Kinds;
+use keel_machine::worker::control::Report;
 use rand::seq::IteratorRandom;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -30,9 +31,9 @@ const STANDS_SHARE: f64 = 0.7;
 
 /// Bytes in memory of a machine on one node, by the same count as for its parts later: untouched
 /// pages do not count.
-pub(super) async fn bytes_of(report: Report) -> u64 {
+pub(super) async fn bytes_of(kinds: Kinds, report: Report) -> u64 {
     let process = format!("/proc/{}", report.pid);
-    let bytes = tokio::task::spawn_blocking(move || bytes_of_process(Path::new(&process)));
+    let bytes = tokio::task::spawn_blocking(move || kinds.memory_bytes(Path::new(&process)));
     // An ending machine has none.
     bytes.await.ok().flatten().unwrap_or(0)
 }
@@ -434,8 +435,8 @@ mod tests {
     use super::super::follow::{FOLLOW_AGAIN, THREAD_HOLD};
     use super::*;
     use keel_cluster::NodeName;
-    use keel_machine::span::{CoreTime, IdleRange, PartSet};
-    use keel_machine::worker::control::ThreadReport;
+    use keel_kind_wasm::control::ThreadReport;
+    use keel_kind_wasm::span::{CoreTime, IdleRange, PartSet};
     use std::time::Duration;
 
     /// Thread 1 waits 40 % of its time for pages of part 1 and 5 % for those of part 2, thread 2

@@ -4,7 +4,7 @@ use super::cores::Cores;
 use keel_balance::Name;
 use keel_balance::fine_grained::Action;
 use keel_cluster::Epoch;
-use keel_machine::span::{CpuUsage, PartId};
+use keel_kind_wasm::span::{CpuUsage, PartId};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 

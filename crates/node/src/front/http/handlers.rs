@@ -50,8 +50,8 @@ pub(super) async fn make_token(
 }
 
 pub(super) async fn upload(State(at): Shared, body: Bytes) -> Reply<Uploaded> {
-    let module = at.images.upload(body).await?;
-    Ok(Json(Uploaded { module }))
+    let hash = at.images.upload(body).await?;
+    Ok(Json(Uploaded { hash }))
 }
 
 pub(super) async fn list(State(at): Shared) -> Reply<Vec<MachineInfo>> {

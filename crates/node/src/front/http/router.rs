@@ -21,14 +21,15 @@ const PROBLEM_BYTES_MAX: usize = 64 << 10;
 pub(super) struct Caller(pub(super) Role);
 
 pub(super) fn router(handles: Arc<Handles>) -> Router {
+    let image_bytes_max = handles.context.kinds.image_bytes_max();
     let router = Router::new()
         .route("/v1/status", get(handlers::status))
         .route("/v1/nodes", get(handlers::nodes))
         .route("/v1/schedule/{node}", get(handlers::schedule))
         .route("/v1/tokens", post(handlers::make_token))
         .route(
-            "/v1/modules",
-            put(handlers::upload).layer(DefaultBodyLimit::max(keel_machine::MODULE_BYTES_MAX)),
+            "/v1/images",
+            put(handlers::upload).layer(DefaultBodyLimit::max(image_bytes_max)),
         )
         .route("/v1/machines", get(handlers::list).post(handlers::run))
         .route("/v1/machines/{name}", get(handlers::inspect))

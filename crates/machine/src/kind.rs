@@ -1,0 +1,366 @@
+//! Kinds of machines: what an agent must know of a kind, and their registry.
+//!
+//! A kind is a crate with an implementation of two traits:
+//!
+//! - [`Kind`], of which an agent asks questions: is this spec valid, what does this host
+//!   lack, how much memory does that process use;
+//! - [`Worker`](crate::worker::Worker), which runs one machine in a process of its own.
+//!
+//! The binary registers its kinds in one line ([`Kinds::new`]). All else (life cycle,
+//! moves, ownership, checkpoints' repositories, balancing) is the same for every kind, and
+//! asks the registry where kinds differ: nothing outside a kind compares its name.
+
+use crate::spec::{Balancing, Spawn, Spec};
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// How the names of a worker's threads begin whose time is its machine's demand for CPU; that
+/// of other threads counts as the node's own.
+pub const GUEST_THREAD_PREFIX: &str = "guest-";
+
+/// Longest name of a kind, in bytes.
+const NAME_BYTES_MAX: usize = 16;
+
+/// The name of a kind of machine: 1 to 16 lower-case letters and digits.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct KindName(String);
+
+/// The text is not a name of a kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not the name of a kind of machine: 1 to 16 lower-case letters and digits")]
+pub struct InvalidKindName(String);
+
+impl FromStr for KindName {
+    type Err = InvalidKindName;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_valid = (1..=NAME_BYTES_MAX).contains(&text.len())
+            && text
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+        match is_valid {
+            true => Ok(KindName(text.to_owned())),
+            false => Err(InvalidKindName(text.chars().take(40).collect())),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for KindName {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        text.parse().map_err(D::Error::custom)
+    }
+}
+
+impl fmt::Display for KindName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl KindName {
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The part of a spec that only its kind understands: an object whose fields the kind
+/// defines. Everybody else stores and sends it as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KindSpec(serde_json::Value);
+
+/// One without fields.
+impl Default for KindSpec {
+    fn default() -> Self {
+        KindSpec(serde_json::Value::Object(serde_json::Map::new()))
+    }
+}
+
+impl KindSpec {
+    /// Encodes a kind's own type.
+    ///
+    /// # Errors
+    /// If it is not an object of JSON.
+    pub fn new<T: Serialize>(own: &T) -> Result<Self, String> {
+        match serde_json::to_value(own) {
+            Ok(value) if value.is_object() => Ok(KindSpec(value)),
+            Ok(_) => Err("it is not an object".into()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Decodes the kind's own type, which should refuse unknown fields.
+    ///
+    /// # Errors
+    /// A message that names the field.
+    pub fn decode<T: DeserializeOwned>(&self) -> Result<T, String> {
+        T::deserialize(&self.0).map_err(|error| error.to_string())
+    }
+}
+
+/// What machines of a kind can do beside what all can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Abilities {
+    /// A machine may have parts on several nodes; its threads and objects move.
+    pub spans: bool,
+    /// A move may send memory after the machine resumed at the target.
+    pub post_copy: bool,
+    /// Its program is compiled on a node before a machine runs there.
+    pub compiles: bool,
+}
+
+/// A field of specs in which two of them differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// Its name in machine files.
+    pub field: String,
+    /// For users; secrets are not shown.
+    pub old: String,
+    pub new: String,
+}
+
+/// Where a worker finds the files of its node.
+#[derive(Debug, Clone)]
+pub struct WorkerFolders {
+    /// The worker's own: its socket, its output, its volumes.
+    pub folder: PathBuf,
+    /// The node's compiled code.
+    pub cache: PathBuf,
+    /// The node's programs, by hash, which other nodes fetch.
+    pub programs: PathBuf,
+}
+
+/// A kind of machine, as an agent sees it. Methods may block for some milliseconds unless
+/// said otherwise.
+pub trait Kind: fmt::Debug + Send + Sync + 'static {
+    fn name(&self) -> KindName;
+
+    fn abilities(&self) -> Abilities;
+
+    /// Validates a spec of this kind; [`Kinds::check`] has checked what abilities decide.
+    ///
+    /// # Errors
+    /// A message for the user, which names the field.
+    fn check(&self, spec: &Spec) -> Result<(), String>;
+
+    /// The hash (BLAKE3, hex) of the file that a machine starts from, which nodes fetch
+    /// from each other; `None` if there is none.
+    fn image(&self, spec: &Spec) -> Option<String>;
+
+    /// The largest file that a machine of this kind starts from, in bytes; 0 if none does.
+    fn image_bytes_max(&self) -> usize {
+        0
+    }
+
+    /// Checks the beginning of a file that a user wants to start machines from.
+    ///
+    /// # Errors
+    /// Why no machine of this kind starts from it.
+    fn check_image(&self, _bytes: &[u8]) -> Result<(), String> {
+        Err(format!(
+            "machines of kind {} start from no file",
+            self.name()
+        ))
+    }
+
+    /// What a machine runs, in one line: for `wasm`, the program and its arguments.
+    fn summary(&self, spec: &Spec) -> String;
+
+    /// The kind's part of a spec for users, without secrets.
+    fn shown(&self, spec: &Spec) -> serde_json::Value;
+
+    /// The differences between the kind's parts of two specs.
+    fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference>;
+
+    /// What this host lacks for fast moves, and the consequence; `None` if nothing.
+    fn missing_for_moves(&self) -> Option<String> {
+        None
+    }
+
+    /// What this host lacks for post-copy, and the remedy; `None` if nothing.
+    fn missing_for_post_copy(&self) -> Option<String> {
+        None
+    }
+
+    /// Bytes of memory that the machine of a worker occupies; `None` if it has none yet, or
+    /// if that process is no worker of this kind. `process` is its folder in `/proc`.
+    /// Without it the memory of the whole process counts.
+    fn memory_bytes(&self, _process: &Path) -> Option<u64> {
+        None
+    }
+
+    /// The program whose compiled code has this file name in the cache; `None` if it is
+    /// no code of this kind.
+    fn program_of_code(&self, _file_name: &str) -> Option<String> {
+        None
+    }
+
+    /// Compiles a program into the node's cache, in a process of its own. `wanted`: a
+    /// move waits for it.
+    ///
+    /// # Errors
+    /// Why it cannot be compiled.
+    fn compile(&self, _cache: &Path, _program: &Path, _wanted: bool) -> Result<(), String> {
+        Err(format!("programs of kind {} are not compiled", self.name()))
+    }
+
+    /// Runs a worker in this process until its agent ends it.
+    ///
+    /// # Errors
+    /// If its folders or socket cannot be used.
+    fn run_worker(&self, folders: &WorkerFolders) -> Result<(), String>;
+}
+
+/// The kinds that this binary has.
+#[derive(Debug, Clone)]
+pub struct Kinds(Arc<[Arc<dyn Kind>]>);
+
+impl Kinds {
+    /// Registers kinds; the first is the default of `keel run`.
+    pub fn new(kinds: impl IntoIterator<Item = Arc<dyn Kind>>) -> Self {
+        Kinds(kinds.into_iter().collect())
+    }
+
+    /// All kinds.
+    pub fn all(&self) -> impl Iterator<Item = &dyn Kind> {
+        self.0.iter().map(|kind| &**kind)
+    }
+
+    /// Finds a kind.
+    ///
+    /// # Errors
+    /// A message for users if this binary does not have it.
+    pub fn get(&self, name: &KindName) -> Result<&dyn Kind, String> {
+        self.all().find(|kind| kind.name() == *name).ok_or_else(|| {
+            let known: Vec<String> = self.all().map(|kind| kind.name().to_string()).collect();
+            format!(
+                "this node has no machines of kind {name:?}, only {}",
+                known.join(", "),
+                name = name.as_str()
+            )
+        })
+    }
+
+    /// The kind of a spec.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn of(&self, spec: &Spec) -> Result<&dyn Kind, String> {
+        self.get(&spec.kind)
+    }
+
+    /// Validates a spec. Fields that mean nothing to its kind are refused by name.
+    ///
+    /// # Errors
+    /// A message for users.
+    pub fn check(&self, spec: &Spec) -> Result<(), String> {
+        let kind = self.of(spec)?;
+        if !kind.abilities().spans
+            && let Some(field) = spanning_field(&spec.balancing)
+        {
+            return Err(format!(
+                "{field} means nothing to a machine of kind {}, which runs on one node",
+                spec.kind
+            ));
+        }
+        kind.check(spec)
+    }
+
+    /// The largest file that a machine of any kind starts from, in bytes.
+    pub fn image_bytes_max(&self) -> usize {
+        self.all().map(Kind::image_bytes_max).max().unwrap_or(0)
+    }
+
+    /// Checks that a machine of some kind can start from a file.
+    ///
+    /// # Errors
+    /// Why none can.
+    pub fn check_image(&self, bytes: &[u8]) -> Result<(), String> {
+        let with_images = self.all().filter(|kind| kind.image_bytes_max() > 0);
+        let mut reasons = Vec::new();
+        for kind in with_images {
+            match kind.check_image(bytes) {
+                Ok(()) => return Ok(()),
+                Err(reason) => reasons.push(reason),
+            }
+        }
+        Err(reasons.join("; "))
+    }
+
+    /// Bytes of memory that the machine of a worker occupies; `None` if it has none yet, or
+    /// no memory that its kind tells from that of its process. `process` is the worker's
+    /// folder in `/proc`. Blocks.
+    pub fn memory_bytes(&self, process: &Path) -> Option<u64> {
+        self.all().find_map(|kind| kind.memory_bytes(process))
+    }
+
+    /// The program whose compiled code has this file name in the cache.
+    pub fn program_of_code(&self, file_name: &str) -> Option<String> {
+        self.all().find_map(|kind| kind.program_of_code(file_name))
+    }
+
+    /// What this host lacks for fast moves, of all kinds.
+    pub fn missing_for_moves(&self) -> Vec<String> {
+        self.all().filter_map(Kind::missing_for_moves).collect()
+    }
+}
+
+/// A field that only machines with parts can have, by its name in machine files.
+fn spanning_field(balancing: &Balancing) -> Option<&'static str> {
+    match balancing {
+        Balancing {
+            parts_max: Some(_), ..
+        } => Some("max-parts"),
+        Balancing {
+            part_memory_bytes: Some(_),
+            ..
+        } => Some("part-memory"),
+        Balancing { spawn, .. } if *spawn != Spawn::Auto => Some("spawn"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_kinds_are_short_words() {
+        for name in ["wasm", "qemu", "k8"] {
+            assert_eq!(name.parse::<KindName>().unwrap().as_str(), name);
+        }
+        for text in ["", "Wasm", "a/b", "..", "a-kind", "aaaaaaaaaaaaaaaaa"] {
+            assert!(text.parse::<KindName>().is_err(), "{text}");
+            let json = serde_json::to_string(text).unwrap();
+            assert!(serde_json::from_str::<KindName>(&json).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_part_for_one_kind_is_an_object_and_names_its_unknown_fields() {
+        #[derive(Debug, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Own {
+            disk: u32,
+        }
+        assert!(KindSpec::new(&7).is_err());
+        let own = KindSpec::new(&Own { disk: 7 }).unwrap();
+        assert_eq!(own.decode::<Own>().unwrap().disk, 7);
+        let other = KindSpec(serde_json::json!({ "disk": 7, "drive": 8 }));
+        let refused = other.decode::<Own>().unwrap_err();
+        assert!(refused.contains("`drive`"), "{refused}");
+        // It survives the store's encoding.
+        let bytes = keel_store::encoding::to_cbor(&own, Vec::new()).unwrap();
+        assert_eq!(
+            keel_store::encoding::from_cbor::<KindSpec>(&bytes).unwrap(),
+            own
+        );
+    }
+}

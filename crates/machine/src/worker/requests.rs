@@ -1,0 +1,186 @@
+//! Requests of an agent to a worker: decoded, passed to the process or to the kind, and
+//! answered. What blocks runs outside the async runtime.
+
+use super::control::{Checkpoint, Copy, FileRequest, ReadLog, Receive, Start, kind, pack, unpack};
+use super::{Worker, source, target};
+use crate::failpoint;
+use crate::spec::Spec;
+use keel_cluster::Epoch;
+use keel_net::{BoxFuture, Bytes, Handler, PeerId, PinnedIdentity, Reply, RpcError};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+
+/// Time for the answer to a worker's last request to be sent, and for what outlives the
+/// process to be released.
+const FORGET_AFTER: Duration = Duration::from_millis(20);
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(300);
+
+pub(super) struct Service<W>(pub(super) Arc<W>);
+
+impl<W: Worker> Handler for Service<W> {
+    fn call(
+        &self,
+        _peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        let worker = self.0.clone();
+        Box::pin(async move { answer(worker, kind, payload).await })
+    }
+}
+
+/// Runs a blocking function outside of the runtime.
+///
+/// # Errors
+/// Those of the function, or if it panics.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RpcError> + Send + 'static,
+) -> Result<T, RpcError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(RpcError::unknown)?
+}
+
+/// As [`blocking`], and encodes the result.
+async fn reply<T: Serialize + Send + 'static>(
+    work: impl FnOnce() -> Result<T, RpcError> + Send + 'static,
+) -> Result<Reply, RpcError> {
+    Ok(pack(&blocking(work).await?)?.into())
+}
+
+async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<Reply, RpcError> {
+    match kind {
+        kind::START => {
+            let start: Start = unpack(&payload)?;
+            let runtime = Handle::current();
+            reply(move || {
+                worker.process().check_empty()?;
+                worker.start(start, &runtime)
+            })
+            .await
+        }
+        kind::RECEIVE => {
+            let request: Receive = unpack(&payload)?;
+            let runtime = Handle::current();
+            reply(move || target::receive(&worker, request, &runtime)).await
+        }
+        kind::REPORT => reply(move || Ok(worker.process().report(&*worker))).await,
+        kind::STATES => Ok(Reply::Stream(follow(worker.process().state.subscribe()))),
+        kind::STALLS => Ok(Reply::Stream(follow(worker.process().paused.subscribe()))),
+        kind::IDENTITY => {
+            let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
+            let fingerprint = identity.fingerprint;
+            worker.moves(|moves| moves.identity = Some(identity));
+            worker.prepare_move();
+            Ok(pack(&fingerprint)?.into())
+        }
+        kind::COPY => {
+            let copy: Copy = unpack(&payload)?;
+            let (send, events) = mpsc::channel(64);
+            std::thread::Builder::new()
+                .name("move-out".into())
+                .spawn(move || {
+                    source::copy(&worker, &copy, |worker| worker.begin_move(&copy), &send);
+                })
+                .map_err(RpcError::refused)?;
+            Ok(Reply::Stream(events))
+        }
+        kind::END_CHECKPOINT => reply(move || worker.end_checkpoint()).await,
+        kind::FREEZE => reply(move || source::freeze(&*worker)).await,
+        kind::GO => {
+            let epoch: Epoch = unpack(&payload)?;
+            reply(move || source::go(&worker, epoch)).await
+        }
+        kind::THAW => {
+            let epoch: Epoch = unpack(&payload)?;
+            reply(move || source::thaw(&*worker, epoch)).await
+        }
+        kind::ABORT => {
+            let reason: String = unpack(&payload)?;
+            reply(move || {
+                source::abort(&worker, reason);
+                Ok(())
+            })
+            .await
+        }
+        kind::SERVE => {
+            source::serve(&worker)?;
+            Ok(pack(&())?.into())
+        }
+        kind::STOP => {
+            worker.stop();
+            Ok(pack(&())?.into())
+        }
+        kind::SET => {
+            let spec: Spec = unpack(&payload)?;
+            reply(move || worker.set(spec)).await
+        }
+        kind::FILE => {
+            let request: FileRequest = unpack(&payload)?;
+            reply(move || worker.file(request)).await
+        }
+        kind::FORGET => {
+            let release = tokio::task::spawn_blocking(move || worker.release());
+            // The answer is sent first; nothing here needs to be saved.
+            tokio::spawn(async {
+                tokio::time::sleep(FORGET_AFTER).await;
+                let _ = tokio::time::timeout(RELEASE_TIMEOUT, release).await;
+                std::process::exit(0);
+            });
+            Ok(pack(&())?.into())
+        }
+        kind::CHECKPOINT => {
+            let request: Checkpoint = unpack(&payload)?;
+            let runtime = Handle::current();
+            reply(move || worker.checkpoint(&request, &runtime)).await
+        }
+        kind::ACTIVITY => reply(move || worker.activity()).await,
+        kind::LOG => {
+            let read: ReadLog = unpack(&payload)?;
+            let (send, chunks) = mpsc::channel(16);
+            std::thread::Builder::new()
+                .name("log".into())
+                .spawn(move || worker.process().read_log(&read, &send))
+                .map_err(RpcError::refused)?;
+            Ok(Reply::Stream(chunks))
+        }
+        kind::LOG_SINCE => {
+            let since: u64 = unpack(&payload)?;
+            let log = worker.process().log();
+            let log = log.ok_or_else(|| RpcError::failed("it has no output here yet"))?;
+            reply(move || {
+                let offset = log.offset_since(since);
+                offset.map_err(|error| RpcError::failed(format!("{}: {error}", log.place())))
+            })
+            .await
+        }
+        kind::FAILPOINT => {
+            let (name, order): (String, Option<String>) = unpack(&payload)?;
+            let order = order.map(|order| order.parse()).transpose();
+            failpoint::set(&name, order.map_err(RpcError::refused)?);
+            Ok(pack(&())?.into())
+        }
+        other => worker.answer(other, payload).await,
+    }
+}
+
+/// Streams the present and all later values.
+fn follow<T>(mut values: watch::Receiver<T>) -> mpsc::Receiver<Bytes>
+where
+    T: Clone + Serialize + Send + Sync + 'static,
+{
+    let (send, receive) = mpsc::channel(16);
+    tokio::spawn(async move {
+        loop {
+            let value = values.borrow_and_update().clone();
+            let Ok(bytes) = pack(&value) else { return };
+            if send.send(bytes).await.is_err() || values.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    receive
+}
