@@ -83,6 +83,15 @@ pub(crate) async fn restore(
     let manifest = manifest(&vault, &machine, id.as_ref())
         .await
         .map_err(|error| vault_error(&error))?;
+    let kinds = &machines.context.kinds;
+    kinds.check(&manifest.spec).map_err(bad)?;
+    let kind = kinds.of(&manifest.spec).map_err(bad)?;
+    if !request.nodes.is_empty() && !kind.abilities().spans {
+        return Err(bad(format!(
+            "a machine of kind {} has no parts: name one node with --on",
+            manifest.spec.kind
+        )));
+    }
     let memory = match (request.nodes.is_empty(), request.warm) {
         (true, false) => MemoryRestore::Eager,
         (true, true) => MemoryRestore::Lazy,
