@@ -107,7 +107,11 @@ impl Engine {
         let mut config = config(options);
         config
             .with_host_memory(Arc::new(Creator))
-            .wasm_branch_hinting(true);
+            .wasm_branch_hinting(true)
+            // Backtraces name functions only, and frame pointers suffice to find them: without these
+            // tables there is less to compile, store and load.
+            .generate_address_map(false)
+            .native_unwind_info(false);
         let inner = wasmtime::Engine::new(&config).map_err(ProgramError::Compile)?;
         Ok(Engine {
             inner,
