@@ -7,6 +7,7 @@
 //! - `checkpoints`: making checkpoints, and giving them up for a move
 //! - `source`: the source's side of a move
 //! - `target`: the target's side of a move
+//! - `target_endpoint`: where the source connects to the target
 //! - `post_copy`: memory that follows a machine which runs at the target
 //! - `residual_dirty_scan`: the pages that a frozen machine wrote last
 //! - `stack_functions`: functions on the stacks of a machine that moves, compiled at the target
@@ -31,6 +32,7 @@ mod spanning;
 mod stack_functions;
 mod start;
 mod target;
+mod target_endpoint;
 mod volumes;
 
 pub(crate) use compile::compile;

@@ -6,6 +6,7 @@ use super::post_copy::{self, PageSet};
 use super::process::WasmWorker;
 use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
 use super::stack_functions::{SampleError, StackFunctions};
+use super::target_endpoint::TargetEndpoint;
 use super::volumes::{SourceVolumes, VolumeError};
 use crate::control::HomeHandover;
 use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
@@ -123,27 +124,6 @@ impl Drop for SpanningSource {
         if let Err(error) = self.cancel() {
             tracing::warn!(%error, "a machine lost a part during the move of its home");
         }
-    }
-}
-
-/// Address and credentials of the target's worker.
-pub(super) struct TargetEndpoint {
-    address: String,
-    tls: ClientTls,
-    hello: Hello,
-}
-
-impl TargetEndpoint {
-    /// Connects and sends the purpose of the connection.
-    pub(super) fn connect(&self, purpose: Purpose) -> Result<Link, LinkError> {
-        let mut link = Link::connect(&self.address, &self.tls)?;
-        let hello = Hello {
-            purpose,
-            ..self.hello.clone()
-        };
-        link.send(&Message::Hello(hello))?;
-        link.flush()?;
-        Ok(link)
     }
 }
 
