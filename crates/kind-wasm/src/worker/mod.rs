@@ -6,6 +6,7 @@
 //! - `start`: starting the machine, from its module or a checkpoint
 //! - `checkpoints`: making checkpoints, and giving them up for a move
 //! - `source`: the source's side of a move
+//! - `throttle`: slows down a guest whose dirty rate is too high for its move
 //! - `target`: the target's side of a move
 //! - `target_endpoint`: where the source connects to the target
 //! - `post_copy`: memory that follows a machine which runs at the target
@@ -33,6 +34,7 @@ mod stack_functions;
 mod start;
 mod target;
 mod target_endpoint;
+mod throttle;
 mod volumes;
 
 pub(crate) use compile::compile;
