@@ -6,7 +6,9 @@
 //! - `start`: starting the machine, from its module or a checkpoint
 //! - `checkpoints`: making checkpoints, and giving them up for a move
 //! - `source`: the source's side of a move
+//! - `throttle`: slows down a guest whose dirty rate is too high for its move
 //! - `target`: the target's side of a move
+//! - `target_endpoint`: where the source connects to the target
 //! - `post_copy`: memory that follows a machine which runs at the target
 //! - `residual_dirty_scan`: the pages that a frozen machine wrote last
 //! - `stack_functions`: functions on the stacks of a machine that moves, compiled at the target
@@ -31,6 +33,8 @@ mod spanning;
 mod stack_functions;
 mod start;
 mod target;
+mod target_endpoint;
+mod throttle;
 mod volumes;
 
 pub(crate) use compile::compile;

@@ -6,6 +6,8 @@ use super::post_copy::{self, PageSet};
 use super::process::WasmWorker;
 use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
 use super::stack_functions::{SampleError, StackFunctions};
+use super::target_endpoint::TargetEndpoint;
+use super::throttle::Throttle;
 use super::volumes::{SourceVolumes, VolumeError};
 use crate::control::HomeHandover;
 use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
@@ -20,13 +22,12 @@ use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
 use keel_machine::worker::{self, Connect, LogSource, MoveError};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError};
-use keel_wasm::runtime::{Hold, Machine, MachineError, ProgramError};
+use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::collections::BTreeMap;
 use std::net::TcpStream;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Bytes of pages sent between two checks for starvation by other threads.
@@ -43,10 +44,6 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Time limit for threads to reach a safepoint.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-/// Period of throttling a guest, and the largest share of it, in percent, for which the
-/// guest is stopped.
-const SLOW_PERIOD: Duration = Duration::from_millis(4);
-const SLOW_PERCENT_MAX: u32 = 97;
 
 /// Why the machine was not moved. It runs on here, unless it ended.
 #[derive(Debug, thiserror::Error)]
@@ -123,27 +120,6 @@ impl Drop for SpanningSource {
         if let Err(error) = self.cancel() {
             tracing::warn!(%error, "a machine lost a part during the move of its home");
         }
-    }
-}
-
-/// Address and credentials of the target's worker.
-pub(super) struct TargetEndpoint {
-    address: String,
-    tls: ClientTls,
-    hello: Hello,
-}
-
-impl TargetEndpoint {
-    /// Connects and sends the purpose of the connection.
-    pub(super) fn connect(&self, purpose: Purpose) -> Result<Link, LinkError> {
-        let mut link = Link::connect(&self.address, &self.tls)?;
-        let hello = Hello {
-            purpose,
-            ..self.hello.clone()
-        };
-        link.send(&Message::Hello(hello))?;
-        link.flush()?;
-        Ok(link)
     }
 }
 
@@ -736,107 +712,4 @@ fn unexpected(message: &Message) -> SourceError {
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// Throttles a guest: its threads are stopped at safepoints for a share of the time.
-struct Throttle {
-    machine: Machine,
-    shared: Arc<ThrottleState>,
-    thread: Option<JoinHandle<Option<Instant>>>,
-}
-
-#[derive(Default)]
-struct ThrottleState {
-    /// Share of the time in which the guest is stopped, in percent; `None` ends the
-    /// throttling.
-    percent: Mutex<Option<u32>>,
-    changed: Condvar,
-}
-
-impl ThrottleState {
-    fn locked(&self) -> MutexGuard<'_, Option<u32>> {
-        self.percent
-            .lock()
-            .unwrap_or_else(|error| error.into_inner())
-    }
-
-    /// Sleeps; `false` if the end was signalled.
-    fn sleep(&self, time: Duration) -> bool {
-        let (percent, _) = self
-            .changed
-            .wait_timeout_while(self.locked(), time, |percent| percent.is_some())
-            .unwrap_or_else(|error| error.into_inner());
-        percent.is_some()
-    }
-
-    /// Stops and releases the guest periodically until the end; returns since when it is
-    /// stopped then.
-    fn keep(&self, machine: &Machine) -> Option<Instant> {
-        loop {
-            let percent = (*self.locked())?;
-            let begun = Instant::now();
-            if let Err(error) = machine.hold(Hold::Slowdown, None) {
-                tracing::warn!(%error, "cannot throttle the machine");
-                return None;
-            }
-            if !self.sleep(SLOW_PERIOD * percent / 100) {
-                return Some(begun);
-            }
-            machine.release(Hold::Slowdown);
-            if !self.sleep(SLOW_PERIOD * (100 - percent) / 100) {
-                return None;
-            }
-        }
-    }
-}
-
-impl Throttle {
-    fn new(machine: Machine) -> Self {
-        Throttle {
-            machine,
-            shared: Arc::default(),
-            thread: None,
-        }
-    }
-
-    fn is_on(&self) -> bool {
-        self.thread.is_some()
-    }
-
-    fn more(&mut self) {
-        {
-            let mut percent = self.shared.locked();
-            // 50, 75, 87, 93, 96, 97
-            let now = percent.unwrap_or(0);
-            *percent = Some((now + (100 - now) / 2).min(SLOW_PERCENT_MAX));
-        }
-        if self.thread.is_some() {
-            return;
-        }
-        let (machine, pace) = (self.machine.clone(), self.shared.clone());
-        self.thread = std::thread::Builder::new()
-            .name("throttle".into())
-            .spawn(move || pace.keep(&machine))
-            .ok();
-    }
-
-    /// Ends the throttling; threads that are stopped stay so, and the time since then is
-    /// returned.
-    fn stop(&mut self) -> Option<Instant> {
-        *self.shared.locked() = None;
-        self.shared.changed.notify_all();
-        // The thread only sleeps, stops and releases.
-        self.thread.take()?.join().unwrap_or_default()
-    }
-
-    fn release(&self) {
-        self.machine.release(Hold::Slowdown);
-    }
-}
-
-impl Drop for Throttle {
-    fn drop(&mut self) {
-        self.stop();
-        self.release();
-    }
 }

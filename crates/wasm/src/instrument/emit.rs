@@ -16,16 +16,26 @@
 //!
 //! In a clone every value that is live across a landing is in a local: originals in their own,
 //! operands in *temporaries*, one per height and type.
+//!
+//! - `landing`: entering a clone at a point
+//! - `enclosing_code`: what a loop version keeps of the code around its loop
+//! - `poll`: polls, and leaving at a point
+//! - `exit`: the cold code that saves a frame and leaves
+//! - `spill`: points with more operands than a block may have
+//! - `call`: calls and references
 
+mod call;
+mod enclosing_code;
 mod exit;
+mod landing;
+mod poll;
 mod spill;
 
-use super::body::{Construct, Landing, Point, PointKind, ends_here};
-use super::callees::{Callee, SegmentOp};
+use super::body::{Construct, Point, PointKind, ends_here};
+use super::callees::SegmentOp;
 use super::error::InstrumentError;
 use super::meta::{self, SlotType, slot_type};
 use super::plan::{BlockTypes, Plan, RESULT};
-use spill::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
@@ -275,142 +285,6 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok((self.out, self.hints))
     }
 
-    /// An operator that a loop version omits: it is before the loop, or in another arm.
-    fn skip(&mut self, position: usize) -> Result<(), InstrumentError> {
-        let body = self.plan.body;
-        match &body.ops[position] {
-            op @ (Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. }) => {
-                let construct = &body.constructs[self.next_construct];
-                if let Version::Loop { point, .. } = self.version
-                    && !self.has_begun
-                    && construct.points.contains(&point)
-                {
-                    if construct.polls && construct.points.start == point {
-                        self.has_begun = true;
-                        return self.open_construct(op);
-                    }
-                    self.open_around(op)?;
-                } else {
-                    self.next_construct += 1;
-                    self.open.push(Open {
-                        label: self.labels,
-                        construct: None,
-                        sequence: 0,
-                        polls: false,
-                        shape: Shape::Nothing,
-                        is_skipping: false,
-                        is_loop: false,
-                        is_wanted: false,
-                        first_ends: false,
-                    });
-                }
-            }
-            Operator::Else if self.has_begun && self.is_dead => {
-                // (For an arm that ends early.)
-                let frame = self.open.last();
-                if frame.is_some_and(|it| it.shape != Shape::Nothing && !it.is_skipping) {
-                    self.op(position)?;
-                }
-            }
-            Operator::End => {
-                if self
-                    .open
-                    .last()
-                    .is_some_and(|it| it.shape == Shape::Nothing)
-                {
-                    self.open.pop();
-                } else {
-                    // (The other arm of an enclosing `if` was omitted.)
-                    self.op(position)?;
-                }
-            }
-            _ => {}
-        }
-        let point = body.points.get(self.next_point);
-        if point.is_some_and(|point| point.op == Some(position)) {
-            self.next_point += 1;
-        }
-        Ok(())
-    }
-
-    /// Opens a construct around the entered loop. Operands below it are in temporaries; its
-    /// parameters are consumed.
-    fn open_around(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
-        let number = self.next_construct;
-        self.next_construct += 1;
-        let construct = &self.plan.body.constructs[number];
-        let (below, params) = construct
-            .operands
-            .split_at(construct.operands.len() - construct.params);
-        self.reload(below, construct.base);
-        for ty in params {
-            self.i(&zero(*ty));
-        }
-        let ty = match op {
-            Operator::Block { blockty } | Operator::Loop { blockty } | Operator::If { blockty } => {
-                RoundtripReencoder.block_type(*blockty)?
-            }
-            _ => BlockType::Empty,
-        };
-        self.i(&Instruction::Block(ty));
-        self.labels += 1;
-        for _ in params {
-            self.i(&Instruction::Drop);
-        }
-        let mut shape = Shape::Around;
-        if matches!(op, Operator::Loop { .. }) {
-            shape = Shape::LoopAround;
-            let ty = self.types.block(&[], params)?;
-            self.i(&Instruction::Block(ty));
-            self.labels += 1;
-        }
-        self.open.push(Open {
-            label: self.labels - 1,
-            construct: Some(number),
-            sequence: construct.sequences[0],
-            polls: false,
-            shape,
-            is_skipping: false,
-            is_loop: shape == Shape::LoopAround,
-            is_wanted: false,
-            first_ends: false,
-        });
-        Ok(())
-    }
-
-    /// The end of an enclosing loop: falling out continues behind it, a branch to its header
-    /// leaves.
-    fn close_around(&mut self, construct: usize) -> Result<(), InstrumentError> {
-        let construct = &self.plan.body.constructs[construct];
-        self.i(&Instruction::Br(1));
-        self.i(&Instruction::End);
-        self.labels -= 1;
-        let number = construct.points.start as usize;
-        let point = &self.plan.body.points[number];
-        if !construct.polls {
-            return Err(InstrumentError::Malformed(
-                "a loop does not poll that is around one that does".into(),
-            ));
-        }
-        let (visible, operands) = visible(point);
-        self.spill(&visible[..operands], point.outer);
-        self.exit(number, self.labels);
-        Ok(())
-    }
-
-    /// At a clone's entry: points at loop headers are in functions of their own.
-    fn go_to_loops(&mut self, first_loop: u32) {
-        for (function, point) in (first_loop..).zip(self.plan.loops()) {
-            self.i(&Instruction::LocalGet(0));
-            self.konst(point + 1);
-            self.i(&Instruction::I32Eq);
-            self.i(&Instruction::If(BlockType::Empty));
-            self.i(&Instruction::LocalGet(0));
-            self.i(&Instruction::ReturnCall(function));
-            self.i(&Instruction::End);
-        }
-    }
-
     fn i(&mut self, instruction: &Instruction<'_>) -> &mut Self {
         self.out.instruction(instruction);
         self
@@ -591,38 +465,6 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// A reference to a function in a clone: that of the hot module, because references are compared
-    /// by identity.
-    fn reference(&mut self, function: u32) -> Result<(), InstrumentError> {
-        let entry = self.plan.callees.reference(function);
-        self.konst(entry.ok_or_else(|| missing("a reference"))?);
-        self.i(&Instruction::TableGet(self.plan.refs + 1));
-        Ok(())
-    }
-
-    /// The call itself, without its status.
-    fn call_directly(&mut self, callee: u32) {
-        let function = match self.plan.callees.callee(callee) {
-            _ if self.version == Version::Hot => callee,
-            Callee::Exported => callee,
-            Callee::Dispatched {
-                dispatcher,
-                position,
-            } => {
-                self.konst(position);
-                dispatcher
-            }
-        };
-        self.i(&Instruction::Call(function));
-    }
-
-    /// Whether the innermost construct encloses the entered loop.
-    fn is_around(&self) -> bool {
-        self.open
-            .last()
-            .is_some_and(|frame| frame.shape == Shape::Around)
-    }
-
     /// Relative depth in the output of an original label.
     fn depth(&mut self, original: u32) -> u32 {
         let at = self.open.len() - 1 - original as usize;
@@ -630,17 +472,6 @@ impl<'a, 'p> Writer<'a, 'p> {
         // (A loop's label is at its header.)
         frame.is_wanted |= !frame.is_loop;
         self.labels - 1 - frame.label
-    }
-
-    /// A landing for the next point or construct of the sequence being
-    /// written. `operands` are those of its frame.
-    fn land(&mut self, operands: &[ValType], base: usize) {
-        if !self.lands() {
-            return;
-        }
-        self.spill(operands, base);
-        self.i(&Instruction::End);
-        self.labels -= 1;
     }
 
     fn open_construct(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
@@ -699,143 +530,10 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
     }
 
-    /// A landing in front of a loop whose only point is its header: a landing inside would be a
-    /// second entry into every iteration, and locals loaded before would be live on all paths
-    /// through the clone; both cost a tight loop a fifth of its speed.
-    fn land_at_simple_loop(
-        &mut self,
-        operands: &[ValType],
-        base: usize,
-    ) -> Result<(), InstrumentError> {
-        self.spill(operands, base);
-        let mask = self.mask;
-        self.i(&Instruction::I32Const(-1));
-        self.i(&Instruction::LocalSet(mask));
-        self.i(&Instruction::Br(1));
-        self.i(&Instruction::End);
-        self.load_locals(self.next_point)?;
-        self.konst(0).i(&Instruction::LocalTee(mask));
-        self.i(&Instruction::LocalSet(0));
-        self.i(&Instruction::End);
-        self.labels -= 2;
-        Ok(())
-    }
-
-    /// In front of another loop in a clone that contains its loops: a resume at its header
-    /// continues as if it came from the front, but does not leave immediately.
-    fn arrive_at_loop(&mut self) -> Result<(), InstrumentError> {
-        let mask = self.mask;
-        let number = self.next_point;
-        self.i(&Instruction::I32Const(-1));
-        self.i(&Instruction::LocalSet(mask));
-        self.i(&Instruction::LocalGet(0));
-        self.konst(number as u32 + 1);
-        self.i(&Instruction::I32Eq);
-        self.cold_if(BlockType::Empty);
-        self.load_locals(number)?;
-        self.konst(0).i(&Instruction::LocalTee(mask));
-        self.i(&Instruction::LocalSet(0));
-        self.i(&Instruction::End);
-        Ok(())
-    }
-
     fn open_arm(&mut self, construct: &Construct) -> Result<(), InstrumentError> {
         let params = &construct.operands[construct.operands.len() - construct.params..];
         let base = construct.base + construct.operands.len() - construct.params;
         self.open_sequence(params, base)
-    }
-
-    /// The condition of an `if` in a clone: its own, or on the way to a point the arm of that
-    /// point.
-    fn choose_arm(&mut self, construct: &Construct) {
-        let condition = self.plan.temps[&(construct.base + construct.operands.len(), ValType::I32)];
-        self.i(&Instruction::LocalGet(0));
-        self.konst(construct.else_point);
-        self.i(&Instruction::I32LeU);
-        self.get(condition);
-        self.i(&Instruction::LocalGet(0));
-        self.i(&Instruction::Select);
-    }
-
-    /// Start of a sequence: in a clone, one block for each landing, and the
-    /// branch to the one that the resume number names.
-    fn open_sequence(&mut self, params: &[ValType], base: usize) -> Result<(), InstrumentError> {
-        let Some(frame) = self.open.last() else {
-            return Ok(());
-        };
-        let all: &[Landing] = &self.plan.body.sequences[frame.sequence];
-        // (There is no landing at the header of a loop, its first point, but in front of the loop
-        // in a clone that contains its loops.)
-        let has_loops = self.has_loops();
-        let landings: Vec<&Landing> = all
-            .iter()
-            .skip(usize::from(frame.polls))
-            .filter(|landing| has_loops || !landing.is_simple_loop)
-            .collect();
-        let (Some(first), Some(last)) = (landings.first(), landings.last()) else {
-            return Ok(());
-        };
-        if !self.lands() {
-            return Ok(());
-        }
-        let (low, high) = (first.points.start, last.points.end);
-        self.spill(params, base);
-        // A landing at a simple loop is enclosed by a second block: the path that does not come
-        // from here.
-        let mut depths = Vec::with_capacity(landings.len());
-        let mut blocks = 0;
-        for landing in &landings {
-            depths.push(blocks);
-            blocks += 1 + u32::from(landing.is_simple_loop);
-        }
-        for _ in 0..blocks {
-            self.i(&Instruction::Block(BlockType::Empty));
-        }
-        self.labels += blocks;
-        if landings.len() == 1 {
-            self.i(&Instruction::LocalGet(0));
-            self.i(&Instruction::BrIf(0));
-        } else if landings.len() > 8 && ((high - low) as usize) <= 4 * landings.len() {
-            // Resume number n is point n - 1; the block around is for zero.
-            // (At headers of loops nobody lands.)
-            let mut table = vec![0; (high - low) as usize];
-            for (depth, landing) in depths.iter().zip(&landings) {
-                for point in landing.points.clone() {
-                    table[(point - low) as usize] = depth + 1;
-                }
-            }
-            self.i(&Instruction::Block(BlockType::Empty));
-            self.i(&Instruction::LocalGet(0));
-            self.konst(low + 1);
-            self.i(&Instruction::I32Sub);
-            self.i(&Instruction::BrTable(table.into(), 0));
-            self.i(&Instruction::End);
-        } else {
-            self.i(&Instruction::Block(BlockType::Empty));
-            self.i(&Instruction::LocalGet(0));
-            self.i(&Instruction::I32Eqz);
-            self.i(&Instruction::BrIf(0));
-            for (depth, landing) in depths.iter().zip(&landings) {
-                self.i(&Instruction::LocalGet(0));
-                self.konst(landing.points.end);
-                self.i(&Instruction::I32LeU);
-                self.i(&Instruction::BrIf(depth + 1));
-            }
-            self.i(&Instruction::Unreachable);
-            self.i(&Instruction::End);
-        }
-        self.reload(params, base);
-        Ok(())
-    }
-
-    /// Polls whether this thread must leave at the next point.
-    fn poll(&mut self, memory: u32) {
-        let request = MemArg {
-            target: MemArgTarget::Memory(memory),
-            ..self.control_arg(meta::REQUEST, 2)
-        };
-        self.konst(0);
-        self.i(&Instruction::I32AtomicLoad(request));
     }
 
     /// Whether a construct is not the loop that a loop version enters.
@@ -845,41 +543,6 @@ impl<'a, 'p> Writer<'a, 'p> {
             Version::Loop { point, .. } => !construct.polls || construct.points.start != point,
             Version::Hot | Version::Clone { .. } => true,
         }
-    }
-
-    /// Poll at a loop's header.
-    fn poll_loop(&mut self, construct: usize) -> Result<(), InstrumentError> {
-        // It continues in that loop's own version. (A landing inside is past this.)
-        let leaves = match self.version {
-            Version::Hot => false,
-            Version::Clone { first_loop } => first_loop.is_some(),
-            Version::Loop { is_lean, .. } => {
-                self.is_another(construct) && (is_lean || self.is_over)
-            }
-        };
-        if leaves {
-            self.konst(1);
-            self.leave_if()?;
-            let has_landings =
-                self.lands() && !self.plan.body.constructs[construct].is_simple_loop();
-            if !has_landings && let Some(frame) = self.open.last_mut() {
-                frame.is_skipping = true;
-                self.is_dead = !self.lands();
-                self.i(&Instruction::Unreachable);
-            }
-            return Ok(());
-        }
-        self.poll(self.plan.control);
-        if self.is_another(construct) && !self.has_loops() {
-            return self.leave_if();
-        }
-        let mask = self.mask;
-        self.i(&Instruction::LocalGet(mask));
-        self.i(&Instruction::I32And);
-        self.leave_if()?;
-        self.i(&Instruction::I32Const(-1));
-        self.i(&Instruction::LocalSet(mask));
-        Ok(())
     }
 
     fn cold_if(&mut self, ty: BlockType) {
@@ -895,46 +558,6 @@ impl<'a, 'p> Writer<'a, 'p> {
         });
     }
 
-    /// With a condition on the stack (of a poll, or a call's status): if it is set, saves the frame
-    /// of the next point and leaves; else continues.
-    fn leave_if(&mut self) -> Result<(), InstrumentError> {
-        let number = self.next_point;
-        self.next_point += 1;
-        let point = &self.plan.body.points[number];
-        let (visible, operands) = visible(point);
-        if operands == 0 {
-            self.exit_if(number);
-            return Ok(());
-        }
-        if visible.len() > BLOCK_VALUES_MAX {
-            self.leave_if_spilled(number, &visible);
-            return Ok(());
-        }
-        let ty = self.types.block(&visible, &visible)?;
-        self.cold_if(ty);
-        for _ in &point.results {
-            self.i(&Instruction::Drop);
-        }
-        self.spill(&visible[..operands], point.outer);
-        // The `if` itself adds a label.
-        self.exit(number, self.labels + 1);
-        self.i(&Instruction::End);
-        Ok(())
-    }
-
-    /// Behind [`Self::leave_if`], in a clone: where a resume at that point
-    /// arrives.
-    fn land_at_point(&mut self) {
-        if !self.lands() {
-            return;
-        }
-        let point = &self.plan.body.points[self.next_point - 1];
-        let (visible, _) = visible(point);
-        self.land(&visible, point.outer);
-        self.konst(0).i(&Instruction::LocalSet(0));
-        self.reload(&visible, point.outer);
-    }
-
     fn write_return(&mut self) {
         if self.version == Version::Hot {
             if self.plan.graph.has_status(self.plan.function) {
@@ -945,97 +568,6 @@ impl<'a, 'p> Writer<'a, 'p> {
             let depth = self.labels - 1 - self.body_label;
             self.i(&Instruction::Br(depth));
         }
-    }
-
-    fn call(&mut self, callee: u32) -> Result<(), InstrumentError> {
-        self.call_directly(callee);
-        if self.plan.graph.may_unwind(callee) {
-            self.leave_if()?;
-            self.land_at_point();
-        } else if self.plan.graph.has_status(callee) {
-            self.i(&Instruction::Drop);
-        }
-        Ok(())
-    }
-
-    fn tail_call(&mut self, callee: u32) -> Result<(), InstrumentError> {
-        let graph = self.plan.graph;
-        let (mine, theirs) = (
-            graph.has_status(self.plan.function),
-            graph.has_status(callee),
-        );
-        if self.version == Version::Hot && mine == theirs {
-            self.i(&Instruction::ReturnCall(callee));
-            return Ok(());
-        }
-        self.call_directly(callee);
-        match (self.version, mine, theirs) {
-            (Version::Clone { .. } | Version::Loop { .. }, _, true) => {
-                self.after_clone_tail_call();
-            }
-            (Version::Hot, false, true) => {
-                // The callee cannot unwind, else this function would carry a
-                // status too.
-                self.i(&Instruction::Drop);
-                self.write_return();
-            }
-            _ => self.write_return(),
-        }
-        Ok(())
-    }
-
-    /// A clone is called by the runtime, so its tail callee cannot replace it on the native stack.
-    /// The frames handle it: when the callee unwinds, nothing of the clone is saved.
-    fn after_clone_tail_call(&mut self) {
-        self.cold_if(BlockType::Empty);
-        self.konst(1).i(&Instruction::Return);
-        self.i(&Instruction::End);
-        self.write_return();
-    }
-
-    /// At a clone's entry: loads all locals except those that only loop headers saved.
-    fn load_at_entry(&mut self) -> Result<(), InstrumentError> {
-        let plan = self.plan;
-        let locals = plan.body.locals.len();
-        let mut wanted: Vec<bool> = plan
-            .slots
-            .iter()
-            .map(|(local, _)| *local as usize >= locals)
-            .collect();
-        for (point, saved) in plan.body.points.iter().zip(&plan.saved) {
-            if point.kind != PointKind::Loop {
-                saved.iter().for_each(|slot| wanted[*slot as usize] = true);
-            }
-        }
-        for slot in (0..wanted.len()).filter(|slot| wanted[*slot]) {
-            self.load_slot(slot)?;
-        }
-        Ok(())
-    }
-
-    /// In front of a loop: loads the locals that its header saved.
-    fn load_locals(&mut self, number: usize) -> Result<(), InstrumentError> {
-        let plan = self.plan;
-        for slot in plan.saved[number].iter().map(|slot| *slot as usize) {
-            if (plan.slots[slot].0 as usize) < plan.body.locals.len() {
-                self.load_slot(slot)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn load_slot(&mut self, slot: usize) -> Result<(), InstrumentError> {
-        let (local, ty) = self.plan.slots[slot];
-        let arg = self.control_arg(meta::RESTORE + self.plan.slot_offsets[slot], 0);
-        self.konst(0);
-        if slot_type(ty)? == SlotType::FuncRef {
-            self.i(&Instruction::I32Load(arg));
-            self.i(&Instruction::TableGet(self.plan.refs));
-        } else {
-            self.i(&load(ty, arg));
-        }
-        self.set(local);
-        Ok(())
     }
 
     /// Behind the body's block: the results, then the status.
@@ -1091,16 +623,6 @@ fn store(ty: ValType, arg: MemArg) -> Instruction<'static> {
         ValType::F64 => Instruction::F64Store(arg),
         ValType::V128 => Instruction::V128Store(arg),
         ValType::I32 | ValType::Ref(_) => Instruction::I32Store(arg),
-    }
-}
-
-fn load(ty: ValType, arg: MemArg) -> Instruction<'static> {
-    match ty {
-        ValType::I64 => Instruction::I64Load(arg),
-        ValType::F32 => Instruction::F32Load(arg),
-        ValType::F64 => Instruction::F64Load(arg),
-        ValType::V128 => Instruction::V128Load(arg),
-        ValType::I32 | ValType::Ref(_) => Instruction::I32Load(arg),
     }
 }
 

@@ -23,30 +23,28 @@
 //!
 //! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of the
 //! messages here. A peer of another version is refused with an error that names it.
+//!
+//! - `message`: the messages and their encoding
+//!
+//! The connection is in this file.
+
+mod message;
+
+pub use message::{FUNCTIONS_MAX, HELLO_BEFORE, HELLO_VERSION, Hello, Message, Purpose};
 
 use crate::PAGE_BYTES;
-use crate::moves::FillReport;
-use bytes::Bytes;
-use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
+use message::{KIND_PAGES, number};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
 
-/// Version of these messages.
-pub const HELLO_VERSION: u32 = 6;
-/// The previous version: with it, the source does not name functions to compile.
-pub const HELLO_BEFORE: u32 = 5;
 /// Time limit for the target to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
-/// Maximum functions in one message.
-pub const FUNCTIONS_MAX: usize = 4096;
 /// Bytes collected before they are encrypted and sent.
 const BATCH_BYTES: usize = 128 << 10;
 /// Header of the payload of pages: memory and offset.
@@ -61,150 +59,6 @@ const KEEPALIVE: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
 /// The time limit while the machine is frozen.
 const FROZEN_PATIENCE: Duration = Duration::from_secs(3);
-
-const KIND_HELLO: u16 = 1;
-const KIND_SIZE: u16 = 2;
-const KIND_PAGES: u16 = 3;
-const KIND_LOG: u16 = 4;
-const KIND_ROUND_END: u16 = 5;
-const KIND_ROUND_DONE: u16 = 6;
-const KIND_IMAGE: u16 = 7;
-const KIND_IMAGE_END: u16 = 8;
-const KIND_PREPARED: u16 = 9;
-const KIND_GO: u16 = 10;
-const KIND_RESUMED: u16 = 11;
-const KIND_ABORT: u16 = 12;
-const KIND_REMOTE: u16 = 13;
-const KIND_PULL: u16 = 14;
-const KIND_ALL_SENT: u16 = 15;
-const KIND_FILLED: u16 = 16;
-const KIND_BLOCK: u16 = 17;
-const KIND_CUT: u16 = 18;
-const KIND_FROZEN: u16 = 19;
-const KIND_PARTS: u16 = 20;
-const KIND_LOG_BEGINS: u16 = 21;
-const KIND_LOG_RESEND: u16 = 22;
-const KIND_FUNCTIONS: u16 = 23;
-const KIND_COMPILING: u16 = 24;
-
-/// The source's first message.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// [`HELLO_VERSION`].
-    pub version: u32,
-    pub machine: MachineName,
-    /// The epoch under which the source runs it.
-    pub epoch: Epoch,
-    /// Hash of the program that runs (for `wasm`, the instrumented module), if its kind has
-    /// one.
-    pub program: Option<[u8; 32]>,
-    /// Offset of the first byte of output that the source still has.
-    pub log_base: u64,
-    /// Whether this is a post-copy move.
-    pub post_copy: bool,
-    pub purpose: Purpose,
-}
-
-impl Hello {
-    /// Whether it belongs to the same move.
-    pub fn is_like(&self, other: &Hello) -> bool {
-        self.machine == other.machine && self.epoch == other.epoch && self.program == other.program
-    }
-}
-
-/// Purpose of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Purpose {
-    /// The move itself.
-    Move,
-    /// Background transfer of pages, after the first connection was lost.
-    Push,
-    /// Pages that threads wait for.
-    Pull,
-}
-
-/// A message; pages are transferred separately, see [`Link::send_pages`] and
-/// [`Link::receive_pages`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Message {
-    /// The source's first message.
-    Hello(Hello),
-    /// A memory's size in 64 KiB pages.
-    Size {
-        /// Number of the memory.
-        memory: u32,
-        pages: u64,
-    },
-    /// A piece of output.
-    Log { offset: u64, bytes: Bytes },
-    /// Bytes of a file in one of the machine's own volumes.
-    Block {
-        /// Number of the volume in the spec.
-        volume: u32,
-        /// Number of the file.
-        inode: u64,
-        offset: u64,
-        bytes: Bytes,
-    },
-    /// A file was truncated; to 0 bytes: it was removed.
-    Cut {
-        /// Number of the volume in the spec.
-        volume: u32,
-        /// Number of the file.
-        inode: u64,
-        /// Its new size at the most, in bytes.
-        bytes: u64,
-    },
-    /// End of a round.
-    RoundEnd,
-    /// All data of a round is in place.
-    RoundDone,
-    /// A piece of the machine's image.
-    Image(Bytes),
-    /// End of the image.
-    ImageEnd,
-    /// The target is ready.
-    Prepared,
-    /// The commit was applied.
-    Go(Epoch),
-    /// The machine runs at the target.
-    Resumed(Epoch),
-    /// The sender gives the move up.
-    Abort(String),
-    /// Names pages that only the source has: bit n, counted from the lowest of each byte,
-    /// is page `first_page + n`.
-    Remote {
-        /// Number of the memory.
-        memory: u32,
-        /// Page of the first bit.
-        first_page: u64,
-        bits: Bytes,
-    },
-    /// Requests a page that a thread waits for.
-    Pull {
-        /// Number of the memory.
-        memory: u32,
-        page: u64,
-    },
-    /// The sender has sent everything.
-    AllSent,
-    /// The machine is frozen from now on: what follows adds to its downtime.
-    Frozen,
-    /// The target has everything.
-    Filled(FillReport),
-    /// A piece of the state that a home passes to its successor.
-    Parts(Bytes),
-    /// The source no longer has output before an offset; what follows begins there. A
-    /// target of the previous version gives the move up, as it did for the gap.
-    LogBegins { offset: u64 },
-    /// The target requests output from an offset on.
-    LogResend { offset: u64 },
-    /// Functions on the stacks of the machine's threads, by their positions in the metadata of
-    /// the program; at most [`FUNCTIONS_MAX`].
-    Functions(BTreeSet<u32>),
-    /// All data of a round is in place, but functions are still being compiled.
-    Compiling,
-}
 
 /// Why a connection between workers ended.
 #[derive(Debug, thiserror::Error)]
@@ -232,192 +86,6 @@ impl LinkError {
     /// Pages cannot be read or written at this side.
     pub fn memory(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         LinkError::Memory(Box::new(error))
-    }
-}
-
-fn number(bytes: &[u8], at: usize) -> Result<u64, LinkError> {
-    bytes
-        .get(at..at + 8)
-        .and_then(|bytes| bytes.try_into().ok())
-        .map(u64::from_le_bytes)
-        .ok_or_else(|| LinkError::Message("a message is too short".into()))
-}
-
-fn volume_number(payload: &[u8]) -> Result<u32, LinkError> {
-    let volume = number(payload, 0)?;
-    u32::try_from(volume).map_err(|_| LinkError::Message(format!("volume {volume}")))
-}
-
-fn plain<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, LinkError> {
-    postcard::from_bytes(bytes).map_err(|error| LinkError::Message(error.to_string()))
-}
-
-impl Message {
-    /// Whether it belongs to the naming of pages left to post-copy.
-    pub fn names_pages(&self) -> bool {
-        matches!(
-            self,
-            Message::Size { .. } | Message::Remote { .. } | Message::RoundEnd
-        )
-    }
-
-    /// Decodes the payload of a frame.
-    ///
-    /// # Errors
-    /// [`LinkError::Message`].
-    pub fn decode(kind: u16, payload: &[u8]) -> Result<Self, LinkError> {
-        Ok(match kind {
-            KIND_HELLO => {
-                let (version, _) = postcard::take_from_bytes::<u32>(payload)
-                    .map_err(|error| LinkError::Message(error.to_string()))?;
-                if version != HELLO_VERSION && version != HELLO_BEFORE {
-                    return Err(LinkError::Message(format!(
-                        "the source speaks version {version} of moves, this node {HELLO_VERSION}: upgrade the older one"
-                    )));
-                }
-                Message::Hello(plain(payload)?)
-            }
-            KIND_SIZE => Message::Size {
-                memory: number(payload, 0)? as u32,
-                pages: number(payload, 8)?,
-            },
-            KIND_LOG => Message::Log {
-                offset: number(payload, 0)?,
-                bytes: Bytes::copy_from_slice(&payload[8..]),
-            },
-            KIND_BLOCK => Message::Block {
-                volume: volume_number(payload)?,
-                inode: number(payload, 8)?,
-                offset: number(payload, 16)?,
-                bytes: Bytes::copy_from_slice(&payload[24..]),
-            },
-            KIND_CUT => Message::Cut {
-                volume: volume_number(payload)?,
-                inode: number(payload, 8)?,
-                bytes: number(payload, 16)?,
-            },
-            KIND_ROUND_END => Message::RoundEnd,
-            KIND_ROUND_DONE => Message::RoundDone,
-            KIND_IMAGE => Message::Image(Bytes::copy_from_slice(payload)),
-            KIND_IMAGE_END => Message::ImageEnd,
-            KIND_PREPARED => Message::Prepared,
-            KIND_GO => Message::Go(plain(payload)?),
-            KIND_RESUMED => Message::Resumed(plain(payload)?),
-            KIND_ABORT => Message::Abort(String::from_utf8_lossy(payload).into_owned()),
-            KIND_REMOTE => Message::Remote {
-                memory: number(payload, 0)? as u32,
-                first_page: number(payload, 8)?,
-                bits: Bytes::copy_from_slice(&payload[16..]),
-            },
-            KIND_PULL => Message::Pull {
-                memory: number(payload, 0)? as u32,
-                page: number(payload, 8)?,
-            },
-            KIND_ALL_SENT => Message::AllSent,
-            KIND_FROZEN => Message::Frozen,
-            KIND_PARTS => Message::Parts(Bytes::copy_from_slice(payload)),
-            KIND_FILLED => Message::Filled(plain(payload)?),
-            KIND_LOG_BEGINS => Message::LogBegins {
-                offset: number(payload, 0)?,
-            },
-            KIND_LOG_RESEND => Message::LogResend {
-                offset: number(payload, 0)?,
-            },
-            KIND_FUNCTIONS => {
-                let functions: BTreeSet<u32> = plain(payload)?;
-                if functions.len() > FUNCTIONS_MAX {
-                    let count = functions.len();
-                    return Err(LinkError::Message(format!("{count} functions at once")));
-                }
-                Message::Functions(functions)
-            }
-            KIND_COMPILING => Message::Compiling,
-            other => return Err(LinkError::Message(format!("a message of kind {other}"))),
-        })
-    }
-
-    fn encode(&self) -> Result<(u16, Vec<u8>), LinkError> {
-        let pack = |value: &Epoch| {
-            postcard::to_stdvec(value).map_err(|error| LinkError::Message(error.to_string()))
-        };
-        Ok(match self {
-            Message::Hello(hello) => (
-                KIND_HELLO,
-                postcard::to_stdvec(hello)
-                    .map_err(|error| LinkError::Message(error.to_string()))?,
-            ),
-            Message::Size { memory, pages } => {
-                let mut bytes = u64::from(*memory).to_le_bytes().to_vec();
-                bytes.extend(pages.to_le_bytes());
-                (KIND_SIZE, bytes)
-            }
-            Message::Log { offset, bytes } => {
-                let mut out = offset.to_le_bytes().to_vec();
-                out.extend(bytes);
-                (KIND_LOG, out)
-            }
-            Message::Block {
-                volume,
-                inode,
-                offset,
-                bytes,
-            } => {
-                let mut out = Vec::with_capacity(24 + bytes.len());
-                for word in [u64::from(*volume), *inode, *offset] {
-                    out.extend(word.to_le_bytes());
-                }
-                out.extend(bytes);
-                (KIND_BLOCK, out)
-            }
-            Message::Cut {
-                volume,
-                inode,
-                bytes,
-            } => {
-                let words = [u64::from(*volume), *inode, *bytes];
-                let words = words.iter().flat_map(|word| word.to_le_bytes());
-                (KIND_CUT, words.collect())
-            }
-            Message::RoundEnd => (KIND_ROUND_END, Vec::new()),
-            Message::RoundDone => (KIND_ROUND_DONE, Vec::new()),
-            Message::Image(bytes) => (KIND_IMAGE, bytes.to_vec()),
-            Message::ImageEnd => (KIND_IMAGE_END, Vec::new()),
-            Message::Prepared => (KIND_PREPARED, Vec::new()),
-            Message::Go(epoch) => (KIND_GO, pack(epoch)?),
-            Message::Resumed(epoch) => (KIND_RESUMED, pack(epoch)?),
-            Message::Abort(reason) => (KIND_ABORT, reason.as_bytes().to_vec()),
-            Message::Remote {
-                memory,
-                first_page,
-                bits,
-            } => {
-                let mut bytes = u64::from(*memory).to_le_bytes().to_vec();
-                bytes.extend(first_page.to_le_bytes());
-                bytes.extend(bits);
-                (KIND_REMOTE, bytes)
-            }
-            Message::Pull { memory, page } => {
-                let mut bytes = u64::from(*memory).to_le_bytes().to_vec();
-                bytes.extend(page.to_le_bytes());
-                (KIND_PULL, bytes)
-            }
-            Message::AllSent => (KIND_ALL_SENT, Vec::new()),
-            Message::Frozen => (KIND_FROZEN, Vec::new()),
-            Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
-            Message::LogBegins { offset } => (KIND_LOG_BEGINS, offset.to_le_bytes().to_vec()),
-            Message::LogResend { offset } => (KIND_LOG_RESEND, offset.to_le_bytes().to_vec()),
-            Message::Functions(functions) => (
-                KIND_FUNCTIONS,
-                postcard::to_stdvec(functions)
-                    .map_err(|error| LinkError::Message(error.to_string()))?,
-            ),
-            Message::Compiling => (KIND_COMPILING, Vec::new()),
-            Message::Filled(report) => (
-                KIND_FILLED,
-                postcard::to_stdvec(report)
-                    .map_err(|error| LinkError::Message(error.to_string()))?,
-            ),
-        })
     }
 }
 
@@ -807,6 +475,8 @@ impl ImageBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
+    use keel_cluster::Epoch;
     use keel_net::PinnedIdentity;
 
     fn pair() -> (Link, Link) {
@@ -976,17 +646,5 @@ mod tests {
         let error = target.receive().unwrap_err().to_string();
         assert!(error.contains("no room"), "{error}");
         drop(sending.join().unwrap());
-    }
-
-    #[test]
-    fn random_payloads_never_panic() {
-        use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
-        for seed in 0..20_000 {
-            let mut random = StdRng::seed_from_u64(seed);
-            let mut payload = vec![0; random.random_range(0..64)];
-            random.fill_bytes(&mut payload);
-            // Either a message or an error with a reason.
-            let _ = Message::decode(random.random_range(0..=KIND_COMPILING), &payload);
-        }
     }
 }

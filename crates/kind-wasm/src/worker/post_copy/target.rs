@@ -1,31 +1,9 @@
-//! Post-copy: the machine runs at the target before all of its memory has arrived.
-//!
-//! ```text
-//!   source                                            target
-//!     │ REMOTE (pages that it keeps), image ────────────▶│
-//!     │  commit in the store                            │
-//!     │ REMOTE (pages written last), ROUND_END, GO ────▶│ runs; an access to such a page waits
-//!     │ pages, in order ───────────────────────────────▶│ installed and mapped  (first connection)
-//!     │◀──────────────────────────────────────── PULL ──│ a page that a thread waits for
-//!     │ that page and the next ────────────────────────▶│                       (second connection)
-//!     │ ALL_SENT ──────────────────────────────────────▶│
-//!     │◀────────────────────────────────────── FILLED ──│ all pages have arrived
-//! ```
-//!
-//! A page becomes visible to the guest only once its newest content is in place. The
-//! target's file holds what earlier rounds copied, but the guest's mapping is empty at
-//! first, so every first access is a minor or missing fault, and only this module
-//! resolves those. The first copy of a page to arrive is installed; later copies are
-//! older than what the guest may have written, and are dropped.
-//!
-//! Pages written last are named while the store commits. If the names do not arrive and
-//! the move was committed, every page counts as named.
-//!
-//! When a connection is lost, threads that need a page wait and the others run on; the
-//! source reconnects and is told which pages are still wanted. If the source is lost for
-//! good, the agents decide: the machine cannot go on.
+//! The target's side of post-copy: resolves faults of the guest, installs the pages that arrive
+//! and requests those that threads wait for. The connection's first messages, up to the
+//! resumption of the machine, are read by `worker::target`.
 
-use super::source::TargetEndpoint;
+use super::page_set::PageSet;
+use super::{locked, lower_priority, passed, shut};
 use keel_machine::link::{Hello, Link, LinkError, Message, Purpose, WritePages};
 use keel_machine::moves::FillReport;
 use keel_net::ServerTls;
@@ -33,153 +11,27 @@ use keel_wasm::memory::{FaultKind, GuestMemory, MemoryError, PAGE_BYTES, PageFau
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Pages sent for a faulting page: itself and those behind it.
-const PULL_PAGES: u64 = 8;
-/// Pages per message of the background transfer.
-const PUSH_PAGES: u64 = 16;
 /// Bytes mapped for the guest by one call.
 const MAP_BYTES: u64 = 1 << 20;
 /// Interval at which threads of this module check whether the transfer is complete.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// Pause before the source reconnects.
-const RECONNECT_DELAY: Duration = Duration::from_millis(100);
 /// How long the source may be disconnected while the machine runs until this is reported.
 const DISCONNECTED_PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of a page set in one message; messages without any page are not sent.
-const SET_BYTES: usize = 2 << 10;
 /// How long the machine has the processors to itself before pages that are present are
-/// mapped in the background, and the nice value of background work relative to the
-/// guest's.
+/// mapped in the background.
 const MAP_AFTER: Duration = Duration::from_millis(5);
-const BACKGROUND_NICE: i32 = 10;
 /// How long a committed machine waits for the last page names before it requests all
 /// pages.
 const NAMES_PATIENCE: Duration = Duration::from_millis(200);
 
-/// A set of pages of one memory.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct PageSet {
-    words: Vec<u64>,
-    count: u64,
-}
-
-impl PageSet {
-    fn contains(&self, page: u64) -> bool {
-        self.words
-            .get((page / 64) as usize)
-            .is_some_and(|word| word >> (page % 64) & 1 == 1)
-    }
-
-    /// False if the page was in the set already.
-    fn insert(&mut self, page: u64) -> bool {
-        let at = (page / 64) as usize;
-        if at >= self.words.len() {
-            self.words.resize(at + 1, 0);
-        }
-        let bit = 1 << (page % 64);
-        let new = self.words[at] & bit == 0;
-        self.words[at] |= bit;
-        self.count += u64::from(new);
-        new
-    }
-
-    /// False if the page was not in the set.
-    fn remove(&mut self, page: u64) -> bool {
-        let was = self.contains(page);
-        if was {
-            self.words[(page / 64) as usize] &= !(1 << (page % 64));
-            self.count -= 1;
-        }
-        was
-    }
-
-    pub(super) fn add_bytes(&mut self, range: &Range<u64>) {
-        for page in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
-            self.insert(page);
-        }
-    }
-
-    /// The first run at or behind `from`, limited to `max` pages.
-    fn run(&self, from: u64, max: u64) -> Option<Range<u64>> {
-        let mut at = (from / 64) as usize;
-        let mut word = *self.words.get(at)? & (u64::MAX << (from % 64));
-        while word == 0 {
-            at += 1;
-            word = *self.words.get(at)?;
-        }
-        let first = at as u64 * 64 + u64::from(word.trailing_zeros());
-        let mut end = first + 1;
-        while end - first < max && self.contains(end) {
-            end += 1;
-        }
-        Some(first..end)
-    }
-
-    /// Encodes the set as messages.
-    pub(super) fn messages(&self, memory: u32) -> Vec<Message> {
-        let bytes: Vec<u8> = self
-            .words
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect();
-        bytes
-            .chunks(SET_BYTES)
-            .enumerate()
-            .filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0))
-            .map(|(number, bytes)| Message::Remote {
-                memory,
-                first_page: (number * SET_BYTES * 8) as u64,
-                bits: bytes.to_vec().into(),
-            })
-            .collect()
-    }
-
-    /// Adds the pages of a message.
-    fn add_message(&mut self, first_page: u64, bits: &[u8]) {
-        let first = (first_page / 64) as usize;
-        let (words, rest) = bits.as_chunks::<8>();
-        if !first_page.is_multiple_of(64) || !rest.is_empty() {
-            // No peer sends unaligned bits; they are handled page by page.
-            for (at, byte) in bits.iter().enumerate() {
-                for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
-                    self.insert(first_page + at as u64 * 8 + bit);
-                }
-            }
-            return;
-        }
-        if self.words.len() < first + words.len() {
-            self.words.resize(first + words.len(), 0);
-        }
-        for (word, bits) in self.words[first..].iter_mut().zip(words) {
-            let new = u64::from_le_bytes(*bits) & !*word;
-            *word |= new;
-            self.count += u64::from(new.count_ones());
-        }
-    }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|error| error.into_inner())
-}
-
-fn passed(name: &'static str) -> Result<(), LinkError> {
-    keel_machine::failpoint::pass(name).map_err(|injected| LinkError::Aborted(injected.to_string()))
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-// ── target ──────────────────────────────────────────────────────────────
-
 /// The target's side of post-copy.
 #[derive(Clone)]
-pub(super) struct PostCopyTarget {
+pub(in crate::worker) struct PostCopyTarget {
     shared: Arc<Shared>,
 }
 
@@ -220,7 +72,7 @@ struct Pages {
 
 /// Progress of post-copy, for reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum PostCopyStatus {
+pub(in crate::worker) enum PostCopyStatus {
     /// Pages are arriving.
     Receiving,
     /// The source is disconnected.
@@ -231,7 +83,7 @@ pub(super) enum PostCopyStatus {
 
 impl PostCopyTarget {
     /// From now on guest accesses to these memories are resolved here.
-    pub(super) fn new(memories: Arc<[Arc<GuestMemory>]>) -> Result<Self, Unavailable> {
+    pub(in crate::worker) fn new(memories: Arc<[Arc<GuestMemory>]>) -> Result<Self, Unavailable> {
         let mut faults = Vec::with_capacity(memories.len());
         for memory in memories.iter() {
             faults.push(PageFaults::start(memory.clone(), true)?);
@@ -253,7 +105,7 @@ impl PostCopyTarget {
     }
 
     /// Adds pages that the source has kept.
-    pub(super) fn remote(
+    pub(in crate::worker) fn remote(
         &self,
         memory: u32,
         first_page: u64,
@@ -278,20 +130,20 @@ impl PostCopyTarget {
     }
 
     /// The source has named all pages that it keeps.
-    pub(super) fn all_named(&self) {
+    pub(in crate::worker) fn all_named(&self) {
         locked(&self.shared.pages).all_named = true;
         self.shared.changed.notify_all();
     }
 
     /// The source will name no further pages.
-    pub(super) fn names_lost(&self) {
+    pub(in crate::worker) fn names_lost(&self) {
         locked(&self.shared.pages).names_lost = true;
         self.shared.changed.notify_all();
     }
 
     /// Waits a moment for the last names: the store may tell this node that it owns the
     /// machine earlier than the source does.
-    pub(super) fn wait_named(&self) {
+    pub(in crate::worker) fn wait_named(&self) {
         let pages = locked(&self.shared.pages);
         let waiting = |pages: &mut Pages| !(pages.all_named || pages.names_lost || pages.sealed);
         drop(
@@ -302,7 +154,7 @@ impl PostCopyTarget {
     }
 
     /// The guest is about to run: from now on absent pages are requested.
-    pub(super) fn seal(&self) {
+    pub(in crate::worker) fn seal(&self) {
         let mut pages = locked(&self.shared.pages);
         if std::mem::replace(&mut pages.sealed, true) || pages.all_named {
             return;
@@ -314,14 +166,14 @@ impl PostCopyTarget {
     }
 
     /// The guest runs from now on.
-    pub(super) fn start_running(&self) {
+    pub(in crate::worker) fn start_running(&self) {
         let mut pages = locked(&self.shared.pages);
         pages.begun.get_or_insert_with(Instant::now);
         self.shared.changed.notify_all();
     }
 
     /// Starts to resolve accesses. `listener` accepts further connections of the source.
-    pub(super) fn begin(
+    pub(in crate::worker) fn begin(
         &self,
         listener: TcpListener,
         tls: ServerTls,
@@ -800,231 +652,13 @@ impl WholePages {
     }
 }
 
-// ── source ──────────────────────────────────────────────────────────────
-
-/// The source's side of post-copy: sends all pages that the target lacks, until it has
-/// them. `first` is the connection of the move, if it is intact; `unsent` is set to the
-/// number of bytes left.
-pub(super) fn serve(
-    way: &TargetEndpoint,
-    memories: &[Arc<GuestMemory>],
-    first: Option<Link>,
-    unsent: &AtomicU64,
-) -> FillReport {
-    lower_priority();
-    let mut first = first;
-    loop {
-        let served = first
-            .take()
-            .map_or_else(|| way.connect(Purpose::Push), Ok)
-            .and_then(|push| serve_once(way, memories, push, unsent));
-        match served {
-            Ok(report) => return report,
-            Err(error) => {
-                tracing::warn!(%error, "cannot send pages; retrying");
-                std::thread::sleep(RECONNECT_DELAY);
-            }
-        }
-    }
-}
-
-fn serve_once(
-    way: &TargetEndpoint,
-    memories: &[Arc<GuestMemory>],
-    mut push: Link,
-    unsent: &AtomicU64,
-) -> Result<FillReport, LinkError> {
-    let done = AtomicBool::new(false);
-    let closer = Mutex::new(None);
-    let report = passed("fill.serve").and_then(|()| {
-        let pull = way.connect(Purpose::Pull)?;
-        std::thread::scope(|scope| {
-            let (done, closer) = (&done, &closer);
-            let report = std::thread::Builder::new()
-                .name("fill-pull".into())
-                .spawn_scoped(scope, move || {
-                    serve_requests(way, pull, memories, done, closer)
-                })
-                .map_err(LinkError::from)
-                .and_then(|_| push_all(&mut push, memories, unsent));
-            done.store(true, Ordering::Release);
-            shut(locked(closer).take());
-            report
-        })
-    });
-    if report.is_err() {
-        // The target may hold the connection open.
-        shut(push.closer().ok());
-    }
-    report
-}
-
-/// Lowers the thread's priority below that of guests.
-fn lower_priority() {
-    // On Linux this affects the thread.
-    let guests = keel_machine::cgroup::guest_nice().map_or_else(
-        || rustix::process::nice(BACKGROUND_NICE).map(drop),
-        |guests| rustix::process::setpriority_process(None, guests + BACKGROUND_NICE),
-    );
-    if let Err(error) = guests {
-        tracing::debug!(%error, "cannot lower the priority of the background transfer");
-    }
-}
-
-fn shut(socket: Option<TcpStream>) {
-    if let Some(socket) = socket {
-        // The socket may be closed already.
-        let _ = socket.shutdown(std::net::Shutdown::Both);
-    }
-}
-
-/// Sends requested pages, over as many connections as needed, until the transfer is
-/// complete.
-fn serve_requests(
-    way: &TargetEndpoint,
-    first: Link,
-    memories: &[Arc<GuestMemory>],
-    done: &AtomicBool,
-    closer: &Mutex<Option<TcpStream>>,
-) {
-    let mut link = Some(first);
-    while !done.load(Ordering::Acquire) {
-        let connected = match link.take() {
-            Some(link) => Ok(link),
-            None => way.connect(Purpose::Pull),
-        };
-        match connected {
-            Ok(now) => {
-                *locked(closer) = now.closer().ok();
-                // The transfer may have completed before this handle existed.
-                if !done.load(Ordering::Acquire) {
-                    answer_requests(now, memories);
-                }
-            }
-            Err(error) => {
-                tracing::debug!(%error, "no connection for requested pages");
-                std::thread::sleep(RECONNECT_DELAY);
-            }
-        }
-    }
-}
-
-fn read(memory: &GuestMemory) -> impl Fn(u64, &mut [u8]) -> Result<(), LinkError> + '_ {
-    |at, bytes| memory.read(at, bytes).map_err(LinkError::memory)
-}
-
-/// Sends requested pages until the connection closes.
-fn answer_requests(mut link: Link, memories: &[Arc<GuestMemory>]) {
-    if let Err(error) = link.wait_without_timeout() {
-        tracing::debug!(%error, "cannot set a time limit on the connection");
-    }
-    loop {
-        let answered = link.receive().and_then(|message| {
-            passed("fill.pull")?;
-            let Message::Pull { memory, page } = message else {
-                return Err(LinkError::Message(format!("{message:?} out of turn")));
-            };
-            let of = memories.get(memory as usize).ok_or_else(|| {
-                LinkError::Message(format!("unexpected pages of memory {memory}"))
-            })?;
-            let start = page.saturating_mul(PAGE_BYTES);
-            let end = of.size_bytes().min(start + PULL_PAGES * PAGE_BYTES);
-            link.send_pages(memory, start..end, false, &read(of))?;
-            link.send(&Message::RoundEnd)?;
-            link.flush()
-        });
-        if let Err(error) = answered {
-            tracing::debug!(%error, "the connection for requested pages is closed");
-            return;
-        }
-    }
-}
-
-fn push_all(
-    link: &mut Link,
-    memories: &[Arc<GuestMemory>],
-    unsent: &AtomicU64,
-) -> Result<FillReport, LinkError> {
-    let mut sets = vec![PageSet::default(); memories.len()];
-    loop {
-        match link.receive()? {
-            Message::Remote {
-                memory,
-                first_page,
-                bits,
-            } => match sets.get_mut(memory as usize) {
-                Some(set) => set.add_message(first_page, &bits),
-                None => {
-                    return Err(LinkError::Message(format!(
-                        "unexpected pages of memory {memory}"
-                    )));
-                }
-            },
-            Message::RoundEnd => break,
-            other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
-        }
-    }
-    let all: u64 = sets.iter().map(|set| set.count).sum();
-    unsent.store(all * PAGE_BYTES, Ordering::Relaxed);
-    for ((number, memory), set) in (0u32..).zip(memories).zip(&sets) {
-        let mut at = 0;
-        while let Some(run) = set.run(at, PUSH_PAGES) {
-            passed("fill.push")?;
-            unsent.fetch_sub((run.end - run.start) * PAGE_BYTES, Ordering::Relaxed);
-            at = run.end;
-            let end = (run.end * PAGE_BYTES).min(memory.size_bytes());
-            link.send_pages(number, run.start * PAGE_BYTES..end, false, &read(memory))?;
-        }
-    }
-    link.send(&Message::AllSent)?;
-    link.flush()?;
-    match link.receive()? {
-        Message::Filled(report) => Ok(report),
-        other => Err(LinkError::Message(format!("{other:?} out of turn"))),
-    }
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sets_of_pages() {
-        let mut set = PageSet::default();
-        set.add_bytes(&(3 * PAGE_BYTES..5 * PAGE_BYTES));
-        set.add_bytes(&(64 * PAGE_BYTES..200 * PAGE_BYTES + 1));
-        assert_eq!(set.count, 2 + 137);
-        assert_eq!(set.run(0, 16), Some(3..5));
-        assert_eq!(set.run(4, 16), Some(4..5));
-        assert_eq!(set.run(5, 16), Some(64..80));
-        assert_eq!(set.run(5, u64::MAX), Some(64..201));
-        assert_eq!(set.run(201, 16), None);
-        let mut other = PageSet::default();
-        for message in set.messages(0) {
-            let Message::Remote {
-                first_page, bits, ..
-            } = message
-            else {
-                panic!("{message:?}");
-            };
-            other.add_message(first_page, &bits);
-        }
-        assert_eq!(other, set);
-        // In pieces of any size, and repeatedly.
-        let mut odd = PageSet::default();
-        for (first, bits) in [
-            (3, [3u8].as_slice()),
-            (3, &[1]),
-            (64, &[0xff; 17]),
-            (200, &[1]),
-        ] {
-            odd.add_message(first, bits);
-        }
-        odd.add_message(192, &[0xff, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(odd, set);
-        assert!(set.remove(3) && !set.remove(3));
-        assert_eq!(set.run(0, 16), Some(4..5));
-    }
 
     #[test]
     fn pages_are_assembled_from_any_pieces() {

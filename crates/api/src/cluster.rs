@@ -1,0 +1,52 @@
+//! The cluster and its nodes, as they are reported. Loads of nodes are in `balance`.
+
+use serde::{Deserialize, Serialize};
+
+/// The cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterInfo {
+    /// Its id.
+    pub cluster: String,
+    /// The node that answered.
+    pub node: String,
+    /// Nodes that hold the store.
+    pub voters: Vec<String>,
+    /// Whether the store answers.
+    pub store: String,
+    /// Nodes, and how many of them are alive.
+    pub nodes: u32,
+    /// Nodes that renew their lease.
+    pub nodes_alive: u32,
+    /// Machines, ended ones included.
+    pub machines: u32,
+    /// Machines that run.
+    pub machines_running: u32,
+    /// Version of the node that answered.
+    pub version: String,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its name.
+    pub name: String,
+    /// Its address for other nodes.
+    pub address: String,
+    /// Whether it renews its lease.
+    pub alive: bool,
+    /// Whether it is being drained: no machine is placed there.
+    #[serde(default)]
+    pub draining: bool,
+    /// Whether it holds the store.
+    pub voter: bool,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory of the host, in bytes.
+    pub memory_bytes: u64,
+    /// Machines in its schedule.
+    pub machines: u32,
+    /// Deficiencies of its host, with their consequences.
+    pub lacks: Vec<String>,
+    /// Version of its agent.
+    pub version: String,
+}

@@ -1,0 +1,292 @@
+//! Machines: requests to start and change them, and what is reported about them. Their moves, parts,
+//! checkpoints and volumes have files of their own.
+
+use crate::volume::{VolumeInfo, VolumeRequest};
+use keel_machine::cgroup::GroupUsage;
+use keel_machine::kind::{KindName, KindSpec};
+use keel_machine::moves::MoveReport;
+use keel_machine::restart_policy::Restart;
+use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
+use serde::{Deserialize, Serialize};
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// Its name.
+    pub name: String,
+    /// Its owner: the node that runs it, or ran it last.
+    pub node: String,
+    /// `starting`, `running`, `paused` (it waits for room on a disk, or a store),
+    /// `arriving`, `exited (N)`, `trapped`, `stopped`, `failed`.
+    pub status: String,
+    /// Progress of its worker before it runs; only while it starts, once it has a worker.
+    #[serde(default)]
+    pub phase: Option<StartPhaseInfo>,
+    /// When it first ran, in milliseconds since 1970-01-01 UTC; 0 if it never did.
+    #[serde(default)]
+    pub started_unix_ms: u64,
+    /// Exit code, once it exited.
+    pub exit_code: Option<u32>,
+    /// Why it trapped, failed or is paused.
+    pub message: Option<String>,
+    /// Raised by each change of owner.
+    pub epoch: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_unix_ms: u64,
+    /// Its kind.
+    pub kind: KindName,
+    /// What it runs, in one line: for `wasm`, the program and its arguments.
+    pub program: String,
+    /// What only its kind understands, without secrets: for `wasm`, the module's hash, the
+    /// arguments, the names of the variables in its environment, and the limit of threads.
+    pub kind_spec: serde_json::Value,
+    /// Nodes that have its compiled code, to which it can move at once. Only in the answer about
+    /// one machine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ready_on: Vec<String>,
+    /// Its volumes.
+    #[serde(default)]
+    pub volumes: Vec<VolumeInfo>,
+    /// Limit of each memory in bytes.
+    pub memory_limit_bytes: u64,
+    /// Limit of its output, in bytes a second.
+    #[serde(default)]
+    pub output_bytes_per_s: u64,
+    /// Whether it is removed when it ends.
+    #[serde(default)]
+    pub remove_at_end: bool,
+    /// The checkpoint that it was created from, as text.
+    #[serde(default)]
+    pub created_from: Option<String>,
+    /// Limit of its CPU time, in thousandths of a core.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
+    /// When it is restarted after its end.
+    #[serde(default)]
+    pub restart: Restart,
+    /// Periodic checkpoints.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointPlan>,
+    /// Its balancing policy.
+    #[serde(default)]
+    pub balancing: Balancing,
+    /// Restarts since it last ran for long.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Start of its present status, in milliseconds since 1970-01-01 UTC.
+    #[serde(default)]
+    pub since_unix_ms: u64,
+    /// Its bytes of memory; only while it runs.
+    pub memory_bytes: Option<u64>,
+    /// Its threads; only while it runs.
+    pub threads: Option<u32>,
+    /// CPU time of its worker on this node, in microseconds.
+    pub cpu_micros: Option<u64>,
+    /// Process id of its worker.
+    pub pid: Option<u32>,
+    /// Bytes of output that it wrote on all nodes, including record headers; only while it runs.
+    #[serde(default)]
+    pub output_bytes: Option<u64>,
+    /// The kernel's counters of its process; only while it runs, if it has a cgroup.
+    #[serde(default)]
+    pub cgroup: Option<GroupUsage>,
+    /// Its last moves, oldest first.
+    pub moves: Vec<MoveReport>,
+}
+
+impl MachineInfo {
+    /// Whether it is scheduled to run: it has not ended.
+    pub fn is_live(&self) -> bool {
+        matches!(
+            self.status.as_str(),
+            // A node of the previous version reports a starting machine as `scheduled`.
+            "starting" | "scheduled" | "running" | "paused" | "arriving" | "filling" | "restarting"
+        )
+    }
+
+    /// Whether it has still to run for the first time.
+    pub fn is_starting(&self) -> bool {
+        matches!(self.status.as_str(), "starting" | "scheduled")
+    }
+
+    /// Its status, with the progress of its start: `starting (compile 40 %)`.
+    pub fn status_line(&self) -> String {
+        match &self.phase {
+            Some(phase) => format!("{} ({})", self.status, phase.line()),
+            None => self.status.clone(),
+        }
+    }
+}
+
+/// Progress of a machine's start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartPhaseInfo {
+    /// `prepare`, `compile` or `restore`.
+    pub name: String,
+    /// Progress, 0 to 100, if it is known.
+    pub percent: Option<u8>,
+    /// Milliseconds since it began.
+    pub elapsed_ms: u64,
+}
+
+impl StartPhaseInfo {
+    /// As text: `compile 40 %`, `restore 3 s`.
+    pub fn line(&self) -> String {
+        match self.percent {
+            Some(percent) => format!("{} {percent} %", self.name),
+            None => format!("{} {} s", self.name, self.elapsed_ms / 1000),
+        }
+    }
+}
+
+/// An image that the cluster stores.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Uploaded {
+    /// Its hash (BLAKE3, hex).
+    pub hash: String,
+}
+
+/// A machine to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// Its name; generated if absent.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The node to start it on; the one that is asked if absent.
+    #[serde(default)]
+    pub on: Option<String>,
+    /// Its kind: `wasm`.
+    pub kind: KindName,
+    /// What only its kind understands: for `wasm`, the hash of an uploaded module
+    /// (`module`), `args`, `env` and `threads_max`. Other fields are refused by name.
+    pub kind_spec: KindSpec,
+    /// Its volumes.
+    #[serde(default)]
+    pub volumes: Vec<VolumeRequest>,
+    /// Limit of each of its memories, in bytes.
+    pub memory_bytes: u64,
+    /// Limit of its CPU time (`cpu.limit`), in thousandths of a core.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
+    /// Bytes of output a second.
+    pub output_bytes_per_s: u64,
+    /// Whether it is removed when it ends.
+    #[serde(default)]
+    pub remove_at_end: bool,
+    /// When it is restarted after its end.
+    #[serde(default)]
+    pub restart: Restart,
+    /// Periodic checkpoints.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointPlan>,
+    /// Its balancing policy.
+    #[serde(default, deserialize_with = "strict_balancing")]
+    pub balancing: Balancing,
+}
+
+/// Settings of a user: one that is not known is refused. (Those of a record may be of a
+/// newer node, and are ignored where they are not known.)
+fn strict_balancing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Balancing, D::Error> {
+    #[derive(Deserialize, Default)]
+    #[serde(deny_unknown_fields, default)]
+    struct Strict {
+        by: BalanceBy,
+        cpu_target_millis: Option<u32>,
+        memory_target_bytes: Option<u64>,
+        io_target_bytes_per_s: Option<u64>,
+        parts_max: Option<u32>,
+        spawn: Spawn,
+        part_memory_bytes: Option<u64>,
+    }
+    let strict = Strict::deserialize(from)?;
+    Ok(Balancing {
+        by: strict.by,
+        cpu_target_millis: strict.cpu_target_millis,
+        memory_target_bytes: strict.memory_target_bytes,
+        io_target_bytes_per_s: strict.io_target_bytes_per_s,
+        parts_max: strict.parts_max,
+        spawn: strict.spawn,
+        part_memory_bytes: strict.part_memory_bytes,
+    })
+}
+
+/// The differences between a machine and a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDiff {
+    /// The node that runs it, or ran it last; none if there is no such machine.
+    pub node: Option<String>,
+    /// Whether it is scheduled to run: it has not ended.
+    pub live: bool,
+    /// The differences; its node is not compared.
+    pub changes: Vec<FieldChange>,
+}
+
+/// One difference.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldChange {
+    /// An option of `keel run`, with a name if it has several values.
+    pub field: String,
+    /// The present value.
+    pub old: String,
+    /// The requested value.
+    pub new: String,
+    /// Whether it can be changed while the machine runs (`set`).
+    pub live: bool,
+}
+
+/// A position in a machine's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogOffset {
+    /// The value of `from` in a request for the log.
+    pub offset: u64,
+}
+
+/// Changes of a machine while it runs; absent fields stay.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Limit of each of its memories, in bytes.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Limit of its CPU time (`cpu.limit`), in thousandths of a core; 0 for none.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
+    /// When it is restarted after its end.
+    #[serde(default)]
+    pub restart: Option<Restart>,
+    /// Periodic checkpoints.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointChange>,
+    /// Which of its loads counts.
+    #[serde(default)]
+    pub balance: Option<BalanceBy>,
+    /// `cpu.target`, in thousandths of a core of the reference speed; 0 for none.
+    #[serde(default)]
+    pub cpu_target_millis: Option<u32>,
+    /// `memory.target`, in bytes; 0 for none.
+    #[serde(default)]
+    pub memory_target_bytes: Option<u64>,
+    /// `io.target`, in bytes a second; 0 for none.
+    #[serde(default)]
+    pub io_target_bytes_per_s: Option<u64>,
+    /// The most parts that balancing may give it (`max_parts`); 0 for none.
+    #[serde(default)]
+    pub parts_max: Option<u32>,
+    /// Where threads start that it creates while it has parts.
+    #[serde(default)]
+    pub spawn: Option<Spawn>,
+    /// `part.memory`, in bytes; 0 for none.
+    #[serde(default)]
+    pub part_memory_bytes: Option<u64>,
+}
+
+/// A change of the periodic checkpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckpointChange {
+    /// No more are made; existing ones stay.
+    None,
+    /// They follow this schedule.
+    Plan(CheckpointPlan),
+}
