@@ -52,7 +52,7 @@ impl NullSession {
     }
 
     fn send_log(&mut self) -> Result<(), MoveError> {
-        while let Some(message) = self.log.next()? {
+        while let Some(message) = self.log.next_message()? {
             self.link.send(&message)?;
         }
         Ok(())

@@ -97,7 +97,7 @@ impl NullWorker {
             None => {
                 let all = runtime.block_on(repository.list(&origin.machine));
                 let all = all.map_err(|error| error.to_string())?;
-                let newest = all.iter().next().cloned();
+                let newest = all.first().cloned();
                 newest.ok_or_else(|| format!("machine {} has no checkpoint", origin.machine))?
             }
         };

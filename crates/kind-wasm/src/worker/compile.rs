@@ -135,8 +135,14 @@ mod tests {
         let (start, later) = (Duration::ZERO, SMALL_MAX * 2);
         assert_eq!(priority(true, start, None), CompilePriority::First);
         assert_eq!(priority(false, start, None), CompilePriority::Background);
-        assert_eq!(priority(false, start, Some(start)), CompilePriority::Background);
-        assert_eq!(priority(true, later, Some(later)), CompilePriority::Background);
+        assert_eq!(
+            priority(false, start, Some(start)),
+            CompilePriority::Background
+        );
+        assert_eq!(
+            priority(true, later, Some(later)),
+            CompilePriority::Background
+        );
         let overdue = Some(YIELD_MAX * 2);
         assert_eq!(priority(false, later, overdue), CompilePriority::Overdue);
     }

@@ -582,7 +582,7 @@ impl SourceSession {
     }
 
     fn send_log(&mut self) -> Result<(), SourceError> {
-        while let Some(message) = self.log.next()? {
+        while let Some(message) = self.log.next_message()? {
             self.link.send(&message)?;
         }
         Ok(())

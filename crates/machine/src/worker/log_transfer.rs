@@ -42,7 +42,7 @@ impl LogSource {
     ///
     /// # Errors
     /// If the output cannot be read.
-    pub fn next(&mut self) -> io::Result<Option<Message>> {
+    pub fn next_message(&mut self) -> io::Result<Option<Message>> {
         let (offset, bytes) = self.log.read(self.next, CHUNK_BYTES)?;
         if offset > self.next {
             self.next = offset;
@@ -147,7 +147,7 @@ mod tests {
 
     /// Sends all output; `lost` decides for each piece whether it is lost.
     fn round(source: &mut LogSource, target: &mut LogTarget, mut lost: impl FnMut() -> bool) {
-        while let Some(message) = source.next().unwrap() {
+        while let Some(message) = source.next_message().unwrap() {
             match message {
                 Message::Log { .. } if lost() => {}
                 Message::Log { offset, bytes } => target.take(offset, &bytes).unwrap(),

@@ -35,7 +35,7 @@ pub mod volume_folder;
 pub use log_transfer::{LogSource, LogTarget};
 pub use process::{Process, publish_resumed, run, write_notice};
 pub use requests::blocking;
-pub use source::{Connect, copy};
+pub use source::{Connect, ConnectToTarget, copy};
 pub use target::{Accepted, Receiver, step_target};
 
 use self::control::{

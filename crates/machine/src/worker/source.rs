@@ -27,12 +27,14 @@ use tokio::sync::mpsc;
 /// How long a freeze waits for the thread that has just reported convergence.
 const HANDBACK_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Waits for what excludes a move, and connects to the target.
+pub type ConnectToTarget<S> = Box<dyn FnOnce(&PinnedIdentity) -> Result<S, MoveError> + Send>;
+
 /// An attempt that a kind has prepared.
 pub struct Connect<S> {
     /// Ends the attempt early where closing its connection does not.
     pub give_up: Option<Arc<AtomicBool>>,
-    /// Waits for what excludes a move, and connects to the target.
-    pub connect: Box<dyn FnOnce(&PinnedIdentity) -> Result<S, MoveError> + Send>,
+    pub connect: ConnectToTarget<S>,
 }
 
 impl<S> fmt::Debug for Connect<S> {
