@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 6;
-/// The previous version: with it, the source does not name functions to compile.
-pub const HELLO_BEFORE: u32 = 5;
+pub const HELLO_VERSION: u32 = 7;
 /// Maximum functions in one message.
 pub const FUNCTIONS_MAX: usize = 4096;
 
@@ -147,8 +145,7 @@ pub enum Message {
     Filled(FillReport),
     /// A piece of the state that a home passes to its successor.
     Parts(Bytes),
-    /// The source no longer has output before an offset; what follows begins there. A
-    /// target of the previous version gives the move up, as it did for the gap.
+    /// The source no longer has output before an offset; what follows begins there.
     LogBegins { offset: u64 },
     /// The target requests output from an offset on.
     LogResend { offset: u64 },
@@ -177,7 +174,7 @@ impl Message {
             KIND_HELLO => {
                 let (version, _) = postcard::take_from_bytes::<u32>(payload)
                     .map_err(|error| LinkError::Message(error.to_string()))?;
-                if version != HELLO_VERSION && version != HELLO_BEFORE {
+                if version != HELLO_VERSION {
                     return Err(LinkError::Message(format!(
                         "the source speaks version {version} of moves, this node {HELLO_VERSION}: upgrade the older one"
                     )));

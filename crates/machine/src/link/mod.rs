@@ -30,7 +30,7 @@
 
 mod message;
 
-pub use message::{FUNCTIONS_MAX, HELLO_BEFORE, HELLO_VERSION, Hello, Message, Purpose};
+pub use message::{FUNCTIONS_MAX, HELLO_VERSION, Hello, Message, Purpose};
 
 use crate::PAGE_BYTES;
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
