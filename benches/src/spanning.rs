@@ -42,24 +42,24 @@ fn part(number: usize) -> Result<PartId> {
     PartId::new(number).context("a part's number")
 }
 
-/// The messages between both sides: the certificate, then ports.
-struct Told {
+/// The first message of each side: its certificate, then ports.
+struct Greeting {
     fingerprint: String,
     ports: Vec<u16>,
 }
 
-impl Told {
-    fn say(&self, to: &mut impl Write) -> Result<()> {
+impl Greeting {
+    fn send(&self, to: &mut impl Write) -> Result<()> {
         let ports: Vec<String> = self.ports.iter().map(u16::to_string).collect();
         writeln!(to, "{} {}", self.fingerprint, ports.join(" "))?;
         Ok(to.flush()?)
     }
 
-    fn hear(from: &mut impl BufRead) -> Result<Self> {
+    fn receive(from: &mut impl BufRead) -> Result<Self> {
         let mut line = String::new();
         from.read_line(&mut line)?;
         let mut words = line.split_whitespace();
-        Ok(Told {
+        Ok(Greeting {
             fingerprint: words.next().context("the other part sent nothing")?.into(),
             ports: words.map(str::parse).collect::<Result<_, _>>()?,
         })
@@ -71,13 +71,13 @@ fn begin(
     me: usize,
     identity: &PinnedIdentity,
     listener: &TcpListener,
-    told: &Told,
+    greeting: &Greeting,
     memory: Arc<GuestMemory>,
 ) -> Result<Pages> {
-    let pinned = told.fingerprint.parse().context("a fingerprint")?;
+    let pinned = greeting.fingerprint.parse().context("a fingerprint")?;
     let client = ClientTls::pinned(identity, pinned)?;
     let server = ServerTls::pinned(identity, pinned)?;
-    let out = TcpStream::connect(("127.0.0.1", told.ports[0]))?;
+    let out = TcpStream::connect(("127.0.0.1", greeting.ports[0]))?;
     let (heard, _) = listener.accept()?;
     let (mine, other) = (part(me)?, part(1 - me)?);
     let machine = "bench".parse().map_err(anyhow::Error::msg)?;
@@ -117,14 +117,14 @@ pub(crate) fn home() -> Result<()> {
         bytes.fill((at / PAGE_BYTES % 255) as u8 + 1);
         memory.write(at, &bytes)?;
     }
-    let told = Told {
+    let greeting = Greeting {
         fingerprint: identity.fingerprint.to_string(),
         ports: vec![listener.local_addr()?.port(), plain.local_addr()?.port()],
     };
-    told.say(&mut std::io::stdout())?;
+    greeting.send(&mut std::io::stdout())?;
     let mut input = std::io::stdin().lock();
-    let told = Told::hear(&mut input)?;
-    let pages = begin(0, &identity, &listener, &told, memory)?;
+    let greeting = Greeting::receive(&mut input)?;
+    let pages = begin(0, &identity, &listener, &greeting, memory)?;
     let (mut answering, _) = plain.accept()?;
     answering.set_nodelay(true)?;
     std::thread::spawn(move || {
@@ -172,17 +172,17 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
         .map(Other)?;
     let mut output = BufReader::new(other.0.stdout.take().context("its output")?);
     let mut input = other.0.stdin.take().context("its input")?;
-    let told = Told::hear(&mut output)?;
+    let greeting = Greeting::receive(&mut output)?;
     let identity = PinnedIdentity::generate()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let mine = Told {
+    let mine = Greeting {
         fingerprint: identity.fingerprint.to_string(),
         ports: vec![listener.local_addr()?.port()],
     };
-    mine.say(&mut input)?;
+    mine.send(&mut input)?;
     let memory = memory()?;
-    let pages = begin(1, &identity, &listener, &told, memory.clone())?;
-    let mut plain = TcpStream::connect(("127.0.0.1", told.ports[1]))?;
+    let pages = begin(1, &identity, &listener, &greeting, memory.clone())?;
+    let mut plain = TcpStream::connect(("127.0.0.1", greeting.ports[1]))?;
     plain.set_nodelay(true)?;
     let wanted = |name: &str| only.is_none_or(|only| name.contains(only));
     if wanted("faults") {

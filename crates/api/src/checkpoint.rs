@@ -29,7 +29,7 @@ pub struct CheckpointInfo {
     /// Its id; later ones are greater.
     pub id: String,
     /// Its place.
-    pub vault: String,
+    pub repository: String,
     /// The checkpoint that it is an increment of.
     pub parent: Option<String>,
     /// Milliseconds since 1970-01-01 UTC.

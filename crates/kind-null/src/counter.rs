@@ -67,7 +67,9 @@ impl Counter {
             Err(reason) => return Ending::Failed(reason),
         };
         loop {
-            let waiting = |state: &mut State| state.is_frozen && state.ending.is_none();
+            // A frozen machine ends once it is thawed, or dropped: it may run elsewhere.
+            let waiting =
+                |state: &mut State| state.is_frozen && state.ending != Some(Ending::Discarded);
             let state = self.changed.wait_while(self.state(), waiting);
             let mut state = state.unwrap_or_else(PoisonError::into_inner);
             if let Some(ending) = &state.ending {
@@ -80,11 +82,13 @@ impl Counter {
             };
             let written =
                 written.and_then(|()| self.log.append(StreamKind::Output, line.as_bytes()));
+            // Under the lock: a machine that has ended is not frozen for a move.
             if let Err(error) = written {
-                return Ending::Failed(format!("it cannot write a line: {error}"));
+                let ending = Ending::Failed(format!("it cannot write a line: {error}"));
+                return state.ending.insert(ending).clone();
             }
             if self.spec.last == Some(state.next) {
-                return Ending::Complete;
+                return state.ending.insert(Ending::Complete).clone();
             }
             state.next += 1;
             drop(state);
@@ -115,10 +119,16 @@ impl Counter {
     }
 
     /// Stops counting; returns the next number.
-    pub(crate) fn freeze(&self) -> u64 {
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub(crate) fn freeze(&self) -> Result<u64, &'static str> {
         let mut state = self.state();
+        if state.ending.is_some() {
+            return Err("the machine has ended");
+        }
         state.is_frozen = true;
-        state.next
+        Ok(state.next)
     }
 
     pub(crate) fn thaw(&self) {

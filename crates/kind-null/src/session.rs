@@ -101,7 +101,7 @@ impl SourceSession for NullSession {
         self.link.use_frozen_timeout()?;
         failpoint::pass("out.freeze")?;
         let begun = Instant::now();
-        let next = self.counter.freeze();
+        let next = self.counter.freeze()?;
         let freeze_micros = micros(begun);
         failpoint::pass("out.frozen")?;
         self.link.send(&Message::Frozen)?;

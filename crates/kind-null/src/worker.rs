@@ -152,7 +152,9 @@ impl NullWorker {
         let counter = Counter::new(spec, log.clone(), next, request.offered.token());
         failpoint::pass("in.ready")?;
         self.process.set_log(log);
-        self.inner().counter = Some(counter);
+        self.inner().counter = Some(counter.clone());
+        // Frozen until the store has decided.
+        self.begin(counter)?;
         Ok(link)
     }
 }
@@ -273,20 +275,7 @@ impl Worker for NullWorker {
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {
-        let begun = self
-            .counter()
-            .map(|counter| self.begin(counter).map_err(|error| error.to_string()));
-        match begun {
-            Ok(Ok(())) => State::Running { epoch },
-            Ok(Err(reason)) => State::Ended {
-                epoch,
-                status: Status::Failed { reason },
-            },
-            // It was dropped in this moment.
-            Err(error) => State::Dropped {
-                reason: error.to_string(),
-            },
-        }
+        State::Running { epoch }
     }
 
     fn drop_received(&self, reason: &str) {
@@ -314,11 +303,14 @@ impl Worker for NullWorker {
             if inner.moves.is_moving_away() {
                 return Err(RpcError::failed("the machine is moving; try again"));
             }
+            if !matches!(*self.process.state.borrow(), State::Running { .. }) {
+                return Err(RpcError::failed("no machine runs here"));
+            }
             let (Some(name), Some(spec)) = (&inner.name, &inner.spec) else {
                 return Err(RpcError::failed("no machine runs here"));
             };
             let now = unix_ms();
-            let next = counter.freeze();
+            let next = counter.freeze().map_err(RpcError::failed)?;
             let log_end = log.end();
             let frozen = failpoint::pass("take.frozen");
             counter.thaw();

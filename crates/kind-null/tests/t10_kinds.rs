@@ -59,9 +59,9 @@ async fn a_machine_of_another_kind_lives_moves_and_ends() {
         assert_eq!((report.source.as_str(), report.target.as_str()), (from, to));
     }
     // A checkpoint, and a machine from it beside the first.
-    let vault = folder.path().join("vault").display().to_string();
+    let repository = folder.path().join("repository").display().to_string();
     let request = keel_api::CheckpointRequest {
-        to: Some(vault),
+        to: Some(repository),
         ..keel_api::CheckpointRequest::default()
     };
     let client = cluster.client("a");

@@ -144,7 +144,7 @@ impl Running {
     }
 
     fn place(&self) -> PathBuf {
-        self.folder.path().join("vault")
+        self.folder.path().join("repository")
     }
 
     fn take(&mut self, full: bool) -> CreatedCheckpoint {
@@ -486,13 +486,13 @@ fn a_full_checkpoint_follows_the_return_to_one_part() {
 
 #[derive(Debug)]
 enum BringError {
-    Vault(RepositoryError),
+    Repository(RepositoryError),
     Span(SpanError),
 }
 
 impl From<RepositoryError> for BringError {
     fn from(error: RepositoryError) -> Self {
-        BringError::Vault(error)
+        BringError::Repository(error)
     }
 }
 
@@ -575,7 +575,7 @@ fn memory_larger_than_a_part_is_restored_to_several() {
     let (machine, output, later, apart) = begin(Some(&id), 4, how);
     let error = bring(&later, apart.home().pages()).unwrap_err();
     assert!(
-        matches!(error, BringError::Vault(RepositoryError::Part { .. })),
+        matches!(error, BringError::Repository(RepositoryError::Part { .. })),
         "{error:?}"
     );
     machine.stop();

@@ -109,8 +109,8 @@ impl Drill<'_> {
         }
     }
 
-    fn vault(&self) -> String {
-        self.folder.join("vault").display().to_string()
+    fn repository(&self) -> String {
+        self.folder.join("repository").display().to_string()
     }
 
     /// Starts the machine, and makes its first checkpoint. Its module is `witness.wasm` in the
@@ -148,7 +148,7 @@ impl Drill<'_> {
             .call(hyper::Method::DELETE, &path, bytes::Bytes::new())
             .await?;
         std::fs::remove_file(self.file())?;
-        std::fs::remove_dir_all(self.folder.join("vault"))?;
+        std::fs::remove_dir_all(self.folder.join("repository"))?;
         self.start().await
     }
 
@@ -163,7 +163,7 @@ impl Drill<'_> {
     async fn checkpoint(&self) -> Result<CheckpointInfo> {
         let path = format!("/v1/machines/{}/checkpoints", self.machine);
         let request = CheckpointRequest {
-            to: Some(self.vault()),
+            to: Some(self.repository()),
             keep: Some(3),
             ..CheckpointRequest::default()
         };
@@ -333,7 +333,7 @@ impl Drill<'_> {
                     let request = MoveRequest {
                         to: to.to_owned(),
                         post_copy: true,
-                        checkpoint_to: Some(self.vault()),
+                        checkpoint_to: Some(self.repository()),
                         urgency: Urgency::Normal,
                         downtime_ms: None,
                     };

@@ -232,7 +232,7 @@ impl Nemesis {
 
     async fn checkpoint(&self, machine: &str) -> Result<()> {
         let request = CheckpointRequest {
-            to: Some(self.shared.join("vault").display().to_string()),
+            to: Some(self.shared.join("repository").display().to_string()),
             keep: Some(2),
             ..CheckpointRequest::default()
         };
@@ -510,7 +510,7 @@ impl Nemesis {
                     to,
                     post_copy,
                     checkpoint_to: post_copy
-                        .then(|| self.shared.join("vault").display().to_string()),
+                        .then(|| self.shared.join("repository").display().to_string()),
                     urgency: Urgency::Normal,
                     downtime_ms: None,
                 };
@@ -621,7 +621,7 @@ async fn checkpoint(
     tally: Arc<Tally>,
 ) {
     let request = CheckpointRequest {
-        to: Some(shared.join("vault").display().to_string()),
+        to: Some(shared.join("repository").display().to_string()),
         keep: Some(2),
         ..CheckpointRequest::default()
     };

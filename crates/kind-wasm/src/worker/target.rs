@@ -298,6 +298,11 @@ impl WasmWorker {
             .engine
             .load_instrumented(bytes)
             .map_err(RpcError::failed)?;
+        if request.program_hash != Some(*program.hash()) {
+            return Err(RpcError::failed(
+                "the program here is not the one that was offered: its file is damaged",
+            ));
+        }
         {
             let mut inner = self.inner();
             inner.name = Some(request.machine.clone());

@@ -233,10 +233,10 @@ mod tests {
                 eprintln!("skipped: priorities need CAP_SYS_NICE");
                 return;
             }
-            let mut courtesy = YieldPolicy::begin().unwrap();
-            courtesy.check();
+            let mut policy = YieldPolicy::begin().unwrap();
+            policy.check();
             assert_eq!(nice(), GUEST_NICE);
-            courtesy.end();
+            policy.end();
             assert_eq!(nice(), CONTROL_NICE);
             drop(YieldPolicy::begin().unwrap());
             assert_eq!(nice(), CONTROL_NICE);

@@ -80,7 +80,8 @@ pub trait SourceSession: Send + Sized + 'static {
     /// it.
     ///
     /// # Errors
-    /// [`MoveError`]; the machine may be frozen or not.
+    /// [`MoveError`]; the machine may be frozen or not. If it has ended, the text says
+    /// "has ended": the agent then records the end.
     fn freeze_and_send(&mut self) -> Result<Frozen, MoveError>;
 
     /// Whether there is work that can be done while the store commits.

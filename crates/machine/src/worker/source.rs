@@ -123,7 +123,7 @@ pub fn copy<W: Worker>(
     drop(freezing);
     let aborted = |reason: &str| MoveError::from(LinkError::Aborted(reason.to_owned()));
     let connected = (prepared.connect)(&identity);
-    let mut result = connected.and_then(|mut session| {
+    let result = connected.and_then(|mut session| {
         let closer = session.closer()?;
         let is_current = worker.moves(|moves| {
             let is_current = moves.is_attempt(attempt);
@@ -137,39 +137,43 @@ pub fn copy<W: Worker>(
         }
         session.copy(&mut tell).map(|()| session)
     });
-    if !worker.moves(|moves| moves.is_attempt(attempt))
-        && let Ok(session) = &mut result
-    {
-        cancel_given_up(session);
-    }
-    let mut given_up = None;
-    let failure = worker.moves(|moves| {
-        let is_current = moves.is_attempt(attempt);
-        if moves.attempt == attempt {
-            moves.copying = false;
-            // The request to give up left this to the copying thread.
-            moves.moving_away &= !moves.given_up;
-        }
-        match result {
-            Ok(session) if is_current => {
-                moves.outgoing = Some(SourceTask::idle(session));
-                None
+    let mut result = Some(result);
+    let mut is_cancelled = false;
+    let (given_up, failure) = loop {
+        let settled = worker.moves(|moves| {
+            let is_current = moves.is_attempt(attempt);
+            if !is_current && !is_cancelled && matches!(result, Some(Ok(_))) {
+                // What stands in the way of a thaw is undone while the machine counts as moving.
+                return None;
             }
-            Ok(session) => {
-                given_up = Some(session);
-                None
+            if moves.attempt == attempt {
+                moves.copying = false;
+                // The request to give up left this to the copying thread.
+                moves.moving_away &= !moves.given_up;
             }
-            Err(error) => {
-                if moves.attempt == attempt {
-                    moves.moving_away = false;
+            Some(match result.take()? {
+                Ok(session) if is_current => {
+                    moves.outgoing = Some(SourceTask::idle(session));
+                    (None, None)
                 }
-                Some(error.to_string())
-            }
+                Ok(session) => (Some(session), None),
+                Err(error) => {
+                    if moves.attempt == attempt {
+                        moves.moving_away = false;
+                    }
+                    (None, Some(error.to_string()))
+                }
+            })
+        });
+        if let Some(settled) = settled {
+            break settled;
         }
-    });
-    if let Some(mut session) = given_up {
-        // Given up in this very moment, perhaps: to cancel again does nothing.
-        cancel_given_up(&mut session);
+        if let Some(Ok(session)) = &mut result {
+            cancel_given_up(session);
+        }
+        is_cancelled = true;
+    };
+    if let Some(session) = given_up {
         abort_in_background(
             Some(SourceTask::idle(session)),
             "the move was given up".into(),
@@ -400,11 +404,13 @@ pub(super) fn abort<W: Worker>(worker: &Arc<W>, reason: String) {
         return;
     }
     give_up(&**worker);
-    let outgoing = worker.moves(|moves| {
-        // A machine that was frozen for the move is thawed first.
-        moves.moving_away = moves.copying;
-        moves.outgoing.take()
-    });
+    let mut outgoing = worker.moves(|moves| moves.outgoing.take());
+    // While the machine counts as moving.
+    if let Some(SourceTask::Idle(session)) = &mut outgoing {
+        cancel_given_up(&mut **session);
+    }
+    // A machine that was frozen for the move is thawed first.
+    worker.moves(|moves| moves.moving_away = moves.copying);
     abort_in_background(outgoing, reason);
 }
 

@@ -267,12 +267,19 @@ fn read_source<W: Worker>(worker: &Arc<W>, link: &mut Link, offered: Epoch) {
 fn source_lost<W: Worker>(worker: &Arc<W>, reason: String, offered: Epoch) {
     worker.source_lost();
     let commands = step_target(worker, TargetEvent::SourceLost(reason));
-    if commands.contains(&TargetCommand::AskAgent) {
-        worker.process().state.send_replace(State::Prepared {
-            offered,
-            source_lost: true,
-        });
+    if !commands.contains(&TargetCommand::AskAgent) {
+        return;
     }
+    // The agent may have resumed it meanwhile.
+    worker.moves(|moves| {
+        let target = moves.target.as_ref();
+        if target.is_some_and(|target| target.state() == TargetState::Prepared) {
+            worker.process().state.send_replace(State::Prepared {
+                offered,
+                source_lost: true,
+            });
+        }
+    });
 }
 
 /// Steps the target's state machine and carries out its commands, except messages to the

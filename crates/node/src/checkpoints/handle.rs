@@ -49,7 +49,7 @@ pub(crate) async fn opened(
         .map_err(|error| CommandError::Invalid(error.to_string()))
 }
 
-pub(crate) fn vault_error(error: &RepositoryError) -> CommandError {
+pub(crate) fn repository_error(error: &RepositoryError) -> CommandError {
     let text = error.to_string();
     match error {
         RepositoryError::Url { .. } => CommandError::Invalid(text),
@@ -131,9 +131,9 @@ impl Checkpoints {
         machine: &MachineName,
         request: CheckpointRequest,
     ) -> Result<CheckpointInfo, CommandError> {
-        let vault = place(&self.context, request.to.as_deref());
+        let repository = place(&self.context, request.to.as_deref());
         // An invalid place is reported before any work is done.
-        let url = vault.clone();
+        let url = repository.clone();
         opened(move || Repository::create(&url)).await?;
         let retention = Retention {
             newest: request.keep,
@@ -146,7 +146,7 @@ impl Checkpoints {
             ))
         })?;
         let question = Checkpoint {
-            repository: vault.clone(),
+            repository: repository.clone(),
             full: request.full,
             keep: retention,
         };
@@ -165,11 +165,11 @@ impl Checkpoints {
         failpoint::pass_async("keep.taken")
             .await
             .map_err(injected)?;
-        self.note_newest(machine, &vault).await;
+        self.note_newest(machine, &repository).await;
         Ok(CheckpointInfo {
             machine: machine.to_string(),
             id: taken.id.to_string(),
-            vault,
+            repository,
             parent: taken.parent.map(|id| id.to_string()),
             created_unix_ms: unix_ms(),
             stored_bytes: taken.stored_bytes,
@@ -183,15 +183,15 @@ impl Checkpoints {
     /// When a machine's newest checkpoint in a place was created, in milliseconds since 1970-01-01
     /// UTC; `None` without any.
     pub(crate) async fn newest_ms(&self, machine: &MachineName, to: Option<&str>) -> Option<u64> {
-        let vault = open(place(&self.context, to)).await.ok()?;
-        let all = vault.list(machine).await.ok()?;
+        let repository = open(place(&self.context, to)).await.ok()?;
+        let all = repository.list(machine).await.ok()?;
         all.first().map(CheckpointId::unix_ms)
     }
 
     /// Records where a machine's newest checkpoint is: the machine restarts from it if it is lost.
-    async fn note_newest(&self, machine: &MachineName, vault: &str) {
+    async fn note_newest(&self, machine: &MachineName, repository: &str) {
         let origin = Origin {
-            repository: vault.to_owned(),
+            repository: repository.to_owned(),
             machine: machine.clone(),
             id: None,
             is_clone: false,
@@ -236,17 +236,17 @@ impl Checkpoints {
         machine: &MachineName,
         from: Option<&str>,
     ) -> Result<Vec<CheckpointInfo>, CommandError> {
-        let vault = open(place(&self.context, from)).await?;
-        let ids = vault
+        let repository = open(place(&self.context, from)).await?;
+        let ids = repository
             .list(machine)
             .await
-            .map_err(|error| vault_error(&error))?;
+            .map_err(|error| repository_error(&error))?;
         let mut found = Vec::with_capacity(ids.len());
         for id in ids {
             let mut info = CheckpointInfo {
                 machine: machine.to_string(),
                 id: id.to_string(),
-                vault: vault.url().to_owned(),
+                repository: repository.url().to_owned(),
                 parent: None,
                 created_unix_ms: 0,
                 stored_bytes: 0,
@@ -255,7 +255,7 @@ impl Checkpoints {
                 deleted: 0,
                 damage: None,
             };
-            match vault.manifest(machine, &id).await {
+            match repository.manifest(machine, &id).await {
                 Ok(manifest) => {
                     info.created_unix_ms = manifest.created_unix_ms;
                     info.stored_bytes = manifest.stored_bytes();

@@ -9,5 +9,5 @@ mod handle;
 mod schedule;
 
 pub(crate) use handle::{
-    Checkpoints, CreateCheckpoint, PATIENCE, check_plan, open, opened, place, vault_error,
+    Checkpoints, CreateCheckpoint, PATIENCE, check_plan, open, opened, place, repository_error,
 };

@@ -11,10 +11,10 @@ use keel_machine::spec::{Record, Status};
 impl Note {
     /// The checkpoint that a machine is created from, as text.
     pub(crate) fn origin(origin: &Origin) -> String {
-        let (machine, vault) = (&origin.machine, &origin.repository);
+        let (machine, repository) = (&origin.machine, &origin.repository);
         match &origin.id {
-            Some(id) => format!("checkpoint {id} of {machine} in {vault}"),
-            None => format!("the newest checkpoint of {machine} in {vault}"),
+            Some(id) => format!("checkpoint {id} of {machine} in {repository}"),
+            None => format!("the newest checkpoint of {machine} in {repository}"),
         }
     }
 
@@ -124,10 +124,10 @@ impl Note {
     ) -> Note {
         match result {
             Ok(info) => {
-                let text = format!("was kept as checkpoint {} in {}", info.id, info.vault);
+                let text = format!("was kept as checkpoint {} in {}", info.id, info.repository);
                 Note::machine(EventKind::CheckpointMade, machine, text)
                     .with("id", &info.id)
-                    .with("vault", &info.vault)
+                    .with("repository", &info.repository)
                     .with("stored_bytes", info.stored_bytes)
                     .with("pause_micros", info.pause_micros.unwrap_or_default())
                     .with("total_micros", info.total_micros.unwrap_or_default())

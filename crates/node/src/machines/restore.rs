@@ -3,7 +3,7 @@
 use super::create::schedule;
 use super::handle::Machines;
 use super::spec_check::LIMITED_HAS_NO_PARTS;
-use crate::checkpoints::{open, place, vault_error};
+use crate::checkpoints::{open, place, repository_error};
 use crate::error::CommandError;
 use keel_api::{MachineInfo, RestoreRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -17,16 +17,16 @@ use std::sync::Arc;
 
 /// The manifest of the requested checkpoint, or of the newest readable one.
 async fn manifest(
-    vault: &Repository,
+    repository: &Repository,
     machine: &MachineName,
     id: Option<&CheckpointId>,
 ) -> Result<Manifest, RepositoryError> {
     if let Some(id) = id {
-        return vault.manifest(machine, id).await;
+        return repository.manifest(machine, id).await;
     }
     let mut damaged = None;
-    for id in vault.list(machine).await? {
-        match vault.manifest(machine, &id).await {
+    for id in repository.list(machine).await? {
+        match repository.manifest(machine, &id).await {
             Ok(manifest) => return Ok(manifest),
             Err(error @ RepositoryError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
@@ -79,10 +79,10 @@ pub(crate) async fn restore(
         .map(str::parse)
         .transpose()
         .map_err(bad)?;
-    let vault = open(place(&machines.context, request.from.as_deref())).await?;
-    let manifest = manifest(&vault, &machine, id.as_ref())
+    let repository = open(place(&machines.context, request.from.as_deref())).await?;
+    let manifest = manifest(&repository, &machine, id.as_ref())
         .await
-        .map_err(|error| vault_error(&error))?;
+        .map_err(|error| repository_error(&error))?;
     let kinds = &machines.context.kinds;
     kinds.check(&manifest.spec).map_err(bad)?;
     let kind = kinds.of(&manifest.spec).map_err(bad)?;
@@ -127,7 +127,7 @@ pub(crate) async fn restore(
         created_unix_ms: unix_ms(),
         paused: None,
         origin: Some(Origin {
-            repository: vault.url().to_owned(),
+            repository: repository.url().to_owned(),
             machine,
             id,
             is_clone,

@@ -130,9 +130,9 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
 /// if there is no complete checkpoint, which its worker reports.
 async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
     let url = origin.repository.clone();
-    let vault = checkpoints::opened(move || Repository::open(&url)).await;
-    let vault = vault.map_err(|error| error.to_string())?;
-    match checkpointed_bytes(&vault, origin, most).await {
+    let repository = checkpoints::opened(move || Repository::open(&url)).await;
+    let repository = repository.map_err(|error| error.to_string())?;
+    match checkpointed_bytes(&repository, origin, most).await {
         Ok(bytes) => Ok(Some(bytes).filter(|bytes| *bytes > most)),
         Err(error @ RepositoryError::Store(_)) => Err(error.to_string()),
         Err(error) => {

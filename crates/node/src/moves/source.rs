@@ -211,6 +211,10 @@ impl Driver {
     /// machine.
     async fn compile(&mut self) -> Option<SourceEvent> {
         let begun = Instant::now();
+        let kind = self.moves.context.kinds.of(&self.record.spec);
+        if kind.is_ok_and(|kind| !kind.abilities().compiles) {
+            return None;
+        }
         let program = match self.worker.report().await.map(|report| report.program) {
             Ok(Some(program)) => Fingerprint(program),
             // Nothing is to be compiled, or the offer fails with the reason.

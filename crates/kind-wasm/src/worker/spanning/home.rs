@@ -26,7 +26,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 #[derive(Debug, thiserror::Error)]
 enum SpanningRestoreError {
     #[error(transparent)]
-    Vault(#[from] RepositoryError),
+    Repository(#[from] RepositoryError),
     #[error(transparent)]
     Span(#[from] SpanError),
     #[error("it was ended while its memory was read")]
