@@ -50,13 +50,6 @@ impl NullSession {
             link,
         })
     }
-
-    fn send_log(&mut self) -> Result<(), MoveError> {
-        while let Some(message) = self.log.next_message()? {
-            self.link.send(&message)?;
-        }
-        Ok(())
-    }
 }
 
 fn micros(since: Instant) -> u64 {
@@ -75,16 +68,13 @@ impl SourceSession for NullSession {
     fn copy(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
         failpoint::pass("out.hello")?;
         let begun = Instant::now();
-        self.send_log()?;
+        self.log.send(&mut self.link)?;
         self.link.send(&Message::RoundEnd)?;
         self.link.flush()?;
         failpoint::pass("out.round")?;
-        loop {
-            match self.link.receive()? {
-                Message::RoundDone => break,
-                Message::LogResend { offset } => self.log.resume_from(offset),
-                other => return Err(unexpected(&other)),
-            }
+        match self.log.round_answer(&mut self.link)? {
+            Message::RoundDone => {}
+            other => return Err(unexpected(&other)),
         }
         failpoint::pass("out.converged")?;
         tell(CopyEvent::Converged {
@@ -105,7 +95,7 @@ impl SourceSession for NullSession {
         let freeze_micros = micros(begun);
         failpoint::pass("out.frozen")?;
         self.link.send(&Message::Frozen)?;
-        self.send_log()?;
+        self.log.send(&mut self.link)?;
         failpoint::pass("out.last-pages")?;
         let state = Instant::now();
         let image = next.to_le_bytes().to_vec();
@@ -113,18 +103,7 @@ impl SourceSession for NullSession {
         self.link.send(&Message::ImageEnd)?;
         self.link.flush()?;
         failpoint::pass("out.image")?;
-        loop {
-            match self.link.receive()? {
-                Message::Prepared => break,
-                Message::LogResend { offset } => {
-                    self.log.resume_from(offset);
-                    self.send_log()?;
-                    self.link.send(&Message::ImageEnd)?;
-                    self.link.flush()?;
-                }
-                other => return Err(unexpected(&other)),
-            }
-        }
+        self.log.wait_prepared(&mut self.link)?;
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.wait_without_timeout()?;

@@ -127,19 +127,14 @@ impl NullWorker {
                 Message::LogBegins { offset } => output.begins(offset)?,
                 Message::RoundEnd => {
                     failpoint::pass("in.round")?;
-                    if let Some(again) = output.missing()? {
-                        link.send(&again)?;
-                    }
+                    output.request_missing(&mut link)?;
                     link.send(&Message::RoundDone)?;
                     link.flush()?;
                 }
                 Message::Image(bytes) => image.add(&bytes)?,
-                Message::ImageEnd => match output.missing()? {
-                    Some(again) => {
-                        link.send(&again)?;
-                        link.flush()?;
-                    }
-                    None => break,
+                Message::ImageEnd => match output.request_missing(&mut link)? {
+                    true => link.flush()?,
+                    false => break,
                 },
                 other => {
                     return Err(LinkError::Message(format!("{other:?} out of turn")).into());

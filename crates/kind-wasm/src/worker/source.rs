@@ -248,7 +248,7 @@ impl SourceSession {
             let first = rounds.is_empty();
             let mut bytes = self.send_ranges(&ranges, first)?;
             bytes += self.volumes.send(&mut self.link)?;
-            self.send_log()?;
+            self.log.send(&mut self.link)?;
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
             failpoint::pass("out.round")?;
@@ -321,7 +321,7 @@ impl SourceSession {
 
     /// The target's answer to the end of a round: whether it still compiles functions.
     fn end_of_round(&mut self) -> Result<bool, SourceError> {
-        match self.answer()? {
+        match self.log.round_answer(&mut self.link)? {
             Message::RoundDone => Ok(false),
             Message::Compiling => Ok(true),
             other => Err(unexpected(&other)),
@@ -443,18 +443,7 @@ impl SourceSession {
             }
             self.scan = Some(scan);
         }
-        loop {
-            match self.link.receive()? {
-                Message::Prepared => break,
-                Message::LogResend { offset } => {
-                    self.log.resume_from(offset);
-                    self.send_log()?;
-                    self.link.send(&Message::ImageEnd)?;
-                    self.link.flush()?;
-                }
-                other => return Err(unexpected(&other)),
-            }
-        }
+        self.log.wait_prepared(&mut self.link)?;
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.wait_without_timeout()?;
@@ -471,7 +460,7 @@ impl SourceSession {
     /// began.
     fn send_state(&mut self, last_bytes: &mut u64) -> Result<Instant, SourceError> {
         *last_bytes += self.volumes.send_all(&mut self.link)?;
-        self.send_log()?;
+        self.log.send(&mut self.link)?;
         let pages_sent = Instant::now();
         failpoint::pass("out.last-pages")?;
         let image = self.machine.image()?.encode()?;
@@ -579,23 +568,6 @@ impl SourceSession {
             }
         }
         Ok(sent)
-    }
-
-    fn send_log(&mut self) -> Result<(), SourceError> {
-        while let Some(message) = self.log.next_message()? {
-            self.link.send(&message)?;
-        }
-        Ok(())
-    }
-
-    /// The target's answer to a round; missing output is sent in the next round.
-    fn answer(&mut self) -> Result<Message, SourceError> {
-        loop {
-            match self.link.receive()? {
-                Message::LogResend { offset } => self.log.resume_from(offset),
-                other => return Ok(other),
-            }
-        }
     }
 }
 

@@ -184,9 +184,7 @@ fn receive(
             Message::LogBegins { offset } => output.begins(offset)?,
             Message::RoundEnd => {
                 failpoint::pass("in.round")?;
-                if let Some(again) = output.missing()? {
-                    link.send(&again)?;
-                }
+                output.request_missing(&mut link)?;
                 link.send(&match compilation.is_complete() {
                     true => Message::RoundDone,
                     false => Message::Compiling,
@@ -212,12 +210,9 @@ fn receive(
             },
             Message::Parts(bytes) if part.is_some() => handover.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
-            Message::ImageEnd => match output.missing()? {
-                Some(again) => {
-                    link.send(&again)?;
-                    link.flush()?;
-                }
-                None => break,
+            Message::ImageEnd => match output.request_missing(&mut link)? {
+                true => link.flush()?,
+                false => break,
             },
             other => return Err(TargetError::Unexpected(format!("{other:?}"))),
         }

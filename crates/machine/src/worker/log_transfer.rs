@@ -14,7 +14,7 @@
 //! dropped. Second, output may be missing at the target while the source still has it. So
 //! a gap is no reason to give the move up: a second attempt would find the same gap.
 
-use crate::link::{CHUNK_BYTES, Message};
+use crate::link::{CHUNK_BYTES, Link, LinkError, Message};
 use crate::log::Log;
 use std::io;
 use std::sync::Arc;
@@ -39,10 +39,7 @@ impl LogSource {
     }
 
     /// The next message; `None` once all output was sent.
-    ///
-    /// # Errors
-    /// If the output cannot be read.
-    pub fn next_message(&mut self) -> io::Result<Option<Message>> {
+    fn next_message(&mut self) -> io::Result<Option<Message>> {
         let (offset, bytes) = self.log.read(self.next, CHUNK_BYTES)?;
         if offset > self.next {
             self.next = offset;
@@ -58,8 +55,52 @@ impl LogSource {
         }))
     }
 
+    /// Sends all output that was not sent.
+    ///
+    /// # Errors
+    /// If the output cannot be read, or the connection is lost.
+    pub fn send(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        while let Some(message) = self.next_message()? {
+            link.send(&message)?;
+        }
+        Ok(())
+    }
+
+    /// The target's answer to a round. Output that it lacks is sent in the next round.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn round_answer(&mut self, link: &mut Link) -> Result<Message, LinkError> {
+        loop {
+            match link.receive()? {
+                Message::LogResend { offset } => self.resume_from(offset),
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// Waits until the target has everything, after `IMAGE_END`. Output that it lacks is
+    /// sent at once.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn wait_prepared(&mut self, link: &mut Link) -> Result<(), LinkError> {
+        loop {
+            match link.receive()? {
+                Message::Prepared => return Ok(()),
+                Message::LogResend { offset } => {
+                    self.resume_from(offset);
+                    self.send(link)?;
+                    link.send(&Message::ImageEnd)?;
+                    link.flush()?;
+                }
+                other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
+            }
+        }
+    }
+
     /// Continues from an offset that the target requests.
-    pub fn resume_from(&mut self, offset: u64) {
+    fn resume_from(&mut self, offset: u64) {
         self.next = self.next.min(offset);
     }
 }
@@ -102,11 +143,20 @@ impl LogTarget {
         self.log.begin_at(offset)
     }
 
-    /// At the end of a round: a request for missing output, if any.
+    /// At the end of a round: requests missing output. Whether any was missing; then the
+    /// caller flushes.
     ///
     /// # Errors
-    /// If output was requested too often.
-    pub fn missing(&mut self) -> io::Result<Option<Message>> {
+    /// If output was requested too often, or the connection is lost.
+    pub fn request_missing(&mut self, link: &mut Link) -> Result<bool, LinkError> {
+        let request = self.missing()?;
+        if let Some(request) = &request {
+            link.send(request)?;
+        }
+        Ok(request.is_some())
+    }
+
+    fn missing(&mut self) -> io::Result<Option<Message>> {
         if !std::mem::take(&mut self.lacks) {
             return Ok(None);
         }
