@@ -1,5 +1,6 @@
-//! The epoch of a machine: raised by each change of its owner or of the set of
-//! its parts. A message with an older epoch is refused.
+//! The epoch of a machine: raised by each change of its owner, by each restart, and by the
+//! write that settles a move whose outcome is unknown. A change of the set of its parts does
+//! not raise it (`docs/spanning.md`). A message with an older epoch is refused.
 
 use std::fmt;
 use std::str::FromStr;

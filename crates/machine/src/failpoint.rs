@@ -625,7 +625,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_unique_and_in_the_table_of_the_architecture() {
+    fn names_are_unique_and_in_the_table_of_docs_moves() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/moves.md");
         let page = std::fs::read_to_string(path).unwrap();
         for (number, failpoint) in ALL.iter().enumerate() {

@@ -12,7 +12,7 @@
 //! | `machine/MACHINE` | spec, epoch, owner |
 //! | `kept/MACHINE` | location of its newest checkpoint |
 //! | `volume/VOLUME` | location of a cluster volume, its quota, and its machine |
-//! | `schedule/NODE/MACHINE` | the node must run (a part of) the machine |
+//! | `schedule/NODE/MACHINE` | the node must run the machine; of one with parts, only its home's node has the entry |
 //! | `reservation/NODE/MACHINE` | memory reserved at the node for an incoming machine |
 //! | `lease/NAME` | holder of a singleton role of the cluster |
 //! | `policy` | the balancing policy |

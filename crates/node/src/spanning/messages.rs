@@ -13,9 +13,9 @@ pub(crate) const PART: u16 = 0x0314;
 pub(crate) const PART_JOIN: u16 = 0x0315;
 /// `(machine, CPU features that a part of it needs)` → `u64`: free bytes of memory for a part.
 pub(crate) const ROOM: u16 = 0x0316;
-/// [`keel_machine::worker::control::ConnectNewPart`] → [`PartAddress`].
+/// [`keel_kind_wasm::control::ConnectNewPart`] → [`PartAddress`].
 pub(crate) const CONNECT_NEW_PART: u16 = 0x0317;
-/// [`keel_machine::worker::control::AddPart`] → `u64`.
+/// [`keel_kind_wasm::control::AddPart`] → `u64`.
 pub(crate) const ADD_PART: u16 = 0x0318;
 /// As [`PART`], for the worker of an arriving machine.
 pub(crate) const ARRIVING_PART: u16 = 0x0319;

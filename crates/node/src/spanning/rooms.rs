@@ -10,7 +10,7 @@ use keel_machine::worker::control::{pack, unpack};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// SpanOptions long a node may take to report its free memory.
+/// How long a node may take to report its free memory.
 const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Free bytes here for a part of a machine that needs these CPU features.
