@@ -30,7 +30,7 @@ const LAYERS: &[&[&str]] = &[
     &["records"],
     &["cluster_info", "cluster_events", "processes"],
     &["supervisor", "images"],
-    &["code", "rules", "checkpoints", "volumes", "logs"],
+    &["compilation", "rules", "checkpoints", "volumes", "logs"],
     &["spanning"],
     &["moves"],
     &["balancer"],

@@ -125,7 +125,7 @@ pub async fn accept_join(
         voters: members::voters(store).await?,
     };
     let member = Key::Member(request.node.clone());
-    let Some(mark) = redemption.mark else {
+    let Some(token_use) = redemption.token_use else {
         // Admitted before; unless the node was removed since.
         let still = store.get(&member.to_string()).await?;
         return match still {
@@ -135,9 +135,9 @@ pub async fn accept_join(
     };
     let record = member_record(&request.address, now_unix_ms, &request.csr_pem)?;
     let txn = Txn::new()
-        .when_modified_at(mark.key.clone(), mark.modified)
+        .when_modified_at(token_use.key.clone(), token_use.modified)
         .when_absent(member.clone())
-        .put(mark.key, mark.record)
+        .put(token_use.key, token_use.record)
         .put(member, record);
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {

@@ -169,10 +169,11 @@ async fn remove_expired(store: &dyn Store, now_unix_ms: u64) -> Result<(), Token
 pub(crate) struct Redemption {
     /// `Some` if the transaction that admits the node must mark the token; `None` if the same node
     /// used it with the same key already.
-    pub(crate) mark: Option<Mark>,
+    pub(crate) token_use: Option<TokenUse>,
 }
 
-pub(crate) struct Mark {
+/// The write that marks a token as used, and the revision that it compares.
+pub(crate) struct TokenUse {
     pub(crate) key: Key,
     pub(crate) modified: Revision,
     pub(crate) record: Vec<u8>,
@@ -200,7 +201,7 @@ pub(crate) async fn redeem(
     let csr_hash = *blake3::hash(csr_pem.as_bytes()).as_bytes();
     if let Some(used) = record.used {
         return match used.node == *node && used.csr_hash == csr_hash {
-            true => Ok(Redemption { mark: None }),
+            true => Ok(Redemption { token_use: None }),
             false => Err(TokenError::Used(used.node)),
         };
     }
@@ -209,7 +210,7 @@ pub(crate) async fn redeem(
         csr_hash,
     });
     Ok(Redemption {
-        mark: Some(Mark {
+        token_use: Some(TokenUse {
             key,
             modified: entry.modified,
             record: encoding::encode("a join token's record", &record)?,

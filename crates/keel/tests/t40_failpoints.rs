@@ -44,7 +44,7 @@ async fn drill_as(
     };
     drill.start().await.unwrap();
     let mut drilled = 0;
-    // To run some of them: `EVENKEEL_DRILL=move.go,in.go`.
+    // To run some of them: `EVENKEEL_DRILL=move.go,target.go`.
     let only = std::env::var("EVENKEEL_DRILL").unwrap_or_default();
     let wanted = |it: &&Failpoint| only.is_empty() || only.split(',').any(|name| name == it.name);
     for failpoint in ALL.iter().filter(|it| fits(it)).filter(wanted) {
@@ -61,7 +61,7 @@ async fn drill_as(
                     panic!("{} {order}: {error:?}", failpoint.name);
                 }
             };
-            println!("{:<18} {order:<12} {outcome:?}", failpoint.name);
+            println!("{:<26} {order:<12} {outcome:?}", failpoint.name);
             drilled += 1;
             if outcome.rewound {
                 drill.start_afresh().await.unwrap();
@@ -77,7 +77,7 @@ fn begins(failpoint: &Failpoint, words: &[&str]) -> bool {
 }
 
 fn of_post_copy(failpoint: &Failpoint) -> bool {
-    begins(failpoint, &["fill.", "move.served"])
+    begins(failpoint, &["post-copy.", "move.served"])
 }
 
 fn of_homes(failpoint: &Failpoint) -> bool {
@@ -85,17 +85,17 @@ fn of_homes(failpoint: &Failpoint) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_post_copy() {
+async fn process_killed_or_failed_at_each_step_of_post_copy() {
     drill_all(of_post_copy, &["kill", "error"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_target_agent() {
+async fn target_agent_killed_or_failed_at_each_step() {
     drill_all(|it| it.site == Site::TargetAgent, &["kill", "error"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_source_agent() {
+async fn source_agent_killed_or_failed_at_each_step() {
     drill_all(
         |it| it.site == Site::SourceAgent && !of_post_copy(it),
         &["kill", "error"],
@@ -104,7 +104,7 @@ async fn at_the_source_agent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_target_worker() {
+async fn target_worker_killed_or_failed_at_each_step() {
     drill_all(
         |it| it.site == Site::TargetWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
@@ -113,7 +113,7 @@ async fn at_the_target_worker() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_the_source_worker() {
+async fn source_worker_killed_or_failed_at_each_step() {
     drill_all(
         |it| it.site == Site::SourceWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
@@ -122,12 +122,12 @@ async fn at_the_source_worker() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_checkpoints() {
-    drill_all(|it| begins(it, &["keep.", "take."]), &["kill", "error"]).await;
+async fn process_killed_or_failed_at_each_step_of_a_checkpoint() {
+    drill_all(|it| begins(it, &["checkpoint."]), &["kill", "error"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_restores_starts_and_ends() {
+async fn process_killed_or_failed_at_each_step_of_a_restore_start_or_end() {
     drill_all(
         |it| begins(it, &["restore.", "start.", "end."]),
         &["kill", "error"],
@@ -137,10 +137,10 @@ async fn at_restores_starts_and_ends() {
 
 /// If it is larger than a part, and so starts on several nodes.
 #[tokio::test(flavor = "multi_thread")]
-async fn at_beginnings_on_several_nodes() {
+async fn process_killed_or_failed_at_each_step_of_a_spanning_start() {
     let machine = (8, Some(3 << 20));
     drill_as(
-        |it| begins(it, &["apart."]),
+        |it| begins(it, &["spanning-start."]),
         &["kill", "error"],
         machine,
         false,
@@ -151,7 +151,7 @@ async fn at_beginnings_on_several_nodes() {
 /// Only the home of a spanning machine moves. Lost agents, and failed steps, have no effect on it;
 /// after the loss of any part it ends, and restarts from its checkpoint.
 #[tokio::test(flavor = "multi_thread")]
-async fn at_moves_of_homes() {
+async fn agents_killed_or_failed_at_each_step_of_a_home_migration() {
     let agents = |it: &Failpoint| matches!(it.site, Site::SourceAgent | Site::TargetAgent);
     drill_as(
         |it| agents(it) && !of_post_copy(it),
@@ -163,14 +163,14 @@ async fn at_moves_of_homes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_moves_of_homes_in_workers() {
+async fn workers_killed_or_failed_at_each_step_of_a_home_migration() {
     let workers = |it: &Failpoint| matches!(it.site, Site::SourceWorker | Site::TargetWorker);
     let fits = |it: &Failpoint| workers(it) && !of_post_copy(it);
     drill_as(fits, &["kill", "error"], (8, None), true).await;
 }
 
 #[test]
-fn every_failpoint_is_in_one_of_these() {
+fn every_failpoint_is_driven_by_one_of_these_tests() {
     for it in ALL {
         let of_moves = [
             Site::TargetAgent,
@@ -180,7 +180,12 @@ fn every_failpoint_is_in_one_of_these() {
         ];
         // Adding and removing parts: `t70_spanning`.
         let others = [
-            "keep.", "take.", "restore.", "start.", "end.", "apart.", "parts.",
+            "checkpoint.",
+            "restore.",
+            "start.",
+            "end.",
+            "spanning-start.",
+            "parts.",
         ];
         assert!(
             of_moves.contains(&it.site) != begins(it, &others),

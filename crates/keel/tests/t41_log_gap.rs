@@ -26,7 +26,7 @@ async fn a_machine_that_floods_its_output_moves() {
     // that output is deleted, at 16 MiB a second.
     let order = "delay(8000)";
     cluster
-        .failpoint("a", "out.hello", Some(order))
+        .failpoint("a", "source.hello", Some(order))
         .await
         .expect("an order");
     let written = || async {

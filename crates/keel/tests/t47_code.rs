@@ -112,7 +112,7 @@ async fn code_for_resuming_is_compiled_before_the_freeze() {
 
     // Copying is complete, and the move fails.
     cluster
-        .failpoint("a", "out.converged", Some("error"))
+        .failpoint("a", "source.converged", Some("error"))
         .await
         .expect("an order");
     let failed = cluster.move_machine("a", "counter", "b").await;

@@ -522,7 +522,9 @@ async fn a_failed_checkpoint_leaves_no_snapshot() {
     bench.run("m", "s", &[]);
     bench.goes_on("m", 1).await;
     let kept = folder.path().join("kept").display().to_string();
-    bench.order("s", "take.manifest", Some("error")).await;
+    bench
+        .order("s", "checkpoint.worker.manifest", Some("error"))
+        .await;
     let error = bench.fails(&["checkpoint", "m", "--to", &kept]);
     assert!(error.contains("failpoint"), "{error}");
     let content = bench.volume("data").content.expect("it can be read");
@@ -546,7 +548,9 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
         bench
             .order(target, "arrived.running", Some("delay(20000)*"))
             .await;
-        bench.order(target, "in.gone", Some("delay(20000)")).await;
+        bench
+            .order(target, "target.gone", Some("delay(20000)"))
+            .await;
         let epoch = newest_segment(&log).writer;
         let client = bench.cluster.client("s");
         let request = MoveRequest {
@@ -605,11 +609,19 @@ async fn nothing_synced_is_lost_at_any_step_of_a_move() {
     let folder = folder();
     let bench = Bench::start_with(folder.path(), &["s", "b", "c"]).await;
     bench.create("data");
+    // These failpoints are passed by other kinds of moves.
+    let of_others = [
+        "move.settle",
+        "move.served",
+        "move.take",
+        "move.thaw",
+        "move.abort",
+        "source.thaw",
+    ];
     let steps = keel_machine::failpoint::ALL.iter().filter(|failpoint| {
-        let kinds = ["move.", "offer.", "in.", "out.", "arrived."];
+        let kinds = ["move.", "offer.", "target.", "source.", "arrived."];
         kinds.iter().any(|kind| failpoint.name.starts_with(kind))
-            // Those failpoints are passed by other kinds of moves.
-            && !["move.settle", "move.served", "move.take", "move.thaw", "move.abort", "out.thaw"]
+            && !of_others
                 .iter()
                 .any(|name| failpoint.name.starts_with(name))
     });

@@ -569,7 +569,7 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     // While its memory is still being read it cannot be resumed, but it can be stopped.
     let waits = bench
         .cluster
-        .failpoint("a", "apart.spans", Some("delay(3000)"));
+        .failpoint("a", "spanning-start.spans", Some("delay(3000)"));
     waits.await.expect("an order");
     let (done, text) = restore(&["--detach"]);
     assert!(done, "{text}");
@@ -585,7 +585,10 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     bench.does(&["stop", "twin"]);
     assert_eq!(bench.inspect("twin").await.status, "stopped");
     bench.does(&["rm", "twin"]);
-    let done = bench.cluster.failpoint("a", "apart.spans", None).await;
+    let done = bench
+        .cluster
+        .failpoint("a", "spanning-start.spans", None)
+        .await;
     done.expect("no order");
     // Its process is lost: it restarts from the checkpoint, on several nodes at once.
     bench.cluster.kill_worker("a", "m").expect("a worker");

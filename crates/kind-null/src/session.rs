@@ -31,7 +31,7 @@ impl NullSession {
         identity: &PinnedIdentity,
         copy: &Copy,
     ) -> Result<Self, MoveError> {
-        failpoint::pass("out.connect")?;
+        failpoint::pass("source.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
         let mut link = Link::connect(&copy.target.address, &tls)?;
         link.send(&Message::Hello(Hello {
@@ -66,17 +66,17 @@ impl SourceSession for NullSession {
     }
 
     fn copy(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
-        failpoint::pass("out.hello")?;
+        failpoint::pass("source.hello")?;
         let begun = Instant::now();
         self.log.send(&mut self.link)?;
         self.link.send(&Message::RoundEnd)?;
         self.link.flush()?;
-        failpoint::pass("out.round")?;
+        failpoint::pass("source.round")?;
         match self.log.round_answer(&mut self.link)? {
             Message::RoundDone => {}
             other => return Err(unexpected(&other)),
         }
-        failpoint::pass("out.converged")?;
+        failpoint::pass("source.converged")?;
         tell(CopyEvent::Converged {
             rounds: vec![Round {
                 bytes: 0,
@@ -89,22 +89,22 @@ impl SourceSession for NullSession {
 
     fn freeze_and_send(&mut self) -> Result<Frozen, MoveError> {
         self.link.use_frozen_timeout()?;
-        failpoint::pass("out.freeze")?;
+        failpoint::pass("source.freeze")?;
         let begun = Instant::now();
         let next = self.counter.freeze()?;
         let freeze_micros = micros(begun);
-        failpoint::pass("out.frozen")?;
+        failpoint::pass("source.frozen")?;
         self.link.send(&Message::Frozen)?;
         self.log.send(&mut self.link)?;
-        failpoint::pass("out.last-pages")?;
+        failpoint::pass("source.last-pages")?;
         let state = Instant::now();
         let image = next.to_le_bytes().to_vec();
         self.link.send(&Message::Image(image.into()))?;
         self.link.send(&Message::ImageEnd)?;
         self.link.flush()?;
-        failpoint::pass("out.image")?;
+        failpoint::pass("source.image")?;
         self.log.wait_prepared(&mut self.link)?;
-        failpoint::pass("out.prepared")?;
+        failpoint::pass("source.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.wait_without_timeout()?;
         Ok(Frozen {
@@ -117,11 +117,11 @@ impl SourceSession for NullSession {
     }
 
     fn go(&mut self, epoch: Epoch) -> Result<(), MoveError> {
-        failpoint::pass("out.go")?;
+        failpoint::pass("source.go")?;
         self.link.send(&Message::Go(epoch))?;
         self.link.flush()?;
         match self.link.receive()? {
-            Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
+            Message::Resumed(_) => Ok(failpoint::pass("source.gone")?),
             other => Err(unexpected(&other)),
         }
     }

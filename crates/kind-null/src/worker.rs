@@ -126,7 +126,7 @@ impl NullWorker {
                 Message::Log { offset, bytes } => output.take(offset, &bytes)?,
                 Message::LogBegins { offset } => output.begins(offset)?,
                 Message::RoundEnd => {
-                    failpoint::pass("in.round")?;
+                    failpoint::pass("target.round")?;
                     output.request_missing(&mut link)?;
                     link.send(&Message::RoundDone)?;
                     link.flush()?;
@@ -141,11 +141,11 @@ impl NullWorker {
                 }
             }
         }
-        failpoint::pass("in.image")?;
+        failpoint::pass("target.image")?;
         let next = number(&image.take())?;
         let spec = NullSpec::of(&request.spec)?;
         let counter = Counter::new(spec, log.clone(), next, request.offered.token());
-        failpoint::pass("in.ready")?;
+        failpoint::pass("target.ready")?;
         self.process.set_log(log);
         self.inner().counter = Some(counter.clone());
         // Frozen until the store has decided.
@@ -307,7 +307,7 @@ impl Worker for NullWorker {
             let now = unix_ms();
             let next = counter.freeze().map_err(RpcError::failed)?;
             let log_end = log.end();
-            let frozen = failpoint::pass("take.frozen");
+            let frozen = failpoint::pass("checkpoint.worker.frozen");
             counter.thaw();
             frozen.map_err(RpcError::failed)?;
             Manifest {
@@ -329,11 +329,11 @@ impl Worker for NullWorker {
             }
         };
         let pause = begun.elapsed();
-        failpoint::pass("take.manifest").map_err(RpcError::failed)?;
+        failpoint::pass("checkpoint.worker.manifest").map_err(RpcError::failed)?;
         runtime
             .block_on(repository.put_manifest(&manifest))
             .map_err(RpcError::failed)?;
-        failpoint::pass("take.stored").map_err(RpcError::failed)?;
+        failpoint::pass("checkpoint.worker.stored").map_err(RpcError::failed)?;
         let kept = repository.apply_retention(runtime, &manifest.machine, request.keep, unix_ms());
         let deleted = kept.map_or_else(
             |error| {

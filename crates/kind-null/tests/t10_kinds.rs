@@ -297,7 +297,13 @@ async fn drill_all(fits: impl Fn(&Failpoint) -> bool) {
 fn is_for_all_kinds(failpoint: &Failpoint) -> bool {
     !begins(
         failpoint,
-        &["fill.", "move.served", "home.", "parts.", "apart."],
+        &[
+            "post-copy.",
+            "move.served",
+            "home.",
+            "parts.",
+            "spanning-start.",
+        ],
     )
 }
 
@@ -317,8 +323,8 @@ async fn null_moves_survive_faults_of_workers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn null_checkpoints_and_starts_survive_faults() {
     let others = |it: &Failpoint| {
-        begins(it, &["keep.", "take.", "restore.", "start.", "end."])
-            && !["take.round", "take.packs"].contains(&it.name)
+        begins(it, &["checkpoint.", "restore.", "start.", "end."])
+            && !["checkpoint.worker.round", "checkpoint.worker.packs"].contains(&it.name)
     };
     drill_all(others).await;
 }

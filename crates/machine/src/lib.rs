@@ -10,7 +10,7 @@
 //! - `cgroup`: the control groups of workers
 //! - `checkpoint`: stored states of machines, and their repositories
 //! - `cluster_volume`: volumes that outlive their machines, stored outside nodes
-//! - `clock`: whether this host's wall clock is synchronised
+//! - `clock_sync`: whether this host's wall clock is synchronised
 //! - `failpoint`: fault injection for tests
 //! - `object_storage`: directories and object stores for checkpoints and volumes
 //! - `restart_policy`: whether a machine that ended is restarted
@@ -19,7 +19,7 @@
 
 pub mod cgroup;
 pub mod checkpoint;
-pub mod clock;
+pub mod clock_sync;
 pub mod cluster_volume;
 pub mod failpoint;
 pub mod kind;

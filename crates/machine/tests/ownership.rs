@@ -5,8 +5,8 @@ mod record;
 
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::moves::ownership::{
-    ArrivalVerdict, EndEffect, EpochBase, Settlement, Transfer, VersionedRecord, arrival,
-    created_at, end, running,
+    EndEffect, EpochBase, ResumeDecision, Settlement, Transfer, VersionedRecord, created_at, end,
+    may_resume, running,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -212,31 +212,31 @@ fn the_commit_compares_all_conditions() {
 
 #[test]
 fn an_arrival_resumes_only_after_its_own_commit() {
-    let verdict = |record: Option<&Record>| arrival(&node("b"), EPOCH, record);
-    assert_eq!(verdict(None), ArrivalVerdict::Never);
+    let verdict = |record: Option<&Record>| may_resume(&node("b"), EPOCH, record);
+    assert_eq!(verdict(None), ResumeDecision::Drop);
     for (record, expected) in [
         (
             record("b", epoch(1), arriving()),
-            ArrivalVerdict::Goes(epoch(1)),
+            ResumeDecision::Resume(epoch(1)),
         ),
-        (record("a", EPOCH, Status::Running), ArrivalVerdict::Open),
-        (record("a", EPOCH, failed()), ArrivalVerdict::Never),
         (
-            record("a", epoch(1), Status::Running),
-            ArrivalVerdict::Never,
+            record("a", EPOCH, Status::Running),
+            ResumeDecision::Undecided,
         ),
-        (record("a", epoch(1), restarting()), ArrivalVerdict::Never),
-        (record("b", epoch(1), failed()), ArrivalVerdict::Never),
-        (record("b", epoch(2), arriving()), ArrivalVerdict::Never),
-        (record("c", epoch(1), arriving()), ArrivalVerdict::Never),
+        (record("a", EPOCH, failed()), ResumeDecision::Drop),
+        (record("a", epoch(1), Status::Running), ResumeDecision::Drop),
+        (record("a", epoch(1), restarting()), ResumeDecision::Drop),
+        (record("b", epoch(1), failed()), ResumeDecision::Drop),
+        (record("b", epoch(2), arriving()), ResumeDecision::Drop),
+        (record("c", epoch(1), arriving()), ResumeDecision::Drop),
         // A later machine of the same name, which is to be started here.
         (
             record("b", epoch(9), Status::Scheduled),
-            ArrivalVerdict::Never,
+            ResumeDecision::Drop,
         ),
         (
             record("b", epoch(1), Status::Scheduled),
-            ArrivalVerdict::Never,
+            ResumeDecision::Drop,
         ),
     ] {
         let said = format!("{} {} {:?}", record.owner, record.epoch, record.status);

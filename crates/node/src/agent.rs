@@ -3,7 +3,7 @@
 
 use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
 use crate::checkpoints::Checkpoints;
-use crate::code::{self, Code};
+use crate::compilation::{self, Code};
 use crate::context::{Context, Settings};
 use crate::events::{Events, Note};
 use crate::front::{self, Handles};
@@ -459,7 +459,7 @@ async fn serve(parts: Parts, cluster: Option<ClusterService>) -> Result<(), Agen
     tokio::spawn(publish(context.clone(), at.processes.clone()));
     tokio::spawn(machines::follow_restarts(at.machines.clone(), restarts));
     tokio::spawn(machines::follow_schedule(at.machines.clone()));
-    tokio::spawn(code::run(
+    tokio::spawn(compilation::run(
         context.clone(),
         at.images.clone(),
         at.code.clone(),

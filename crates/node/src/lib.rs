@@ -10,7 +10,7 @@
 //! - `balancer`: measures this node, and balances it with others
 //! - `moves`: moves of whole machines, as source and as target
 //! - `spanning`: machines with parts on several nodes
-//! - `checkpoints`, `volumes`, `logs`, `rules`, `code`: checkpoints, volumes, output, placement
+//! - `checkpoints`, `volumes`, `logs`, `rules`, `compilation`: checkpoints, volumes, output, placement
 //!   rules and compiled code of machines
 //! - `images`: program images: modules by hash
 //! - `processes`: the worker processes of this node
@@ -26,7 +26,7 @@ mod balancer;
 mod checkpoints;
 mod cluster_events;
 mod cluster_info;
-mod code;
+mod compilation;
 mod context;
 mod error;
 mod events;

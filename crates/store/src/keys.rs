@@ -10,7 +10,7 @@
 //! | `node/NODE` | the agent's report: labels, capacity |
 //! | `alive/NODE` | the node's liveness, attached to its lease: deleted when the node fails |
 //! | `machine/MACHINE` | spec, epoch, owner |
-//! | `kept/MACHINE` | location of its newest checkpoint |
+//! | `newest-checkpoint/MACHINE` | location of its newest checkpoint |
 //! | `volume/VOLUME` | location of a cluster volume, its quota, and its machine |
 //! | `schedule/NODE/MACHINE` | the node must run the machine; of one with parts, only its home's node has the entry |
 //! | `reservation/NODE/MACHINE` | memory reserved at the node for an incoming machine |
@@ -50,7 +50,7 @@ pub enum Key {
     Code(NodeName),
     /// `machine/MACHINE`
     Machine(MachineName),
-    /// `kept/MACHINE`
+    /// `newest-checkpoint/MACHINE`
     Checkpoint(MachineName),
     /// `volume/VOLUME`; a volume's name has the form of a machine's.
     Volume(MachineName),
@@ -129,7 +129,7 @@ pub const CODE: &str = "code/";
 /// Prefix of all machines.
 pub const MACHINES: &str = "machine/";
 /// Prefix of machines' newest checkpoints.
-pub const CHECKPOINTS: &str = "kept/";
+pub const CHECKPOINTS: &str = "newest-checkpoint/";
 /// Prefix of all volumes of the cluster.
 pub const VOLUMES: &str = "volume/";
 /// Prefix of all nodes' schedules.
@@ -230,7 +230,7 @@ fn parse(text: &str) -> Option<Key> {
         ("code", Some(node), None) => Key::Code(node.parse().ok()?),
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
-        ("kept", Some(machine), None) => Key::Checkpoint(machine.parse().ok()?),
+        ("newest-checkpoint", Some(machine), None) => Key::Checkpoint(machine.parse().ok()?),
         ("volume", Some(volume), None) => Key::Volume(volume.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
@@ -274,7 +274,7 @@ mod tests {
             "alive/a",
             "code/a",
             "machine/web-3",
-            "kept/web-3",
+            "newest-checkpoint/web-3",
             "volume/data",
             "schedule/a/web-3",
             "reservation/a/web-3",

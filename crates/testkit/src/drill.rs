@@ -36,14 +36,20 @@ fn trigger_for(name: &str) -> (Trigger, &'static [(&'static str, &'static str)])
     let kind = name.split('.').next().unwrap_or_default();
     match (kind, name) {
         (_, "move.settle" | "move.settled") => (Trigger::Move, &[("move.committed", "error")]),
-        (_, "move.take-back" | "move.taken-back") => (Trigger::Move, &[("in.go", "kill")]),
-        (_, "arrival.asked") => (Trigger::Move, &[("out.go", "error")]),
-        (_, "arrival.settle" | "arrival.settled") => (Trigger::Move, &[("out.prepared", "error")]),
-        (_, "move.thaw" | "out.thaw" | "move.abort") => (Trigger::Move, &[("out.image", "error")]),
-        (_, "fill.pull" | "fill.wait") => (Trigger::PostCopy, &[("fill.push", "delay(200)")]),
-        ("fill", _) | (_, "move.served") => (Trigger::PostCopy, &[]),
-        ("keep" | "take", _) => (Trigger::Checkpoint, &[]),
-        ("restore" | "start" | "apart", _) => (Trigger::Restart, &[]),
+        (_, "move.take-back" | "move.taken-back") => (Trigger::Move, &[("target.go", "kill")]),
+        (_, "arrival.asked") => (Trigger::Move, &[("source.go", "error")]),
+        (_, "arrival.settle" | "arrival.settled") => {
+            (Trigger::Move, &[("source.prepared", "error")])
+        }
+        (_, "move.thaw" | "source.thaw" | "move.abort") => {
+            (Trigger::Move, &[("source.image", "error")])
+        }
+        (_, "post-copy.pull" | "post-copy.wait") => {
+            (Trigger::PostCopy, &[("post-copy.push", "delay(200)")])
+        }
+        ("post-copy", _) | (_, "move.served") => (Trigger::PostCopy, &[]),
+        ("checkpoint", _) => (Trigger::Checkpoint, &[]),
+        ("restore" | "start" | "spanning-start", _) => (Trigger::Restart, &[]),
         ("end", _) => (Trigger::End, &[]),
         _ => (Trigger::Move, &[]),
     }
@@ -373,7 +379,7 @@ impl Drill<'_> {
 
 /// Whether the machine may run at the target already, resumed by its agent or by the source,
 /// whichever is first.
-const WENT_ON: [&str; 2] = ["in.go", "in.gone"];
+const WENT_ON: [&str; 2] = ["target.go", "target.gone"];
 
 /// Whether the fault kills the machine's own process.
 fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {

@@ -140,7 +140,7 @@ fn wall_clock() -> Check {
     let name = "wall-clock";
     let why = "no decision depends on it, but users compare times of several nodes, and tokens and certificates expire by it";
     let remedy = "Run chrony, systemd-timesyncd or another NTP client.";
-    match keel_machine::clock::is_synchronised() {
+    match keel_machine::clock_sync::is_synchronised() {
         Ok(true) => Check::ok(name, why, "synchronised"),
         Ok(false) => Check::warn(name, why, "not synchronised", remedy),
         Err(error) => Check::warn(name, why, format!("adjtimex: {error}"), remedy),

@@ -320,7 +320,7 @@ impl Checkpointer {
             }
             None => None,
         };
-        failpoint::pass("take.packs")?;
+        failpoint::pass("checkpoint.worker.packs")?;
         let packs = collected.pages.finish()?;
         let block_packs = collected.blocks.finish()?;
         let program = *machine.program().hash();
@@ -343,11 +343,11 @@ impl Checkpointer {
             block_packs,
             image,
         };
-        failpoint::pass("take.manifest")?;
+        failpoint::pass("checkpoint.worker.manifest")?;
         // If storing the manifest has no answer, the checkpoint may exist nevertheless.
         snapshots.done();
         runtime.block_on(repository.put_manifest(&manifest))?;
-        failpoint::pass("take.stored")?;
+        failpoint::pass("checkpoint.worker.stored")?;
         let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
         chain.push(manifest.outline());
         let last = PreviousCheckpoint {
@@ -405,7 +405,7 @@ impl Checkpointer {
         for round in 0.. {
             collected.add_pages(memories, &ranges, Some(give_up))?;
             self.add_blocks(blocks, collected, Some(give_up))?;
-            failpoint::pass("take.round")?;
+            failpoint::pass("checkpoint.worker.round")?;
             let mut left;
             (blocks, left) = self.volumes.take();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
@@ -484,7 +484,7 @@ impl Checkpointer {
         for volume in held {
             volume.freeze()?;
         }
-        failpoint::pass("take.frozen")?;
+        failpoint::pass("checkpoint.worker.frozen")?;
         Ok(machine.image()?)
     }
 

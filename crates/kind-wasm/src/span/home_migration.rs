@@ -14,8 +14,10 @@
 //! So a machine larger than any node can leave a node: only what its home holds must
 //! move. The transfer of the image and the decision happen elsewhere.
 
+use super::home_and_member::{
+    Home, HomeListener, MemberChannel, MemberPart, POLL_INTERVAL, SpanningError,
+};
 use super::pages::{DrainedHome, PART_BYTES_MIN, SpanError};
-use super::threads::{Home, HomeListener, MemberChannel, MemberPart, POLL_INTERVAL, SpanningError};
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;

@@ -1,10 +1,10 @@
 //! All parts of a machine in one process, connected as over a network: for programs in
 //! the foreground and for tests.
 
+use super::home_and_member::{Home, MemberPart, SpanConfig, SpanningError};
 use super::home_migration::{HomeMigration, HomeState};
 use super::mesh::{MeshError, MeshListener};
 use super::peer::PeerConnections;
-use super::threads::{Home, MemberPart, SpanConfig, SpanningError};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;

@@ -8,9 +8,9 @@
 //!
 //! Starting parts and connecting them happens elsewhere.
 
+use super::home_and_member::{Home, POLL_INTERVAL, SpanningError, locked};
 use super::pages::SpanError;
 use super::peer::PeerConnections;
-use super::threads::{Home, POLL_INTERVAL, SpanningError, locked};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::MachineError;
 use std::time::{Duration, Instant};

@@ -16,7 +16,7 @@
 //! - `false_sharing`: pages that threads repeatedly wait for, and whether parts share
 //!   bytes or only the page
 //! - `prefetch`: pages requested before a thread accesses them
-//! - `threads`: a machine that spans, at its home and at its members
+//! - `home_and_member`: a machine that spans, at its home and at its members
 //! - `membership`: adding and removing parts
 //! - `home_migration`: moving the home to another part
 //! - `in_process`: all parts of a machine in one process
@@ -27,6 +27,7 @@
 mod adaptive_polling;
 mod eviction;
 mod false_sharing;
+mod home_and_member;
 mod home_migration;
 mod idle_pages;
 mod in_process;
@@ -37,10 +38,10 @@ mod page_digests;
 mod pages;
 mod peer;
 mod prefetch;
-mod threads;
 mod wire;
 
 pub use false_sharing::{HotPage, Sharing};
+pub use home_and_member::{Home, MemberPart, PartLimits, SpanConfig, SpanningError};
 pub use home_migration::{HomeMigration, HomeState, ThreadLocation};
 pub use idle_pages::IdleRange;
 pub use in_process::{InProcess, InProcessError};
@@ -55,4 +56,3 @@ pub use pages::{
     SpanError,
 };
 pub use peer::{Hello, PeerConnections, PeerError};
-pub use threads::{Home, MemberPart, PartLimits, SpanConfig, SpanningError};

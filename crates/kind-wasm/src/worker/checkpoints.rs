@@ -1,6 +1,6 @@
 //! Making checkpoints of the machine, and giving them up for a move.
 
-use super::process::WasmWorker;
+use super::wasm_worker::WasmWorker;
 use crate::checkpoint::{Destination, Subject};
 use keel_machine::checkpoint::Repository;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, State};

@@ -1,8 +1,8 @@
 //! Changes of the set of parts, at the worker of a part: adding and removing parts while
 //! the machine runs. The owner's agent (`keel_node`'s `spanning`) determines the order.
 
-use super::process::WasmWorker;
 use super::spanning::{FREEZE_PATIENCE, HOME_PATIENCE, MEET_PATIENCE, SpanState, failed};
+use super::wasm_worker::WasmWorker;
 use crate::control::{AddPart, ConnectNewPart, RemovePart};
 use crate::span::{MeshListener, PartAddress, PartId, PartSet};
 use keel_cluster::{Epoch, MachineName};

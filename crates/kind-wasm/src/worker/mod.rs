@@ -1,7 +1,7 @@
 //! The worker process of a WebAssembly machine: what this kind does for the requests and
 //! the moves of every kind (`keel_machine::worker`), and its own requests.
 //!
-//! - `process`: the worker's state, and its side of the shared protocol
+//! - `wasm_worker`: the worker's state, and its side of the shared protocol
 //! - `requests`: the requests that only this kind has
 //! - `start`: starting the machine, from its module or a checkpoint
 //! - `checkpoints`: making checkpoints, and giving them up for a move
@@ -25,7 +25,6 @@ mod cluster_volumes;
 mod compile;
 mod membership;
 mod post_copy;
-mod process;
 mod requests;
 mod residual_dirty_scan;
 mod source;
@@ -36,6 +35,7 @@ mod target;
 mod target_endpoint;
 mod throttle;
 mod volumes;
+mod wasm_worker;
 
 pub(crate) use compile::compile;
-pub(crate) use process::run;
+pub(crate) use wasm_worker::run;

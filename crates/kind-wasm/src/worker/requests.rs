@@ -1,6 +1,6 @@
 //! Requests that only workers of this kind have: parts, threads and objects.
 
-use super::process::WasmWorker;
+use super::wasm_worker::WasmWorker;
 use crate::control::{CopyHome, kind};
 use keel_machine::worker::control::{Positional, pack, unpack};
 use keel_machine::worker::{blocking, copy};

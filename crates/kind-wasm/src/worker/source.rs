@@ -3,12 +3,12 @@
 
 use super::cluster_volumes::ClusterVolumes;
 use super::post_copy::{self, PageSet};
-use super::process::WasmWorker;
 use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
 use super::stack_functions::{SampleError, StackFunctions};
 use super::target_endpoint::TargetEndpoint;
 use super::throttle::Throttle;
 use super::volumes::{SourceVolumes, VolumeError};
+use super::wasm_worker::WasmWorker;
 use crate::control::HomeHandover;
 use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -176,7 +176,7 @@ impl SourceSession {
             log,
             cluster_volumes,
         } = subject;
-        failpoint::pass("out.connect")?;
+        failpoint::pass("source.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
         let way = TargetEndpoint {
             address: copy.target.address.clone(),
@@ -221,7 +221,7 @@ impl SourceSession {
         // Threads must be able to resume here if the move fails; what takes long to
         // compile for that is compiled now, while they run.
         self.machine.program().prepare_resume()?;
-        failpoint::pass("out.hello")?;
+        failpoint::pass("source.hello")?;
         // Memory of a machine that spans stays with its parts.
         let memories = match self.parts {
             Some(_) => Arc::default(),
@@ -251,7 +251,7 @@ impl SourceSession {
             self.log.send(&mut self.link)?;
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
-            failpoint::pass("out.round")?;
+            failpoint::pass("source.round")?;
             let is_compiling = self.end_of_round()?;
             // (A round in which the target waited for code says nothing about the rate.)
             if !is_compiling || first {
@@ -302,7 +302,7 @@ impl SourceSession {
             }
         }
         self.yielding = None;
-        failpoint::pass("out.converged")?;
+        failpoint::pass("source.converged")?;
         tell(CopyEvent::Converged {
             rounds,
             slowed: self.throttle.is_on(),
@@ -409,10 +409,10 @@ impl SourceSession {
         // downtime has begun.
         let begun = self.throttle.stop().unwrap_or_else(Instant::now);
         self.link.use_frozen_timeout()?;
-        failpoint::pass("out.freeze")?;
+        failpoint::pass("source.freeze")?;
         self.machine.freeze(FREEZE_PATIENCE)?;
         self.throttle.release();
-        failpoint::pass("out.frozen")?;
+        failpoint::pass("source.frozen")?;
         let frozen = Instant::now();
         self.link.send(&Message::Frozen)?;
         let mut last_bytes = 0;
@@ -431,7 +431,7 @@ impl SourceSession {
             }
         }
         let pages_sent = self.send_state(&mut last_bytes)?;
-        failpoint::pass("out.image")?;
+        failpoint::pass("source.image")?;
         if post_copy {
             // In post-copy, dirty pages are only named, before the machine resumes at the
             // target: the scan runs while the target builds the machine and the store
@@ -444,7 +444,7 @@ impl SourceSession {
             self.scan = Some(scan);
         }
         self.log.wait_prepared(&mut self.link)?;
-        failpoint::pass("out.prepared")?;
+        failpoint::pass("source.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.wait_without_timeout()?;
         Ok(Frozen {
@@ -462,7 +462,7 @@ impl SourceSession {
         *last_bytes += self.volumes.send_all(&mut self.link)?;
         self.log.send(&mut self.link)?;
         let pages_sent = Instant::now();
-        failpoint::pass("out.last-pages")?;
+        failpoint::pass("source.last-pages")?;
         let image = self.machine.image()?.encode()?;
         for piece in image.chunks(CHUNK_BYTES) {
             self.link.send(&Message::Image(piece.to_vec().into()))?;
@@ -491,15 +491,15 @@ impl SourceSession {
     }
 
     fn tell(&mut self, epoch: Epoch) -> Result<(), SourceError> {
-        failpoint::pass("out.go")?;
+        failpoint::pass("source.go")?;
         if self.way.hello.post_copy {
-            failpoint::pass("fill.name")?;
+            failpoint::pass("post-copy.name")?;
             std::mem::replace(&mut self.named, Ok(()))?;
         }
         self.link.send(&Message::Go(epoch))?;
         self.link.flush()?;
         match self.link.receive()? {
-            Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
+            Message::Resumed(_) => Ok(failpoint::pass("source.gone")?),
             other => Err(unexpected(&other)),
         }
     }

@@ -2,8 +2,8 @@
 //! later.
 
 use super::cluster_volumes::ClusterVolumes;
-use super::process::WasmWorker;
 use super::volumes;
+use super::wasm_worker::WasmWorker;
 use crate::checkpoint::{self, LazyRestore, RemainingMemory};
 use crate::spec::WasmSpec;
 use keel_cluster::Epoch;

@@ -3,9 +3,9 @@
 
 use super::cluster_volumes::ClusterVolumes;
 use super::post_copy::{PostCopyStatus, PostCopyTarget};
-use super::process::WasmWorker;
 use super::stack_functions::Compilation;
 use super::volumes::{TargetVolumes, VolumeError};
+use super::wasm_worker::WasmWorker;
 use crate::control::HomeHandover;
 use crate::span::{MemberPart, SpanError};
 use crate::spec::WasmSpec;
@@ -183,7 +183,7 @@ fn receive(
             Message::Log { offset, bytes } => output.take(offset, &bytes)?,
             Message::LogBegins { offset } => output.begins(offset)?,
             Message::RoundEnd => {
-                failpoint::pass("in.round")?;
+                failpoint::pass("target.round")?;
                 output.request_missing(&mut link)?;
                 link.send(&match compilation.is_complete() {
                     true => Message::RoundDone,
@@ -219,7 +219,7 @@ fn receive(
     }
     // The reserved bytes were used, or were not needed.
     let local = volumes.finish();
-    failpoint::pass("in.image")?;
+    failpoint::pass("target.image")?;
     let handover = match part {
         Some(part) => {
             let handover: HomeHandover = postcard::from_bytes(&handover.take())?;
@@ -234,7 +234,7 @@ fn receive(
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
     let machine = make()?;
-    failpoint::pass("in.ready")?;
+    failpoint::pass("target.ready")?;
     Ok(ReceivedMachine {
         machine,
         log,

@@ -23,7 +23,7 @@ pub(super) enum Version {
 
 /// The folder for workers' groups in one hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Base {
+pub(super) struct HierarchyRoot {
     pub(super) version: Version,
     pub(super) folder: PathBuf,
     /// Controllers that groups there should have.
@@ -114,7 +114,7 @@ impl Layout {
 
     /// The folder for version 2 groups: this process's group, or its parent if an agent
     /// has entered a group of its own.
-    fn unified_base(&self) -> Option<&Path> {
+    fn unified_root(&self) -> Option<&Path> {
         let own = self.unified.as_deref()?;
         match own.file_name() {
             Some(name) if name == AGENT_LEAF || name == CONTROL_LEAF => own.parent(),
@@ -125,7 +125,7 @@ impl Layout {
     /// Controllers available to version 2 groups here, in the kernel's notation; empty
     /// without version 2.
     pub fn on_unified(&self) -> String {
-        self.unified_base()
+        self.unified_root()
             .and_then(|folder| std::fs::read_to_string(folder.join("cgroup.controllers")).ok())
             .unwrap_or_default()
     }
@@ -137,7 +137,7 @@ impl Layout {
         for wanted in Layout::WANTED {
             // Its name in version 1.
             let legacy = if wanted == "io" { "blkio" } else { wanted };
-            let unified = self.unified_base().filter(|_| has(on_unified, wanted));
+            let unified = self.unified_root().filter(|_| has(on_unified, wanted));
             let legacy = self.legacy.get(legacy).map(PathBuf::as_path);
             if let Some(folder) = unified.or(legacy) {
                 places.entry(folder.to_owned()).or_default().insert(wanted);
@@ -151,11 +151,11 @@ impl Layout {
     /// The `cpu` controller is taken only from version 2. There a node's machines compete
     /// only with its agent; in version 1 a machine's group would have the weight of a
     /// single process of the host.
-    pub(super) fn bases(&self, on_unified: &str) -> Vec<Base> {
-        let mut bases = Vec::new();
-        if let Some(folder) = self.unified_base() {
+    pub(super) fn roots(&self, on_unified: &str) -> Vec<HierarchyRoot> {
+        let mut roots = Vec::new();
+        if let Some(folder) = self.unified_root() {
             let wanted = ["memory", "cpu"].into_iter();
-            bases.push(Base {
+            roots.push(HierarchyRoot {
                 version: Version::V2,
                 folder: folder.to_owned(),
                 controllers: wanted.filter(|name| has(on_unified, name)).collect(),
@@ -164,13 +164,13 @@ impl Layout {
         if !has(on_unified, "memory")
             && let Some(folder) = self.legacy.get("memory")
         {
-            bases.push(Base {
+            roots.push(HierarchyRoot {
                 version: Version::V1,
                 folder: folder.clone(),
                 controllers: vec!["memory"],
             });
         }
-        bases
+        roots
     }
 }
 
@@ -199,8 +199,8 @@ mod tests {
     const HYBRID_GROUPS: &str =
         "4:blkio:/a\n3:memory:/b\n2:cpu,cpuacct:/c\n1:name=systemd:/d\n0::/e\n";
 
-    fn base(version: Version, folder: &str, controllers: &[&'static str]) -> Base {
-        Base {
+    fn root(version: Version, folder: &str, controllers: &[&'static str]) -> HierarchyRoot {
+        HierarchyRoot {
             version,
             folder: folder.into(),
             controllers: controllers.to_vec(),
@@ -223,10 +223,10 @@ mod tests {
         );
         let mine = "/sys/fs/cgroup/user.slice/me";
         assert_eq!(
-            layout.bases("cpu io memory\n"),
-            [base(Version::V2, mine, &["memory", "cpu"])]
+            layout.roots("cpu io memory\n"),
+            [root(Version::V2, mine, &["memory", "cpu"])]
         );
-        assert_eq!(layout.bases("\n"), [base(Version::V2, mine, &[])]);
+        assert_eq!(layout.roots("\n"), [root(Version::V2, mine, &[])]);
     }
 
     #[test]
@@ -234,8 +234,8 @@ mod tests {
         let mine = "/sys/fs/cgroup/system.slice/keel.service";
         for leaf in ["keel-agent", ".control"] {
             let layout = layout(UNIFIED, &format!("0::/system.slice/keel.service/{leaf}\n"));
-            let expected = [base(Version::V2, mine, &["memory"])];
-            assert_eq!(layout.bases("memory\n"), expected);
+            let expected = [root(Version::V2, mine, &["memory"])];
+            assert_eq!(layout.roots("memory\n"), expected);
         }
         let layout = layout(UNIFIED, "0::/system.slice/keel.service/keel-agent\n");
         assert_eq!(
@@ -259,16 +259,16 @@ mod tests {
         );
         let unified = "/sys/fs/cgroup/unified/e";
         assert_eq!(
-            layout.bases("hugetlb\n"),
+            layout.roots("hugetlb\n"),
             [
-                base(Version::V2, unified, &[]),
-                base(Version::V1, "/sys/fs/cgroup/memory/b", &["memory"]),
+                root(Version::V2, unified, &[]),
+                root(Version::V1, "/sys/fs/cgroup/memory/b", &["memory"]),
             ]
         );
         // A controller is in one hierarchy only.
         assert_eq!(
-            layout.bases("memory\n"),
-            [base(Version::V2, unified, &["memory"])]
+            layout.roots("memory\n"),
+            [root(Version::V2, unified, &["memory"])]
         );
     }
 
@@ -280,6 +280,6 @@ mod tests {
         let outside = layout(UNIFIED, "0::/../other\n");
         assert_eq!(outside.unified, Some("/sys/fs/cgroup".into()));
         let none = layout("", "0::/\n");
-        assert_eq!((none.word(), none.bases("")), ("none mounted", Vec::new()));
+        assert_eq!((none.word(), none.roots("")), ("none mounted", Vec::new()));
     }
 }

@@ -1,7 +1,7 @@
 //! The folder of all groups of one node's workers, in each hierarchy of use.
 
 use super::group::{Folder, Group, REMOVE_PATIENCE};
-use super::layout::{AGENT_LEAF, Base, Layout, Version};
+use super::layout::{AGENT_LEAF, HierarchyRoot, Layout, Version};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -27,8 +27,8 @@ impl Slice {
     /// Creates the folder of a node's groups. If the kernel requires it, this process and
     /// `parent`, another process of the same program, enter a group beside it.
     pub fn prepare(state_dir: &Path, parent: Option<u32>) -> Self {
-        let bases = match Layout::read() {
-            Ok(layout) => layout.bases(&layout.on_unified()),
+        let roots = match Layout::read() {
+            Ok(layout) => layout.roots(&layout.on_unified()),
             Err(error) => {
                 return Slice {
                     folders: Vec::new(),
@@ -39,15 +39,15 @@ impl Slice {
         let name = name(state_dir);
         let mut folders = Vec::new();
         let mut missing = None;
-        for base in bases {
-            let path = base.folder.join(&name);
+        for root in roots {
+            let path = root.folder.join(&name);
             if let Err(error) = make(&path) {
                 missing = Some(error);
                 continue;
             }
-            let memory = base.controllers.contains(&"memory");
+            let memory = root.controllers.contains(&"memory");
             let memory = memory
-                && match enable(&base, &path, parent) {
+                && match enable(&root, &path, parent) {
                     Ok(()) => true,
                     Err(error) => {
                         missing = Some(error);
@@ -55,7 +55,7 @@ impl Slice {
                     }
                 };
             folders.push(Folder {
-                version: base.version,
+                version: root.version,
                 path,
                 memory,
             });
@@ -128,9 +128,9 @@ impl Slice {
     /// machines' limits.
     pub fn release(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
-        for base in layout.bases(&layout.on_unified()) {
-            if base.version == Version::V2 {
-                disable(&base, &base.folder.join(name(state_dir)));
+        for root in layout.roots(&layout.on_unified()) {
+            if root.version == Version::V2 {
+                disable(&root, &root.folder.join(name(state_dir)));
             }
         }
     }
@@ -139,8 +139,8 @@ impl Slice {
     /// until they are gone. For tests, which leave nothing behind.
     pub fn remove_all(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
-        for base in layout.bases(&layout.on_unified()) {
-            let path = base.folder.join(name(state_dir));
+        for root in layout.roots(&layout.on_unified()) {
+            let path = root.folder.join(name(state_dir));
             let deadline = Instant::now() + REMOVE_PATIENCE;
             while path.exists() && Instant::now() < deadline {
                 remove_children(&path, |_| true);
@@ -159,34 +159,34 @@ fn make(path: &Path) -> Result<(), String> {
     }
 }
 
-/// Enables the base's controllers for the groups in `path`, which is in the base. In
+/// Enables the root's controllers for the groups in `path`, which is in the root. In
 /// version 1 they always are.
-fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
-    if base.version == Version::V1 {
+fn enable(root: &HierarchyRoot, path: &Path, parent: Option<u32>) -> Result<(), String> {
+    if root.version == Version::V1 {
         return Ok(());
     }
     // A single controller first: others may not be available.
-    let [first, others @ ..] = &base.controllers[..] else {
+    let [first, others @ ..] = &root.controllers[..] else {
         return Ok(());
     };
-    if let Err(error) = enable_controller(&base.folder, first) {
+    if let Err(error) = enable_controller(&root.folder, first) {
         // A group with controllers enabled for children has no processes of its own.
         if error.kind() != std::io::ErrorKind::ResourceBusy {
-            return Err(named(&base.folder)(error));
+            return Err(named(&root.folder)(error));
         }
-        enter_agent_group(&base.folder, parent)?;
-        if let Err(error) = enable_controller(&base.folder, first) {
-            leave_agent_group(&base.folder, parent);
+        enter_agent_group(&root.folder, parent)?;
+        if let Err(error) = enable_controller(&root.folder, first) {
+            leave_agent_group(&root.folder, parent);
             return Err(format!(
                 "{} has processes that are not this node's ({error})",
-                base.folder.display()
+                root.folder.display()
             ));
         }
     }
     enable_controller(path, first).map_err(named(path))?;
     for other in others {
         let given =
-            enable_controller(&base.folder, other).and_then(|()| enable_controller(path, other));
+            enable_controller(&root.folder, other).and_then(|()| enable_controller(path, other));
         if let Err(error) = given {
             tracing::debug!(%error, controller = other, "cannot enable a controller for machines' groups");
         }
@@ -203,10 +203,10 @@ fn enable_controller(group: &Path, controller: &str) -> std::io::Result<()> {
 }
 
 /// Undoes [`enable`].
-fn disable(base: &Base, path: &Path) {
+fn disable(root: &HierarchyRoot, path: &Path) {
     // The inner group first.
-    for group in [path, &base.folder] {
-        for controller in &base.controllers {
+    for group in [path, &root.folder] {
+        for controller in &root.controllers {
             let control = group.join("cgroup.subtree_control");
             if let Err(error) = std::fs::write(&control, format!("-{controller}")) {
                 tracing::debug!(%error, group = %control.display(), "cannot disable a controller");
@@ -216,18 +216,18 @@ fn disable(base: &Base, path: &Path) {
 }
 
 /// Moves this process and its parent into a group beside the workers'.
-fn enter_agent_group(base: &Path, parent: Option<u32>) -> Result<(), String> {
-    let leaf = base.join(AGENT_LEAF);
+fn enter_agent_group(root: &Path, parent: Option<u32>) -> Result<(), String> {
+    let leaf = root.join(AGENT_LEAF);
     make(&leaf)?;
-    enter(&leaf, parent).inspect_err(|_| leave_agent_group(base, parent))
+    enter(&leaf, parent).inspect_err(|_| leave_agent_group(root, parent))
 }
 
-fn leave_agent_group(base: &Path, parent: Option<u32>) {
-    if let Err(error) = enter(base, parent) {
+fn leave_agent_group(root: &Path, parent: Option<u32>) {
+    if let Err(error) = enter(root, parent) {
         tracing::debug!(error, "the agent cannot leave its own group");
     }
     // Another node's agent may be in it.
-    let _ = std::fs::remove_dir(base.join(AGENT_LEAF));
+    let _ = std::fs::remove_dir(root.join(AGENT_LEAF));
 }
 
 fn enter(group: &Path, parent: Option<u32>) -> Result<(), String> {
@@ -301,30 +301,30 @@ mod tests {
     /// controller; the process leaves it at the end.
     struct RealHierarchy {
         home: PathBuf,
-        base: Base,
+        root: HierarchyRoot,
     }
 
     impl RealHierarchy {
         fn new() -> Option<Self> {
-            let bases = Layout::read().ok()?.bases("");
-            let home = bases.into_iter().next()?.folder;
+            let roots = Layout::read().ok()?.roots("");
+            let home = roots.into_iter().next()?.folder;
             let given = std::fs::read_to_string(home.join("cgroup.subtree_control")).ok()?;
             let given = given.split_whitespace().collect::<Vec<_>>();
             let of_processes = ["hugetlb", "memory", "io"];
             let controller = of_processes.into_iter().find(|name| given.contains(name))?;
             let folder = home.join(format!("keel-test-{:x}", rand::random::<u64>()));
             std::fs::create_dir(&folder).ok()?;
-            let base = Base {
+            let root = HierarchyRoot {
                 version: Version::V2,
                 folder,
                 controllers: vec![controller],
             };
-            enter(&base.folder, None).ok()?;
-            Some(RealHierarchy { home, base })
+            enter(&root.folder, None).ok()?;
+            Some(RealHierarchy { home, root })
         }
 
         fn processes(&self, inner: &str) -> Vec<u32> {
-            let path = self.base.folder.join(inner).join("cgroup.procs");
+            let path = self.root.folder.join(inner).join("cgroup.procs");
             let text = std::fs::read_to_string(path).unwrap_or_default();
             text.lines().map(|line| line.parse().unwrap()).collect()
         }
@@ -333,8 +333,8 @@ mod tests {
     impl Drop for RealHierarchy {
         fn drop(&mut self) {
             enter(&self.home, None).unwrap();
-            remove_children(&self.base.folder, |_| true);
-            std::fs::remove_dir(&self.base.folder).unwrap();
+            remove_children(&self.root.folder, |_| true);
+            std::fs::remove_dir(&self.root.folder).unwrap();
         }
     }
 
@@ -345,7 +345,7 @@ mod tests {
             eprintln!("not tested: no version 2 group here gives its groups a controller");
             return;
         };
-        let workers = real.base.folder.join("workers");
+        let workers = real.root.folder.join("workers");
         std::fs::create_dir(&workers).unwrap();
         let me = std::process::id();
         // Another program's process stays where it is: the agent leaves its group again.
@@ -353,7 +353,7 @@ mod tests {
             .arg("60")
             .spawn()
             .unwrap();
-        let error = enable(&real.base, &workers, None).unwrap_err();
+        let error = enable(&real.root, &workers, None).unwrap_err();
         assert!(
             error.contains("processes that are not this node's"),
             "{error}"
@@ -364,7 +364,7 @@ mod tests {
         there.sort_unstable();
         assert_eq!(there, both);
         // The agent's parent is moved as well.
-        enable(&real.base, &workers, Some(other.id())).unwrap();
+        enable(&real.root, &workers, Some(other.id())).unwrap();
         assert_eq!(real.processes(""), Vec::<u32>::new());
         let mut there = real.processes(AGENT_LEAF);
         there.sort_unstable();
@@ -372,10 +372,10 @@ mod tests {
         other.kill().unwrap();
         other.wait().unwrap();
         // A restarted agent finds the groups in place.
-        enable(&real.base, &workers, None).unwrap();
+        enable(&real.root, &workers, None).unwrap();
         let control = workers.join("cgroup.subtree_control");
         let given = std::fs::read_to_string(&control).unwrap();
-        assert_eq!(given.trim(), real.base.controllers[0]);
+        assert_eq!(given.trim(), real.root.controllers[0]);
         // Now nothing can be started around them, until the controllers are taken away.
         let machine = workers.join("machine");
         std::fs::create_dir(&machine).unwrap();
@@ -384,12 +384,12 @@ mod tests {
             .spawn()
             .unwrap();
         std::fs::write(machine.join("cgroup.procs"), running.id().to_string()).unwrap();
-        assert!(enter(&real.base.folder, None).is_err());
-        disable(&real.base, &workers);
-        enter(&real.base.folder, None).unwrap();
-        enable(&real.base, &workers, None).unwrap();
+        assert!(enter(&real.root.folder, None).is_err());
+        disable(&real.root, &workers);
+        enter(&real.root.folder, None).unwrap();
+        enable(&real.root, &workers, None).unwrap();
         let given = std::fs::read_to_string(&control).unwrap();
-        assert_eq!(given.trim(), real.base.controllers[0]);
+        assert_eq!(given.trim(), real.root.controllers[0]);
         running.kill().unwrap();
         running.wait().unwrap();
         std::fs::remove_dir(&machine).unwrap();

@@ -6,11 +6,12 @@
 //! - `retention`: which checkpoints are kept
 //! - `format`: the stored form and its validation
 //! - `packer`: collects bytes into packs
-//! - `repository`: storage in a directory or an S3-compatible store
-//! - `folder`: writing and reading packs in a directory
+//! - `repository`: the objects of checkpoints, in a directory or an S3-compatible store
+//!   ([`crate::object_storage`])
+//! - `direct_io`: writing packs into a directory past the page cache, and reading them
 //! - `compaction`: turns an incremental checkpoint into a full one within the store
 //! - `layout`: the location of the newest copy of each page in a chain
-//! - `size`: the memory that a restored machine needs
+//! - `restore_memory_size`: the memory that a restored machine needs
 //!
 //! Of `cluster:` volumes a checkpoint contains only names and sizes, in the image; a
 //! snapshot under the checkpoint's name stays with the volume (`cluster_volume`).
@@ -29,26 +30,26 @@
 //! written since; after [`CHAIN_MAX`] of them a full one is made.
 
 mod compaction;
-mod folder;
+mod direct_io;
 mod format;
 mod id;
 mod layout;
 pub(crate) mod origin;
 mod packer;
 mod repository;
+mod restore_memory_size;
 pub(crate) mod retention;
-mod size;
 
 pub use compaction::compact;
-pub use folder::AlignedBuffer;
+pub use direct_io::AlignedBuffer;
 pub use format::{BLOCK_BYTES, BlockRun, FormatError, Manifest, Pack, Run};
 pub use id::CheckpointId;
 pub use layout::{Block, Layout, LiveRange, PackAt};
 pub use origin::{MemoryRestore, Origin};
 pub use packer::{PackError, Packer, note_block, note_page};
 pub use repository::{BlockSink, Candidates, Outline, PackName, Repository, RepositoryError};
+pub use restore_memory_size::memory_bytes;
 pub use retention::Retention;
-pub use size::memory_bytes;
 
 /// Name of a cluster volume's snapshot for a checkpoint.
 pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {

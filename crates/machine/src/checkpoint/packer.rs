@@ -1,6 +1,6 @@
 //! Collects the bytes of a checkpoint into packs, and stores full packs meanwhile.
 
-use super::folder::AlignedBuffer;
+use super::direct_io::AlignedBuffer;
 use super::format::{BLOCK_BYTES, BlockRun, Pack, Run};
 use super::id::CheckpointId;
 use super::repository::{PackName, Repository, RepositoryError};

@@ -2,10 +2,14 @@
 //!
 //! Object names consist of machine names and checkpoint ids, which contain no separators.
 //! Async; for a worker's own runtime, not for an agent's latency-critical tasks: stores
-//! may be slow. Where the bytes of an object go is `object_storage.rs`.
+//! may be slow.
+//!
+//! This file decides which objects there are and what they contain. Their location, a
+//! directory or a bucket, is a [`crate::object_storage::ObjectStorage`]; `direct_io.rs`
+//! writes packs into a directory.
 
 use super::compaction::compact;
-use super::folder;
+use super::direct_io;
 use super::format::{BLOCK_BYTES, FormatError, Manifest, Pack};
 use super::id::CheckpointId;
 use super::packer::PackError;
@@ -163,7 +167,7 @@ impl Repository {
     ) -> Result<(), RepositoryError> {
         let place = self.pack_place(machine, of, piece);
         match self.place.file(&place)? {
-            Some(path) => in_folder(move || folder::write(&path, &bytes)).await?,
+            Some(path) => in_folder(move || direct_io::write(&path, &bytes)).await?,
             None => drop(self.store().put(&place, PutPayload::from(bytes)).await?),
         }
         Ok(())
@@ -209,7 +213,7 @@ impl Repository {
         };
         match got.payload {
             GetResultPayload::File(file, _) => {
-                let mut reader = folder::Reader::new(file);
+                let mut reader = direct_io::Reader::new(file);
                 for number in 0..expected.blocks.len() {
                     if !wanted(number) {
                         continue;
@@ -368,7 +372,7 @@ impl Repository {
         let folder = self.place.file(&place)?;
         let folder = folder.as_deref().and_then(std::path::Path::parent);
         if let Some(folder) = folder.map(std::path::Path::to_owned) {
-            in_folder(move || match folder::sync(&folder) {
+            in_folder(move || match direct_io::sync(&folder) {
                 // It has no packs.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
                 synced => synced,

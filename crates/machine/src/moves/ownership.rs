@@ -286,28 +286,28 @@ impl Transfer {
 
 /// What happens to a copy that has arrived at `node` and waits for the commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ArrivalVerdict {
+pub enum ResumeDecision {
     /// The commit of its move was applied: it resumes under this epoch.
-    Goes(Epoch),
+    Resume(Epoch),
     /// The commit was not applied, and the present record excludes that it will be.
-    Never,
+    Drop,
     /// The record is unchanged, and the commit may still be applied.
-    Open,
+    Undecided,
 }
 
 /// Decides about a copy that was offered to `node` under the epoch `offered`, given the
 /// present record.
-pub fn arrival(node: &NodeName, offered: Epoch, found: Option<&Record>) -> ArrivalVerdict {
+pub fn may_resume(node: &NodeName, offered: Epoch, found: Option<&Record>) -> ResumeDecision {
     let Some(record) = found else {
-        return ArrivalVerdict::Never;
+        return ResumeDecision::Drop;
     };
     let arrives = matches!(record.status, Status::Arriving { .. });
     if record.owner == *node && record.epoch == offered.next() && arrives {
-        return ArrivalVerdict::Goes(record.epoch);
+        return ResumeDecision::Resume(record.epoch);
     }
     match record.epoch == offered && !record.status.ended() {
-        true => ArrivalVerdict::Open,
-        false => ArrivalVerdict::Never,
+        true => ResumeDecision::Undecided,
+        false => ResumeDecision::Drop,
     }
 }
 

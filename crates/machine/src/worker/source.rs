@@ -290,7 +290,7 @@ fn resume_at_target<W: Worker>(
     if !has_target {
         return Err(RpcError::refused("no move is in progress"));
     }
-    failpoint::pass("in.go").map_err(RpcError::unknown)?;
+    failpoint::pass("target.go").map_err(RpcError::unknown)?;
     worker.before_resume();
     match target::step_target(worker, TargetEvent::Go(epoch)) {
         commands if commands.is_empty() => Err(RpcError::refused("not ready, or an older epoch")),
@@ -335,7 +335,7 @@ pub(super) fn serve<W: Worker>(worker: &Arc<W>) -> Result<(), RpcError> {
 
 /// The machine stays at its source, under an epoch that the agent got from the store.
 pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> {
-    failpoint::pass("out.thaw").map_err(RpcError::unknown)?;
+    failpoint::pass("source.thaw").map_err(RpcError::unknown)?;
     give_up(worker);
     let _freezing = worker.process().freezing();
     let (outgoing, is_taken_back) = worker.moves(|moves| {

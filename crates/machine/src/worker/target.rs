@@ -97,7 +97,7 @@ pub(super) fn receive<W: Worker>(
     };
     let offered = expected.offered;
     worker.moves(|moves| moves.target = Some(TargetMove::new(offered)));
-    failpoint::pass("in.listening").map_err(RpcError::failed)?;
+    failpoint::pass("target.listening").map_err(RpcError::failed)?;
     worker
         .process()
         .state
@@ -131,7 +131,7 @@ fn accept(
                 socket.set_nonblocking(false)?;
                 match greet(socket, &tls, expected) {
                     Ok((link, hello)) => {
-                        failpoint::pass("in.greeted").map_err(std::io::Error::other)?;
+                        failpoint::pass("target.greeted").map_err(std::io::Error::other)?;
                         return Ok(Accepted {
                             link,
                             hello,
@@ -210,7 +210,7 @@ fn finish<W: Worker>(worker: &Arc<W>, arrived: Result<Link, MoveError>, offered:
         return;
     }
     let said = send_prepared(&mut link).map_err(|error| error.to_string());
-    let passed = failpoint::pass("in.prepared").map_err(|error| error.to_string());
+    let passed = failpoint::pass("target.prepared").map_err(|error| error.to_string());
     if let Err(error) = said.and(passed) {
         source_lost(worker, error, offered);
         return;
@@ -228,7 +228,7 @@ fn send_prepared(link: &mut Link) -> Result<(), LinkError> {
 
 /// Tells the source that the machine runs here.
 fn send_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
-    failpoint::pass("in.gone").map_err(|error| LinkError::Aborted(error.to_string()))?;
+    failpoint::pass("target.gone").map_err(|error| LinkError::Aborted(error.to_string()))?;
     link.send(&Message::Resumed(epoch))?;
     link.flush()
 }
@@ -242,7 +242,7 @@ fn read_source<W: Worker>(worker: &Arc<W>, link: &mut Link, offered: Epoch) {
         });
         let event = match message {
             Ok(None) => continue,
-            Ok(Some(Message::Go(epoch))) => match failpoint::pass("in.go") {
+            Ok(Some(Message::Go(epoch))) => match failpoint::pass("target.go") {
                 Ok(()) => TargetEvent::Go(epoch),
                 Err(error) => return source_lost(worker, error.to_string(), offered),
             },

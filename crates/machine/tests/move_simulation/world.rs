@@ -3,7 +3,7 @@
 use crate::store::Store;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership::{
-    self, ArrivalVerdict, EndEffect, Settlement, Transfer, VersionedRecord,
+    self, EndEffect, ResumeDecision, Settlement, Transfer, VersionedRecord,
 };
 use keel_machine::moves::{
     SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
@@ -715,9 +715,9 @@ impl World {
     }
 
     fn go_if_won(&mut self, record: &Record) -> bool {
-        match ownership::arrival(&B.name(), self.offered(), Some(record)) {
-            ArrivalVerdict::Goes(epoch) => self.go(epoch),
-            ArrivalVerdict::Never | ArrivalVerdict::Open => false,
+        match ownership::may_resume(&B.name(), self.offered(), Some(record)) {
+            ResumeDecision::Resume(epoch) => self.go(epoch),
+            ResumeDecision::Drop | ResumeDecision::Undecided => false,
         }
     }
 
@@ -1062,12 +1062,12 @@ impl World {
             }
             TargetState::Prepared => {
                 let record = self.found().map(|it| it.record);
-                match ownership::arrival(&B.name(), self.offered(), record.as_ref()) {
-                    ArrivalVerdict::Goes(won) if won == epoch => {
+                match ownership::may_resume(&B.name(), self.offered(), record.as_ref()) {
+                    ResumeDecision::Resume(won) if won == epoch => {
                         self.go(won);
                         SourceEvent::TargetResumed
                     }
-                    ArrivalVerdict::Never => {
+                    ResumeDecision::Drop => {
                         self.processes[B as usize] = None;
                         SourceEvent::TargetNotRunning
                     }

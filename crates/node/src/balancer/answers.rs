@@ -2,7 +2,7 @@
 
 use super::drain::info_here;
 use super::handle::NodeBalancer;
-use super::ledger::Wanted;
+use super::ledger::LedgerFilter;
 use super::peers::{CONFIRM, DRAIN, HISTORY, LEDGER, LEDGER_TRANSFER, LOAD, WHY_NOT};
 use super::queries::{confirm_here, load, why_not_here};
 use keel_machine::worker::control::unpack;
@@ -17,8 +17,8 @@ pub(crate) async fn answer(
     let json = match kind {
         LOAD => serde_json::to_vec(&load(handle).await?),
         LEDGER => {
-            let wanted: Wanted = unpack(&payload).map_err(|error| error.to_string())?;
-            let lines = handle.ledger.newest(wanted).await?;
+            let filter: LedgerFilter = unpack(&payload).map_err(|error| error.to_string())?;
+            let lines = handle.ledger.newest(filter).await?;
             serde_json::to_vec(&lines)
         }
         LEDGER_TRANSFER => {

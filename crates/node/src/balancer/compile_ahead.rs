@@ -2,7 +2,7 @@
 //! machines elsewhere that rules allow here.
 
 use super::handle::NodeBalancer;
-use crate::code::{PROGRAM, program_here};
+use crate::compilation::{PROGRAM, program_here};
 use keel_balance::Name;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::kind::KindName;

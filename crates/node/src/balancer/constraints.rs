@@ -2,7 +2,7 @@
 //! cost of compiling a program at a target. Read from local caches, never by a request.
 
 use super::spreading::Spreading;
-use crate::code::Code;
+use crate::compilation::Code;
 use crate::records::Placements;
 use crate::rules::RuleSnapshot;
 use keel_balance::Name;

@@ -6,7 +6,7 @@ use super::drain_progress::Progress;
 use super::ledger::Ledger;
 use super::recorder::Recorder;
 use super::spreading::Spreading;
-use crate::code::Code;
+use crate::compilation::Code;
 use crate::context::Context;
 use crate::moves::Moves;
 use crate::processes::Processes;
@@ -25,14 +25,14 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{broadcast, oneshot};
 
 /// A query that runs on the balancer between two of its steps.
-pub(super) type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
+pub(super) type BalancerQuery = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
 
 /// Inputs of the balancer's task.
 pub(super) enum Input {
     Event(Event),
     Measured(Box<super::meter::Measured>),
     Asked(Name, Request, oneshot::Sender<Response>),
-    Look(Look),
+    Query(BalancerQuery),
     /// The repair of a rule violation has ended.
     RepairOver,
 }
@@ -119,17 +119,17 @@ impl NodeBalancer {
         answer.await.map_err(|_| ENDED.to_owned())
     }
 
-    pub(super) async fn look<T: Send + 'static>(
+    pub(super) async fn query<T: Send + 'static>(
         &self,
-        look: impl FnOnce(&Balancer, u64, &Snapshot) -> T + Send + 'static,
+        query: impl FnOnce(&Balancer, u64, &Snapshot) -> T + Send + 'static,
     ) -> Result<T, String> {
         let (reply, answer) = oneshot::channel();
-        let look: Look = Box::new(|balancer, now_ms, snapshot| {
+        let query: BalancerQuery = Box::new(|balancer, now_ms, snapshot| {
             // The caller may have gone.
-            let _ = reply.send(look(balancer, now_ms, snapshot));
+            let _ = reply.send(query(balancer, now_ms, snapshot));
         });
         self.inputs
-            .send(Input::Look(look))
+            .send(Input::Query(query))
             .map_err(|_| ENDED.to_owned())?;
         answer.await.map_err(|_| ENDED.to_owned())
     }

@@ -30,9 +30,9 @@ pub(super) const ALONG_AMONG: u32 = 10_000;
 /// Number of newest lines that are searched for duplicates of received ones.
 const LOOKED_THROUGH: usize = 2_000;
 
-/// A query of a ledger.
+/// The lines of a ledger that a query is about.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Wanted {
+pub(crate) struct LedgerFilter {
     /// Only lines about this machine.
     pub(crate) machine: Option<String>,
     /// Earliest time, in milliseconds since 1970-01-01 UTC.
@@ -46,7 +46,7 @@ pub(crate) struct Wanted {
     pub(crate) among: u32,
 }
 
-impl Wanted {
+impl LedgerFilter {
     fn fits(&self, line: &Line) -> bool {
         let until = self.until_unix_ms;
         if line.at_unix_ms < self.since_unix_ms || (until != 0 && line.at_unix_ms > until) {
@@ -154,9 +154,9 @@ impl Ledger {
     ///
     /// # Errors
     /// The database's, in a sentence.
-    pub(crate) async fn newest(&self, wanted: Wanted) -> Result<Vec<Line>, String> {
+    pub(crate) async fn newest(&self, filter: LedgerFilter) -> Result<Vec<Line>, String> {
         let ledger = self.clone();
-        tokio::task::spawn_blocking(move || ledger.read(&wanted))
+        tokio::task::spawn_blocking(move || ledger.read(&filter))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the ledger cannot be read: {error}"))
@@ -173,21 +173,21 @@ impl Ledger {
         Ok(lines)
     }
 
-    fn read(&self, wanted: &Wanted) -> Result<Vec<Line>, redb::Error> {
+    fn read(&self, filter: &LedgerFilter) -> Result<Vec<Line>, redb::Error> {
         let mut found = Vec::new();
-        let among = match wanted.among {
+        let among = match filter.among {
             0 => usize::MAX,
             among => among as usize,
         };
         self.look_back(among, |line| {
             // Received lines are older than their position suggests.
-            if line.at_unix_ms < wanted.since_unix_ms && line.node == self.node {
+            if line.at_unix_ms < filter.since_unix_ms && line.node == self.node {
                 return false;
             }
-            if wanted.fits(&line) {
+            if filter.fits(&line) {
                 found.push(line);
             }
-            found.len() < wanted.limit as usize
+            found.len() < filter.limit as usize
         })?;
         found.reverse();
         Ok(found)
@@ -293,11 +293,11 @@ mod tests {
         }
     }
 
-    fn wanted(machine: Option<&str>) -> Wanted {
-        Wanted {
+    fn filter(machine: Option<&str>) -> LedgerFilter {
+        LedgerFilter {
             machine: machine.map(str::to_owned),
             limit: 100,
-            ..Wanted::default()
+            ..LedgerFilter::default()
         }
     }
 
@@ -309,15 +309,15 @@ mod tests {
         for at in 1..=4 {
             ledger.keep(line(at, if at % 2 == 0 { "even" } else { "odd" }));
         }
-        let all = ledger.newest(wanted(None)).await.unwrap();
+        let all = ledger.newest(filter(None)).await.unwrap();
         assert_eq!(all.len(), 4);
         assert!(all.is_sorted_by_key(|line| line.at_unix_ms));
-        let even = ledger.newest(wanted(Some("even"))).await.unwrap();
+        let even = ledger.newest(filter(Some("even"))).await.unwrap();
         assert_eq!(even, [line(2, "even"), line(4, "even")]);
-        let between = Wanted {
+        let between = LedgerFilter {
             since_unix_ms: 2,
             until_unix_ms: 3,
-            ..wanted(None)
+            ..filter(None)
         };
         assert_eq!(ledger.newest(between).await.unwrap().len(), 2);
         drop(ledger);
@@ -329,7 +329,7 @@ mod tests {
             }
         };
         reopened.keep(line(5, "odd"));
-        let odd = reopened.newest(wanted(Some("odd"))).await.unwrap();
+        let odd = reopened.newest(filter(Some("odd"))).await.unwrap();
         assert_eq!(odd.len(), 3, "{odd:?}");
     }
 
@@ -347,14 +347,14 @@ mod tests {
                 .take_along(vec![line(10, "m"), line(20, "m")])
                 .await
                 .unwrap();
-            let found = ledger.newest(wanted(Some("m"))).await.unwrap();
+            let found = ledger.newest(filter(Some("m"))).await.unwrap();
             assert_eq!(found.len(), 3, "{found:?}");
         }
         ledger.take_along(vec![own.clone()]).await.unwrap();
         // A newer line of this node does not hide a received one, nor the reverse.
-        let since = Wanted {
+        let since = LedgerFilter {
             since_unix_ms: 20,
-            ..wanted(None)
+            ..filter(None)
         };
         let found = ledger.newest(since).await.unwrap();
         assert_eq!(found, [own, line(20, "m")]);
@@ -371,15 +371,15 @@ mod tests {
         for line in &all[..20] {
             ledger.keep(line.clone());
         }
-        assert_eq!(ledger.newest(wanted(None)).await.unwrap(), all[..20]);
-        let some = Wanted {
+        assert_eq!(ledger.newest(filter(None)).await.unwrap(), all[..20]);
+        let some = LedgerFilter {
             limit: 3,
-            ..wanted(None)
+            ..filter(None)
         };
         assert_eq!(ledger.newest(some).await.unwrap(), all[17..20]);
         busy.abort().unwrap();
         for until in 20..=40 {
-            assert_eq!(ledger.newest(wanted(None)).await.unwrap(), all[..until]);
+            assert_eq!(ledger.newest(filter(None)).await.unwrap(), all[..until]);
             if let Some(next) = all.get(until) {
                 ledger.keep(next.clone());
             }
@@ -392,7 +392,7 @@ mod tests {
                 Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
             }
         };
-        assert_eq!(reopened.newest(wanted(None)).await.unwrap(), all);
+        assert_eq!(reopened.newest(filter(None)).await.unwrap(), all);
     }
 
     #[test]
@@ -403,9 +403,9 @@ mod tests {
         for at in 0..UNWRITTEN_MAX as u64 + 3 {
             ledger.keep(line(at, "m"));
         }
-        let few = Wanted {
+        let few = LedgerFilter {
             limit: 1,
-            ..wanted(None)
+            ..filter(None)
         };
         let newest = ledger.read(&few).unwrap();
         assert_eq!(newest[0].at_unix_ms, UNWRITTEN_MAX as u64 - 1);
@@ -420,7 +420,7 @@ mod tests {
             let batch: Vec<(u64, Line)> =
                 (0..lines).map(|at| (first + at, line(at, "m"))).collect();
             write(&ledger.database, &batch).unwrap();
-            let found = ledger.read(&wanted(None)).unwrap();
+            let found = ledger.read(&filter(None)).unwrap();
             found.iter().map(|line| line.at_unix_ms).collect::<Vec<_>>()
         };
         assert_eq!(write_from(LINES_MAX - 2, 6), [0, 1, 2, 3, 4, 5]);

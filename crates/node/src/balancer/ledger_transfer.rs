@@ -1,7 +1,7 @@
 //! Sends a machine's ledger lines after it when it moves.
 
 use super::handle::NodeBalancer;
-use super::ledger::{ALONG_AMONG, ALONG_MAX, Wanted};
+use super::ledger::{ALONG_AMONG, ALONG_MAX, LedgerFilter};
 use super::peers::{LEDGER_TRANSFER, ask_node};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::{Ending, MoveReport};
@@ -30,14 +30,14 @@ pub(super) async fn send_ledger_lines(
 pub(super) fn send_along(handle: &Arc<NodeBalancer>, machine: &MachineName, target: &NodeName) {
     let (handle, machine, target) = (handle.clone(), machine.clone(), target.clone());
     tokio::spawn(async move {
-        let wanted = Wanted {
+        let filter = LedgerFilter {
             machine: Some(machine.to_string()),
             limit: ALONG_MAX,
             among: ALONG_AMONG,
-            ..Wanted::default()
+            ..LedgerFilter::default()
         };
         let sent: Result<(), String> = async {
-            let lines = handle.ledger.newest(wanted).await?;
+            let lines = handle.ledger.newest(filter).await?;
             if lines.is_empty() {
                 return Ok(());
             }

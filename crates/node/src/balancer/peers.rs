@@ -16,9 +16,9 @@ use tokio::task::JoinSet;
 
 /// `keel_balance::round::Request` → `Response`.
 pub(crate) const BALANCE: u16 = 0x030c;
-/// [`super::Wanted`], which is ignored → `NodeLoad` as JSON.
+/// [`super::LedgerFilter`], which is ignored → `NodeLoad` as JSON.
 pub(crate) const LOAD: u16 = 0x030d;
-/// [`super::Wanted`] → list of `Line` as JSON.
+/// [`super::LedgerFilter`] → list of `Line` as JSON.
 pub(crate) const LEDGER: u16 = 0x030e;
 /// `(machine, node)` → `WhyNot` as JSON.
 pub(crate) const WHY_NOT: u16 = 0x030f;
@@ -26,7 +26,7 @@ pub(crate) const WHY_NOT: u16 = 0x030f;
 pub(crate) const CONFIRM: u16 = 0x0310;
 /// nothing → `DrainInfo` as JSON.
 pub(crate) const DRAIN: u16 = 0x0311;
-/// [`super::Span`] → list of `HistoryPoint` as JSON.
+/// [`super::HistoryRange`] → list of `HistoryPoint` as JSON.
 pub(crate) const HISTORY: u16 = 0x0312;
 /// List of `Line`, of an arrived machine → `()` as JSON.
 pub(crate) const LEDGER_TRANSFER: u16 = 0x0313;
@@ -117,7 +117,7 @@ where
 impl NodeBalancer {
     /// Whether the balancer carries out its decisions.
     pub(crate) async fn is_automatic(&self) -> bool {
-        let mode = self.look(|it, _, _| it.policy().0.mode).await;
+        let mode = self.query(|it, _, _| it.policy().0.mode).await;
         mode == Ok(Mode::Automatic)
     }
 

@@ -4,7 +4,7 @@
 //! thousands.
 
 use super::handle::NodeBalancer;
-use super::ledger::Wanted;
+use super::ledger::LedgerFilter;
 use super::peers::{LOAD, ask_node};
 use super::queries::load;
 use keel_api::NodeLoad;
@@ -40,7 +40,7 @@ impl NodeBalancer {
 async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) -> NodeName {
     let here = handle.context.name.clone();
     let machine: Name = machine.into();
-    let peers = handle.look(move |balancer, _, rules| {
+    let peers = handle.query(move |balancer, _, rules| {
         let may = |node: &Name| rules.forbids(&machine, node).is_none();
         let others: Vec<Name> = rules.nodes().iter().filter(|it| may(it)).cloned().collect();
         (balancer.policy().0.mode, others)
@@ -57,7 +57,7 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
     for node in asked.into_iter().filter_map(|it| NodeName::new(it).ok()) {
         let handle = handle.clone();
         answers.spawn(async move {
-            let all = Wanted::default();
+            let all = LedgerFilter::default();
             let told = ask_node(&handle, &node, LOAD, &all, load(&handle));
             let told: NodeLoad = tokio::time::timeout(PATIENCE, told).await.ok()?.ok()?;
             let side = with_newest(&handle, told)?;

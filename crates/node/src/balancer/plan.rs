@@ -63,7 +63,7 @@ impl View {
         let for_drain = matches!(goal, PlanGoal::Drain { .. });
         let told = gather_loads(handle).await?;
         let rules_now = handle.rules.cache.set();
-        let model = handle.look(|balancer, _, _| *balancer.model());
+        let model = handle.query(|balancer, _, _| *balancer.model());
         let model = model.await.map_err(CommandError::Unavailable)?;
         let minute = (unix_ms() / 60_000 % 1440) as u32;
         let sites: Vec<Site> = told

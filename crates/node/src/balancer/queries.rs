@@ -2,10 +2,10 @@
 //! of users: the policy, confirmed moves.
 
 use super::handle::NodeBalancer;
-use super::ledger::Wanted;
+use super::ledger::LedgerFilter;
 use super::peers::{CONFIRM, HISTORY, LEDGER, LOAD, WHY_NOT, ask, ask_all, ask_node};
 use super::policy::policy_of;
-use super::recorder::Span;
+use super::recorder::HistoryRange;
 use crate::error::CommandError;
 use crate::records;
 use keel_api::{BalanceInfo, HistoryInfo, HistoryPoint, LedgerInfo, NodeLoad, WhyNot};
@@ -23,7 +23,7 @@ pub(super) async fn load(handle: &NodeBalancer) -> Result<NodeLoad, String> {
     let node = handle.context.name.to_string();
     let traffic = handle.traffic.lock();
     let traffic = traffic.unwrap_or_else(PoisonError::into_inner).clone();
-    let load = handle.look(move |balancer, now_ms, _| NodeLoad {
+    let load = handle.query(move |balancer, now_ms, _| NodeLoad {
         node,
         traffic,
         side: balancer.node_state(),
@@ -40,7 +40,7 @@ pub(crate) async fn gather_loads(handle: &Arc<NodeBalancer>) -> Result<BalanceIn
     let entry = handle.context.store.get(&Key::Policy.to_string()).await?;
     let (policy, revision) = policy_of(entry.as_ref()).map_err(CommandError::Conflict)?;
     let (mut nodes, silent): (Vec<NodeLoad>, _) =
-        ask_all(handle, LOAD, &Wanted::default(), |it, _| async move {
+        ask_all(handle, LOAD, &LedgerFilter::default(), |it, _| async move {
             load(&it).await
         })
         .await;
@@ -60,16 +60,16 @@ pub(crate) async fn gather_loads(handle: &Arc<NodeBalancer>) -> Result<BalanceIn
 pub(crate) async fn history(
     handle: &Arc<NodeBalancer>,
     node: Option<&NodeName>,
-    span: &Span,
+    range: &HistoryRange,
 ) -> Result<HistoryInfo, CommandError> {
     let Some(node) = node else {
         let (told, silent): (Vec<Vec<HistoryPoint>>, _) =
-            ask_all(handle, HISTORY, span, |it, span| async move {
-                it.recorder.of(span).await
+            ask_all(handle, HISTORY, range, |it, range| async move {
+                it.recorder.of(range).await
             })
             .await;
         let points = told.into_iter().flatten().collect();
-        let points = keel_api::history_in_points(points, span.points_max);
+        let points = keel_api::history_in_points(points, range.points_max);
         return Ok(HistoryInfo { points, silent });
     };
     if !handle.context.members.contains(node) {
@@ -80,8 +80,8 @@ pub(crate) async fn history(
         handle,
         node,
         HISTORY,
-        span,
-        handle.recorder.of(span.clone()),
+        range,
+        handle.recorder.of(range.clone()),
     )
     .await?;
     Ok(HistoryInfo {
@@ -91,10 +91,10 @@ pub(crate) async fn history(
 }
 
 /// The ledgers of all nodes, oldest line first.
-pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, wanted: &Wanted) -> LedgerInfo {
+pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, filter: &LedgerFilter) -> LedgerInfo {
     let (told, silent): (Vec<Vec<Line>>, _) =
-        ask_all(handle, LEDGER, wanted, |it, wanted| async move {
-            it.ledger.newest(wanted).await
+        ask_all(handle, LEDGER, filter, |it, filter| async move {
+            it.ledger.newest(filter).await
         })
         .await;
     let mut lines: Vec<Line> = told.into_iter().flatten().collect();
@@ -102,7 +102,7 @@ pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, wanted: &Wanted) -
     let order = |line: &Line| (line.at_unix_ms, line.node.clone());
     lines.sort_by_cached_key(|line| (order(line), line.decision.to_string()));
     lines.dedup();
-    let excess = lines.len().saturating_sub(wanted.limit as usize);
+    let excess = lines.len().saturating_sub(filter.limit as usize);
     lines.drain(..excess);
     LedgerInfo { lines, silent }
 }
@@ -136,7 +136,7 @@ pub(super) async fn why_not_here(
     to: &NodeName,
 ) -> Result<WhyNot, String> {
     let measuring = || "this node has not measured for long enough; try again in some seconds";
-    let asked = handle.look(|balancer, _, _| balancer.weigh_request());
+    let asked = handle.query(|balancer, _, _| balancer.weigh_request());
     let (machines, question) = asked.await?.ok_or_else(measuring)?;
     let view = match ask(handle, to.as_str(), &Request::View).await? {
         Response::View(view) => view,
@@ -148,7 +148,7 @@ pub(super) async fn why_not_here(
         other => return Err(format!("{to} gave an unexpected answer: {other:?}")),
     };
     let peer: Name = to.as_str().into();
-    let explained = handle.look(move |balancer, now_ms, rules| {
+    let explained = handle.query(move |balancer, now_ms, rules| {
         balancer.explain(&peer, view, &machines, &weights, now_ms, rules)
     });
     let explained = explained.await?.ok_or_else(measuring)?;
@@ -214,7 +214,7 @@ pub(super) async fn confirm_here(
 ) -> Result<(), String> {
     let name: Name = machine.as_str().into();
     let asked = name.clone();
-    let proposals = handle.look(move |balancer, now_ms, _| balancer.proposals(now_ms));
+    let proposals = handle.query(move |balancer, now_ms, _| balancer.proposals(now_ms));
     let proposed = proposals
         .await?
         .into_iter()

@@ -57,9 +57,9 @@ const TIERS: [Tier; 3] = [
     },
 ];
 
-/// A query of the history.
+/// The series and time range of the history that a query is about.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Span {
+pub(crate) struct HistoryRange {
     /// The machine; `None` for the node.
     pub(crate) machine: Option<String>,
     /// Start, in milliseconds since 1970-01-01 UTC.
@@ -158,27 +158,31 @@ impl Recorder {
         }
     }
 
-    /// The points of a span, oldest first, at the finest resolution that covers all of it.
+    /// The points of a range, oldest first, at the finest resolution that covers all of it.
     ///
     /// # Errors
     /// The database's, in a sentence.
-    pub(crate) async fn of(&self, span: Span) -> Result<Vec<HistoryPoint>, String> {
+    pub(crate) async fn of(&self, range: HistoryRange) -> Result<Vec<HistoryPoint>, String> {
         let recorder = self.clone();
-        tokio::task::spawn_blocking(move || recorder.read(&span, keel_store::clock::unix_ms()))
+        tokio::task::spawn_blocking(move || recorder.read(&range, keel_store::clock::unix_ms()))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the history of loads cannot be read: {error}"))
     }
 
-    fn read(&self, span: &Span, now_unix_ms: u64) -> Result<Vec<HistoryPoint>, redb::Error> {
-        let series = span.machine.as_deref().unwrap_or(NODE);
-        let tier = tier_of(span, now_unix_ms);
+    fn read(
+        &self,
+        range: &HistoryRange,
+        now_unix_ms: u64,
+    ) -> Result<Vec<HistoryPoint>, redb::Error> {
+        let series = range.machine.as_deref().unwrap_or(NODE);
+        let tier = tier_of(range, now_unix_ms);
         let bucket_ms = TIERS[usize::from(tier)].bucket_ms;
-        let first = span.since_unix_ms / bucket_ms * bucket_ms;
+        let first = range.since_unix_ms / bucket_ms * bucket_ms;
         let mut points = Vec::new();
         let txn = self.database.begin_read()?;
         let table = txn.open_table(POINTS)?;
-        for entry in table.range((tier, series, first)..=(tier, series, span.until_unix_ms))? {
+        for entry in table.range((tier, series, first)..=(tier, series, range.until_unix_ms))? {
             let (_, bytes) = entry?;
             points.extend(postcard::from_bytes::<HistoryPoint>(bytes.value()));
         }
@@ -186,21 +190,21 @@ impl Recorder {
         let open = unwritten.open.iter();
         let over = unwritten.over.iter().map(|(bucket, point)| (bucket, point));
         for ((of_tier, of_series), point) in over.chain(open) {
-            let within = (first..=span.until_unix_ms).contains(&point.at_unix_ms);
+            let within = (first..=range.until_unix_ms).contains(&point.at_unix_ms);
             if *of_tier == tier && of_series == series && within {
                 points.push(*point);
             }
         }
         drop(unwritten);
-        Ok(keel_api::history_in_points(points, span.points_max))
+        Ok(keel_api::history_in_points(points, range.points_max))
     }
 }
 
-/// The finest tier that covers the start of a span for the series.
-fn tier_of(span: &Span, now_unix_ms: u64) -> u8 {
-    let ago_ms = now_unix_ms.saturating_sub(span.since_unix_ms);
+/// The finest tier that covers the start of a range for the series.
+fn tier_of(range: &HistoryRange, now_unix_ms: u64) -> u8 {
+    let ago_ms = now_unix_ms.saturating_sub(range.since_unix_ms);
     let has = |tier: &Tier| {
-        tier.kept_ms + tier.bucket_ms >= ago_ms && (tier.machines || span.machine.is_none())
+        tier.kept_ms + tier.bucket_ms >= ago_ms && (tier.machines || range.machine.is_none())
     };
     let number = TIERS.iter().position(has).unwrap_or(TIERS.len() - 1);
     u8::try_from(number).unwrap_or(0)
@@ -375,8 +379,8 @@ mod tests {
         }
     }
 
-    fn span(machine: Option<&str>, since: u64, until: u64) -> Span {
-        Span {
+    fn range(machine: Option<&str>, since: u64, until: u64) -> HistoryRange {
+        HistoryRange {
             machine: machine.map(str::to_owned),
             since_unix_ms: since,
             until_unix_ms: until,
@@ -401,35 +405,35 @@ mod tests {
         }
         let end = begun + DAY_MS;
         let hour = 3_600_000;
-        // A query for the whole span of a tier arrives a little later than its start.
-        let all = span(None, end - DAY_MS / 4, end);
+        // A query for the whole range of a tier arrives a little later than its start.
+        let all = range(None, end - DAY_MS / 4, end);
         let fine = recorder.read(&all, end + 300).unwrap();
         assert_eq!(fine[0].lasts_ms, 30_000, "2160 points of 10 s in 720");
-        let fine = recorder.read(&span(None, end - hour, end), end).unwrap();
+        let fine = recorder.read(&range(None, end - hour, end), end).unwrap();
         assert_eq!(fine.len(), 360);
         assert_eq!((fine[0].load, fine[3].load), (1.0, 0.0));
-        let by_minute = recorder.read(&span(None, begun, end), end).unwrap();
+        let by_minute = recorder.read(&range(None, begun, end), end).unwrap();
         assert_eq!(by_minute.len(), 720, "1440 minutes in 1000 points at most");
         let minute = &by_minute[7];
         assert!((minute.load - 0.5).abs() < 1e-9 && minute.load_max == 1.0);
         // Machines have no series in seconds.
-        let machine = recorder.read(&span(Some("m"), end - hour, end), end);
+        let machine = recorder.read(&range(Some("m"), end - hour, end), end);
         let machine = machine.unwrap();
         assert_eq!((machine.len(), machine[0].samples), (60, 6));
         assert_eq!(machine[0].working_set_bytes, Some(4096));
         assert_eq!(
-            recorder.read(&span(Some("x"), begun, end), end).unwrap(),
+            recorder.read(&range(Some("x"), begun, end), end).unwrap(),
             []
         );
 
         keep(&recorder.database, &recorder.unwritten);
         prune(&recorder.database, end + 20 * DAY_MS).unwrap();
         let later = end + 20 * DAY_MS;
-        let coarse = recorder.read(&span(None, begun, end), later).unwrap();
+        let coarse = recorder.read(&range(None, begun, end), later).unwrap();
         assert!((143..=144).contains(&coarse.len()), "{}", coarse.len());
         assert_eq!(coarse[0].lasts_ms, 600_000);
         prune(&recorder.database, end + 40 * DAY_MS).unwrap();
-        let all = recorder.read(&span(None, begun, end), end).unwrap();
+        let all = recorder.read(&range(None, begun, end), end).unwrap();
         assert!(all.len() <= 2, "what is not written yet: {}", all.len());
     }
 
@@ -457,7 +461,7 @@ mod tests {
                 Err(_) => std::thread::sleep(Duration::from_millis(10)),
             }
         };
-        let read = recorder.read(&span(None, at, at + 10_000), at + 10_000);
+        let read = recorder.read(&range(None, at, at + 10_000), at + 10_000);
         let read = read.unwrap();
         assert_eq!((read.len(), read[0].samples, read[0].load), (1, 2, 1.5));
     }

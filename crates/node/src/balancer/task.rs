@@ -150,8 +150,8 @@ impl Task {
                         request: question,
                     }
                 }
-                Ok(Some(Input::Look(look))) => {
-                    look(&self.balancer, now_ms, &self.snapshot());
+                Ok(Some(Input::Query(query))) => {
+                    query(&self.balancer, now_ms, &self.snapshot());
                     continue;
                 }
                 Ok(Some(Input::RepairOver)) => {

@@ -151,7 +151,7 @@ impl Checkpoints {
             keep: retention,
         };
         let injected = |error: failpoint::Injected| CommandError::Unavailable(error.to_string());
-        failpoint::pass_async("keep.asked")
+        failpoint::pass_async("checkpoint.agent.asked")
             .await
             .map_err(injected)?;
         let taken: Result<CheckpointReport, RpcError> =
@@ -162,7 +162,7 @@ impl Checkpoints {
             }
             other => CommandError::Unavailable(other.to_string()),
         })?;
-        failpoint::pass_async("keep.taken")
+        failpoint::pass_async("checkpoint.agent.taken")
             .await
             .map_err(injected)?;
         self.note_newest(machine, &repository).await;

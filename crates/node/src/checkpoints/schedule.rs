@@ -5,7 +5,7 @@
 //! agent adds or skips one.
 
 use super::handle::Checkpoints;
-use crate::processes::Worker;
+use crate::processes::WorkerHandle;
 use crate::records::{self, RecordError};
 use keel_api::CheckpointRequest;
 use keel_cluster::MachineName;
@@ -21,7 +21,7 @@ const RETRY_MAX: Duration = Duration::from_secs(60);
 
 impl Checkpoints {
     /// Creates a machine's periodic checkpoints until its worker is gone.
-    pub(crate) fn keep_schedule(self: &Arc<Self>, machine: &MachineName, worker: &Worker) {
+    pub(crate) fn keep_schedule(self: &Arc<Self>, machine: &MachineName, worker: &WorkerHandle) {
         let (checkpoints, machine, worker) = (self.clone(), machine.clone(), worker.clone());
         // One task for each connection to a process: a new connection gets a new one.
         let Some(watching) = Watching::begin(&checkpoints, &worker) else {
@@ -104,7 +104,7 @@ struct Watching {
 }
 
 impl Watching {
-    fn begin(checkpoints: &Arc<Checkpoints>, worker: &Worker) -> Option<Self> {
+    fn begin(checkpoints: &Arc<Checkpoints>, worker: &WorkerHandle) -> Option<Self> {
         let worker = worker.id();
         let mut all = checkpoints.scheduled();
         all.insert(worker).then(|| Watching {

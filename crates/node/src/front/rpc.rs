@@ -5,7 +5,7 @@ use super::handles::Handles;
 use crate::balancer::{self, BALANCE};
 use crate::checkpoints::CreateCheckpoint;
 use crate::cluster_events::{EVENTS, Question, answer_peer};
-use crate::code::{CODE, PROGRAM, program_here};
+use crate::compilation::{CODE, PROGRAM, program_here};
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::images::FETCH;
@@ -17,9 +17,9 @@ use crate::moves::{
 };
 use crate::records::MachineCommand;
 use crate::spanning::{
-    self, ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART,
-    MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PART, PART_JOIN, PartsQuery, ROOM,
-    SpanCommand, UnspanCommand,
+    self, ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART, FREE_MEMORY,
+    MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PART, PART_JOIN, PartsQuery, SpanCommand,
+    UnspanCommand,
 };
 use crate::volumes::FileCommand;
 use futures::FutureExt;
@@ -178,9 +178,9 @@ impl Service {
                 let machine: MachineName = unpack(payload)?;
                 reply(spanning::arrived_part(&at.spanning, &machine).await)
             }
-            ROOM => {
+            FREE_MEMORY => {
                 let (machine, features): (MachineName, Vec<String>) = unpack(payload)?;
-                reply(spanning::room_here(&at.spanning, &machine, &features).await)
+                reply(spanning::free_memory_here(&at.spanning, &machine, &features).await)
             }
             EVENTS => {
                 let question: Question = unpack(payload)?;

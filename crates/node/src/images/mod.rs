@@ -1,6 +1,6 @@
 //! Program images, by hash: what machines start from (for `wasm`, modules as their authors built
 //! them) and what runs (instrumented modules). Both are sent between nodes; code compiled for a
-//! processor never is, see `code`.
+//! processor never is, see `compilation`.
 
 use crate::context::Context;
 use crate::error::CommandError;

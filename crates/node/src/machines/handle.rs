@@ -2,7 +2,7 @@
 
 use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
-use crate::code::Code;
+use crate::compilation::Code;
 use crate::context::Context;
 use crate::images::Images;
 use crate::moves::Moves;

@@ -6,17 +6,17 @@
 //! - `create`, `restore`, `spec_check`: new machines, and the limits of their specs
 //! - `reconcile`: schedule → processes
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
-//! - `watch`, `arrivals`, `termination`: states of workers → records
+//! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
 //! - `queries`, `diff`: queries of users
 //! - `stall_status`: machines that wait for a disk or a volume's backend
 
-mod arrivals;
 mod create;
 mod diff;
 mod handle;
 mod queries;
 mod reconcile;
+mod record_running;
 mod remove;
 mod restore;
 mod set;
@@ -26,7 +26,7 @@ mod stall_status;
 mod start;
 mod stop;
 mod termination;
-mod watch;
+mod worker_monitor;
 
 pub(crate) use create::run;
 pub(crate) use diff::diff;
@@ -37,4 +37,4 @@ pub(crate) use remove::RemoveMachine;
 pub(crate) use restore::restore;
 pub(crate) use set::SetMachine;
 pub(crate) use stop::StopMachine;
-pub(crate) use watch::watch_worker;
+pub(crate) use worker_monitor::watch_worker;

@@ -163,7 +163,7 @@ async fn inspect(
     let report = report(machines, machine).await;
     let mut info = info(&machines.context.kinds, &record, report.as_ref());
     if let Some(program) = report.and_then(|report| report.program) {
-        let nodes = machines.code.published.nodes_with(&Fingerprint(program));
+        let nodes = machines.code.locations.nodes_with(&Fingerprint(program));
         info.ready_on = nodes.iter().map(ToString::to_string).collect();
     }
     Ok(info)

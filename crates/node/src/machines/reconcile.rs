@@ -5,12 +5,12 @@
 //! restart policy says so. A worker without an entry is ended, unless a move or an arrival is in
 //! progress, whose own protocol decides.
 
-use super::arrivals::{is_running, lost_on_arrival};
 use super::handle::{Machines, RestartDecision, Restarts, starts};
+use super::record_running::{is_running, lost_on_arrival};
 use super::set::apply_record;
 use super::start::start;
 use super::termination::{named_end, record_end, sweep_ended};
-use super::watch::watch_worker;
+use super::worker_monitor::watch_worker;
 use crate::events::Note;
 use crate::moves::settle;
 use crate::processes::PROMPT;
@@ -18,7 +18,7 @@ use crate::records::{self, RecordError};
 use keel_api::EventKind;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
-use keel_machine::moves::ownership::{self, ArrivalVerdict};
+use keel_machine::moves::ownership::{self, ResumeDecision};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{State, kind};
 use keel_net::RpcError;
@@ -133,8 +133,8 @@ async fn ensure_guarded(
             // The machine arrived and the commit won: the source may be gone before it reports
             // that.
             Ok(State::Prepared { offered, .. })
-                if let ArrivalVerdict::Goes(epoch) =
-                    ownership::arrival(&machines.context.name, offered, Some(record)) =>
+                if let ResumeDecision::Resume(epoch) =
+                    ownership::may_resume(&machines.context.name, offered, Some(record)) =>
             {
                 let go: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
                 if let Err(error) = go {

@@ -13,7 +13,7 @@ use super::spec_check::{
 use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::processes::{OLDER, PROMPT, Worker, is_older};
+use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older};
 use crate::records::{self, MachineCommand, at_owner};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
 use keel_cluster::MachineName;
@@ -126,7 +126,11 @@ async fn set(
 
 /// Applies a machine's record to its worker. If the limits no longer fit because the machine has
 /// grown, it keeps its current ones.
-pub(super) async fn apply_record(machines: &Machines, machine: &MachineName, worker: &Worker) {
+pub(super) async fn apply_record(
+    machines: &Machines,
+    machine: &MachineName,
+    worker: &WorkerHandle,
+) {
     let _setting = machines.processes.exclusion.changes.lock().await;
     match records::get(&*machines.context.store, machine).await {
         Ok(found) if found.record.owner == machines.context.name => {
@@ -139,7 +143,7 @@ pub(super) async fn apply_record(machines: &Machines, machine: &MachineName, wor
     }
 }
 
-async fn ask(worker: &Worker, spec: &Spec) -> Result<(), RpcError> {
+async fn ask(worker: &WorkerHandle, spec: &Spec) -> Result<(), RpcError> {
     worker.ask(kind::SET, spec, PROMPT).await
 }
 
@@ -249,7 +253,7 @@ fn or_none<T: PartialEq + Default>(asked: Option<T>, there: Option<T>) -> Option
 async fn check_room(
     machines: &Machines,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     before: &Spec,
     after: &Spec,
 ) -> Result<(), CommandError> {
@@ -262,7 +266,7 @@ async fn check_room(
         .await
         .map_err(|error| CommandError::Unavailable(error.to_string()))?;
     let pages = vec![more; report.memory_pages.len()];
-    records::check_room(&machines.context, machine, &pages)
+    records::check_free_memory(&machines.context, machine, &pages)
         .await
         .map_err(|reason| {
             CommandError::Conflict(format!(

@@ -14,8 +14,8 @@
 
 use super::handle::Machines;
 use crate::checkpoints;
-use crate::processes::Worker;
-use crate::records::{free_bytes, room_bytes};
+use crate::processes::WorkerHandle;
+use crate::records::{free_bytes, free_bytes_for};
 use crate::spanning::{self, ROOM_BYTES_MIN};
 use futures::future::join_all;
 use keel_cluster::NodeName;
@@ -61,7 +61,7 @@ pub(super) async fn placed(
     let may_span = record.spec.cpu_limit_millis.is_none();
     let may_span_by_itself = may_span && balancing.parts_max.is_some();
     let part_bytes = balancing.part_memory_bytes.filter(|_| may_span_by_itself);
-    let here = room_bytes(&machines.context, &record.name).await;
+    let here = free_bytes_for(&machines.context, &record.name).await;
     let here = here.unwrap_or_else(|error| {
         tracing::warn!(machine = %record.name, error, "the reservations of this node are not known");
         free_bytes()
@@ -83,7 +83,7 @@ pub(super) async fn placed(
         part_bytes,
         parts_max: balancing.parts_max.map_or(PARTS_MAX, |most| most as usize),
     };
-    let others = spanning::rooms(&machines.spanning, &record.name).await;
+    let others = spanning::nodes_with_memory(&machines.spanning, &record.name).await;
     let nodes = wanted.choose((&machines.context.name, here), others)?;
     Ok(match nodes.is_empty() {
         true => origin,
@@ -104,7 +104,7 @@ pub(super) async fn spread_over(machines: &Arc<Machines>, record: &Record) -> Ve
     if !spreads || others == 0 || !machines.balancer.is_automatic().await {
         return Vec::new();
     }
-    let rooms = spanning::rooms(&machines.spanning, &record.name).await;
+    let rooms = spanning::nodes_with_memory(&machines.spanning, &record.name).await;
     let roomy = rooms
         .into_iter()
         .filter(|(_, room)| *room >= ROOM_BYTES_MIN);
@@ -211,12 +211,12 @@ impl Requirements {
 pub(super) async fn begin(
     machines: &Arc<Machines>,
     record: &Record,
-    worker: &Worker,
+    worker: &WorkerHandle,
     nodes: &[NodeName],
     runs_alone: bool,
 ) -> Result<(), String> {
     let injected = |injected: failpoint::Injected| injected.to_string();
-    failpoint::pass_async("apart.held")
+    failpoint::pass_async("spanning-start.held")
         .await
         .map_err(injected)?;
     match spanning::span_held(&machines.spanning, record, worker, nodes).await {
@@ -226,7 +226,7 @@ pub(super) async fn begin(
         }
         Err(error) => return Err(error.to_string()),
     }
-    failpoint::pass_async("apart.spans")
+    failpoint::pass_async("spanning-start.spans")
         .await
         .map_err(injected)?;
     let brought: Result<u64, RpcError> = worker

@@ -2,7 +2,7 @@
 //! volume. Such a machine is paused, and users must see why.
 
 use super::handle::Machines;
-use crate::processes::Worker;
+use crate::processes::WorkerHandle;
 use crate::records::{self, RecordError};
 use keel_cluster::MachineName;
 use keel_machine::spec::{Record, Status};
@@ -14,7 +14,7 @@ use std::time::Duration;
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// Follows a worker until it ends.
-pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
+pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &WorkerHandle) {
     let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
     tokio::spawn(async move {
         let Ok(mut pauses) = worker.stream(kind::STALLS, &()).await else {

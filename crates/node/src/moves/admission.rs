@@ -5,7 +5,7 @@ use super::handle::Moves;
 use super::offer::{Offer, passed};
 use crate::host::cpu_features;
 use crate::processes::{COMPILE_PATIENCE, Leftovers};
-use crate::records::{Reservation, check_room};
+use crate::records::{Reservation, check_free_memory};
 use crate::spanning::part_of;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::VolumeKind;
@@ -39,7 +39,7 @@ pub(crate) async fn accept(
 /// Whether an offer would be accepted, by the checks that change nothing.
 pub(crate) async fn would_accept(moves: &Moves, offer: &Offer) -> Result<(), String> {
     check(moves, offer).await?;
-    check_room(&moves.context, &offer.machine, &offer.memory_pages).await
+    check_free_memory(&moves.context, &offer.machine, &offer.memory_pages).await
 }
 
 async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
@@ -126,7 +126,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     {
         // Serialised: two machines that each fit may not fit together.
         let _reserving = moves.reserving.lock().await;
-        check_room(&moves.context, machine, &offer.memory_pages).await?;
+        check_free_memory(&moves.context, machine, &offer.memory_pages).await?;
         reserve(moves, &source, &offer).await?;
     }
     passed("offer.reserved").await?;

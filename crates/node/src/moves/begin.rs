@@ -3,7 +3,7 @@
 use super::handle::{MoveOrder, Moves};
 use super::source::Driver;
 use crate::events::Note;
-use crate::processes::{MoveHandle, Worker};
+use crate::processes::{MoveHandle, WorkerHandle};
 use crate::records;
 use crate::rules::Claims;
 use crate::spanning::{release_successors, restore_placement};
@@ -155,7 +155,12 @@ pub(crate) async fn begin(
 /// Takes over a committed move whose agent has died. The frozen copy is kept until the target
 /// reports that the machine runs, or the machine is taken back. `record` is the state that the
 /// commit wrote.
-pub(crate) async fn take_over(moves: &Arc<Moves>, record: Record, worker: Worker, post_copy: bool) {
+pub(crate) async fn take_over(
+    moves: &Arc<Moves>,
+    record: Record,
+    worker: WorkerHandle,
+    post_copy: bool,
+) {
     let target = record.owner.clone();
     let epoch = Epoch {
         counter: record.epoch.counter.saturating_sub(1),

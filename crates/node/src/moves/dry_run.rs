@@ -9,7 +9,7 @@ use super::directory_proofs::Proofs;
 use super::handle::Moves;
 use super::offer::{self, TRIAL, WOULD_ACCEPT};
 use crate::error::CommandError;
-use crate::processes::{OLDER, PROMPT, Worker, is_older};
+use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older};
 use crate::records;
 use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
@@ -98,7 +98,7 @@ pub(crate) async fn dry_run(
 pub(crate) async fn before_move(
     moves: Arc<Moves>,
     record: Record,
-    worker: Worker,
+    worker: WorkerHandle,
     target: NodeName,
     post_copy: bool,
     budget: Duration,
@@ -129,7 +129,7 @@ fn history(moves: &Moves, record: &Record, target: &NodeName) -> Vec<MoveReport>
 /// Samples the machine's dirty rate, and measures the link if no earlier move did.
 async fn look(
     moves: &Moves,
-    worker: &Worker,
+    worker: &WorkerHandle,
     target: &NodeName,
     history: &[MoveReport],
 ) -> Result<(Activity, Option<u64>), String> {
@@ -176,7 +176,7 @@ async fn would_accept(
     moves: &Moves,
     record: &Record,
     revision: u64,
-    worker: &Worker,
+    worker: &WorkerHandle,
     target: &NodeName,
 ) -> Result<(), String> {
     let text = |error: RpcError| match error {

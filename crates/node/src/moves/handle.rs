@@ -3,7 +3,7 @@
 use super::dry_run_history::History;
 use super::queue::MoveQueue;
 use crate::checkpoints::Checkpoints;
-use crate::code::Code;
+use crate::compilation::Code;
 use crate::context::Context;
 use crate::images::Images;
 use crate::processes::Processes;

@@ -7,13 +7,12 @@
 //! - `source`, `ownership_change`: the source, step by step, and its commit
 //! - `offer`: the messages from a source to a target
 //! - `admission`: how a target checks and accepts an offer
-//! - `arrival`: how a target settles an arrival
+//! - `settle_arrival`: how a target settles an arrival
 //! - `recovery`: moves whose agent has died
 //! - `directory_proofs`: that both nodes see the same directories
 //! - `dry_run`, `dry_run_history`: predictions of moves
 
 mod admission;
-mod arrival;
 mod begin;
 mod commands;
 mod directory_proofs;
@@ -24,13 +23,14 @@ mod offer;
 mod ownership_change;
 mod queue;
 mod recovery;
+mod settle_arrival;
 mod source;
 
 pub(crate) use admission::{accept, drop_reservation, would_accept};
-pub(crate) use arrival::{arrival, holds_copy, settle};
 pub(crate) use begin::begin;
 pub(crate) use commands::{CancelMove, DryRunCommand};
 pub(crate) use handle::{Dependencies, MoveOrder, Moves};
 pub(crate) use offer::{ARRIVAL, HELD, MOVE, OFFER, Offer, TRIAL, WITHDRAW, WOULD_ACCEPT};
 pub(crate) use ownership_change::RACED;
 pub(crate) use recovery::{resume_after_move, withdraw_old_offers};
+pub(crate) use settle_arrival::{arrival, holds_copy, settle};

@@ -6,9 +6,9 @@ use super::dry_run;
 use super::handle::Moves;
 use super::offer::{self, Arrival, needs_copy, offer_of, passed};
 use super::queue::QueuePlace;
-use crate::code::{CODE, CodeState};
+use crate::compilation::{CODE, CodeState};
 use crate::events::Note;
-use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker, is_older};
+use crate::processes::{COMPILE_PATIENCE, PROMPT, WorkerHandle, is_older};
 use crate::records::{self, RecordError};
 use crate::rules::{ClaimError, Claims};
 use crate::spanning::{Placement, Successor, successor};
@@ -46,7 +46,7 @@ pub(super) struct Driver {
     pub(super) record: Record,
     pub(super) revision: u64,
     pub(super) target: NodeName,
-    pub(super) worker: Worker,
+    pub(super) worker: WorkerHandle,
     pub(super) source: SourceMove,
     pub(super) post_copy: bool,
     pub(super) interrupted: watch::Receiver<Option<SourceEvent>>,

@@ -1,8 +1,8 @@
 //! Sets or clears a failpoint in this process or in the workers of its machines, present and
 //! future.
 
-use super::failpoint_orders::orders;
 use super::handle::Processes;
+use super::injections_for_new_workers::injections;
 use super::workers::PROMPT;
 use crate::error::CommandError;
 use keel_api::FailpointRequest;
@@ -34,8 +34,8 @@ impl Processes {
             return Ok(());
         }
         match order {
-            Some(order) => orders().insert(failpoint.name, order),
-            None => orders().remove(failpoint.name),
+            Some(order) => injections().insert(failpoint.name, order),
+            None => injections().remove(failpoint.name),
         };
         let question = (request.name.clone(), request.order.clone());
         for machine in self.machines.names() {

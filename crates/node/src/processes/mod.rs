@@ -8,18 +8,18 @@
 //! - `folder`: the folder of a worker on disk
 //! - `exclusion`: operations in progress, by machine
 //! - `image`: the executable that workers and agents are started from
-//! - `failpoint_orders`, `failpoint_command`: failpoints in workers
+//! - `failpoint_command`, `injections_for_new_workers`: failpoints in workers, present and future
 
 mod exclusion;
 mod failpoint_command;
-mod failpoint_orders;
 mod folder;
 mod handle;
 mod image;
+mod injections_for_new_workers;
 mod workers;
 
 pub(crate) use exclusion::MoveHandle;
 pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
-pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, Worker, Workers, is_older};
+pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, is_older};

@@ -47,9 +47,9 @@ pub(crate) fn is_older(reason: &str) -> bool {
     reason.contains("no request of kind")
 }
 
-/// A worker that answers.
+/// The agent's handle to a worker process that answers: its client and its process.
 #[derive(Debug, Clone)]
-pub(crate) struct Worker {
+pub(crate) struct WorkerHandle {
     client: Client,
     /// Distinguishes it from earlier and later workers of the same machine.
     id: u64,
@@ -62,7 +62,7 @@ pub(crate) struct Worker {
     lost: Arc<AtomicBool>,
 }
 
-impl Worker {
+impl WorkerHandle {
     /// Connects to the worker whose folder this is.
     pub(crate) async fn connect(folder: &Path) -> Result<Self, String> {
         let path = folder.join(SOCKET);
@@ -74,7 +74,7 @@ impl Worker {
         let client = Client::over(stream, "worker", &place, Options::default())
             .await
             .map_err(|error| error.to_string())?;
-        Ok(Worker {
+        Ok(WorkerHandle {
             client,
             id: rand::random(),
             process: Arc::new(process),
@@ -136,7 +136,7 @@ impl Worker {
     }
 
     /// Whether these are the same process.
-    pub(crate) fn is(&self, other: &Worker) -> bool {
+    pub(crate) fn is(&self, other: &WorkerHandle) -> bool {
         self.id == other.id
     }
 
@@ -209,7 +209,7 @@ async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
 /// All workers of this node.
 #[derive(Debug)]
 pub(crate) struct Workers {
-    table: Mutex<HashMap<MachineName, Worker>>,
+    table: Mutex<HashMap<MachineName, WorkerHandle>>,
     /// Parent of their cgroups.
     slice: Arc<Slice>,
 }
@@ -226,11 +226,11 @@ impl Workers {
         &self.slice
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Worker>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, WorkerHandle>> {
         self.table.lock().unwrap_or_else(|error| error.into_inner())
     }
 
-    pub(crate) fn get(&self, machine: &MachineName) -> Option<Worker> {
+    pub(crate) fn get(&self, machine: &MachineName) -> Option<WorkerHandle> {
         self.table().get(machine).cloned()
     }
 
@@ -247,13 +247,13 @@ impl Workers {
             .collect()
     }
 
-    fn remove(&self, machine: &MachineName) -> Option<Worker> {
+    fn remove(&self, machine: &MachineName) -> Option<WorkerHandle> {
         self.table().remove(machine)
     }
 
     /// Removes exactly this worker: a machine that left and returned has another one. False if it
     /// was not in the table any more.
-    pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
+    pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &WorkerHandle) -> bool {
         let mut table = self.table();
         let same = table.get(machine).is_some_and(|known| known.is(worker));
         if same {
@@ -268,7 +268,7 @@ impl Workers {
             let name = path.file_name().unwrap_or_default();
             if name.to_str().is_some_and(|name| name.starts_with(GRAVE)) {
                 // An earlier agent was removing it.
-                if let Ok(worker) = Worker::connect(&path).await {
+                if let Ok(worker) = WorkerHandle::connect(&path).await {
                     worker.forget().await;
                 }
                 folder::remove_remains(path).await;
@@ -277,7 +277,7 @@ impl Workers {
             let Some(machine) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            match Worker::connect(&path).await {
+            match WorkerHandle::connect(&path).await {
                 Ok(worker) => {
                     tracing::info!(%machine, "found its worker running");
                     self.table().insert(machine, worker);
@@ -298,11 +298,11 @@ impl Workers {
 
     /// A process that has a worker's socket open but does not answer may be stopped: it gets some
     /// time, and is then killed. `None` once no process runs there.
-    async fn silent(&self, folder: &Path) -> Option<Worker> {
+    async fn silent(&self, folder: &Path) -> Option<WorkerHandle> {
         let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
-        let process = Worker::process_of(&folder.join(SOCKET)).await?;
+        let process = WorkerHandle::process_of(&folder.join(SOCKET)).await?;
         while tokio::time::Instant::now() < deadline {
-            let connected = tokio::time::timeout_at(deadline, Worker::connect(folder)).await;
+            let connected = tokio::time::timeout_at(deadline, WorkerHandle::connect(folder)).await;
             if let Ok(Ok(worker)) = connected {
                 return Some(worker);
             }
@@ -325,16 +325,16 @@ impl Workers {
         &self,
         dir: &StateDir,
         machine: &MachineName,
-        worker: &Worker,
+        worker: &WorkerHandle,
     ) -> bool {
         let folder = dir.worker(machine);
         let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
         while !worker.gone_within(Duration::from_millis(20)).await
             && tokio::time::Instant::now() < deadline
         {
-            let connected = tokio::time::timeout_at(deadline, Worker::connect(&folder)).await;
+            let connected = tokio::time::timeout_at(deadline, WorkerHandle::connect(&folder)).await;
             if let Ok(Ok(anew)) = connected {
-                let anew = Worker {
+                let anew = WorkerHandle {
                     id: worker.id,
                     lost: worker.lost.clone(),
                     ..anew
@@ -358,7 +358,7 @@ impl Workers {
         machine: &MachineName,
         kind: &KindName,
         leftovers: Leftovers,
-    ) -> Result<Worker, String> {
+    ) -> Result<WorkerHandle, String> {
         if self.get(machine).is_some() {
             return Err(format!(
                 "machine {machine:?} has a worker on this node already"
@@ -392,8 +392,8 @@ impl Workers {
             .stderr(log)
             // It outlives the agent, and Ctrl-C at the agent's terminal.
             .process_group(0);
-        let orders = super::failpoint_orders::for_new_worker();
-        command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
+        let injections = super::injections_for_new_workers::for_new_worker();
+        command.env(keel_machine::failpoint::ENVIRONMENT, &injections);
         let mut child = command.spawn().map_err(|error| {
             let image = own_image().display();
             format!(
@@ -402,7 +402,7 @@ impl Workers {
         })?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
-            match Worker::connect(&folder).await {
+            match WorkerHandle::connect(&folder).await {
                 Ok(worker) => break worker,
                 Err(error) if tokio::time::Instant::now() > deadline => {
                     // A process that is not in the table must not run; an error means that it has
@@ -427,7 +427,7 @@ impl Workers {
             let _ = child.wait().await;
         });
         self.table().insert(machine.clone(), worker.clone());
-        refresh_failpoints(&worker, &orders).await;
+        refresh_failpoints(&worker, &injections).await;
         Ok(worker)
     }
 
@@ -469,7 +469,7 @@ impl Workers {
         &self,
         dir: &StateDir,
         machine: &MachineName,
-        worker: Option<&Worker>,
+        worker: Option<&WorkerHandle>,
     ) {
         if let Some(grave) = self.bury(dir, machine, worker) {
             if let Some(worker) = worker {
@@ -480,7 +480,12 @@ impl Workers {
     }
 
     /// As [`Self::forget_exactly`] in the background, for a machine that is frozen for good.
-    pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName, worker: &Worker) {
+    pub(crate) fn forget_later(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: &WorkerHandle,
+    ) {
         let Some(grave) = self.bury(dir, machine, Some(worker)) else {
             return;
         };
@@ -497,7 +502,7 @@ impl Workers {
         &self,
         dir: &StateDir,
         machine: &MachineName,
-        worker: Option<&Worker>,
+        worker: Option<&WorkerHandle>,
     ) -> Option<PathBuf> {
         // Held during the renaming: a starting worker waits for it.
         let mut table = self.table();
@@ -521,9 +526,9 @@ impl Workers {
 
 /// Clears in a new worker, which is in the table now, the failpoints that were cleared during its
 /// start.
-async fn refresh_failpoints(worker: &Worker, given: &str) {
+async fn refresh_failpoints(worker: &WorkerHandle, given: &str) {
     for (name, _) in given.split(';').filter_map(|part| part.split_once('=')) {
-        if !super::failpoint_orders::orders().contains_key(name) {
+        if !super::injections_for_new_workers::injections().contains_key(name) {
             let question = (name.to_owned(), None::<String>);
             let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
             if let Err(error) = told {

@@ -4,15 +4,16 @@
 //! - `machine_command`: commands that the owner of a machine carries out
 //! - `alive`: the nodes that are alive, followed
 //! - `placements`: the nodes of all machines, followed
-//! - `room`: free memory here for arriving machines
+//! - `free_memory`: free memory here for arriving machines
 
 mod alive;
+mod free_memory;
 mod machine;
 mod machine_command;
 mod placements;
-mod room;
 
 pub(crate) use alive::AliveNodes;
+pub(crate) use free_memory::{check_free_memory, free_bytes, free_bytes_for};
 #[cfg(test)]
 pub(crate) use machine::tests;
 pub(crate) use machine::{
@@ -21,4 +22,3 @@ pub(crate) use machine::{
 };
 pub(crate) use machine_command::{MachineCommand, at_owner};
 pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};
-pub(crate) use room::{check_room, free_bytes, room_bytes};

@@ -3,7 +3,7 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::images::Images;
-use crate::processes::{COMPILE_PATIENCE, OLDER, Processes, Worker, is_older};
+use crate::processes::{COMPILE_PATIENCE, OLDER, Processes, WorkerHandle, is_older};
 use crate::rules::{ClaimError, Rules};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::worker::control::Report;
@@ -83,7 +83,10 @@ pub(super) async fn may_be_on(
 }
 
 /// The worker of a machine here.
-pub(super) fn home(spanning: &Spanning, machine: &MachineName) -> Result<Worker, CommandError> {
+pub(super) fn home(
+    spanning: &Spanning,
+    machine: &MachineName,
+) -> Result<WorkerHandle, CommandError> {
     spanning.processes.machines.get(machine).ok_or_else(|| {
         CommandError::Conflict(format!(
             "machine {machine:?} does not run (`keel describe {machine}` says why)"
@@ -92,7 +95,7 @@ pub(super) fn home(spanning: &Spanning, machine: &MachineName) -> Result<Worker,
 }
 
 pub(super) async fn ask<A: DeserializeOwned>(
-    worker: &Worker,
+    worker: &WorkerHandle,
     kind: u16,
     question: &impl Serialize,
     patience: Duration,
@@ -101,7 +104,7 @@ pub(super) async fn ask<A: DeserializeOwned>(
     answer.map_err(|error| CommandError::Conflict(text(error)))
 }
 
-pub(super) async fn report(worker: &Worker) -> Result<Report, CommandError> {
+pub(super) async fn report(worker: &WorkerHandle) -> Result<Report, CommandError> {
     let report = worker.report().await;
     report.map_err(|error| CommandError::Unavailable(error.to_string()))
 }

@@ -9,7 +9,7 @@ use super::parts::parts_report;
 use super::remote_member::WorkerKind;
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, Worker};
+use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle};
 use keel_api::{EventKind, SpanRequest};
 use keel_cluster::{MachineName, NodeName};
 use keel_kind_wasm::control::{RemovePart, kind};
@@ -51,7 +51,7 @@ pub(crate) struct Successor {
 pub(crate) async fn successor(
     spanning: &Arc<Spanning>,
     record: &Record,
-    worker: &Worker,
+    worker: &WorkerHandle,
     target: &NodeName,
 ) -> Result<Option<Successor>, CommandError> {
     let found = report(worker).await?;
@@ -247,7 +247,11 @@ async fn try_restore(
 
 /// Called when a machine runs here: informs the balancer if it spans, and releases the part that a
 /// failed migration of its home left.
-pub(crate) async fn machine_runs(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Worker) {
+pub(crate) async fn machine_runs(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    worker: &WorkerHandle,
+) {
     if matches!(worker.report().await, Ok(report) if report.parts > 0) {
         mark(spanning, machine, worker);
         release_successors(spanning, machine).await;

@@ -4,7 +4,7 @@
 use super::handle::{ROOM_BYTES_MIN, SPAN_PATIENCE, Spanning, text};
 use super::messages::{PartJoin, PartOffer, ReadyMember};
 use crate::host::check_features;
-use crate::processes::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker};
+use crate::processes::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, WorkerHandle};
 use crate::records;
 use keel_cluster::{MachineName, NodeName};
 use keel_kind_wasm::control::{ConnectParts, PrepareMember, kind};
@@ -19,7 +19,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Memory that this node has room for, if that is less than the machine's limit.
 async fn room_for_part(spanning: &Spanning, offer: &PartOffer) -> Result<Option<u64>, String> {
-    let room = records::room_bytes(&spanning.context, &offer.machine).await?;
+    let room = records::free_bytes_for(&spanning.context, &offer.machine).await?;
     let room = room / u64::from(offer.sharing.max(1));
     match room < ROOM_BYTES_MIN {
         true => Err(format!(
@@ -130,7 +130,7 @@ pub(crate) async fn join_arriving(
     Ok(())
 }
 
-async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<Worker, String> {
+async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<WorkerHandle, String> {
     let none = || format!("machine {machine:?} does not arrive here");
     let worker = spanning.processes.machines.get(machine).ok_or_else(none)?;
     match worker.state().await {
@@ -144,7 +144,7 @@ async fn arriving(spanning: &Spanning, machine: &MachineName) -> Result<Worker, 
 ///
 /// # Errors
 /// If the worker does not answer.
-pub(crate) async fn part_of(worker: &Worker) -> Result<Option<PartId>, String> {
+pub(crate) async fn part_of(worker: &WorkerHandle) -> Result<Option<PartId>, String> {
     match worker.ask(kind::IS_PART, &(), PROMPT).await.map_err(text) {
         // A worker of an older version has none.
         Err(why) if why == OLDER => Ok(None),
@@ -190,7 +190,7 @@ pub(crate) async fn join(spanning: &Arc<Spanning>, request: PartJoin) -> Result<
 }
 
 /// Removes the remains of a member after the end of its process.
-fn clear_at_end(spanning: &Arc<Spanning>, name: &MachineName, worker: Worker) {
+fn clear_at_end(spanning: &Arc<Spanning>, name: &MachineName, worker: WorkerHandle) {
     let (spanning, name) = (spanning.clone(), name.clone());
     tokio::spawn(async move {
         while !worker.gone_within(LOOK_AGAIN).await {}
@@ -203,7 +203,7 @@ fn clear_at_end(spanning: &Arc<Spanning>, name: &MachineName, worker: Worker) {
 }
 
 /// Records for the balancer that a machine spans, until its worker ends.
-pub(super) fn mark(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Worker) {
+pub(super) fn mark(spanning: &Arc<Spanning>, machine: &MachineName, worker: &WorkerHandle) {
     if !spanning.marked().insert(machine.clone()) {
         return;
     }

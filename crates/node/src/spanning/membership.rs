@@ -20,7 +20,7 @@ use super::parts::parts_report;
 use super::remote_member::{WorkerKind, join_on, ready_on};
 use crate::error::CommandError;
 use crate::host::needed_features;
-use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
+use crate::processes::{COMPILE_PATIENCE, PROMPT, WorkerHandle};
 use futures::future::{Either, select};
 use futures::stream::{FuturesUnordered, StreamExt};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -104,7 +104,7 @@ pub(super) struct SpanningMachine<'a> {
     pub(super) spanning: &'a Arc<Spanning>,
     pub(crate) machine: &'a MachineName,
     pub(crate) spec: &'a Spec,
-    pub(crate) worker: &'a Worker,
+    pub(crate) worker: &'a WorkerHandle,
     pub(crate) program: Fingerprint,
     pub(crate) epoch: Epoch,
 }

@@ -12,7 +12,7 @@ pub(crate) const PART: u16 = 0x0314;
 /// [`PartJoin`] → `()`.
 pub(crate) const PART_JOIN: u16 = 0x0315;
 /// `(machine, CPU features that a part of it needs)` → `u64`: free bytes of memory for a part.
-pub(crate) const ROOM: u16 = 0x0316;
+pub(crate) const FREE_MEMORY: u16 = 0x0316;
 /// [`keel_kind_wasm::control::ConnectNewPart`] → [`PartAddress`].
 pub(crate) const CONNECT_NEW_PART: u16 = 0x0317;
 /// [`keel_kind_wasm::control::AddPart`] → `u64`.

@@ -23,7 +23,7 @@
 //! - `membership`: adds and removes parts while the machine runs
 //! - `span`: creates the parts, and merges them again
 //! - `home_migration`: migrates the home
-//! - `rooms`: nodes that have room for a part
+//! - `nodes_with_memory`: nodes that have room for a part
 
 mod commands;
 mod handle;
@@ -31,9 +31,9 @@ mod home_migration;
 mod member;
 mod membership;
 mod messages;
+mod nodes_with_memory;
 mod parts;
 mod remote_member;
-mod rooms;
 mod span;
 
 pub(crate) use commands::{
@@ -46,10 +46,11 @@ pub(crate) use home_migration::{
 pub(crate) use member::{adopt, arrived_part, join, join_arriving, part_of, ready, ready_arriving};
 pub(crate) use membership::{join_new, meet_new};
 pub(crate) use messages::{
-    ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART, PART, PART_JOIN, ROOM,
+    ADD_PART, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, CONNECT_NEW_PART, FREE_MEMORY, PART,
+    PART_JOIN,
 };
+pub(crate) use nodes_with_memory::{free_memory_here, nodes_with_memory};
 pub(crate) use parts::{
     heat_of, hot_in, idle_in, object_to, objects_report, parts_report, tell_room, thread_to,
 };
-pub(crate) use rooms::{room_here, rooms};
 pub(crate) use span::{span, span_held, unspan};

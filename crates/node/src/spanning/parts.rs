@@ -2,7 +2,7 @@
 
 use super::handle::{SPAN_PATIENCE, Spanning, ask, home, may_be_on};
 use crate::error::CommandError;
-use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
+use crate::processes::{COMPILE_PATIENCE, PROMPT, WorkerHandle};
 use keel_api::{ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, ThreadInfo};
 use keel_cluster::{MachineName, NodeName};
 use keel_kind_wasm::control::{MoveObject, MoveThread, ObjectReport, PartsReport, kind};
@@ -165,7 +165,7 @@ pub(crate) async fn move_object(
 }
 
 /// The worker's report of parts and of the CPU time of each thread.
-pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, CommandError> {
+pub(crate) async fn parts_report(worker: &WorkerHandle) -> Result<PartsReport, CommandError> {
     ask(worker, kind::PARTS, &(), PROMPT).await
 }
 
@@ -199,24 +199,29 @@ pub(crate) fn idle_in(heat: &Heat, object: &ObjectReport) -> Vec<Range<u64>> {
 }
 
 /// Recent use of its memory.
-pub(crate) async fn heat_of(worker: &Worker) -> Result<Heat, CommandError> {
+pub(crate) async fn heat_of(worker: &WorkerHandle) -> Result<Heat, CommandError> {
     let Positional(heat) = ask(worker, kind::HEAT, &(), PROMPT).await?;
     Ok(heat)
 }
 
 /// The worker's report of its memory as objects.
-pub(crate) async fn objects_report(worker: &Worker) -> Result<Vec<ObjectReport>, CommandError> {
+pub(crate) async fn objects_report(
+    worker: &WorkerHandle,
+) -> Result<Vec<ObjectReport>, CommandError> {
     let Positional(objects) = ask(worker, kind::OBJECTS, &(), PROMPT).await?;
     Ok(objects)
 }
 
 /// Moves a thread to a part.
-pub(crate) async fn thread_to(worker: &Worker, thread: MoveThread) -> Result<(), CommandError> {
+pub(crate) async fn thread_to(
+    worker: &WorkerHandle,
+    thread: MoveThread,
+) -> Result<(), CommandError> {
     ask(worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
 }
 
 /// As [`object_to`], repeated as long as it makes progress.
-async fn whole_object_to(worker: &Worker, object: MoveObject) -> Result<u64, CommandError> {
+async fn whole_object_to(worker: &WorkerHandle, object: MoveObject) -> Result<u64, CommandError> {
     let (start, bytes) = (object.start / PAGE_BYTES * PAGE_BYTES, object.bytes);
     let end = object.start.saturating_add(bytes);
     let mut done = 0;
@@ -244,13 +249,16 @@ async fn whole_object_to(worker: &Worker, object: MoveObject) -> Result<u64, Com
 
 /// Moves an object to a part; returns the bytes that have moved, from the first on, before the
 /// time limit.
-pub(crate) async fn object_to(worker: &Worker, object: MoveObject) -> Result<u64, CommandError> {
+pub(crate) async fn object_to(
+    worker: &WorkerHandle,
+    object: MoveObject,
+) -> Result<u64, CommandError> {
     ask(worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
 }
 
 /// Reports the free cores of each part: new threads start where most are.
 pub(crate) async fn tell_room(
-    worker: &Worker,
+    worker: &WorkerHandle,
     room: &BTreeMap<PartId, f64>,
 ) -> Result<(), CommandError> {
     ask(worker, kind::ROOM, room, PROMPT).await

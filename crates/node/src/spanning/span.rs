@@ -9,7 +9,7 @@ use super::remote_member::{WorkerKind, join_on, ready_on};
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::host::needed_features;
-use crate::processes::{COMPILE_PATIENCE, Worker};
+use crate::processes::{COMPILE_PATIENCE, WorkerHandle};
 use crate::records;
 use futures::future::{join_all, try_join_all};
 use keel_api::{EventKind, PartsInfo, SpanRequest};
@@ -115,7 +115,7 @@ async fn change(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
     spec: &Spec,
-    worker: &Worker,
+    worker: &WorkerHandle,
     found: &Report,
     nodes: &[NodeName],
 ) -> Result<u64, CommandError> {
@@ -153,7 +153,7 @@ async fn change(
 pub(crate) async fn span_held(
     spanning: &Arc<Spanning>,
     record: &Record,
-    worker: &Worker,
+    worker: &WorkerHandle,
     nodes: &[NodeName],
 ) -> Result<(), CommandError> {
     for node in nodes {
@@ -171,7 +171,7 @@ pub(crate) async fn span_held(
 async fn spread(
     spanning: &Arc<Spanning>,
     record: &Record,
-    worker: &Worker,
+    worker: &WorkerHandle,
     found: &Report,
     members: &BTreeMap<PartId, NodeName>,
     here: bool,
@@ -325,7 +325,7 @@ async fn own_room(
     has_bytes: u64,
     sharing: u32,
 ) -> Option<u64> {
-    let free = records::room_bytes(&spanning.context, machine).await;
+    let free = records::free_bytes_for(&spanning.context, machine).await;
     let free = free
         .inspect_err(|error| tracing::warn!(%machine, error, "the room of its home is not known; it gets no limit"))
         .ok()?;
@@ -341,7 +341,7 @@ fn home_room(has_bytes: u64, free: u64, sharing: u32, most: u64) -> Option<u64> 
 /// Connects all parts; returns the downtime in microseconds.
 async fn meet(
     spanning: &Arc<Spanning>,
-    worker: &Worker,
+    worker: &WorkerHandle,
     epoch: Epoch,
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
@@ -410,9 +410,9 @@ async fn meet(
 async fn too_large(
     spanning: &Spanning,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
 ) -> Result<Option<String>, CommandError> {
-    let room = records::room_bytes(&spanning.context, machine).await;
+    let room = records::free_bytes_for(&spanning.context, machine).await;
     let room = room.map_err(CommandError::Unavailable)?;
     let others = |parts: &PartsReport| {
         let others = parts

@@ -54,7 +54,7 @@ fn serve_once(
 ) -> Result<FillReport, LinkError> {
     let done = AtomicBool::new(false);
     let closer = Mutex::new(None);
-    let report = passed("fill.serve").and_then(|()| {
+    let report = passed("post-copy.serve").and_then(|()| {
         let pull = way.connect(Purpose::Pull)?;
         std::thread::scope(|scope| {
             let (done, closer) = (&done, &closer);
@@ -119,7 +119,7 @@ fn answer_requests(mut link: Link, memories: &[Arc<GuestMemory>]) {
     }
     loop {
         let answered = link.receive().and_then(|message| {
-            passed("fill.pull")?;
+            passed("post-copy.pull")?;
             let Message::Pull { memory, page } = message else {
                 return Err(LinkError::Message(format!("{message:?} out of turn")));
             };
@@ -168,7 +168,7 @@ fn push_all(
     for ((number, memory), set) in (0u32..).zip(memories).zip(&sets) {
         let mut at = 0;
         while let Some(run) = set.run(at, PUSH_PAGES) {
-            passed("fill.push")?;
+            passed("post-copy.push")?;
             unsent.fetch_sub((run.end - run.start) * PAGE_BYTES, Ordering::Relaxed);
             at = run.end;
             let end = (run.end * PAGE_BYTES).min(memory.size_bytes());

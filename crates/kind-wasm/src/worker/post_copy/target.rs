@@ -335,7 +335,7 @@ impl Shared {
 
     /// Installs pages that are still wanted; returns their number.
     fn install(&self, memory: u32, offset: u64, bytes: &[u8]) -> Result<u64, LinkError> {
-        passed("fill.page")?;
+        passed("post-copy.page")?;
         let number = memory as usize;
         let (Some(of), Some(faults)) = (self.memories.get(number), self.faults.get(number)) else {
             return Err(LinkError::Message(format!(
@@ -434,7 +434,7 @@ impl Shared {
         if wanted.is_empty() {
             return Ok(0);
         }
-        passed("fill.wait")?;
+        passed("post-copy.wait")?;
         for (memory, page) in wanted {
             link.send(&Message::Pull {
                 memory: *memory,
@@ -540,7 +540,7 @@ impl Shared {
         pages.report.micros = begun.map_or(0, |begun| micros(begun.elapsed()));
         let report = pages.report.clone();
         drop(pages);
-        passed("fill.all")?;
+        passed("post-copy.all")?;
         // The source may end once all pages are mapped: then no access can fail.
         link.send(&Message::Filled(report))?;
         link.flush()

@@ -2,7 +2,7 @@
 //! checkpoint, reports its parts and threads, and moves threads. Adding and removing single parts
 //! is left to `worker::membership`, moving the home to `worker::source`.
 
-use super::super::process::WasmWorker;
+use super::super::wasm_worker::WasmWorker;
 use super::{FREEZE_PATIENCE, HOME_PATIENCE, MEET_PATIENCE, OBJECT_PATIENCE, failed, lost, open};
 use crate::checkpoint::SpanningRestore;
 use crate::control::{ConnectParts, MoveThread, PartsReport, Span, ThreadReport};
@@ -150,7 +150,7 @@ impl WasmWorker {
             Some(spanning_restore) => self.read_memory(&machine, spanning_restore)?,
             None => 0,
         };
-        failpoint::pass("apart.brought").map_err(failed)?;
+        failpoint::pass("spanning-start.brought").map_err(failed)?;
         machine.thaw().map_err(failed)?;
         self.process.state.send_if_modified(|state| match *state {
             State::Held { epoch } => {

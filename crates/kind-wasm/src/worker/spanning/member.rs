@@ -2,7 +2,7 @@
 //! and becomes the home if the machine moves to it. It only has pages and threads; they are left
 //! to [`crate::span`].
 
-use super::super::process::WasmWorker;
+use super::super::wasm_worker::WasmWorker;
 use super::{HOME_PATIENCE, MEET_PATIENCE, PendingMember, failed, open};
 use crate::control::{HomeHandover, Join, PrepareMember};
 use crate::span::{MemberPart, PartAddress, SpanningError};

@@ -1,7 +1,7 @@
 //! The machine's memory as objects, with the guest's names for them: reports, and moves to a part.
 //! How pages are found and moved is left to [`crate::span`].
 
-use super::super::process::WasmWorker;
+use super::super::wasm_worker::WasmWorker;
 use super::{OBJECT_PATIENCE, failed};
 use crate::control::{MoveObject, ObjectReport};
 use crate::span::{Heat, Object, Pages};

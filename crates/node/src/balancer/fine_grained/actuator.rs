@@ -3,7 +3,7 @@
 use super::super::handle::NodeBalancer;
 use super::observation::by_use;
 use crate::error::CommandError;
-use crate::processes::Worker;
+use crate::processes::WorkerHandle;
 use crate::spanning::{self, PartsQuery};
 use keel_api::SpanRequest;
 use keel_balance::Name;
@@ -42,7 +42,7 @@ async fn leave(
     };
     let has_part =
         |node: &keel_cluster::NodeName| info.parts.iter().any(|part| part.node == node.as_str());
-    let mut rooms = spanning::rooms(&handle.spanning, machine).await;
+    let mut rooms = spanning::nodes_with_memory(&handle.spanning, machine).await;
     rooms.retain(|(node, room)| !has_part(node) && *room >= spanning::ROOM_BYTES_MIN);
     rooms.sort_by_key(|(_, room)| std::cmp::Reverse(*room));
     let leaving = info.parts.iter().skip(1).filter(|part| leaves(&part.node));
@@ -93,7 +93,7 @@ async fn span(
 pub(super) async fn carry_out(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     grain: &Action,
     objects: Option<&[ObjectReport]>,
 ) -> Result<String, String> {

@@ -8,7 +8,7 @@ use super::observation::{
 };
 use super::tracked_state::{HOT_LOOKS, TrackedMachine};
 use crate::events::Note;
-use crate::processes::Worker;
+use crate::processes::WorkerHandle;
 use crate::spanning;
 use keel_api::EventKind;
 use keel_balance::Name;
@@ -45,7 +45,7 @@ const FAILED_AFTER: Duration = Duration::from_secs(15);
 pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
     let mut known: HashMap<MachineName, TrackedMachine> = HashMap::new();
     loop {
-        let policy = handle.look(|balancer, _, _| balancer.policy().0.clone());
+        let policy = handle.query(|balancer, _, _| balancer.policy().0.clone());
         let Ok(policy) = policy.await else { return };
         observe_all(&handle, &policy, &mut known).await;
         tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
@@ -95,7 +95,7 @@ async fn observe(
     handle: &Arc<NodeBalancer>,
     policy: &Policy,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     (balancing, parts_max): (&Balancing, Option<u32>),
     known: &mut TrackedMachine,
 ) -> Result<(), String> {

@@ -306,7 +306,7 @@ pub(super) async fn nodes(
 ) -> Vec<Node> {
     let own: Name = handle.context.name.as_str().into();
     let name: Name = machine.as_str().into();
-    let allowed = handle.look(move |_, _, rules| {
+    let allowed = handle.query(move |_, _, rules| {
         let nodes = rules.nodes().iter();
         nodes
             .map(|node| (node.clone(), rules.forbids(&name, node).map(|it| it.why)))

@@ -1,7 +1,7 @@
 //! Requests about balancing.
 
 use super::reply::{Failure, Reply, Shared, line_by_line, machine_name};
-use crate::balancer::{self, Span, Wanted};
+use crate::balancer::{self, HistoryRange, LedgerFilter};
 use crate::error::CommandError;
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -59,7 +59,7 @@ pub(super) struct HistoryQuery {
 }
 
 impl HistoryQuery {
-    fn span(&self, machine: Option<String>) -> Result<Span, CommandError> {
+    fn range(&self, machine: Option<String>) -> Result<HistoryRange, CommandError> {
         let points_max = self.points.unwrap_or(HISTORY_DEFAULT);
         if !(1..=HISTORY_MAX).contains(&points_max) {
             let what = format!("{points_max} points: 1 to {HISTORY_MAX} are possible");
@@ -70,7 +70,7 @@ impl HistoryQuery {
             let what = "a span that ends before it begins".to_owned();
             return Err(CommandError::Invalid(what));
         }
-        Ok(Span {
+        Ok(HistoryRange {
             machine,
             since_unix_ms: self.since,
             until_unix_ms,
@@ -85,9 +85,9 @@ pub(super) async fn node_history(
     Query(query): Query<HistoryQuery>,
 ) -> Reply<HistoryInfo> {
     let node = node_name(&name)?;
-    let span = query.span(None)?;
+    let range = query.range(None)?;
     Ok(Json(
-        balancer::history(&at.balancer, Some(&node), &span).await?,
+        balancer::history(&at.balancer, Some(&node), &range).await?,
     ))
 }
 
@@ -96,8 +96,8 @@ pub(super) async fn machine_history(
     Path(name): Path<String>,
     Query(query): Query<HistoryQuery>,
 ) -> Reply<HistoryInfo> {
-    let span = query.span(Some(machine_name(&name)?.to_string()))?;
-    Ok(Json(balancer::history(&at.balancer, None, &span).await?))
+    let range = query.range(Some(machine_name(&name)?.to_string()))?;
+    Ok(Json(balancer::history(&at.balancer, None, &range).await?))
 }
 
 #[derive(Deserialize)]
@@ -122,14 +122,14 @@ pub(super) async fn ledger(
     if let Some(machine) = &query.machine {
         machine_name(machine)?;
     }
-    let wanted = Wanted {
+    let filter = LedgerFilter {
         machine: query.machine,
         since_unix_ms: query.since,
         until_unix_ms: query.until,
         limit,
         among: 0,
     };
-    Ok(Json(balancer::gather_ledger(&at.balancer, &wanted).await))
+    Ok(Json(balancer::gather_ledger(&at.balancer, &filter).await))
 }
 
 fn node_name(text: &str) -> Result<NodeName, CommandError> {

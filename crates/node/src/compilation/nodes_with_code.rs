@@ -10,9 +10,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The code of all nodes, as last read from the store.
 #[derive(Debug, Default)]
-pub(crate) struct Published(Mutex<BTreeMap<NodeName, BTreeSet<Fingerprint>>>);
+pub(crate) struct CodeLocations(Mutex<BTreeMap<NodeName, BTreeSet<Fingerprint>>>);
 
-impl Published {
+impl CodeLocations {
     pub(super) fn table(&self) -> MutexGuard<'_, BTreeMap<NodeName, BTreeSet<Fingerprint>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

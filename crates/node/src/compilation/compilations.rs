@@ -1,7 +1,7 @@
 //! State of the compilations of this node: programs that are ready, that wait, or that are being
 //! compiled.
 
-use super::nodes_with_code::Published;
+use super::nodes_with_code::CodeLocations;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::kind::KindName;
 use keel_net::Fingerprint;
@@ -86,7 +86,7 @@ pub(crate) struct Code {
     /// Counts changes of the set of ready programs.
     pub(super) ready: watch::Sender<u64>,
     /// Code of all nodes.
-    pub(crate) published: Published,
+    pub(crate) locations: CodeLocations,
 }
 
 impl Code {
@@ -95,7 +95,7 @@ impl Code {
             inner: Mutex::default(),
             work: Notify::new(),
             ready: watch::Sender::new(0),
-            published: Published::default(),
+            locations: CodeLocations::default(),
         }
     }
 
@@ -168,7 +168,7 @@ impl Code {
             .ok()
             .and_then(|it: MachineName| inner.running.get(&it));
         match (program, target.parse()) {
-            (Some((program, bytes)), Ok(target)) if !self.published.has(&target, program) => {
+            (Some((program, bytes)), Ok(target)) if !self.locations.has(&target, program) => {
                 *bytes as f64 / COMPILED_BYTES_PER_CORE_S
             }
             _ => 0.0,

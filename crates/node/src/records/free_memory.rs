@@ -15,20 +15,23 @@ const SPARE_BYTES: u64 = 256 << 20;
 ///
 /// # Errors
 /// What it needs and what is free, in a sentence.
-pub(crate) async fn check_room(
+pub(crate) async fn check_free_memory(
     context: &Context,
     machine: &MachineName,
     memory_pages: &[u64],
 ) -> Result<(), String> {
     let (available, promised) = available(context, machine).await?;
-    room(memory_pages, available, promised)
+    check_fits(memory_pages, available, promised)
 }
 
 /// Free bytes here for a machine.
 ///
 /// # Errors
 /// If the reservations cannot be read.
-pub(crate) async fn room_bytes(context: &Context, machine: &MachineName) -> Result<u64, String> {
+pub(crate) async fn free_bytes_for(
+    context: &Context,
+    machine: &MachineName,
+) -> Result<u64, String> {
     let (available, promised) = available(context, machine).await?;
     Ok(available.saturating_sub(promised))
 }
@@ -58,7 +61,7 @@ pub(crate) fn free_bytes() -> u64 {
 
 /// Whether memories, in 64 KiB pages, fit. Pages of a reserved machine that have arrived count
 /// twice for a while: the error is on the safe side.
-fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), String> {
+fn check_fits(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), String> {
     let wanted = memory_pages.iter().fold(0u64, |sum, pages| {
         sum.saturating_add(pages.saturating_mul(1 << 16))
     });
@@ -77,17 +80,17 @@ fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), Strin
 
 #[cfg(test)]
 mod tests {
-    use super::room;
+    use super::check_fits;
 
     #[test]
     fn what_is_promised_is_not_free() {
         let gib = 1u64 << 30;
         // 16,384 pages of 64 KiB are 1 GiB.
-        assert_eq!(room(&[16_384], gib, 0), Ok(()));
-        assert_eq!(room(&[8192, 8192], 3 * gib, 2 * gib), Ok(()));
-        let error = room(&[16_384], 2 * gib, 2 * gib).unwrap_err();
+        assert_eq!(check_fits(&[16_384], gib, 0), Ok(()));
+        assert_eq!(check_fits(&[8192, 8192], 3 * gib, 2 * gib), Ok(()));
+        let error = check_fits(&[16_384], 2 * gib, 2 * gib).unwrap_err();
         assert!(error.contains("2.0 GiB are reserved"), "{error}");
-        assert!(room(&[16_384], gib, 2 * gib).is_err());
-        assert!(room(&[u64::MAX, 1], gib, 0).is_err());
+        assert!(check_fits(&[16_384], gib, 2 * gib).is_err());
+        assert!(check_fits(&[u64::MAX, 1], gib, 0).is_err());
     }
 }

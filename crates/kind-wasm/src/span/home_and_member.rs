@@ -1,5 +1,5 @@
-//! A machine with several parts: its threads on top of its pages, at the home and at a
-//! member.
+//! A machine with several parts, seen from its home ([`Home`]) and from a member
+//! ([`MemberPart`]): its threads on top of its pages.
 //!
 //! ```text
 //!            freeze, pages, thaw                      threads and pages home,

@@ -1,12 +1,12 @@
 //! Follows the states of a worker, and records the resulting state of its machine in the store.
 
-use super::arrivals::{await_source, is_running, lost_on_arrival, runs};
 use super::handle::{Machines, RestartDecision};
+use super::record_running::{await_source, is_running, lost_on_arrival, runs};
 use super::stall_status;
 use super::termination::{named_end, record_end};
 use crate::events::Note;
 use crate::moves::{drop_reservation, settle};
-use crate::processes::Worker;
+use crate::processes::WorkerHandle;
 use crate::records::{self, RecordError};
 use crate::spanning::machine_runs;
 use keel_api::EventKind;
@@ -87,7 +87,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
 async fn ended(
     machines: &Arc<Machines>,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     epoch: Epoch,
     status: Status,
 ) {
@@ -167,7 +167,7 @@ fn settled(
 async fn worker_lost(
     machines: &Arc<Machines>,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     reason: &str,
 ) {
     // A worker that was ended on purpose is not in the table any more.

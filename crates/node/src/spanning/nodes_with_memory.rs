@@ -1,7 +1,7 @@
 //! Nodes that have room for a part of a machine.
 
 use super::handle::Spanning;
-use super::messages::ROOM;
+use super::messages::FREE_MEMORY;
 use crate::host::{check_features, needed_features};
 use crate::records;
 use futures::future::join_all;
@@ -11,23 +11,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a node may take to report its free memory.
-const ROOM_PATIENCE: Duration = Duration::from_secs(5);
+const FREE_MEMORY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Free bytes here for a part of a machine that needs these CPU features.
 ///
 /// # Errors
 /// Why no part is possible, in a sentence.
-pub(crate) async fn room_here(
+pub(crate) async fn free_memory_here(
     spanning: &Spanning,
     machine: &MachineName,
     features: &[String],
 ) -> Result<u64, String> {
     check_features(features)?;
-    records::room_bytes(&spanning.context, machine).await
+    records::free_bytes_for(&spanning.context, machine).await
 }
 
 /// The other nodes that may hold a part and that answer, with their free bytes.
-pub(crate) async fn rooms(spanning: &Arc<Spanning>, machine: &MachineName) -> Vec<(NodeName, u64)> {
+pub(crate) async fn nodes_with_memory(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+) -> Vec<(NodeName, u64)> {
     let all = spanning.context.members.all();
     let others = all
         .keys()
@@ -47,7 +50,7 @@ pub(crate) async fn rooms(spanning: &Arc<Spanning>, machine: &MachineName) -> Ve
         let answer = spanning
             .context
             .peers
-            .call(&node, ROOM, payload, ROOM_PATIENCE)
+            .call(&node, FREE_MEMORY, payload, FREE_MEMORY_PATIENCE)
             .await;
         let answer = answer.inspect_err(|error| tracing::debug!(%node, %error, "its room"));
         let room: u64 = unpack(&answer.ok()?).ok()?;

@@ -2,7 +2,7 @@
 //! node that lost its cache corrects its entry a moment late, and then compiles.
 
 use super::compilations::Code;
-use super::nodes_with_code::Published;
+use super::nodes_with_code::CodeLocations;
 use crate::context::Context;
 use keel_store::StoreError;
 use keel_store::encoding;
@@ -48,18 +48,18 @@ async fn write(context: &Context, code: &Code) -> Result<(), String> {
 /// Follows the code of all nodes, until the agent ends.
 pub(super) async fn follow(context: Arc<Context>, code: Arc<Code>) {
     loop {
-        if let Err(error) = follow_once(&context, &code.published).await {
+        if let Err(error) = follow_once(&context, &code.locations).await {
             tracing::debug!(%error, "cannot follow the code of other nodes, trying again");
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
 }
 
-async fn follow_once(context: &Context, published: &Published) -> Result<(), StoreError> {
+async fn follow_once(context: &Context, locations: &CodeLocations) -> Result<(), StoreError> {
     let listing = context.store.list(keys::CODE).await?;
-    published.table().clear();
+    locations.table().clear();
     for entry in &listing.entries {
-        published.take(entry);
+        locations.take(entry);
     }
     let mut watch = context
         .store
@@ -68,10 +68,10 @@ async fn follow_once(context: &Context, published: &Published) -> Result<(), Sto
     while let Some(changes) = watch.next().await {
         for change in changes?.changes {
             match change {
-                Change::Put(entry) => published.take(&entry),
+                Change::Put(entry) => locations.take(&entry),
                 Change::Delete { key } => {
                     if let Ok(Key::Code(node)) = key.parse() {
-                        published.table().remove(&node);
+                        locations.table().remove(&node);
                     }
                 }
             }

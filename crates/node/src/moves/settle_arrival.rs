@@ -3,11 +3,11 @@
 
 use super::handle::Moves;
 use super::offer::{Arrival, passed};
-use crate::processes::{PROMPT, Worker};
+use crate::processes::{PROMPT, WorkerHandle};
 use crate::records::{self, RecordError};
 use crate::spanning::part_of;
 use keel_cluster::{Epoch, MachineName};
-use keel_machine::moves::ownership::{self, ArrivalVerdict};
+use keel_machine::moves::ownership::{self, ResumeDecision};
 use keel_machine::worker::control::{State, kind};
 use keel_net::RpcError;
 use keel_store::keys::Key;
@@ -69,7 +69,7 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
 async fn drop_copy(
     moves: &Arc<Moves>,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
 ) -> Result<(), String> {
     if part_of(worker).await?.is_some() {
         // The machine needs its pages; it ends when the home removes it as a part.
@@ -90,7 +90,7 @@ async fn drop_copy(
 async fn resume_if_committed(
     moves: &Arc<Moves>,
     machine: &MachineName,
-    worker: &Worker,
+    worker: &WorkerHandle,
     state: &State,
 ) -> Result<bool, String> {
     let record = match records::get(&*moves.context.store, machine).await {
@@ -100,8 +100,8 @@ async fn resume_if_committed(
     };
     match state {
         State::Prepared { offered, .. } => {
-            let ArrivalVerdict::Goes(epoch) =
-                ownership::arrival(&moves.context.name, *offered, record.as_ref())
+            let ResumeDecision::Resume(epoch) =
+                ownership::may_resume(&moves.context.name, *offered, record.as_ref())
             else {
                 return Ok(false);
             };
@@ -111,8 +111,8 @@ async fn resume_if_committed(
         // Its worker is still preparing it and reports when it is ready; the source then asks
         // again.
         State::Receiving { offered } => {
-            let verdict = ownership::arrival(&moves.context.name, *offered, record.as_ref());
-            Ok(matches!(verdict, ArrivalVerdict::Goes(_)))
+            let verdict = ownership::may_resume(&moves.context.name, *offered, record.as_ref());
+            Ok(matches!(verdict, ResumeDecision::Resume(_)))
         }
         // Not a copy of a move: a machine of that name is being started here.
         State::Empty | State::Held { .. } => {
@@ -142,17 +142,17 @@ pub(crate) async fn arrival(
                 Err(RecordError::NoMachine(_)) => None,
                 Err(error) => return Err(error.to_string()),
             };
-            match ownership::arrival(&moves.context.name, offered, found.as_ref()) {
-                ArrivalVerdict::Goes(won) if won == epoch => {
+            match ownership::may_resume(&moves.context.name, offered, found.as_ref()) {
+                ResumeDecision::Resume(won) if won == epoch => {
                     let gone: Result<u64, RpcError> = worker.ask(kind::GO, &won, PROMPT).await;
                     gone.map(|_| Arrival::Resumed)
                         .map_err(|error| error.to_string())
                 }
-                ArrivalVerdict::Never => {
+                ResumeDecision::Drop => {
                     drop_copy(moves, machine, &worker).await?;
                     Ok(Arrival::Without)
                 }
-                ArrivalVerdict::Goes(_) | ArrivalVerdict::Open => Err(format!(
+                ResumeDecision::Resume(_) | ResumeDecision::Undecided => Err(format!(
                     "machine {machine:?} was not given to {} under epoch {epoch}",
                     moves.context.name
                 )),

@@ -5,7 +5,7 @@ use super::handle::{Machines, RestartDecision, starts};
 use super::termination::record_end;
 use crate::events::Note;
 use crate::moves::HELD;
-use crate::processes::{PROMPT, Worker};
+use crate::processes::{PROMPT, WorkerHandle};
 use crate::records::{self, RecordError};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
@@ -114,7 +114,11 @@ pub(super) async fn lost_on_arrival(
 
 /// Waits for the disconnected source of a machine that runs here with incomplete memory. If the
 /// source is lost for good, so are pages of the machine, which then restarts from its checkpoint.
-pub(super) async fn await_source(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
+pub(super) async fn await_source(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    worker: &WorkerHandle,
+) {
     let mut gone_since = None;
     loop {
         match worker.state().await {

@@ -34,18 +34,20 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use tokio::runtime::Handle;
 
+/// The worker process of one machine.
 pub(super) struct WasmWorker {
     pub(super) process: Process,
     /// Held while the machine's writes are tracked, except by a move.
     pub(super) tracking: Mutex<()>,
     programs: PathBuf,
     pub(super) engine: Engine,
-    inner: Mutex<Inner>,
+    inner: Mutex<WorkerState>,
     pub(super) stalls: Arc<Stalls>,
 }
 
+/// What changes during the worker's life, behind one lock.
 #[derive(Default)]
-pub(super) struct Inner {
+pub(super) struct WorkerState {
     pub(super) name: Option<MachineName>,
     pub(super) machine: Option<Machine>,
     pub(super) spec: Option<Spec>,
@@ -260,7 +262,7 @@ impl Worker for WasmWorker {
 }
 
 impl WasmWorker {
-    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn inner(&self) -> MutexGuard<'_, WorkerState> {
         self.inner.lock().unwrap_or_else(|error| error.into_inner())
     }
 
@@ -389,7 +391,7 @@ impl WasmWorker {
 
     /// The phase before the machine runs; also the compilation at the target of a move
     /// before it can receive the machine.
-    fn start_progress(&self, inner: &Inner) -> Option<StartProgress> {
+    fn start_progress(&self, inner: &WorkerState) -> Option<StartProgress> {
         if inner.machine.is_some() {
             return None;
         }
