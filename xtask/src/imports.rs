@@ -27,7 +27,7 @@ const LAYERS: &[&[&str]] = &[
     &["events"],
     &["lease"],
     &["context"],
-    &["records"],
+    &["records", "voters"],
     &["cluster_info", "cluster_events", "processes"],
     &["supervisor", "images"],
     &["compilation", "rules", "checkpoints", "volumes", "logs"],

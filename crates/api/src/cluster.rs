@@ -50,3 +50,37 @@ pub struct NodeInfo {
     /// Version of its agent.
     pub version: String,
 }
+
+/// The store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreInfo {
+    /// Number of its newest change.
+    pub revision: u64,
+    /// The nodes that hold it.
+    pub voters: Vec<VoterInfo>,
+    /// Counted up by each election of a leader.
+    pub term: u64,
+    /// How many voters are wanted: `auto`, `1`, `3` or `5`.
+    pub wanted: String,
+    /// How many voters may fail while the store answers.
+    pub spare: u32,
+}
+
+/// A node that holds the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VoterInfo {
+    pub node: String,
+    /// Its address for other nodes.
+    pub address: String,
+    /// Whether it renews its lease.
+    pub alive: bool,
+    /// Whether it answers for all.
+    pub leads: bool,
+}
+
+/// How many nodes shall hold the store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VotersRequest {
+    /// `auto`, `1`, `3` or `5`.
+    pub count: String,
+}

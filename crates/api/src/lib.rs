@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `GET /v1/status` | [`ClusterInfo`] |
 //! | `GET /v1/nodes` | list of [`NodeInfo`] |
+//! | `GET /v1/store` | [`StoreInfo`] |
+//! | `POST /v1/store/voters` [`VotersRequest`] | [`StoreInfo`]: the change begins |
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |
 //! | `PUT /v1/images` (the file that machines start from: a module) | [`Uploaded`] |
@@ -73,7 +75,7 @@ pub use balance::{
 };
 pub use checkpoint::{CheckpointInfo, CheckpointRequest, RestoreRequest};
 pub use client::{Client, ClientError, Lines, path};
-pub use cluster::{ClusterInfo, NodeInfo};
+pub use cluster::{ClusterInfo, NodeInfo, StoreInfo, VoterInfo, VotersRequest};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 pub use keel_wasi::FileStat;

@@ -229,6 +229,17 @@ impl CertificateAuthority {
         Ok(())
     }
 
+    /// Removes the authority's key from a node that is no longer a voter.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn remove(directory: &Path) -> std::io::Result<()> {
+        match std::fs::remove_file(directory.join(CA_KEY_FILE)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads what [`CertificateAuthority::save`] wrote. `None` if this node
     /// does not hold the authority's key.
     ///

@@ -122,7 +122,7 @@ pub async fn accept_join(
         cluster: authority.cluster(),
         certificate_pem: authority.sign(&request.csr_pem, &request.node)?,
         authority_pem: authority.certificate_pem().into(),
-        voters: members::voters(store).await?,
+        voters: members::voters(store).await?.voters,
     };
     let member = Key::Member(request.node.clone());
     let Some(token_use) = redemption.token_use else {

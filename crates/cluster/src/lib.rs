@@ -21,6 +21,7 @@ pub mod members;
 pub mod service;
 pub mod state_file;
 pub mod tokens;
+pub mod voters;
 
 pub use epoch::Epoch;
 pub use keel_net::{MachineName, NodeName};

@@ -26,7 +26,7 @@ pub const ADDRESS_BYTES_MAX: usize = 300;
 /// Time between attempts to reach the store again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     pub node: NodeName,
     /// Its address for other nodes, `host:port`.
@@ -43,6 +43,16 @@ pub struct Voter {
     pub node: NodeName,
     /// Where it is, `host:port`.
     pub address: String,
+}
+
+/// The voters of the store, as their leader wrote them last.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VoterList {
+    pub voters: Vec<Voter>,
+    /// The one that leads.
+    pub leader: Option<NodeName>,
+    /// The term of its leadership: counted up by each election.
+    pub term: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -148,7 +158,13 @@ pub async fn found(
         )
         .put(
             Key::Voters,
-            encoding::encode("the list of voters", &vec![first])?,
+            encoding::encode(
+                "the list of voters",
+                &VoterList {
+                    voters: vec![first.clone()],
+                    ..VoterList::default()
+                },
+            )?,
         )
         .put(
             Key::Member(first.node.clone()),
@@ -178,10 +194,33 @@ pub async fn cluster_of(store: &dyn Store) -> Result<(ClusterId, u32), MemberErr
 ///
 /// # Errors
 /// [`MemberError::NoCluster`] and the store's.
-pub async fn voters(store: &dyn Store) -> Result<Vec<Voter>, MemberError> {
+pub async fn voters(store: &dyn Store) -> Result<VoterList, MemberError> {
     let entry = store.get(&Key::Voters.to_string()).await?;
     let entry = entry.ok_or(MemberError::NoCluster)?;
-    Ok(encoding::decode("the list of voters", &entry.value)?)
+    read_voters(&entry.value)
+}
+
+/// Reads the value of the key `voters`.
+///
+/// # Errors
+/// [`MemberError::Record`].
+pub fn read_voters(value: &[u8]) -> Result<VoterList, MemberError> {
+    Ok(encoding::decode("the list of voters", value)?)
+}
+
+/// Writes the list of voters, if it is another one.
+///
+/// # Errors
+/// [`MemberError::NoCluster`] and the store's.
+pub async fn set_voters(store: &dyn Store, list: &VoterList) -> Result<(), MemberError> {
+    if voters(store).await? == *list {
+        return Ok(());
+    }
+    let value = encoding::encode("the list of voters", list)?;
+    let key = Key::Voters.to_string();
+    let txn = Txn::new().when(Compare::Exists { key: key.clone() });
+    store.txn(txn.put(key, value)).await?;
+    Ok(())
 }
 
 /// All members, by name.
@@ -275,9 +314,23 @@ impl MemberSet {
     pub async fn follow(
         store: Arc<dyn Store>,
     ) -> Result<(Arc<Self>, tokio::task::JoinHandle<()>), MemberError> {
-        let set = Self::new(members(store.as_ref()).await?);
-        let weak = Arc::downgrade(&set);
-        let task = tokio::spawn(async move {
+        let set = Self::new(Vec::new());
+        let task = set.follow_store(store).await?;
+        Ok((set, task))
+    }
+
+    /// As [`MemberSet::follow`], for a set that has what was known before.
+    ///
+    /// # Errors
+    /// The store's, when the members cannot be read at first.
+    pub async fn follow_store(
+        self: &Arc<Self>,
+        store: Arc<dyn Store>,
+    ) -> Result<tokio::task::JoinHandle<()>, MemberError> {
+        let all = members(store.as_ref()).await?;
+        self.set(all.into_iter().map(|m| (m.node.clone(), m)).collect());
+        let weak = Arc::downgrade(self);
+        Ok(tokio::spawn(async move {
             loop {
                 let Some(set) = weak.upgrade() else { return };
                 let Err(error) = set.follow_once(store.as_ref()).await else {
@@ -287,8 +340,7 @@ impl MemberSet {
                 drop(set);
                 tokio::time::sleep(RETRY_AFTER).await;
             }
-        });
-        Ok((set, task))
+        }))
     }
 
     /// Lists and then follows changes; ends with an error, or when this is the only owner of the

@@ -1,5 +1,5 @@
-//! The requests that a voter serves over `keel-net`: the store's requests from nodes, and the join
-//! request from anyone. An agent wraps it in its own handler for the kinds that
+//! The requests that a voter serves over `keel-net`: those of other voters, the store's requests
+//! from nodes, and the join request from anyone. An agent wraps it in its own handler for the kinds that
 //! [`ClusterService::handles`] names.
 
 use crate::join::JOIN;
@@ -13,21 +13,28 @@ use crate::identity::CertificateAuthority;
 use crate::join::{JoinError, JoinRequest, accept_join};
 use keel_store::clock::unix_ms;
 use keel_store::encoding;
-use keel_store::{Store, StoreError, StoreHandler};
+use keel_store::{RaftStore, Store, StoreError, StoreHandler};
 
 /// Store and joining, as one handler.
 #[derive(Clone)]
 pub struct ClusterService {
+    voter: Arc<RaftStore>,
+    /// The cluster's store, for what is not answered by the leader alone.
     store: Arc<dyn Store>,
     handler: StoreHandler,
     authority: Arc<CertificateAuthority>,
 }
 
 impl ClusterService {
-    /// Serves `store`, and admits nodes with `authority`.
-    pub fn new(store: Arc<dyn Store>, authority: Arc<CertificateAuthority>) -> Self {
+    /// Serves `voter`, and admits nodes with `authority` into `store`, wherever its leader is.
+    pub fn new(
+        voter: Arc<RaftStore>,
+        store: Arc<dyn Store>,
+        authority: Arc<CertificateAuthority>,
+    ) -> Self {
         Self {
-            handler: StoreHandler::new(Arc::clone(&store)),
+            handler: StoreHandler::new(voter.clone()),
+            voter,
             store,
             authority,
         }
@@ -35,7 +42,7 @@ impl ClusterService {
 
     /// Whether requests of `kind` belong here.
     pub fn handles(kind: u16) -> bool {
-        kind == JOIN || StoreHandler::handles(kind)
+        kind == JOIN || StoreHandler::handles(kind) || RaftStore::handles(kind)
     }
 
     async fn join(&self, request: &[u8]) -> Result<Reply, RpcError> {
@@ -72,6 +79,7 @@ impl Handler for ClusterService {
         async move {
             match kind {
                 JOIN => self.join(&payload).await,
+                kind if RaftStore::handles(kind) => self.voter.answer(kind, &payload).await,
                 kind => self.handler.answer(kind, &payload).await,
             }
         }

@@ -13,7 +13,7 @@ use keel_cluster::tokens::{self, JoinToken, Role, TokenError, UserToken};
 use keel_net::rpc::ServerHandle;
 use keel_net::{Client, NodeName, Options, Peers, Server};
 use keel_store::keys::Key;
-use keel_store::{RedbOptions, RedbStore, RemoteStore, Store, Txn};
+use keel_store::{RaftStore, Store, StoreClient, Txn};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -29,14 +29,15 @@ fn name(name: &str) -> NodeName {
 /// A cluster of one voter, node `a`.
 struct Cluster {
     authority: Arc<CertificateAuthority>,
+    voter: Arc<RaftStore>,
     store: Arc<dyn Store>,
     _directory: TempDir,
 }
 
 async fn cluster() -> Result<Cluster, Box<dyn Error>> {
     let directory = tempfile::tempdir()?;
-    let file = directory.path().join("store.redb");
-    let store = Arc::new(RedbStore::open(&file, RedbOptions::default())?);
+    let file = directory.path().join("store");
+    let store = Arc::new(RaftStore::open_alone(&file).await?);
     let authority = Arc::new(CertificateAuthority::create(ClusterId::random())?);
     let first = Voter {
         node: name("a"),
@@ -45,6 +46,7 @@ async fn cluster() -> Result<Cluster, Box<dyn Error>> {
     members::found(store.as_ref(), authority.cluster(), &first, NOW).await?;
     Ok(Cluster {
         authority,
+        voter: store.clone(),
         store,
         _directory: directory,
     })
@@ -58,7 +60,11 @@ impl Cluster {
 
     async fn serve(&self) -> Result<(ServerHandle, Arc<MemberSet>), Box<dyn Error>> {
         let (set, _) = MemberSet::follow(self.store.clone()).await?;
-        let service = ClusterService::new(self.store.clone(), self.authority.clone());
+        let service = ClusterService::new(
+            self.voter.clone(),
+            self.store.clone(),
+            self.authority.clone(),
+        );
         let server = Server::serve(
             TcpListener::bind("127.0.0.1:0").await?,
             NodeIdentity::first(&self.authority, &name("a"))?.server_tls()?,
@@ -395,7 +401,7 @@ async fn a_node_joins_works_and_is_removed() -> Outcome {
     // It uses the store as a member.
     let peers = Arc::new(Peers::new(identity.client_tls()?, Options::default()));
     peers.set_address(&name("a"), &via);
-    let remote = RemoteStore::new(peers, vec![name("a")], Duration::from_secs(10));
+    let remote = StoreClient::new(peers, vec![name("a")], Duration::from_secs(10));
     remote.txn(Txn::new().put("node/b", "")).await?;
     // The same token again, from another node.
     let again = join::join(&via, &token, &name("c"), "127.0.0.1:3").await;

@@ -1,6 +1,6 @@
 //! `keel demo`: three nodes as real processes on loopback. The load of a hot node is balanced, a
-//! program spreads over all nodes, machines move among them under load, and a node is switched
-//! off. The demo ends with a check that no output was lost: every numbered line once and in order.
+//! program spreads over all nodes, machines move among them under load, and the node that began the
+//! cluster is switched off: the others have the store, too. The demo ends with a check that no output was lost: every numbered line once and in order.
 //!
 //! - `hot_node`: balancing a hot node
 //! - `spread`: a program with threads over three nodes
@@ -33,9 +33,10 @@ const HOT: &[u8] = include_bytes!("../../../guests/hot.wasm");
 const WRITER: &[u8] = include_bytes!("../../../guests/writer.wasm");
 
 const NODES: [&str; 3] = ["a", "b", "c"];
-/// It holds the store, so it is not the node that is switched off.
-const STORE_NODE: &str = "a";
-const DOOMED_NODE: &str = "c";
+/// It begins the cluster and holds the store first; it is switched off.
+const FIRST_NODE: &str = "a";
+/// The node that is asked.
+const ASKED_NODE: &str = "b";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -208,7 +209,7 @@ fn print_summary(summary: &Summary) {
     for machine in &summary.machines {
         let lines = match (machine.lines, machine.lines_after) {
             (Some(lines), Some(after)) => format!(
-                ": {lines} lines, each once and in order, {after} of them after node {} was switched off",
+                ": {lines} lines, each once and in order, {after} of them after node {} was switched off, which had begun the cluster",
                 summary.switched_off
             ),
             _ => String::new(),
@@ -241,7 +242,7 @@ async fn play(
 ) -> Result<Summary> {
     let begun = Instant::now();
     headline(scene, "starting three nodes");
-    let mut cluster = LocalCluster::start(program, folder, &NODES).await?;
+    let mut cluster = LocalCluster::start_replicated(program, folder, &NODES, None).await?;
     let hot_node = hot_node::play(scene, &cluster, &NODES).await?;
     let spread = spread::play(scene, &cluster, program, folder, &NODES).await?;
     headline(
@@ -274,15 +275,18 @@ async fn play(
             moves.push(move_one(scene, &cluster, via, part.name, target).await?);
         }
     }
-    headline(scene, &format!("draining node {DOOMED_NODE}"));
+    headline(scene, &format!("draining node {FIRST_NODE}"));
     for part in &PARTS {
-        let info = cluster.inspect(STORE_NODE, part.name).await?;
-        if info.node == DOOMED_NODE {
-            moves.push(move_one(scene, &cluster, STORE_NODE, part.name, "b").await?);
+        let info = cluster.inspect(ASKED_NODE, part.name).await?;
+        if info.node == FIRST_NODE {
+            moves.push(move_one(scene, &cluster, ASKED_NODE, part.name, ASKED_NODE).await?);
         }
     }
-    headline(scene, &format!("switching node {DOOMED_NODE} off"));
-    cluster.power_off(DOOMED_NODE);
+    headline(
+        scene,
+        &format!("switching node {FIRST_NODE} off, which began the cluster"),
+    );
+    cluster.power_off(FIRST_NODE);
     let before = lines_of_all(&cluster).await?;
     settle(scene, &cluster, &before).await?;
     let summary = sum_up(&cluster, (hot_node, spread), moves, &before, begun).await;
@@ -296,12 +300,12 @@ fn headline(scene: &SharedScene, text: &str) {
 }
 
 async fn look(scene: &SharedScene, cluster: &LocalCluster) {
-    let client = cluster.client(STORE_NODE);
+    let client = cluster.client(ASKED_NODE);
     let nodes = client.get::<Vec<NodeInfo>>("/v1/nodes").await;
     let machines = client.get::<Vec<MachineInfo>>("/v1/machines").await;
     let mut last_lines = Vec::new();
     for part in &PARTS {
-        if let Ok(output) = cluster.output(STORE_NODE, part.name).await {
+        if let Ok(output) = cluster.output(ASKED_NODE, part.name).await {
             let last = output.lines().last().unwrap_or_default().to_owned();
             last_lines.push((part.name.to_owned(), last));
         }
@@ -329,7 +333,7 @@ async fn move_one(
 async fn lines_of_all(cluster: &LocalCluster) -> Result<Vec<u64>> {
     let mut lines = Vec::new();
     for part in &PARTS {
-        let output = cluster.output(STORE_NODE, part.name).await?;
+        let output = cluster.output(ASKED_NODE, part.name).await?;
         lines.push(output.lines().count() as u64);
     }
     Ok(lines)
@@ -365,7 +369,7 @@ async fn sum_up(
     }
     let mut machines = Vec::new();
     for (part, before) in PARTS.iter().zip(before) {
-        let info = cluster.inspect(STORE_NODE, part.name).await?;
+        let info = cluster.inspect(ASKED_NODE, part.name).await?;
         if !info.is_live() {
             problems.push(format!(
                 "{} is {}: {}",
@@ -376,7 +380,7 @@ async fn sum_up(
         }
         let mut lines = None;
         if part.numbered {
-            let output = cluster.output(STORE_NODE, part.name).await?;
+            let output = cluster.output(ASKED_NODE, part.name).await?;
             match check_numbered(&output, 0) {
                 Ok(count) => lines = Some(count),
                 Err(error) => problems.push(format!("{}: {error}", part.name)),
@@ -393,7 +397,7 @@ async fn sum_up(
     Ok(Summary {
         ok: problems.is_empty(),
         nodes: NODES.iter().map(|node| (*node).to_owned()).collect(),
-        switched_off: DOOMED_NODE.to_owned(),
+        switched_off: FIRST_NODE.to_owned(),
         problems,
         hot_node,
         spread,

@@ -30,7 +30,7 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Cluster",
         &[
-            "up", "join", "down", "status", "nodes", "schedule", "token", "events",
+            "up", "join", "down", "status", "nodes", "store", "schedule", "token", "events",
         ],
     ),
     (

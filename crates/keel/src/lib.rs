@@ -89,6 +89,11 @@ enum Command {
     Down(down::Args),
     /// Shows the state of the cluster.
     Status,
+    /// Shows which nodes hold the store, or says how many shall.
+    Store {
+        #[command(subcommand)]
+        what: Option<cluster::StoreCommand>,
+    },
     /// Checks this computer: what a node has here, what it lacks, and the remedies.
     ///
     /// Needs no running node; a running one is queried too. Exit code 1 if a node does not work
@@ -359,6 +364,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Down(args) => down::run(&reach, &args).await,
         Command::Agent(args) => up::agent(&args, kinds).await,
         Command::Status => cluster::status(&reach).await,
+        Command::Store { what } => cluster::store(&reach, what).await,
         Command::Doctor(args) => doctor::run(&reach, &args).await,
         Command::Nodes => cluster::nodes(&reach).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,

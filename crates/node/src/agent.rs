@@ -4,9 +4,9 @@
 use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
 use crate::checkpoints::Checkpoints;
 use crate::compilation::{self, Code};
-use crate::context::{Context, Settings};
+use crate::context::{Context, Settings, SettingsError};
 use crate::events::{Events, Note};
-use crate::front::{self, Handles};
+use crate::front::{self, Entry, Handles};
 use crate::host::{cpu_features, memory_bytes};
 use crate::images::Images;
 use crate::lease;
@@ -19,29 +19,26 @@ use crate::rules::Rules;
 use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
 use crate::volumes::VolumeFiles;
+use crate::voters::{self, VoterError, Voters};
 use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
-use keel_cluster::members::{self, MemberError, MemberSet, Voter};
-use keel_cluster::service::ClusterService;
+use keel_cluster::members::{Member, MemberError, MemberSet};
 use keel_cluster::tokens::JoinToken;
 use keel_machine::cgroup::Slice;
 use keel_machine::kind::Kinds;
+use keel_net::rpc::ServerHandle;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use keel_store::Store;
 use keel_store::StoreError;
-use keel_store::clock::unix_ms;
+use keel_store::Txn;
 use keel_store::keys::Key;
-use keel_store::{RedbOptions, RedbStore, RemoteStore, Txn};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::unbounded_channel;
-
-/// How long the store of another node may take to answer.
-const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Options for creating a node.
 #[derive(Debug, Clone)]
@@ -79,6 +76,9 @@ pub enum AgentError {
     /// The list of members.
     #[error(transparent)]
     Members(#[from] MemberError),
+    /// This node's copy of the store.
+    #[error(transparent)]
+    Voter(#[from] VoterError),
     /// Joining.
     #[error(transparent)]
     Join(#[from] JoinError),
@@ -175,16 +175,20 @@ fn prepare(options: &AgentOptions) -> Result<(StateDir, NodeName, SocketAddr), A
 
 fn write_settings(dir: &StateDir, settings: &Settings) -> Result<(), AgentError> {
     let path = dir.settings();
-    let shown = path.display().to_string();
-    let text = serde_json::to_vec_pretty(settings)
-        .map_err(|error| AgentError::Settings(shown.clone(), error.to_string()))?;
-    crate::state_dir::write_whole(&path, &text).map_err(system(shown))
+    settings
+        .save(&path)
+        .map_err(system(path.display().to_string()))
 }
 
 fn read_settings(path: &Path) -> Result<Settings, AgentError> {
     let shown = path.display().to_string();
-    let text = std::fs::read(path).map_err(system(shown.clone()))?;
-    serde_json::from_slice(&text).map_err(|error| AgentError::Settings(shown, error.to_string()))
+    Settings::load(path).map_err(|error| match error {
+        SettingsError::File(source) => AgentError::System {
+            what: shown,
+            source,
+        },
+        SettingsError::Damaged(error) => AgentError::Settings(shown, error.to_string()),
+    })
 }
 
 /// The addresses on which a node listens.
@@ -233,35 +237,30 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         .map_err(system(dir.events().display().to_string()))?;
     let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
     let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
-    let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let traffic = Traffic::default();
     let options = RpcOptions {
         traffic: traffic.clone(),
         ..RpcOptions::default()
     };
-    let peers = Arc::new(Peers::new(identity.client_tls()?, options));
-    for (voter, address) in &settings.voters {
-        peers.set_address(voter, address);
-    }
-    let (store, cluster): (Arc<dyn Store>, _) = match authority {
-        Some(authority) => {
-            let store: Arc<dyn Store> =
-                Arc::new(RedbStore::open(&dir.store(), RedbOptions::default())?);
-            let voter = Voter {
-                node: identity.node.clone(),
-                address: settings.listen.to_string(),
-            };
-            members::found(store.as_ref(), identity.cluster, &voter, unix_ms()).await?;
-            let service = ClusterService::new(store.clone(), authority);
-            (store, Some(service))
-        }
-        None => {
-            let voters = settings.voters.iter().map(|(node, _)| node.clone());
-            let store = RemoteStore::new(peers.clone(), voters.collect(), STORE_PATIENCE);
-            (Arc::new(store), None)
-        }
-    };
-    let members = follow_members(&store).await;
+    let peers = Arc::new(Peers::new(identity.client_tls()?, options.clone()));
+    let listener = tokio::net::TcpListener::bind(settings.listen)
+        .await
+        .map_err(system(format!("listening on {}", settings.listen)))?;
+    let members = MemberSet::new(known_members(&dir));
+    let voters = Voters::open(dir.clone(), &identity, settings.clone(), peers.clone()).await?;
+    // Before the store answers: other voters may wait for this one.
+    let entry = Arc::new(Entry::new(voters.clone()));
+    let server = Server::serve(
+        listener,
+        identity.server_tls()?,
+        members.check(),
+        entry.clone(),
+        options,
+    )
+    .map_err(system(format!("listening on {}", settings.listen)))?;
+    voters.begin_cluster().await?;
+    let store = voters.client();
+    follow_members(&store, &members).await;
     let lease = lease::keep(store.clone(), identity.node.clone(), events.clone())
         .map_err(system("the thread that renews the lease"))?;
     let slice = make_slice(&dir);
@@ -279,8 +278,18 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         events,
         traffic,
     });
-    let parts = Parts::build(context, slice, ledger, recorder);
-    serve(parts, cluster).await
+    let parts = Parts::build(context, slice, ledger, recorder, voters);
+    serve(parts, server, &entry).await
+}
+
+/// The members as this node knew them last; empty where that is not known.
+fn known_members(dir: &StateDir) -> Vec<Member> {
+    let read = std::fs::read(dir.members()).map_err(|error| error.to_string());
+    let read = read.and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()));
+    read.unwrap_or_else(|error| {
+        tracing::debug!(error, "no list of members from the last start");
+        Vec::new()
+    })
 }
 
 /// The layers of an agent, and the inputs of their tasks.
@@ -295,7 +304,13 @@ struct Parts {
 
 impl Parts {
     /// Builds the layers from the bottom up: each gets the handles of the lower ones.
-    fn build(context: Arc<Context>, slice: Slice, ledger: Ledger, recorder: Recorder) -> Self {
+    fn build(
+        context: Arc<Context>,
+        slice: Slice,
+        ledger: Ledger,
+        recorder: Recorder,
+        voters: Arc<Voters>,
+    ) -> Self {
         let (processes, arrivals) = Processes::new(slice);
         let processes = Arc::new(processes);
         let placements: Arc<Placements> = Arc::default();
@@ -351,6 +366,7 @@ impl Parts {
             logs: Arc::new(Logs::new(context.clone(), processes.clone())),
             files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
             context,
+            voters,
             processes,
             images,
             code,
@@ -391,20 +407,15 @@ fn make_slice(dir: &StateDir) -> Slice {
     slice
 }
 
-/// The members, as soon as the store answers.
-async fn follow_members(store: &Arc<dyn Store>) -> Arc<MemberSet> {
-    loop {
-        match MemberSet::follow(store.clone()).await {
-            Ok((members, _task)) => return members,
-            Err(error) => {
-                tracing::warn!(%error, "the store does not answer yet");
-                tokio::time::sleep(Duration::from_millis(500)).await;
-            }
-        }
+/// Fills the set of members as soon as the store answers, and keeps it up to date.
+async fn follow_members(store: &Arc<dyn Store>, members: &Arc<MemberSet>) {
+    while let Err(error) = members.follow_store(store.clone()).await {
+        tracing::warn!(%error, "the store does not answer yet");
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
 
-async fn serve(parts: Parts, cluster: Option<ClusterService>) -> Result<(), AgentError> {
+async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), AgentError> {
     let Parts {
         handles: at,
         placements,
@@ -415,29 +426,20 @@ async fn serve(parts: Parts, cluster: Option<ClusterService>) -> Result<(), Agen
     } = parts;
     let context = at.context.clone();
     tokio::spawn(follow_addresses(context.clone()));
-    let address = context.settings.listen;
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .map_err(system(format!("listening on {address}")))?;
     // Before any request can ask for running machines.
     at.processes.machines.adopt(&context.dir).await;
     spanning::adopt(&at.spanning).await;
     tell_start(&at);
-    if cluster.is_some() {
-        let (store, events) = (context.store.clone(), context.events.clone());
-        tokio::spawn(lease::tell_of_nodes(store, events));
-    }
-    let server = Server::serve(
-        listener,
-        context.identity.server_tls()?,
-        context.members.check(),
-        Arc::new(front::Service::new(at.clone(), cluster)),
-        RpcOptions {
-            traffic: context.traffic.clone(),
-            ..RpcOptions::default()
-        },
-    )
-    .map_err(system(format!("listening on {address}")))?;
+    entry.open(front::Service::new(at.clone()));
+    tokio::spawn(voters::follow(at.voters.clone()));
+    tokio::spawn(voters::reopen(at.voters.clone()));
+    tokio::spawn(voters::manage(at.voters.clone(), context.members.clone()));
+    let (led, store, events) = (
+        at.voters.clone(),
+        context.store.clone(),
+        context.events.clone(),
+    );
+    tokio::spawn(async move { lease::tell_of_nodes(store, events, || led.leads()).await });
     let (changes, placement_changes) = unbounded_channel();
     tokio::spawn(placements.follow(context.clone(), changes.clone()));
     tokio::spawn(follow_arrivals(context.clone(), changes));
@@ -486,10 +488,19 @@ fn tell_start(at: &Handles) {
     }
 }
 
-/// Keeps the addresses of all members up to date.
+/// Keeps the addresses of all members up to date, and the list for the next start.
 async fn follow_addresses(context: Arc<Context>) {
     let mut changes = context.members.changes();
     loop {
+        let members: Vec<Member> = context.members.all().values().cloned().collect();
+        let path = context.dir.members();
+        let saving = tokio::task::spawn_blocking(move || {
+            let text = serde_json::to_vec_pretty(&members)?;
+            crate::state_dir::write_whole(&path, &text)
+        });
+        if let Ok(Err(error)) = saving.await {
+            tracing::warn!(%error, "the list of members is not kept for the next start");
+        }
         for (node, member) in context.members.all().iter() {
             context.peers.set_address(node, &member.address);
         }

@@ -3,12 +3,14 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::records;
-use keel_api::{ClusterInfo, NodeInfo, Token, TokenRequest};
+use keel_api::{ClusterInfo, NodeInfo, StoreInfo, Token, TokenRequest, VoterInfo};
 use keel_cluster::tokens::{self, Role};
+use keel_cluster::voters::VoterCount;
 use keel_cluster::{MachineName, NodeName, members};
 use keel_machine::spec::Status;
 use keel_store::clock::unix_ms;
 use keel_store::keys::{self, Key};
+use keel_store::{Txn, encoding};
 
 /// The machines in a node's schedule.
 ///
@@ -48,7 +50,7 @@ pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandErr
             draining: drains
                 .iter()
                 .any(|it| it.key == Key::Drain(name.clone()).to_string()),
-            voter: voters.iter().any(|voter| voter.node == *name),
+            voter: voters.voters.iter().any(|voter| voter.node == *name),
             cpus: record.map_or(0, |record| record.cpus),
             memory_bytes: record.map_or(0, |record| record.memory_bytes),
             machines: records::schedule(store, name).await?.len() as u32,
@@ -57,6 +59,55 @@ pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandErr
         });
     }
     Ok(nodes)
+}
+
+/// The store, and who holds it.
+///
+/// # Errors
+/// [`CommandError`] if the store does not answer.
+pub(crate) async fn store(context: &Context) -> Result<StoreInfo, CommandError> {
+    let store = &*context.store;
+    let alive = records::alive(store).await?;
+    let list = members::voters(store)
+        .await
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let wanted = match store.get(&Key::VoterCount.to_string()).await? {
+        Some(entry) => encoding::decode("the number of voters", &entry.value)
+            .map_err(|error| CommandError::Unavailable(error.to_string()))?,
+        None => VoterCount::Auto,
+    };
+    let voters: Vec<VoterInfo> = list
+        .voters
+        .iter()
+        .map(|voter| VoterInfo {
+            node: voter.node.to_string(),
+            address: voter.address.clone(),
+            alive: alive.contains(&voter.node),
+            leads: list.leader.as_ref() == Some(&voter.node),
+        })
+        .collect();
+    let quorum = voters.len() / 2 + 1;
+    let answering = voters.iter().filter(|voter| voter.alive).count();
+    Ok(StoreInfo {
+        revision: store.revision().await?,
+        term: list.term,
+        wanted: wanted.to_string(),
+        spare: u32::try_from(answering.saturating_sub(quorum)).unwrap_or(0),
+        voters,
+    })
+}
+
+/// Says how many voters the store shall have. The leader carries it out.
+///
+/// # Errors
+/// [`CommandError::Invalid`] for an even number, and if the store does not answer.
+pub(crate) async fn set_voter_count(context: &Context, count: &str) -> Result<(), CommandError> {
+    let count: VoterCount = count.parse().map_err(CommandError::Invalid)?;
+    let value = encoding::encode("the number of voters", &count)
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let txn = Txn::new().put(Key::VoterCount, value);
+    context.store.txn(txn).await?;
+    Ok(())
 }
 
 /// The state of the cluster.

@@ -2,7 +2,7 @@
 //! behaviour of its own; layers keep their own state.
 
 use crate::events::Events;
-use crate::state_dir::StateDir;
+use crate::state_dir::{StateDir, write_whole};
 use keel_cluster::NodeName;
 use keel_cluster::identity::{ClusterId, NodeIdentity};
 use keel_cluster::members::MemberSet;
@@ -12,6 +12,7 @@ use keel_store::LeaseId;
 use keel_store::Store;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -22,6 +23,34 @@ pub(crate) struct Settings {
     pub(crate) api: Option<SocketAddr>,
     /// Nodes with the store: name and address.
     pub(crate) voters: Vec<(NodeName, String)>,
+}
+
+/// Why the settings cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SettingsError {
+    #[error(transparent)]
+    File(#[from] std::io::Error),
+    #[error("it is damaged: {0}")]
+    Damaged(#[from] serde_json::Error),
+}
+
+impl Settings {
+    /// Writes them to a file, whole or not at all.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(crate) fn save(&self, path: &Path) -> std::io::Result<()> {
+        let text = serde_json::to_vec_pretty(self)?;
+        write_whole(path, &text)
+    }
+
+    /// Reads what [`Settings::save`] wrote.
+    ///
+    /// # Errors
+    /// [`SettingsError`].
+    pub(crate) fn load(path: &Path) -> Result<Self, SettingsError> {
+        Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+    }
 }
 
 /// This node, and its connections to others.

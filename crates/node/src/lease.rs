@@ -96,11 +96,16 @@ async fn take(store: &dyn Store, node: &NodeName) -> Result<LeaseId, StoreError>
     Ok(lease)
 }
 
-/// Records which nodes gain and lose their lease, until the process ends. The node with the store
-/// does it for all: otherwise every node would record the same.
-pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events) {
+/// Records which nodes gain and lose their lease, until the process ends. The node that leads the
+/// store does it for all: otherwise every node would record the same.
+pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events, leads: impl Fn() -> bool) {
     let mut alive = None;
     loop {
+        if !leads() {
+            alive = None;
+            tokio::time::sleep(RETRY_AFTER / 4).await;
+            continue;
+        }
         if let Err(error) = follow_nodes(&*store, &events, &mut alive).await {
             tracing::warn!(%error, "cannot follow which nodes are alive");
         }

@@ -16,6 +16,7 @@
 //! - `processes`: the worker processes of this node
 //! - `records`: typed views of the store
 //! - `cluster_info`, `cluster_events`: the cluster and its events in the form that users see
+//! - `voters`: this node's copy of the store, and who else has one
 //! - `context`: shared by all layers
 //! - `error`, `events`, `host`, `lease`, `state_dir`, `supervisor`: the lowest layer
 
@@ -44,8 +45,10 @@ mod spanning;
 mod state_dir;
 mod supervisor;
 mod volumes;
+mod voters;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
 pub use supervisor::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
+pub use voters::VoterError;

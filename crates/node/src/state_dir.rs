@@ -1,7 +1,8 @@
 //! The state folder of a node, readable by its user only.
 //!
 //! ```text
-//!   identity files, store.redb, node.json     state of keel-cluster and the agent
+//!   identity files, node.json, members.json   state of keel-cluster and the agent
+//!   store/                                    a voter's copy of the store
 //!   api.socket                                the local API
 //!   workers/MACHINE/                          socket and output of a machine
 //!   parts/PART/                                 socket of a part of a machine with another home
@@ -64,9 +65,14 @@ impl StateDir {
         self.root.join("api.socket")
     }
 
-    /// The store's file.
+    /// The folder of this node's copy of the store.
     pub fn store(&self) -> PathBuf {
-        self.root.join("store.redb")
+        self.root.join("store")
+    }
+
+    /// The members of the cluster as last known: whom a voter answers before it has the store.
+    pub(crate) fn members(&self) -> PathBuf {
+        self.root.join("members.json")
     }
 
     /// The agent's settings.

@@ -34,6 +34,12 @@ pub mod kind {
     /// End a lease.
     pub const LEASE_REVOKE: u16 = 0x0107;
     pub const REVISION: u16 = 0x0108;
+    /// A leader's entries, or its heartbeat, for another voter.
+    pub const RAFT_APPEND: u16 = 0x0110;
+    /// A candidate asks for a vote.
+    pub const RAFT_VOTE: u16 = 0x0111;
+    /// A piece of a snapshot for a voter that is far behind.
+    pub const RAFT_SNAPSHOT: u16 = 0x0112;
 }
 
 /// Bytes that cannot be decoded.

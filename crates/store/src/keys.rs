@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `cluster` | id and incarnation |
 //! | `epoch-base` | offset of a new machine's first epoch to the store's revision |
-//! | `voters` | the nodes that hold the store, with addresses |
+//! | `voters` | the nodes that hold the store, with addresses, and which of them leads |
+//! | `voter-count` | how many voters are wanted: `auto`, 1, 3 or 5 |
 //! | `code/NODE` | programs whose compiled code the node has cached |
 //! | `member/NODE` | membership of the node, and its address |
 //! | `node/NODE` | the agent's report: labels, capacity |
@@ -40,6 +41,8 @@ pub enum Key {
     EpochBase,
     /// `voters`
     Voters,
+    /// `voter-count`
+    VoterCount,
     /// `member/NODE`
     Member(NodeName),
     /// `node/NODE`
@@ -176,6 +179,7 @@ impl fmt::Display for Key {
             Key::Cluster => f.write_str("cluster"),
             Key::EpochBase => f.write_str("epoch-base"),
             Key::Voters => f.write_str("voters"),
+            Key::VoterCount => f.write_str("voter-count"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
             Key::Code(node) => write!(f, "{CODE}{node}"),
@@ -225,6 +229,7 @@ fn parse(text: &str) -> Option<Key> {
         ("cluster", None, None) => Key::Cluster,
         ("epoch-base", None, None) => Key::EpochBase,
         ("voters", None, None) => Key::Voters,
+        ("voter-count", None, None) => Key::VoterCount,
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
         ("code", Some(node), None) => Key::Code(node.parse().ok()?),
@@ -269,6 +274,7 @@ mod tests {
             "cluster",
             "epoch-base",
             "voters",
+            "voter-count",
             "member/a",
             "node/a-1",
             "alive/a",

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::{
+use crate::interface::{
     Change, Changes, Compare, KEY_BYTES_MAX, KeyValue, LEASE_KEYS_MAX, LeaseId, Op, Revision,
     StoreError, TXN_BYTES_MAX, TXN_PARTS_MAX, Txn, VALUE_BYTES_MAX,
 };
@@ -13,7 +13,7 @@ use super::{
 pub(super) type Entries = BTreeMap<Arc<str>, Arc<KeyValue>>;
 
 /// Everything the store holds, as of its newest revision.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Model {
     pub(super) revision: Revision,
     pub(super) entries: Entries,
@@ -24,7 +24,7 @@ pub(super) struct Model {
     pub(super) bytes_max: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Lease {
     pub(super) ttl_ms: u64,
     pub(super) keys: BTreeSet<Arc<str>>,
@@ -42,21 +42,16 @@ pub(super) enum Verdict {
 }
 
 impl Model {
-    /// Applies `txn` completely or not at all. `alive` returns whether a lease has time left.
-    pub(super) fn apply(
-        &mut self,
-        txn: Txn,
-        alive: impl Fn(LeaseId) -> bool,
-    ) -> Result<Verdict, StoreError> {
+    /// Applies `txn` completely or not at all.
+    pub(super) fn apply(&mut self, txn: Txn) -> Result<Verdict, StoreError> {
         check(&txn)?;
-        let alive = |lease: LeaseId| self.leases.contains_key(&lease) && alive(lease);
         for (failed, compare) in txn.compare.iter().enumerate() {
-            if !self.holds(compare, alive) {
+            if !self.holds(compare) {
                 let current = self.subject(compare);
                 return Ok(Verdict::Refused { failed, current });
             }
         }
-        self.admit(&txn, alive)?;
+        self.admit(&txn)?;
         Ok(Verdict::Applied(self.change(txn.then)))
     }
 
@@ -88,7 +83,7 @@ impl Model {
         self.entries.insert(key, Arc::new(entry));
     }
 
-    fn holds(&self, compare: &Compare, alive: impl Fn(LeaseId) -> bool) -> bool {
+    fn holds(&self, compare: &Compare) -> bool {
         let entry = |key: &String| self.entries.get(key.as_str());
         match compare {
             Compare::Absent { key } => entry(key).is_none(),
@@ -98,7 +93,7 @@ impl Model {
             }
             Compare::Value { key, value } => entry(key).is_some_and(|e| e.value == *value),
             Compare::Attached { key, lease } => entry(key).is_some_and(|e| e.lease == Some(*lease)),
-            Compare::LeaseAlive { lease } => alive(*lease),
+            Compare::LeaseAlive { lease } => self.leases.contains_key(lease),
             Compare::NoneUnder { prefix } => under(&self.entries, prefix).next().is_none(),
         }
     }
@@ -118,7 +113,7 @@ impl Model {
     }
 
     /// Whether all operations can be applied.
-    fn admit(&self, txn: &Txn, alive: impl Fn(LeaseId) -> bool) -> Result<(), StoreError> {
+    fn admit(&self, txn: &Txn) -> Result<(), StoreError> {
         let mut bytes = self.bytes;
         let mut attached: HashMap<LeaseId, usize> = HashMap::new();
         for op in &txn.then {
@@ -127,7 +122,7 @@ impl Model {
             };
             bytes += size(key, value);
             let Some(lease) = *lease else { continue };
-            let Some(held) = self.leases.get(&lease).filter(|_| alive(lease)) else {
+            let Some(held) = self.leases.get(&lease) else {
                 return Err(StoreError::NoSuchLease { lease });
             };
             if !held.keys.contains(key.as_str()) {
@@ -242,8 +237,8 @@ pub(super) fn check_key(key: &str) -> Result<(), StoreError> {
     limit("bytes in a key", key.len(), KEY_BYTES_MAX)
 }
 
-/// Checks of a transaction that need no store.
-pub(super) fn check(txn: &Txn) -> Result<(), StoreError> {
+/// Checks of a transaction that need no store; the bytes of its keys and values.
+pub(super) fn check(txn: &Txn) -> Result<usize, StoreError> {
     limit(
         "compares in a transaction",
         txn.compare.len(),
@@ -290,5 +285,6 @@ pub(super) fn check(txn: &Txn) -> Result<(), StoreError> {
             });
         }
     }
-    limit("bytes in a transaction", bytes, TXN_BYTES_MAX)
+    limit("bytes in a transaction", bytes, TXN_BYTES_MAX)?;
+    Ok(bytes)
 }

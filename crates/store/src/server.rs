@@ -9,8 +9,8 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Revised, Transaction};
-use super::{LeaseId, Listing, Store, StoreError, Watch};
 use crate::encoding::{WireError, decode, kind, payload};
+use crate::interface::{LeaseId, Listing, Store, StoreError, Watch};
 
 /// Bytes of entries gathered for one item of a list.
 const LIST_ITEM_BYTES: usize = 1 << 20;

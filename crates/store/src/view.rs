@@ -11,7 +11,7 @@ use futures::StreamExt;
 use tokio::sync::watch;
 
 use super::model::{Entries, limit, size, under};
-use super::{
+use crate::interface::{
     Change, Changes, KEY_BYTES_MAX, KeyValue, LIST_BYTES_MAX, LIST_ENTRIES_MAX, Listing, Revision,
     StoreError, Watch,
 };
@@ -87,6 +87,15 @@ impl View {
             };
             state.history_bytes -= bytes;
         }
+    }
+
+    /// Replaces everything by a snapshot; changes before it are not known.
+    pub(super) fn replace(&self, revision: Revision, entries: Entries) {
+        let mut state = self.write();
+        state.revision = revision;
+        state.entries = entries;
+        state.history.clear();
+        state.history_bytes = 0;
     }
 
     /// Fails the store: reads could be stale from now on.

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
+use crate::interface::{
     Change, Changes, Compare, KeyValue, LeaseId, Op, Revision, StoreError, Txn, TxnOutcome,
 };
 
@@ -86,6 +86,7 @@ pub(super) enum Failure {
     Limit(String, u64, u64),
     NoSuchLease(u64),
     Invalid(String),
+    NotLeader(Option<String>),
 }
 
 impl From<KeyValue> for Entry {
@@ -237,6 +238,7 @@ impl From<StoreError> for Failure {
             StoreError::Limit { what, found, limit } => Failure::Limit(what, found, limit),
             StoreError::NoSuchLease { lease } => Failure::NoSuchLease(lease.0),
             StoreError::Invalid { reason } => Failure::Invalid(reason),
+            StoreError::NotLeader { leader } => Failure::NotLeader(leader),
             error @ StoreError::Open { .. } => Failure::Unavailable(error.to_string()),
         }
     }
@@ -254,6 +256,7 @@ impl From<Failure> for StoreError {
                 lease: LeaseId(lease),
             },
             Failure::Invalid(reason) => StoreError::Invalid { reason },
+            Failure::NotLeader(leader) => StoreError::NotLeader { leader },
         }
     }
 }

@@ -1,7 +1,9 @@
-//! The conformance suite against the embedded engine and against the same
-//! engine over loopback TLS; then what each does beyond it.
+//! The conformance suite against the embedded engine with one voter and with three, and over
+//! loopback TLS; then what each does beyond it.
 
 mod conformance;
+#[expect(dead_code, reason = "the other test binary stops voters")]
+mod voters;
 
 use std::error::Error;
 use std::path::Path;
@@ -15,7 +17,9 @@ use keel_net::{
     BoxFuture, Bytes, Handler, NodeName, Options, PeerId, Peers, Reply, RpcError, Server,
 };
 use keel_store::encoding::kind;
-use keel_store::{RedbOptions, RedbStore, RemoteStore, Store, StoreError, StoreHandler, Txn};
+use keel_store::{
+    IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError, StoreHandler, Txn, Voter,
+};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -23,19 +27,43 @@ use tokio::net::TcpListener;
 struct Engine {
     store: Arc<dyn Store>,
     _server: Option<ServerHandle>,
+    _group: Option<voters::Group>,
     _directory: TempDir,
 }
 
-fn open(directory: &Path) -> Result<RedbStore, StoreError> {
-    RedbStore::open(&directory.join("store.redb"), RedbOptions::default())
+fn first() -> IfAbsent {
+    IfAbsent::Found(Voter {
+        node: "a".into(),
+        address: "127.0.0.1:1".into(),
+    })
+}
+
+async fn open(directory: &Path) -> Result<RaftStore, StoreError> {
+    open_with(directory, RaftOptions::default()).await
+}
+
+async fn open_with(directory: &Path, options: RaftOptions) -> Result<RaftStore, StoreError> {
+    RaftStore::open(&directory.join("store"), first(), None, options).await
 }
 
 async fn embedded() -> Result<Engine, Box<dyn Error>> {
     let directory = tempfile::tempdir()?;
     Ok(Engine {
-        store: Arc::new(open(directory.path())?),
+        store: Arc::new(open(directory.path()).await?),
         _server: None,
+        _group: None,
         _directory: directory,
+    })
+}
+
+async fn three_voters() -> Result<Engine, Box<dyn Error>> {
+    let group = voters::Group::of_three(RaftOptions::default()).await;
+    let group = group.map_err(|error| error as Box<dyn Error>)?;
+    Ok(Engine {
+        store: group.client().map_err(|error| error as Box<dyn Error>)?,
+        _server: None,
+        _group: Some(group),
+        _directory: tempfile::tempdir()?,
     })
 }
 
@@ -49,7 +77,7 @@ async fn remote() -> Result<Engine, Box<dyn Error>> {
 }
 
 /// `handler` on node a, and node b's way to it.
-async fn serve(handler: Arc<dyn Handler>) -> Result<(ServerHandle, RemoteStore), Box<dyn Error>> {
+async fn serve(handler: Arc<dyn Handler>) -> Result<(ServerHandle, StoreClient), Box<dyn Error>> {
     let authority = CertificateAuthority::create(ClusterId::random())?;
     let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
     let server = Server::serve(
@@ -62,7 +90,7 @@ async fn serve(handler: Arc<dyn Handler>) -> Result<(ServerHandle, RemoteStore),
     let tls = NodeIdentity::first(&authority, &b)?.client_tls()?;
     let peers = Peers::new(tls, Options::default());
     peers.set_address(&a, &server.address().to_string());
-    let store = RemoteStore::new(Arc::new(peers), vec![a], Duration::from_secs(10));
+    let store = StoreClient::new(Arc::new(peers), vec![a], Duration::from_secs(10));
     Ok((server, store))
 }
 
@@ -72,6 +100,13 @@ macro_rules! conformance {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $check() -> super::Outcome {
                 let engine = super::embedded().await?;
+                super::conformance::$check(engine.store.clone()).await
+            })*
+        }
+        mod three_voters {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $check() -> super::Outcome {
+                let engine = super::three_voters().await?;
                 super::conformance::$check(engine.store.clone()).await
             })*
         }
@@ -99,7 +134,7 @@ conformance!(
 #[tokio::test]
 async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let store = open(directory.path())?;
+    let store = open(directory.path()).await?;
     let lease = store.lease_grant(2000).await?;
     let revoked = store.lease_grant(2000).await?;
     store.lease_revoke(revoked).await?;
@@ -112,7 +147,7 @@ async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcom
     drop(store);
 
     let reopened = Instant::now();
-    let store = open(directory.path())?;
+    let store = open(directory.path()).await?;
     assert_eq!(store.list("").await?, before);
     assert!(matches!(
         store.lease_renew(revoked).await,
@@ -120,21 +155,15 @@ async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcom
     ));
     // Lease numbers are never used again.
     assert!(store.lease_grant(1000).await? > revoked);
-    // Watching goes on from here, not from before.
-    let past = store.watch("", 1).await;
-    assert_eq!(
-        past.err(),
-        Some(StoreError::Compacted {
-            asked: 1,
-            oldest: 5
-        })
-    );
+    // The changes since the newest snapshot are known.
+    let mut past = store.watch("", 1).await?;
+    assert_eq!(past.next().await.ok_or("over")??.revision, 1);
     let mut watch = store.watch("l", 5).await?;
     let ended = tokio::time::timeout(Duration::from_secs(10), watch.next()).await?;
     assert_eq!(ended.ok_or("over")??.changes[0].key(), "l");
     assert!(reopened.elapsed() >= Duration::from_millis(1900));
     drop(store);
-    assert_eq!(open(directory.path())?.get("l").await?, None);
+    assert_eq!(open(directory.path()).await?.get("l").await?, None);
     Ok(())
 }
 
@@ -147,7 +176,7 @@ async fn killed_writer() -> Outcome {
     let Some(directory) = std::env::var_os(CHILD_DIRECTORY) else {
         return Ok(());
     };
-    let store = open(Path::new(&directory))?;
+    let store = open(Path::new(&directory)).await?;
     for _ in 0..1_000_000 {
         let next = store.revision().await? + 1;
         let txn = Txn::new()
@@ -184,7 +213,7 @@ async fn a_killed_writer_loses_nothing_it_was_answered() -> Outcome {
         }
         child.wait()?;
         assert!(seen >= 7 * round, "the writer ended by itself");
-        let store = open(directory.path())?;
+        let store = open(directory.path()).await?;
         let revision = store.revision().await?;
         assert!(revision >= answered, "{revision} < {answered}");
         let n = store.get("n").await?.ok_or("no n")?;
@@ -197,18 +226,35 @@ async fn a_killed_writer_loses_nothing_it_was_answered() -> Outcome {
 #[tokio::test]
 async fn files_that_are_no_store_are_refused_clearly() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let path = directory.path().join("store.redb");
+    let path = directory.path().join("store").join("log.redb");
+    std::fs::create_dir_all(directory.path().join("store"))?;
     std::fs::write(&path, vec![0x5a; 20_000])?;
-    let message = open(directory.path()).err().ok_or("opened")?.to_string();
+    let message = open(directory.path())
+        .await
+        .err()
+        .ok_or("opened")?
+        .to_string();
     assert!(
-        message.contains("store.redb") && message.contains("not a store"),
+        message.contains("store") && message.contains("not a store"),
         "{message}"
     );
     std::fs::remove_file(&path)?;
-    let _open = open(directory.path())?;
-    let message = open(directory.path()).err().ok_or("opened")?.to_string();
+    let _open = open(directory.path()).await?;
+    let message = open(directory.path())
+        .await
+        .err()
+        .ok_or("opened")?
+        .to_string();
     assert!(message.contains("another process has it open"), "{message}");
-    let message = open(&directory.path().join("none")).err().ok_or("opened")?;
+    let message = RaftStore::open(
+        &directory.path().join("none"),
+        IfAbsent::Refuse,
+        None,
+        RaftOptions::default(),
+    )
+    .await
+    .err()
+    .ok_or("opened")?;
     assert!(matches!(message, StoreError::Open { .. }));
     Ok(())
 }
@@ -218,8 +264,8 @@ async fn files_that_are_no_store_are_refused_clearly() -> Outcome {
 #[tokio::test]
 async fn damage_is_found() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let path = directory.path().join("store.redb");
-    let store = open(directory.path())?;
+    let path = directory.path().join("store").join("log.redb");
+    let store = open(directory.path()).await?;
     for i in 0..50u32 {
         let key = format!("key/{i}");
         store.txn(Txn::new().put(key, vec![i as u8; 900])).await?;
@@ -233,7 +279,7 @@ async fn damage_is_found() -> Outcome {
         let at = (i * 7919 + 13) * 31 % damaged.len();
         damaged[at] ^= 0x41;
         std::fs::write(&path, &damaged)?;
-        match open(directory.path()) {
+        match open(directory.path()).await {
             Ok(store) => assert_eq!(store.list("").await?, good, "byte {at}"),
             Err(error) => {
                 assert!(matches!(error, StoreError::Open { .. }));
@@ -248,11 +294,11 @@ async fn damage_is_found() -> Outcome {
 #[tokio::test]
 async fn a_slow_watch_is_told_that_it_missed_something() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let options = RedbOptions {
+    let options = RaftOptions {
         history_revisions_max: 10,
-        ..RedbOptions::default()
+        ..RaftOptions::default()
     };
-    let store = RedbStore::open(&directory.path().join("s"), options)?;
+    let store = open_with(directory.path(), options).await?;
     let mut slow = store.watch("k", 1).await?;
     for i in 0..30u32 {
         store.txn(Txn::new().put("k", i.to_string())).await?;
@@ -272,11 +318,11 @@ async fn a_slow_watch_is_told_that_it_missed_something() -> Outcome {
 #[tokio::test]
 async fn a_full_store_takes_deletes_only() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let options = RedbOptions {
+    let options = RaftOptions {
         store_bytes_max: 1000,
-        ..RedbOptions::default()
+        ..RaftOptions::default()
     };
-    let store = RedbStore::open(&directory.path().join("s"), options)?;
+    let store = open_with(directory.path(), options).await?;
     store.txn(Txn::new().put("a", vec![0; 900])).await?;
     let full = store.txn(Txn::new().put("b", vec![0; 200])).await;
     assert!(matches!(full, Err(StoreError::Limit { limit: 1000, .. })));
@@ -288,7 +334,7 @@ async fn a_full_store_takes_deletes_only() -> Outcome {
 #[tokio::test]
 async fn closing_ends_watches_with_a_reason() -> Outcome {
     let directory = tempfile::tempdir()?;
-    let store = open(directory.path())?;
+    let store = open(directory.path()).await?;
     let mut watch = store.watch("", 1).await?;
     drop(store);
     let ended = watch.next().await.ok_or("a clean end")?;

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, Token, TokenRequest,
-    Uploaded, Urgency, VolumeRequest,
+    Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, StoreInfo, Token,
+    TokenRequest, Uploaded, Urgency, VolumeRequest, VotersRequest,
 };
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::kind::{KindName, KindSpec};
@@ -70,6 +70,8 @@ pub struct LocalCluster {
     network: Option<Network>,
     quotas: Option<Quotas>,
     nodes: BTreeMap<String, Node>,
+    /// How many of them shall hold the store.
+    voters: &'static str,
 }
 
 impl std::fmt::Debug for LocalCluster {
@@ -160,6 +162,7 @@ impl LocalCluster {
             network,
             quotas: None,
             nodes: BTreeMap::new(),
+            voters: "1",
         }
     }
 
@@ -177,6 +180,57 @@ impl LocalCluster {
         cluster.start_nodes(folder, names).await?;
         cluster.set_policy("mode", "off").await?;
         Ok(cluster)
+    }
+
+    /// As [`Self::start_in`], with as many copies of the store as the cluster makes by itself.
+    /// Other clusters keep one, at their first node, so that tests know what fails with which
+    /// node.
+    ///
+    /// # Errors
+    /// The log of a node that did not start; or there are not three copies in time.
+    pub async fn start_replicated(
+        program: &Path,
+        folder: &Path,
+        names: &[&str],
+        network: Option<Network>,
+    ) -> Result<Self> {
+        let mut cluster = LocalCluster::empty(program, network);
+        cluster.voters = "auto";
+        cluster.start_nodes(folder, names).await?;
+        cluster.set_policy("mode", "off").await?;
+        cluster.wait_voters(names[0], 3).await?;
+        Ok(cluster)
+    }
+
+    /// Starts another node, which joins at an address with a token.
+    ///
+    /// # Errors
+    /// The log of a node that did not start.
+    pub async fn join(&mut self, folder: &Path, name: &str, via: &str, token: &str) -> Result<()> {
+        let state = folder.join(name);
+        std::fs::create_dir_all(&state)?;
+        let mut command = self.command(name, &state)?;
+        command.args(["join", via, "--name", name, "--token", token]);
+        let listen = match &self.network {
+            Some(network) => network.address(name)?,
+            None => "127.0.0.1:0".into(),
+        };
+        command.args(["--listen", &listen]);
+        self.spawn(name, state, command).await
+    }
+
+    /// Waits until a number of nodes hold the store, as a node says; which of them leads.
+    ///
+    /// # Errors
+    /// If it takes too long.
+    pub async fn wait_voters(&self, node: &str, count: usize) -> Result<String> {
+        let client = self.client(node);
+        wait_for(&format!("{count} voters"), || async {
+            let store: StoreInfo = client.get("/v1/store").await.ok()?;
+            let leader = store.voters.iter().find(|voter| voter.leads)?;
+            (store.voters.len() == count).then(|| leader.node.clone())
+        })
+        .await
     }
 
     async fn start_nodes(&mut self, folder: &Path, names: &[&str]) -> Result<()> {
@@ -206,6 +260,11 @@ impl LocalCluster {
             };
             command.args(["--listen", &listen]);
             self.spawn(name, state, command).await?;
+            if number == 0 && self.voters != "auto" {
+                let count = self.voters.to_owned();
+                let request = VotersRequest { count };
+                let _: StoreInfo = self.client(name).post("/v1/store/voters", &request).await?;
+            }
         }
         Ok(())
     }
@@ -259,17 +318,25 @@ impl LocalCluster {
         Ok(command)
     }
 
-    async fn spawn(&mut self, name: &str, folder: PathBuf, mut command: Command) -> Result<()> {
+    async fn spawn(&mut self, name: &str, folder: PathBuf, command: Command) -> Result<()> {
+        self.launch(name, folder, command)?;
+        self.wait_answers(name).await
+    }
+
+    fn launch(&mut self, name: &str, folder: PathBuf, mut command: Command) -> Result<()> {
         let parent = command
             .spawn()
             .with_context(|| format!("starting {}", self.program.display()))?;
-        self.nodes.insert(
-            name.to_owned(),
-            Node {
-                folder: folder.clone(),
-                parent: Some(parent),
-            },
-        );
+        let node = Node {
+            folder,
+            parent: Some(parent),
+        };
+        self.nodes.insert(name.to_owned(), node);
+        Ok(())
+    }
+
+    async fn wait_answers(&self, name: &str) -> Result<()> {
+        let folder = self.folder(name);
         let client = self.client(name);
         let alive = wait_for(&format!("node {name} answers"), || async {
             let info: ClusterInfo = client.get("/v1/status").await.ok()?;
@@ -576,12 +643,26 @@ impl LocalCluster {
     /// # Errors
     /// The log of a node that did not start.
     pub async fn power_on(&mut self, name: &str) -> Result<()> {
-        let folder = self.folder(name);
-        // The socket of the dead agent would be mistaken for an answer.
-        let _ = std::fs::remove_file(folder.join("api.socket"));
-        let mut command = self.command(name, &folder)?;
-        command.arg("up");
-        self.spawn(name, folder, command).await
+        self.power_on_all(&[name]).await
+    }
+
+    /// Restarts nodes that were switched off, in this order; none waits for another one.
+    ///
+    /// # Errors
+    /// The log of a node that did not start.
+    pub async fn power_on_all(&mut self, names: &[&str]) -> Result<()> {
+        for name in names {
+            let folder = self.folder(name);
+            // The socket of the dead agent would be mistaken for an answer.
+            let _ = std::fs::remove_file(folder.join("api.socket"));
+            let mut command = self.command(name, &folder)?;
+            command.arg("up");
+            self.launch(name, folder, command)?;
+        }
+        for name in names {
+            self.wait_answers(name).await?;
+        }
+        Ok(())
     }
 
     /// Signals the processes of a node whose command line matches; returns their number.

@@ -201,7 +201,7 @@ impl Nemesis {
                 }
             };
         }
-        let cluster = LocalCluster::start_in(program, folder, &NODES, network).await?;
+        let cluster = LocalCluster::start_replicated(program, folder, &NODES, network).await?;
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
         let module = std::fs::read(witness)?;

@@ -12,11 +12,13 @@ use crate::processes::Processes;
 use crate::rules::Rules;
 use crate::spanning::Spanning;
 use crate::volumes::VolumeFiles;
+use crate::voters::Voters;
 use std::sync::Arc;
 
 /// A handle of each layer.
 pub(crate) struct Handles {
     pub(crate) context: Arc<Context>,
+    pub(crate) voters: Arc<Voters>,
     pub(crate) processes: Arc<Processes>,
     pub(crate) images: Arc<Images>,
     pub(crate) code: Arc<Code>,

@@ -11,4 +11,4 @@ mod rpc;
 
 pub(crate) use handles::Handles;
 pub(crate) use http::serve;
-pub(crate) use rpc::Service;
+pub(crate) use rpc::{Entry, Service};

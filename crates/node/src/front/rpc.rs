@@ -22,21 +22,71 @@ use crate::spanning::{
     UnspanCommand,
 };
 use crate::volumes::FileCommand;
+use crate::voters::Voters;
 use futures::FutureExt;
-use keel_cluster::service::ClusterService;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::control::{AddPart, ConnectNewPart};
 use keel_machine::kind::KindName;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc;
 
 /// Answers other nodes.
 pub(crate) struct Service {
     handles: Arc<Handles>,
-    cluster: Option<ClusterService>,
+}
+
+/// The first to get a request. What voters ask each other, and what nodes ask the store, is
+/// answered from the start; all else once the agent has found the workers that run.
+pub(crate) struct Entry {
+    voters: Arc<Voters>,
+    service: OnceLock<Service>,
+}
+
+impl Entry {
+    pub(crate) fn new(voters: Arc<Voters>) -> Self {
+        Entry {
+            voters,
+            service: OnceLock::new(),
+        }
+    }
+
+    /// Lets all requests in.
+    pub(crate) fn open(&self, service: Service) {
+        // Only the agent calls this, once.
+        let _ = self.service.set(service);
+    }
+}
+
+impl Handler for Entry {
+    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
+        match Voters::handles(kind) {
+            true => self.voters.permits(peer, kind),
+            false => matches!(peer, PeerId::Node(_)),
+        }
+    }
+
+    fn call(
+        &self,
+        peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        if Voters::handles(kind) {
+            return self.voters.call(peer, kind, payload);
+        }
+        async move {
+            let service = self.service.get();
+            let service = service.ok_or_else(|| RpcError::refused("this agent is starting"))?;
+            match peer {
+                PeerId::Node(source) => service.answer(source, kind, payload).await,
+                other => Err(RpcError::refused(format!("{other} is no node"))),
+            }
+        }
+        .boxed()
+    }
 }
 
 /// The answer of a handle, or its error in a sentence.
@@ -56,8 +106,8 @@ where
 }
 
 impl Service {
-    pub(crate) fn new(handles: Arc<Handles>, cluster: Option<ClusterService>) -> Self {
-        Service { handles, cluster }
+    pub(crate) fn new(handles: Arc<Handles>) -> Self {
+        Service { handles }
     }
 
     async fn answer(&self, source: NodeName, kind: u16, payload: Bytes) -> Result<Reply, RpcError> {
@@ -190,34 +240,5 @@ impl Service {
                 "this node knows no request of kind {other:#06x}; is it older?"
             ))),
         }
-    }
-}
-
-impl Handler for Service {
-    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
-        match &self.cluster {
-            Some(cluster) if ClusterService::handles(kind) => cluster.permits(peer, kind),
-            _ => matches!(peer, PeerId::Node(_)),
-        }
-    }
-
-    fn call(
-        &self,
-        peer: PeerId,
-        kind: u16,
-        payload: Bytes,
-    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
-        if let Some(cluster) = &self.cluster
-            && ClusterService::handles(kind)
-        {
-            return cluster.call(peer, kind, payload);
-        }
-        async move {
-            match peer {
-                PeerId::Node(source) => self.answer(source, kind, payload).await,
-                other => Err(RpcError::refused(format!("{other} is no node"))),
-            }
-        }
-        .boxed()
     }
 }

@@ -258,7 +258,7 @@ pub(crate) mod tests {
     use keel_machine::kind::KindSpec;
     use keel_machine::restart_policy::Restart;
     use keel_machine::spec::{Balancing, Spec};
-    use keel_store::{RedbOptions, RedbStore};
+    use keel_store::RaftStore;
     use std::sync::Arc;
 
     /// A running one.
@@ -296,8 +296,8 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn what_has_just_come_is_waited_for() {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("store.redb");
-        let store = Arc::new(RedbStore::open(&file, RedbOptions::default()).unwrap());
+        let file = folder.path().join("store");
+        let store = Arc::new(RaftStore::open_alone(&file).await.unwrap());
         let name: MachineName = "m".parse().unwrap();
         let key = Key::Machine(name.clone());
         let write = |record: Record| {

@@ -206,7 +206,7 @@ mod tests {
     use keel_balance::rules::{Domain, Requirement, Selector};
     use keel_machine::spec::Record;
     use keel_store::Store;
-    use keel_store::{Change, RedbOptions, RedbStore};
+    use keel_store::{Change, RaftStore};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
     use std::collections::BTreeMap;
@@ -285,8 +285,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
     async fn of_a_thousand_offers_at_once_none_breaks_a_rule_at_any_revision() {
         let folder = tempfile::tempdir().unwrap();
-        let options = RedbOptions::default();
-        let store = RedbStore::open(&folder.path().join("store"), options).unwrap();
+        let path = folder.path().join("store");
+        let store = RaftStore::open_alone(&path).await.unwrap();
         let store: Arc<dyn Store> = Arc::new(store);
         let members: Arc<Vec<NodeName>> = Arc::new((0..NODES).map(node).collect());
         let labels = |number: usize| Labels::from([("zone".into(), format!("z{}", number % 5))]);

@@ -396,7 +396,7 @@ pub(crate) async fn give_back(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_store::{RedbOptions, RedbStore};
+    use keel_store::RaftStore;
 
     async fn put(store: &dyn Store, name: &MachineName, id: u8) {
         let made = VolumeEntry {
@@ -421,8 +421,8 @@ mod tests {
     #[tokio::test]
     async fn of_two_removals_the_slower_spares_the_next_volume() {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("store.redb");
-        let store = RedbStore::open(&file, RedbOptions::default()).unwrap();
+        let file = folder.path().join("store");
+        let store = RaftStore::open_alone(&file).await.unwrap();
         let name: MachineName = "data".parse().unwrap();
         put(&store, &name, 1).await;
         let (quick, quick_marked) = mark_removing(&store, &name).await.unwrap();

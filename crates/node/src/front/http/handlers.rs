@@ -22,8 +22,8 @@ use futures::{StreamExt, TryStreamExt};
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
     EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo,
-    RestoreRequest, RunRequest, SetRequest, SpanRequest, ThreadMove, TokenRequest, Uploaded,
-    VolumeCreateRequest,
+    RestoreRequest, RunRequest, SetRequest, SpanRequest, StoreInfo, ThreadMove, TokenRequest,
+    Uploaded, VolumeCreateRequest, VotersRequest,
 };
 use keel_cluster::NodeName;
 use serde::Deserialize;
@@ -34,6 +34,18 @@ pub(super) async fn status(State(at): Shared) -> Reply<keel_api::ClusterInfo> {
 
 pub(super) async fn nodes(State(at): Shared) -> Reply<Vec<NodeInfo>> {
     Ok(Json(cluster_info::nodes(&at.context).await?))
+}
+
+pub(super) async fn store(State(at): Shared) -> Reply<StoreInfo> {
+    Ok(Json(cluster_info::store(&at.context).await?))
+}
+
+pub(super) async fn set_voters(
+    State(at): Shared,
+    Json(request): Json<VotersRequest>,
+) -> Reply<StoreInfo> {
+    cluster_info::set_voter_count(&at.context, &request.count).await?;
+    Ok(Json(cluster_info::store(&at.context).await?))
 }
 
 pub(super) async fn schedule(State(at): Shared, Path(node): Path<String>) -> Reply<Vec<String>> {

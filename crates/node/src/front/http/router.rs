@@ -25,6 +25,8 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
     let router = Router::new()
         .route("/v1/status", get(handlers::status))
         .route("/v1/nodes", get(handlers::nodes))
+        .route("/v1/store", get(handlers::store))
+        .route("/v1/store/voters", post(handlers::set_voters))
         .route("/v1/schedule/{node}", get(handlers::schedule))
         .route("/v1/tokens", post(handlers::make_token))
         .route(

@@ -1,0 +1,205 @@
+//! The store on several nodes: it survives the loss of any of them, also of the one that began the
+//! cluster.
+
+use keel_api::{NodeInfo, StoreInfo, Token, TokenRequest};
+use keel_machine::moves::Ending;
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: tempfile::TempDir,
+}
+
+async fn cluster(names: &[&str]) -> Bench {
+    let folder = tempfile::Builder::new()
+        .prefix("keel-")
+        .tempdir()
+        .expect("a folder");
+    let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), names, None)
+        .await
+        .expect("a cluster");
+    Bench { cluster, folder }
+}
+
+fn keel(bench: &Bench, node: &str, args: &[&str]) -> (bool, String) {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(bench.folder.path().join(node))
+        .args(args)
+        .output()
+        .expect("keel runs");
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.success(),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
+}
+
+async fn leader(cluster: &LocalCluster, ask: &str, not: &str) -> String {
+    let client = cluster.client(ask);
+    wait_for("another node leads the store", || async {
+        let store: StoreInfo = client.get("/v1/store").await.ok()?;
+        let leader = store.voters.into_iter().find(|voter| voter.leads)?;
+        (leader.node != not).then_some(leader.node)
+    })
+    .await
+    .expect("a leader")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_node_that_began_the_cluster_may_die() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    let counter = guest("counter");
+    for (name, node) in [("one", "b"), ("two", "c")] {
+        bench
+            .cluster
+            .run(&Guest::new(name, node, &counter, &["1000000", "2"]))
+            .await
+            .expect("it starts");
+    }
+    let begun = Instant::now();
+    bench.cluster.power_off("a");
+    // What was running runs, and everything can be asked for: start, move, stop.
+    bench
+        .cluster
+        .run(&Guest::new("three", "b", &counter, &["1000000", "2"]))
+        .await
+        .expect("a machine starts without a");
+    println!("a machine started {:?} after the loss", begun.elapsed());
+    assert_ne!(leader(&bench.cluster, "b", "a").await, "a");
+    let report = bench.cluster.move_machine("b", "one", "c").await;
+    let report = report.expect("a report");
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    for (name, node) in [("one", "c"), ("two", "c"), ("three", "b")] {
+        wait_for(&format!("{name} counts"), || async {
+            let output = bench.cluster.output(node, name).await.ok()?;
+            (check_numbered(&output, 0).expect("in order") > 3).then_some(())
+        })
+        .await
+        .expect("it goes on");
+    }
+    let (stopped, said) = keel(&bench, "c", &["stop", "two"]);
+    assert!(stopped, "{said}");
+    wait_for("a is seen to be away", || async {
+        let nodes: Vec<NodeInfo> = bench.cluster.client("c").get("/v1/nodes").await.ok()?;
+        let a = nodes.into_iter().find(|node| node.name == "a")?;
+        (!a.alive && a.voter).then_some(())
+    })
+    .await
+    .expect("it is noticed, and stays a voter for a while");
+
+    // Another node joins through one that did not begin the cluster.
+    let client = bench.cluster.client("b");
+    let request = TokenRequest::Join { ttl_s: 60 };
+    let token: Token = client.post("/v1/tokens", &request).await.expect("a token");
+    let nodes: Vec<NodeInfo> = client.get("/v1/nodes").await.expect("nodes");
+    let via = nodes.iter().find(|node| node.name == "c").expect("c");
+    bench
+        .cluster
+        .join(bench.folder.path(), "d", &via.address, &token.token)
+        .await
+        .expect("it joins");
+    bench.cluster.power_on("a").await.expect("it comes back");
+    let (seen, said) = keel(&bench, "a", &["ps"]);
+    assert!(seen && said.contains("three"), "{said}");
+    // (The others try its address again after a pause.)
+    wait_for("a takes a machine", || async {
+        let report = bench.cluster.move_machine("d", "three", "a").await.ok()?;
+        (report.ending == Ending::Moved).then_some(())
+    })
+    .await
+    .expect("it moves");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_stands_still_is_replaced_and_comes_back_as_a_follower() {
+    let bench = cluster(&["a", "b", "c"]).await;
+    let first = bench.cluster.wait_voters("a", 3).await.expect("a leader");
+    let others: Vec<&str> = ["a", "b", "c"]
+        .into_iter()
+        .filter(|it| *it != first)
+        .collect();
+    bench.cluster.stop_agent(&first, true).expect("it stops");
+    let counter = guest("counter");
+    let second = leader(&bench.cluster, others[0], &first).await;
+    bench
+        .cluster
+        .run(&Guest::new("m", others[0], &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    bench.cluster.stop_agent(&first, false).expect("it goes on");
+    // It learns that it no longer leads, and answers by the one that does.
+    wait_for("the first leader answers", || async {
+        let info = bench.cluster.inspect(&first, "m").await.ok()?;
+        (info.status == "running").then_some(())
+    })
+    .await
+    .expect("it answers");
+    let now = leader(&bench.cluster, &first, "").await;
+    assert_ne!(now, first, "{second} led");
+    bench.cluster.wait_alive(&first).await.expect("it is alive");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_nodes_lose_power_and_return_in_another_order() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    let counter = guest("counter");
+    bench
+        .cluster
+        .run(&Guest::new("m", "b", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    for node in ["b", "a", "c"] {
+        bench.cluster.power_off(node);
+    }
+    // Without the one that began the cluster, first.
+    bench
+        .cluster
+        .power_on_all(&["c", "b"])
+        .await
+        .expect("two of three suffice");
+    let info = bench.cluster.inspect("c", "m").await.expect("it is known");
+    assert_eq!(info.node, "b");
+    bench.cluster.power_on("a").await.expect("the third one");
+    bench.cluster.wait_alive("a").await.expect("it is alive");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_say_how_many_voters_there_are() {
+    let bench = cluster(&["a", "b", "c"]).await;
+    let (done, said) = keel(&bench, "b", &["store", "voters", "2"]);
+    assert!(!done && said.contains("1, 3, 5 or auto"), "{said}");
+    let (done, said) = keel(&bench, "c", &["store", "voters", "1"]);
+    assert!(done, "{said}");
+    let only = bench.cluster.wait_voters("b", 1).await.expect("one");
+    let (done, said) = keel(&bench, "b", &["store"]);
+    assert!(done && said.contains("voters (1 wanted)"), "{said}");
+    assert!(
+        said.contains(&format!("{only} at ")) && said.contains("may fail: none"),
+        "{said}"
+    );
+    let (done, said) = keel(&bench, "b", &["store", "voters", "auto"]);
+    assert!(done, "{said}");
+    bench
+        .cluster
+        .wait_voters("b", 3)
+        .await
+        .expect("three again");
+    let counter = guest("counter");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    bench
+        .cluster
+        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+}

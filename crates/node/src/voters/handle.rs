@@ -1,0 +1,291 @@
+//! The handle: this node's copy of the store, the way to the cluster's store, and the requests of
+//! other voters.
+
+use crate::context::Settings;
+use crate::state_dir::StateDir;
+use futures::FutureExt;
+use keel_cluster::NodeName;
+use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
+use keel_cluster::members::{self, MemberError, Voter};
+use keel_cluster::service::ClusterService;
+use keel_machine::worker::control::{pack, unpack};
+use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
+use keel_store::clock::unix_ms;
+use keel_store::{IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
+use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+/// The leader asks a node to hold a copy of the store.
+pub(super) const BECOME_VOTER: u16 = 0x0340;
+
+/// How long the store of another node may take to answer.
+const STORE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why this node's copy of the store cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum VoterError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Members(#[from] MemberError),
+    #[error(transparent)]
+    Identity(#[from] keel_cluster::identity::IdentityError),
+    #[error("an older copy of the store in {path}: {source}")]
+    OldCopy {
+        path: String,
+        source: std::io::Error,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct BecomeVoter {
+    /// Its number in the group.
+    pub(super) id: u64,
+    pub(super) authority_pem: String,
+    pub(super) authority_key_pem: String,
+}
+
+/// This node's part in the store.
+pub(crate) struct Voters {
+    pub(super) dir: StateDir,
+    pub(super) name: NodeName,
+    cluster: ClusterId,
+    pub(super) peers: Arc<Peers>,
+    pub(super) client: Arc<StoreClient>,
+    pub(super) settings: Mutex<Settings>,
+    /// Its own copy, and what it serves with it.
+    own: RwLock<Option<(Arc<RaftStore>, ClusterService)>>,
+    /// Held while a copy is opened or removed.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl Voters {
+    /// Opens this node's copy if it has one; the first node begins the cluster's store.
+    ///
+    /// # Errors
+    /// [`VoterError`].
+    pub(crate) async fn open(
+        dir: StateDir,
+        identity: &NodeIdentity,
+        settings: Settings,
+        peers: Arc<Peers>,
+    ) -> Result<Arc<Self>, VoterError> {
+        for (voter, address) in &settings.voters {
+            peers.set_address(voter, address);
+        }
+        let names = settings.voters.iter().map(|(node, _)| node.clone());
+        let client = StoreClient::new(peers.clone(), names.collect(), STORE_PATIENCE);
+        let voters = Arc::new(Self {
+            dir,
+            name: identity.node.clone(),
+            cluster: identity.cluster,
+            peers,
+            client: Arc::new(client),
+            settings: Mutex::new(settings),
+            own: RwLock::default(),
+            changing: tokio::sync::Mutex::default(),
+        });
+        if let Some(authority) = CertificateAuthority::load(voters.dir.root())? {
+            let first = voters.voter();
+            let is_alone = voters
+                .settings()
+                .voters
+                .iter()
+                .all(|(node, _)| *node == voters.name);
+            let if_absent = match (voters.dir.store().exists(), is_alone) {
+                (true, _) => IfAbsent::Refuse,
+                (false, true) => IfAbsent::Found(first),
+                // It lost its copy: the leader asks it to become a voter again.
+                (false, false) => return Ok(voters),
+            };
+            voters.start(if_absent, authority).await?;
+        }
+        Ok(voters)
+    }
+
+    /// Writes what a new cluster's store begins with.
+    ///
+    /// # Errors
+    /// [`VoterError`].
+    pub(crate) async fn begin_cluster(&self) -> Result<(), VoterError> {
+        let Some(store) = self.store() else {
+            return Ok(());
+        };
+        if store.status().voters.len() == 1 && store.is_serving() {
+            let first = Voter {
+                node: self.name.clone(),
+                address: self.settings().listen.to_string(),
+            };
+            members::found(store.as_ref(), self.cluster, &first, unix_ms()).await?;
+        }
+        Ok(())
+    }
+
+    fn voter(&self) -> keel_store::Voter {
+        keel_store::Voter {
+            node: self.name.to_string(),
+            address: self.settings().listen.to_string(),
+        }
+    }
+
+    async fn start(
+        &self,
+        if_absent: IfAbsent,
+        authority: CertificateAuthority,
+    ) -> Result<(), VoterError> {
+        let peers = Some(self.peers.clone());
+        let folder = self.dir.store();
+        let store = RaftStore::open(&folder, if_absent, peers, RaftOptions::default()).await?;
+        let store = Arc::new(store);
+        let service = ClusterService::new(store.clone(), self.client.clone(), Arc::new(authority));
+        let local = Some((self.name.clone(), store.clone()));
+        self.client.set_local(local);
+        *self.own.write().unwrap_or_else(PoisonError::into_inner) = Some((store, service));
+        Ok(())
+    }
+
+    /// The cluster's store.
+    pub(crate) fn client(&self) -> Arc<dyn Store> {
+        self.client.clone()
+    }
+
+    /// This node's own copy.
+    pub(crate) fn store(&self) -> Option<Arc<RaftStore>> {
+        let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
+        own.as_ref().map(|(store, _)| store.clone())
+    }
+
+    /// Whether this node leads the store.
+    pub(crate) fn leads(&self) -> bool {
+        self.store().is_some_and(|store| store.is_serving())
+    }
+
+    fn service(&self) -> Option<ClusterService> {
+        let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
+        own.as_ref().map(|(_, service)| service.clone())
+    }
+
+    fn settings(&self) -> Settings {
+        let settings = self.settings.lock();
+        settings.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether requests of `kind` belong here.
+    pub(crate) fn handles(kind: u16) -> bool {
+        kind == BECOME_VOTER || ClusterService::handles(kind)
+    }
+
+    /// Becomes the voter that the leader asks for. Idempotent.
+    async fn become_voter(&self, request: BecomeVoter) -> Result<(), RpcError> {
+        let _changing = self.changing.lock().await;
+        if let Some(store) = self.store() {
+            if store.id() == request.id {
+                return Ok(());
+            }
+            // The leader numbers anew only nodes that are not in the group.
+            drop(store);
+            self.close().await.map_err(RpcError::failed)?;
+        }
+        let authority = CertificateAuthority::from_pem(
+            self.cluster,
+            &request.authority_pem,
+            &request.authority_key_pem,
+        );
+        let authority = authority.map_err(RpcError::refused)?;
+        authority.save(self.dir.root()).map_err(RpcError::failed)?;
+        self.remove_copy().await.map_err(RpcError::failed)?;
+        tracing::info!(id = request.id, "this node becomes a voter of the store");
+        let starting = self.start(IfAbsent::Join(request.id), authority).await;
+        starting.map_err(RpcError::failed)
+    }
+
+    /// Opens the copy again after its disk could not be written.
+    pub(super) async fn reopen(&self) -> Result<(), VoterError> {
+        let _changing = self.changing.lock().await;
+        self.close().await?;
+        match CertificateAuthority::load(self.dir.root())? {
+            Some(authority) => self.start(IfAbsent::Refuse, authority).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Stops being a voter and removes the copy and the authority's key.
+    pub(super) async fn retire(&self) -> Result<(), VoterError> {
+        let _changing = self.changing.lock().await;
+        tracing::info!("this node is no longer a voter of the store");
+        self.close().await?;
+        self.remove_copy().await?;
+        CertificateAuthority::remove(self.dir.root()).map_err(|source| VoterError::OldCopy {
+            path: self.dir.root().display().to_string(),
+            source,
+        })?;
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<(), VoterError> {
+        self.client.set_local(None);
+        let own = {
+            let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
+            own.take()
+        };
+        let Some((store, service)) = own else {
+            return Ok(());
+        };
+        drop(service);
+        // Requests that are being answered hold it; it must be closed before another one opens.
+        let mut store = store;
+        for _ in 0..1000 {
+            match Arc::try_unwrap(store) {
+                Ok(unused) => {
+                    tokio::task::spawn_blocking(move || drop(unused)).await.ok();
+                    return Ok(());
+                }
+                Err(used) => store = used,
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Err(StoreError::unavailable("this node's copy of the store is still in use").into())
+    }
+
+    async fn remove_copy(&self) -> Result<(), VoterError> {
+        let folder = self.dir.store();
+        match tokio::fs::remove_dir_all(&folder).await {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(VoterError::OldCopy {
+                    path: folder.display().to_string(),
+                    source: error,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Handler for Voters {
+    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
+        match self.service() {
+            Some(service) if ClusterService::handles(kind) => service.permits(peer, kind),
+            _ => matches!(peer, PeerId::Node(_)),
+        }
+    }
+
+    fn call(
+        &self,
+        peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        async move {
+            if kind == BECOME_VOTER {
+                self.become_voter(unpack(&payload)?).await?;
+                return Ok(pack(&())?.into());
+            }
+            match self.service() {
+                Some(service) => service.call(peer, kind, payload).await,
+                None => Err(RpcError::refused("this node has no copy of the store")),
+            }
+        }
+        .boxed()
+    }
+}

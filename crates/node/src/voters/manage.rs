@@ -1,0 +1,305 @@
+//! The leader's care for the group of voters, and every node's view of it.
+
+use super::handle::{BECOME_VOTER, BecomeVoter, VoterError, Voters};
+use crate::context::Settings;
+use keel_cluster::NodeName;
+use keel_cluster::identity::CertificateAuthority;
+use keel_cluster::members::{self, MemberSet, Voter, VoterList};
+use keel_cluster::voters::{Candidate, VoterCount, next_voters};
+use keel_machine::worker::control::pack;
+use keel_store::keys::{ALIVE, Key, NODE_LABELS};
+use keel_store::{RaftStatus, RaftStore, Store, StoreError, encoding};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often the leader looks at the group.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Pause after an error.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// A node that is in no list of voters for so long removes its copy.
+const RETIRE_AFTER: Duration = Duration::from_secs(120);
+/// Time for a node to open its copy.
+const BECOME_PATIENCE: Duration = Duration::from_secs(20);
+/// The label that names a node's failure domain.
+const ZONE: &str = "zone";
+
+/// Keeps the voters in number, alive and apart, while this node leads; until the process ends.
+pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
+    let mut states = NodeStates::default();
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Some(store) = voters.store().filter(|store| store.is_serving()) else {
+            // Another leader saw more meanwhile.
+            states = NodeStates::default();
+            continue;
+        };
+        if let Err(error) = look(&voters, &store, &all, &mut states).await {
+            tracing::warn!(%error, "the group of voters cannot be changed yet");
+            tokio::time::sleep(RETRY_AFTER).await;
+        }
+    }
+}
+
+/// Since when each node is alive, or away, as this leader saw it.
+#[derive(Default)]
+struct NodeStates(BTreeMap<NodeName, (bool, Instant)>);
+
+impl NodeStates {
+    fn candidates(
+        &mut self,
+        all: &MemberSet,
+        alive: &BTreeSet<NodeName>,
+        zones: &BTreeMap<NodeName, String>,
+    ) -> BTreeMap<NodeName, Candidate> {
+        let now = Instant::now();
+        let members = all.all();
+        self.0.retain(|node, _| members.contains_key(node));
+        let mut candidate = |node: &NodeName| {
+            let is_alive = alive.contains(node);
+            let state = self.0.entry(node.clone()).or_insert((is_alive, now));
+            if state.0 != is_alive {
+                *state = (is_alive, now);
+            }
+            Candidate {
+                is_alive,
+                since: now.saturating_duration_since(state.1),
+                zone: zones.get(node).cloned(),
+            }
+        };
+        members
+            .keys()
+            .map(|node| (node.clone(), candidate(node)))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .collect()
+    }
+}
+
+async fn look(
+    voters: &Voters,
+    store: &RaftStore,
+    all: &MemberSet,
+    states: &mut NodeStates,
+) -> Result<(), VoterError> {
+    let status = store.status();
+    publish(store, &status).await?;
+    let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
+    let alive = alive.into_keys().collect();
+    let zones = nodes_under(store, NODE_LABELS, |value| {
+        let labels: BTreeMap<String, String> = serde_json::from_slice(value).ok()?;
+        labels.get(ZONE).cloned()
+    });
+    let candidates = states.candidates(all, &alive, &zones.await?);
+    let wanted = match store.get(&Key::VoterCount.to_string()).await? {
+        Some(entry) => encoding::decode("the number of voters", &entry.value)
+            .map_err(members::MemberError::from)?,
+        None => VoterCount::Auto,
+    };
+    let now = names(&status);
+    let Some(next) = next_voters(&now, &voters.name, &candidates, wanted) else {
+        let idle: BTreeSet<u64> = status.learners.keys().copied().collect();
+        if !idle.is_empty() {
+            store.remove_learners(idle).await?;
+        }
+        return Ok(());
+    };
+    tracing::info!(?now, ?next, "changing the voters of the store");
+    let mut ids = BTreeSet::new();
+    for node in &next {
+        ids.insert(match id_of(&status.voters, node) {
+            Some(id) => id,
+            None => add(voters, store, &status, all, node).await?,
+        });
+    }
+    store.set_voters(ids).await?;
+    publish(store, &store.status()).await
+}
+
+/// Makes `node` a learner that has everything; its number.
+async fn add(
+    voters: &Voters,
+    store: &RaftStore,
+    status: &RaftStatus,
+    all: &MemberSet,
+    node: &NodeName,
+) -> Result<u64, VoterError> {
+    let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
+    let authority = CertificateAuthority::load(voters.dir.root())?;
+    let authority =
+        authority.ok_or_else(|| unavailable("this voter lacks the cluster's authority".into()))?;
+    let id = match id_of(&status.learners, node) {
+        Some(id) => id,
+        None => store.next_id().await?,
+    };
+    let request = BecomeVoter {
+        id,
+        authority_pem: authority.certificate_pem().to_owned(),
+        authority_key_pem: authority.key_pem(),
+    };
+    let payload = pack(&request).map_err(|error| unavailable(error.to_string()))?;
+    let asked = voters
+        .peers
+        .call(node, BECOME_VOTER, payload, BECOME_PATIENCE)
+        .await;
+    asked.map_err(|error| unavailable(error.to_string()))?;
+    let member = all.all().get(node).cloned();
+    let member = member.ok_or_else(|| unavailable(format!("{node} left the cluster")))?;
+    let voter = keel_store::Voter {
+        node: node.to_string(),
+        address: member.address,
+    };
+    store.add_learner(id, voter).await?;
+    Ok(id)
+}
+
+fn names(status: &RaftStatus) -> BTreeSet<NodeName> {
+    let names = status.voters.values();
+    names.filter_map(|voter| voter.node.parse().ok()).collect()
+}
+
+fn id_of(group: &BTreeMap<u64, keel_store::Voter>, node: &NodeName) -> Option<u64> {
+    let mut found = group.iter().filter(|(_, it)| it.node == node.as_str());
+    found.next().map(|(id, _)| *id)
+}
+
+/// Writes who the voters are, for nodes and for people.
+async fn publish(store: &RaftStore, status: &RaftStatus) -> Result<(), VoterError> {
+    let voter = |it: &keel_store::Voter| {
+        Some(Voter {
+            node: it.node.parse().ok()?,
+            address: it.address.clone(),
+        })
+    };
+    let leader = status.voters.get(&status.id);
+    let list = VoterList {
+        voters: status.voters.values().filter_map(voter).collect(),
+        leader: leader.and_then(|it| it.node.parse().ok()),
+        term: status.term,
+    };
+    Ok(members::set_voters(store, &list).await?)
+}
+
+async fn nodes_under<T>(
+    store: &RaftStore,
+    prefix: &str,
+    read: impl Fn(&[u8]) -> Option<T>,
+) -> Result<BTreeMap<NodeName, T>, StoreError> {
+    let entries = store.list(prefix).await?.entries;
+    let found = entries.iter().filter_map(|entry| {
+        let node = match entry.key.parse() {
+            Ok(Key::Alive(node) | Key::NodeLabels(node)) => node,
+            _ => return None,
+        };
+        Some((node, read(&entry.value)?))
+    });
+    Ok(found.collect())
+}
+
+/// Opens this node's copy again whenever it stopped, until the process ends.
+pub(crate) async fn reopen(voters: Arc<Voters>) {
+    let mut is_closed = false;
+    loop {
+        tokio::time::sleep(RETRY_AFTER).await;
+        let stopped = voters.store().and_then(|store| store.stopped());
+        if let Some(reason) = &stopped {
+            tracing::warn!(
+                reason,
+                "this node's copy of the store stopped; opening it again"
+            );
+        }
+        if stopped.is_none() && !is_closed {
+            continue;
+        }
+        // Closed, and then not opened: the disk is still full.
+        is_closed = match voters.reopen().await {
+            Ok(()) => false,
+            Err(error) => {
+                tracing::warn!(%error, "this node's copy of the store cannot be opened yet");
+                voters.store().is_none()
+            }
+        };
+    }
+}
+
+/// Follows the list of voters until the process ends.
+pub(crate) async fn follow(voters: Arc<Voters>) {
+    let mut absent_since = None;
+    loop {
+        if let Err(error) = follow_once(&voters, &mut absent_since).await {
+            tracing::warn!(%error, "the list of voters cannot be followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+async fn follow_once(
+    voters: &Voters,
+    absent_since: &mut Option<Instant>,
+) -> Result<(), VoterError> {
+    let key = Key::Voters.to_string();
+    let client = voters.client();
+    loop {
+        let listing = client.list(&key).await?;
+        if let Some(entry) = listing.entries.iter().find(|entry| entry.key == key) {
+            adopt(voters, &members::read_voters(&entry.value)?, absent_since).await?;
+        }
+        let mut watch = client.watch(&key, listing.revision + 1).await?;
+        // Now and then also without a change: a copy that is no longer needed goes.
+        match tokio::time::timeout(RETIRE_AFTER / 4, watch.next()).await {
+            Ok(Some(changes)) => drop(changes?),
+            Ok(None) => return Ok(()),
+            Err(_) => {}
+        }
+    }
+}
+
+async fn adopt(
+    voters: &Voters,
+    list: &VoterList,
+    absent_since: &mut Option<Instant>,
+) -> Result<(), VoterError> {
+    for voter in &list.voters {
+        if voter.node != voters.name {
+            voters.peers.set_address(&voter.node, &voter.address);
+        }
+    }
+    let names = list.voters.iter().map(|voter| voter.node.clone());
+    voters.client.set_voters(names.collect());
+    let settings = {
+        let mut settings = voters.settings.lock();
+        let settings = match &mut settings {
+            Ok(settings) => settings,
+            Err(poisoned) => poisoned.get_mut(),
+        };
+        let now = list.voters.iter();
+        let now: Vec<_> = now
+            .map(|it| (it.node.clone(), it.address.clone()))
+            .collect();
+        let changed = settings.voters != now;
+        settings.voters = now;
+        changed.then(|| settings.clone())
+    };
+    if let Some(settings) = settings {
+        save(voters, settings).await;
+    }
+    let is_voter = list.voters.iter().any(|voter| voter.node == voters.name);
+    if is_voter || voters.store().is_none() {
+        *absent_since = None;
+        return Ok(());
+    }
+    let since = *absent_since.get_or_insert_with(Instant::now);
+    if since.elapsed() >= RETIRE_AFTER {
+        voters.retire().await?;
+        *absent_since = None;
+    }
+    Ok(())
+}
+
+async fn save(voters: &Voters, settings: Settings) {
+    let path = voters.dir.settings();
+    let saving = tokio::task::spawn_blocking(move || settings.save(&path)).await;
+    if let Ok(Err(error)) = saving {
+        tracing::warn!(%error, "the list of voters is not kept for the next start");
+    }
+}

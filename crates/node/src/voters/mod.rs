@@ -1,0 +1,17 @@
+//! This node's copy of the store, if it has one, and who else has one.
+//!
+//! - Every agent reaches the store by a [`StoreClient`], which goes to the leader, wherever it is.
+//! - A voter answers the other voters before anything else of the agent runs: no voter can be
+//!   elected, and no agent can start, before.
+//! - A copy that stopped because its disk could not be written is opened again ([`reopen`]).
+//! - [`follow`] keeps the list of voters: for the client, and in the node's settings for its next
+//!   start. [`manage`] is the leader's: it carries out what `keel_cluster::voters` decides.
+//! - A node becomes a voter by the leader's request, which also brings the cluster's authority: any
+//!   voter admits nodes. It is sent over TLS between members.
+
+mod handle;
+mod manage;
+
+pub use handle::VoterError;
+pub(crate) use handle::Voters;
+pub(crate) use manage::{follow, manage, reopen};

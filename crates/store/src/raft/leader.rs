@@ -1,0 +1,433 @@
+//! The leader's part: when it serves, what it proposes, and when leases end.
+//!
+//! ```text
+//!                   elected, barrier passed, every lease its full time
+//!   Follower ───────────────────────────────────────────────────▶ Serving(term)
+//!      ▲                                                               │
+//!      └── another is elected, or no quorum answered for QUORUM_PATIENCE ◀┘
+//! ```
+//!
+//! - *Proposals*: all commands that queued up while earlier ones were written form one entry of
+//!   the log (group commit). A proposal whose fate is not known is answered
+//!   [`StoreError::Unknown`].
+//! - *Barrier*: a read or a renewal is answered after a quorum confirmed, since its arrival, that
+//!   this node still leads (Raft thesis, section 6.4). One round answers all that wait. A sole
+//!   voter needs none.
+//! - *Leases*: an ended lease is proposed with the next entry, before the commands that come
+//!   after its end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use openraft::ServerState;
+use openraft::raft::ClientWriteResponse;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use super::deadlines::Deadlines;
+use super::log::Log;
+use super::types::{Command, CommandOutcome, Proposal, Raft, Types, stopped};
+use crate::clock::boottime;
+use crate::interface::{LeaseId, StoreError, TxnOutcome};
+use crate::view::View;
+
+/// Commands in one entry of the log.
+const BATCH_COMMANDS_MAX: usize = 512;
+/// Bytes of commands in one entry, unless one command alone has more.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Entries that are being written and replicated at once: the leader's disk works on one while the
+/// followers' work on another.
+const PROPOSALS_MAX: usize = 2;
+/// How often leadership, the quorum and the clock are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// A leader that got no answer from a quorum for so long stops serving.
+const QUORUM_PATIENCE: Duration = Duration::from_millis(1000);
+/// Time for one confirmation by a quorum.
+const BARRIER_PATIENCE: Duration = Duration::from_millis(800);
+/// Pause before a quorum is asked again.
+const RETRY_AFTER: Duration = Duration::from_millis(10);
+/// A tick that is so late means that this process was stopped.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Bytes of proposals after which a snapshot is made.
+const SNAPSHOT_BYTES: usize = 32 << 20;
+
+/// Whether this voter answers requests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Serving {
+    No {
+        /// The node that leads, if known.
+        leader: Option<String>,
+    },
+    Yes {
+        term: u64,
+    },
+    Stopped(String),
+}
+
+impl Serving {
+    pub(super) fn check(&self) -> Result<u64, StoreError> {
+        match self {
+            Serving::Yes { term } => Ok(*term),
+            Serving::No { leader } => Err(StoreError::NotLeader {
+                leader: leader.clone(),
+            }),
+            Serving::Stopped(reason) => Err(stopped(reason)),
+        }
+    }
+}
+
+/// One request to change the store, and where its answer goes.
+pub(super) struct Request {
+    pub(super) command: Command,
+    pub(super) bytes: usize,
+    pub(super) answer: oneshot::Sender<Result<CommandOutcome, StoreError>>,
+}
+
+/// What the tasks of a leader share.
+pub(super) struct Leader {
+    pub(super) id: u64,
+    pub(super) raft: Raft,
+    pub(super) log: Log,
+    pub(super) view: Arc<View>,
+    pub(super) deadlines: Arc<Deadlines>,
+    pub(super) serving: watch::Sender<Serving>,
+    pub(super) barriers: mpsc::UnboundedSender<oneshot::Sender<Result<(), StoreError>>>,
+    /// Bytes of proposals applied since the newest snapshot.
+    pub(super) unsaved: Arc<AtomicUsize>,
+    /// When a quorum last confirmed this leader, on CLOCK_BOOTTIME in milliseconds.
+    confirmed_ms: AtomicU64,
+}
+
+fn now_ms() -> u64 {
+    u64::try_from(boottime().as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Leader {
+    pub(super) fn new(
+        id: u64,
+        raft: Raft,
+        log: Log,
+        view: Arc<View>,
+        deadlines: Arc<Deadlines>,
+        unsaved: Arc<AtomicUsize>,
+    ) -> (
+        Arc<Self>,
+        mpsc::UnboundedReceiver<oneshot::Sender<Result<(), StoreError>>>,
+    ) {
+        let (barriers, waiting) = mpsc::unbounded_channel();
+        let leader = Self {
+            id,
+            raft,
+            log,
+            view,
+            deadlines,
+            serving: watch::Sender::new(Serving::No { leader: None }),
+            barriers,
+            unsaved,
+            confirmed_ms: AtomicU64::new(0),
+        };
+        (Arc::new(leader), waiting)
+    }
+
+    fn is_sole_voter(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let mut voters = metrics.membership_config.membership().voter_ids();
+        voters.next() == Some(self.id) && voters.next().is_none()
+    }
+
+    /// Confirms that this node leads and that the view has everything that was answered before the
+    /// call.
+    pub(super) async fn barrier(&self) -> Result<(), StoreError> {
+        self.serving.borrow().check()?;
+        if self.is_sole_voter() {
+            return Ok(());
+        }
+        let (done, waiting) = oneshot::channel();
+        self.barriers.send(done).ok();
+        waiting
+            .await
+            .unwrap_or_else(|_| Err(StoreError::unavailable("the store is closed")))
+    }
+
+    /// Asks a quorum whether this node still leads, again if too few answered in time.
+    async fn confirm(&self) -> Result<(), StoreError> {
+        let asking = async {
+            loop {
+                match self.raft.ensure_linearizable().await {
+                    Err(error) if is_too_few(&error) => tokio::time::sleep(RETRY_AFTER).await,
+                    answered => return answered,
+                }
+            }
+        };
+        match tokio::time::timeout(BARRIER_PATIENCE, asking).await {
+            Ok(Ok(_)) => {
+                self.confirmed_ms.store(now_ms(), Ordering::Relaxed);
+                Ok(())
+            }
+            Ok(Err(error)) => Err(
+                match error.api_error().and_then(|e| match e {
+                    openraft::error::CheckIsLeaderError::ForwardToLeader(to) => Some(to),
+                    openraft::error::CheckIsLeaderError::QuorumNotEnough(_) => None,
+                }) {
+                    Some(to) => StoreError::NotLeader {
+                        leader: to.leader_node.as_ref().map(|voter| voter.node.clone()),
+                    },
+                    None => StoreError::NotLeader { leader: None },
+                },
+            ),
+            Err(_) => Err(StoreError::NotLeader { leader: None }),
+        }
+    }
+
+    /// Answers barriers until the store is closed. One confirmation answers all that came before
+    /// it began.
+    pub(super) async fn confirm_barriers(
+        self: Arc<Self>,
+        mut waiting: mpsc::UnboundedReceiver<oneshot::Sender<Result<(), StoreError>>>,
+    ) {
+        while let Some(first) = waiting.recv().await {
+            let mut all = vec![first];
+            while let Ok(more) = waiting.try_recv() {
+                all.push(more);
+            }
+            let confirmed = self.confirm().await;
+            for one in all {
+                one.send(confirmed.clone()).ok();
+            }
+        }
+    }
+
+    /// Follows leadership until the store stops.
+    pub(super) async fn follow(self: Arc<Self>) {
+        let mut metrics = self.raft.metrics();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last_look = boottime();
+        loop {
+            tokio::select! {
+                changed = metrics.changed() => if changed.is_err() {
+                    return self.stop("the store is closed");
+                },
+                _ = tick.tick() => {}
+            }
+            let now = boottime();
+            if now.saturating_sub(last_look) > TICK + PAUSE {
+                tracing::warn!("the store's process was stopped for a while");
+                self.deadlines.extend_all();
+            }
+            last_look = now;
+            let (state, term, leader, failed) = {
+                let metrics = metrics.borrow_and_update();
+                let nodes = metrics.membership_config.membership();
+                let leader = metrics.current_leader.and_then(|id| nodes.get_node(&id));
+                (
+                    metrics.state,
+                    metrics.current_term,
+                    leader.map(|voter| voter.node.clone()),
+                    metrics.running_state.clone().err(),
+                )
+            };
+            if let Some(fatal) = failed {
+                return self.stop(&fatal.to_string());
+            }
+            match state {
+                ServerState::Leader => self.lead(term).await,
+                _ => self.set_serving(Serving::No { leader }),
+            }
+            if self.unsaved.load(Ordering::Relaxed) > SNAPSHOT_BYTES
+                || self.log.bytes() > 4 * SNAPSHOT_BYTES
+            {
+                self.unsaved.store(0, Ordering::Relaxed);
+                self.raft.trigger().snapshot().await.ok();
+            }
+        }
+    }
+
+    async fn lead(&self, term: u64) {
+        let silent = Duration::from_millis(
+            now_ms().saturating_sub(self.confirmed_ms.load(Ordering::Relaxed)),
+        );
+        if *self.serving.borrow() == (Serving::Yes { term }) {
+            if self.is_sole_voter() || silent < QUORUM_PATIENCE / 3 || self.confirm().await.is_ok()
+            {
+                return;
+            }
+            let silent = now_ms().saturating_sub(self.confirmed_ms.load(Ordering::Relaxed));
+            if Duration::from_millis(silent) > QUORUM_PATIENCE {
+                tracing::warn!(
+                    term,
+                    "no quorum of voters answers; this node serves no more"
+                );
+                self.set_serving(Serving::No { leader: None });
+            }
+            return;
+        }
+        // Everything that earlier leaders committed is applied when this passes.
+        if self.confirm().await.is_ok() {
+            self.deadlines.extend_all();
+            tracing::info!(term, "this node leads the store");
+            self.set_serving(Serving::Yes { term });
+        }
+    }
+
+    fn set_serving(&self, serving: Serving) {
+        self.serving.send_if_modified(|now| {
+            let changed = *now != serving;
+            *now = serving;
+            changed
+        });
+    }
+
+    fn stop(&self, reason: &str) {
+        self.view.fail(reason);
+        self.set_serving(Serving::Stopped(reason.into()));
+    }
+
+    /// Proposes what is requested, and the ends of leases, until the store is closed.
+    pub(super) async fn propose(self: Arc<Self>, mut requests: mpsc::Receiver<Request>) {
+        let in_flight = Arc::new(Semaphore::new(PROPOSALS_MAX));
+        let mut serving = self.serving.subscribe();
+        let mut held = None;
+        loop {
+            let wait = self.deadlines.wait(TICK);
+            let mut batch: Vec<Request> = held.take().into_iter().collect();
+            if batch.is_empty() {
+                tokio::select! {
+                    request = requests.recv() => match request {
+                        Some(request) => batch.push(request),
+                        None => return,
+                    },
+                    () = tokio::time::sleep(wait) => {}
+                }
+            }
+            // Meanwhile more requests come.
+            let room = loop {
+                if let Err(error) = serving.borrow_and_update().check() {
+                    refuse(batch.drain(..), &error);
+                    while let Ok(request) = requests.try_recv() {
+                        refuse([request], &error);
+                    }
+                    break None;
+                }
+                tokio::select! {
+                    room = in_flight.clone().acquire_owned() => break room.ok(),
+                    _ = serving.changed() => {}
+                }
+            };
+            let Some(room) = room else { continue };
+            let mut bytes: usize = batch.iter().map(|request| request.bytes).sum();
+            while batch.len() < BATCH_COMMANDS_MAX
+                && bytes < BATCH_BYTES_MAX
+                && let Ok(request) = requests.try_recv()
+            {
+                if bytes + request.bytes > BATCH_BYTES_MAX && !batch.is_empty() {
+                    held = Some(request);
+                    break;
+                }
+                bytes += request.bytes;
+                batch.push(request);
+            }
+            let ended = self.deadlines.take_ended();
+            if batch.is_empty() && ended.is_empty() {
+                continue;
+            }
+            let answering = self.send(&ended, batch).await;
+            tokio::spawn(async move {
+                answering.await;
+                drop(room);
+            });
+        }
+    }
+
+    /// Sends one proposal; the future waits for its outcome and answers its requests.
+    async fn send(
+        &self,
+        ended: &[LeaseId],
+        batch: Vec<Request>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let mut commands: Vec<Command> = Vec::with_capacity(ended.len() + batch.len());
+        for lease in ended {
+            tracing::info!(%lease, "lease ended");
+            commands.push(Command::Expire(lease.0));
+        }
+        let mut answers = Vec::with_capacity(batch.len());
+        for request in batch {
+            commands.push(request.command);
+            answers.push(request.answer);
+        }
+        let skipped = ended.len();
+        let sent = match Proposal::new(&commands) {
+            Ok(proposal) => {
+                let sent = self.raft.client_write_ff(proposal).await;
+                sent.map_err(stopped)
+            }
+            Err(error) => Err(StoreError::unavailable(error)),
+        };
+        async move {
+            let outcomes = match sent {
+                // Nothing was proposed.
+                Err(error) => Err(error),
+                Ok(written) => outcomes(written.await, skipped, answers.len()),
+            };
+            match outcomes {
+                Ok(outcomes) => {
+                    for (answer, outcome) in answers.into_iter().zip(outcomes) {
+                        answer.send(Ok(outcome)).ok();
+                    }
+                }
+                Err(error) => {
+                    for answer in answers {
+                        answer.send(Err(error.clone())).ok();
+                    }
+                }
+            }
+        }
+    }
+}
+
+type CheckError = openraft::error::CheckIsLeaderError<u64, super::types::Voter>;
+
+fn is_too_few(error: &openraft::error::RaftError<u64, CheckError>) -> bool {
+    matches!(error.api_error(), Some(CheckError::QuorumNotEnough(_)))
+}
+
+type Written = Result<
+    Result<ClientWriteResponse<Types>, openraft::error::ClientWriteError<u64, super::types::Voter>>,
+    oneshot::error::RecvError,
+>;
+
+/// The outcomes of the requests of a proposal. After any error the entry may be in the log, and
+/// be committed now or by the next leader.
+fn outcomes(
+    written: Written,
+    skipped: usize,
+    wanted: usize,
+) -> Result<Vec<CommandOutcome>, StoreError> {
+    let unknown = |reason: String| StoreError::Unknown { reason };
+    let response = written
+        .map_err(|_| unknown("this node's copy of the store stopped".into()))?
+        .map_err(|error| unknown(error.to_string()))?;
+    let outcomes: Vec<CommandOutcome> = response.data.0.into_iter().skip(skipped).collect();
+    match outcomes.len() == wanted {
+        true => Ok(outcomes),
+        false => Err(unknown("outcomes are missing".into())),
+    }
+}
+
+fn refuse(requests: impl IntoIterator<Item = Request>, error: &StoreError) {
+    for request in requests {
+        request.answer.send(Err(error.clone())).ok();
+    }
+}
+
+/// The outcome of a transaction.
+pub(super) fn txn_outcome(outcome: CommandOutcome) -> Result<TxnOutcome, StoreError> {
+    match outcome {
+        CommandOutcome::Txn(Ok(outcome)) => Ok(outcome.into()),
+        CommandOutcome::Txn(Err(failure)) => Err(failure.into()),
+        other => Err(StoreError::Unknown {
+            reason: format!("not the outcome of a transaction: {other:?}"),
+        }),
+    }
+}

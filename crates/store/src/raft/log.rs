@@ -1,0 +1,452 @@
+//! The log of a voter: in memory for readers, in redb for restarts.
+//!
+//! ```text
+//! openraft ──append, vote, truncate, purge──▶ memory, then the writer thread
+//!    ▲                                                    │ all that queued up
+//!    └──────────── callbacks ◀── commit + fsync ◀─────────┘ meanwhile: one commit
+//! ```
+//!
+//! Async workers never wait for the disk. All entries since the newest snapshot are in memory too:
+//! a follower that is behind is served without the disk. If a commit fails, the content of the
+//! disk is unknown; every request after it fails until the store is reopened.
+
+#![expect(
+    clippy::result_large_err,
+    reason = "openraft's traits return its errors"
+)]
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::ops::{Bound, RangeBounds};
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+
+use openraft::storage::{LogFlushed, LogState, RaftLogStorage};
+use openraft::{EntryPayload, OptionalSend, RaftLogId, RaftLogReader};
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    TableDefinition,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+
+use super::types::{LogId, StorageError, StorageIoError, Types, Vote};
+use crate::encoding;
+
+const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
+const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+
+/// Version of the tables. Version 1 had the entries of the store, without a log.
+const FORMAT: u64 = 2;
+
+/// Bytes of entries that are sent to a follower at once.
+const READ_BYTES_MAX: usize = 1 << 20;
+
+type Entry = openraft::impls::Entry<Types>;
+
+/// Approximate bytes of an entry.
+fn size(entry: &Entry) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(proposal) => proposal.bytes() + 64,
+        EntryPayload::Blank | EntryPayload::Membership(_) => 256,
+    }
+}
+
+/// The log, as `openraft` uses it. Clones share it.
+#[derive(Clone)]
+pub(super) struct Log {
+    state: Arc<Mutex<State>>,
+    writes: mpsc::Sender<Write>,
+}
+
+#[derive(Default)]
+struct State {
+    entries: BTreeMap<u64, Entry>,
+    bytes: usize,
+    purged: Option<LogId>,
+    vote: Option<Vote>,
+}
+
+enum Write {
+    Append(Vec<(u64, Vec<u8>)>, LogFlushed<Types>),
+    Meta(&'static str, Vec<u8>, Done),
+    Truncate(u64, Done),
+    /// Removes entries to an index, inclusive, and records that.
+    Purge(u64, Vec<u8>, Done),
+    Stop,
+}
+
+type Done = oneshot::Sender<std::io::Result<()>>;
+
+/// Ends the writer thread when dropped, and closes the file.
+pub(super) struct Writer {
+    writes: mpsc::Sender<Write>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.writes.send(Write::Stop).ok();
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// An opened log.
+pub(super) struct Opened {
+    pub(super) log: Log,
+    pub(super) writer: Writer,
+    /// This node's number in the group.
+    pub(super) id: u64,
+    /// The last entry that is only in the snapshot.
+    pub(super) purged: Option<LogId>,
+}
+
+impl Log {
+    /// Opens the log in the file `path`. One that does not exist is created for the voter `new`.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the file.
+    pub(super) fn open(path: &Path, new: Option<u64>) -> Result<Opened, String> {
+        // redb panics on some forms of corruption.
+        let opening = AssertUnwindSafe(|| Disk::open(path, new));
+        let (disk, id, state) = std::panic::catch_unwind(opening)
+            .unwrap_or_else(|_| Err("the file is damaged; restore a backup".into()))?;
+        let (writes, received) = mpsc::channel();
+        let purged = state.purged;
+        let thread = std::thread::Builder::new()
+            .name("keel-store".into())
+            .spawn(move || disk.write_all(&received))
+            .map_err(|error| format!("no thread for it: {error}"))?;
+        Ok(Opened {
+            log: Log {
+                state: Arc::new(Mutex::new(state)),
+                writes: writes.clone(),
+            },
+            writer: Writer {
+                writes,
+                thread: Some(thread),
+            },
+            id,
+            purged,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of the entries in memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
+    async fn write(&self, write: impl FnOnce(Done) -> Write) -> Result<(), StorageError> {
+        let (done, written) = oneshot::channel();
+        let gone = || std::io::Error::other("the thread of the store's log ended");
+        let sent = self.writes.send(write(done)).map_err(|_| gone());
+        let written = match sent {
+            Ok(()) => written.await.unwrap_or_else(|_| Err(gone())),
+            Err(error) => Err(error),
+        };
+        written.map_err(|error| StorageIoError::write(&error).into())
+    }
+}
+
+fn encoded(value: &impl Serialize) -> Result<Vec<u8>, StorageError> {
+    encoding::encode("an entry of the log", value)
+        .map_err(|error| StorageIoError::write_logs(&error).into())
+}
+
+impl RaftLogReader<Types> for Log {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, StorageError> {
+        let bounds: (Bound<u64>, Bound<u64>) =
+            (range.start_bound().cloned(), range.end_bound().cloned());
+        let state = self.lock();
+        Ok(state
+            .entries
+            .range(bounds)
+            .map(|(_, e)| e.clone())
+            .collect())
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, StorageError> {
+        let state = self.lock();
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        for entry in state.entries.range(start..end).map(|(_, entry)| entry) {
+            bytes += size(entry);
+            if bytes > READ_BYTES_MAX && !found.is_empty() {
+                break;
+            }
+            found.push(entry.clone());
+        }
+        Ok(found)
+    }
+}
+
+impl RaftLogStorage<Types> for Log {
+    type LogReader = Log;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, StorageError> {
+        let state = self.lock();
+        let last = state.entries.last_key_value();
+        Ok(LogState {
+            last_purged_log_id: state.purged,
+            last_log_id: last.map(|(_, entry)| *entry.get_log_id()).or(state.purged),
+        })
+    }
+
+    async fn get_log_reader(&mut self) -> Log {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), StorageError> {
+        let bytes = encoded(vote)?;
+        self.lock().vote = Some(*vote);
+        self.write(|done| Write::Meta("vote", bytes, done)).await
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, StorageError> {
+        Ok(self.lock().vote)
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: LogFlushed<Types>,
+    ) -> Result<(), StorageError>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut records = Vec::new();
+        {
+            let mut state = self.lock();
+            for entry in entries {
+                let index = entry.get_log_id().index;
+                records.push((index, encoded(&entry)?));
+                state.bytes += size(&entry);
+                if let Some(old) = state.entries.insert(index, entry) {
+                    state.bytes -= size(&old);
+                }
+            }
+        }
+        if let Err(mpsc::SendError(Write::Append(_, callback))) =
+            self.writes.send(Write::Append(records, callback))
+        {
+            let gone = std::io::Error::other("the thread of the store's log ended");
+            callback.log_io_completed(Err(gone));
+        }
+        Ok(())
+    }
+
+    async fn truncate(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        {
+            let mut state = self.lock();
+            let removed = state.entries.split_off(&log_id.index);
+            state.bytes -= removed.values().map(size).sum::<usize>();
+        }
+        self.write(|done| Write::Truncate(log_id.index, done)).await
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        let bytes = encoded(&log_id)?;
+        {
+            let mut state = self.lock();
+            state.purged = Some(log_id);
+            let kept = state.entries.split_off(&(log_id.index + 1));
+            let removed = std::mem::replace(&mut state.entries, kept);
+            state.bytes -= removed.values().map(size).sum::<usize>();
+        }
+        self.write(|done| Write::Purge(log_id.index, bytes, done))
+            .await
+    }
+}
+
+struct Disk {
+    database: Database,
+}
+
+impl Disk {
+    fn open(path: &Path, new: Option<u64>) -> Result<(Self, u64, State), String> {
+        if new.is_none() && !path.exists() {
+            return Err("there is no store".into());
+        }
+        let mut database = Database::create(path).map_err(explain)?;
+        match database.check_integrity() {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(
+                    "the file was damaged and is repaired now, but its last changes may be lost; \
+                     restore a backup, or start again to accept that"
+                        .into(),
+                );
+            }
+            Err(error) => return Err(explain(error)),
+        }
+        let disk = Self { database };
+        let (id, state) = disk.load(new).map_err(|error| error.to_string())?;
+        Ok((disk, id, state))
+    }
+
+    fn load(&self, new: Option<u64>) -> Result<(u64, State), Box<dyn std::error::Error>> {
+        let write = self.database.begin_write()?;
+        let id: u64;
+        {
+            // Version 1 had numbers here.
+            let mut meta = match write.open_table(META) {
+                Ok(meta) => meta,
+                Err(redb::TableError::TableTypeMismatch { .. }) => {
+                    return Err("it is of format 1, this keel reads format 2: \
+                                use the version that wrote it"
+                        .into());
+                }
+                Err(error) => return Err(error.into()),
+            };
+            write.open_table(ENTRIES)?;
+            let found = meta.get("format")?.map(|v| v.value().to_vec());
+            match found {
+                Some(found) => {
+                    let found: u64 = encoding::decode("the format", &found)?;
+                    if found != FORMAT {
+                        return Err(format!(
+                            "it is of format {found}, this keel reads format {FORMAT}: \
+                             use the version that wrote it"
+                        )
+                        .into());
+                    }
+                }
+                None => {
+                    let new = new.ok_or("there is no store")?;
+                    meta.insert(
+                        "format",
+                        encoding::encode("the format", &FORMAT)?.as_slice(),
+                    )?;
+                    meta.insert("id", encoding::encode("an id", &new)?.as_slice())?;
+                }
+            }
+            let record = meta.get("id")?.ok_or("it has no number of its voter")?;
+            id = encoding::decode("an id", record.value())?;
+        }
+        write.commit()?;
+        let read = self.database.begin_read()?;
+        let meta = read.open_table(META)?;
+        let mut state = State {
+            purged: value(&meta, "purged")?,
+            vote: value(&meta, "vote")?,
+            ..State::default()
+        };
+        let entries = read.open_table(ENTRIES)?;
+        tracing::debug!(entries = entries.len()?, "reading the store's log");
+        let first = state.purged.map_or(0, |purged| purged.index + 1);
+        for (expected, item) in (first..).zip(entries.iter()?) {
+            let (index, record) = item?;
+            if index.value() != expected {
+                return Err(format!("entry {expected} of its log is missing").into());
+            }
+            let entry: Entry = encoding::decode("an entry of the log", record.value())?;
+            state.bytes += size(&entry);
+            state.entries.insert(index.value(), entry);
+        }
+        Ok((id, state))
+    }
+
+    /// Writes until it is told to stop, or until a write fails.
+    fn write_all(self, writes: &mpsc::Receiver<Write>) {
+        while let Ok(first) = writes.recv() {
+            let batch: Vec<Write> = std::iter::once(first).chain(writes.try_iter()).collect();
+            let stop = batch.iter().any(|write| matches!(write, Write::Stop));
+            let committing = AssertUnwindSafe(|| self.commit(&batch));
+            let written = std::panic::catch_unwind(committing)
+                .unwrap_or_else(|_| Err("redb panicked".into()))
+                .map_err(|error| error.to_string());
+            if let Err(reason) = &written {
+                tracing::error!(reason, "the store cannot write; it serves no more");
+            }
+            for write in batch {
+                let result = written.clone().map_err(std::io::Error::other);
+                match write {
+                    Write::Append(_, callback) => callback.log_io_completed(result),
+                    Write::Meta(_, _, done)
+                    | Write::Truncate(_, done)
+                    | Write::Purge(_, _, done) => drop(done.send(result)),
+                    Write::Stop => {}
+                }
+            }
+            if stop || written.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn commit(&self, batch: &[Write]) -> Result<(), Box<dyn std::error::Error>> {
+        let mut transaction = self.database.begin_write()?;
+        transaction.set_durability(redb::Durability::Immediate)?;
+        {
+            let mut entries = transaction.open_table(ENTRIES)?;
+            let mut meta = transaction.open_table(META)?;
+            for write in batch {
+                match write {
+                    Write::Append(records, _) => {
+                        for (index, record) in records {
+                            entries.insert(index, record.as_slice())?;
+                        }
+                    }
+                    Write::Meta(name, value, _) => {
+                        meta.insert(name, value.as_slice())?;
+                    }
+                    Write::Truncate(from, _) => entries.retain_in(*from.., |_, _| false)?,
+                    Write::Purge(to, value, _) => {
+                        meta.insert("purged", value.as_slice())?;
+                        entries.retain_in(..=*to, |_, _| false)?;
+                    }
+                    Write::Stop => {}
+                }
+            }
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+}
+
+fn value<T: DeserializeOwned>(
+    meta: &redb::ReadOnlyTable<&'static str, &'static [u8]>,
+    name: &str,
+) -> Result<Option<T>, Box<dyn std::error::Error>> {
+    let Some(record) = meta.get(name)? else {
+        return Ok(None);
+    };
+    Ok(Some(encoding::decode(
+        "an entry of the log",
+        record.value(),
+    )?))
+}
+
+fn explain(error: DatabaseError) -> String {
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => {
+            "another process has it open; is a second `keel up` running with this state directory?"
+                .into()
+        }
+        DatabaseError::Storage(redb::StorageError::Io(error))
+            if error.kind() == std::io::ErrorKind::InvalidData =>
+        {
+            "it is not a store, or its beginning is damaged; restore a backup".into()
+        }
+        DatabaseError::Storage(redb::StorageError::Corrupted(what)) => {
+            format!("it is damaged ({what}); restore a backup")
+        }
+        other => other.to_string(),
+    }
+}

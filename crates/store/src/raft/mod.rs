@@ -1,0 +1,591 @@
+//! The embedded engine: the Raft consensus algorithm (`openraft`) over redb, with 1, 3 or 5
+//! voters.
+//!
+//! ```text
+//!  requests ──▶ leader.rs: one entry per group of commands, barriers, leases
+//!                  │ openraft
+//!                  ├──▶ log.rs: memory + redb, fsync        ─▶ network.rs ─▶ other voters
+//!                  └──▶ state_machine.rs: model ─▶ view ─▶ readers, watches
+//!                          └──▶ snapshot.rs: a file, replaced as a whole
+//! ```
+//!
+//! Only the leader answers requests; another voter names it ([`StoreError::NotLeader`]). A change
+//! is answered after a quorum has it on disk. Watches of a voter end when it ceases to lead; they
+//! go on at the next leader from the revision after the last seen, since every voter keeps the
+//! recent changes.
+//!
+//! If the log cannot be written, the content of the disk is unknown: pending changes are answered
+//! [`StoreError::Unknown`], and this voter stops until it is opened again. The others go on.
+//!
+//! All of it runs on a thread of its own at raised priority: a busy agent loses no leadership.
+//! Which nodes are voters is decided elsewhere; [`RaftStore::add_learner`] and
+//! [`RaftStore::set_voters`] carry it out.
+
+mod deadlines;
+mod leader;
+mod log;
+mod network;
+mod snapshot;
+mod state_machine;
+mod types;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use futures::FutureExt;
+use keel_net::{BoxFuture, Peers, Reply, RpcError};
+use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use self::deadlines::Deadlines;
+use self::leader::{Leader, Request, Serving, txn_outcome};
+use self::log::{Log, Opened, Writer};
+use self::network::Network;
+use self::snapshot::SnapshotFile;
+use self::state_machine::{Shared, StateMachine};
+use self::types::{Command, CommandOutcome, Raft};
+use crate::interface::{
+    KeyValue, LEASE_TTL_MS_MAX, LEASE_TTL_MS_MIN, LeaseId, Listing, Revision, Store, StoreError,
+    Txn, TxnOutcome, Watch,
+};
+use crate::model::{self, Model};
+use crate::view::View;
+
+pub use self::types::Voter;
+
+/// Queued changes; further callers wait for room.
+const QUEUED_MAX: usize = 4096;
+/// Longest time a change may take; a disk may stand still for seconds. After it, its outcome is
+/// unknown.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
+/// Time for a learner to catch up.
+const LEARNER_PATIENCE: Duration = Duration::from_secs(60);
+/// Priority of the store's thread; lower is more urgent. Kept where it is permitted.
+const NICE: i32 = -5;
+
+/// Intervals, in milliseconds. A follower that hears nothing for `ELECTION_MAX` plus a random time
+/// of `ELECTION_MIN` to `ELECTION_MAX` asks to be elected: after 0.55 to 0.7 s. `openraft` also
+/// gives up a request to a voter after one `HEARTBEAT`: on a busy computer it must not be shorter.
+const HEARTBEAT: u64 = 150;
+const ELECTION_MIN: u64 = 200;
+const ELECTION_MAX: u64 = 350;
+
+/// Sizes of a [`RaftStore`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaftOptions {
+    /// Revisions kept for watches. Default 20,000.
+    pub history_revisions_max: usize,
+    /// Bytes of keys and values kept for watches. Default 64 MiB.
+    pub history_bytes_max: usize,
+    /// Bytes of keys and values in the store, which are all in memory too. The same at every
+    /// voter. Default 1 GiB.
+    pub store_bytes_max: u64,
+    /// Entries of the log after which a snapshot is made. Default 5,000.
+    pub snapshot_entries: u64,
+}
+
+impl Default for RaftOptions {
+    fn default() -> Self {
+        Self {
+            history_revisions_max: 20_000,
+            history_bytes_max: 64 << 20,
+            store_bytes_max: 1 << 30,
+            snapshot_entries: 5_000,
+        }
+    }
+}
+
+/// What to do where a folder has no store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IfAbsent {
+    Refuse,
+    /// Begin a store with this first voter.
+    Found(Voter),
+    /// Wait as the voter of this number until a leader fills the copy.
+    Join(u64),
+}
+
+/// State of a voter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RaftStatus {
+    /// This voter's number in the group.
+    pub id: u64,
+    pub term: u64,
+    /// Number of the leader, if known.
+    pub leader: Option<u64>,
+    pub is_leader: bool,
+    pub voters: BTreeMap<u64, Voter>,
+    pub learners: BTreeMap<u64, Voter>,
+    /// Index of the last entry of the log that is applied here.
+    pub applied: u64,
+}
+
+/// One voter of the embedded store. Dropping it stops it and closes its files; queued requests are
+/// answered [`StoreError::Unavailable`] or [`StoreError::Unknown`].
+pub struct RaftStore {
+    leader: Arc<Leader>,
+    requests: mpsc::Sender<Request>,
+    published: watch::Receiver<()>,
+    folder: PathBuf,
+    // In this order: tasks, then the thread of the log.
+    runtime: Option<tokio::runtime::Runtime>,
+    writer: Option<Writer>,
+}
+
+impl RaftStore {
+    /// Opens the voter's copy in `folder`. Without `peers` it has no other voters.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] if the files are damaged, not a store, of another version, open
+    /// already, or absent and to be refused then.
+    pub async fn open(
+        folder: &Path,
+        if_absent: IfAbsent,
+        peers: Option<Arc<Peers>>,
+        options: RaftOptions,
+    ) -> Result<Self, StoreError> {
+        let path = folder.to_path_buf();
+        let fail = move |reason: String| StoreError::Open {
+            path: path.display().to_string(),
+            reason,
+        };
+        let new = match &if_absent {
+            IfAbsent::Refuse => None,
+            IfAbsent::Found(_) => Some(1),
+            IfAbsent::Join(id) => Some(*id),
+        };
+        let (path, bytes_max) = (folder.to_path_buf(), options.store_bytes_max);
+        let loading = tokio::task::spawn_blocking(move || load(&path, new, bytes_max)).await;
+        let loaded = loading.unwrap_or_else(|_| Err("it panicked".into()));
+        let Loaded {
+            opened,
+            file,
+            model,
+            meta,
+        } = loaded.map_err(&fail)?;
+        let Opened {
+            log, writer, id, ..
+        } = opened;
+
+        let deadlines = Arc::new(Deadlines::default());
+        deadlines.replace(model.leases.iter().map(|(id, held)| (*id, held.ttl_ms)));
+        let view = Arc::new(View::new(
+            model.revision,
+            model.entries.clone(),
+            options.history_revisions_max,
+            options.history_bytes_max,
+        ));
+        let (publish, published) = watch::channel(());
+        let unsaved = Arc::new(AtomicUsize::new(0));
+        let machine = StateMachine::new(
+            model,
+            meta,
+            Shared {
+                view: view.clone(),
+                published: publish,
+                deadlines: deadlines.clone(),
+                file,
+                bytes: unsaved.clone(),
+            },
+        );
+        let config = openraft::Config {
+            cluster_name: "keel".into(),
+            heartbeat_interval: HEARTBEAT,
+            election_timeout_min: ELECTION_MIN,
+            election_timeout_max: ELECTION_MAX,
+            install_snapshot_timeout: 2000,
+            max_payload_entries: 64,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(options.snapshot_entries),
+            snapshot_max_chunk_size: 1 << 20,
+            max_in_snapshot_log_to_keep: options.snapshot_entries / 5,
+            purge_batch_size: 64,
+            ..openraft::Config::default()
+        };
+        let config = config.validate().map_err(|error| fail(error.to_string()))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("keel-raft")
+            .on_thread_start(|| {
+                // Without the privilege it runs at normal priority.
+                let _ = rustix::process::nice(NICE);
+            })
+            .enable_all()
+            .build()
+            .map_err(|error| fail(format!("no thread for it: {error}")))?;
+        let (requests, queued) = mpsc::channel(QUEUED_MAX);
+        let network = Network::new(peers);
+        let starting = runtime.spawn(async move {
+            let raft = Raft::new(id, Arc::new(config), network, log.clone(), machine).await?;
+            let (leader, waiting) = Leader::new(id, raft, log, view, deadlines, unsaved);
+            tokio::spawn(leader.clone().confirm_barriers(waiting));
+            tokio::spawn(leader.clone().propose(queued));
+            tokio::spawn(leader.clone().follow());
+            Ok::<_, openraft::error::Fatal<u64>>(leader)
+        });
+        let leader = match starting.await {
+            Ok(Ok(leader)) => leader,
+            Ok(Err(error)) => return Err(close(runtime, writer, fail(error.to_string()))),
+            Err(_) => return Err(close(runtime, writer, fail("it panicked".into()))),
+        };
+        let store = Self {
+            leader,
+            requests,
+            published,
+            folder: folder.into(),
+            runtime: Some(runtime),
+            writer: Some(writer),
+        };
+        store.start(if_absent).await.map_err(&fail)?;
+        Ok(store)
+    }
+
+    /// Opens or begins a store of one voter without a network, for tools and tests.
+    ///
+    /// # Errors
+    /// As [`RaftStore::open`].
+    pub async fn open_alone(folder: &Path) -> Result<Self, StoreError> {
+        let first = IfAbsent::Found(Voter::default());
+        Self::open(folder, first, None, RaftOptions::default()).await
+    }
+
+    /// Begins the store if it is new. A sole voter leads when this returns.
+    async fn start(&self, if_absent: IfAbsent) -> Result<(), String> {
+        let raft = &self.leader.raft;
+        let is_begun = raft.is_initialized().await.map_err(|e| e.to_string())?;
+        if let IfAbsent::Found(first) = if_absent
+            && !is_begun
+        {
+            let first = BTreeMap::from([(self.leader.id, first)]);
+            raft.initialize(first).await.map_err(|e| e.to_string())?;
+        }
+        let id = self.leader.id;
+        let is_sole = raft.with_raft_state(move |state| {
+            let voters = state.membership_state.effective().voter_ids();
+            voters.eq([id])
+        });
+        if is_sole.await.map_err(|error| error.to_string())? {
+            raft.trigger().elect().await.map_err(|e| e.to_string())?;
+            let mut serving = self.leader.serving.subscribe();
+            let serves = serving.wait_for(|now| !matches!(now, Serving::No { .. }));
+            match tokio::time::timeout(CHANGE_PATIENCE, serves).await {
+                Ok(Ok(now)) => now.check().map(drop).map_err(|error| error.to_string())?,
+                _ => return Err("its only voter is not elected".into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// This voter's number in the group.
+    pub fn id(&self) -> u64 {
+        self.leader.id
+    }
+
+    /// State of this voter.
+    pub fn status(&self) -> RaftStatus {
+        let metrics = self.leader.raft.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let (voters, learners) = membership
+            .nodes()
+            .map(|(id, voter)| (*id, voter.clone()))
+            .partition(|(id, _)| voters.contains(id));
+        RaftStatus {
+            id: metrics.id,
+            term: metrics.current_term,
+            leader: metrics.current_leader,
+            is_leader: metrics.state == ServerState::Leader && self.is_serving(),
+            voters,
+            learners,
+            applied: metrics.last_applied.map_or(0, |applied| applied.index),
+        }
+    }
+
+    /// Whether this voter answers requests: it leads, and a quorum follows.
+    pub fn is_serving(&self) -> bool {
+        matches!(*self.leader.serving.borrow(), Serving::Yes { .. })
+    }
+
+    /// Why this voter stopped, if it did: its disk could not be written. It is dropped and opened
+    /// again to go on.
+    pub fn stopped(&self) -> Option<String> {
+        match &*self.leader.serving.borrow() {
+            Serving::Stopped(reason) => Some(reason.clone()),
+            Serving::No { .. } | Serving::Yes { .. } => None,
+        }
+    }
+
+    /// A number that no voter had before, for the next one. Only the leader knows it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotLeader`].
+    pub async fn next_id(&self) -> Result<u64, StoreError> {
+        self.leader.barrier().await?;
+        let metrics = self.leader.raft.metrics();
+        let last = metrics.borrow().last_log_index.unwrap_or(0);
+        // A voter's number is the index of the entry before the one that adds it, plus one.
+        Ok(last + 2)
+    }
+
+    /// Adds a copy that has no vote yet, and waits until it has everything.
+    ///
+    /// # Errors
+    /// [`StoreError::NotLeader`]; [`StoreError::Unavailable`] if it does not catch up. The learner
+    /// stays then, and the call can be repeated.
+    pub async fn add_learner(&self, id: u64, voter: Voter) -> Result<(), StoreError> {
+        self.leader.serving.borrow().check()?;
+        let adding = self.leader.raft.add_learner(id, voter, true);
+        match tokio::time::timeout(LEARNER_PATIENCE, adding).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(StoreError::unavailable(error)),
+            Err(_) => Err(StoreError::unavailable(format!(
+                "voter {id} did not catch up within {} s",
+                LEARNER_PATIENCE.as_secs()
+            ))),
+        }
+    }
+
+    /// Makes these the voters; all others leave the group. Each is a voter or a learner already.
+    /// Requests are answered meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreError::NotLeader`]; [`StoreError::Unknown`] if the change may go on without this
+    /// call: look at [`RaftStore::status`] and repeat it.
+    pub async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), StoreError> {
+        self.leader.serving.borrow().check()?;
+        let changes = ChangeMembers::ReplaceAllVoters(voters);
+        let changing = self.leader.raft.change_membership(changes, false);
+        match tokio::time::timeout(LEARNER_PATIENCE, changing).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(StoreError::Unknown {
+                reason: error.to_string(),
+            }),
+            Err(_) => Err(StoreError::Unknown {
+                reason: "the voters did not agree in time".into(),
+            }),
+        }
+    }
+
+    /// Removes learners that did not become voters.
+    ///
+    /// # Errors
+    /// As [`RaftStore::set_voters`].
+    pub async fn remove_learners(&self, learners: BTreeSet<u64>) -> Result<(), StoreError> {
+        self.leader.serving.borrow().check()?;
+        let changes = ChangeMembers::RemoveNodes(learners);
+        let changed = self.leader.raft.change_membership(changes, false).await;
+        changed.map(drop).map_err(|error| StoreError::Unknown {
+            reason: error.to_string(),
+        })
+    }
+
+    /// Resolves when this voter begins or ceases to lead.
+    pub async fn leadership_changed(&self, was_leader: bool) {
+        let mut serving = self.leader.serving.subscribe();
+        let differs = |now: &Serving| matches!(now, Serving::Yes { .. }) != was_leader;
+        serving.wait_for(differs).await.ok();
+    }
+
+    /// Answers a request of another voter. `kind` is one of [`RaftStore::handles`].
+    ///
+    /// # Errors
+    /// [`RpcError::Refused`] if it cannot be decoded or is for another voter.
+    pub async fn answer(&self, kind: u16, request: &[u8]) -> Result<Reply, RpcError> {
+        network::answer(&self.leader.raft, self.leader.id, kind, request).await
+    }
+
+    /// Whether requests of `kind` are of other voters.
+    pub fn handles(kind: u16) -> bool {
+        use crate::encoding::kind;
+        (kind::RAFT_APPEND..=kind::RAFT_SNAPSHOT).contains(&kind)
+    }
+
+    async fn change(&self, command: Command, bytes: usize) -> Result<CommandOutcome, StoreError> {
+        self.leader.serving.borrow().check()?;
+        let (answer, answered) = oneshot::channel();
+        let request = Request {
+            command,
+            bytes,
+            answer,
+        };
+        let sent = self.requests.send(request).await;
+        sent.map_err(|_| StoreError::unavailable("the store is closed"))?;
+        let unknown = |reason: &str| {
+            Err(StoreError::Unknown {
+                reason: reason.into(),
+            })
+        };
+        match tokio::time::timeout(CHANGE_PATIENCE, answered).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => unknown("the store was closed"),
+            Err(_) => unknown("the voters did not agree in time"),
+        }
+    }
+}
+
+/// What the files of a voter have.
+struct Loaded {
+    opened: Opened,
+    file: SnapshotFile,
+    model: Model,
+    /// The snapshot's, if there is one.
+    meta: Option<types::SnapshotMeta>,
+}
+
+/// Reads the files of a voter.
+fn load(folder: &Path, new: Option<u64>, bytes_max: u64) -> Result<Loaded, String> {
+    if new.is_some() {
+        std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
+    }
+    let opened = Log::open(&folder.join("log.redb"), new)?;
+    let file = SnapshotFile::new(folder.join("snapshot"));
+    let (model, meta) = match file.load()? {
+        Some(saved) => {
+            let model = snapshot::decode(saved.state.get_ref(), bytes_max);
+            (model.map_err(|error| error.to_string())?, Some(saved.meta))
+        }
+        None => {
+            let model = Model {
+                bytes_max,
+                ..Model::default()
+            };
+            (model, None)
+        }
+    };
+    let saved = meta.as_ref().and_then(|meta| meta.last_log_id);
+    if opened.purged > saved {
+        return Err("its snapshot is missing or too old; restore a backup".into());
+    }
+    Ok(Loaded {
+        opened,
+        file,
+        model,
+        meta,
+    })
+}
+
+fn close(runtime: tokio::runtime::Runtime, writer: Writer, error: StoreError) -> StoreError {
+    drop(writer);
+    runtime.shutdown_background();
+    error
+}
+
+impl Drop for RaftStore {
+    fn drop(&mut self) {
+        let Some(runtime) = self.runtime.take() else {
+            return;
+        };
+        let raft = self.leader.raft.clone();
+        let (stopped, wait) = std::sync::mpsc::channel();
+        runtime.spawn(async move {
+            raft.shutdown().await.ok();
+            stopped.send(()).ok();
+        });
+        wait.recv_timeout(Duration::from_secs(5)).ok();
+        self.leader.view.fail("the store was closed");
+        drop(self.writer.take());
+        runtime.shutdown_background();
+    }
+}
+
+impl fmt::Debug for RaftStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RaftStore({})", self.folder.display())
+    }
+}
+
+impl Store for RaftStore {
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<KeyValue>, StoreError>> {
+        async move {
+            model::check_key(key)?;
+            self.leader.barrier().await?;
+            self.leader.view.get(key)
+        }
+        .boxed()
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>> {
+        async move {
+            self.leader.barrier().await?;
+            self.leader.view.list(prefix)
+        }
+        .boxed()
+    }
+
+    fn txn(&self, txn: Txn) -> BoxFuture<'_, Result<TxnOutcome, StoreError>> {
+        async move {
+            let bytes = model::check(&txn)?;
+            let outcome = self.change(Command::Txn(txn.into()), bytes).await?;
+            txn_outcome(outcome)
+        }
+        .boxed()
+    }
+
+    fn watch<'a>(
+        &'a self,
+        prefix: &'a str,
+        from_revision: Revision,
+    ) -> BoxFuture<'a, Result<Watch, StoreError>> {
+        async move {
+            self.leader.barrier().await?;
+            let term = self.leader.serving.borrow().check()?;
+            let view = &self.leader.view;
+            let changes = view.watch(prefix, from_revision, self.published.clone())?;
+            let mut serving = self.leader.serving.subscribe();
+            let ceased = async move {
+                let ceased = serving.wait_for(|now| *now != Serving::Yes { term }).await;
+                match ceased {
+                    Ok(now) => now.check().err(),
+                    Err(_) => None,
+                }
+                .unwrap_or_else(|| StoreError::unavailable("this node no longer leads the store"))
+            };
+            Ok(changes.until(ceased))
+        }
+        .boxed()
+    }
+
+    fn lease_grant(&self, ttl_ms: u64) -> BoxFuture<'_, Result<LeaseId, StoreError>> {
+        async move {
+            if !(LEASE_TTL_MS_MIN..=LEASE_TTL_MS_MAX).contains(&ttl_ms) {
+                let reason = format!(
+                    "a lease has {LEASE_TTL_MS_MIN} to {LEASE_TTL_MS_MAX} ms, not {ttl_ms}"
+                );
+                return Err(StoreError::Invalid { reason });
+            }
+            match self.change(Command::Grant(ttl_ms), 16).await? {
+                CommandOutcome::Granted(lease) => Ok(LeaseId(lease)),
+                other => Err(StoreError::Unknown {
+                    reason: format!("not a lease: {other:?}"),
+                }),
+            }
+        }
+        .boxed()
+    }
+
+    fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
+        async move {
+            // A leader that was replaced must not extend leases.
+            self.leader.barrier().await?;
+            let renewed = self.leader.deadlines.renew(lease);
+            renewed.ok_or(StoreError::NoSuchLease { lease })
+        }
+        .boxed()
+    }
+
+    fn lease_revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        async move { self.change(Command::Revoke(lease.0), 16).await.map(drop) }.boxed()
+    }
+
+    fn revision(&self) -> BoxFuture<'_, Result<Revision, StoreError>> {
+        async move {
+            self.leader.barrier().await?;
+            self.leader.view.revision()
+        }
+        .boxed()
+    }
+}

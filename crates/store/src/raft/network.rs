@@ -1,0 +1,166 @@
+//! The voters' requests to each other, over the agents' connections: TLS, both sides
+//! authenticated, members only.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use keel_net::{Bytes, NodeName, Peers, Reply, RpcError};
+use openraft::error::{
+    InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable,
+};
+use openraft::network::{RPCOption, RaftNetwork, RaftNetworkFactory};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse,
+    VoteRequest, VoteResponse,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
+
+use super::types::{Raft, Types, Voter};
+use crate::encoding::{decode, kind, payload};
+
+type Failed<E> = RPCError<u64, Voter, E>;
+
+/// Connections to the other voters. Without [`Peers`] there are none, and the store has one
+/// voter.
+#[derive(Clone)]
+pub(super) struct Network {
+    peers: Option<Arc<Peers>>,
+    /// The agent's runtime. The connections are shared with the rest of the agent and outlive
+    /// this store, so their tasks must not run on the store's own runtime.
+    runtime: Handle,
+}
+
+impl Network {
+    /// To be called on the agent's runtime.
+    pub(super) fn new(peers: Option<Arc<Peers>>) -> Self {
+        Self {
+            peers,
+            runtime: Handle::current(),
+        }
+    }
+}
+
+/// The way to one voter.
+pub(super) struct Connection {
+    peers: Option<Arc<Peers>>,
+    runtime: Handle,
+    target: u64,
+    voter: Voter,
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = Connection;
+
+    async fn new_client(&mut self, target: u64, voter: &Voter) -> Connection {
+        Connection {
+            peers: self.peers.clone(),
+            runtime: self.runtime.clone(),
+            target,
+            voter: voter.clone(),
+        }
+    }
+}
+
+impl Connection {
+    async fn ask<Q: Serialize, A: DeserializeOwned, E>(
+        &self,
+        kind: u16,
+        request: &Q,
+        timeout: Duration,
+    ) -> Result<A, Failed<E>>
+    where
+        E: std::error::Error + DeserializeOwned,
+    {
+        let unreachable = |reason: String| {
+            let error = std::io::Error::other(reason);
+            Failed::<E>::Unreachable(Unreachable::new(&error))
+        };
+        let peers = self.peers.as_ref();
+        let peers = peers.ok_or_else(|| unreachable("this store has one voter".into()))?;
+        let node = NodeName::new(&self.voter.node).map_err(|e| unreachable(e.to_string()))?;
+        if peers.address(&node).is_none() {
+            peers.set_address(&node, &self.voter.address);
+        }
+        let request = payload("a voter's request", &(self.target, request))
+            .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))?;
+        let peers = peers.clone();
+        let calling = async move { peers.call(&node, kind, request, timeout).await };
+        let answer = self.runtime.spawn(calling).await;
+        let answer = answer.map_err(|error| unreachable(error.to_string()))?;
+        // What was not sent is repeated after a pause; anything else at once.
+        let answer = answer.map_err(|error| match error {
+            RpcError::NotSent { .. } => Failed::<E>::Unreachable(Unreachable::new(&error)),
+            _ => Failed::<E>::Network(NetworkError::new(&error)),
+        })?;
+        let answer: Result<A, E> = decode("a voter's answer", &answer)
+            .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))?;
+        answer.map_err(|error| Failed::RemoteError(RemoteError::new(self.target, error)))
+    }
+}
+
+impl RaftNetwork<Types> for Connection {
+    async fn append_entries(
+        &mut self,
+        request: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<u64>, Failed<RaftError<u64>>> {
+        self.ask(kind::RAFT_APPEND, &request, option.hard_ttl())
+            .await
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        request: InstallSnapshotRequest<Types>,
+        option: RPCOption,
+    ) -> Result<InstallSnapshotResponse<u64>, Failed<RaftError<u64, InstallSnapshotError>>> {
+        self.ask(kind::RAFT_SNAPSHOT, &request, option.hard_ttl())
+            .await
+    }
+
+    async fn vote(
+        &mut self,
+        request: VoteRequest<u64>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<u64>, Failed<RaftError<u64>>> {
+        self.ask(kind::RAFT_VOTE, &request, option.hard_ttl()).await
+    }
+}
+
+/// Answers another voter's request at the voter `id`.
+///
+/// # Errors
+/// [`RpcError::Refused`] if it cannot be decoded, or is for another voter: this node lost its copy
+/// and came back under another number.
+pub(super) async fn answer(
+    raft: &Raft,
+    id: u64,
+    kind: u16,
+    request: &[u8],
+) -> Result<Reply, RpcError> {
+    match kind {
+        kind::RAFT_APPEND => one(&raft.append_entries(read(id, request)?).await),
+        kind::RAFT_VOTE => one(&raft.vote(read(id, request)?).await),
+        kind::RAFT_SNAPSHOT => one(&raft.install_snapshot(read(id, request)?).await),
+        other => Err(RpcError::refused(format!(
+            "kind {other:#06x} is not a request of a voter"
+        ))),
+    }
+}
+
+fn read<T: DeserializeOwned>(id: u64, request: &[u8]) -> Result<T, RpcError> {
+    let (target, request): (u64, T) =
+        decode("a voter's request", request).map_err(RpcError::refused)?;
+    match target == id {
+        true => Ok(request),
+        false => Err(RpcError::refused(format!(
+            "it is for voter {target}, this is voter {id}"
+        ))),
+    }
+}
+
+fn one(answer: &impl Serialize) -> Result<Reply, RpcError> {
+    let answer: Bytes = payload("a voter's answer", answer).map_err(RpcError::unknown)?;
+    Ok(Reply::One(answer))
+}

@@ -1,0 +1,134 @@
+//! Snapshots: the whole state machine as of one entry of the log, as a file of the voter and as
+//! what a voter that is far behind gets.
+//!
+//! The file has a magic number, the BLAKE3 hash of the rest, the metadata and the state. It is
+//! replaced as a whole, so after a crash it is the older one or the newer one. A file that does
+//! not match its hash is refused, never overwritten.
+
+use std::io::{Cursor, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::types::SnapshotMeta;
+use crate::encoding::{self, WireError};
+use crate::interface::{KeyValue, LeaseId};
+use crate::model::{Lease, Model};
+use crate::wire::Entry;
+
+const MAGIC: &[u8; 8] = b"keelsnp1";
+
+/// The state machine's content.
+#[derive(Serialize, Deserialize)]
+struct Content {
+    revision: u64,
+    lease_next: u64,
+    /// Number and time to live, in milliseconds.
+    leases: Vec<(u64, u64)>,
+    entries: Vec<Entry>,
+}
+
+/// Encodes a model.
+pub(super) fn encode(model: &Model) -> Result<Vec<u8>, WireError> {
+    let leases = model.leases.iter();
+    let mut leases: Vec<(u64, u64)> = leases.map(|(id, held)| (id.0, held.ttl_ms)).collect();
+    leases.sort_unstable();
+    let content = Content {
+        revision: model.revision,
+        lease_next: model.lease_next,
+        leases,
+        entries: model
+            .entries
+            .values()
+            .map(|entry| Entry::from(KeyValue::clone(entry)))
+            .collect(),
+    };
+    encoding::encode("a snapshot of the store", &content)
+}
+
+/// The model that [`encode`] wrote.
+pub(super) fn decode(bytes: &[u8], bytes_max: u64) -> Result<Model, WireError> {
+    let content: Content = encoding::decode("a snapshot of the store", bytes)?;
+    let mut model = Model {
+        revision: content.revision,
+        lease_next: content.lease_next,
+        bytes_max,
+        ..Model::default()
+    };
+    for (id, ttl_ms) in content.leases {
+        let held = Lease {
+            ttl_ms,
+            ..Lease::default()
+        };
+        model.leases.insert(LeaseId(id), held);
+    }
+    for entry in content.entries {
+        model.load(entry.into());
+    }
+    Ok(model)
+}
+
+/// A snapshot as read from its file.
+pub(super) struct Saved {
+    pub(super) meta: SnapshotMeta,
+    pub(super) state: Cursor<Vec<u8>>,
+}
+
+/// The file of the newest snapshot.
+#[derive(Debug, Clone)]
+pub(super) struct SnapshotFile {
+    path: PathBuf,
+}
+
+impl SnapshotFile {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// Replaces the snapshot.
+    ///
+    /// # Errors
+    /// The file system's; then the older one stays.
+    pub(super) fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> std::io::Result<()> {
+        let meta =
+            encoding::encode("the head of a snapshot", meta).map_err(std::io::Error::other)?;
+        let meta_bytes = (meta.len() as u64).to_le_bytes();
+        let mut hash = blake3::Hasher::new();
+        hash.update(&meta_bytes).update(&meta).update(state);
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let new = self.path.with_extension("new");
+        let mut file = std::fs::File::create(&new)?;
+        file.write_all(MAGIC)?;
+        file.write_all(hash.finalize().as_bytes())?;
+        file.write_all(&meta_bytes)?;
+        file.write_all(&meta)?;
+        file.write_all(state)?;
+        file.sync_all()?;
+        std::fs::rename(&new, &self.path)?;
+        std::fs::File::open(folder)?.sync_all()
+    }
+
+    /// The snapshot, if there is one.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with the file.
+    pub(super) fn load(&self) -> Result<Option<Saved>, String> {
+        let bytes = match std::fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        let damaged = || "its snapshot is damaged; restore a backup".to_owned();
+        let rest = bytes.strip_prefix(MAGIC).ok_or_else(damaged)?;
+        let (hash, rest) = rest.split_at_checked(32).ok_or_else(damaged)?;
+        if blake3::hash(rest).as_bytes() != hash {
+            return Err(damaged());
+        }
+        let (meta_bytes, rest) = rest.split_first_chunk::<8>().ok_or_else(damaged)?;
+        let meta_bytes = usize::try_from(u64::from_le_bytes(*meta_bytes)).map_err(|_| damaged())?;
+        let (meta, state) = rest.split_at_checked(meta_bytes).ok_or_else(damaged)?;
+        let meta = encoding::decode("the head of a snapshot", meta).map_err(|e| e.to_string())?;
+        let state = Cursor::new(state.to_vec());
+        Ok(Some(Saved { meta, state }))
+    }
+}

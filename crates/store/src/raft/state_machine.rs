@@ -1,0 +1,231 @@
+//! The state machine of a voter: applies committed entries to the model and publishes them to
+//! readers and watches. Deterministic: no clock, no randomness; a lease lives until an entry ends
+//! it. It is in memory; after a restart it begins with the newest snapshot and replays the log.
+
+#![expect(
+    clippy::result_large_err,
+    reason = "openraft's traits return its errors"
+)]
+
+use std::io::Cursor;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use openraft::storage::RaftStateMachine;
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
+use tokio::sync::watch;
+
+use super::deadlines::Deadlines;
+use super::snapshot::{self, SnapshotFile};
+use super::types::{
+    Applied, Command, CommandOutcome, LogId, Membership, Proposal, SnapshotMeta, StorageError,
+    StorageIoError, Types, disk_error,
+};
+use crate::interface::{Changes, LeaseId, TxnOutcome};
+use crate::model::{Model, Verdict};
+use crate::view::View;
+use crate::wire::{Failure, Outcome};
+
+pub(super) struct StateMachine {
+    model: Model,
+    applied: Option<LogId>,
+    membership: Membership,
+    view: Arc<View>,
+    /// Wakes the watches; dropped with this, which ends them.
+    published: watch::Sender<()>,
+    deadlines: Arc<Deadlines>,
+    file: SnapshotFile,
+    bytes: Arc<AtomicUsize>,
+}
+
+/// What a [`StateMachine`] shares with the rest of the store.
+pub(super) struct Shared {
+    pub(super) view: Arc<View>,
+    pub(super) published: watch::Sender<()>,
+    pub(super) deadlines: Arc<Deadlines>,
+    pub(super) file: SnapshotFile,
+    /// Bytes of proposals applied since the newest snapshot.
+    pub(super) bytes: Arc<AtomicUsize>,
+}
+
+impl StateMachine {
+    pub(super) fn new(model: Model, meta: Option<SnapshotMeta>, shared: Shared) -> Self {
+        let meta = meta.unwrap_or_default();
+        Self {
+            model,
+            applied: meta.last_log_id,
+            membership: meta.last_membership,
+            view: shared.view,
+            published: shared.published,
+            deadlines: shared.deadlines,
+            file: shared.file,
+            bytes: shared.bytes,
+        }
+    }
+
+    fn run(
+        &mut self,
+        proposal: &Proposal,
+        changes: &mut Vec<Changes>,
+    ) -> Result<Applied, StorageError> {
+        self.bytes.fetch_add(proposal.bytes(), Ordering::Relaxed);
+        // What this version cannot read it must not skip: the copies would differ.
+        let commands = proposal.commands().map_err(disk_error)?;
+        let outcomes = commands.into_iter().map(|command| match command {
+            Command::Txn(txn) => {
+                let verdict = self.model.apply(txn.into());
+                let revision = self.model.revision;
+                let outcome = verdict.map(|verdict| match verdict {
+                    Verdict::Applied(changed) => {
+                        changes.extend(changed);
+                        TxnOutcome::Committed { revision }
+                    }
+                    Verdict::Refused { failed, current } => TxnOutcome::Refused {
+                        failed,
+                        revision,
+                        current,
+                    },
+                });
+                CommandOutcome::Txn(outcome.map(Outcome::from).map_err(Failure::from))
+            }
+            Command::Grant(ttl_ms) => {
+                let lease = self.model.grant(ttl_ms);
+                self.deadlines.add(lease, ttl_ms);
+                CommandOutcome::Granted(lease.0)
+            }
+            Command::Revoke(lease) | Command::Expire(lease) => {
+                self.deadlines.remove(LeaseId(lease));
+                changes.extend(self.model.end(LeaseId(lease)).flatten());
+                CommandOutcome::Ended
+            }
+        });
+        Ok(Applied(outcomes.collect()))
+    }
+}
+
+impl RaftStateMachine<Types> for StateMachine {
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, Membership), StorageError> {
+        Ok((self.applied, self.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Applied>, StorageError>
+    where
+        I: IntoIterator<Item = openraft::Entry<Types>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut changes = Vec::new();
+        let mut all = Vec::new();
+        for entry in entries {
+            self.applied = Some(entry.log_id);
+            all.push(match entry.payload {
+                EntryPayload::Blank => Applied::default(),
+                EntryPayload::Normal(proposal) => self.run(&proposal, &mut changes)?,
+                EntryPayload::Membership(membership) => {
+                    self.membership = Membership::new(Some(entry.log_id), membership);
+                    Applied::default()
+                }
+            });
+        }
+        if !changes.is_empty() {
+            self.view.publish(changes);
+            self.published.send_replace(());
+        }
+        Ok(all)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder {
+            model: self.model.clone(),
+            applied: self.applied,
+            membership: self.membership.clone(),
+            file: self.file.clone(),
+            bytes: self.bytes.clone(),
+        }
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>, StorageError> {
+        Ok(Box::default())
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: Box<Cursor<Vec<u8>>>,
+    ) -> Result<(), StorageError> {
+        let (file, saved) = (self.file.clone(), meta.clone());
+        let bytes_max = self.model.bytes_max;
+        let model = blocking(move || {
+            let state = snapshot.into_inner();
+            let model = snapshot::decode(&state, bytes_max).map_err(std::io::Error::other)?;
+            file.save(&saved, &state)?;
+            Ok(model)
+        })
+        .await?;
+        self.model = model;
+        self.applied = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+        self.bytes.store(0, Ordering::Relaxed);
+        let leases = self.model.leases.iter();
+        self.deadlines
+            .replace(leases.map(|(id, held)| (*id, held.ttl_ms)));
+        self.view
+            .replace(self.model.revision, self.model.entries.clone());
+        self.published.send_replace(());
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, StorageError> {
+        let file = self.file.clone();
+        let found = blocking(move || file.load().map_err(std::io::Error::other)).await?;
+        Ok(found.map(|saved| Snapshot {
+            meta: saved.meta,
+            snapshot: Box::new(saved.state),
+        }))
+    }
+}
+
+/// Makes a snapshot of one instant, beside the state machine, which goes on.
+pub(super) struct Builder {
+    model: Model,
+    applied: Option<LogId>,
+    membership: Membership,
+    file: SnapshotFile,
+    bytes: Arc<AtomicUsize>,
+}
+
+impl RaftSnapshotBuilder<Types> for Builder {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<Types>, StorageError> {
+        let index = self.applied.map_or(0, |applied| applied.index);
+        let meta = SnapshotMeta {
+            last_log_id: self.applied,
+            last_membership: self.membership.clone(),
+            snapshot_id: format!("{index}-{}", self.model.revision),
+        };
+        self.bytes.store(0, Ordering::Relaxed);
+        let (model, file, saved) = (
+            std::mem::take(&mut self.model),
+            self.file.clone(),
+            meta.clone(),
+        );
+        let state = blocking(move || {
+            let state = snapshot::encode(&model).map_err(std::io::Error::other)?;
+            file.save(&saved, &state)?;
+            Ok(state)
+        })
+        .await?;
+        Ok(Snapshot {
+            meta,
+            snapshot: Box::new(Cursor::new(state)),
+        })
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, StorageError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
+    done.map_err(|error| StorageIoError::write_snapshot(None, &error).into())
+}
