@@ -6,6 +6,7 @@
 //! | `GET /v1/status` | [`ClusterInfo`] |
 //! | `GET /v1/nodes` | list of [`NodeInfo`] |
 //! | `GET /v1/store` | [`StoreInfo`] |
+//! | `GET /v1/store/backup` | the file of a backup |
 //! | `POST /v1/store/voters` [`VotersRequest`] | [`StoreInfo`]: the change begins |
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |

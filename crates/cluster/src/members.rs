@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::identity::ClusterId;
 use keel_store::encoding::{self, WireError};
 use keel_store::keys::{Key, MEMBERS, schedule_of};
-use keel_store::{Change, Compare, Store, StoreError, Txn, TxnOutcome};
+use keel_store::{Change, Compare, KeyValue, Store, StoreError, Txn, TxnOutcome};
 
 /// Longest address, in bytes.
 pub const ADDRESS_BYTES_MAX: usize = 300;
@@ -221,6 +221,47 @@ pub async fn set_voters(store: &dyn Store, list: &VoterList) -> Result<(), Membe
     let txn = Txn::new().when(Compare::Exists { key: key.clone() });
     store.txn(txn.put(key, value)).await?;
     Ok(())
+}
+
+/// Changes the content of a store that one voter begins anew with: a higher incarnation, so that
+/// all new epochs are above all old ones, and this voter alone. The new incarnation.
+///
+/// # Errors
+/// [`MemberError::OtherCluster`], [`MemberError::NoCluster`], [`MemberError::NotAMember`] if the
+/// voter is none.
+pub fn begin_anew(
+    entries: &mut [KeyValue],
+    cluster: ClusterId,
+    voter: &Voter,
+) -> Result<u32, MemberError> {
+    let member = Key::Member(voter.node.clone()).to_string();
+    if !entries.iter().any(|entry| entry.key == member) {
+        return Err(MemberError::NotAMember(voter.node.clone()));
+    }
+    let mut incarnation = None;
+    for entry in entries {
+        match entry.key.parse() {
+            Ok(Key::Cluster) => {
+                let mut record: ClusterRecord =
+                    encoding::decode("the cluster's record", &entry.value)?;
+                if record.id != cluster {
+                    return Err(MemberError::OtherCluster(record.id));
+                }
+                record.incarnation += 1;
+                incarnation = Some(record.incarnation);
+                entry.value = encoding::encode("the cluster's record", &record)?;
+            }
+            Ok(Key::Voters) => {
+                let list = VoterList {
+                    voters: vec![voter.clone()],
+                    ..VoterList::default()
+                };
+                entry.value = encoding::encode("the list of voters", &list)?;
+            }
+            _ => {}
+        }
+    }
+    incarnation.ok_or(MemberError::NoCluster)
 }
 
 /// All members, by name.

@@ -2,7 +2,7 @@
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result};
-use keel_api::{Client, ClusterInfo, NodeInfo, StoreInfo, Token, TokenRequest, VotersRequest};
+use keel_api::{Client, ClusterInfo, NodeInfo, Token, TokenRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -95,57 +95,6 @@ pub(crate) async fn status(reach: &Reach) -> Result<ExitCode> {
                 "\nno failover: the store has one voter"
             } else {
                 ""
-            },
-        )
-    })?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// What is asked of the store.
-#[derive(Debug, clap::Subcommand)]
-pub(crate) enum StoreCommand {
-    /// Shows the voters, and which of them leads.
-    Status,
-    /// Says how many nodes shall hold the store: 1, 3, 5, or auto.
-    ///
-    /// `auto`: 3 from 3 nodes on, 5 from 7 on. With 3 voters the store survives the loss of one,
-    /// with 5 of two. The leader carries it out while everything goes on.
-    Voters {
-        /// 1, 3, 5 or auto.
-        count: String,
-    },
-}
-
-pub(crate) async fn store(reach: &Reach, what: Option<StoreCommand>) -> Result<ExitCode> {
-    let client = reach.client()?;
-    let info: StoreInfo = match what {
-        None | Some(StoreCommand::Status) => client.get("/v1/store").await?,
-        Some(StoreCommand::Voters { count }) => {
-            let request = VotersRequest { count };
-            client.post("/v1/store/voters", &request).await?
-        }
-    };
-    let name = info.revision.to_string();
-    output::one(reach.format(), &info, &name, |info| {
-        let voters = info.voters.iter().map(|voter| {
-            format!(
-                "  {} at {}{}{}",
-                voter.node,
-                voter.address,
-                if voter.leads { ", leads" } else { "" },
-                if voter.alive { "" } else { ", away" },
-            )
-        });
-        let voters: Vec<String> = voters.collect();
-        format!(
-            "revision {}, term {}\nvoters ({} wanted):\n{}\nmay fail: {}",
-            info.revision,
-            info.term,
-            info.wanted,
-            voters.join("\n"),
-            match info.spare {
-                0 => "none; the store answers only while all that are left do".to_owned(),
-                spare => format!("{spare}"),
             },
         )
     })?;

@@ -72,7 +72,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         Ok((info, machines)) => (
             Some(info.node.as_str()),
             &machines[..],
-            info.voters.contains(&info.node),
+            info.voters == [info.node.clone()],
         ),
         Err(error) if args.machines => {
             bail!("the node's machines cannot be stopped, so it is not stopped either: {error:#}")

@@ -30,7 +30,8 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Cluster",
         &[
-            "up", "join", "down", "status", "nodes", "store", "schedule", "token", "events",
+            "up", "join", "down", "status", "nodes", "store", "recover", "schedule", "token",
+            "events",
         ],
     ),
     (

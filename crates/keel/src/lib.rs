@@ -51,6 +51,7 @@ mod set;
 mod sim;
 mod size;
 mod started;
+mod store;
 mod up;
 mod volume;
 mod wasm;
@@ -89,11 +90,13 @@ enum Command {
     Down(down::Args),
     /// Shows the state of the cluster.
     Status,
-    /// Shows which nodes hold the store, or says how many shall.
+    /// Shows which nodes hold the store, says how many shall; backups.
     Store {
         #[command(subcommand)]
-        what: Option<cluster::StoreCommand>,
+        what: Option<store::StoreCommand>,
     },
+    /// Begins the store anew on this computer's node, when most voters are lost for good.
+    Recover(store::RecoverArgs),
     /// Checks this computer: what a node has here, what it lacks, and the remedies.
     ///
     /// Needs no running node; a running one is queried too. Exit code 1 if a node does not work
@@ -364,7 +367,8 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Down(args) => down::run(&reach, &args).await,
         Command::Agent(args) => up::agent(&args, kinds).await,
         Command::Status => cluster::status(&reach).await,
-        Command::Store { what } => cluster::store(&reach, what).await,
+        Command::Store { what } => store::run(&reach, what).await,
+        Command::Recover(args) => store::recover(&reach, &args).await,
         Command::Doctor(args) => doctor::run(&reach, &args).await,
         Command::Nodes => cluster::nodes(&reach).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,

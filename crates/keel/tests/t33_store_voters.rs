@@ -203,3 +203,134 @@ async fn operators_say_how_many_voters_there_are() {
         .await
         .expect("it starts");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_that_lost_its_copy_gets_another_one() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    bench.cluster.power_off("c");
+    let copy = bench.folder.path().join("c").join("store");
+    std::fs::remove_dir_all(&copy).expect("its copy");
+    bench.cluster.power_on("c").await.expect("it comes back");
+    wait_for("it has a copy again", || async {
+        copy.join("log.redb").exists().then_some(())
+    })
+    .await
+    .expect("a copy");
+    // It counts: without a there is a quorum.
+    wait_for("b and c suffice", || async {
+        bench.cluster.wait_voters("c", 3).await.ok()?;
+        let (done, _) = keel(&bench, "c", &["store", "status"]);
+        done.then_some(())
+    })
+    .await
+    .expect("three voters");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    bench.cluster.power_off("a");
+    let counter = guest("counter");
+    bench
+        .cluster
+        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    let counter = guest("counter");
+    for (name, node) in [("kept", "c"), ("lost", "b")] {
+        bench
+            .cluster
+            .run(&Guest::new(name, node, &counter, &["1000000", "2"]))
+            .await
+            .expect("it starts");
+    }
+    let (done, said) = keel(&bench, "c", &["recover", "--others-are-lost"]);
+    assert!(
+        !done && said.contains("another process has it open"),
+        "{said}"
+    );
+    for node in ["a", "b", "c"] {
+        bench.cluster.power_off(node);
+    }
+    let (done, said) = keel(&bench, "c", &["recover"]);
+    assert!(!done && said.contains("--others-are-lost"), "{said}");
+    let (done, said) = keel(&bench, "c", &["recover", "--others-are-lost"]);
+    assert!(done && said.contains("incarnation 2"), "{said}");
+    assert!(said.contains("node a must never run again"), "{said}");
+    bench.cluster.power_on("c").await.expect("it starts alone");
+    assert_eq!(bench.cluster.wait_voters("c", 1).await.expect("one"), "c");
+    // Everything is known, and new machines have epochs above all old ones.
+    let info = bench
+        .cluster
+        .inspect("c", "lost")
+        .await
+        .expect("it is known");
+    assert_eq!(info.node, "b");
+    bench
+        .cluster
+        .run(&Guest::new("new", "c", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    let info = bench.cluster.inspect("c", "new").await.expect("info");
+    assert!(info.epoch.to_string().starts_with("2."), "{}", info.epoch);
+    // A lost node comes back as a new one.
+    let folder = bench.folder.path().join("again");
+    let client = bench.cluster.client("c");
+    let request = TokenRequest::Join { ttl_s: 60 };
+    let token: Token = client.post("/v1/tokens", &request).await.expect("a token");
+    let nodes: Vec<NodeInfo> = client.get("/v1/nodes").await.expect("nodes");
+    let via = nodes.iter().find(|node| node.name == "c").expect("c");
+    let via = via.address.clone();
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let joined = bench.cluster.join(&folder, "d", &via, &token.token).await;
+    joined.expect("it joins");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_brings_the_store_back() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    let file = bench.folder.path().join("backup");
+    let file = file.to_str().expect("a path");
+    let place = bench.folder.path().join("place");
+    std::fs::create_dir_all(&place).expect("a folder");
+    let place = place.to_str().expect("a path");
+    let create = |name: &str| {
+        let (done, said) = keel(&bench, "a", &["volume", "create", name, "--at", place]);
+        assert!(done, "{said}");
+    };
+    create("before");
+    let (done, said) = keel(&bench, "b", &["store", "backup", file]);
+    assert!(done && said.contains("entries of revision"), "{said}");
+    let (done, said) = keel(&bench, "b", &["store", "backup", file]);
+    assert!(!done && said.contains("exists"), "{said}");
+    create("after");
+    let restore = ["store", "restore", file, "--others-are-lost"];
+    let (done, said) = keel(&bench, "b", &restore);
+    assert!(
+        !done && said.contains("another process has it open"),
+        "{said}"
+    );
+    for node in ["a", "b", "c"] {
+        bench.cluster.power_off(node);
+    }
+    let damaged = bench.folder.path().join("damaged");
+    let mut bytes = std::fs::read(file).expect("the backup");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&damaged, &bytes).expect("a file");
+    let damaged = damaged.to_str().expect("a path");
+    let (done, said) = keel(
+        &bench,
+        "b",
+        &["store", "restore", damaged, "--others-are-lost"],
+    );
+    assert!(!done && said.contains("damaged"), "{said}");
+    let (done, said) = keel(&bench, "b", &restore);
+    assert!(done, "{said}");
+    bench.cluster.power_on("b").await.expect("it starts");
+    let (done, said) = keel(&bench, "b", &["volume", "ls"]);
+    assert!(
+        done && said.contains("before") && !said.contains("after"),
+        "{said}"
+    );
+}

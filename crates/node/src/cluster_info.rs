@@ -10,7 +10,7 @@ use keel_cluster::{MachineName, NodeName, members};
 use keel_machine::spec::Status;
 use keel_store::clock::unix_ms;
 use keel_store::keys::{self, Key};
-use keel_store::{Txn, encoding};
+use keel_store::{Backup, Txn, encoding};
 
 /// The machines in a node's schedule.
 ///
@@ -95,6 +95,26 @@ pub(crate) async fn store(context: &Context) -> Result<StoreInfo, CommandError> 
         spare: u32::try_from(answering.saturating_sub(quorum)).unwrap_or(0),
         voters,
     })
+}
+
+/// A backup of the store: the bytes of its file.
+///
+/// # Errors
+/// [`CommandError`] if the store does not answer.
+pub(crate) async fn backup(context: &Context) -> Result<Vec<u8>, CommandError> {
+    let listing = context.store.list("").await?;
+    let backup = Backup {
+        cluster: context.cluster.to_string(),
+        revision: listing.revision,
+        created_unix_ms: unix_ms(),
+        entries: listing.entries,
+    };
+    let encoding = tokio::task::spawn_blocking(move || backup.encode()).await;
+    match encoding {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) => Err(CommandError::Unavailable(error.to_string())),
+        Err(error) => Err(CommandError::Unavailable(error.to_string())),
+    }
 }
 
 /// Says how many voters the store shall have. The leader carries it out.

@@ -51,4 +51,4 @@ pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
 pub use supervisor::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
-pub use voters::VoterError;
+pub use voters::{RebuildError, Rebuilt, VoterError, recover, restore};

@@ -21,10 +21,12 @@
 //! - [`encoding`]: the envelope of records and requests
 //! - [`clock`]: the clock that leases are measured by
 //! - `raft`, `model`, `view`: the embedded engine
+//! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
 
 #![forbid(unsafe_code)]
 
+mod backup;
 mod client;
 pub mod clock;
 pub mod encoding;
@@ -36,6 +38,7 @@ mod server;
 mod view;
 mod wire;
 
+pub use backup::{Backup, BackupError};
 pub use client::StoreClient;
 pub use interface::{
     Change, Changes, Compare, KEY_BYTES_MAX, KeyValue, LEASE_KEYS_MAX, LEASE_TTL_MS_MAX,

@@ -19,6 +19,9 @@ use std::time::Duration;
 /// The leader asks a node to hold a copy of the store.
 pub(super) const BECOME_VOTER: u16 = 0x0340;
 
+/// The leader asks a voter for the number of its copy.
+pub(super) const COPY: u16 = 0x0341;
+
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -173,7 +176,7 @@ impl Voters {
 
     /// Whether requests of `kind` belong here.
     pub(crate) fn handles(kind: u16) -> bool {
-        kind == BECOME_VOTER || ClusterService::handles(kind)
+        kind == BECOME_VOTER || kind == COPY || ClusterService::handles(kind)
     }
 
     /// Becomes the voter that the leader asks for. Idempotent.
@@ -280,6 +283,9 @@ impl Handler for Voters {
             if kind == BECOME_VOTER {
                 self.become_voter(unpack(&payload)?).await?;
                 return Ok(pack(&())?.into());
+            }
+            if kind == COPY {
+                return Ok(pack(&self.store().map(|store| store.id()))?.into());
             }
             match self.service() {
                 Some(service) => service.call(peer, kind, payload).await,

@@ -1,12 +1,12 @@
 //! The leader's care for the group of voters, and every node's view of it.
 
-use super::handle::{BECOME_VOTER, BecomeVoter, VoterError, Voters};
+use super::handle::{BECOME_VOTER, BecomeVoter, COPY, VoterError, Voters};
 use crate::context::Settings;
 use keel_cluster::NodeName;
 use keel_cluster::identity::CertificateAuthority;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
-use keel_machine::worker::control::pack;
+use keel_machine::worker::control::{pack, unpack};
 use keel_store::keys::{ALIVE, Key, NODE_LABELS};
 use keel_store::{RaftStatus, RaftStore, Store, StoreError, encoding};
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,10 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 const RETIRE_AFTER: Duration = Duration::from_secs(120);
 /// Time for a node to open its copy.
 const BECOME_PATIENCE: Duration = Duration::from_secs(20);
+/// How often the voters are asked whether they have their copies.
+const COPIES_EVERY: Duration = Duration::from_secs(5);
+/// Time for one to answer.
+const COPY_PATIENCE: Duration = Duration::from_secs(1);
 /// The label that names a node's failure domain.
 const ZONE: &str = "zone";
 
@@ -43,9 +47,23 @@ pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
 
 /// Since when each node is alive, or away, as this leader saw it.
 #[derive(Default)]
-struct NodeStates(BTreeMap<NodeName, (bool, Instant)>);
+struct NodeStates {
+    nodes: BTreeMap<NodeName, (bool, Instant)>,
+    copies_seen: Option<Instant>,
+}
 
 impl NodeStates {
+    /// Whether it is time to ask the voters for their copies.
+    fn copies_are_due(&mut self) -> bool {
+        let due = self
+            .copies_seen
+            .is_none_or(|at| at.elapsed() >= COPIES_EVERY);
+        if due {
+            self.copies_seen = Some(Instant::now());
+        }
+        due
+    }
+
     fn candidates(
         &mut self,
         all: &MemberSet,
@@ -54,10 +72,10 @@ impl NodeStates {
     ) -> BTreeMap<NodeName, Candidate> {
         let now = Instant::now();
         let members = all.all();
-        self.0.retain(|node, _| members.contains_key(node));
+        self.nodes.retain(|node, _| members.contains_key(node));
         let mut candidate = |node: &NodeName| {
             let is_alive = alive.contains(node);
-            let state = self.0.entry(node.clone()).or_insert((is_alive, now));
+            let state = self.nodes.entry(node.clone()).or_insert((is_alive, now));
             if state.0 != is_alive {
                 *state = (is_alive, now);
             }
@@ -96,6 +114,13 @@ async fn look(
             .map_err(members::MemberError::from)?,
         None => VoterCount::Auto,
     };
+    let without = match states.copies_are_due() {
+        true => without_copy(voters, &status, &candidates).await?,
+        false => BTreeMap::new(),
+    };
+    if !without.is_empty() {
+        return renumber(voters, store, &status, all, &without).await;
+    }
     let now = names(&status);
     let Some(next) = next_voters(&now, &voters.name, &candidates, wanted) else {
         let idle: BTreeSet<u64> = status.learners.keys().copied().collect();
@@ -112,6 +137,55 @@ async fn look(
             None => add(voters, store, &status, all, node).await?,
         });
     }
+    store.set_voters(ids).await?;
+    publish(store, &store.status()).await
+}
+
+/// Voters that are alive but lost the copy that their number stands for.
+async fn without_copy(
+    voters: &Voters,
+    status: &RaftStatus,
+    candidates: &BTreeMap<NodeName, Candidate>,
+) -> Result<BTreeMap<u64, NodeName>, VoterError> {
+    let mut without = BTreeMap::new();
+    for (id, voter) in &status.voters {
+        let Ok(node) = voter.node.parse::<NodeName>() else {
+            continue;
+        };
+        let is_alive = candidates.get(&node).is_some_and(|it| it.is_alive);
+        if *id == status.id || !is_alive {
+            continue;
+        }
+        let question = pack(&()).map_err(|error| StoreError::unavailable(error.to_string()))?;
+        let asked = voters.peers.call(&node, COPY, question, COPY_PATIENCE);
+        // Whoever does not answer may have it.
+        let Ok(answer) = asked.await else { continue };
+        if let Ok(held) = unpack::<Option<u64>>(&answer)
+            && held != Some(*id)
+        {
+            without.insert(*id, node);
+        }
+    }
+    Ok(without)
+}
+
+/// Gives voters without their copies new ones, under new numbers: what they voted for is forgotten.
+async fn renumber(
+    voters: &Voters,
+    store: &RaftStore,
+    status: &RaftStatus,
+    all: &MemberSet,
+    without: &BTreeMap<u64, NodeName>,
+) -> Result<(), VoterError> {
+    // One at a time: the others are the quorum.
+    let Some((old, node)) = without.first_key_value() else {
+        return Ok(());
+    };
+    tracing::warn!(%node, old, "this voter lost its copy of the store; it gets another one");
+    let new = add(voters, store, status, all, node).await?;
+    let mut ids: BTreeSet<u64> = status.voters.keys().copied().collect();
+    ids.remove(old);
+    ids.insert(new);
     store.set_voters(ids).await?;
     publish(store, &store.status()).await
 }

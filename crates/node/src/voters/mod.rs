@@ -6,12 +6,15 @@
 //! - A copy that stopped because its disk could not be written is opened again ([`reopen`]).
 //! - [`follow`] keeps the list of voters: for the client, and in the node's settings for its next
 //!   start. [`manage`] is the leader's: it carries out what `keel_cluster::voters` decides.
+//! - [`recover`] and [`restore`] begin the store anew, while the agent does not run.
 //! - A node becomes a voter by the leader's request, which also brings the cluster's authority: any
 //!   voter admits nodes. It is sent over TLS between members.
 
 mod handle;
 mod manage;
+mod rebuild;
 
 pub use handle::VoterError;
 pub(crate) use handle::Voters;
 pub(crate) use manage::{follow, manage, reopen};
+pub use rebuild::{RebuildError, Rebuilt, recover, restore};

@@ -41,6 +41,10 @@ const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 /// Version of the tables. Version 1 had the entries of the store, without a log.
 const FORMAT: u64 = 2;
 
+/// Said of a file that another process has open.
+pub(super) const IN_USE: &str =
+    "another process has it open; is a second `keel up` running with this state directory?";
+
 /// Bytes of entries that are sent to a follower at once.
 const READ_BYTES_MAX: usize = 1 << 20;
 
@@ -133,6 +137,13 @@ impl Log {
             id,
             purged,
         })
+    }
+
+    /// Whether another process has the file open.
+    pub(super) fn is_in_use(path: &Path) -> bool {
+        let opening = AssertUnwindSafe(|| Database::open(path));
+        let opened = std::panic::catch_unwind(opening);
+        matches!(opened, Ok(Err(DatabaseError::DatabaseAlreadyOpen)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -435,10 +446,7 @@ fn value<T: DeserializeOwned>(
 
 fn explain(error: DatabaseError) -> String {
     match error {
-        DatabaseError::DatabaseAlreadyOpen => {
-            "another process has it open; is a second `keel up` running with this state directory?"
-                .into()
-        }
+        DatabaseError::DatabaseAlreadyOpen => IN_USE.into(),
         DatabaseError::Storage(redb::StorageError::Io(error))
             if error.kind() == std::io::ErrorKind::InvalidData =>
         {

@@ -25,6 +25,7 @@ mod deadlines;
 mod leader;
 mod log;
 mod network;
+mod rebuild;
 mod snapshot;
 mod state_machine;
 mod types;
@@ -250,6 +251,36 @@ impl RaftStore {
     pub async fn open_alone(folder: &Path) -> Result<Self, StoreError> {
         let first = IfAbsent::Found(Voter::default());
         Self::open(folder, first, None, RaftOptions::default()).await
+    }
+
+    /// All that the copy in `folder` has, but for what belongs to leases; no voter runs on it.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`].
+    pub async fn content(folder: &Path) -> Result<Listing, StoreError> {
+        rebuild::content(folder, RaftOptions::default().store_bytes_max).await
+    }
+
+    /// Whether no voter runs on the copy in `folder`.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] if one does. A damaged copy is unused.
+    pub async fn check_unused(folder: &Path) -> Result<(), StoreError> {
+        rebuild::check_unused(folder).await
+    }
+
+    /// Puts a store of one voter with this content in the place of the copy in `folder`, on which
+    /// no voter runs; where the old copy is now. Voters of the old group that still exist must
+    /// never run again with their copies.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`]; then the old copy stays.
+    pub async fn replace(
+        folder: &Path,
+        voter: Voter,
+        content: Listing,
+    ) -> Result<Option<PathBuf>, StoreError> {
+        rebuild::replace(folder, voter, content).await
     }
 
     /// Begins the store if it is new. A sole voter leads when this returns.

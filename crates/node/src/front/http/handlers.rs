@@ -40,6 +40,12 @@ pub(super) async fn store(State(at): Shared) -> Reply<StoreInfo> {
     Ok(Json(cluster_info::store(&at.context).await?))
 }
 
+pub(super) async fn backup(State(at): Shared) -> Result<Response, Failure> {
+    let bytes = cluster_info::backup(&at.context).await?;
+    let all = futures::stream::iter([Ok(bytes::Bytes::from(bytes))]);
+    Ok(streamed(all, "application/octet-stream"))
+}
+
 pub(super) async fn set_voters(
     State(at): Shared,
     Json(request): Json<VotersRequest>,

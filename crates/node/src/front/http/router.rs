@@ -27,6 +27,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         .route("/v1/nodes", get(handlers::nodes))
         .route("/v1/store", get(handlers::store))
         .route("/v1/store/voters", post(handlers::set_voters))
+        .route("/v1/store/backup", get(handlers::backup))
         .route("/v1/schedule/{node}", get(handlers::schedule))
         .route("/v1/tokens", post(handlers::make_token))
         .route(
@@ -160,11 +161,11 @@ async fn in_full(request: Request, next: Next) -> Response {
     })
 }
 
-/// Reading needs a viewer, tokens an admin, everything else an operator, including the content of
+/// Reading needs a viewer, tokens and backups an admin, everything else an operator, including the content of
 /// machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
-        (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
+        (_, "/v1/tokens" | "/v1/store/backup" | "/v1/debug/failpoint") => Role::Admin,
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,

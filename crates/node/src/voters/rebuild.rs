@@ -1,0 +1,146 @@
+//! The store begun anew by this node alone, while its agent does not run: after the others were lost
+//! for good, or from a backup.
+
+use crate::context::{Settings, SettingsError};
+use crate::state_dir::StateDir;
+use keel_cluster::NodeName;
+use keel_cluster::identity::{CertificateAuthority, IdentityError, NodeIdentity};
+use keel_cluster::members::{self, MemberError, Voter, VoterList};
+use keel_store::keys::Key;
+use keel_store::{Backup, BackupError, Listing, RaftStore, Revision, StoreError};
+use std::path::{Path, PathBuf};
+
+/// Why the store cannot be begun anew here. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RebuildError {
+    #[error("{0} has no node; name its folder with --state-dir")]
+    NoNode(PathBuf),
+    #[error(
+        "node {0} was no voter and cannot sign for the cluster: use the folder of one (`keel store \
+         status` names them)"
+    )]
+    NoVoter(NodeName),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("the node's settings: {0}")]
+    Settings(String),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Members(#[from] MemberError),
+    #[error("the backup: {0}")]
+    Backup(#[from] BackupError),
+}
+
+impl From<SettingsError> for RebuildError {
+    fn from(error: SettingsError) -> Self {
+        RebuildError::Settings(error.to_string())
+    }
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rebuilt {
+    pub node: NodeName,
+    /// The cluster's new incarnation.
+    pub incarnation: u32,
+    /// The newest change that is known.
+    pub revision: Revision,
+    /// Nodes that had the store, too, and must never run with their copies again.
+    pub others: Vec<NodeName>,
+    /// Where the old copy is now.
+    pub old: Option<PathBuf>,
+}
+
+/// Makes the node in a folder the only voter, with what its copy has.
+///
+/// # Errors
+/// [`RebuildError`].
+pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
+    let node = Node::open(state_dir)?;
+    let content = RaftStore::content(&node.dir.store()).await?;
+    node.begin(content).await
+}
+
+/// Makes the node in a folder the only voter, with the content of a backup.
+///
+/// # Errors
+/// [`RebuildError`].
+pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, RebuildError> {
+    let node = Node::open(state_dir)?;
+    if node.dir.store().exists() {
+        // Refused while an agent has it.
+        RaftStore::check_unused(&node.dir.store()).await?;
+    }
+    let backup = Backup::decode(backup)?;
+    let content = Listing {
+        revision: backup.revision,
+        entries: backup.entries,
+    };
+    node.begin(content).await
+}
+
+struct Node {
+    dir: StateDir,
+    identity: NodeIdentity,
+    settings: Settings,
+}
+
+impl Node {
+    fn open(state_dir: &Path) -> Result<Self, RebuildError> {
+        let none = || RebuildError::NoNode(state_dir.to_path_buf());
+        if !StateDir::settings_in(state_dir).exists() {
+            return Err(none());
+        }
+        let dir = StateDir::open(state_dir).map_err(|_| none())?;
+        let identity = NodeIdentity::load(dir.root())?.ok_or_else(none)?;
+        if CertificateAuthority::load(dir.root())?.is_none() {
+            return Err(RebuildError::NoVoter(identity.node));
+        }
+        let settings = Settings::load(&dir.settings())?;
+        Ok(Node {
+            dir,
+            identity,
+            settings,
+        })
+    }
+
+    async fn begin(mut self, mut content: Listing) -> Result<Rebuilt, RebuildError> {
+        let name = self.identity.node.clone();
+        let address = self.settings.listen.to_string();
+        let voter = Voter {
+            node: name.clone(),
+            address: address.clone(),
+        };
+        let others = others(&content, &name)?;
+        let cluster = self.identity.cluster;
+        let incarnation = members::begin_anew(&mut content.entries, cluster, &voter)?;
+        let revision = content.revision;
+        let voter = keel_store::Voter {
+            node: name.to_string(),
+            address: address.clone(),
+        };
+        let old = RaftStore::replace(&self.dir.store(), voter, content).await?;
+        self.settings.voters = vec![(name.clone(), address)];
+        let saved = self.settings.save(&self.dir.settings());
+        saved.map_err(|error| RebuildError::Settings(error.to_string()))?;
+        Ok(Rebuilt {
+            node: name,
+            incarnation,
+            revision,
+            others,
+            old,
+        })
+    }
+}
+
+fn others(content: &Listing, name: &NodeName) -> Result<Vec<NodeName>, MemberError> {
+    let key = Key::Voters.to_string();
+    let entry = content.entries.iter().find(|entry| entry.key == key);
+    let list = match entry {
+        Some(entry) => members::read_voters(&entry.value)?,
+        None => VoterList::default(),
+    };
+    let nodes = list.voters.into_iter().map(|voter| voter.node);
+    Ok(nodes.filter(|node| node != name).collect())
+}

@@ -1,0 +1,148 @@
+//! A store begun anew with older content, by one voter: from a backup, or from what the last voter
+//! has when the others are lost for good. The agent does not run meanwhile.
+//!
+//! The new copy is complete before it takes the place of the old one, which is kept beside it. Its
+//! voter has a number that no voter of the old group had: what others of that group may still send
+//! is refused. Revisions go on from the content's; leases do not survive.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use openraft::storage::{RaftLogStorage, RaftStateMachine};
+use openraft::{CommittedLeaderId, Membership, RaftLogReader};
+use tokio::sync::watch;
+
+use super::deadlines::Deadlines;
+use super::log::{IN_USE, Log};
+use super::snapshot::{self, SnapshotFile};
+use super::state_machine::{Shared, StateMachine};
+use super::types::{LogId, SnapshotMeta, Voter};
+use super::{Loaded, load};
+use crate::clock::unix_ms;
+use crate::interface::{KeyValue, Listing, StoreError};
+use crate::model::Model;
+use crate::view::View;
+
+fn fail(folder: &Path, reason: impl ToString) -> StoreError {
+    StoreError::Open {
+        path: folder.display().to_string(),
+        reason: reason.to_string(),
+    }
+}
+
+/// All that the copy in `folder` has, also what no quorum is known to have: some of it may have
+/// been answered. What belongs to leases is left out.
+///
+/// # Errors
+/// [`StoreError::Open`].
+pub(super) async fn content(folder: &Path, bytes_max: u64) -> Result<Listing, StoreError> {
+    let path = folder.to_path_buf();
+    let loading = tokio::task::spawn_blocking(move || load(&path, None, bytes_max)).await;
+    let loaded = loading.map_err(|error| fail(folder, error))?;
+    let Loaded {
+        mut opened,
+        file,
+        model,
+        meta,
+    } = loaded.map_err(|error| fail(folder, error))?;
+    let view = Arc::new(View::new(model.revision, model.entries.clone(), 0, 0));
+    let applied = meta.as_ref().and_then(|meta| meta.last_log_id);
+    let mut machine = StateMachine::new(
+        model,
+        meta,
+        Shared {
+            view: view.clone(),
+            published: watch::Sender::new(()),
+            deadlines: Arc::new(Deadlines::default()),
+            file,
+            bytes: Arc::default(),
+        },
+    );
+    let first = applied.map_or(0, |applied| applied.index + 1);
+    let entries = opened.log.try_get_log_entries(first..).await;
+    let entries = entries.map_err(|error| fail(folder, error))?;
+    let replayed = machine.apply(entries).await;
+    replayed.map_err(|error| fail(folder, error))?;
+    let mut listing = view.list("")?;
+    listing.entries.retain(|entry| entry.lease.is_none());
+    Ok(listing)
+}
+
+/// Whether no process has the copy in `folder` open.
+///
+/// # Errors
+/// [`StoreError::Open`] if one has.
+pub(super) async fn check_unused(folder: &Path) -> Result<(), StoreError> {
+    let path = folder.join("log.redb");
+    let opening = tokio::task::spawn_blocking(move || Log::is_in_use(&path)).await;
+    match opening {
+        Ok(true) => Err(fail(folder, IN_USE)),
+        _ => Ok(()),
+    }
+}
+
+/// Puts a new store with `content` in the place of that in `folder`; where the old one is now.
+///
+/// # Errors
+/// [`StoreError::Open`]; then the old one stays.
+pub(super) async fn replace(
+    folder: &Path,
+    voter: Voter,
+    content: Listing,
+) -> Result<Option<PathBuf>, StoreError> {
+    // Above each number that was ever counted up, of voters and of leases.
+    let unused = unix_ms();
+    let new = folder.with_extension(format!("{unused}.new"));
+    let built = build(&new, unused, voter, content).await;
+    if let Err(error) = built {
+        std::fs::remove_dir_all(&new).ok();
+        return Err(error);
+    }
+    let swap = || {
+        let old = folder.with_extension(format!("{unused}.old"));
+        let had_one = folder.exists();
+        if had_one {
+            std::fs::rename(folder, &old)?;
+        }
+        std::fs::rename(&new, folder)?;
+        Ok::<_, std::io::Error>(had_one.then_some(old))
+    };
+    swap().map_err(|error| fail(folder, error))
+}
+
+async fn build(
+    folder: &Path,
+    unused: u64,
+    voter: Voter,
+    content: Listing,
+) -> Result<(), StoreError> {
+    std::fs::create_dir_all(folder).map_err(|error| fail(folder, error))?;
+    let mut model = Model {
+        revision: content.revision,
+        lease_next: unused,
+        ..Model::default()
+    };
+    for entry in content.entries {
+        model.load(KeyValue {
+            lease: None,
+            ..entry
+        });
+    }
+    // The first entry of a log that begins here.
+    let last = LogId::new(CommittedLeaderId::new(1, unused), 1);
+    let nodes = std::collections::BTreeMap::from([(unused, voter)]);
+    let group = Membership::new(vec![std::collections::BTreeSet::from([unused])], nodes);
+    let meta = SnapshotMeta {
+        last_log_id: Some(last),
+        last_membership: openraft::StoredMembership::new(Some(last), group),
+        snapshot_id: format!("rebuilt-{unused}"),
+    };
+    let state = snapshot::encode(&model).map_err(|error| fail(folder, error))?;
+    let file = SnapshotFile::new(folder.join("snapshot"));
+    file.save(&meta, &state)
+        .map_err(|error| fail(folder, error))?;
+    let mut opened =
+        Log::open(&folder.join("log.redb"), Some(unused)).map_err(|error| fail(folder, error))?;
+    let purged = opened.log.purge(last).await;
+    purged.map_err(|error| fail(folder, error))
+}
