@@ -95,7 +95,7 @@ enum Command {
         #[command(subcommand)]
         what: Option<store::StoreCommand>,
     },
-    /// Begins the store anew on this computer's node, when most voters are lost for good.
+    /// Begins the store anew here when most voters are lost for good.
     Recover(store::RecoverArgs),
     /// Checks this computer: what a node has here, what it lacks, and the remedies.
     ///

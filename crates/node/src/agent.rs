@@ -258,6 +258,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         options,
     )
     .map_err(system(format!("listening on {}", settings.listen)))?;
+    tokio::spawn(voters::reopen(voters.clone()));
     voters.begin_cluster().await?;
     let store = voters.client();
     follow_members(&store, &members).await;
@@ -432,7 +433,6 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
     tell_start(&at);
     entry.open(front::Service::new(at.clone()));
     tokio::spawn(voters::follow(at.voters.clone()));
-    tokio::spawn(voters::reopen(at.voters.clone()));
     tokio::spawn(voters::manage(at.voters.clone(), context.members.clone()));
     let (led, store, events) = (
         at.voters.clone(),

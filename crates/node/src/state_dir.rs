@@ -3,6 +3,7 @@
 //! ```text
 //!   identity files, node.json, members.json   state of keel-cluster and the agent
 //!   store/                                    a voter's copy of the store
+//!   founded                                   this node began the cluster's store
 //!   api.socket                                the local API
 //!   workers/MACHINE/                          socket and output of a machine
 //!   parts/PART/                                 socket of a part of a machine with another home
@@ -68,6 +69,11 @@ impl StateDir {
     /// The folder of this node's copy of the store.
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Exists once this node began the cluster's store.
+    pub(crate) fn founded(&self) -> PathBuf {
+        self.root.join("founded")
     }
 
     /// The members of the cluster as last known: whom a voter answers before it has the store.

@@ -13,8 +13,9 @@ use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
 use keel_store::clock::unix_ms;
 use keel_store::{IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The leader asks a node to hold a copy of the store.
 pub(super) const BECOME_VOTER: u16 = 0x0340;
@@ -34,6 +35,11 @@ pub enum VoterError {
     Members(#[from] MemberError),
     #[error(transparent)]
     Identity(#[from] keel_cluster::identity::IdentityError),
+    #[error(
+        "the copy of the store in {0} is gone: `keel store restore` brings a backup back; to begin \
+         another cluster, remove the whole folder"
+    )]
+    Lost(PathBuf),
     #[error("an older copy of the store in {path}: {source}")]
     OldCopy {
         path: String,
@@ -45,6 +51,8 @@ pub enum VoterError {
 pub(super) struct BecomeVoter {
     /// Its number in the group.
     pub(super) id: u64,
+    /// The leader's term.
+    pub(super) term: u64,
     pub(super) authority_pem: String,
     pub(super) authority_key_pem: String,
 }
@@ -61,6 +69,8 @@ pub(crate) struct Voters {
     own: RwLock<Option<(Arc<RaftStore>, ClusterService)>>,
     /// Held while a copy is opened or removed.
     changing: tokio::sync::Mutex<()>,
+    /// When the leader last asked this node to become a voter.
+    asked: Mutex<Option<Instant>>,
 }
 
 impl Voters {
@@ -88,6 +98,7 @@ impl Voters {
             settings: Mutex::new(settings),
             own: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
+            asked: Mutex::default(),
         });
         if let Some(authority) = CertificateAuthority::load(voters.dir.root())? {
             let first = voters.voter();
@@ -98,11 +109,21 @@ impl Voters {
                 .all(|(node, _)| *node == voters.name);
             let if_absent = match (voters.dir.store().exists(), is_alone) {
                 (true, _) => IfAbsent::Refuse,
+                // Once in a node's life: an empty store would forget everything.
+                (false, true) if voters.dir.founded().exists() => {
+                    return Err(VoterError::Lost(voters.dir.store()));
+                }
                 (false, true) => IfAbsent::Found(first),
                 // It lost its copy: the leader asks it to become a voter again.
                 (false, false) => return Ok(voters),
             };
-            voters.start(if_absent, authority).await?;
+            match voters.start(if_absent, authority).await {
+                // The others go on; it is tried again, or gets another copy.
+                Err(error) if !is_alone => {
+                    tracing::error!(%error, "this node's copy of the store cannot be opened");
+                }
+                started => started?,
+            }
         }
         Ok(voters)
     }
@@ -121,8 +142,20 @@ impl Voters {
                 address: self.settings().listen.to_string(),
             };
             members::found(store.as_ref(), self.cluster, &first, unix_ms()).await?;
+            let founded = self.dir.founded();
+            let marked =
+                tokio::task::spawn_blocking(move || crate::state_dir::write_whole(&founded, b""));
+            if let Ok(Err(error)) = marked.await {
+                tracing::warn!(%error, "cannot note that the cluster's store was begun");
+            }
         }
         Ok(())
+    }
+
+    /// How long ago the leader asked this node to become a voter.
+    pub(super) fn asked_since(&self) -> Option<Duration> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.map(|at| at.elapsed())
     }
 
     fn voter(&self) -> keel_store::Voter {
@@ -182,11 +215,30 @@ impl Voters {
     /// Becomes the voter that the leader asks for. Idempotent.
     async fn become_voter(&self, request: BecomeVoter) -> Result<(), RpcError> {
         let _changing = self.changing.lock().await;
+        *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        if self.store().is_none()
+            && self.dir.store().exists()
+            && let Ok(Some(authority)) = CertificateAuthority::load(self.dir.root())
+        {
+            // It was closed because its disk could not be written. What cannot be opened is lost:
+            // the leader gives the next copy another number.
+            if let Err(error) = self.start(IfAbsent::Refuse, authority).await {
+                tracing::warn!(%error, "the old copy of the store cannot be opened");
+            }
+        }
         if let Some(store) = self.store() {
             if store.id() == request.id {
                 return Ok(());
             }
-            // The leader numbers anew only nodes that are not in the group.
+            // The leader numbers anew only nodes that are not in the group; an earlier leader may
+            // not know that this one is.
+            let status = store.status();
+            if status.voters.contains_key(&status.id) && request.term < status.term {
+                return Err(RpcError::refused(format!(
+                    "this node is voter {} of term {}, the request is of term {}",
+                    status.id, status.term, request.term
+                )));
+            }
             drop(store);
             self.close().await.map_err(RpcError::failed)?;
         }
@@ -285,7 +337,12 @@ impl Handler for Voters {
                 return Ok(pack(&())?.into());
             }
             if kind == COPY {
-                return Ok(pack(&self.store().map(|store| store.id()))?.into());
+                let id = self.store().map(|store| store.id());
+                if id.is_none() && self.dir.store().exists() {
+                    // It is being opened again.
+                    return Err(RpcError::refused("this node's copy is closed"));
+                }
+                return Ok(pack(&id)?.into());
             }
             match self.service() {
                 Some(service) => service.call(peer, kind, payload).await,

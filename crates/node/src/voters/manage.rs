@@ -102,6 +102,12 @@ async fn look(
 ) -> Result<(), VoterError> {
     let status = store.status();
     publish(store, &status).await?;
+    if status.is_changing {
+        // An earlier leader died in the middle of it.
+        let ids: BTreeSet<u64> = status.voters.keys().copied().collect();
+        store.set_voters(ids).await?;
+        return publish(store, &store.status()).await;
+    }
     let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
     let alive = alive.into_keys().collect();
     let zones = nodes_under(store, NODE_LABELS, |value| {
@@ -156,17 +162,23 @@ async fn without_copy(
         if *id == status.id || !is_alive {
             continue;
         }
-        let question = pack(&()).map_err(|error| StoreError::unavailable(error.to_string()))?;
-        let asked = voters.peers.call(&node, COPY, question, COPY_PATIENCE);
         // Whoever does not answer may have it.
-        let Ok(answer) = asked.await else { continue };
-        if let Ok(held) = unpack::<Option<u64>>(&answer)
+        if let Ok(held) = copy_of(voters, &node).await
             && held != Some(*id)
         {
             without.insert(*id, node);
         }
     }
     Ok(without)
+}
+
+/// The number of the copy that a node has.
+async fn copy_of(voters: &Voters, node: &NodeName) -> Result<Option<u64>, VoterError> {
+    let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
+    let question = pack(&()).map_err(|error| unavailable(error.to_string()))?;
+    let asked = voters.peers.call(node, COPY, question, COPY_PATIENCE).await;
+    let answer = asked.map_err(|error| unavailable(error.to_string()))?;
+    unpack(&answer).map_err(|error| unavailable(error.to_string()))
 }
 
 /// Gives voters without their copies new ones, under new numbers: what they voted for is forgotten.
@@ -203,11 +215,17 @@ async fn add(
     let authority =
         authority.ok_or_else(|| unavailable("this voter lacks the cluster's authority".into()))?;
     let id = match id_of(&status.learners, node) {
-        Some(id) => id,
+        Some(id) if copy_of(voters, node).await? == Some(id) => id,
+        // A number stands for what a copy once had.
+        Some(id) => {
+            store.remove_learners(BTreeSet::from([id])).await?;
+            store.next_id().await?
+        }
         None => store.next_id().await?,
     };
     let request = BecomeVoter {
         id,
+        term: status.term,
         authority_pem: authority.certificate_pem().to_owned(),
         authority_key_pem: authority.key_pem(),
     };
@@ -270,29 +288,26 @@ async fn nodes_under<T>(
     Ok(found.collect())
 }
 
-/// Opens this node's copy again whenever it stopped, until the process ends.
+/// Opens this node's copy again whenever it stopped or could not be opened, until the process ends.
 pub(crate) async fn reopen(voters: Arc<Voters>) {
-    let mut is_closed = false;
     loop {
         tokio::time::sleep(RETRY_AFTER).await;
-        let stopped = voters.store().and_then(|store| store.stopped());
-        if let Some(reason) = &stopped {
-            tracing::warn!(
-                reason,
-                "this node's copy of the store stopped; opening it again"
-            );
-        }
-        if stopped.is_none() && !is_closed {
-            continue;
-        }
-        // Closed, and then not opened: the disk is still full.
-        is_closed = match voters.reopen().await {
-            Ok(()) => false,
-            Err(error) => {
-                tracing::warn!(%error, "this node's copy of the store cannot be opened yet");
-                voters.store().is_none()
+        match voters.store() {
+            Some(store) => {
+                let Some(reason) = store.stopped() else {
+                    continue;
+                };
+                tracing::warn!(
+                    reason,
+                    "this node's copy of the store stopped; opening it again"
+                );
             }
-        };
+            None if voters.dir.store().exists() => {}
+            None => continue,
+        }
+        if let Err(error) = voters.reopen().await {
+            tracing::warn!(%error, "this node's copy of the store cannot be opened yet");
+        }
     }
 }
 
@@ -363,7 +378,9 @@ async fn adopt(
         return Ok(());
     }
     let since = *absent_since.get_or_insert_with(Instant::now);
-    if since.elapsed() >= RETIRE_AFTER {
+    // A learner is in no list yet.
+    let asked_lately = voters.asked_since().is_some_and(|it| it < RETIRE_AFTER);
+    if since.elapsed() >= RETIRE_AFTER && !asked_lately {
         voters.retire().await?;
         *absent_since = None;
     }

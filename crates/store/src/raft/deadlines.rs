@@ -9,75 +9,170 @@ use std::time::Duration;
 use crate::clock::boottime;
 use crate::interface::LeaseId;
 
+/// Nobody looked at the deadlines for so long: this process was stopped, or could not run.
+const PAUSE: Duration = Duration::from_millis(1500);
+
 /// The deadline of each lease of the state machine, on CLOCK_BOOTTIME.
 #[derive(Debug, Default)]
 pub(super) struct Deadlines {
-    leases: Mutex<HashMap<LeaseId, Deadline>>,
+    all: Mutex<All>,
+}
+
+#[derive(Debug, Default)]
+struct All {
+    leases: HashMap<LeaseId, Deadline>,
+    /// When somebody looked last.
+    looked: Duration,
 }
 
 #[derive(Debug)]
 struct Deadline {
     ttl: Duration,
     at: Duration,
+    /// Its end is proposed: it can no longer be renewed. Only the entry of the log removes it; if
+    /// that is lost, the next leader begins anew.
+    is_ending: bool,
+}
+
+impl Deadline {
+    fn new(ttl_ms: u64, now: Duration) -> Self {
+        let ttl = Duration::from_millis(ttl_ms);
+        Deadline {
+            ttl,
+            at: now + ttl,
+            is_ending: false,
+        }
+    }
 }
 
 impl Deadlines {
-    fn lock(&self) -> MutexGuard<'_, HashMap<LeaseId, Deadline>> {
-        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The leases, after the time in which nobody looked was given to all of them.
+    fn look(&self) -> (MutexGuard<'_, All>, Duration) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = boottime();
+        if now.saturating_sub(all.looked) > PAUSE {
+            for deadline in all.leases.values_mut() {
+                deadline.at = now + deadline.ttl;
+            }
+        }
+        all.looked = now;
+        (all, now)
+    }
+
+    /// To be called more often than [`PAUSE`].
+    pub(super) fn tick(&self) {
+        drop(self.look());
     }
 
     /// Replaces all leases; each has its full time.
     pub(super) fn replace(&self, leases: impl Iterator<Item = (LeaseId, u64)>) {
-        let now = boottime();
-        let deadline = |ttl_ms| {
-            let ttl = Duration::from_millis(ttl_ms);
-            Deadline { ttl, at: now + ttl }
-        };
-        let leases = leases.map(|(lease, ttl_ms)| (lease, deadline(ttl_ms)));
-        *self.lock() = leases.collect();
+        let (mut all, now) = self.look();
+        let leases = leases.map(|(lease, ttl_ms)| (lease, Deadline::new(ttl_ms, now)));
+        all.leases = leases.collect();
     }
 
     /// Adds a lease with its full time.
     pub(super) fn add(&self, lease: LeaseId, ttl_ms: u64) {
-        let ttl = Duration::from_millis(ttl_ms);
-        let at = boottime() + ttl;
-        self.lock().insert(lease, Deadline { ttl, at });
+        let (mut all, now) = self.look();
+        all.leases.insert(lease, Deadline::new(ttl_ms, now));
     }
 
+    /// Removes a lease that ended by an entry of the log.
     pub(super) fn remove(&self, lease: LeaseId) {
-        self.lock().remove(&lease);
+        self.look().0.leases.remove(&lease);
     }
 
-    /// Gives every lease its full time.
-    pub(super) fn extend_all(&self) {
-        let now = boottime();
-        for deadline in self.lock().values_mut() {
+    /// A term begins, and all earlier entries are applied: gives every lease its full time, also
+    /// those whose end was proposed in vain.
+    pub(super) fn begin_term(&self) {
+        let (mut all, now) = self.look();
+        for deadline in all.leases.values_mut() {
             deadline.at = now + deadline.ttl;
+            deadline.is_ending = false;
         }
     }
 
     /// Gives one lease its full time, in milliseconds; `None` if its time is over.
     pub(super) fn renew(&self, lease: LeaseId) -> Option<u64> {
-        let mut leases = self.lock();
-        let now = boottime();
-        let deadline = leases.get_mut(&lease).filter(|d| d.at > now)?;
+        let (mut all, now) = self.look();
+        let deadline = all.leases.get_mut(&lease);
+        let deadline = deadline.filter(|it| !it.is_ending && it.at > now)?;
         deadline.at = now + deadline.ttl;
         u64::try_from(deadline.ttl.as_millis()).ok()
     }
 
-    /// Removes the leases whose time is over: they can no longer be renewed.
+    /// The leases whose time is over, to be proposed: they can no longer be renewed.
     pub(super) fn take_ended(&self) -> Vec<LeaseId> {
-        let mut leases = self.lock();
-        let now = boottime();
-        let ended = leases.extract_if(|_, deadline| deadline.at <= now);
-        let mut ended: Vec<LeaseId> = ended.map(|(lease, _)| lease).collect();
+        let (mut all, now) = self.look();
+        let mut ended = Vec::new();
+        for (lease, deadline) in &mut all.leases {
+            if !deadline.is_ending && deadline.at <= now {
+                deadline.is_ending = true;
+                ended.push(*lease);
+            }
+        }
         ended.sort();
         ended
     }
 
     /// Time until the next lease ends, at most `longest`.
     pub(super) fn wait(&self, longest: Duration) -> Duration {
-        let next = self.lock().values().map(|d| d.at).min();
-        next.map_or(longest, |at| at.saturating_sub(boottime()).min(longest))
+        let (all, now) = self.look();
+        let running = all.leases.values().filter(|it| !it.is_ending);
+        let next = running.map(|it| it.at).min();
+        next.map_or(longest, |at| at.saturating_sub(now).min(longest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: LeaseId = LeaseId(1);
+
+    fn at_their_end() -> Deadlines {
+        let deadlines = Deadlines::default();
+        deadlines.add(LEASE, 0);
+        deadlines
+    }
+
+    #[test]
+    fn an_end_is_proposed_once_and_not_renewed() {
+        let deadlines = at_their_end();
+        assert_eq!(deadlines.take_ended(), [LEASE]);
+        assert_eq!(deadlines.take_ended(), []);
+        assert_eq!(deadlines.renew(LEASE), None);
+        deadlines.remove(LEASE);
+        deadlines.begin_term();
+        assert_eq!(deadlines.take_ended(), []);
+    }
+
+    /// The entry that ends it was lost with a term: the lease lives on under the next one.
+    #[test]
+    fn an_end_proposed_in_vain_is_forgotten_with_the_term() {
+        let deadlines = Deadlines::default();
+        deadlines.add(LEASE, 60_000);
+        deadlines.look().0.leases.get_mut(&LEASE).unwrap().is_ending = true;
+        assert_eq!(deadlines.renew(LEASE), None);
+        deadlines.begin_term();
+        assert_eq!(deadlines.renew(LEASE), Some(60_000));
+    }
+
+    /// Whoever comes first after a pause sees it.
+    #[test]
+    fn a_pause_ends_no_lease() {
+        for renews in [true, false] {
+            let deadlines = Deadlines::default();
+            deadlines.add(LEASE, 5_000);
+            {
+                let mut all = deadlines.look().0;
+                all.looked = all.looked.saturating_sub(PAUSE * 2);
+                all.leases.get_mut(&LEASE).unwrap().at = Duration::ZERO;
+            }
+            match renews {
+                true => assert_eq!(deadlines.renew(LEASE), Some(5_000)),
+                false => assert_eq!(deadlines.take_ended(), []),
+            }
+        }
     }
 }

@@ -38,6 +38,9 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Entries that are being written and replicated at once: the leader's disk works on one while the
 /// followers' work on another.
 const PROPOSALS_MAX: usize = 2;
+/// Longest time a change may take; a disk may stand still for seconds. After it, its outcome is
+/// unknown.
+pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often leadership, the quorum and the clock are looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// A leader that got no answer from a quorum for so long stops serving.
@@ -46,8 +49,6 @@ const QUORUM_PATIENCE: Duration = Duration::from_millis(1000);
 const BARRIER_PATIENCE: Duration = Duration::from_millis(800);
 /// Pause before a quorum is asked again.
 const RETRY_AFTER: Duration = Duration::from_millis(10);
-/// A tick that is so late means that this process was stopped.
-const PAUSE: Duration = Duration::from_millis(500);
 /// Bytes of proposals after which a snapshot is made.
 const SNAPSHOT_BYTES: usize = 32 << 20;
 
@@ -203,7 +204,6 @@ impl Leader {
         let mut metrics = self.raft.metrics();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last_look = boottime();
         loop {
             tokio::select! {
                 changed = metrics.changed() => if changed.is_err() {
@@ -211,12 +211,7 @@ impl Leader {
                 },
                 _ = tick.tick() => {}
             }
-            let now = boottime();
-            if now.saturating_sub(last_look) > TICK + PAUSE {
-                tracing::warn!("the store's process was stopped for a while");
-                self.deadlines.extend_all();
-            }
-            last_look = now;
+            self.deadlines.tick();
             let (state, term, leader, failed) = {
                 let metrics = metrics.borrow_and_update();
                 let nodes = metrics.membership_config.membership();
@@ -265,7 +260,7 @@ impl Leader {
         }
         // Everything that earlier leaders committed is applied when this passes.
         if self.confirm().await.is_ok() {
-            self.deadlines.extend_all();
+            self.deadlines.begin_term();
             tracing::info!(term, "this node leads the store");
             self.set_serving(Serving::Yes { term });
         }
@@ -368,7 +363,14 @@ impl Leader {
             let outcomes = match sent {
                 // Nothing was proposed.
                 Err(error) => Err(error),
-                Ok(written) => outcomes(written.await, skipped, answers.len()),
+                // `openraft` may forget a proposal of a leader that was replaced: it must not hold
+                // its place for ever.
+                Ok(written) => match tokio::time::timeout(CHANGE_PATIENCE, written).await {
+                    Ok(written) => outcomes(written, skipped, answers.len()),
+                    Err(_) => Err(StoreError::Unknown {
+                        reason: "the voters did not agree in time".into(),
+                    }),
+                },
             };
             match outcomes {
                 Ok(outcomes) => {

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use openraft::storage::{LogFlushed, LogState, RaftLogStorage};
@@ -30,8 +30,9 @@ use redb::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
+use super::snapshot::SavedSnapshot;
 use super::types::{LogId, StorageError, StorageIoError, Types, Vote};
 use crate::encoding;
 
@@ -44,6 +45,10 @@ const FORMAT: u64 = 2;
 /// Said of a file that another process has open.
 pub(super) const IN_USE: &str =
     "another process has it open; is a second `keel up` running with this state directory?";
+
+/// Said of a file that redb repaired.
+const REPAIRED: &str = "the file was damaged and is repaired, but its last changes may be lost: \
+     remove the folder, so that the other voters give this node another copy, or restore a backup";
 
 /// Bytes of entries that are sent to a follower at once.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -63,6 +68,8 @@ fn size(entry: &Entry) -> usize {
 pub(super) struct Log {
     state: Arc<Mutex<State>>,
     writes: mpsc::Sender<Write>,
+    /// What the snapshot's file has.
+    saved: watch::Receiver<SavedSnapshot>,
 }
 
 #[derive(Default)]
@@ -114,7 +121,11 @@ impl Log {
     ///
     /// # Errors
     /// A sentence that says what is wrong with the file.
-    pub(super) fn open(path: &Path, new: Option<u64>) -> Result<Opened, String> {
+    pub(super) fn open(
+        path: &Path,
+        new: Option<u64>,
+        saved: watch::Receiver<SavedSnapshot>,
+    ) -> Result<Opened, String> {
         // redb panics on some forms of corruption.
         let opening = AssertUnwindSafe(|| Disk::open(path, new));
         let (disk, id, state) = std::panic::catch_unwind(opening)
@@ -129,6 +140,7 @@ impl Log {
             log: Log {
                 state: Arc::new(Mutex::new(state)),
                 writes: writes.clone(),
+                saved,
             },
             writer: Writer {
                 writes,
@@ -273,6 +285,14 @@ impl RaftLogStorage<Types> for Log {
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let bytes = encoded(&log_id)?;
+        // A received snapshot is written by another task. Nothing leaves the log before it is in
+        // the file, or a loss of power in between would leave neither.
+        let has_it = |saved: &SavedSnapshot| saved.last >= Some(log_id);
+        let saved = self.saved.wait_for(|it| it.has_failed || has_it(it)).await;
+        if !saved.is_ok_and(|saved| has_it(&saved)) {
+            let lacks = std::io::Error::other("the snapshot was not written");
+            return Err(StorageIoError::write(&lacks).into());
+        }
         {
             let mut state = self.lock();
             state.purged = Some(log_id);
@@ -294,15 +314,18 @@ impl Disk {
         if new.is_none() && !path.exists() {
             return Err("there is no store".into());
         }
+        let mark = mark_of(path);
+        if mark.exists() {
+            return Err(REPAIRED.into());
+        }
         let mut database = Database::create(path).map_err(explain)?;
         match database.check_integrity() {
             Ok(true) => {}
             Ok(false) => {
-                return Err(
-                    "the file was damaged and is repaired now, but its last changes may be lost; \
-                     restore a backup, or start again to accept that"
-                        .into(),
-                );
+                // A voter that forgot its last vote could vote twice: whoever opens it again must
+                // know.
+                std::fs::write(&mark, REPAIRED).map_err(|error| error.to_string())?;
+                return Err(REPAIRED.into());
             }
             Err(error) => return Err(explain(error)),
         }
@@ -429,6 +452,11 @@ impl Disk {
         transaction.commit()?;
         Ok(())
     }
+}
+
+/// Says that the log in this file was damaged, and may lack its end.
+fn mark_of(path: &Path) -> PathBuf {
+    path.with_extension("damaged")
 }
 
 fn value<T: DeserializeOwned>(

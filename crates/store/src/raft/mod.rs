@@ -43,7 +43,7 @@ use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::deadlines::Deadlines;
-use self::leader::{Leader, Request, Serving, txn_outcome};
+use self::leader::{CHANGE_PATIENCE, Leader, Request, Serving, txn_outcome};
 use self::log::{Log, Opened, Writer};
 use self::network::Network;
 use self::snapshot::SnapshotFile;
@@ -60,9 +60,6 @@ pub use self::types::Voter;
 
 /// Queued changes; further callers wait for room.
 const QUEUED_MAX: usize = 4096;
-/// Longest time a change may take; a disk may stand still for seconds. After it, its outcome is
-/// unknown.
-const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// Time for a learner to catch up.
 const LEARNER_PATIENCE: Duration = Duration::from_secs(60);
 /// Priority of the store's thread; lower is more urgent. Kept where it is permitted.
@@ -119,7 +116,10 @@ pub struct RaftStatus {
     /// Number of the leader, if known.
     pub leader: Option<u64>,
     pub is_leader: bool,
+    /// Of a group that is being changed, those that it shall have.
     pub voters: BTreeMap<u64, Voter>,
+    /// Whether a change of the group was begun and not ended: until then both groups have to agree.
+    pub is_changing: bool,
     pub learners: BTreeMap<u64, Voter>,
     /// Index of the last entry of the log that is applied here.
     pub applied: u64,
@@ -320,7 +320,9 @@ impl RaftStore {
         let metrics = self.leader.raft.metrics();
         let metrics = metrics.borrow();
         let membership = metrics.membership_config.membership();
-        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let groups = membership.get_joint_config();
+        let voters = groups.last().cloned().unwrap_or_default();
+        let is_changing = groups.len() > 1;
         let (voters, learners) = membership
             .nodes()
             .map(|(id, voter)| (*id, voter.clone()))
@@ -331,6 +333,7 @@ impl RaftStore {
             leader: metrics.current_leader,
             is_leader: metrics.state == ServerState::Leader && self.is_serving(),
             voters,
+            is_changing,
             learners,
             applied: metrics.last_applied.map_or(0, |applied| applied.index),
         }
@@ -357,9 +360,13 @@ impl RaftStore {
     pub async fn next_id(&self) -> Result<u64, StoreError> {
         self.leader.barrier().await?;
         let metrics = self.leader.raft.metrics();
-        let last = metrics.borrow().last_log_index.unwrap_or(0);
-        // A voter's number is the index of the entry before the one that adds it, plus one.
-        Ok(last + 2)
+        let metrics = metrics.borrow();
+        let last = metrics.last_log_index.unwrap_or(0);
+        let nodes = metrics.membership_config.membership().nodes();
+        let highest = nodes.map(|(id, _)| *id).max().unwrap_or(0);
+        // A voter's number is at least the index of the entry that adds it, so no later one has
+        // it; and above those of the group, whose log may have begun anew.
+        Ok((last + 2).max(highest + 1))
     }
 
     /// Adds a copy that has no vote yet, and waits until it has everything.
@@ -388,7 +395,11 @@ impl RaftStore {
     /// call: look at [`RaftStore::status`] and repeat it.
     pub async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), StoreError> {
         self.leader.serving.borrow().check()?;
-        let changes = ChangeMembers::ReplaceAllVoters(voters);
+        self.change_group(ChangeMembers::ReplaceAllVoters(voters))
+            .await
+    }
+
+    async fn change_group(&self, changes: ChangeMembers<u64, Voter>) -> Result<(), StoreError> {
         let changing = self.leader.raft.change_membership(changes, false);
         match tokio::time::timeout(LEARNER_PATIENCE, changing).await {
             Ok(Ok(_)) => Ok(()),
@@ -408,10 +419,7 @@ impl RaftStore {
     pub async fn remove_learners(&self, learners: BTreeSet<u64>) -> Result<(), StoreError> {
         self.leader.serving.borrow().check()?;
         let changes = ChangeMembers::RemoveNodes(learners);
-        let changed = self.leader.raft.change_membership(changes, false).await;
-        changed.map(drop).map_err(|error| StoreError::Unknown {
-            reason: error.to_string(),
-        })
+        self.change_group(changes).await
     }
 
     /// Resolves when this voter begins or ceases to lead.
@@ -472,9 +480,10 @@ fn load(folder: &Path, new: Option<u64>, bytes_max: u64) -> Result<Loaded, Strin
     if new.is_some() {
         std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
     }
-    let opened = Log::open(&folder.join("log.redb"), new)?;
     let file = SnapshotFile::new(folder.join("snapshot"));
-    let (model, meta) = match file.load()? {
+    let saved = file.load()?;
+    let opened = Log::open(&folder.join("log.redb"), new, file.saved())?;
+    let (model, meta) = match saved {
         Some(saved) => {
             let model = snapshot::decode(saved.state.get_ref(), bytes_max);
             (model.map_err(|error| error.to_string())?, Some(saved.meta))

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{CommittedLeaderId, Membership, RaftLogReader};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::sync::watch;
 
 use super::deadlines::Deadlines;
@@ -102,9 +103,15 @@ pub(super) async fn replace(
         let old = folder.with_extension(format!("{unused}.old"));
         let had_one = folder.exists();
         if had_one {
-            std::fs::rename(folder, &old)?;
+            // At no moment is there no store: a first node would begin an empty one.
+            renameat_with(CWD, &new, CWD, folder, RenameFlags::EXCHANGE)?;
+            std::fs::rename(&new, &old)?;
+        } else {
+            std::fs::rename(&new, folder)?;
         }
-        std::fs::rename(&new, folder)?;
+        if let Some(parent) = folder.parent() {
+            std::fs::File::open(parent)?.sync_all()?;
+        }
         Ok::<_, std::io::Error>(had_one.then_some(old))
     };
     swap().map_err(|error| fail(folder, error))
@@ -141,8 +148,8 @@ async fn build(
     let file = SnapshotFile::new(folder.join("snapshot"));
     file.save(&meta, &state)
         .map_err(|error| fail(folder, error))?;
-    let mut opened =
-        Log::open(&folder.join("log.redb"), Some(unused)).map_err(|error| fail(folder, error))?;
+    let opened = Log::open(&folder.join("log.redb"), Some(unused), file.saved());
+    let mut opened = opened.map_err(|error| fail(folder, error))?;
     let purged = opened.log.purge(last).await;
     purged.map_err(|error| fail(folder, error))
 }

@@ -7,10 +7,12 @@
 
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
-use super::types::SnapshotMeta;
+use super::types::{LogId, SnapshotMeta};
 use crate::encoding::{self, WireError};
 use crate::interface::{KeyValue, LeaseId};
 use crate::model::{Lease, Model};
@@ -74,22 +76,57 @@ pub(super) struct Saved {
     pub(super) state: Cursor<Vec<u8>>,
 }
 
-/// The file of the newest snapshot.
+/// What the file of the newest snapshot has.
+#[derive(Debug, Default)]
+pub(super) struct SavedSnapshot {
+    /// The last entry in it.
+    pub(super) last: Option<LogId>,
+    /// A newer one could not be written.
+    pub(super) has_failed: bool,
+}
+
+/// The file of the newest snapshot. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct SnapshotFile {
     path: PathBuf,
+    saved: Arc<watch::Sender<SavedSnapshot>>,
+    /// Held while the file is written: one that is built and one that is received may meet.
+    writing: Arc<Mutex<()>>,
 }
 
 impl SnapshotFile {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self { path }
+        Self {
+            path,
+            saved: Arc::default(),
+            writing: Arc::default(),
+        }
     }
 
-    /// Replaces the snapshot.
+    /// What the file has: earlier entries may leave the log.
+    pub(super) fn saved(&self) -> watch::Receiver<SavedSnapshot> {
+        self.saved.subscribe()
+    }
+
+    /// Replaces the snapshot, unless the file has a newer one.
     ///
     /// # Errors
     /// The file system's; then the older one stays.
     pub(super) fn save(&self, meta: &SnapshotMeta, state: &[u8]) -> std::io::Result<()> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = meta.last_log_id;
+        if self.saved.borrow().last > last {
+            return Ok(());
+        }
+        let written = self.write(meta, state);
+        self.saved.send_modify(|saved| match written {
+            Ok(()) => saved.last = last,
+            Err(_) => saved.has_failed = true,
+        });
+        written
+    }
+
+    fn write(&self, meta: &SnapshotMeta, state: &[u8]) -> std::io::Result<()> {
         let meta =
             encoding::encode("the head of a snapshot", meta).map_err(std::io::Error::other)?;
         let meta_bytes = (meta.len() as u64).to_le_bytes();
@@ -127,7 +164,13 @@ impl SnapshotFile {
         let (meta_bytes, rest) = rest.split_first_chunk::<8>().ok_or_else(damaged)?;
         let meta_bytes = usize::try_from(u64::from_le_bytes(*meta_bytes)).map_err(|_| damaged())?;
         let (meta, state) = rest.split_at_checked(meta_bytes).ok_or_else(damaged)?;
-        let meta = encoding::decode("the head of a snapshot", meta).map_err(|e| e.to_string())?;
+        let meta: SnapshotMeta =
+            encoding::decode("the head of a snapshot", meta).map_err(|e| e.to_string())?;
+        self.saved.send_if_modified(|saved| {
+            let is_newer = saved.last < meta.last_log_id;
+            saved.last = saved.last.max(meta.last_log_id);
+            is_newer
+        });
         let state = Cursor::new(state.to_vec());
         Ok(Some(Saved { meta, state }))
     }
