@@ -323,23 +323,38 @@ async fn a_voter_is_replaced_by_a_new_one() -> Outcome {
     let leader = group.leader(None).await?;
     let lost = (1..=3).find(|id| *id != leader).ok_or("alone")?;
     group.stop(lost).await;
-    let store = group.store(leader);
-    store.txn(Txn::new().put("a", "1")).await?;
-    let id = store.next_id().await?;
+    // (Another one may lead by now.)
+    let client = group.client()?;
+    client.txn(Txn::new().put("a", "1")).await?;
+    let id = group.store(group.leader(None).await?).next_id().await?;
     assert!(!(1..=3).contains(&id));
     group.prepare(id).await?;
     group.start(id, IfAbsent::Join(id)).await?;
-    store.add_learner(id, group.members[&id].voter()).await?;
     let mut voters: BTreeSet<u64> = (1..=3).filter(|voter| *voter != lost).collect();
     voters.insert(id);
-    store.set_voters(voters.clone()).await?;
-    let status = store.status();
+    let mut tries = 0;
+    let leader = loop {
+        let leader = group.leader(None).await?;
+        let store = group.store(leader);
+        let changed = async {
+            store.add_learner(id, group.members[&id].voter()).await?;
+            store.set_voters(voters.clone()).await
+        };
+        match changed.await {
+            Ok(()) => break leader,
+            Err(error) => assert!(is_pause(&error) && tries < 10, "{error}"),
+        }
+        tries += 1;
+    };
+    let status = group.store(leader).status();
     assert_eq!(
         status.voters.keys().copied().collect::<BTreeSet<_>>(),
         voters
     );
-    assert!(status.learners.is_empty(), "{status:?}");
-    drop(store);
+    assert!(
+        status.learners.is_empty() && !status.is_changing,
+        "{status:?}"
+    );
     // The new one counts: without the old leader there is a quorum.
     group.stop(leader).await;
     let next = group.leader(Some(leader)).await?;

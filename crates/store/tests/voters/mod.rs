@@ -46,8 +46,9 @@ impl Handler for Requests {
     fn call(&self, _: PeerId, kind: u16, payload: Bytes) -> BoxFuture<'_, Result<Reply, RpcError>> {
         Box::pin(async move {
             if RaftStore::handles(kind) && self.cut_off.load(Ordering::Relaxed) {
-                // As a lost packet.
-                tokio::time::sleep(Duration::from_secs(30)).await;
+                // As a lost packet; not for long, because it holds the store.
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                return Err(RpcError::refused("cut off"));
             }
             match RaftStore::handles(kind) {
                 true => self.store.answer(kind, &payload).await,
@@ -141,7 +142,7 @@ impl Group {
     pub(crate) async fn stop(&mut self, id: u64) {
         let member = self.members.get_mut(&id);
         if let Some((store, server, cut_off)) = member.and_then(|member| member.running.take()) {
-            cut_off.store(true, Ordering::Relaxed);
+            drop(cut_off);
             server.shutdown().await;
             let stopping = tokio::task::spawn_blocking(move || {
                 let begun = Instant::now();
