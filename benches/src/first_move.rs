@@ -79,8 +79,8 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
         cases.push(Case {
             name: "PHP 8.2",
             module: module.clone(),
-            options: vec![format!("--dir={}::/work::ro", folder.path().display())],
-            args: vec!["-q".into(), "/work/work.php".into()],
+            options: vec![format!("--dir={}::/scripts::ro", folder.path().display())],
+            args: vec!["-q".into(), "/scripts/work.php".into()],
         });
     }
     if cases.is_empty() {

@@ -70,6 +70,8 @@ pub struct StoreInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VoterInfo {
     pub node: String,
+    /// Number of its copy: another one after it lost a copy; none until a leader wrote it.
+    pub number: Option<u64>,
     /// Its address for other nodes.
     pub address: String,
     /// Whether it renews its lease.

@@ -53,6 +53,10 @@ pub struct VoterList {
     pub leader: Option<NodeName>,
     /// The term of its leadership: counted up by each election.
     pub term: u64,
+    /// Their numbers in the group, in the order of `voters`. A node that lost its copy gets another
+    /// one.
+    #[serde(default)]
+    pub numbers: Vec<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -203,7 +207,7 @@ pub async fn voters(store: &dyn Store) -> Result<VoterList, MemberError> {
 /// Reads the value of the key `voters`.
 ///
 /// # Errors
-/// [`MemberError::Record`].
+/// [`MemberError::Record`] if another version wrote it, or it is damaged.
 pub fn read_voters(value: &[u8]) -> Result<VoterList, MemberError> {
     Ok(encoding::decode("the list of voters", value)?)
 }

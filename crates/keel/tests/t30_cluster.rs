@@ -7,17 +7,12 @@ use keel_api::{
 use keel_cluster::Epoch;
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::restart_policy::Restart;
-use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, guest, move_as, wait_for};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 struct Bench {
     cluster: LocalCluster,

@@ -1,15 +1,10 @@
 //! The binary is replaced, or deleted, while a node runs.
 
-use keel_testkit::{Guest, LocalCluster, wait_for};
+use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 /// Installs the binary, in place of the present one.
 fn install(program: &Path) {

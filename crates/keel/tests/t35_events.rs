@@ -2,18 +2,13 @@
 //! followed live.
 
 use keel_api::{Event, EventKind, EventLine, Silence};
-use keel_testkit::{Guest, LocalCluster, wait_for};
+use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 struct Bench {
     cluster: LocalCluster,

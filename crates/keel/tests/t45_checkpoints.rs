@@ -4,16 +4,11 @@
 use keel_api::CheckpointInfo;
 use keel_machine::checkpoint::Retention;
 use keel_machine::spec::CheckpointPlan;
-use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 struct Bench {
     cluster: LocalCluster,

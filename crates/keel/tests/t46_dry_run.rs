@@ -2,16 +2,11 @@
 
 use keel_api::{DryRun, MoveRequest, Urgency};
 use keel_machine::moves::Ending;
-use keel_testkit::{Guest, LocalCluster, move_as, wait_for};
+use keel_testkit::{Guest, LocalCluster, guest, move_as, wait_for};
 use std::path::Path;
 use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 /// A prediction changes nothing; it uses earlier moves; impossible moves are reported.
 #[tokio::test(flavor = "multi_thread")]

@@ -3,16 +3,11 @@
 
 use keel_api::MachineInfo;
 use keel_machine::moves::Ending;
-use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
 use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 async fn ready_on(cluster: &LocalCluster, machine: &str, nodes: &[&str]) -> MachineInfo {
     let what = format!("the code of {machine} on {nodes:?}");

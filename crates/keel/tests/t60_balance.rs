@@ -4,18 +4,13 @@
 use keel_api::{BalanceInfo, LedgerInfo, MachineInfo, WhyNot};
 use keel_balance::ledger::Decision;
 use keel_machine::spec::BalanceBy;
-use keel_testkit::{Guest, LocalCluster, wait_for};
+use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 /// One at a time: they measure processors.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

@@ -2,16 +2,11 @@
 
 use keel_api::{DrainInfo, DrainState, LedgerInfo, MachineInfo, NodeInfo};
 use keel_balance::ledger::Decision;
-use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
 use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 async fn start(folder: &Path) -> LocalCluster {
     LocalCluster::start(Path::new(KEEL), folder, &["a", "b", "c"])

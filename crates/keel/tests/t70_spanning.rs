@@ -5,8 +5,8 @@
 use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_range, object_range_name};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::Spawn;
-use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use keel_testkit::{guest, network::Network};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::io::{Read, Write};
@@ -17,11 +17,6 @@ use std::time::Duration;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 const NODES: [&str; 3] = ["a", "b", "c"];
-
-fn guest(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
-    std::fs::read(path).expect("a prebuilt guest")
-}
 
 struct Bench {
     cluster: LocalCluster,

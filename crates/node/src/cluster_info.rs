@@ -79,8 +79,10 @@ pub(crate) async fn store(context: &Context) -> Result<StoreInfo, CommandError> 
     let voters: Vec<VoterInfo> = list
         .voters
         .iter()
-        .map(|voter| VoterInfo {
+        .enumerate()
+        .map(|(at, voter)| VoterInfo {
             node: voter.node.to_string(),
+            number: list.numbers.get(at).copied(),
             address: voter.address.clone(),
             alive: alive.contains(&voter.node),
             leads: list.leader.as_ref() == Some(&voter.node),

@@ -47,7 +47,7 @@ impl Settings {
     /// Reads what [`Settings::save`] wrote.
     ///
     /// # Errors
-    /// [`SettingsError`].
+    /// [`SettingsError`] if the file cannot be read, or is not JSON of this form.
     pub(crate) fn load(path: &Path) -> Result<Self, SettingsError> {
         Ok(serde_json::from_slice(&std::fs::read(path)?)?)
     }

@@ -62,7 +62,7 @@ impl Backup {
     /// Reads what [`Backup::encode`] wrote.
     ///
     /// # Errors
-    /// [`BackupError`].
+    /// [`BackupError`] for bytes that are another file's, damaged, or of another version.
     pub fn decode(bytes: &[u8]) -> Result<Self, BackupError> {
         let rest = bytes.strip_prefix(MAGIC).ok_or(BackupError::NotABackup)?;
         let (hash, content) = rest.split_at_checked(32).ok_or(BackupError::Damaged)?;

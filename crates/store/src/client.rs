@@ -127,35 +127,28 @@ impl StoreClient {
         .await
     }
 
-    /// The first items of a stream, and the stream.
+    /// The first item of a stream of a voter, and the stream. `within` is the time for that item,
+    /// which confirms the stream or carries the error.
     async fn open<T: DeserializeOwned>(
         &self,
+        voter: NodeName,
         kind: u16,
-        request: &impl Serialize,
-    ) -> Result<(T, StreamReceiver), StoreError> {
-        let request = encoded(request)?;
-        let nowhere = |_| std::future::ready(Err(StoreError::NotLeader { leader: None }));
-        self.try_voters(Effect::Repeatable, nowhere, |voter, rest| {
-            let request = request.clone();
-            async move {
-                let opening = async {
-                    let mut items = self.peers.stream(&voter, kind, request).await?;
-                    // The first item confirms the stream, or carries the error.
-                    let first = next::<T>(&mut items).await;
-                    let first =
-                        first.unwrap_or_else(|| Err(StoreError::unavailable("it broke off")));
-                    Ok(first.map(|first| (first, items)))
-                };
-                let slow = || RpcError::NotSent {
-                    peer: format!("node {voter}"),
-                    reason: format!("no answer within {} ms", rest.as_millis()),
-                };
-                tokio::time::timeout(rest, opening)
-                    .await
-                    .unwrap_or_else(|_| Err(slow()))
-            }
-        })
-        .await
+        request: Bytes,
+        within: Duration,
+    ) -> Result<Result<(T, StreamReceiver), StoreError>, RpcError> {
+        let opening = async {
+            let mut items = self.peers.stream(&voter, kind, request).await?;
+            let first = next::<T>(&mut items).await;
+            let first = first.unwrap_or_else(|| Err(StoreError::unavailable("it broke off")));
+            Ok(first.map(|first| (first, items)))
+        };
+        let slow = || RpcError::NotSent {
+            peer: format!("node {voter}"),
+            reason: format!("no answer within {} ms", within.as_millis()),
+        };
+        tokio::time::timeout(within, opening)
+            .await
+            .unwrap_or_else(|_| Err(slow()))
     }
 
     /// Tries this node's voter if it leads, else the others in turn, the last good one first, as
@@ -237,8 +230,8 @@ impl StoreClient {
         StoreError::unavailable(format!("no answer within {ms} ms"))
     }
 
-    async fn read_list(&self, prefix: &str) -> Result<Listing, StoreError> {
-        let (first, mut items) = self.open::<Listed>(kind::LIST, &prefix).await?;
+    /// The rest of a list that began.
+    async fn read_list(first: Listed, items: &mut StreamReceiver) -> Result<Listing, StoreError> {
         let mut entries: Vec<KeyValue> = Vec::new();
         let mut bytes = 0;
         let mut item = Some(Ok(first));
@@ -256,9 +249,23 @@ impl StoreClient {
                 Some(Err(error)) => return Err(error),
                 None => return Err(StoreError::unavailable("the list broke off")),
             }
-            item = next(&mut items).await;
+            item = next(items).await;
         }
     }
+}
+
+/// The changes of a watch that a voter confirmed.
+fn watched(items: StreamReceiver) -> Watch {
+    let changes = futures::stream::unfold(Some(items), |items| async move {
+        let mut items = items?;
+        let item = match next::<Revised>(&mut items).await {
+            Some(item) => item.map(Changes::from),
+            None => Err(StoreError::unavailable("the watch broke off")),
+        };
+        let rest = item.is_ok().then_some(items);
+        Some((item, rest))
+    });
+    Watch::new(changes.boxed())
 }
 
 fn encoded(request: &impl Serialize) -> Result<Bytes, StoreError> {
@@ -294,13 +301,19 @@ impl Store for StoreClient {
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>> {
         async move {
-            if let Some(store) = self.leading() {
-                match store.list(prefix).await {
-                    Err(StoreError::NotLeader { .. }) => {}
-                    answered => return answered,
+            let request = encoded(&prefix)?;
+            let locally = |store: Arc<RaftStore>| async move { store.list(prefix).await };
+            let reading = self.try_voters(Effect::Repeatable, locally, |voter, within| {
+                let request = request.clone();
+                async move {
+                    let opened = self.open(voter, kind::LIST, request, within).await?;
+                    Ok(match opened {
+                        Ok((first, mut items)) => Self::read_list(first, &mut items).await,
+                        Err(error) => Err(error),
+                    })
                 }
-            }
-            match tokio::time::timeout(self.timeout, self.read_list(prefix)).await {
+            });
+            match tokio::time::timeout(self.timeout, reading).await {
                 Ok(listing) => listing,
                 Err(_) => Err(self.timeout_error()),
             }
@@ -334,23 +347,17 @@ impl Store for StoreClient {
                 prefix: prefix.into(),
                 from: from_revision,
             };
-            if let Some(store) = self.leading() {
-                match store.watch(prefix, from_revision).await {
-                    Err(StoreError::NotLeader { .. }) => {}
-                    answered => return answered,
+            let request = encoded(&follow)?;
+            let locally =
+                |store: Arc<RaftStore>| async move { store.watch(prefix, from_revision).await };
+            self.try_voters(Effect::Repeatable, locally, |voter, within| {
+                let request = request.clone();
+                async move {
+                    let opened = self.open::<Revised>(voter, kind::WATCH, request, within);
+                    Ok(opened.await?.map(|(_, items)| watched(items)))
                 }
-            }
-            let (_, items) = self.open::<Revised>(kind::WATCH, &follow).await?;
-            let changes = futures::stream::unfold(Some(items), |items| async move {
-                let mut items = items?;
-                let item = match next::<Revised>(&mut items).await {
-                    Some(item) => item.map(Changes::from),
-                    None => Err(StoreError::unavailable("the watch broke off")),
-                };
-                let rest = item.is_ok().then_some(items);
-                Some((item, rest))
-            });
-            Ok(Watch::new(changes.boxed()))
+            })
+            .await
         }
         .boxed()
     }

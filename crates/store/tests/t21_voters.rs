@@ -7,6 +7,8 @@ mod voters;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use keel_store::{
@@ -16,6 +18,27 @@ use linearizability::{Call, Op, check};
 use voters::{Group, is_pause};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
+
+/// Pause before a request that was not answered is made again.
+const AGAIN_AFTER: Duration = Duration::from_millis(20);
+
+/// Waits until a condition holds.
+async fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Outcome {
+    let begun = Instant::now();
+    while !holds() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            return Err(format!("{what}: not within a minute").into());
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    Ok(())
+}
+
+/// Waits until clients got so many more answers.
+async fn wait_answers(answers: &AtomicU64, more: u64) -> Outcome {
+    let before = answers.load(Relaxed);
+    wait_until("answers", || answers.load(Relaxed) >= before + more).await
+}
 
 /// What a writer knows of its counter.
 #[derive(Debug, Default)]
@@ -33,13 +56,14 @@ struct Written {
 async fn count(
     store: Arc<dyn Store>,
     key: String,
-    mut until: impl FnMut(u64) -> bool,
+    answers: Arc<AtomicU64>,
+    mut until: impl FnMut() -> bool,
 ) -> Result<Written, Box<dyn Error + Send + Sync>> {
     let mut written = Written::default();
     let mut revision = 0;
     let mut number = 0;
     let mut last = Instant::now();
-    while !until(number) {
+    while !until() {
         let txn = match revision {
             0 => Txn::new().when_absent(key.clone()),
             revision => Txn::new().when_modified_at(key.clone(), revision),
@@ -52,6 +76,7 @@ async fn count(
                 number += 1;
                 revision = at;
                 written.answered = number;
+                answers.fetch_add(1, Relaxed);
                 written.longest = written.longest.max(last.elapsed());
                 last = Instant::now();
             }
@@ -67,7 +92,7 @@ async fn count(
             Err(StoreError::Unknown { .. }) => written.unknown += 1,
             Err(error) if is_pause(&error) => {
                 written.refused.push(error);
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(AGAIN_AFTER).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -89,7 +114,7 @@ async fn follow(
             match store.watch(prefix, next).await {
                 Ok(open) => watch = Some(open),
                 Err(error) if is_pause(&error) => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(AGAIN_AFTER).await;
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -120,20 +145,26 @@ async fn follow(
 async fn one_voter_becomes_three_and_refuses_nothing_meanwhile() -> Outcome {
     let mut group = Group::of_one(RaftOptions::default()).await?;
     let store: Arc<dyn Store> = group.client()?;
-    let grown = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let grown = Arc::new(AtomicBool::new(false));
     let writers: Vec<_> = (0..4)
         .map(|n| {
             let grown = grown.clone();
             let mut rest = 50;
-            tokio::spawn(count(store.clone(), format!("k/{n}"), move |_| {
+            let until = move || {
                 // Some more after the change.
-                rest -= u32::from(grown.load(std::sync::atomic::Ordering::Relaxed));
+                rest -= u32::from(grown.load(Relaxed));
                 rest == 0
-            }))
+            };
+            tokio::spawn(count(
+                store.clone(),
+                format!("k/{n}"),
+                Arc::default(),
+                until,
+            ))
         })
         .collect();
     group.grow_to_three().await?;
-    grown.store(true, std::sync::atomic::Ordering::Relaxed);
+    grown.store(true, Relaxed);
     for writer in writers {
         let written = writer.await??;
         assert!(written.answered > 40);
@@ -155,29 +186,34 @@ async fn one_voter_becomes_three_and_refuses_nothing_meanwhile() -> Outcome {
 async fn the_loss_of_leaders_loses_nothing_that_was_answered() -> Outcome {
     let mut group = Group::of_three(RaftOptions::default()).await?;
     let store: Arc<dyn Store> = group.client()?;
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
+    let answers = Arc::new(AtomicU64::new(0));
     let writers: Vec<_> = (0..3)
         .map(|n| {
             let stop = stop.clone();
-            tokio::spawn(count(store.clone(), format!("k/{n}"), move |_| {
-                stop.load(std::sync::atomic::Ordering::Relaxed)
-            }))
+            let counting = count(
+                store.clone(),
+                format!("k/{n}"),
+                answers.clone(),
+                move || stop.load(Relaxed),
+            );
+            tokio::spawn(counting)
         })
         .collect();
     let watched = tokio::spawn(follow(store.clone(), "k/", ("k/end", "")));
     let mut outages = Vec::new();
     for round in 0..4 {
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        wait_answers(&answers, 60).await?;
         let leader = group.leader(None).await?;
         let begun = Instant::now();
         group.stop(leader).await;
         group.leader(Some(leader)).await?;
         outages.push(begun.elapsed());
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        wait_answers(&answers, 20).await?;
         group.start(leader, IfAbsent::Refuse).await?;
         tracing::info!(round, leader);
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    stop.store(true, Relaxed);
     let mut answered = BTreeMap::new();
     for (n, writer) in writers.into_iter().enumerate() {
         let written = writer.await??;
@@ -215,12 +251,20 @@ async fn leases_live_on_under_the_next_leader_and_end_there() -> Outcome {
     let leader = group.leader(None).await?;
     group.stop(leader).await;
     let begun = Instant::now();
-    while begun.elapsed() < Duration::from_millis(3500) {
+    let is_there = async || match store.get("left").await {
+        Ok(entry) => entry.is_some(),
+        Err(error) => {
+            assert!(is_pause(&error), "{error}");
+            true
+        }
+    };
+    while is_there().await {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it does not end");
         match store.lease_renew(held).await {
             Ok(ttl_ms) => assert_eq!(ttl_ms, 1500),
             Err(error) => assert!(is_pause(&error), "{error}"),
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(AGAIN_AFTER).await;
     }
     assert!(store.get("held").await?.is_some());
     assert_eq!(store.get("left").await?, None);
@@ -262,7 +306,7 @@ async fn a_voter_far_behind_gets_a_snapshot() -> Outcome {
             begun.elapsed() < Duration::from_secs(30),
             "it does not catch up"
         );
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(AGAIN_AFTER).await;
     }
     group.stop(third).await;
     group.leader(None).await?;
@@ -289,7 +333,7 @@ async fn without_a_quorum_nothing_is_answered_and_all_of_it_comes_back() -> Outc
     let begun = Instant::now();
     while alone.is_serving() {
         assert!(begun.elapsed() < Duration::from_secs(20), "it serves alone");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(AGAIN_AFTER).await;
     }
     for result in [
         alone.get("a").await.map(drop),
@@ -390,7 +434,8 @@ async fn record(
     store: Arc<dyn Store>,
     seed: u64,
     begun: Instant,
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
+    answers: Arc<AtomicU64>,
 ) -> Result<Vec<Call>, Box<dyn Error + Send + Sync>> {
     let mut random = seed;
     let mut next = || {
@@ -402,7 +447,7 @@ async fn record(
     let mut history = Vec::new();
     let mut last: Option<u64> = None;
     let mut number = seed << 32;
-    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+    while !stop.load(Relaxed) {
         let key = format!("r/{}", next() % 2);
         let begin = begun.elapsed();
         number += 1;
@@ -453,6 +498,7 @@ async fn record(
             }
         };
         let end = known.then(|| begun.elapsed());
+        answers.fetch_add(1, Relaxed);
         history.push(Call {
             key,
             op,
@@ -468,16 +514,23 @@ async fn record(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn histories_are_linearizable_while_leaders_are_lost() -> Outcome {
     let mut group = Group::of_three(RaftOptions::default()).await?;
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let begun = Instant::now();
+    let answers = Arc::new(AtomicU64::new(0));
     let mut clients = Vec::new();
     // Each knows one voter only, so some stay with a leader that was replaced.
     for seed in 0..6 {
         let store: Arc<dyn Store> = group.client_of(std::iter::once(1 + seed / 2))?;
-        clients.push(tokio::spawn(record(store, seed, begun, stop.clone())));
+        clients.push(tokio::spawn(record(
+            store,
+            seed,
+            begun,
+            stop.clone(),
+            answers.clone(),
+        )));
     }
     for round in 0..6 {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        wait_answers(&answers, 60).await?;
         let leader = group.leader(None).await?;
         match round % 2 {
             0 => {
@@ -489,13 +542,13 @@ async fn histories_are_linearizable_while_leaders_are_lost() -> Outcome {
             _ => {
                 group.cut_off(leader, true);
                 group.leader(Some(leader)).await?;
-                tokio::time::sleep(Duration::from_millis(300)).await;
+                wait_answers(&answers, 60).await?;
                 group.cut_off(leader, false);
             }
         }
     }
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    wait_answers(&answers, 60).await?;
+    stop.store(true, Relaxed);
     let mut history = Vec::new();
     for client in clients {
         history.extend(client.await??);

@@ -40,6 +40,15 @@ pub const FAILPOINT_LOG: &str = "failpoints.log";
 /// Time limit of every operation.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A prebuilt guest module of the workspace, by its name.
+///
+/// # Panics
+/// If there is none.
+pub fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
 /// Polls until `done` returns a value.
 ///
 /// # Errors
@@ -176,10 +185,14 @@ impl LocalCluster {
         names: &[&str],
         network: Option<Network>,
     ) -> Result<Self> {
-        let mut cluster = LocalCluster::empty(program, network);
-        cluster.start_nodes(folder, names).await?;
-        cluster.set_policy("mode", "off").await?;
-        Ok(cluster)
+        let cluster = LocalCluster::empty(program, network);
+        cluster.begin(folder, names).await
+    }
+
+    async fn begin(mut self, folder: &Path, names: &[&str]) -> Result<Self> {
+        self.start_nodes(folder, names).await?;
+        self.set_policy("mode", "off").await?;
+        Ok(self)
     }
 
     /// As [`Self::start_in`], with as many copies of the store as the cluster makes by itself.
@@ -196,8 +209,7 @@ impl LocalCluster {
     ) -> Result<Self> {
         let mut cluster = LocalCluster::empty(program, network);
         cluster.voters = "auto";
-        cluster.start_nodes(folder, names).await?;
-        cluster.set_policy("mode", "off").await?;
+        let cluster = cluster.begin(folder, names).await?;
         cluster.wait_voters(names[0], 3).await?;
         Ok(cluster)
     }

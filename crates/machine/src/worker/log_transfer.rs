@@ -69,7 +69,7 @@ impl LogSource {
     /// The target's answer to a round. Output that it lacks is sent in the next round.
     ///
     /// # Errors
-    /// [`LinkError`].
+    /// [`LinkError`] if the connection is lost, or the target gave up.
     pub fn round_answer(&mut self, link: &mut Link) -> Result<Message, LinkError> {
         loop {
             match link.receive()? {
@@ -83,7 +83,7 @@ impl LogSource {
     /// sent at once.
     ///
     /// # Errors
-    /// [`LinkError`].
+    /// [`LinkError`] if the connection is lost, the target gave up, or it sends anything else.
     pub fn wait_prepared(&mut self, link: &mut Link) -> Result<(), LinkError> {
         loop {
             match link.receive()? {

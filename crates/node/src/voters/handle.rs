@@ -77,7 +77,7 @@ impl Voters {
     /// Opens this node's copy if it has one; the first node begins the cluster's store.
     ///
     /// # Errors
-    /// [`VoterError`].
+    /// [`VoterError`] if the only copy is gone or cannot be opened.
     pub(crate) async fn open(
         dir: StateDir,
         identity: &NodeIdentity,
@@ -131,7 +131,7 @@ impl Voters {
     /// Writes what a new cluster's store begins with.
     ///
     /// # Errors
-    /// [`VoterError`].
+    /// [`VoterError`] if the store belongs to another cluster, or does not answer.
     pub(crate) async fn begin_cluster(&self) -> Result<(), VoterError> {
         let Some(store) = self.store() else {
             return Ok(());

@@ -88,8 +88,6 @@ impl NodeStates {
         members
             .keys()
             .map(|node| (node.clone(), candidate(node)))
-            .collect::<Vec<_>>()
-            .into_iter()
             .collect()
     }
 }
@@ -268,6 +266,7 @@ async fn publish(store: &RaftStore, status: &RaftStatus) -> Result<(), VoterErro
         voters: status.voters.values().filter_map(voter).collect(),
         leader: leader.and_then(|it| it.node.parse().ok()),
         term: status.term,
+        numbers: status.voters.keys().copied().collect(),
     };
     Ok(members::set_voters(store, &list).await?)
 }

@@ -55,7 +55,8 @@ pub struct Rebuilt {
 /// Makes the node in a folder the only voter, with what its copy has.
 ///
 /// # Errors
-/// [`RebuildError`].
+/// [`RebuildError`] if the folder is of no voter, or a process has its copy open. Nothing is changed
+/// then.
 pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
     let node = Node::open(state_dir)?;
     let content = RaftStore::content(&node.dir.store()).await?;
@@ -65,7 +66,8 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
 /// Makes the node in a folder the only voter, with the content of a backup.
 ///
 /// # Errors
-/// [`RebuildError`].
+/// [`RebuildError`] if the folder is of no voter, or a process has its copy open. Nothing is changed
+/// then.
 pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, RebuildError> {
     let node = Node::open(state_dir)?;
     if node.dir.store().exists() {

@@ -161,24 +161,17 @@ impl Leader {
                 }
             }
         };
-        match tokio::time::timeout(BARRIER_PATIENCE, asking).await {
+        let leader = match tokio::time::timeout(BARRIER_PATIENCE, asking).await {
             Ok(Ok(_)) => {
                 self.confirmed_ms.store(now_ms(), Ordering::Relaxed);
-                Ok(())
+                return Ok(());
             }
-            Ok(Err(error)) => Err(
-                match error.api_error().and_then(|e| match e {
-                    openraft::error::CheckIsLeaderError::ForwardToLeader(to) => Some(to),
-                    openraft::error::CheckIsLeaderError::QuorumNotEnough(_) => None,
-                }) {
-                    Some(to) => StoreError::NotLeader {
-                        leader: to.leader_node.as_ref().map(|voter| voter.node.clone()),
-                    },
-                    None => StoreError::NotLeader { leader: None },
-                },
-            ),
-            Err(_) => Err(StoreError::NotLeader { leader: None }),
-        }
+            Ok(Err(error)) => error
+                .forward_to_leader()
+                .and_then(|to| Some(to.leader_node.as_ref()?.node.clone())),
+            Err(_) => None,
+        };
+        Err(StoreError::NotLeader { leader })
     }
 
     /// Answers barriers until the store is closed. One confirmation answers all that came before

@@ -39,7 +39,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use keel_net::{BoxFuture, Peers, Reply, RpcError};
-use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
+use openraft::{ChangeMembers, SnapshotPolicy};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::deadlines::Deadlines;
@@ -115,7 +115,6 @@ pub struct RaftStatus {
     pub term: u64,
     /// Number of the leader, if known.
     pub leader: Option<u64>,
-    pub is_leader: bool,
     /// Of a group that is being changed, those that it shall have.
     pub voters: BTreeMap<u64, Voter>,
     /// Whether a change of the group was begun and not ended: until then both groups have to agree.
@@ -256,7 +255,7 @@ impl RaftStore {
     /// All that the copy in `folder` has, but for what belongs to leases; no voter runs on it.
     ///
     /// # Errors
-    /// [`StoreError::Open`].
+    /// [`StoreError::Open`] if there is none, it is damaged, or a process has it open.
     pub async fn content(folder: &Path) -> Result<Listing, StoreError> {
         rebuild::content(folder, RaftOptions::default().store_bytes_max).await
     }
@@ -331,7 +330,6 @@ impl RaftStore {
             id: metrics.id,
             term: metrics.current_term,
             leader: metrics.current_leader,
-            is_leader: metrics.state == ServerState::Leader && self.is_serving(),
             voters,
             is_changing,
             learners,
@@ -356,7 +354,7 @@ impl RaftStore {
     /// A number that no voter had before, for the next one. Only the leader knows it.
     ///
     /// # Errors
-    /// [`StoreError::NotLeader`].
+    /// [`StoreError::NotLeader`] if another voter leads, or no quorum answers.
     pub async fn next_id(&self) -> Result<u64, StoreError> {
         self.leader.barrier().await?;
         let metrics = self.leader.raft.metrics();
@@ -420,13 +418,6 @@ impl RaftStore {
         self.leader.serving.borrow().check()?;
         let changes = ChangeMembers::RemoveNodes(learners);
         self.change_group(changes).await
-    }
-
-    /// Resolves when this voter begins or ceases to lead.
-    pub async fn leadership_changed(&self, was_leader: bool) {
-        let mut serving = self.leader.serving.subscribe();
-        let differs = |now: &Serving| matches!(now, Serving::Yes { .. }) != was_leader;
-        serving.wait_for(differs).await.ok();
     }
 
     /// Answers a request of another voter. `kind` is one of [`RaftStore::handles`].

@@ -35,7 +35,6 @@ pub(super) type SnapshotMeta = openraft::SnapshotMeta<u64, Voter>;
 /// a node that lost its copy comes back under another one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Voter {
-    /// Its name.
     pub node: String,
     /// Where it is, `host:port`.
     pub address: String,
