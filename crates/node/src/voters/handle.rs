@@ -158,6 +158,13 @@ impl Voters {
         asked.map(|at| at.elapsed())
     }
 
+    /// The cluster's authority, if this node has it.
+    pub(super) async fn authority(&self) -> Result<Option<CertificateAuthority>, VoterError> {
+        let root = self.dir.root().to_path_buf();
+        let loading = blocking(move || CertificateAuthority::load(&root)).await?;
+        Ok(loading?)
+    }
+
     fn voter(&self) -> keel_store::Voter {
         keel_store::Voter {
             node: self.name.to_string(),
@@ -218,7 +225,7 @@ impl Voters {
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         if self.store().is_none()
             && self.dir.store().exists()
-            && let Ok(Some(authority)) = CertificateAuthority::load(self.dir.root())
+            && let Ok(Some(authority)) = self.authority().await
         {
             // It was closed because its disk could not be written. What cannot be opened is lost:
             // the leader gives the next copy another number.
@@ -248,7 +255,11 @@ impl Voters {
             &request.authority_key_pem,
         );
         let authority = authority.map_err(RpcError::refused)?;
-        authority.save(self.dir.root()).map_err(RpcError::failed)?;
+        let root = self.dir.root().to_path_buf();
+        let saving = blocking(move || authority.save(&root).map(|()| authority)).await;
+        let authority = saving
+            .map_err(RpcError::failed)?
+            .map_err(RpcError::failed)?;
         self.remove_copy().await.map_err(RpcError::failed)?;
         tracing::info!(id = request.id, "this node becomes a voter of the store");
         let starting = self.start(IfAbsent::Join(request.id), authority).await;
@@ -259,7 +270,7 @@ impl Voters {
     pub(super) async fn reopen(&self) -> Result<(), VoterError> {
         let _changing = self.changing.lock().await;
         self.close().await?;
-        match CertificateAuthority::load(self.dir.root())? {
+        match self.authority().await? {
             Some(authority) => self.start(IfAbsent::Refuse, authority).await,
             None => Ok(()),
         }
@@ -271,11 +282,12 @@ impl Voters {
         tracing::info!("this node is no longer a voter of the store");
         self.close().await?;
         self.remove_copy().await?;
-        CertificateAuthority::remove(self.dir.root()).map_err(|source| VoterError::OldCopy {
+        let root = self.dir.root().to_path_buf();
+        let removing = blocking(move || CertificateAuthority::remove(&root)).await?;
+        removing.map_err(|source| VoterError::OldCopy {
             path: self.dir.root().display().to_string(),
             source,
-        })?;
-        Ok(())
+        })
     }
 
     async fn close(&self) -> Result<(), VoterError> {
@@ -315,6 +327,14 @@ impl Voters {
             _ => Ok(()),
         }
     }
+}
+
+/// Runs what waits for the disk apart from the async workers.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StoreError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| StoreError::unavailable(format!("a task of the agent ended: {error}")))
 }
 
 impl Handler for Voters {

@@ -3,7 +3,6 @@
 use super::handle::{BECOME_VOTER, BecomeVoter, COPY, VoterError, Voters};
 use crate::context::Settings;
 use keel_cluster::NodeName;
-use keel_cluster::identity::CertificateAuthority;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
 use keel_machine::worker::control::{pack, unpack};
@@ -209,7 +208,7 @@ async fn add(
     node: &NodeName,
 ) -> Result<u64, VoterError> {
     let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
-    let authority = CertificateAuthority::load(voters.dir.root())?;
+    let authority = voters.authority().await?;
     let authority =
         authority.ok_or_else(|| unavailable("this voter lacks the cluster's authority".into()))?;
     let id = match id_of(&status.learners, node) {
