@@ -175,6 +175,7 @@ impl Bench {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         };
         let bench = Bench {

@@ -34,7 +34,7 @@ const LAYERS: &[&[&str]] = &[
     &["spanning"],
     &["moves"],
     &["balancer"],
-    &["machines"],
+    &["failover", "machines"],
     &["front"],
     &["agent"],
     &["lib"],

@@ -242,6 +242,48 @@ const MUTANTS: &[(&str, &str, usize, &str)] = &[
         0,
         "{ let _ = least; self }",
     ),
+    (
+        "failover: record's revision",
+        ".when_modified_at(key.clone(), found.revision)",
+        0,
+        "",
+    ),
+    (
+        "failover: lease of the node",
+        ".when_absent(Key::Alive(failed.clone()))",
+        0,
+        "",
+    ),
+    (
+        "failover: target alive",
+        "            key: Key::Alive(target.clone()).to_string(),",
+        0,
+        "            key: Key::Alive(failed.clone()).to_string(),",
+    ),
+    (
+        "failover: entry stays",
+        ".delete(Key::Schedule(failed.clone(), machine.clone()))",
+        0,
+        "",
+    ),
+    (
+        "failover: same epoch",
+        "record.epoch = found.record.epoch.next();",
+        0,
+        "",
+    ),
+    (
+        "failover: ended, too",
+        "record.status.ended() || record.spec.ha.is_none()",
+        0,
+        "record.spec.ha.is_none()",
+    ),
+    (
+        "failover: arriving, too",
+        "&& holds_copy(from)",
+        0,
+        "&& false && holds_copy(from)",
+    ),
 ];
 
 /// Restores the file at the end of the run, also after a panic.

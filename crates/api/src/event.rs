@@ -141,6 +141,12 @@ kinds! {
     CheckpointMade = "checkpoint-made",
     /// A checkpoint was not made.
     CheckpointFailed = "checkpoint-failed",
+    /// Other nodes than before have the newest checkpoint of a machine with high availability.
+    CheckpointReplicated = "checkpoint-replicated",
+    /// A machine of a node that failed was given to another node.
+    MachineFailedOver = "machine-failed-over",
+    /// A machine of a node that failed cannot be restarted elsewhere at present.
+    FailoverWaits = "failover-waits",
     /// Events were lost here: the disk was too slow.
     EventsLost = "events-lost",
 }

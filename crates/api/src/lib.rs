@@ -81,8 +81,8 @@ pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 pub use keel_wasi::FileStat;
 pub use machine::{
-    CheckpointChange, FieldChange, LogOffset, MachineDiff, MachineInfo, RunRequest, SetRequest,
-    StartPhaseInfo, Uploaded,
+    CheckpointChange, FieldChange, HighAvailabilityChange, LogOffset, MachineDiff, MachineInfo,
+    RunRequest, SetRequest, StartPhaseInfo, Uploaded,
 };
 pub use moves::{DryRun, MoveLine, MoveRequest, Urgency};
 pub use parts::{

@@ -3,6 +3,7 @@
 
 use crate::volume::{VolumeInfo, VolumeRequest};
 use keel_machine::cgroup::GroupUsage;
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart_policy::Restart;
@@ -67,6 +68,12 @@ pub struct MachineInfo {
     /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
+    /// How it is kept available when its node fails.
+    #[serde(default)]
+    pub ha: Option<HighAvailability>,
+    /// The nodes that have the checkpoint from which it would be restarted.
+    #[serde(default)]
+    pub in_sync: Vec<String>,
     /// Its balancing policy.
     #[serde(default)]
     pub balancing: Balancing,
@@ -180,6 +187,9 @@ pub struct RunRequest {
     /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
+    /// How it is kept available when its node fails.
+    #[serde(default)]
+    pub ha: Option<HighAvailability>,
     /// Its balancing policy.
     #[serde(default, deserialize_with = "strict_balancing")]
     pub balancing: Balancing,
@@ -258,6 +268,9 @@ pub struct SetRequest {
     /// Periodic checkpoints.
     #[serde(default)]
     pub checkpoints: Option<CheckpointChange>,
+    /// How it is kept available when its node fails.
+    #[serde(default)]
+    pub ha: Option<HighAvailabilityChange>,
     /// Which of its loads counts.
     #[serde(default)]
     pub balance: Option<BalanceBy>,
@@ -279,6 +292,16 @@ pub struct SetRequest {
     /// `part.memory`, in bytes; 0 for none.
     #[serde(default)]
     pub part_memory_bytes: Option<u64>,
+}
+
+/// A change of what keeps a machine available.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HighAvailabilityChange {
+    /// It waits for its node when that fails.
+    Off,
+    /// It is restarted elsewhere, with these settings.
+    On(HighAvailability),
 }
 
 /// A change of the periodic checkpoints.

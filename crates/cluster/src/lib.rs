@@ -1,6 +1,7 @@
 //! Identity and membership of the nodes of a cluster.
 //!
 //! - [`epoch`]: the version of a machine's ownership.
+//! - [`failover`]: where checkpoints are copied to, and where machines are restarted.
 //! - [`identity`]: the cluster's certificate authority and the nodes'
 //!   certificates.
 //! - [`tokens`]: join tokens and users' tokens.
@@ -15,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod epoch;
+pub mod failover;
 pub mod identity;
 pub mod join;
 pub mod members;

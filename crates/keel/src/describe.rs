@@ -173,6 +173,12 @@ fn write_state(page: &mut Page, machine: &MachineInfo) {
         "restart",
         format!("{} ({} so far)", machine.restart.word(), machine.restarts),
     );
+    if let Some(ha) = &machine.ha {
+        page.line("high availability", ha.line());
+        if !machine.in_sync.is_empty() {
+            page.line("checkpoint on", machine.in_sync.join(", "));
+        }
+    }
     if let Some(plan) = &machine.checkpoints {
         page.line("checkpoints", plan.line());
     }

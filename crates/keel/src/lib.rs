@@ -40,6 +40,7 @@ mod down;
 mod dry_run;
 mod events;
 mod help;
+mod high_availability;
 mod history;
 mod machines;
 mod objects;

@@ -15,6 +15,7 @@ use keel_api::{
 };
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::checkpoint::Retention;
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart_policy::Restart;
@@ -194,6 +195,13 @@ pub(crate) struct RunArgs {
     restart: RestartWhen,
     #[command(flatten)]
     checkpoints: CheckpointsArgs,
+    /// Restarts it elsewhere from its newest checkpoint when its node fails. Settings (defaults):
+    /// checkpoint=10s, priority=5 (0 to 100, higher first), replicas=1 (other nodes with its
+    /// checkpoint) or to=PLACE (that all nodes see), fence=none (timer: for `--dir`).
+    #[arg(long, value_name = "SETTINGS", num_args = 0..=1, require_equals = true,
+          default_missing_value = "", value_parser = crate::high_availability::parse,
+          conflicts_with = "checkpoint_every")]
+    ha: Option<HighAvailability>,
     #[command(flatten)]
     balancing: BalancingArgs,
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
@@ -335,6 +343,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         remove_at_end: args.rm,
         restart: args.restart.into(),
         checkpoints: args.checkpoints.plan()?,
+        ha: args.ha.clone(),
         balancing: args.balancing.balancing(),
     };
     Ok(client.post("/v1/machines", &request).await?)

@@ -1,11 +1,12 @@
-//! `keel set`: changes the limits, targets, restart policy or checkpoints of a machine while it
-//! runs.
+//! `keel set`: changes the limits, targets, restart policy, checkpoints or availability of a
+//! machine while it runs.
 
 use crate::cluster::Reach;
 use crate::machines::{Balance, CheckpointsArgs, RestartWhen, SpawnWhere};
 use crate::output;
 use anyhow::Result;
-use keel_api::{CheckpointChange, MachineInfo, SetRequest};
+use keel_api::{CheckpointChange, HighAvailabilityChange, MachineInfo, SetRequest};
+use keel_machine::high_availability::HighAvailability;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
@@ -50,6 +51,15 @@ pub(crate) struct Args {
     /// Ends its periodic checkpoints.
     #[arg(long, group = "what", conflicts_with = "checkpoint_every")]
     no_checkpoints: bool,
+    /// Restarts it elsewhere from its newest checkpoint when its node fails (settings as for
+    /// `keel run`).
+    #[arg(long, value_name = "SETTINGS", num_args = 0..=1, require_equals = true,
+          default_missing_value = "", value_parser = crate::high_availability::parse,
+          group = "what", conflicts_with_all = ["checkpoint_every", "no_ha"])]
+    ha: Option<HighAvailability>,
+    /// Lets it wait for its node when that fails.
+    #[arg(long, group = "what")]
+    no_ha: bool,
 }
 
 /// A count; 0 for none.
@@ -84,6 +94,10 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         checkpoints: match args.checkpoints.plan()? {
             Some(plan) => Some(CheckpointChange::Plan(plan)),
             None => args.no_checkpoints.then_some(CheckpointChange::None),
+        },
+        ha: match &args.ha {
+            Some(ha) => Some(HighAvailabilityChange::On(ha.clone())),
+            None => args.no_ha.then_some(HighAvailabilityChange::Off),
         },
         balance: args.balance.map(Into::into),
         cpu_target_millis: args.cpu_target,

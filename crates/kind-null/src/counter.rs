@@ -27,6 +27,8 @@ struct State {
     /// Written on each line.
     epoch: u64,
     is_frozen: bool,
+    /// Its node has no lease.
+    is_held: bool,
     ending: Option<Ending>,
 }
 
@@ -47,6 +49,7 @@ impl Counter {
                 next,
                 epoch,
                 is_frozen: true,
+                is_held: false,
                 ending: None,
             }),
             changed: Condvar::new(),
@@ -68,8 +71,9 @@ impl Counter {
         };
         loop {
             // A frozen machine ends once it is thawed, or dropped: it may run elsewhere.
-            let waiting =
-                |state: &mut State| state.is_frozen && state.ending != Some(Ending::Discarded);
+            let waiting = |state: &mut State| {
+                (state.is_frozen || state.is_held) && state.ending != Some(Ending::Discarded)
+            };
             let state = self.changed.wait_while(self.state(), waiting);
             let mut state = state.unwrap_or_else(PoisonError::into_inner);
             if let Some(ending) = &state.ending {
@@ -133,6 +137,12 @@ impl Counter {
 
     pub(crate) fn thaw(&self) {
         self.state().is_frozen = false;
+        self.changed.notify_all();
+    }
+
+    /// Whether it may not run, for lack of a lease. From the call on nothing of it is written.
+    pub(crate) fn hold(&self, is_held: bool) {
+        self.state().is_held = is_held;
         self.changed.notify_all();
     }
 

@@ -196,7 +196,9 @@ impl Worker for NullWorker {
         let running = State::Running { epoch: start.epoch };
         self.process.state.send_replace(running);
         self.begin(counter.clone()).map_err(RpcError::failed)?;
-        counter.thaw();
+        let lease = self.process.lease();
+        lease.resume(|| counter.hold(true), || counter.thaw());
+        lease.machine_changed(&**self);
         Ok(())
     }
 
@@ -246,6 +248,19 @@ impl Worker for NullWorker {
         Ok(())
     }
 
+    fn hold_for_lease(&self) -> bool {
+        if let Ok(counter) = self.counter() {
+            counter.hold(true);
+        }
+        true
+    }
+
+    fn release_for_lease(&self) {
+        if let Ok(counter) = self.counter() {
+            counter.hold(false);
+        }
+    }
+
     fn begin_receive(
         self: &Arc<Self>,
         request: Receive,
@@ -266,7 +281,9 @@ impl Worker for NullWorker {
     fn resume(self: &Arc<Self>, epoch: Epoch) {
         let Ok(counter) = self.counter() else { return };
         counter.set_epoch(epoch.token());
-        counter.thaw();
+        let lease = self.process.lease();
+        lease.resume(|| counter.hold(true), || counter.thaw());
+        lease.machine_changed(&**self);
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {

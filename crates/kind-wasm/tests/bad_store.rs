@@ -254,6 +254,7 @@ impl Running {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         };
         let folder = tempfile::tempdir().unwrap();

@@ -77,6 +77,7 @@ fn spec() -> Spec {
         remove_at_end: false,
         restart: keel_machine::restart_policy::Restart::No,
         checkpoints: None,
+        ha: None,
         balancing: Balancing::default(),
     }
 }

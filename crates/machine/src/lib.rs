@@ -12,6 +12,7 @@
 //! - `cluster_volume`: volumes that outlive their machines, stored outside nodes
 //! - `clock_sync`: whether this host's wall clock is synchronised
 //! - `failpoint`: fault injection for tests
+//! - `high_availability`: what keeps a machine available when its node fails
 //! - `object_storage`: directories and object stores for checkpoints and volumes
 //! - `restart_policy`: whether a machine that ended is restarted
 
@@ -22,6 +23,7 @@ pub mod checkpoint;
 pub mod clock_sync;
 pub mod cluster_volume;
 pub mod failpoint;
+pub mod high_availability;
 pub mod kind;
 pub mod link;
 pub mod log;

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::origin::Origin;
 use crate::checkpoint::retention::Retention;
+use crate::high_availability::HighAvailability;
 use crate::kind::{KindName, KindSpec};
 use crate::moves::MoveReport;
 use crate::restart_policy::Restart;
@@ -77,6 +78,8 @@ pub struct Spec {
     pub restart: Restart,
     /// Automatic checkpoints.
     pub checkpoints: Option<CheckpointPlan>,
+    /// How it is kept available when its node fails; it then has no other automatic checkpoints.
+    pub ha: Option<HighAvailability>,
     /// Settings for load balancing.
     pub balancing: Balancing,
 }

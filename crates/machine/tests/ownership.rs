@@ -4,13 +4,14 @@
 mod record;
 
 use keel_cluster::{Epoch, NodeName};
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
-    EndEffect, EpochBase, ResumeDecision, Settlement, Transfer, VersionedRecord, created_at, end,
-    may_resume, running,
+    EndEffect, EpochBase, Failover, ResumeDecision, Settlement, Transfer, VersionedRecord,
+    created_at, end, fail_over, may_resume, running,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
-use keel_store::{Compare, KeyValue, Txn};
+use keel_store::{Compare, KeyValue, Op, Txn};
 
 const EPOCH: Epoch = Epoch {
     incarnation: 1,
@@ -374,4 +375,98 @@ fn a_base_is_raised_only_by_machines_of_other_clusters() {
     assert!(created_at(raised.epoch(), 101) > of(3, 5));
     assert_eq!(raised.at_least(2), raised);
     assert!(created_at(raised.at_least(4).epoch(), 1) > created_at(raised.epoch(), 9999));
+}
+
+/// A record of node a, with high availability.
+fn highly_available(status: Status) -> VersionedRecord {
+    let mut record = record("a", EPOCH, status);
+    record.spec.ha = Some(HighAvailability::default());
+    found(record)
+}
+
+fn given(found: &VersionedRecord) -> Option<Failover> {
+    fail_over(found, &node("b"), |_| false, 7).unwrap()
+}
+
+/// Only what was found changes, only a node without a lease loses its machine, and only a node with
+/// one gets it.
+#[test]
+fn a_failover_compares_all_that_it_depends_on() {
+    let before = highly_available(Status::Running);
+    let Failover {
+        failed,
+        record,
+        txn,
+    } = given(&before).unwrap();
+    assert_eq!((failed, &record.owner), (node("a"), &node("b")));
+    assert_eq!(record.epoch, epoch(1));
+    let restarting = Status::Restarting {
+        reason: "its node a failed".into(),
+        at_unix_ms: 7,
+        from_checkpoint: true,
+    };
+    assert_eq!(record.status, restarting);
+    let expected = Txn::new()
+        .when_modified_at("machine/m", 60)
+        .when_absent("alive/a")
+        .when(Compare::Exists {
+            key: "alive/b".into(),
+        })
+        .put("machine/m", record.encode().unwrap())
+        .delete("schedule/a/m")
+        .delete("reservation/a/m")
+        .put("schedule/b/m", Vec::new());
+    assert_eq!(txn, expected);
+}
+
+#[test]
+fn what_has_ended_or_does_not_ask_for_it_stays() {
+    assert_eq!(given(&highly_available(failed())), None);
+    assert_eq!(given(&found(record("a", EPOCH, Status::Running))), None);
+    let mut there = highly_available(Status::Running);
+    there.record.owner = node("b");
+    assert_eq!(given(&there), None);
+    // It was to end: it does, and runs nowhere.
+    let mut stopping = highly_available(Status::Running);
+    stopping.record.stop_wanted = true;
+    let Failover { record, txn, .. } = given(&stopping).unwrap();
+    assert_eq!(record.status, Status::Stopped);
+    let puts = |key: &str| {
+        let is_put = |op: &Op| matches!(op, Op::Put { key: put, .. } if put == key);
+        txn.then.iter().any(is_put)
+    };
+    assert!(puts("machine/m") && !puts("schedule/b/m"));
+}
+
+/// The source of a move that was committed takes the machine back; only if it is gone too, the
+/// machine is restarted.
+#[test]
+fn a_machine_on_arrival_is_its_sources_first() {
+    let arriving = highly_available(Status::Arriving { from: node("c") });
+    let of = |alive: &str| {
+        let holds = |from: &NodeName| *from == node(alive);
+        fail_over(&arriving, &node("b"), holds, 7).unwrap()
+    };
+    assert_eq!(of("c"), None);
+    assert!(of("d").is_some());
+}
+
+/// A machine whose process was lost on a node that is well is restarted there.
+#[test]
+fn a_lost_process_of_a_machine_with_high_availability_is_restarted() {
+    let mut now = highly_available(Status::Running).record;
+    let effect = end(&mut now, &node("a"), EPOCH, &failed(), 1);
+    assert_eq!(effect, EndEffect::Changed);
+    assert!(matches!(
+        now.status,
+        Status::Restarting {
+            from_checkpoint: true,
+            ..
+        }
+    ));
+    // It ended by itself.
+    let mut now = highly_available(Status::Running).record;
+    let exited = Status::Exited { code: 1 };
+    end(&mut now, &node("a"), EPOCH, &exited, 1);
+    assert_eq!(now.status, exited);
 }

@@ -102,6 +102,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             remove_at_end: false,
             restart: keel_machine::restart_policy::Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         },
         program: Some([3; 32]),

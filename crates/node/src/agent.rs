@@ -2,10 +2,11 @@
 //! public interface imports this file.
 
 use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
-use crate::checkpoints::Checkpoints;
+use crate::checkpoints::{self, Checkpoints};
 use crate::compilation::{self, Code};
 use crate::context::{Context, Settings, SettingsError};
 use crate::events::{Events, Note};
+use crate::failover;
 use crate::front::{self, Entry, Handles};
 use crate::host::{cpu_features, memory_bytes};
 use crate::images::Images;
@@ -13,7 +14,7 @@ use crate::lease;
 use crate::logs::Logs;
 use crate::machines::{self, Machines, Restarts};
 use crate::moves::{self, Moves};
-use crate::processes::{Arrivals, Processes};
+use crate::processes::{Arrivals, Processes, extend_leases};
 use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
 use crate::rules::Rules;
 use crate::spanning::{self, Spanning};
@@ -274,7 +275,8 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         store,
         peers,
         members,
-        lease,
+        lease: lease.current,
+        lease_term: lease.term,
         identity,
         events,
         traffic,
@@ -441,8 +443,20 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
     );
     tokio::spawn(async move { lease::tell_of_nodes(store, events, || led.leads()).await });
     let (changes, placement_changes) = unbounded_channel();
-    tokio::spawn(placements.follow(context.clone(), changes.clone()));
+    tokio::spawn(placements.clone().follow(context.clone(), changes.clone()));
     tokio::spawn(follow_arrivals(context.clone(), changes));
+    tokio::spawn(extend_leases(
+        context.clone(),
+        at.processes.clone(),
+        placements.clone(),
+    ));
+    tokio::spawn(failover::run(failover::Dependencies {
+        context: context.clone(),
+        rules: at.rules.clone(),
+        placements,
+        alive: alive.clone(),
+    }));
+    tokio::spawn(checkpoints::sweep(at.checkpoints.clone()));
     let followed = context.clone();
     tokio::spawn(async move { alive.follow(&followed).await });
     at.rules.cache.follow();

@@ -2,6 +2,7 @@
 //! behaviour of its own; layers keep their own state.
 
 use crate::events::Events;
+use crate::lease::LeaseTerm;
 use crate::state_dir::{StateDir, write_whole};
 use keel_cluster::NodeName;
 use keel_cluster::identity::{ClusterId, NodeIdentity};
@@ -66,6 +67,8 @@ pub(crate) struct Context {
     pub(crate) members: Arc<MemberSet>,
     /// This node's lease in the store, while it has one.
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
+    /// The same, with its deadline, at each renewal.
+    pub(crate) lease_term: watch::Receiver<Option<LeaseTerm>>,
     pub(crate) identity: NodeIdentity,
     /// Events of this node, for users.
     pub(crate) events: Events,

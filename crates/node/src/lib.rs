@@ -7,6 +7,7 @@
 //! - `agent`: creates a node, and builds its agent from the layers
 //! - `front`: HTTP and rpc: requests to handles
 //! - `machines`: the life of this node's machines
+//! - `failover`: restarts the machines of nodes that fail, for the whole cluster
 //! - `balancer`: measures this node, and balances it with others
 //! - `moves`: moves of whole machines, as source and as target
 //! - `spanning`: machines with parts on several nodes
@@ -31,6 +32,7 @@ mod compilation;
 mod context;
 mod error;
 mod events;
+mod failover;
 mod front;
 mod host;
 mod images;

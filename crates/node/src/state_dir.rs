@@ -10,6 +10,7 @@
 //!   modules/HASH.wasm                         modules as their authors built them
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
+//!   replicas/                                 checkpoints of machines with high availability
 //!   events/                                   events of this node
 //!   ledger.redb                               decisions of its balancer
 //! ```
@@ -50,6 +51,7 @@ impl StateDir {
             "programs",
             "cache",
             "checkpoints",
+            "replicas",
         ] {
             make(&dir.root.join(part))?;
         }
@@ -127,6 +129,12 @@ impl StateDir {
     /// The default place of checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
+    }
+
+    /// Checkpoints of machines with high availability: of those that run here, and of those that
+    /// may have to.
+    pub(crate) fn replicas(&self) -> PathBuf {
+        self.root.join("replicas")
     }
 
     /// The events.

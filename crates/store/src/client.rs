@@ -30,6 +30,8 @@ use crate::raft::RaftStore;
 enum Effect {
     /// None, or the same when it is repeated: retry.
     Repeatable,
+    /// A lease gets its full time again. The same when it is repeated, and useless when late.
+    Renewal,
     /// The change may have been made.
     Changes,
 }
@@ -39,6 +41,11 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// Time for one voter to answer what can be repeated: it may be stopped, with its connections
 /// open.
 const VOTER_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Time for one voter to answer a renewal, and for all of them together: a fifth and two thirds of
+/// the shortest lease that nodes depend on.
+const RENEWAL_VOTER_PATIENCE: Duration = Duration::from_millis(300);
+const RENEWAL_PATIENCE: Duration = Duration::from_millis(1000);
 
 /// The voters' store, accessed through the connection pool, or directly if this node leads.
 pub struct StoreClient {
@@ -116,7 +123,7 @@ impl StoreClient {
                 let answer = self.peers.call(&voter, kind, request, rest).await?;
                 Ok(decode::<Answer<A>>("an answer of the store", &answer)
                     .map_err(|e| match effect {
-                        Effect::Repeatable => StoreError::unavailable(e),
+                        Effect::Repeatable | Effect::Renewal => StoreError::unavailable(e),
                         Effect::Changes => StoreError::Unknown {
                             reason: e.to_string(),
                         },
@@ -163,7 +170,11 @@ impl StoreClient {
         F: Future<Output = Result<Result<T, StoreError>, RpcError>>,
         L: Future<Output = Result<T, StoreError>>,
     {
-        let deadline = Instant::now() + self.timeout;
+        let timeout = match effect {
+            Effect::Renewal => self.timeout.min(RENEWAL_PATIENCE),
+            Effect::Repeatable | Effect::Changes => self.timeout,
+        };
+        let deadline = Instant::now() + timeout;
         let mut missing = Vec::new();
         loop {
             if let Some(store) = self.leading() {
@@ -184,6 +195,7 @@ impl StoreClient {
                 let rest = deadline.saturating_duration_since(Instant::now());
                 let patience = match effect {
                     Effect::Repeatable if voters.len() > 1 => rest.min(VOTER_PATIENCE),
+                    Effect::Renewal if voters.len() > 1 => rest.min(RENEWAL_VOTER_PATIENCE),
                     _ => rest,
                 };
                 match attempt(voter.clone(), patience).await {
@@ -377,7 +389,7 @@ impl Store for StoreClient {
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
         let locally = move |store: Arc<RaftStore>| async move { store.lease_renew(lease).await };
         async move {
-            self.ask(kind::LEASE_RENEW, &lease.0, Effect::Repeatable, locally)
+            self.ask(kind::LEASE_RENEW, &lease.0, Effect::Renewal, locally)
                 .await
         }
         .boxed()

@@ -12,6 +12,7 @@
 //! | `alive/NODE` | the node's liveness, attached to its lease: deleted when the node fails |
 //! | `machine/MACHINE` | spec, epoch, owner |
 //! | `newest-checkpoint/MACHINE` | location of its newest checkpoint |
+//! | `in-sync/MACHINE` | its checkpoint that survives the loss of its node, and the nodes that have it |
 //! | `volume/VOLUME` | location of a cluster volume, its quota, and its machine |
 //! | `schedule/NODE/MACHINE` | the node must run the machine; of one with parts, only its home's node has the entry |
 //! | `reservation/NODE/MACHINE` | memory reserved at the node for an incoming machine |
@@ -55,6 +56,8 @@ pub enum Key {
     Machine(MachineName),
     /// `newest-checkpoint/MACHINE`
     Checkpoint(MachineName),
+    /// `in-sync/MACHINE`
+    InSync(MachineName),
     /// `volume/VOLUME`; a volume's name has the form of a machine's.
     Volume(MachineName),
     /// `schedule/NODE/MACHINE`
@@ -133,6 +136,8 @@ pub const CODE: &str = "code/";
 pub const MACHINES: &str = "machine/";
 /// Prefix of machines' newest checkpoints.
 pub const CHECKPOINTS: &str = "newest-checkpoint/";
+/// Prefix of the nodes that have machines' checkpoints.
+pub const IN_SYNC: &str = "in-sync/";
 /// Prefix of all volumes of the cluster.
 pub const VOLUMES: &str = "volume/";
 /// Prefix of all nodes' schedules.
@@ -186,6 +191,7 @@ impl fmt::Display for Key {
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
             Key::Checkpoint(machine) => write!(f, "{CHECKPOINTS}{machine}"),
+            Key::InSync(machine) => write!(f, "{IN_SYNC}{machine}"),
             Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
@@ -236,6 +242,7 @@ fn parse(text: &str) -> Option<Key> {
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
         ("newest-checkpoint", Some(machine), None) => Key::Checkpoint(machine.parse().ok()?),
+        ("in-sync", Some(machine), None) => Key::InSync(machine.parse().ok()?),
         ("volume", Some(volume), None) => Key::Volume(volume.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
@@ -281,6 +288,7 @@ mod tests {
             "code/a",
             "machine/web-3",
             "newest-checkpoint/web-3",
+            "in-sync/web-3",
             "volume/data",
             "schedule/a/web-3",
             "reservation/a/web-3",

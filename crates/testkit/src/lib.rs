@@ -13,6 +13,7 @@ use keel_api::{
     TokenRequest, Uploaded, Urgency, VolumeRequest, VotersRequest,
 };
 use keel_kind_wasm::{WasmKind, WasmSpec};
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
@@ -110,6 +111,8 @@ pub struct Guest<'a> {
     pub restart: Restart,
     /// Periodic checkpoints.
     pub checkpoints: Option<CheckpointPlan>,
+    /// How it is kept available when its node fails.
+    pub ha: Option<HighAvailability>,
     /// Its balancing policy.
     pub balancing: Balancing,
     /// Size of a volume of its own at `/tmp`.
@@ -131,6 +134,7 @@ impl<'a> Guest<'a> {
             volume: None,
             restart: Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
             tmp_bytes: None,
             kind: None,
@@ -425,6 +429,7 @@ impl LocalCluster {
             remove_at_end: false,
             restart: guest.restart,
             checkpoints: guest.checkpoints.clone(),
+            ha: guest.ha.clone(),
             balancing: guest.balancing,
         };
         let _: MachineInfo = client.post("/v1/machines", &request).await?;

@@ -11,6 +11,7 @@
 //! restart = "on-failure"
 //! ```
 
+use crate::high_availability::FileSettings;
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use keel_api::RunRequest;
 use keel_kind_wasm::{WasmKind, WasmSpec};
@@ -26,7 +27,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 23] = [
     "module",
     "args",
     "on",
@@ -42,6 +43,7 @@ const KEYS: [&str; 22] = [
     "checkpoint-to",
     "checkpoint-keep",
     "checkpoint-keep-for",
+    "ha",
     "balance",
     "cpu-target",
     "memory-target",
@@ -91,6 +93,7 @@ struct Machine {
     checkpoint_to: Option<String>,
     checkpoint_keep: Option<u32>,
     checkpoint_keep_for: Option<Time>,
+    ha: Option<FileSettings>,
     #[serde(default)]
     balance: BalanceBy,
     cpu_target: Option<Cores>,
@@ -215,6 +218,7 @@ impl Machine {
                 Some(plan.map_err(|error| format!("{error:#}"))?)
             }
         };
+        let ha = self.ha.as_ref().map(FileSettings::settings);
         let own = WasmSpec {
             // The hash is known once the module was read.
             module: String::new(),
@@ -234,6 +238,7 @@ impl Machine {
             remove_at_end: self.rm,
             restart: self.restart,
             checkpoints,
+            ha: ha.transpose()?.flatten(),
             balancing: Balancing {
                 by: self.balance,
                 cpu_target_millis: self.cpu_target.map(|Cores(millis)| millis),
@@ -389,6 +394,7 @@ mod tests {
             output_bytes_per_s: 1024,
             remove_at_end: false,
             restart: Restart::OnFailure,
+            ha: None,
             balancing: Balancing {
                 by: BalanceBy::Target,
                 cpu_target_millis: Some(250),
@@ -417,7 +423,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

@@ -14,8 +14,8 @@ use bytes::Bytes;
 use file::Wanted;
 use hyper::Method;
 use keel_api::{
-    CheckpointChange, Client, FieldChange, MachineDiff, MachineInfo, Nothing, RunRequest,
-    SetRequest, Uploaded, VolumeRequest,
+    CheckpointChange, Client, FieldChange, HighAvailabilityChange, MachineDiff, MachineInfo,
+    Nothing, RunRequest, SetRequest, Uploaded, VolumeRequest,
 };
 use keel_kind_wasm::WasmSpec;
 use keel_machine::restart_policy::Restart;
@@ -193,6 +193,10 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
                 checkpoints: changes("checkpoints").then(|| match &wanted.checkpoints {
                     Some(plan) => CheckpointChange::Plan(plan.clone()),
                     None => CheckpointChange::None,
+                }),
+                ha: changes("ha").then(|| match &wanted.ha {
+                    Some(ha) => HighAvailabilityChange::On(ha.clone()),
+                    None => HighAvailabilityChange::Off,
                 }),
                 balance: changes("balance").then_some(wanted.balancing.by),
                 cpu_target_millis: changes("cpu-target")

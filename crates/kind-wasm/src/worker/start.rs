@@ -53,7 +53,13 @@ impl WasmWorker {
             true => State::Held { epoch },
             false => State::Running { epoch },
         };
+        let needs_lease = inner.spec.as_ref().is_some_and(|spec| spec.ha.is_some());
         drop(inner);
+        self.process.lease().machine_changed(&**self);
+        if needs_lease {
+            // A machine that must be held at once cannot wait for it.
+            self.prepare_resume();
+        }
         self.process.state.send_if_modified(|state| {
             // Damage may have been found already.
             let first = *state == State::Empty;
@@ -95,7 +101,7 @@ impl WasmWorker {
         let machine = Machine::ready_under(start.epoch.token(), program, wasi, own.limits(spec))
             .map_err(RpcError::failed)?;
         if !is_held_at_start(&start.from) {
-            machine.thaw().map_err(RpcError::failed)?;
+            self.first_thaw(&machine).map_err(RpcError::failed)?;
         }
         Ok((machine, log, cluster_volumes))
     }
@@ -170,7 +176,7 @@ impl WasmWorker {
             .map_err(RpcError::failed)?;
         machine.set_epoch(start.epoch.token());
         if !stands {
-            machine.thaw().map_err(RpcError::failed)?;
+            self.first_thaw(&machine).map_err(RpcError::failed)?;
         }
         Ok((machine, log, cluster_volumes))
     }

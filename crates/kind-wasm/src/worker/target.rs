@@ -415,12 +415,15 @@ impl WasmWorker {
         if let Some(post_copy_target) = &inner.post_copy_target {
             post_copy_target.seal();
         }
-        if let Some(machine) = &inner.machine {
+        let machine = inner.machine.clone();
+        drop(inner);
+        if let Some(machine) = machine {
             machine.set_epoch(epoch.token());
             // The machine is ready; its guest cannot have ended.
-            if let Err(error) = machine.thaw() {
+            if let Err(error) = self.first_thaw(&machine) {
                 tracing::error!(%error, "cannot resume a machine that arrived");
             }
+            self.process.lease().machine_changed(self);
         }
     }
 

@@ -26,7 +26,7 @@ use keel_machine::worker::{files, volume_folder};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Reply, RpcError};
 use keel_wasi::Files;
 use keel_wasi::volume::Stalls;
-use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
+use keel_wasm::runtime::{Engine, Hold, Machine, MachineError, Options, Outcome};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
@@ -186,6 +186,21 @@ impl Worker for WasmWorker {
         machine.thaw().map_err(RpcError::failed)
     }
 
+    fn hold_for_lease(&self) -> bool {
+        let machine = self.inner().machine.clone();
+        machine.is_none_or(|machine| {
+            hold_without_lease(&machine);
+            machine.stands_still()
+        })
+    }
+
+    fn release_for_lease(&self) {
+        let machine = self.inner().machine.clone();
+        if let Some(machine) = machine {
+            machine.release(Hold::NotAllowed);
+        }
+    }
+
     fn begin_receive(
         self: &Arc<Self>,
         request: Receive,
@@ -266,6 +281,12 @@ impl WasmWorker {
         self.inner.lock().unwrap_or_else(|error| error.into_inner())
     }
 
+    /// Lets a machine run for the first time here, unless it needs a lease and there is none.
+    pub(super) fn first_thaw(&self, machine: &Machine) -> Result<(), MachineError> {
+        let lease = self.process.lease();
+        lease.resume(|| hold_without_lease(machine), || machine.thaw())
+    }
+
     /// Samples the machine's writes for a moment.
     fn sample_activity(&self) -> Result<Activity, RpcError> {
         let busy = |why| Err(RpcError::failed(format!("{why}; try again")));
@@ -305,7 +326,7 @@ impl WasmWorker {
 
     /// Loads the code that threads need to resume after a safepoint, or compiles it if
     /// the agent has not: a freeze must not wait for it.
-    fn prepare_resume(&self) {
+    pub(super) fn prepare_resume(&self) {
         let Some(machine) = self.inner().machine.clone() else {
             return;
         };
@@ -491,6 +512,14 @@ impl WasmWorker {
         if let Err(error) = group.limit_memory(limit) {
             tracing::warn!(error, "cannot limit the memory of this worker");
         }
+    }
+}
+
+/// Holds all threads of a machine that has no lease.
+fn hold_without_lease(machine: &Machine) {
+    if let Err(error) = machine.hold(Hold::NotAllowed, None) {
+        // The timer of the lease ends the process.
+        tracing::error!(%error, "the machine cannot be held");
     }
 }
 

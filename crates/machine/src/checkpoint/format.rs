@@ -316,6 +316,7 @@ pub(super) mod tests {
                 remove_at_end: false,
                 restart: crate::restart_policy::Restart::No,
                 checkpoints: None,
+                ha: None,
                 balancing: Balancing::default(),
             },
             program: Some([3; 32]),

@@ -368,6 +368,8 @@ pub fn end(
     // program; it is restored from the checkpoint before its move.
     let policy = match (&record.status, status, record.spec.restart) {
         (Status::Filling { .. }, Status::Failed { .. }, Restart::No) => Restart::OnFailure,
+        // Its process was lost, and not by its program.
+        (_, Status::Failed { .. }, Restart::No) if record.spec.ha.is_some() => Restart::OnFailure,
         (_, _, policy) => policy,
     };
     let plan = match record.stop_wanted {
@@ -394,4 +396,71 @@ pub fn end(
     };
     record.enter(restarting, now_unix_ms);
     EndEffect::Changed
+}
+
+/// A machine that is given to another node because its own failed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Failover {
+    /// The node that failed.
+    pub failed: NodeName,
+    /// Its new record.
+    pub record: Record,
+    /// Writes the record, if nothing that it depends on has changed. The first compare is the
+    /// machine's record, the second the lease of the node that failed.
+    pub txn: Txn,
+}
+
+/// Gives the machine of a node without a lease to another node, which restarts it from its newest
+/// checkpoint under the next epoch. `None` if it stays where it is: it has ended, it does not ask
+/// for it, or the source of its move still holds a copy (`holds_copy`) and takes it back.
+///
+/// # Errors
+/// If the record cannot be encoded.
+pub fn fail_over(
+    found: &VersionedRecord,
+    target: &NodeName,
+    holds_copy: impl FnOnce(&NodeName) -> bool,
+    now_unix_ms: u64,
+) -> Result<Option<Failover>, String> {
+    let mut record = found.record.clone();
+    if record.status.ended() || record.spec.ha.is_none() || record.owner == *target {
+        return Ok(None);
+    }
+    if let Status::Arriving { from } = &record.status
+        && holds_copy(from)
+    {
+        return Ok(None);
+    }
+    let failed = std::mem::replace(&mut record.owner, target.clone());
+    record.epoch = found.record.epoch.next();
+    let status = match record.stop_wanted {
+        // It was to end anyway.
+        true => Status::Stopped,
+        false => Status::Restarting {
+            reason: format!("its node {failed} failed"),
+            at_unix_ms: now_unix_ms,
+            from_checkpoint: true,
+        },
+    };
+    record.enter(status, now_unix_ms);
+    let machine = record.name.clone();
+    let key = Key::Machine(machine.clone());
+    let mut txn = Txn::new()
+        .when_modified_at(key.clone(), found.revision)
+        .when_absent(Key::Alive(failed.clone()))
+        .when(Compare::Exists {
+            key: Key::Alive(target.clone()).to_string(),
+        })
+        .put(key, record.encode()?)
+        .delete(Key::Schedule(failed.clone(), machine.clone()))
+        // It may have been arriving there.
+        .delete(Key::Reservation(failed.clone(), machine.clone()));
+    if !record.status.ended() {
+        txn = txn.put(Key::Schedule(target.clone(), machine), Vec::new());
+    }
+    Ok(Some(Failover {
+        failed,
+        record,
+        txn,
+    }))
 }

@@ -59,11 +59,20 @@ pub mod kind {
     /// [`super::Spec`] → `()`: changes the limits of memory and CPU, and other settings
     /// that matter to a worker. Nothing changes if it is refused.
     pub const SET: u16 = 0x0412;
+    /// [`super::LeaseDeadline`] → `()`: the node's lease goes on, and the machine is the node's.
+    pub const LEASE: u16 = 0x0416;
     /// `()` → `()`: gives up a checkpoint in progress, because a move takes precedence.
     pub const END_CHECKPOINT: u16 = 0x0430;
     /// `()` → stream of `Option<String>`: why the machine waits for disk space, the
     /// present state first.
     pub const STALLS: u16 = 0x0410;
+}
+
+/// When the lease of a node ends, for the machines that must not run without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseDeadline {
+    /// On CLOCK_BOOTTIME, in microseconds.
+    pub at_micros: u64,
 }
 
 /// State of a worker.

@@ -5,6 +5,7 @@
 //! - `requests`: decodes requests, calls the kind, encodes answers
 //! - `source`: moving the machine away, one attempt at a time
 //! - `target`: receiving a machine, until the store has decided
+//! - `lease`: keeps a machine from running when its node's lease has ended
 //! - `log_transfer`: the machine's output during a move
 //! - `files`: operations of users on files in volumes
 //! - `volume_folder`: where the machine's own volumes are stored
@@ -25,6 +26,7 @@
 
 pub mod control;
 pub mod files;
+mod lease;
 mod log_transfer;
 mod process;
 mod requests;
@@ -32,6 +34,7 @@ mod source;
 mod target;
 pub mod volume_folder;
 
+pub use lease::Guard;
 pub use log_transfer::{LogSource, LogTarget};
 pub use process::{Process, publish_resumed, run, write_notice};
 pub use requests::blocking;
@@ -230,6 +233,14 @@ pub trait Worker: Send + Sync + Sized + 'static {
     /// # Errors
     /// If it cannot run on.
     fn thaw(&self) -> Result<(), RpcError>;
+
+    /// Stops the machine's threads where they are, until [`Self::release_for_lease`]. Does not wait
+    /// for them: true once nothing of the machine runs here, so that nothing of it has an effect.
+    /// Called again until then.
+    fn hold_for_lease(&self) -> bool;
+
+    /// Lets the machine's threads run on.
+    fn release_for_lease(&self);
 
     /// Prepares to receive a machine; the process is empty. The result is called on a
     /// thread of its own.

@@ -3,7 +3,7 @@
 
 use super::control::{LogChunk, ReadLog, Report, State, pack};
 use super::requests::Service;
-use super::{SOCKET, Worker};
+use super::{Guard, SOCKET, Worker};
 use crate::cgroup::{self, Group};
 use crate::log::{Log, StreamKind};
 use keel_net::rpc::everyone_is_member;
@@ -29,6 +29,7 @@ pub struct Process {
     group: Option<Group>,
     log: Mutex<Option<Arc<Log>>>,
     freezing: Mutex<()>,
+    lease: Guard,
     /// Held during a step of the target's state machine.
     pub(super) stepping: Mutex<()>,
 }
@@ -59,6 +60,7 @@ pub fn run<W: Worker>(
         group,
         log: Mutex::default(),
         freezing: Mutex::default(),
+        lease: Guard::default(),
         stepping: Mutex::default(),
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -104,6 +106,11 @@ impl Process {
     /// The cgroup of this process, if it has its own.
     pub fn group(&self) -> Option<&Group> {
         self.group.as_ref()
+    }
+
+    /// Keeps the machine from running without a lease, if it needs one.
+    pub fn lease(&self) -> &Guard {
+        &self.lease
     }
 
     /// Held while the machine is being frozen and sent, or thawed.

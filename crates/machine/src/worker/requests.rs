@@ -1,7 +1,9 @@
 //! Requests of an agent to a worker: decoded, passed to the process or to the kind, and
 //! answered. What blocks runs outside the async runtime.
 
-use super::control::{Checkpoint, Copy, FileRequest, ReadLog, Receive, Start, kind, pack, unpack};
+use super::control::{
+    Checkpoint, Copy, FileRequest, LeaseDeadline, ReadLog, Receive, Start, kind, pack, unpack,
+};
 use super::{Worker, source, target};
 use crate::failpoint;
 use crate::spec::Spec;
@@ -58,6 +60,7 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             let runtime = Handle::current();
             reply(move || {
                 worker.process().check_empty()?;
+                require_lease(&worker, &start.spec)?;
                 worker.start(start, &runtime)
             })
             .await
@@ -65,7 +68,11 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::RECEIVE => {
             let request: Receive = unpack(&payload)?;
             let runtime = Handle::current();
-            reply(move || target::receive(&worker, request, &runtime)).await
+            reply(move || {
+                require_lease(&worker, &request.spec)?;
+                target::receive(&worker, request, &runtime)
+            })
+            .await
         }
         kind::REPORT => reply(move || Ok(worker.process().report(&*worker))).await,
         kind::STATES => Ok(Reply::Stream(follow(worker.process().state.subscribe()))),
@@ -116,7 +123,21 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         }
         kind::SET => {
             let spec: Spec = unpack(&payload)?;
-            reply(move || worker.set(spec)).await
+            reply(move || {
+                worker.set(spec.clone())?;
+                require_lease(&worker, &spec)
+            })
+            .await
+        }
+        kind::LEASE => {
+            let deadline: LeaseDeadline = unpack(&payload)?;
+            let at = Duration::from_micros(deadline.at_micros);
+            worker
+                .process()
+                .lease()
+                .extend(at)
+                .map_err(RpcError::failed)?;
+            Ok(pack(&())?.into())
         }
         kind::FILE => {
             let request: FileRequest = unpack(&payload)?;
@@ -165,6 +186,14 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         }
         other => worker.answer(other, payload).await,
     }
+}
+
+/// A machine with high availability does not run without the lease of its node.
+fn require_lease<W: Worker>(worker: &Arc<W>, spec: &Spec) -> Result<(), RpcError> {
+    let lease = worker.process().lease();
+    lease
+        .require(worker, spec.ha.is_some())
+        .map_err(RpcError::failed)
 }
 
 /// Streams the present and all later values.

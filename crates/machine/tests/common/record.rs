@@ -22,6 +22,7 @@ pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Recor
             remove_at_end: false,
             restart,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         },
         owner,

@@ -3,11 +3,16 @@
 //! The `machines` layer starts machines from checkpoints.
 //!
 //! - `handle`: creates and lists checkpoints, and records the newest
+//! - `replication`: those of machines with high availability, on several nodes
 //! - `schedule`: periodic checkpoints, as machines' specs ask for
 
 mod handle;
+mod replication;
 mod schedule;
 
 pub(crate) use handle::{
     Checkpoints, CreateCheckpoint, PATIENCE, check_plan, open, opened, place, repository_error,
+};
+pub(crate) use replication::{
+    DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, Object, sweep,
 };

@@ -5,17 +5,23 @@
 //! agent adds or skips one.
 
 use super::handle::Checkpoints;
+use super::replication::Unreplicated;
+use crate::error::CommandError;
 use crate::processes::WorkerHandle;
 use crate::records::{self, RecordError};
 use keel_api::CheckpointRequest;
 use keel_cluster::MachineName;
-use keel_machine::spec::{CheckpointPlan, Status};
+use keel_machine::checkpoint::Retention;
+use keel_machine::high_availability::HighAvailability;
+use keel_machine::spec::{CheckpointPlan, Spec, Status};
 use keel_store::clock::unix_ms;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// The longest pause between two checks of a machine.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Checkpoints that are kept in a repository for a machine with high availability.
+const HA_KEPT: u32 = 2;
 /// The longest pause after a failed checkpoint.
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
@@ -31,6 +37,7 @@ impl Checkpoints {
             let mut watching = Some(watching);
             let mut newest = None;
             let mut failed = 0;
+            let mut unreplicated = None;
             while checkpoints
                 .processes
                 .machines
@@ -45,7 +52,8 @@ impl Checkpoints {
                         continue;
                     }
                 };
-                let Some(plan) = &record.spec.checkpoints else {
+                let replicated = record.spec.ha.as_ref().filter(|ha| ha.to.is_none());
+                let Some(plan) = &plan_of(&record.spec) else {
                     // A change of the spec starts a new task; a very recent change finds this one
                     // still active.
                     if watching.take().is_none() {
@@ -60,10 +68,18 @@ impl Checkpoints {
                     }
                 }
                 if newest.is_none() {
-                    newest = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
+                    newest = match replicated {
+                        Some(_) => checkpoints.in_sync_since(&machine).await,
+                        None => checkpoints.newest_ms(&machine, plan.to.as_deref()).await,
+                    };
                 }
+                // Without a checkpoint a machine with high availability would begin anew.
+                let first = match record.spec.ha {
+                    Some(_) => 0,
+                    None => record.started_unix_ms,
+                };
                 // The clock of another node may have been ahead.
-                let since = newest.unwrap_or(record.started_unix_ms).min(unix_ms());
+                let since = newest.unwrap_or(first).min(unix_ms());
                 let due = due(plan, since, failed);
                 let now = unix_ms();
                 let runs =
@@ -73,6 +89,23 @@ impl Checkpoints {
                     // An arriving machine is about to run.
                     let least = Duration::from_millis(if runs { 1 } else { 500 });
                     tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
+                    continue;
+                }
+                if let Some(ha) = replicated {
+                    let made = checkpoints
+                        .replicate_next(&machine, ha, &mut unreplicated)
+                        .await;
+                    match made {
+                        Ok(made_ms) => {
+                            newest = Some(made_ms);
+                            failed = 0;
+                        }
+                        Err(error) => {
+                            tracing::warn!(%machine, %error, "no checkpoint on other nodes");
+                            newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
+                            failed += 1;
+                        }
+                    }
                     continue;
                 }
                 let request = CheckpointRequest {
@@ -94,6 +127,53 @@ impl Checkpoints {
                 }
             }
         });
+    }
+}
+
+/// A machine's automatic checkpoints.
+fn plan_of(spec: &Spec) -> Option<CheckpointPlan> {
+    let Some(ha) = &spec.ha else {
+        return spec.checkpoints.clone();
+    };
+    Some(CheckpointPlan {
+        every_s: ha.checkpoint_every_s,
+        to: ha.to.clone(),
+        retention: Retention {
+            newest: Some(HA_KEPT),
+            for_s: None,
+        },
+    })
+}
+
+impl Checkpoints {
+    /// When the checkpoint was made that other nodes have, in milliseconds since 1970-01-01 UTC.
+    async fn in_sync_since(&self, machine: &MachineName) -> Option<u64> {
+        let set = records::in_sync_set(&*self.context.store, machine).await;
+        Some(set.ok()??.0.checkpoint.unix_ms())
+    }
+
+    /// Makes a checkpoint and has other nodes fetch it; one that they could not fetch before is
+    /// tried again first. Returns when it was made, in milliseconds since 1970-01-01 UTC.
+    async fn replicate_next(
+        &self,
+        machine: &MachineName,
+        ha: &HighAvailability,
+        unreplicated: &mut Option<Unreplicated>,
+    ) -> Result<u64, CommandError> {
+        let next = match unreplicated.take() {
+            Some(next) => next,
+            None => self.make_for_replication(machine).await?,
+        };
+        let made_ms = next.unix_ms();
+        match self.replicate(machine, ha, &next).await {
+            Ok(()) => Ok(made_ms),
+            // The machine has another life: its checkpoint is of no use.
+            Err(error @ CommandError::Conflict(_)) => Err(error),
+            Err(error) => {
+                *unreplicated = Some(next);
+                Err(error)
+            }
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 
 use super::handles::Handles;
 use crate::balancer::{self, BALANCE};
-use crate::checkpoints::CreateCheckpoint;
+use crate::checkpoints::{
+    CreateCheckpoint, DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, Object,
+};
 use crate::cluster_events::{EVENTS, Question, answer_peer};
 use crate::compilation::{CODE, PROGRAM, program_here};
 use crate::error::CommandError;
@@ -227,6 +229,22 @@ impl Service {
             ARRIVED_PART => {
                 let machine: MachineName = unpack(payload)?;
                 reply(spanning::arrived_part(&at.spanning, &machine).await)
+            }
+            FETCH_CHECKPOINT => {
+                let request: FetchCheckpoint = unpack(payload)?;
+                reply(at.checkpoints.fetch_here(&source, request).await)
+            }
+            OBJECT => {
+                let (machine, object): (MachineName, Object) = unpack(payload)?;
+                at.checkpoints.send_object(&machine, &object).await
+            }
+            OBJECTS => {
+                let machine: MachineName = unpack(payload)?;
+                reply(at.checkpoints.objects_here(machine).await)
+            }
+            DISCARD => {
+                let request: Discard = unpack(payload)?;
+                reply(at.checkpoints.discard_here(&source, request).await)
             }
             FREE_MEMORY => {
                 let (machine, features): (MachineName, Vec<String>) = unpack(payload)?;

@@ -149,13 +149,13 @@ async fn is_there(path: &Path) -> bool {
     tokio::fs::try_exists(path).await.unwrap_or_default()
 }
 
-/// Sends the file of a module in pieces to another node.
-async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
+/// Sends a file in pieces to another node, which checks that it is whole.
+pub(crate) async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
     let opened = tokio::task::spawn_blocking(move || std::fs::File::open(path));
     let mut file = opened
         .await
         .map_err(RpcError::unknown)?
-        .map_err(|_| RpcError::refused("this node does not have that module"))?;
+        .map_err(|_| RpcError::refused("this node does not have that file"))?;
     let (send, stream) = mpsc::channel(4);
     std::thread::Builder::new()
         .name("send-file".into())
@@ -173,7 +173,7 @@ async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
                     }
                     // The receiver checks the hash of the whole file.
                     Err(error) => {
-                        tracing::warn!(%error, "a module cannot be sent");
+                        tracing::warn!(%error, "a file cannot be sent");
                         return;
                     }
                 }

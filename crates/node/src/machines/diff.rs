@@ -99,6 +99,11 @@ fn changes(kinds: &Kinds, old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange
         None => "none".to_owned(),
     };
     compare("checkpoints", checkpoints(old), checkpoints(new), true);
+    let ha = |spec: &Spec| match &spec.ha {
+        Some(ha) => ha.line(),
+        None => "off".to_owned(),
+    };
+    compare("ha", ha(old), ha(new), true);
     let none = || "none".to_owned();
     let (was, will) = (&old.balancing, &new.balancing);
     let by = |it: &Balancing| it.by.word().to_owned();
@@ -195,6 +200,7 @@ mod tests {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         }
     }
@@ -242,6 +248,7 @@ mod tests {
             output_bytes_per_s: 1000,
             remove_at_end: true,
             restart: Restart::Always,
+            ha: None,
             checkpoints: Some(CheckpointPlan {
                 every_s: 600,
                 to: Some("/kept".into()),

@@ -132,6 +132,8 @@ pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> M
         cpu_limit_millis: record.spec.cpu_limit_millis,
         restart: record.spec.restart,
         checkpoints: record.spec.checkpoints.clone(),
+        ha: record.spec.ha.clone(),
+        in_sync: Vec::new(),
         balancing: record.spec.balancing,
         restarts: record.restarts,
         since_unix_ms: record.since_unix_ms,
@@ -162,6 +164,9 @@ async fn inspect(
         .record;
     let report = report(machines, machine).await;
     let mut info = info(&machines.context.kinds, &record, report.as_ref());
+    if let Some((set, _)) = records::in_sync_set(&*machines.context.store, machine).await? {
+        info.in_sync = set.members.iter().map(ToString::to_string).collect();
+    }
     if let Some(program) = report.and_then(|report| report.program) {
         let nodes = machines.code.locations.nodes_with(&Fingerprint(program));
         info.ready_on = nodes.iter().map(ToString::to_string).collect();

@@ -96,7 +96,8 @@ async fn remove_guarded(
     let txn = Txn::new()
         .when_modified_at(key.clone(), found.revision)
         .delete(key)
-        .delete(Key::Checkpoint(machine.clone()));
+        .delete(Key::Checkpoint(machine.clone()))
+        .delete(Key::InSync(machine.clone()));
     let spec = &found.record.spec;
     let txn = volumes::give_back(&*machines.context.store, machine, spec, txn).await?;
     let worker = machines.processes.machines.get(machine);

@@ -8,14 +8,15 @@
 
 use super::handle::Machines;
 use super::spec_check::{
-    LIMITED_HAS_NO_PARTS, check_cpu, check_io_target, check_memory, check_part_memory, check_parts,
+    LIMITED_HAS_NO_PARTS, check_cpu, check_high_availability, check_io_target, check_memory,
+    check_part_memory, check_parts,
 };
 use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older};
 use crate::records::{self, MachineCommand, at_owner};
-use keel_api::{CheckpointChange, EventKind, SetRequest};
+use keel_api::{CheckpointChange, EventKind, HighAvailabilityChange, SetRequest};
 use keel_cluster::MachineName;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 use keel_machine::worker::control::kind;
@@ -78,6 +79,7 @@ async fn set(
     }
     let kinds = &machines.context.kinds;
     kinds.check(&spec).map_err(CommandError::Invalid)?;
+    check_high_availability(&spec)?;
     if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
         return Err(CommandError::Invalid(LIMITED_HAS_NO_PARTS.into()));
     }
@@ -221,6 +223,11 @@ fn changed(spec: &Spec, request: &SetRequest) -> Spec {
             Some(CheckpointChange::None) => None,
             Some(CheckpointChange::Plan(plan)) => Some(plan.clone()),
         },
+        ha: match &request.ha {
+            None => spec.ha.clone(),
+            Some(HighAvailabilityChange::Off) => None,
+            Some(HighAvailabilityChange::On(ha)) => Some(ha.clone()),
+        },
         balancing: Balancing {
             by: request.balance.unwrap_or(balancing.by),
             cpu_target_millis: or_none(request.cpu_target_millis, balancing.cpu_target_millis),
@@ -330,6 +337,12 @@ fn text(before: &Spec, after: &Spec) -> String {
         let (before, after) = (before.restart.word(), after.restart.word());
         parts.push(format!("restart {before} → {after}"));
     }
+    if before.ha != after.ha {
+        parts.push(match &after.ha {
+            Some(ha) => format!("ha {}", ha.line()),
+            None => "ha off".to_owned(),
+        });
+    }
     if before.checkpoints != after.checkpoints {
         parts.push(match &after.checkpoints {
             Some(plan) => format!("checkpoints {}", plan.line()),
@@ -360,6 +373,7 @@ mod tests {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            ha: None,
             balancing: Balancing::default(),
         }
     }

@@ -6,6 +6,7 @@ use crate::error::CommandError;
 use keel_api::{RunRequest, VolumeRequest};
 use keel_cluster::MachineName;
 use keel_kind_wasm::span::{PART_BYTES_MIN, PARTS_MAX};
+use keel_machine::high_availability::Fence;
 use keel_machine::kind::Kinds;
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Spec, Volume, VolumeKind};
@@ -70,10 +71,43 @@ pub(super) fn spec(kinds: &Kinds, request: &RunRequest) -> Result<Spec, CommandE
         remove_at_end: request.remove_at_end,
         restart: request.restart,
         checkpoints: request.checkpoints.clone(),
+        ha: request.ha.clone(),
         balancing: request.balancing,
     };
+    check_high_availability(&spec)?;
     kinds.check(&spec).map_err(CommandError::Invalid)?;
     Ok(spec)
+}
+
+/// Checks what keeps a machine available, together with what else is specified.
+pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
+    let Some(ha) = &spec.ha else {
+        return Ok(());
+    };
+    ha.check().map_err(CommandError::Invalid)?;
+    let refused = |why: &str| Err(CommandError::Invalid(why.to_owned()));
+    if spec.checkpoints.is_some() {
+        return refused(
+            "a machine with ha has its own checkpoints: name their interval and place there (ha: checkpoint, to), or leave ha out",
+        );
+    }
+    if spec.remove_at_end && spec.restart == Restart::No {
+        return refused(
+            "a machine with ha is restarted when its node fails, and one that is removed when it ends (rm) is not restarted",
+        );
+    }
+    let is_written_to =
+        |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. }) && !volume.read_only;
+    let unfenced = spec.volumes.iter().find(|volume| is_written_to(volume));
+    if let Some(volume) = unfenced
+        && ha.fence == Fence::None
+    {
+        return Err(CommandError::Invalid(format!(
+            "it writes to a directory of hosts at {}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", or make the volume read-only",
+            volume.guest
+        )));
+    }
+    Ok(())
 }
 
 /// Checks a limit for each memory of a machine.

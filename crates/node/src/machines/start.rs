@@ -2,7 +2,7 @@
 
 use super::handle::Machines;
 use super::spanning_start;
-use crate::processes::{COMPILE_PATIENCE, Leftovers};
+use crate::processes::{COMPILE_PATIENCE, Leftovers, extend_new};
 use keel_machine::checkpoint::{MemoryRestore, Origin};
 use keel_machine::failpoint;
 use keel_machine::spec::{Record, Status};
@@ -17,7 +17,12 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         } => {
             // Its earlier output stays.
             let kept = match from_checkpoint {
-                true => machines.checkpoints.newest(&record.name).await?,
+                true => match &record.spec.ha {
+                    Some(ha) if ha.to.is_none() => {
+                        machines.checkpoints.replicated(&record.name).await?
+                    }
+                    _ => machines.checkpoints.newest(&record.name).await?,
+                },
                 false => None,
             };
             (kept, Leftovers::KeepOutput)
@@ -76,6 +81,9 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             _ => None,
         },
     };
+    if record.spec.ha.is_some() {
+        extend_new(&machines.context, &record.name, &worker, record.epoch).await;
+    }
     let started: Result<(), RpcError> = worker.ask(kind::START, &start, COMPILE_PATIENCE).await;
     match started {
         Ok(()) => {}

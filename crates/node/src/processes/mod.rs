@@ -8,6 +8,7 @@
 //! - `folder`: the folder of a worker on disk
 //! - `exclusion`: operations in progress, by machine
 //! - `image`: the executable that workers and agents are started from
+//! - `lease_extension`: tells workers until when this node's lease holds
 //! - `failpoint_command`, `injections_for_new_workers`: failpoints in workers, present and future
 
 mod exclusion;
@@ -16,10 +17,12 @@ mod folder;
 mod handle;
 mod image;
 mod injections_for_new_workers;
+mod lease_extension;
 mod workers;
 
 pub(crate) use exclusion::MoveHandle;
 pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
+pub(crate) use lease_extension::{extend_leases, extend_new};
 pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, is_older};

@@ -276,6 +276,7 @@ pub(crate) mod tests {
                 remove_at_end: false,
                 restart: Restart::No,
                 checkpoints: None,
+                ha: None,
                 balancing: Balancing::default(),
             },
             epoch: Epoch::default(),

@@ -4,16 +4,21 @@
 //! - `machine_command`: commands that the owner of a machine carries out
 //! - `alive`: the nodes that are alive, followed
 //! - `placements`: the nodes of all machines, followed
+//! - `in_sync_set`: the nodes that have a machine's newest checkpoint
+//! - `zones`: the failure domains of nodes
 //! - `free_memory`: free memory here for arriving machines
 
 mod alive;
 mod free_memory;
+mod in_sync_set;
 mod machine;
 mod machine_command;
 mod placements;
+mod zones;
 
 pub(crate) use alive::AliveNodes;
 pub(crate) use free_memory::{check_free_memory, free_bytes, free_bytes_for};
+pub(crate) use in_sync_set::{InSyncSet, in_sync_set, replace_in_sync_set};
 #[cfg(test)]
 pub(crate) use machine::tests;
 pub(crate) use machine::{
@@ -22,3 +27,4 @@ pub(crate) use machine::{
 };
 pub(crate) use machine_command::{MachineCommand, at_owner};
 pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};
+pub(crate) use zones::{draining, zones};

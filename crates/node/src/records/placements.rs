@@ -5,6 +5,7 @@ use crate::context::Context;
 use keel_balance::Name;
 use keel_balance::select::Spreadable;
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::kind::{KindName, Kinds};
 use keel_machine::moves::ownership::VersionedRecord;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
@@ -36,6 +37,8 @@ pub(crate) struct Placed {
     pub(crate) cores_max: Option<f64>,
     /// Its balancing policy.
     pub(crate) balancing: Balancing,
+    /// How it is kept available when its node fails.
+    pub(crate) ha: Option<HighAvailability>,
 }
 
 impl Placed {
@@ -55,6 +58,7 @@ impl Placed {
                 .cpu_limit_millis
                 .map(|millis| f64::from(millis) / 1e3),
             balancing: record.spec.balancing,
+            ha: record.spec.ha.clone(),
         }
     }
 }
@@ -95,6 +99,17 @@ impl Placements {
         let found = table
             .iter()
             .filter(|(_, placed)| placed.live && placed.compiled_image.is_some());
+        found
+            .map(|(machine, placed)| (machine.clone(), placed.clone()))
+            .collect()
+    }
+
+    /// Machines with high availability that are scheduled to run.
+    pub(crate) fn highly_available(&self) -> Vec<(MachineName, Placed)> {
+        let table = self.table();
+        let found = table
+            .iter()
+            .filter(|(_, placed)| placed.live && placed.ha.is_some());
         found
             .map(|(machine, placed)| (machine.clone(), placed.clone()))
             .collect()

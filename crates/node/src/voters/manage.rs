@@ -3,6 +3,7 @@
 use super::handle::{BECOME_VOTER, BecomeVoter, COPY, VoterError, Voters};
 use crate::context::Settings;
 use keel_cluster::NodeName;
+use keel_cluster::failover::zone_of;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
 use keel_machine::worker::control::{pack, unpack};
@@ -24,8 +25,6 @@ const BECOME_PATIENCE: Duration = Duration::from_secs(20);
 const COPIES_EVERY: Duration = Duration::from_secs(5);
 /// Time for one to answer.
 const COPY_PATIENCE: Duration = Duration::from_secs(1);
-/// The label that names a node's failure domain.
-const ZONE: &str = "zone";
 
 /// Keeps the voters in number, alive and apart, while this node leads; until the process ends.
 pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
@@ -107,10 +106,7 @@ async fn look(
     }
     let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
     let alive = alive.into_keys().collect();
-    let zones = nodes_under(store, NODE_LABELS, |value| {
-        let labels: BTreeMap<String, String> = serde_json::from_slice(value).ok()?;
-        labels.get(ZONE).cloned()
-    });
+    let zones = nodes_under(store, NODE_LABELS, zone_of);
     let candidates = states.candidates(all, &alive, &zones.await?);
     let wanted = match store.get(&Key::VoterCount.to_string()).await? {
         Some(entry) => encoding::decode("the number of voters", &entry.value)

@@ -9,8 +9,9 @@ use std::time::Duration;
 use crate::clock::boottime;
 use crate::interface::LeaseId;
 
-/// Nobody looked at the deadlines for so long: this process was stopped, or could not run.
-const PAUSE: Duration = Duration::from_millis(1500);
+/// Nobody looked at the deadlines for so long: this process was stopped, or could not run, and
+/// renewals may have come in vain. Well below the time that nodes have between two renewals.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// The deadline of each lease of the state machine, on CLOCK_BOOTTIME.
 #[derive(Debug, Default)]

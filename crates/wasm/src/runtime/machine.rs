@@ -64,6 +64,8 @@ pub enum Hold {
     CpuLimit,
     /// They dirty memory faster than a pre-copy move can copy.
     Slowdown,
+    /// The machine may not run at present, for a reason that is not its own.
+    NotAllowed,
 }
 
 impl Hold {
@@ -71,6 +73,7 @@ impl Hold {
         match self {
             Hold::CpuLimit => 1,
             Hold::Slowdown => 2,
+            Hold::NotAllowed => 4,
         }
     }
 }
@@ -628,6 +631,13 @@ impl Machine {
             }
         }
         self.shared.changed.notify_all();
+    }
+
+    /// Whether none of its threads runs, here or at another part: each is at a safepoint, and no host
+    /// call of it is in progress.
+    pub fn stands_still(&self) -> bool {
+        let threads = locked(&self.shared.threads);
+        threads.phase == Phase::Ended && threads.launched == 0 || threads.running() == 0
     }
 
     /// Its CPU limit in thousandths of a core, and the run time of each thread in nanoseconds.

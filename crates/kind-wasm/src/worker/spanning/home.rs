@@ -151,7 +151,8 @@ impl WasmWorker {
             None => 0,
         };
         failpoint::pass("spanning-start.brought").map_err(failed)?;
-        machine.thaw().map_err(failed)?;
+        self.first_thaw(&machine).map_err(failed)?;
+        self.process.lease().machine_changed(self);
         self.process.state.send_if_modified(|state| match *state {
             State::Held { epoch } => {
                 *state = State::Running { epoch };

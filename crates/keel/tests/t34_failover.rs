@@ -1,0 +1,253 @@
+//! High availability: machines of a node that fails run on elsewhere, from their checkpoint, and
+//! never twice. The witness writes numbered lines with its epoch into a file that all nodes see:
+//! two live copies would write a number twice under one epoch, or an older epoch after a newer one.
+
+use keel_api::MachineInfo;
+use keel_machine::high_availability::{Fence, HighAvailability};
+use keel_testkit::witness::{Evidence, examine};
+use keel_testkit::{Guest, LocalCluster, guest, wait_for};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+const NODES: [&str; 3] = ["a", "b", "c"];
+/// Of the witness's memory.
+const MIB: &str = "64";
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("keel-")
+            .tempdir()
+            .expect("a folder");
+        std::fs::create_dir(folder.path().join("shared")).expect("a folder");
+        let cluster =
+            LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES, None).await;
+        Bench {
+            cluster: cluster.expect("a cluster"),
+            folder,
+        }
+    }
+
+    fn shared(&self) -> PathBuf {
+        self.folder.path().join("shared")
+    }
+
+    fn keel(&self, node: &str, args: &[&str]) -> String {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(self.cluster.folder(node))
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let said = [output.stdout, output.stderr].concat();
+        String::from_utf8_lossy(&said).into_owned()
+    }
+
+    /// Starts a witness with high availability, and waits until another node has its checkpoint.
+    async fn witness(&self, name: &str, node: &str) {
+        let file = self.shared().join(name).display().to_string();
+        let (module, shared) = (guest("witness"), self.shared());
+        let args = [file.as_str(), MIB, "1000"];
+        let machine = Guest {
+            volume: Some(&shared),
+            ha: Some(HighAvailability {
+                checkpoint_every_s: 1,
+                fence: Fence::Timer,
+                ..HighAvailability::default()
+            }),
+            ..Guest::new(name, node, &module, &args)
+        };
+        self.cluster.run(&machine).await.expect("it starts");
+        wait_for("another node has its checkpoint", || async {
+            let machine = self.cluster.inspect(node, name).await.ok()?;
+            (machine.in_sync.len() > 1).then_some(())
+        })
+        .await
+        .expect("it is copied");
+    }
+
+    fn evidence(&self, name: &str) -> Evidence {
+        let text = std::fs::read_to_string(self.shared().join(name)).unwrap_or_default();
+        examine(&text).expect("one copy wrote")
+    }
+
+    /// Waits until a witness has written this many lines more.
+    async fn writes_on(&self, name: &str, lines: u64) {
+        let before = self.evidence(name).lines;
+        wait_for(&format!("{name} writes"), || async {
+            (self.evidence(name).lines >= before + lines).then_some(())
+        })
+        .await
+        .expect("it writes on");
+    }
+
+    /// Waits until a witness writes under a later epoch than before.
+    async fn fails_over(&self, name: &str, epochs: u64) {
+        wait_for(&format!("{name} runs elsewhere"), || async {
+            (self.evidence(name).epochs > epochs).then_some(())
+        })
+        .await
+        .expect("it is restarted");
+    }
+
+    async fn machine(&self, ask: &str, name: &str) -> MachineInfo {
+        self.cluster.inspect(ask, name).await.expect("it is known")
+    }
+}
+
+fn other(than: &[&str]) -> &'static str {
+    let mut others = NODES.into_iter().filter(|node| !than.contains(node));
+    others.next().expect("another node")
+}
+
+/// Each node in turn: one of them leads the store, and one began the cluster.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_of_a_node_that_fails_run_on_from_their_checkpoint() {
+    let mut bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    for asked in NODES {
+        bench.writes_on("w", 100).await;
+        let before = bench.evidence("w");
+        let machine = bench.machine(asked, "w").await;
+        let node = machine.node.clone();
+        wait_for("another node has its checkpoint", || async {
+            let machine = bench.cluster.inspect(&node, "w").await.ok()?;
+            let is_there = machine.in_sync.iter().any(|member| *member != node);
+            (is_there && machine.in_sync.contains(&node)).then_some(())
+        })
+        .await
+        .expect("it is copied");
+        let begun = Instant::now();
+        bench.cluster.power_off(&node);
+        bench.fails_over("w", before.epochs).await;
+        println!("{node} off: it writes again after {:?}", begun.elapsed());
+        bench.writes_on("w", 100).await;
+        let after = bench.evidence("w");
+        assert_eq!(after.rewinds, before.rewinds + 1);
+        let there = other(&[&node]);
+        let machine = bench.machine(there, "w").await;
+        assert_ne!(machine.node, node);
+        let events = bench.keel(there, &["events", "--limit", "200"]);
+        assert!(events.contains("machine-failed-over"), "{events}");
+        let log = bench.keel(there, &["logs", "w"]);
+        assert!(log.contains(&format!("its node {node} failed")), "{log}");
+
+        bench.cluster.power_on(&node).await.expect("it comes back");
+        bench.writes_on("w", 200).await;
+        assert_eq!(bench.cluster.workers_of(&node, "w"), 0);
+        assert_eq!(bench.evidence("w").rewinds, after.rewinds);
+    }
+}
+
+/// Its agent stands still, its machine does not: the worker holds the machine by itself, before
+/// another node restarts it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_whose_agent_stands_still_is_held_before_it_runs_elsewhere() {
+    let bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    bench.writes_on("w", 100).await;
+    let before = bench.evidence("w");
+    bench.cluster.stop_agent("c", true).expect("it stops");
+    bench.fails_over("w", before.epochs).await;
+    bench.writes_on("w", 100).await;
+    // The old copy is still there, and held.
+    assert_eq!(bench.cluster.workers_of("c", "w"), 1);
+    bench.evidence("w");
+    bench.cluster.stop_agent("c", false).expect("it goes on");
+    wait_for("the old copy is gone", || async {
+        (bench.cluster.workers_of("c", "w") == 0).then_some(())
+    })
+    .await
+    .expect("its agent ends it");
+    bench.writes_on("w", 200).await;
+    assert_eq!(bench.evidence("w").rewinds, before.rewinds + 1);
+}
+
+/// Neither gets any processor time: the kernel kills the worker when the lease ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_stands_still_is_killed_when_the_lease_ends() {
+    let bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    bench.writes_on("w", 100).await;
+    let before = bench.evidence("w");
+    bench.cluster.stop_agent("c", true).expect("it stops");
+    bench.cluster.stop_worker("c", "w", true).expect("it stops");
+    wait_for("the kernel kills it", || async {
+        (bench.cluster.workers_of("c", "w") == 0).then_some(())
+    })
+    .await
+    .expect("it is killed");
+    bench.fails_over("w", before.epochs).await;
+    bench.cluster.stop_agent("c", false).expect("it goes on");
+    bench.writes_on("w", 200).await;
+    assert_eq!(bench.evidence("w").rewinds, before.rewinds + 1);
+}
+
+/// Nobody can restart machines without a quorum: they are held, and lose nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_quorum_machines_are_held_and_go_on_where_they_stopped() {
+    let bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    bench.writes_on("w", 100).await;
+    let before = bench.evidence("w");
+    for node in ["a", "b"] {
+        bench.cluster.stop_agent(node, true).expect("it stops");
+    }
+    // Longer than a lease: then it stands still.
+    wait_for("it is held", || async {
+        let lines = bench.evidence("w").lines;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        (bench.evidence("w").lines == lines).then_some(())
+    })
+    .await
+    .expect("it is held");
+    for node in ["a", "b"] {
+        bench.cluster.stop_agent(node, false).expect("it goes on");
+    }
+    bench.writes_on("w", 200).await;
+    let after = bench.evidence("w");
+    assert_eq!(
+        (after.rewinds, after.epochs),
+        (before.rewinds, before.epochs)
+    );
+    assert_eq!(bench.machine("c", "w").await.node, "c");
+}
+
+/// A machine without high availability waits for its node, and one that was to be stopped is not
+/// started again.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_machines_that_ask_for_it_are_restarted_elsewhere() {
+    let mut bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    let module = guest("counter");
+    let plain = Guest::new("plain", "c", &module, &["1000000", "2"]);
+    bench.cluster.run(&plain).await.expect("it starts");
+    let said = bench.keel("c", &["set", "w", "--no-ha"]);
+    assert!(!said.contains("error"), "{said}");
+    bench.writes_on("w", 100).await;
+    bench.cluster.power_off("c");
+    wait_for("c is away", || async {
+        let nodes: Vec<keel_api::NodeInfo> =
+            bench.cluster.client("a").get("/v1/nodes").await.ok()?;
+        nodes
+            .iter()
+            .any(|node| node.name == "c" && !node.alive)
+            .then_some(())
+    })
+    .await
+    .expect("it is noticed");
+    // As long as a failover takes.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for name in ["w", "plain"] {
+        let machine = bench.machine("a", name).await;
+        assert_eq!(machine.node, "c", "{name}");
+    }
+    bench.evidence("w");
+}

@@ -1,0 +1,265 @@
+//! The owner's part: makes a checkpoint of a machine in its own folder, and has other nodes fetch
+//! it until enough of them have it.
+
+use super::super::handle::{Checkpoints, PATIENCE};
+use super::objects::{Object, machine_folder, objects_of};
+use super::replica::{DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint};
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::images::send_file;
+use crate::records::{self, InSyncSet};
+use keel_api::EventKind;
+use keel_cluster::failover::{ReplicaNode, choose_replicas};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::checkpoint::{CheckpointId, Retention};
+use keel_machine::failpoint;
+use keel_machine::high_availability::HighAvailability;
+use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind, pack};
+use keel_net::{Reply, RpcError};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::task::JoinSet;
+
+/// How long a node may take to fetch a checkpoint.
+const FETCH_PATIENCE: Duration = Duration::from_secs(600);
+/// How long a node may take to discard what is not needed any more.
+const DISCARD_PATIENCE: Duration = Duration::from_secs(10);
+/// Checkpoints that stay in the owner's folder: the one that the in-sync set names, and the next.
+const KEPT: u32 = 2;
+
+/// A checkpoint in this node's folder, to be copied to others.
+#[derive(Debug, Clone)]
+pub(in crate::checkpoints) struct Unreplicated {
+    id: CheckpointId,
+    /// The life of the machine whose state it has.
+    epoch: Epoch,
+    memory_bytes: u64,
+    program: Option<[u8; 32]>,
+}
+
+impl Unreplicated {
+    /// When it was made, in milliseconds since 1970-01-01 UTC.
+    pub(in crate::checkpoints) fn unix_ms(&self) -> u64 {
+        self.id.unix_ms()
+    }
+}
+
+impl Checkpoints {
+    /// Makes a checkpoint of a machine that runs here in this node's folder of replicas.
+    pub(in crate::checkpoints) async fn make_for_replication(
+        &self,
+        machine: &MachineName,
+    ) -> Result<Unreplicated, CommandError> {
+        let conflict = |what: String| CommandError::Conflict(what);
+        let worker = self.processes.machines.get(machine);
+        let worker = worker.ok_or_else(|| conflict(format!("machine {machine:?} does not run")))?;
+        let before = records::get(&*self.context.store, machine).await?.record;
+        let question = Checkpoint {
+            repository: self.context.dir.replicas().display().to_string(),
+            full: false,
+            keep: Retention {
+                newest: Some(KEPT),
+                for_s: None,
+            },
+        };
+        let text = |error: RpcError| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                conflict(format!("no checkpoint of machine {machine:?}: {reason}"))
+            }
+            other => CommandError::Unavailable(other.to_string()),
+        };
+        let made: CheckpointReport = worker
+            .ask(kind::CHECKPOINT, &question, PATIENCE)
+            .await
+            .map_err(text)?;
+        let report = worker.report().await.map_err(text)?;
+        Ok(Unreplicated {
+            id: made.id,
+            epoch: before.epoch,
+            memory_bytes: report.memory_bytes,
+            program: report.program,
+        })
+    }
+
+    /// Has other nodes fetch a checkpoint, and records who has it.
+    ///
+    /// # Errors
+    /// If nodes are there and none of them got it, or the machine is not this node's any more: the
+    /// in-sync set stays as it was.
+    pub(in crate::checkpoints) async fn replicate(
+        &self,
+        machine: &MachineName,
+        ha: &HighAvailability,
+        checkpoint: &Unreplicated,
+    ) -> Result<(), CommandError> {
+        let unavailable = |error: String| CommandError::Unavailable(error);
+        let (folder, name) = (self.context.dir.replicas(), machine.clone());
+        let program = checkpoint.program;
+        let listed = tokio::task::spawn_blocking(move || objects_of(&folder, &name, program))
+            .await
+            .map_err(|error| unavailable(error.to_string()))?;
+        let objects = listed.map_err(|error| {
+            unavailable(format!(
+                "the checkpoints of {machine:?} cannot be read: {error}"
+            ))
+        })?;
+        let before = records::in_sync_set(&*self.context.store, machine).await?;
+        let (candidates, home) = self.candidates(before.as_ref().map(|(set, _)| set)).await?;
+        let fetch = FetchCheckpoint {
+            machine: machine.clone(),
+            epoch: checkpoint.epoch,
+            objects: objects.clone(),
+        };
+        let (has, failures) = self.fetched_by(ha, &fetch, home, candidates).await;
+        if has.is_empty() && !failures.is_empty() {
+            return Err(unavailable(format!(
+                "no other node has checkpoint {} of machine {machine:?}: {}",
+                checkpoint.id,
+                failures.join("; ")
+            )));
+        }
+        failpoint::pass_async("replication.fetched")
+            .await
+            .map_err(|injected| unavailable(injected.to_string()))?;
+        let mut members = has;
+        members.insert(self.context.name.clone());
+        let set = InSyncSet {
+            checkpoint: checkpoint.id.clone(),
+            members,
+            memory_bytes: checkpoint.memory_bytes,
+        };
+        let revision = before.as_ref().map(|(_, revision)| *revision);
+        records::replace_in_sync_set(&self.context, machine, checkpoint.epoch, revision, &set)
+            .await?;
+        self.tell(machine, before.as_ref().map(|(set, _)| set), &set);
+        let mut all = set.members;
+        all.extend(before.into_iter().flat_map(|(set, _)| set.members));
+        self.discard_elsewhere(machine, &all, objects).await;
+        Ok(())
+    }
+
+    /// An event where the nodes that have the checkpoint changed: users plan with them.
+    fn tell(&self, machine: &MachineName, before: Option<&InSyncSet>, set: &InSyncSet) {
+        if before.is_some_and(|before| before.members == set.members) {
+            return;
+        }
+        let nodes: Vec<&str> = set.members.iter().map(NodeName::as_str).collect();
+        let text = match nodes.len() {
+            1 => format!(
+                "its checkpoint is on {} only: no other node is there",
+                nodes[0]
+            ),
+            _ => format!("its checkpoint is on {}", nodes.join(", ")),
+        };
+        let told = Note::machine(EventKind::CheckpointReplicated, machine, text);
+        self.context.events.record(told);
+    }
+
+    /// The other nodes that may have copies, and this node's failure domain.
+    async fn candidates(
+        &self,
+        set: Option<&InSyncSet>,
+    ) -> Result<(Vec<ReplicaNode>, Option<String>), CommandError> {
+        let store = &*self.context.store;
+        let alive = records::alive(store).await?;
+        let draining = records::draining(store).await?;
+        let mut zones = records::zones(store).await?;
+        let others = alive
+            .into_iter()
+            .filter(|node| *node != self.context.name && !draining.contains(node));
+        let candidates = others
+            .map(|node| ReplicaNode {
+                zone: zones.remove(&node),
+                has_earlier: set.is_some_and(|set| set.members.contains(&node)),
+                node,
+            })
+            .collect();
+        Ok((candidates, zones.remove(&self.context.name)))
+    }
+
+    /// Has candidates fetch, the best ones first, until enough have all. Returns those, and why
+    /// others have not.
+    async fn fetched_by(
+        &self,
+        ha: &HighAvailability,
+        fetch: &FetchCheckpoint,
+        home: Option<String>,
+        mut candidates: Vec<ReplicaNode>,
+    ) -> (BTreeSet<NodeName>, Vec<String>) {
+        let (mut has, mut failures) = (BTreeSet::new(), Vec::new());
+        loop {
+            let lacking = (ha.replicas as usize).saturating_sub(has.len());
+            let chosen = choose_replicas(&fetch.machine, home.as_deref(), lacking, &candidates);
+            if chosen.is_empty() {
+                return (has, failures);
+            }
+            candidates.retain(|candidate| !chosen.contains(&candidate.node));
+            let mut fetches = JoinSet::new();
+            for node in chosen {
+                let (peers, payload) = (self.context.peers.clone(), pack(fetch));
+                fetches.spawn(async move {
+                    let fetched = match payload {
+                        Ok(payload) => {
+                            let call = peers.call(&node, FETCH_CHECKPOINT, payload, FETCH_PATIENCE);
+                            call.await.map(drop)
+                        }
+                        Err(error) => Err(error),
+                    };
+                    (node, fetched)
+                });
+            }
+            while let Some(Ok((node, fetched))) = fetches.join_next().await {
+                match fetched {
+                    Ok(()) => drop(has.insert(node)),
+                    Err(error) => failures.push(format!("{node}: {error}")),
+                }
+            }
+        }
+    }
+
+    /// Lets other nodes delete what is not needed any more. One that does not answer does it after
+    /// the next checkpoint.
+    async fn discard_elsewhere(
+        &self,
+        machine: &MachineName,
+        nodes: &BTreeSet<NodeName>,
+        needed: Vec<Object>,
+    ) {
+        let Ok(payload) = pack(&Discard {
+            machine: machine.clone(),
+            needed,
+        }) else {
+            return;
+        };
+        for node in nodes.iter().filter(|node| **node != self.context.name) {
+            let call = self
+                .context
+                .peers
+                .call(node, DISCARD, payload.clone(), DISCARD_PATIENCE);
+            if let Err(error) = call.await {
+                tracing::debug!(%machine, %node, %error, "old checkpoints stay there for now");
+            }
+        }
+    }
+
+    /// Sends an object of a machine's checkpoints to another node.
+    ///
+    /// # Errors
+    /// [`RpcError`] if that is no object, or it is not here.
+    pub(crate) async fn send_object(
+        &self,
+        machine: &MachineName,
+        object: &Object,
+    ) -> Result<Reply, RpcError> {
+        if !object.is_valid() {
+            return Err(RpcError::refused("that is no object of a checkpoint"));
+        }
+        send_file(object.path(&self.context.dir.replicas(), machine)).await
+    }
+
+    /// The folder of a machine's checkpoints here.
+    pub(super) fn folder(&self, machine: &MachineName) -> PathBuf {
+        machine_folder(&self.context.dir.replicas(), machine)
+    }
+}

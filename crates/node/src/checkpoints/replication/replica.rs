@@ -1,0 +1,344 @@
+//! The part of nodes that are not the machine's: they fetch what they lack of its checkpoints, and
+//! delete what is not needed any more. A node on which a machine is to be restarted fetches in the
+//! same way, from a member of the in-sync set.
+
+use super::super::handle::{Checkpoints, open};
+use super::objects::{NewFile, Object, delete, objects_of, others};
+use crate::records::{self, InSyncSet, RecordError};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::checkpoint::{MemoryRestore, Origin};
+use keel_machine::failpoint;
+use keel_machine::worker::control::{pack, unpack};
+use keel_net::{Bytes, RpcError};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+
+/// Request between agents: `(machine, object)` → stream of the pieces of the object's file.
+pub(crate) const OBJECT: u16 = 0x0351;
+/// Request between agents: [`FetchCheckpoint`] → `()`: the node has all of it durably.
+pub(crate) const FETCH_CHECKPOINT: u16 = 0x0350;
+/// Request between agents: [`Discard`] → `()`.
+pub(crate) const DISCARD: u16 = 0x0352;
+/// Request between agents: `machine` → its objects at a member of the in-sync set.
+pub(crate) const OBJECTS: u16 = 0x0353;
+
+/// How long a member may take to list its objects.
+const LIST_PATIENCE: Duration = Duration::from_secs(10);
+/// Interval at which what no machine needs is deleted.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+/// How long the folder of a machine must be unchanged before it is swept: a checkpoint may be on
+/// its way.
+const SETTLED_AFTER: Duration = Duration::from_secs(600);
+
+/// The owner of a machine asks a node to fetch its checkpoints.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct FetchCheckpoint {
+    pub(crate) machine: MachineName,
+    /// The epoch under which the machine runs at the owner.
+    pub(crate) epoch: Epoch,
+    pub(crate) objects: Vec<Object>,
+}
+
+/// The owner of a machine tells a node what is still needed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Discard {
+    pub(crate) machine: MachineName,
+    pub(crate) needed: Vec<Object>,
+}
+
+impl Checkpoints {
+    /// Fetches from the owner of a machine what this node lacks of its checkpoints.
+    ///
+    /// # Errors
+    /// [`RpcError`] if that node is not the owner, or under another epoch; or if not all of it is
+    /// durably here.
+    pub(crate) async fn fetch_here(
+        &self,
+        owner: &NodeName,
+        request: FetchCheckpoint,
+    ) -> Result<(), RpcError> {
+        let record = self.owned_by(owner, &request.machine).await?;
+        if record != request.epoch {
+            return Err(RpcError::refused(format!(
+                "machine {:?} runs under epoch {record}, not {}",
+                request.machine, request.epoch
+            )));
+        }
+        self.fetch_objects(owner, &request.machine, request.objects)
+            .await
+            .map_err(RpcError::failed)
+    }
+
+    /// The epoch of a machine of this owner.
+    async fn owned_by(&self, owner: &NodeName, machine: &MachineName) -> Result<Epoch, RpcError> {
+        let found = records::get(&*self.context.store, machine).await;
+        let record = found.map_err(RpcError::failed)?.record;
+        match record.owner == *owner {
+            true => Ok(record.epoch),
+            false => Err(RpcError::refused(format!(
+                "machine {machine:?} belongs to {}, not to {owner}",
+                record.owner
+            ))),
+        }
+    }
+
+    async fn fetch_objects(
+        &self,
+        from: &NodeName,
+        machine: &MachineName,
+        objects: Vec<Object>,
+    ) -> Result<(), String> {
+        if let Some(object) = objects.iter().find(|object| !object.is_valid()) {
+            return Err(format!("{:?} is no object of a checkpoint", object.name));
+        }
+        let (folder, name) = (self.context.dir.replicas(), machine.clone());
+        let lacking = tokio::task::spawn_blocking(move || {
+            let lacks = |object: &Object| !object.is_there(&folder, &name);
+            objects.into_iter().filter(lacks).collect::<Vec<_>>()
+        });
+        let lacking = lacking.await.map_err(|error| error.to_string())?;
+        for object in lacking {
+            failpoint::pass_async("replication.object")
+                .await
+                .map_err(|injected| injected.to_string())?;
+            self.fetch_object(from, machine, &object)
+                .await
+                .map_err(|error| format!("{} from {from}: {error}", object.name))?;
+        }
+        Ok(())
+    }
+
+    async fn fetch_object(
+        &self,
+        from: &NodeName,
+        machine: &MachineName,
+        object: &Object,
+    ) -> Result<(), String> {
+        let question = pack(&(machine, object)).map_err(|error| error.to_string())?;
+        let peers = &self.context.peers;
+        let stream = peers.stream(from, OBJECT, question).await;
+        let mut stream = stream.map_err(|error| error.to_string())?;
+        let (send, mut pieces) = mpsc::channel::<Bytes>(4);
+        let path = object.path(&self.context.dir.replicas(), machine);
+        let (bytes, hash) = (object.bytes, object.hash);
+        // Pieces are written as they come; what is not all there gets no name.
+        let writing = tokio::task::spawn_blocking(move || -> Result<(), String> {
+            let text = |error: std::io::Error| format!("{}: {error}", path.display());
+            let mut file = NewFile::create(path.clone()).map_err(text)?;
+            let (mut written, mut hasher) = (0, blake3::Hasher::new());
+            while let Some(piece) = pieces.blocking_recv() {
+                file.write(&piece).map_err(text)?;
+                hasher.update(&piece);
+                written += piece.len() as u64;
+                if written > bytes {
+                    return Err(format!("it has more than {bytes} bytes"));
+                }
+            }
+            if written != bytes {
+                return Err(format!("it broke off after {written} of {bytes} bytes"));
+            }
+            if hash.is_some_and(|hash| hash != *hasher.finalize().as_bytes()) {
+                return Err("its content changed meanwhile".into());
+            }
+            file.finish().map_err(text)
+        });
+        let mut lost = None;
+        while let Some(piece) = stream.recv().await {
+            match piece {
+                Ok(piece) => {
+                    // A writer that failed says why below.
+                    if send.send(piece).await.is_err() {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    lost = Some(error.to_string());
+                    break;
+                }
+            }
+        }
+        drop(send);
+        let written = writing.await.map_err(|error| error.to_string())?;
+        match lost {
+            Some(error) => Err(error),
+            None => written,
+        }
+    }
+
+    /// Deletes what is not needed any more of a machine's checkpoints here.
+    ///
+    /// # Errors
+    /// [`RpcError`] if that node is not the machine's owner, or files cannot be deleted.
+    pub(crate) async fn discard_here(
+        &self,
+        owner: &NodeName,
+        request: Discard,
+    ) -> Result<(), RpcError> {
+        let machine = request.machine;
+        let (folder, name) = (self.context.dir.replicas(), machine.clone());
+        let listed = tokio::task::spawn_blocking(move || others(&folder, &name, &request.needed));
+        let gone = listed
+            .await
+            .map_err(RpcError::failed)?
+            .map_err(RpcError::failed)?;
+        // After the list: what this node makes once the machine is its own is not in it.
+        self.owned_by(owner, &machine).await?;
+        self.delete_here(machine, gone)
+            .await
+            .map_err(RpcError::failed)
+    }
+
+    async fn delete_here(&self, machine: MachineName, files: Vec<PathBuf>) -> Result<(), String> {
+        let folder = self.context.dir.replicas();
+        let deleted = tokio::task::spawn_blocking(move || delete(&folder, &machine, &files)).await;
+        let deleted = deleted.map_err(|error| error.to_string())?;
+        deleted.map_err(|error| error.to_string())
+    }
+
+    /// What this node has of a machine's checkpoints.
+    ///
+    /// # Errors
+    /// [`RpcError`] if it has none.
+    pub(crate) async fn objects_here(&self, machine: MachineName) -> Result<Vec<Object>, RpcError> {
+        let set = records::in_sync_set(&*self.context.store, &machine).await;
+        let set = set.map_err(RpcError::failed)?;
+        let Some((set, _)) = set.filter(|(set, _)| set.members.contains(&self.context.name)) else {
+            return Err(RpcError::refused("this node does not have its checkpoint"));
+        };
+        let url = self.context.dir.replicas().display().to_string();
+        let repository = open(url).await.map_err(RpcError::failed)?;
+        let manifest = repository.manifest(&machine, &set.checkpoint).await;
+        let program = manifest.map_err(RpcError::failed)?.program;
+        let folder = self.context.dir.replicas();
+        tokio::task::spawn_blocking(move || objects_of(&folder, &machine, program))
+            .await
+            .map_err(RpcError::failed)?
+            .map_err(RpcError::failed)
+    }
+
+    /// The checkpoint from which a machine with high availability is restarted here, fetched if
+    /// this node lacks it; `None` if it has none yet.
+    ///
+    /// # Errors
+    /// If none of the nodes that have it answers, in a sentence.
+    pub(crate) async fn replicated(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
+        let set = records::in_sync_set(&*self.context.store, machine).await;
+        let Some((set, _)) = set.map_err(|error| error.to_string())? else {
+            return Ok(None);
+        };
+        if !self.has_whole(machine, &set).await {
+            self.fetch_from_member(machine, &set).await?;
+        }
+        Ok(Some(Origin {
+            repository: self.context.dir.replicas().display().to_string(),
+            machine: machine.clone(),
+            id: Some(set.checkpoint),
+            is_clone: false,
+            memory: MemoryRestore::Eager,
+        }))
+    }
+
+    /// Whether the set's checkpoint is here with all that it depends on. (Its content is verified
+    /// when it is read.)
+    async fn has_whole(&self, machine: &MachineName, set: &InSyncSet) -> bool {
+        let url = self.context.dir.replicas().display().to_string();
+        let Ok(repository) = open(url).await else {
+            return false;
+        };
+        let Ok(chain) = repository.chain(machine, &set.checkpoint).await else {
+            return false;
+        };
+        let outlines: Vec<_> = chain.iter().map(|manifest| manifest.outline()).collect();
+        repository.check_parts(machine, &outlines).await.is_ok()
+    }
+
+    async fn fetch_from_member(
+        &self,
+        machine: &MachineName,
+        set: &InSyncSet,
+    ) -> Result<(), String> {
+        let mut failures = Vec::new();
+        for member in set
+            .members
+            .iter()
+            .filter(|node| **node != self.context.name)
+        {
+            let fetched = async {
+                let payload = pack(machine).map_err(|error| error.to_string())?;
+                let call = self
+                    .context
+                    .peers
+                    .call(member, OBJECTS, payload, LIST_PATIENCE);
+                let answer = call.await.map_err(|error| error.to_string())?;
+                let objects: Vec<Object> =
+                    unpack(&answer).map_err(|error: RpcError| error.to_string())?;
+                self.fetch_objects(member, machine, objects).await
+            };
+            match fetched.await {
+                Ok(()) => return Ok(()),
+                Err(error) => failures.push(format!("{member}: {error}")),
+            }
+        }
+        Err(format!(
+            "its checkpoint {} cannot be fetched: {}",
+            set.checkpoint,
+            match failures.is_empty() {
+                true => "no other node has it".to_owned(),
+                false => failures.join("; "),
+            }
+        ))
+    }
+
+    /// Deletes the checkpoints of machines that are gone, or that have theirs elsewhere now.
+    async fn sweep_once(&self) -> Result<(), String> {
+        let machines = self.context.dir.replicas().join("machines");
+        let listed = tokio::task::spawn_blocking(move || settled_folders(&machines)).await;
+        for machine in listed.map_err(|error| error.to_string())? {
+            let record = records::get(&*self.context.store, &machine).await;
+            let is_needed = match record {
+                Ok(found) if found.record.owner == self.context.name => true,
+                Ok(_) => {
+                    let set = records::in_sync_set(&*self.context.store, &machine).await;
+                    let set = set.map_err(|error| error.to_string())?;
+                    set.is_some_and(|(set, _)| set.members.contains(&self.context.name))
+                }
+                Err(RecordError::NoMachine(_)) => false,
+                Err(error) => return Err(error.to_string()),
+            };
+            if is_needed {
+                continue;
+            }
+            tracing::info!(%machine, "its checkpoints are not needed here any more");
+            let folder = self.folder(&machine);
+            let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
+            let removed = removed.await.map_err(|error| error.to_string())?;
+            removed.map_err(|error| format!("{machine}: {error}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// The machines whose folders have not changed for long. Blocking.
+fn settled_folders(machines: &std::path::Path) -> Vec<MachineName> {
+    let entries = std::fs::read_dir(machines).into_iter().flatten().flatten();
+    let settled = entries.filter_map(|entry| {
+        let machine = entry.file_name().to_str()?.parse().ok()?;
+        let changed = entry.metadata().ok()?.modified().ok()?;
+        let unchanged = SystemTime::now().duration_since(changed).ok()?;
+        (unchanged > SETTLED_AFTER).then_some(machine)
+    });
+    settled.collect()
+}
+
+/// Deletes what no machine needs, until the agent ends.
+pub(crate) async fn sweep(checkpoints: Arc<Checkpoints>) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        if let Err(error) = checkpoints.sweep_once().await {
+            tracing::warn!(error, "checkpoints that are not needed stay for now");
+        }
+    }
+}

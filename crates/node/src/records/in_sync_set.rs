@@ -1,0 +1,93 @@
+//! The in-sync set of a machine with high availability, at `in-sync/MACHINE`: its checkpoint that
+//! survives the loss of its node, and the nodes whose own folder has all of it. Only they can
+//! restart the machine after that loss.
+//!
+//! As in-sync replicas elsewhere (Kafka's ISR; the configuration store of Vertical Paxos): the set
+//! is changed by compare-and-swap only, by the machine's owner, and only to nodes that have the
+//! checkpoint durably. An owner that was replaced meanwhile changes nothing.
+
+use super::machine::{RecordError, get};
+use crate::context::Context;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::checkpoint::CheckpointId;
+use keel_store::encoding;
+use keel_store::keys::Key;
+use keel_store::{Compare, Revision, Store, Txn, TxnOutcome};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+/// Attempts at a change that loses against changes of the machine's record.
+const ATTEMPTS_MAX: u32 = 8;
+
+/// A checkpoint, and the nodes that have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct InSyncSet {
+    pub(crate) checkpoint: CheckpointId,
+    /// The nodes whose folder has the checkpoint and all that it depends on.
+    pub(crate) members: BTreeSet<NodeName>,
+    /// The machine's memory then, in bytes.
+    pub(crate) memory_bytes: u64,
+}
+
+/// A machine's set, with the revision that wrote it; `None` before its first checkpoint.
+///
+/// # Errors
+/// [`RecordError`] if it cannot be read.
+pub(crate) async fn in_sync_set(
+    store: &dyn Store,
+    machine: &MachineName,
+) -> Result<Option<(InSyncSet, Revision)>, RecordError> {
+    let key = Key::InSync(machine.clone()).to_string();
+    let Some(entry) = store.get(&key).await? else {
+        return Ok(None);
+    };
+    let set = encoding::decode("an in-sync set", &entry.value)
+        .map_err(|error| RecordError::Damaged(error.to_string()))?;
+    Ok(Some((set, entry.modified)))
+}
+
+/// Replaces the set that was written at `before`, for the life of a machine that runs here under
+/// `epoch`.
+///
+/// # Errors
+/// [`RecordError::Refused`] if the machine is not this node's any more, or runs under another
+/// epoch; [`RecordError::Contended`] if another change was first.
+pub(crate) async fn replace_in_sync_set(
+    context: &Context,
+    machine: &MachineName,
+    epoch: Epoch,
+    before: Option<Revision>,
+    set: &InSyncSet,
+) -> Result<(), RecordError> {
+    let value = encoding::encode("an in-sync set", set)
+        .map_err(|error| RecordError::Damaged(error.to_string()))?;
+    let key = Key::InSync(machine.clone()).to_string();
+    for _ in 0..ATTEMPTS_MAX {
+        let found = get(&*context.store, machine).await?;
+        if found.record.owner != context.name || found.record.epoch != epoch {
+            return Err(RecordError::Refused(format!(
+                "machine {machine:?} does not run here under epoch {epoch} any more"
+            )));
+        }
+        let unchanged = match before {
+            Some(revision) => Compare::ModifiedAt {
+                key: key.clone(),
+                revision,
+            },
+            None => Compare::Absent { key: key.clone() },
+        };
+        let txn = Txn::new()
+            .when(unchanged)
+            .when_modified_at(Key::Machine(machine.clone()), found.revision)
+            .put(key.clone(), value.clone());
+        match context.store.txn(txn).await? {
+            TxnOutcome::Committed { .. } => return Ok(()),
+            TxnOutcome::Refused { failed: 0, .. } => {
+                return Err(RecordError::Contended(machine.to_string()));
+            }
+            // Something else of the record changed.
+            TxnOutcome::Refused { .. } => {}
+        }
+    }
+    Err(RecordError::Contended(machine.to_string()))
+}
