@@ -11,6 +11,7 @@
 //! - `moves`: downtime and throughput of moves, compared with a plain TLS stream
 //! - `postcopy`: post-copy moves
 //! - `checkpoints`: creating and restoring, compared with plain writing and reading
+//! - `failover`: how long a machine and the store are away when a node fails
 //! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
 //! - `plan`: plans for whole clusters, compared with Ganeti's hbal
 //! - `threads`: downtime of a thread that moves to another part
@@ -24,6 +25,7 @@
 mod capture;
 mod checkpoints;
 mod cores;
+mod failover;
 mod first_move;
 mod guest;
 mod load;
@@ -90,6 +92,9 @@ pub(crate) struct Options {
     /// Moves of each machine.
     #[arg(long, default_value_t = 20)]
     moves: usize,
+    /// Failures of nodes.
+    #[arg(long, default_value_t = 50)]
+    failures: usize,
     /// Captures of each guest.
     #[arg(long, default_value_t = 2000)]
     captures: usize,
@@ -105,6 +110,7 @@ enum What {
     Moves,
     PostCopy,
     Checkpoints,
+    Failover,
     Qemu,
     Plan,
     Spanning,
@@ -159,6 +165,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Checkpoints) {
         checkpoints::bench(&options.guests, options.rounds)?;
+    }
+    if wanted(What::Failover) {
+        failover::bench(&options)?;
     }
     if wanted(What::Qemu) {
         qemu::bench(&options.keel, &options.guests, options.moves)?;

@@ -23,7 +23,7 @@ const LAYERED: &str = "node";
 /// Its layers, from the bottom up: modules of one layer do not import each other, unless they
 /// share one line here because they form one unit.
 const LAYERS: &[&[&str]] = &[
-    &["error", "host", "state_dir"],
+    &["error", "host", "metrics", "state_dir"],
     &["events"],
     &["lease"],
     &["context"],

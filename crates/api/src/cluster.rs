@@ -25,6 +25,17 @@ pub struct ClusterInfo {
     pub version: String,
 }
 
+/// What the loss of a node would mean for its machines with high availability.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeLoss {
+    /// The node.
+    pub node: String,
+    /// Machines that would be restarted on other nodes.
+    pub restarted: u32,
+    /// Machines that would wait for it: no other node has their checkpoint, or room for them.
+    pub waiting: Vec<String>,
+}
+
 /// A node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeInfo {

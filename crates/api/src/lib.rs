@@ -4,6 +4,8 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status` | [`ClusterInfo`] |
+//! | `GET /v1/failover` | [`NodeLoss`], each |
+//! | `GET /healthz`, `/readyz`, `/metrics` | text, also without a token for the first two |
 //! | `GET /v1/nodes` | list of [`NodeInfo`] |
 //! | `GET /v1/store` | [`StoreInfo`] |
 //! | `GET /v1/store/backup` | the file of a backup |
@@ -76,7 +78,7 @@ pub use balance::{
 };
 pub use checkpoint::{CheckpointInfo, CheckpointRequest, RestoreRequest};
 pub use client::{Client, ClientError, Lines, path};
-pub use cluster::{ClusterInfo, NodeInfo, StoreInfo, VoterInfo, VotersRequest};
+pub use cluster::{ClusterInfo, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 pub use keel_wasi::FileStat;

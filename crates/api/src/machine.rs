@@ -3,7 +3,7 @@
 
 use crate::volume::{VolumeInfo, VolumeRequest};
 use keel_machine::cgroup::GroupUsage;
-use keel_machine::high_availability::HighAvailability;
+use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart_policy::Restart;
@@ -188,11 +188,38 @@ pub struct RunRequest {
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
     /// How it is kept available when its node fails.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict_ha")]
     pub ha: Option<HighAvailability>,
     /// Its balancing policy.
     #[serde(default, deserialize_with = "strict_balancing")]
     pub balancing: Balancing,
+}
+
+/// As [`strict_balancing`].
+fn strict_ha<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> Result<Option<HighAvailability>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Strict {
+        checkpoint_every_s: Option<u64>,
+        priority: Option<u32>,
+        replicas: Option<u32>,
+        to: Option<String>,
+        #[serde(default)]
+        fence: Fence,
+    }
+    let strict = Option::<Strict>::deserialize(from)?;
+    let default = HighAvailability::default();
+    Ok(strict.map(|strict| HighAvailability {
+        checkpoint_every_s: strict
+            .checkpoint_every_s
+            .unwrap_or(default.checkpoint_every_s),
+        priority: strict.priority.unwrap_or(default.priority),
+        replicas: strict.replicas.unwrap_or(default.replicas),
+        to: strict.to,
+        fence: strict.fence,
+    }))
 }
 
 /// Settings of a user: one that is not known is refused. (Those of a record may be of a

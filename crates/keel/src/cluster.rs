@@ -2,7 +2,7 @@
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result};
-use keel_api::{Client, ClusterInfo, NodeInfo, Token, TokenRequest};
+use keel_api::{Client, ClusterInfo, NodeInfo, NodeLoss, Token, TokenRequest};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -78,10 +78,13 @@ impl Reach {
 }
 
 pub(crate) async fn status(reach: &Reach) -> Result<ExitCode> {
-    let info: ClusterInfo = reach.client()?.get("/v1/status").await?;
+    let client = reach.client()?;
+    let info: ClusterInfo = client.get("/v1/status").await?;
+    // (A node of an older version does not know.)
+    let losses: Vec<NodeLoss> = client.get("/v1/failover").await.unwrap_or_default();
     output::one(reach.format(), &info, &info.cluster, |info| {
         format!(
-            "cluster {}\nnode {} (keel {})\nstore on {}: {}\nnodes {} alive of {}\nmachines {} running of {}{}",
+            "cluster {}\nnode {} (keel {})\nstore on {}: {}\nnodes {} alive of {}\nmachines {} running of {}{}{}",
             info.cluster,
             info.node,
             info.version,
@@ -96,9 +99,26 @@ pub(crate) async fn status(reach: &Reach) -> Result<ExitCode> {
             } else {
                 ""
             },
+            losses.iter().map(loss).collect::<String>(),
         )
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A line on what the loss of a node would mean.
+fn loss(loss: &NodeLoss) -> String {
+    let restarted = format!(
+        "\nloss of {}: {} restarted elsewhere",
+        loss.node, loss.restarted
+    );
+    match loss.waiting.is_empty() {
+        true => restarted,
+        false => format!(
+            "{restarted}, {} without room or checkpoint on another node: {}",
+            loss.waiting.len(),
+            loss.waiting.join(", ")
+        ),
+    }
 }
 
 pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {

@@ -108,7 +108,10 @@ fn checked(settings: HighAvailability) -> Result<HighAvailability, String> {
 
 fn seconds(text: &str) -> Result<u64, String> {
     let time: Duration = crate::when::duration(text)?;
-    Ok(time.as_secs())
+    match time.subsec_nanos() {
+        0 => Ok(time.as_secs()),
+        _ => Err(format!("{text:?} is no number of whole seconds")),
+    }
 }
 
 fn place(text: &str) -> Result<String, String> {
@@ -137,6 +140,8 @@ mod tests {
             ("colour=red", "no setting \"colour\""),
             ("fence=wall", "timer or none"),
             ("checkpoint=0s", "0"),
+            ("checkpoint=1500ms", "whole seconds"),
+            ("to=/kept,replicas=2", "not to both"),
         ] {
             let error = parse(wrong).unwrap_err();
             assert!(error.contains(named), "{wrong}: {error}");

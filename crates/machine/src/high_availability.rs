@@ -13,12 +13,13 @@ pub const CHECKPOINT_EVERY_S_DEFAULT: u64 = 10;
 pub const PRIORITY_MAX: u32 = 100;
 /// The priority of machines that name none.
 pub const PRIORITY_DEFAULT: u32 = 5;
+/// Copies of a checkpoint on other nodes, if none are named.
+const REPLICAS_DEFAULT: u32 = 1;
 /// The most copies of a checkpoint on other nodes.
 pub const REPLICAS_MAX: u32 = 4;
 
 /// How a machine is kept available when its node fails.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct HighAvailability {
     /// Interval of its checkpoints in seconds: what it loses when its node fails is at most this
     /// much of its work. In [`CHECKPOINT_EVERY_S`].
@@ -60,7 +61,7 @@ fn priority_default() -> u32 {
 }
 
 fn replicas_default() -> u32 {
-    1
+    REPLICAS_DEFAULT
 }
 
 impl Default for HighAvailability {
@@ -68,7 +69,7 @@ impl Default for HighAvailability {
         HighAvailability {
             checkpoint_every_s: CHECKPOINT_EVERY_S_DEFAULT,
             priority: PRIORITY_DEFAULT,
-            replicas: replicas_default(),
+            replicas: REPLICAS_DEFAULT,
             to: None,
             fence: Fence::None,
         }
@@ -94,6 +95,19 @@ impl HighAvailability {
                 "a priority of {}: 0 to {PRIORITY_MAX} are possible",
                 self.priority
             ));
+        }
+        if let Some(url) = &self.to {
+            if self.replicas != REPLICAS_DEFAULT {
+                return Err("checkpoints go to a place that all nodes see (to), or to other nodes (replicas), not to both".into());
+            }
+            if !["/", "file:///", "s3://"]
+                .iter()
+                .any(|known| url.starts_with(known))
+            {
+                return Err(format!(
+                    "{url:?} is no place for checkpoints: use /a/directory, file:///a/directory or s3://bucket/prefix"
+                ));
+            }
         }
         if !(1..=REPLICAS_MAX).contains(&self.replicas) {
             return Err(format!(
@@ -140,6 +154,8 @@ mod tests {
             of(|it| it.priority = 101),
             of(|it| it.replicas = 0),
             of(|it| it.replicas = 5),
+            of(|it| it.to = Some("nowhere".into())),
+            of(|it| (it.to, it.replicas) = (Some("/kept".into()), 2)),
         ];
         let named = [
             "0 seconds",
@@ -147,6 +163,8 @@ mod tests {
             "priority of 101",
             "0 copies",
             "5 copies",
+            "\"nowhere\"",
+            "not to both",
         ];
         for (refused, name) in refused.into_iter().zip(named) {
             assert!(refused.unwrap_err().contains(name), "{name}");
@@ -158,6 +176,7 @@ mod tests {
         let read: HighAvailability = serde_json::from_str(r#"{"priority":9}"#).unwrap();
         assert_eq!(read.priority, 9);
         assert_eq!(read.checkpoint_every_s, CHECKPOINT_EVERY_S_DEFAULT);
-        assert!(serde_json::from_str::<HighAvailability>(r#"{"prio":9}"#).is_err());
+        // Of a newer version.
+        assert!(serde_json::from_str::<HighAvailability>(r#"{"prio":9}"#).is_ok());
     }
 }

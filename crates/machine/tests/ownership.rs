@@ -6,7 +6,7 @@ mod record;
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
-    EndEffect, EpochBase, Failover, ResumeDecision, Settlement, Transfer, VersionedRecord,
+    EndEffect, EpochBase, Failover, ResumeDecision, Settlement, Target, Transfer, VersionedRecord,
     created_at, end, fail_over, may_resume, running,
 };
 use keel_machine::restart_policy::Restart;
@@ -142,7 +142,9 @@ fn the_settling_write_preserves_the_present_record() {
 
 #[test]
 fn only_a_machine_that_has_not_run_there_is_taken_back() {
-    let word = |found: Option<&VersionedRecord>| word(transfer().take_back(found, 7).unwrap());
+    let word = |found: Option<&VersionedRecord>| {
+        word(transfer().take_back(found, Target::Without, 7).unwrap())
+    };
     assert_eq!(word(None), "superseded");
     for (record, expected) in [
         (record("b", epoch(1), arriving()), "write"),
@@ -174,7 +176,9 @@ fn only_a_machine_that_has_not_run_there_is_taken_back() {
 fn taking_back_changes_owner_epoch_and_schedules() {
     let mut now = record("b", epoch(1), arriving());
     now.spec.memory_bytes = 77 << 20;
-    let settlement = transfer().take_back(Some(&found(now.clone())), 7).unwrap();
+    let settlement = transfer()
+        .take_back(Some(&found(now.clone())), Target::Without, 7)
+        .unwrap();
     let Settlement::Write { txn, record } = settlement else {
         panic!("no write");
     };

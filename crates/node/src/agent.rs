@@ -13,6 +13,7 @@ use crate::images::Images;
 use crate::lease;
 use crate::logs::Logs;
 use crate::machines::{self, Machines, Restarts};
+use crate::metrics::Metrics;
 use crate::moves::{self, Moves};
 use crate::processes::{Arrivals, Processes, extend_leases};
 use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
@@ -98,6 +99,9 @@ pub enum AgentError {
     /// The ledger of the balancer's decisions.
     #[error("the ledger of the balancer cannot be opened: {0}")]
     Ledger(String),
+    /// The metrics.
+    #[error("the metrics: {0}")]
+    Metrics(prometheus::Error),
     /// A token.
     #[error("the join token is not valid: {0}")]
     Token(String),
@@ -234,7 +238,8 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
     let settings = read_settings(&dir.settings())?;
-    let events = Events::open(&dir.events(), &identity.node)
+    let metrics = Metrics::new().map_err(AgentError::Metrics)?;
+    let events = Events::open(&dir.events(), &identity.node, metrics.clone())
         .map_err(system(dir.events().display().to_string()))?;
     let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
     let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
@@ -263,7 +268,8 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
     voters.begin_cluster().await?;
     let store = voters.client();
     follow_members(&store, &members).await;
-    let lease = lease::keep(store.clone(), identity.node.clone(), events.clone())
+    let node = identity.node.clone();
+    let lease = lease::keep(store.clone(), node, events.clone(), metrics.clone())
         .map_err(system("the thread that renews the lease"))?;
     let slice = make_slice(&dir);
     let context = Arc::new(Context {
@@ -279,6 +285,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         lease_term: lease.term,
         identity,
         events,
+        metrics,
         traffic,
     });
     let parts = Parts::build(context, slice, ledger, recorder, voters);
@@ -365,7 +372,14 @@ impl Parts {
             moves: moves.clone(),
             balancer: balancer.clone(),
         });
+        let failover = failover::Dependencies {
+            context: context.clone(),
+            rules: rules.clone(),
+            placements: placements.clone(),
+            alive: alive.clone(),
+        };
         let handles = Handles {
+            failover: Arc::new(failover),
             logs: Arc::new(Logs::new(context.clone(), processes.clone())),
             files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
             context,
@@ -450,12 +464,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
         at.processes.clone(),
         placements.clone(),
     ));
-    tokio::spawn(failover::run(failover::Dependencies {
-        context: context.clone(),
-        rules: at.rules.clone(),
-        placements,
-        alive: alive.clone(),
-    }));
+    tokio::spawn(failover::run(at.failover.clone()));
     tokio::spawn(checkpoints::sweep(at.checkpoints.clone()));
     let followed = context.clone();
     tokio::spawn(async move { alive.follow(&followed).await });

@@ -445,7 +445,12 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn who_follows_sees_each_event_once_and_in_order() {
         let folder = tempfile::tempdir().unwrap();
-        let events = Events::open(folder.path(), &NodeName::new("a").unwrap()).unwrap();
+        let events = Events::open(
+            folder.path(),
+            &NodeName::new("a").unwrap(),
+            crate::metrics::Metrics::new().unwrap(),
+        )
+        .unwrap();
         let record = |number: u64| {
             events.record(Note::node(EventKind::NodeStarted, "x").with("number", number));
         };

@@ -3,6 +3,7 @@
 
 use crate::events::Events;
 use crate::lease::LeaseTerm;
+use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
 use keel_cluster::NodeName;
 use keel_cluster::identity::{ClusterId, NodeIdentity};
@@ -72,6 +73,8 @@ pub(crate) struct Context {
     pub(crate) identity: NodeIdentity,
     /// Events of this node, for users.
     pub(crate) events: Events,
+    /// What this agent counts, for Prometheus.
+    pub(crate) metrics: Metrics,
     /// Bytes sent to and received from other nodes.
     pub(crate) traffic: Traffic,
 }

@@ -6,6 +6,7 @@
 //! end before anybody else acts on it ([`LeaseTerm`]).
 
 use crate::events::{Events, Note};
+use crate::metrics::Metrics;
 use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_store::Store;
@@ -52,6 +53,7 @@ pub(crate) fn keep(
     store: Arc<dyn Store>,
     node: NodeName,
     events: Events,
+    metrics: Metrics,
 ) -> std::io::Result<NodeLease> {
     let (current, current_receiver) = watch::channel(None);
     let (term, term_receiver) = watch::channel(None);
@@ -63,7 +65,13 @@ pub(crate) fn keep(
         .spawn(move || {
             // Without the privilege it renews at normal priority.
             let _ = rustix::process::nice(-5);
-            runtime.block_on(renew_for_ever(&*store, &node, &events, &current, &term));
+            let told = Told {
+                events,
+                metrics,
+                current,
+                term,
+            };
+            runtime.block_on(renew_for_ever(&*store, &node, &told));
         })?;
     Ok(NodeLease {
         current: current_receiver,
@@ -71,13 +79,21 @@ pub(crate) fn keep(
     })
 }
 
-async fn renew_for_ever(
-    store: &dyn Store,
-    node: &NodeName,
-    events: &Events,
-    current: &watch::Sender<Option<LeaseId>>,
-    term: &watch::Sender<Option<LeaseTerm>>,
-) {
+/// Who is told of the lease.
+struct Told {
+    events: Events,
+    metrics: Metrics,
+    current: watch::Sender<Option<LeaseId>>,
+    term: watch::Sender<Option<LeaseTerm>>,
+}
+
+async fn renew_for_ever(store: &dyn Store, node: &NodeName, told: &Told) {
+    let Told {
+        events,
+        metrics,
+        current,
+        term,
+    } = told;
     let tell = |kind, text: String| events.record(Note::node(kind, text));
     let mut late = false;
     loop {
@@ -100,6 +116,7 @@ async fn renew_for_ever(
             Ok(lease) => {
                 let deadline = sent + Duration::from_millis(TTL_MS) - DRIFT;
                 term.send_replace(Some(LeaseTerm { lease, deadline }));
+                metrics.lease_renewed(begun.elapsed());
                 if late {
                     late = false;
                     tell(EventKind::LeaseRenewed, "the lease is renewed again".into());

@@ -19,7 +19,7 @@
 //! - `cluster_info`, `cluster_events`: the cluster and its events in the form that users see
 //! - `voters`: this node's copy of the store, and who else has one
 //! - `context`: shared by all layers
-//! - `error`, `events`, `host`, `lease`, `state_dir`, `supervisor`: the lowest layer
+//! - `error`, `events`, `host`, `lease`, `metrics`, `state_dir`, `supervisor`: the lowest layer
 
 #![forbid(unsafe_code)]
 
@@ -39,6 +39,7 @@ mod images;
 mod lease;
 mod logs;
 mod machines;
+mod metrics;
 mod moves;
 mod processes;
 mod records;

@@ -1,8 +1,8 @@
 //! The nemesis: machines move and are checkpointed while faults are injected, at random but from a
 //! seed. After each round all faults are repaired. Then every machine must run on one node and
-//! continue to write; its file must be what one copy would have written, and it may have rewound
-//! to a checkpoint only if its own process was killed.
-//! was killed.
+//! continue to write; its file must be what one copy would have written. It may have rewound to a
+//! checkpoint only if its own process was killed, or, with high availability, if its node could not
+//! renew its lease: a killed agent is no reason.
 
 use crate::disk::SmallDisk;
 use crate::network::Network;
@@ -11,6 +11,7 @@ use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
 use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
 use keel_machine::failpoint::{ALL, Action, Injection};
+use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
 use rand::rngs::StdRng;
@@ -24,8 +25,13 @@ use std::time::{Duration, Instant};
 
 /// The nodes; the first holds the store.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
-/// Name and memory in MiB of each machine.
-const MACHINES: [(&str, u32); 3] = [("small", 2), ("middle", 16), ("large", 64)];
+/// Name and memory in MiB of each machine, and whether it has high availability.
+const MACHINES: [(&str, u32, bool); 4] = [
+    ("small", 2, false),
+    ("middle", 16, false),
+    ("large", 64, true),
+    ("safe", 8, true),
+];
 /// Time between the lines of a machine, in microseconds.
 const PAUSE_US: u32 = 2000;
 /// Size of the disk of each node, in MiB.
@@ -58,6 +64,8 @@ pub struct Tally {
     pub faults: std::collections::BTreeMap<&'static str, u64>,
     /// How often a machine rewound to a checkpoint after its process was killed.
     pub rewinds: u64,
+    /// Of these, machines with high availability whose node was away.
+    pub failovers: u64,
     /// Milliseconds from the repair to the next line of all machines: without and with a killed
     /// process of a machine.
     pub recoveries_ms: [Vec<u64>; 2],
@@ -68,7 +76,7 @@ impl std::fmt::Display for Tally {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         writeln!(
             f,
-            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines",
+            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines, {} of them failovers",
             self.rounds,
             of(&self.moves),
             of(&self.disturbed),
@@ -76,7 +84,8 @@ impl std::fmt::Display for Tally {
             of(&self.stayed),
             of(&self.refused),
             of(&self.checkpoints),
-            self.rewinds
+            self.rewinds,
+            self.failovers
         )?;
         for (kind, count) in &self.faults {
             write!(f, "{kind} {count}, ")?;
@@ -163,6 +172,26 @@ impl Fault {
     }
 }
 
+impl Fault {
+    /// Whether a node, or a machine's process, may be unable to renew its lease.
+    fn ends_leases(&self) -> bool {
+        match self {
+            Fault::PowerOff(_)
+            | Fault::StopAgent(_)
+            | Fault::StopWorker(..)
+            | Fault::Cut(_)
+            | Fault::CutOneWay(..)
+            | Fault::FullDisk(_)
+            | Fault::SlowLink(..) => true,
+            Fault::Failpoint(_, _, order) => order.action == Action::Stop,
+            Fault::Nothing
+            | Fault::KillAgent(_)
+            | Fault::KillWorker(..)
+            | Fault::KillInDoubt(..) => false,
+        }
+    }
+}
+
 /// A cluster, its machines, and the faults.
 #[derive(Debug)]
 pub struct Nemesis {
@@ -205,13 +234,18 @@ impl Nemesis {
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
         let module = std::fs::read(witness)?;
-        for (number, (name, mib)) in MACHINES.iter().enumerate() {
+        for (number, (name, mib, is_safe)) in MACHINES.iter().enumerate() {
             let file = shared.join(format!("{name}.lines")).display().to_string();
             let (mib, pause) = (mib.to_string(), PAUSE_US.to_string());
             let args = [file.as_str(), mib.as_str(), pause.as_str()];
-            let mut guest = Guest::new(name, NODES[number], &module, &args);
+            let mut guest = Guest::new(name, NODES[number % NODES.len()], &module, &args);
             guest.volume = Some(&shared);
             guest.restart = Restart::OnFailure;
+            guest.ha = is_safe.then(|| HighAvailability {
+                checkpoint_every_s: 1,
+                fence: Fence::Timer,
+                ..HighAvailability::default()
+            });
             cluster.run(&guest).await?;
         }
         let mut nemesis = Nemesis {
@@ -224,8 +258,11 @@ impl Nemesis {
             tally: Arc::default(),
         };
         nemesis.wait_all_running().await?;
-        for (name, _) in MACHINES {
-            nemesis.checkpoint(name).await?;
+        for (name, _, is_safe) in MACHINES {
+            match is_safe {
+                true => nemesis.wait_in_sync(name).await?,
+                false => nemesis.checkpoint(name).await?,
+            }
         }
         Ok(nemesis)
     }
@@ -242,6 +279,18 @@ impl Nemesis {
         Ok(())
     }
 
+    /// Waits until another node has a machine's checkpoint.
+    async fn wait_in_sync(&self, machine: &str) -> Result<()> {
+        wait_for(
+            &format!("another node has {machine}'s checkpoint"),
+            || async {
+                let info = self.cluster.inspect(NODES[0], machine).await.ok()?;
+                (info.in_sync.len() > 1).then_some(())
+            },
+        )
+        .await
+    }
+
     fn evidence(&self, machine: &str) -> Result<Evidence> {
         let text = std::fs::read_to_string(self.shared.join(format!("{machine}.lines")))?;
         examine(&text).with_context(|| format!("machine {machine}"))
@@ -249,7 +298,7 @@ impl Nemesis {
 
     /// Waits until each machine runs on one node and has written more.
     async fn wait_all_running(&mut self) -> Result<()> {
-        for (number, (name, _)) in MACHINES.iter().enumerate() {
+        for (number, (name, ..)) in MACHINES.iter().enumerate() {
             let lines = self.told[number].lines;
             let cluster = &self.cluster;
             let inspect = || async { cluster.inspect(NODES[0], name).await.ok() };
@@ -289,7 +338,7 @@ impl Nemesis {
 
     /// A node other than that of a machine.
     fn elsewhere(&mut self, machine: &str) -> String {
-        let number = MACHINES.iter().position(|(name, _)| *name == machine);
+        let number = MACHINES.iter().position(|(name, ..)| *name == machine);
         let owner = number.map_or("", |number| self.owners[number].as_str());
         let others: Vec<&str> = NODES.iter().copied().filter(|it| *it != owner).collect();
         let some = others.choose(&mut self.random).copied();
@@ -298,7 +347,7 @@ impl Nemesis {
 
     /// Last known node of a machine.
     fn owner(&self, machine: &str) -> String {
-        let number = MACHINES.iter().position(|(name, _)| *name == machine);
+        let number = MACHINES.iter().position(|(name, ..)| *name == machine);
         number.map_or_else(String::new, |number| self.owners[number].clone())
     }
 
@@ -322,7 +371,7 @@ impl Nemesis {
     fn some_machine(&mut self) -> &'static str {
         MACHINES
             .choose(&mut self.random)
-            .map_or("", |(name, _)| name)
+            .map_or("", |(name, ..)| name)
     }
 
     fn some_fault(&mut self) -> Fault {
@@ -540,7 +589,7 @@ impl Nemesis {
         // A machine may run long before a request about it is answered.
         let running = MACHINES
             .iter()
-            .map(|(name, _)| grows(self.shared.join(format!("{name}.lines"))));
+            .map(|(name, ..)| grows(self.shared.join(format!("{name}.lines"))));
         let all = async { while tasks.join_next().await.is_some() {} };
         let (answered, running) = tokio::join!(
             tokio::time::timeout(REQUEST_PATIENCE, all),
@@ -553,7 +602,7 @@ impl Nemesis {
         }
         tasks.abort_all();
         let before = self.told.clone();
-        for (number, (name, _)) in MACHINES.iter().enumerate() {
+        for (number, (name, ..)) in MACHINES.iter().enumerate() {
             // An incomplete last line is read again below.
             if let Ok(told) = self.evidence(name) {
                 self.told[number] = told;
@@ -563,21 +612,25 @@ impl Nemesis {
             .await
             .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
         let settled = mended.elapsed().as_millis() as u64;
-        let mut rewinds = 0;
-        for (number, (name, _)) in MACHINES.iter().enumerate() {
+        let (mut rewinds, mut failovers) = (0, 0);
+        for (number, (name, _, is_safe)) in MACHINES.iter().enumerate() {
             let told = self.evidence(name)?;
             let back = told.rewinds - before[number].rewinds;
             ensure!(
-                back == 0 || fault.kills_machines(),
-                "{name} rewound, although its process was not killed, after {fault:?}, {}",
+                back == 0 || fault.kills_machines() || *is_safe && fault.ends_leases(),
+                "{name} rewound, although nothing of it was lost, after {fault:?}, {}",
                 what.join(", ")
             );
             rewinds += back;
+            if *is_safe && fault.ends_leases() {
+                failovers += back;
+            }
             self.told[number] = told;
         }
         if let Some(tally) = Arc::get_mut(&mut self.tally) {
             tally.rounds += 1;
             tally.rewinds += rewinds;
+            tally.failovers += failovers;
             *tally.faults.entry(fault.kind()).or_default() += 1;
             tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
         }

@@ -14,7 +14,7 @@ use keel_machine::worker::control::{Start, StartFrom, StartPhase, State};
 use keel_machine::worker::{volume_folder, write_notice};
 use keel_net::RpcError;
 use keel_wasi::{Config, Preopen, Resources, Wasi};
-use keel_wasm::runtime::Machine;
+use keel_wasm::runtime::{Machine, Program};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -53,13 +53,8 @@ impl WasmWorker {
             true => State::Held { epoch },
             false => State::Running { epoch },
         };
-        let needs_lease = inner.spec.as_ref().is_some_and(|spec| spec.ha.is_some());
         drop(inner);
         self.process.lease().machine_changed(&**self);
-        if needs_lease {
-            // A machine that must be held at once cannot wait for it.
-            self.prepare_resume();
-        }
         self.process.state.send_if_modified(|state| {
             // Damage may have been found already.
             let first = *state == State::Empty;
@@ -69,6 +64,16 @@ impl WasmWorker {
             first
         });
         self.watch_end(machine)
+    }
+
+    /// Compiles what a machine that needs a lease is held with, before it runs.
+    fn prepare_hold(&self, spec: &Spec, program: &Program) {
+        if spec.ha.is_some()
+            && let Err(error) = program.prepare_resume()
+        {
+            // It is killed, instead of held, when the lease ends.
+            tracing::warn!(%error, "the machine cannot be held");
+        }
     }
 
     /// Starts a machine from its module; it runs unless it is to have parts first.
@@ -84,6 +89,7 @@ impl WasmWorker {
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
         let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
         self.store_program(program.hash(), program.bytes())?;
+        self.prepare_hold(spec, &program);
         let log = Arc::new(Log::open(self.process.folder(), 0).map_err(RpcError::failed)?);
         if let Some(notice) = &start.notice {
             write_notice(&log, &format!("{notice}; it starts from its beginning"));
@@ -123,6 +129,7 @@ impl WasmWorker {
         let program = restored.program;
         self.limit_memory(program.meta().memories.len(), spec);
         self.store_program(program.hash(), program.bytes())?;
+        self.prepare_hold(spec, &program);
         let manifest = &restored.manifest;
         // A clone has its own output.
         let base = if origin.is_clone { 0 } else { manifest.log_end };

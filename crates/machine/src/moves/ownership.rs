@@ -228,7 +228,7 @@ impl Transfer {
     }
 
     /// The next step of a source whose target reports that the machine does not run there
-    /// and never will. Only a machine that has not run there is taken back. Never
+    /// and never will, or cannot run it for lack of a lease. Only a machine that has not run there is taken back. Never
     /// [`Settlement::Won`].
     ///
     /// # Errors
@@ -236,6 +236,7 @@ impl Transfer {
     pub fn take_back(
         &self,
         found: Option<&VersionedRecord>,
+        target: Target,
         now_unix_ms: u64,
     ) -> Result<Settlement, String> {
         let Some(VersionedRecord { record, revision }) = found else {
@@ -253,8 +254,11 @@ impl Transfer {
         record.owner = self.source.clone();
         record.epoch = back;
         record.enter(Status::Running, now_unix_ms);
-        let txn = Txn::new()
-            .when_modified_at(self.record_key(), *revision)
+        let mut txn = Txn::new().when_modified_at(self.record_key(), *revision);
+        if target == Target::Fenced {
+            txn = txn.when_absent(Key::Alive(self.target.clone()));
+        }
+        let txn = txn
             .put(self.record_key(), record.encode()?)
             .delete(self.entry(&self.target))
             .put(self.entry(&self.source), Vec::new());
@@ -282,6 +286,15 @@ impl Transfer {
             output_stays,
         }
     }
+}
+
+/// Why a machine whose commit was applied does not run at the target of its move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// The target's agent says that its copy is gone.
+    Without,
+    /// The target's node has no lease, and the machine needs one: compared when it is taken back.
+    Fenced,
 }
 
 /// What happens to a copy that has arrived at `node` and waits for the commit.
@@ -433,13 +446,21 @@ pub fn fail_over(
     }
     let failed = std::mem::replace(&mut record.owner, target.clone());
     record.epoch = found.record.epoch.next();
+    // One that ended by itself begins anew.
+    let from_checkpoint = !matches!(
+        record.status,
+        Status::Restarting {
+            from_checkpoint: false,
+            ..
+        }
+    );
     let status = match record.stop_wanted {
         // It was to end anyway.
         true => Status::Stopped,
         false => Status::Restarting {
             reason: format!("its node {failed} failed"),
             at_unix_ms: now_unix_ms,
-            from_checkpoint: true,
+            from_checkpoint,
         },
     };
     record.enter(status, now_unix_ms);

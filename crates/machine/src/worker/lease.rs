@@ -65,6 +65,10 @@ struct Lease {
     deadline: Option<Duration>,
     /// Whether the machine is held.
     is_held: bool,
+    /// Whether nothing of it runs.
+    is_still: bool,
+    /// Whether it was resumed where [`Worker::hold_for_lease`] does not find it yet.
+    is_hidden: bool,
     /// Whether the kernel kills the process at the deadline.
     is_armed: bool,
 }
@@ -99,8 +103,7 @@ impl Lease {
                 true => Step::Release(deadline),
                 false => Step::Wait(deadline.saturating_sub(HOLD_BEFORE + now)),
             },
-            // The machine may have changed since it was held.
-            _ if !self.is_held || self.is_armed => Step::Hold,
+            _ if !self.is_held || !self.is_still || self.is_armed => Step::Hold,
             _ => Step::Wait(REST),
         }
     }
@@ -147,6 +150,10 @@ impl Guard {
         worker: &Arc<W>,
         is_required: bool,
     ) -> Result<(), String> {
+        if is_required {
+            // A machine that must be held at once cannot wait for what that needs.
+            worker.prepare_move();
+        }
         let mut state = self.state();
         state.lease.is_required = is_required;
         if is_required && !state.is_watched {
@@ -180,14 +187,16 @@ impl Guard {
     }
 
     /// Runs `resume` so that the machine does not run where it has no lease: `hold` is called first
-    /// where that is so.
+    /// where that is so. [`Self::machine_changed`] must follow.
     pub fn resume<T>(&self, hold: impl FnOnce(), resume: impl FnOnce() -> T) -> T {
-        let state = self.state();
+        let mut state = self.state();
         let lease = state.lease;
         let may_run = lease.is_armed && !lease.is_held && !lease.has_lapsed(boottime());
         if lease.is_required && !may_run {
             hold();
         }
+        // Until it is found, the timer stays armed.
+        state.lease.is_hidden = true;
         resume()
     }
 
@@ -195,16 +204,14 @@ impl Guard {
     /// into the state that the lease demands.
     pub fn machine_changed<W: Worker>(&self, worker: &W) {
         let mut state = self.state();
+        state.lease.is_hidden = false;
         if !state.lease.is_required {
             return;
         }
+        // The thread arms the timer before the machine runs on.
+        state.lease.is_held |= !state.lease.is_armed;
         match state.lease.is_held {
-            true => drop(worker.hold_for_lease()),
-            // Armed by the thread before it runs on.
-            false if !state.lease.is_armed => {
-                worker.hold_for_lease();
-                state.lease.is_held = true;
-            }
+            true => state.lease.is_still = worker.hold_for_lease(),
             false => worker.release_for_lease(),
         }
         drop(state);
@@ -221,16 +228,20 @@ fn watch<W: Worker>(worker: &Weak<W>) {
             Step::Wait(rest) => rest,
             Step::Hold => {
                 if !state.lease.is_held {
-                    tracing::warn!("the lease of this node ends: the machine is held");
+                    tracing::warn!("this node's lease ends: the machine is held");
                 }
                 state.lease.is_held = true;
-                match worker.hold_for_lease() {
-                    true => {
-                        state.disarm();
-                        continue;
-                    }
-                    false => HELD_AGAIN_AFTER,
+                state.lease.is_still = false;
+                drop(state);
+                // Without the lock: a deadline that arrives meanwhile must be armed at once.
+                let is_still = worker.hold_for_lease();
+                state = guard.state();
+                state.lease.is_still = is_still && !state.lease.is_hidden;
+                if state.lease.is_still && state.lease.has_lapsed(boottime()) {
+                    state.disarm();
+                    continue;
                 }
+                HELD_AGAIN_AFTER
             }
             Step::Release(deadline) => match state.arm(deadline) {
                 Ok(()) => {
@@ -272,6 +283,8 @@ mod tests {
             is_required: true,
             deadline: deadline.map(ms),
             is_held,
+            is_still: is_held,
+            is_hidden: false,
             is_armed,
         }
     }
@@ -295,10 +308,11 @@ mod tests {
     #[test]
     fn holding_goes_on_until_the_timer_is_disarmed() {
         assert_eq!(required(Some(1500), true, true).step(ms(1400)), Step::Hold);
-        assert_eq!(
-            required(Some(1500), true, false).step(ms(1400)),
-            Step::Wait(REST)
-        );
+        let mut lease = required(Some(1500), true, false);
+        assert_eq!(lease.step(ms(1400)), Step::Wait(REST));
+        // A machine that came meanwhile does not stand still yet.
+        lease.is_still = false;
+        assert_eq!(lease.step(ms(1400)), Step::Hold);
     }
 
     #[test]

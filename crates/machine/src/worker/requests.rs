@@ -132,11 +132,8 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::LEASE => {
             let deadline: LeaseDeadline = unpack(&payload)?;
             let at = Duration::from_micros(deadline.at_micros);
-            worker
-                .process()
-                .lease()
-                .extend(at)
-                .map_err(RpcError::failed)?;
+            let lease = worker.process().lease();
+            lease.extend(at).map_err(RpcError::failed)?;
             Ok(pack(&())?.into())
         }
         kind::FILE => {

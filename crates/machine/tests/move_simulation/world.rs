@@ -3,7 +3,7 @@
 use crate::store::Store;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::moves::ownership::{
-    self, EndEffect, ResumeDecision, Settlement, Transfer, VersionedRecord,
+    self, EndEffect, ResumeDecision, Settlement, Target, Transfer, VersionedRecord,
 };
 use keel_machine::moves::{
     SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
@@ -1004,7 +1004,7 @@ impl World {
         let driver = self.driver.as_ref()?;
         let settlement = driver
             .transfer
-            .take_back(found.as_ref(), NOW_UNIX_MS)
+            .take_back(found.as_ref(), Target::Without, NOW_UNIX_MS)
             .unwrap();
         self.decide(settlement)
     }

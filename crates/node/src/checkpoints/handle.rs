@@ -165,6 +165,7 @@ impl Checkpoints {
         failpoint::pass_async("checkpoint.agent.taken")
             .await
             .map_err(injected)?;
+        self.context.metrics.checkpoint_made(taken.pause_micros);
         self.note_newest(machine, &repository).await;
         Ok(CheckpointInfo {
             machine: machine.to_string(),

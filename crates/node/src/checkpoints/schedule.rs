@@ -8,13 +8,14 @@ use super::handle::Checkpoints;
 use super::replication::Unreplicated;
 use crate::error::CommandError;
 use crate::processes::WorkerHandle;
-use crate::records::{self, RecordError};
+use crate::records::{self, InSyncSet, RecordError};
 use keel_api::CheckpointRequest;
-use keel_cluster::MachineName;
+use keel_cluster::{Epoch, MachineName};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::spec::{CheckpointPlan, Spec, Status};
 use keel_store::clock::unix_ms;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ impl Checkpoints {
             let mut newest = None;
             let mut failed = 0;
             let mut unreplicated = None;
+            let mut settings = None;
             while checkpoints
                 .processes
                 .machines
@@ -67,19 +69,22 @@ impl Checkpoints {
                         return;
                     }
                 }
-                if newest.is_none() {
-                    newest = match replicated {
-                        Some(_) => checkpoints.in_sync_since(&machine).await,
-                        None => checkpoints.newest_ms(&machine, plan.to.as_deref()).await,
-                    };
+                if settings != record.spec.ha {
+                    settings = record.spec.ha.clone();
+                    (newest, unreplicated) = (None, None);
                 }
-                // Without a checkpoint a machine with high availability would begin anew.
-                let first = match record.spec.ha {
-                    Some(_) => 0,
-                    None => record.started_unix_ms,
+                // The first checkpoint of a machine with high availability is made at once: after
+                // a start there is none, and after a move only where it was.
+                let since = match (&record.spec.ha, newest) {
+                    (_, Some(newest)) => newest,
+                    (Some(_), None) => 0,
+                    (None, None) => {
+                        let made = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
+                        // The clock of another node may have been ahead.
+                        let since = made.unwrap_or(record.started_unix_ms).min(unix_ms());
+                        *newest.insert(since)
+                    }
                 };
-                // The clock of another node may have been ahead.
-                let since = newest.unwrap_or(first).min(unix_ms());
                 let due = due(plan, since, failed);
                 let now = unix_ms();
                 let runs =
@@ -118,6 +123,11 @@ impl Checkpoints {
                     Ok(taken) => {
                         newest = Some(taken.created_unix_ms);
                         failed = 0;
+                        if record.spec.ha.is_some() {
+                            checkpoints
+                                .note_shared(&machine, record.epoch, &taken.id)
+                                .await;
+                        }
                     }
                     Err(error) => {
                         tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
@@ -146,10 +156,29 @@ fn plan_of(spec: &Spec) -> Option<CheckpointPlan> {
 }
 
 impl Checkpoints {
-    /// When the checkpoint was made that other nodes have, in milliseconds since 1970-01-01 UTC.
-    async fn in_sync_since(&self, machine: &MachineName) -> Option<u64> {
-        let set = records::in_sync_set(&*self.context.store, machine).await;
-        Some(set.ok()??.0.checkpoint.unix_ms())
+    /// Records the checkpoint of a machine in a repository that all nodes reach. If that fails, the
+    /// one before counts.
+    async fn note_shared(&self, machine: &MachineName, epoch: Epoch, id: &str) {
+        let noted = async {
+            let worker = self.processes.machines.get(machine);
+            let worker = worker.ok_or_else(|| "it does not run".to_owned())?;
+            let report = worker.report().await.map_err(|error| error.to_string())?;
+            let store = &*self.context.store;
+            let before = records::in_sync_set(store, machine).await;
+            let before = before.map_err(|error| error.to_string())?;
+            let set = InSyncSet {
+                checkpoint: id.parse()?,
+                members: BTreeSet::new(),
+                memory_bytes: report.memory_bytes,
+            };
+            let revision = before.map(|(_, revision)| revision);
+            records::replace_in_sync_set(&self.context, machine, epoch, revision, &set)
+                .await
+                .map_err(|error| error.to_string())
+        };
+        if let Err(error) = noted.await {
+            tracing::warn!(%machine, error, "a checkpoint does not count for failovers");
+        }
     }
 
     /// Makes a checkpoint and has other nodes fetch it; one that they could not fetch before is

@@ -17,6 +17,7 @@
 mod file;
 mod notes;
 
+use crate::metrics::Metrics;
 use file::{EventFile, Newest};
 use keel_api::{Event, EventKind};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -108,6 +109,7 @@ struct Inner {
     /// Events that found the queue full.
     dropped: Arc<AtomicU64>,
     live: broadcast::Sender<Arc<Event>>,
+    metrics: Metrics,
 }
 
 /// A query of a node's events.
@@ -137,7 +139,7 @@ impl Events {
     ///
     /// # Errors
     /// I/O errors, also if the thread cannot be started.
-    pub(crate) fn open(folder: &Path, node: &NodeName) -> std::io::Result<Self> {
+    pub(crate) fn open(folder: &Path, node: &NodeName, metrics: Metrics) -> std::io::Result<Self> {
         let file = EventFile::open(folder)?;
         let (queue, messages) = sync_channel(QUEUE_MAX);
         let (live, _) = broadcast::channel(BEHIND_MAX);
@@ -158,6 +160,7 @@ impl Events {
             queue,
             dropped,
             live,
+            metrics,
         })))
     }
 
@@ -168,6 +171,7 @@ impl Events {
 
     /// Records an event. Never waits.
     pub(crate) fn record(&self, note: Note) {
+        self.0.metrics.event(note.kind);
         let event = event(&self.0.node, note);
         if self.0.queue.try_send(Message::Write(event)).is_err() {
             self.0.dropped.fetch_add(1, Ordering::Relaxed);
@@ -290,7 +294,12 @@ mod tests {
     }
 
     fn open(folder: &Path) -> Events {
-        Events::open(folder, &NodeName::new("a").unwrap()).unwrap()
+        Events::open(
+            folder,
+            &NodeName::new("a").unwrap(),
+            Metrics::new().unwrap(),
+        )
+        .unwrap()
     }
 
     #[tokio::test]

@@ -1,24 +1,19 @@
 //! Carries out failovers, while this node has the role.
 
+use super::candidates::{Dependencies, free_memory, homeless};
 use super::role::Role;
-use crate::context::Context;
 use crate::events::Note;
-use crate::host::needed_features;
-use crate::records::{self, AliveNodes, Placements, RecordError};
-use crate::rules::Rules;
-use crate::spanning::FREE_MEMORY;
-use futures::future::join_all;
+use crate::records::{self, RecordError, Reservation};
 use keel_api::EventKind;
 use keel_cluster::failover::{Homeless, Placement, place};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{self, Failover};
 use keel_machine::spec::Record;
-use keel_machine::worker::control::{pack, unpack};
-use keel_net::RpcError;
 use keel_store::TxnOutcome;
 use keel_store::clock::unix_ms;
-use std::collections::{BTreeMap, BTreeSet};
+use keel_store::keys::Key;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -26,33 +21,29 @@ use tokio::time::Instant;
 /// Interval at which the role is tried and machines that wait are looked at again, beside each
 /// change of the nodes that are alive.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How long a node may take to report its free memory: machines wait for it.
-const FREE_MEMORY_PATIENCE: Duration = Duration::from_millis(300);
+/// How long the source of a move has to take a machine back that was arriving at a node that
+/// failed: its copy is newer than any checkpoint. It may have dropped it.
+const TAKE_BACK_PATIENCE: Duration = Duration::from_secs(2);
 /// After a loss of power of all nodes they return one after the other: an agent that has just
-/// started gives the others time before it gives their machines away.
+/// started takes the role late, and gives the others time before it gives their machines away.
 const AFTER_START: Duration = Duration::from_secs(5);
-
-/// What failovers need of the layers below.
-pub(crate) struct Dependencies {
-    pub(crate) context: Arc<Context>,
-    pub(crate) rules: Arc<Rules>,
-    pub(crate) placements: Arc<Placements>,
-    pub(crate) alive: Arc<AliveNodes>,
-}
 
 /// Failovers of this cluster, as this node carries them out.
 struct Actor {
-    at: Dependencies,
+    at: Arc<Dependencies>,
     /// Why machines wait, as was told last.
     told: BTreeMap<MachineName, Placement>,
+    /// Since when machines are without their node.
+    lost_since: BTreeMap<MachineName, Instant>,
 }
 
 /// Carries out failovers until the agent ends.
-pub(crate) async fn run(at: Dependencies) {
+pub(crate) async fn run(at: Arc<Dependencies>) {
     let begun = Instant::now();
     let mut actor = Actor {
         at,
         told: BTreeMap::new(),
+        lost_since: BTreeMap::new(),
     };
     let mut role = Role::default();
     let mut changes = actor.at.alive.changes();
@@ -60,9 +51,12 @@ pub(crate) async fn run(at: Dependencies) {
         // (An error means that the agent ends.)
         let _ = tokio::time::timeout(LOOK_EVERY, changes.changed()).await;
         changes.mark_unchanged();
+        if begun.elapsed() < AFTER_START {
+            continue;
+        }
         match role.take(&actor.at.context).await {
-            Ok(true) if begun.elapsed() >= AFTER_START => actor.look().await,
-            Ok(_) => {}
+            Ok(true) => actor.look().await,
+            Ok(false) => {}
             Err(error) => tracing::debug!(%error, "cannot take the role of failovers"),
         }
     }
@@ -83,62 +77,35 @@ impl Actor {
             .map(|(machine, _)| machine)
             .collect();
         self.told.retain(|machine, _| lost.contains(machine));
+        self.lost_since.retain(|machine, _| lost.contains(machine));
+        for machine in &lost {
+            self.lost_since
+                .entry(machine.clone())
+                .or_insert_with(Instant::now);
+        }
         if lost.is_empty() {
             return;
         }
-        match self.homeless(&lost).await {
+        match homeless(&self.at, &lost).await {
             Ok(homeless) => self.restart(homeless).await,
             Err(error) => tracing::warn!(%error, "cannot read the machines of nodes that failed"),
         }
-    }
-
-    async fn homeless(&self, lost: &[MachineName]) -> Result<Vec<Homeless>, RecordError> {
-        let store = &*self.at.context.store;
-        let mut homeless = Vec::with_capacity(lost.len());
-        for machine in lost {
-            let record = match records::get(store, machine).await {
-                Ok(found) => found.record,
-                Err(RecordError::NoMachine(_)) => continue,
-                Err(error) => return Err(error),
-            };
-            let Some(ha) = &record.spec.ha else { continue };
-            let set = records::in_sync_set(store, machine)
-                .await?
-                .map(|(set, _)| set);
-            let (members, memory_bytes) = match (&ha.to, set) {
-                (Some(_), set) => (None, set.map_or(0, |set| set.memory_bytes)),
-                (None, Some(set)) => (Some(set.members), set.memory_bytes),
-                // It has no checkpoint yet, and begins anew.
-                (None, None) => (None, 0),
-            };
-            homeless.push(Homeless {
-                machine: machine.clone(),
-                priority: ha.priority,
-                memory_bytes,
-                members,
-                forbidden: self.forbidden(machine),
-            });
-        }
-        Ok(homeless)
-    }
-
-    /// The nodes on which rules do not allow a machine.
-    fn forbidden(&self, machine: &MachineName) -> BTreeSet<NodeName> {
-        let nodes = self.at.alive.now().into_iter();
-        let forbids =
-            |node: &NodeName| self.at.rules.cache.forbids(machine.as_str(), node.as_str());
-        nodes.filter(|node| forbids(node).is_some()).collect()
     }
 
     async fn restart(&mut self, homeless: Vec<Homeless>) {
         let Some(first) = homeless.first().map(|it| it.machine.clone()) else {
             return;
         };
-        let free = self.free_memory(&first).await;
+        let free = free_memory(&self.at, &first).await;
+        let needs: BTreeMap<MachineName, u64> = homeless
+            .iter()
+            .map(|it| (it.machine.clone(), it.memory_bytes))
+            .collect();
         for (machine, placement) in place(homeless, &free) {
             match &placement {
                 Placement::On(target) | Placement::Fetched(target) => {
-                    match self.give(&machine, target).await {
+                    let bytes = needs.get(&machine).copied().unwrap_or(0);
+                    match self.give(&machine, target, bytes).await {
                         Ok(Some((failed, record))) => self.tell_given(&failed, &record, &placement),
                         Ok(None) => {}
                         Err(reason) => {
@@ -153,37 +120,13 @@ impl Actor {
         }
     }
 
-    /// The free memory of the nodes that answer; none at nodes that are being drained.
-    async fn free_memory(&self, machine: &MachineName) -> BTreeMap<NodeName, u64> {
-        let context = &self.at.context;
-        let asked = self.at.alive.now().into_iter().map(|node| async move {
-            if self.at.rules.cache.drain_of(node.as_str()).is_some() {
-                return Some((node, 0));
-            }
-            if node == context.name {
-                let free = records::free_bytes_for(context, machine).await.ok()?;
-                return Some((node, free));
-            }
-            let payload = pack(&(machine.clone(), needed_features())).ok()?;
-            let answer = context
-                .peers
-                .call(&node, FREE_MEMORY, payload, FREE_MEMORY_PATIENCE)
-                .await;
-            let free = answer.and_then(|answer| unpack(&answer));
-            let free = free.inspect_err(|error: &RpcError| {
-                tracing::debug!(%node, %error, "the node is given no machine now");
-            });
-            Some((node, free.ok()?))
-        });
-        join_all(asked).await.into_iter().flatten().collect()
-    }
-
     /// Gives a machine of a node without a lease to another node. Returns the node that failed and
     /// the new record; `None` if that is not needed any more.
     async fn give(
         &self,
         machine: &MachineName,
         target: &NodeName,
+        memory_bytes: u64,
     ) -> Result<Option<(NodeName, Record)>, String> {
         let text = |error: RecordError| error.to_string();
         let context = &self.at.context;
@@ -192,7 +135,9 @@ impl Actor {
         if alive.contains(&found.record.owner) {
             return Ok(None);
         }
-        let holds_copy = |node: &NodeName| alive.contains(node);
+        let lost = self.lost_since.get(machine);
+        let waits = lost.is_some_and(|since| since.elapsed() < TAKE_BACK_PATIENCE);
+        let holds_copy = |node: &NodeName| waits && alive.contains(node);
         let Some(given) = ownership::fail_over(&found, target, holds_copy, unix_ms())? else {
             return Ok(None);
         };
@@ -206,6 +151,16 @@ impl Actor {
             record,
             txn,
         } = given;
+        let reserved = Reservation {
+            source: failed.clone(),
+            bytes: memory_bytes,
+        };
+        let reserved = keel_store::encoding::encode("a reservation", &reserved)
+            .map_err(|error| error.to_string())?;
+        let txn = match record.status.ended() {
+            true => txn,
+            false => txn.put(Key::Reservation(target.clone(), machine.clone()), reserved),
+        };
         match context.store.txn(claims.add_to(txn)).await {
             Ok(TxnOutcome::Committed { .. }) => Ok(Some((failed, record))),
             // The node is back, or another node did it.

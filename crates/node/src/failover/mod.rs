@@ -12,6 +12,8 @@
 //! - `role`: one node acts for all, the holder of `lease/failover`. The key is attached to the
 //!   holder's lease: if the holder fails, it is free at the instant at which the holder's machines
 //!   need it.
+//! - `candidates`: the machines, their checkpoints, and the room of the nodes
+//! - `headroom`: what the loss of each node would mean
 //! - `act`: carries out what `keel_cluster::failover` decides
 //!
 //! Two nodes that both believe that they hold the role do no harm: each action is a transaction
@@ -22,6 +24,10 @@
 //! `keel_machine::worker::Guard` and `processes::lease_extension`.
 
 mod act;
+mod candidates;
+mod headroom;
 mod role;
 
-pub(crate) use act::{Dependencies, run};
+pub(crate) use act::run;
+pub(crate) use candidates::Dependencies;
+pub(crate) use headroom::losses;

@@ -4,6 +4,7 @@ use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
 use crate::compilation::Code;
 use crate::context::Context;
+use crate::failover;
 use crate::images::Images;
 use crate::logs::Logs;
 use crate::machines::Machines;
@@ -30,4 +31,5 @@ pub(crate) struct Handles {
     pub(crate) moves: Arc<Moves>,
     pub(crate) balancer: Arc<NodeBalancer>,
     pub(crate) machines: Arc<Machines>,
+    pub(crate) failover: Arc<failover::Dependencies>,
 }

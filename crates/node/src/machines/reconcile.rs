@@ -118,6 +118,8 @@ async fn ensure(
     }
     let result = ensure_guarded(machines, machine, given).await;
     machines.processes.exclusion.busy().remove(machine);
+    // It may have been given to another node while it was started here.
+    settle_unscheduled(machines, machine).await;
     machines.queue_restart(machine, result)
 }
 

@@ -12,7 +12,9 @@ use keel_machine::failpoint;
 use keel_machine::moves::ownership;
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{State, pack, unpack};
+use keel_store::Txn;
 use keel_store::clock::unix_ms;
+use keel_store::keys::Key;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,8 +58,11 @@ pub(super) async fn runs(
             record.enter(next, unix_ms());
             true
         };
-        let written =
-            records::update(&*machines.context.store, machine, running, |txn, _| txn).await;
+        // A failover reserved the memory that it has now.
+        let reserved = Key::Reservation(machines.context.name.clone(), machine.clone());
+        let reserved = reserved.to_string();
+        let more = |txn: Txn, _: &Record| txn.delete(reserved.clone());
+        let written = records::update(&*machines.context.store, machine, running, more).await;
         if let (Ok(record), Some(before)) = (&written, &before) {
             machines.context.events.record(Note::status(record, before));
         }

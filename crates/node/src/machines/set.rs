@@ -14,15 +14,21 @@ use super::spec_check::{
 use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older};
-use crate::records::{self, MachineCommand, at_owner};
+use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older, prove_guard};
+use crate::records::{self, MachineCommand, RecordError, at_owner};
 use keel_api::{CheckpointChange, EventKind, HighAvailabilityChange, SetRequest};
 use keel_cluster::MachineName;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 use keel_machine::worker::control::kind;
 use keel_net::RpcError;
+use keel_store::Txn;
+use keel_store::keys::Key;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause after a failed store access.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// Changes a machine's limits, or its restart, checkpoint or balancing policy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,6 +75,8 @@ async fn set(
     if machines.processes.exclusion.is_moving(machine) {
         return Err(moving(machine));
     }
+    // Before the record is read, which says that the machine is this node's.
+    let term = *machines.context.lease_term.borrow();
     let before = records::get(&*machines.context.store, machine)
         .await?
         .record;
@@ -88,21 +96,43 @@ async fn set(
         // It starts with the limits of the record.
         _ => None,
     };
+    check_availability_change(machine, &before.spec, &spec, worker.is_some())?;
     if let Some(worker) = &worker {
         check_room(machines, machine, worker, &before.spec, &spec).await?;
-        ask(worker, &spec).await.map_err(|error| match error {
-            RpcError::Refused { reason, .. } if is_older(&reason) => {
-                CommandError::Conflict(format!("machine {machine:?} stays as it is: {OLDER}"))
+        // A worker that needs no lease any more is told after the record says so.
+        let guarded = Spec {
+            ha: spec.ha.clone().or_else(|| before.spec.ha.clone()),
+            ..spec.clone()
+        };
+        let told = async {
+            ask(worker, &guarded).await?;
+            match before.spec.ha.is_none() && spec.ha.is_some() {
+                true => prove_guard(worker, term).await,
+                false => Ok(()),
             }
-            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
-                CommandError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
-            }
-            other => CommandError::Unavailable(other.to_string()),
-        })?;
+        };
+        if let Err(error) = told.await {
+            apply_until_done(machines, machine, worker);
+            return Err(match error {
+                RpcError::Refused { reason, .. } if is_older(&reason) => {
+                    CommandError::Conflict(format!("machine {machine:?} stays as it is: {OLDER}"))
+                }
+                RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                    CommandError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
+                }
+                other => CommandError::Unavailable(other.to_string()),
+            });
+        }
     }
     let written = write(machines, &before, request).await;
     match written {
         Ok(after) => {
+            if let Some(worker) = &worker
+                && before.spec.ha.is_some()
+                && spec.ha.is_none()
+            {
+                apply_until_done(machines, machine, worker);
+            }
             let told = Note::machine(
                 EventKind::MachineChanged,
                 machine,
@@ -116,14 +146,62 @@ async fn set(
         }
         Err(error) => {
             // The store's version counts, whatever this call wanted to write.
-            if let Some(worker) = &worker
-                && let Ok(found) = records::get(&*machines.context.store, machine).await
-            {
-                worker.apply_limits(&found.record).await;
+            if let Some(worker) = &worker {
+                apply_until_done(machines, machine, worker);
             }
             Err(error)
         }
     }
+}
+
+/// Whether what keeps a machine available can be changed in this way, and now.
+fn check_availability_change(
+    machine: &MachineName,
+    before: &Spec,
+    after: &Spec,
+    runs: bool,
+) -> Result<(), CommandError> {
+    if before.ha == after.ha {
+        return Ok(());
+    }
+    let conflict =
+        |why: &str| CommandError::Conflict(format!("machine {machine:?} stays as it is: {why}"));
+    if !runs {
+        // Its worker, if there is one, has the settings of before.
+        return Err(conflict("it does not run yet; set its ha when it runs"));
+    }
+    let place = |spec: &Spec| spec.ha.as_ref().map(|ha| ha.to.clone());
+    match (place(before), place(after)) {
+        (Some(before), Some(after)) if before != after => Err(conflict(
+            "its checkpoints are in another place; turn ha off first (--no-ha), and on again with the new place",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Applies a machine's record to its worker in the background, until the store has answered: the
+/// worker may wait for it.
+fn apply_until_done(machines: &Arc<Machines>, machine: &MachineName, worker: &WorkerHandle) {
+    let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
+    tokio::spawn(async move {
+        loop {
+            let setting = machines.processes.exclusion.changes.lock().await;
+            let workers = &machines.processes.machines;
+            if !workers.get(&machine).is_some_and(|now| now.is(&worker)) {
+                return;
+            }
+            match records::get(&*machines.context.store, &machine).await {
+                Ok(found) if found.record.owner == machines.context.name => {
+                    worker.apply_limits(&found.record).await;
+                    return;
+                }
+                Ok(_) | Err(RecordError::NoMachine(_)) => return,
+                Err(error) => tracing::warn!(%machine, %error, "its worker waits for its record"),
+            }
+            drop(setting);
+            tokio::time::sleep(RETRY_AFTER).await;
+        }
+    });
 }
 
 /// Applies a machine's record to its worker. If the limits no longer fit because the machine has
@@ -305,8 +383,14 @@ async fn write(
         record.spec = changed(&record.spec, request);
         true
     };
-    let written =
-        records::update(&*machines.context.store, &before.name, change, |txn, _| txn).await;
+    // A later checkpoint of the same machine must not be taken for the newest.
+    let set = Key::InSync(before.name.clone()).to_string();
+    let is_off = changed(&before.spec, request).ha.is_none();
+    let more = |txn: Txn, _: &Record| match is_off {
+        true => txn.delete(set.clone()),
+        false => txn,
+    };
+    let written = records::update(&*machines.context.store, &before.name, change, more).await;
     match (refused, written) {
         // An earlier write succeeded and its answer was lost.
         (Some(_), Ok(record)) if record.spec == changed(&before.spec, request) => Ok(record),

@@ -18,10 +18,8 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             // Its earlier output stays.
             let kept = match from_checkpoint {
                 true => match &record.spec.ha {
-                    Some(ha) if ha.to.is_none() => {
-                        machines.checkpoints.replicated(&record.name).await?
-                    }
-                    _ => machines.checkpoints.newest(&record.name).await?,
+                    Some(ha) => machines.checkpoints.in_sync(&record.name, ha).await?,
+                    None => machines.checkpoints.newest(&record.name).await?,
                 },
                 false => None,
             };
@@ -82,7 +80,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         },
     };
     if record.spec.ha.is_some() {
-        extend_new(&machines.context, &record.name, &worker, record.epoch).await;
+        extend_new(&machines.context, &record.name, &worker, record.epoch).await?;
     }
     let started: Result<(), RpcError> = worker.ask(kind::START, &start, COMPILE_PATIENCE).await;
     match started {

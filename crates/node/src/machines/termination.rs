@@ -33,6 +33,7 @@ pub(super) async fn record_end(
     let mut effect = EndEffect::None;
     loop {
         let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
+        let set = Key::InSync(machine.clone()).to_string();
         let end = |record: &mut Record| {
             let was = record.status.clone();
             effect = ownership::end(record, &machines.context.name, epoch, &status, unix_ms());
@@ -46,9 +47,15 @@ pub(super) async fn record_end(
                 &*machines.context.store,
                 machine,
                 end,
-                |txn, record| match record.status.ended() {
-                    true => txn.delete(entry.clone()),
-                    false => txn,
+                |txn, record| match record.status {
+                    Status::Restarting {
+                        from_checkpoint: true,
+                        ..
+                    } => txn,
+                    // Its next life begins anew: the checkpoints of this one are of no use.
+                    Status::Restarting { .. } => txn.delete(set.clone()),
+                    _ if record.status.ended() => txn.delete(entry.clone()),
+                    _ => txn,
                 },
             )
             .await;

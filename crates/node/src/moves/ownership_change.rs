@@ -5,7 +5,7 @@ use super::offer::passed;
 use super::source::{Driver, RETRY_AFTER, micros};
 use crate::records::{self, RecordError};
 use keel_machine::moves::SourceEvent;
-use keel_machine::moves::ownership::{Settlement, Transfer, VersionedRecord};
+use keel_machine::moves::ownership::{Settlement, Target, Transfer, VersionedRecord};
 use keel_machine::worker::control::{Frozen, kind};
 use keel_net::RpcError;
 use keel_store::clock::unix_ms;
@@ -124,7 +124,8 @@ impl Driver {
         }
         let event = match self.found().await {
             Ok(found) => {
-                let next = self.transfer().take_back(found.as_ref(), unix_ms());
+                let target = Target::Without;
+                let next = self.transfer().take_back(found.as_ref(), target, unix_ms());
                 self.own_write(next).await
             }
             Err(error) => self.later(&error).await,
@@ -132,6 +133,37 @@ impl Driver {
         match passed("move.taken-back").await {
             Ok(()) => event,
             Err(reason) => self.later(&reason).await,
+        }
+    }
+
+    /// What became of a machine whose target does not answer, if it needs a lease and the target's
+    /// node has none: it cannot run there, and is taken back. `None` if that is not so, or not
+    /// known.
+    pub(super) async fn take_back_from_failed(&self) -> Option<SourceEvent> {
+        self.record.spec.ha.as_ref()?;
+        let store = &*self.moves.context.store;
+        let alive = records::alive(store).await.ok()?;
+        if alive.contains(&self.target) {
+            return None;
+        }
+        let found = self.found().await.ok()?;
+        let transfer = self.transfer();
+        let next = transfer.take_back(found.as_ref(), Target::Fenced, unix_ms());
+        match next.ok()? {
+            Settlement::Write { txn, .. } => match store.txn(txn).await {
+                // The next step finds this write.
+                Ok(TxnOutcome::Committed { .. }) => Some(SourceEvent::TargetNotRunning),
+                // The target has a lease again, or the answer was lost: it is looked at again.
+                Ok(TxnOutcome::Refused { .. }) | Err(_) => None,
+            },
+            Settlement::Superseded { .. }
+                if found.is_some_and(|found| transfer.has_won(&found.record)) =>
+            {
+                Some(SourceEvent::TargetResumed)
+            }
+            Settlement::Kept | Settlement::Won | Settlement::Superseded { .. } => {
+                Some(SourceEvent::TargetNotRunning)
+            }
         }
     }
 

@@ -494,6 +494,9 @@ impl Driver {
                 Ok(Arrival::Without) => return SourceEvent::TargetNotRunning,
                 Err(error) => {
                     tracing::warn!(machine = %self.record.name, %error, "the target does not answer; the frozen copy is kept");
+                    if let Some(event) = self.take_back_from_failed().await {
+                        return event;
+                    }
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }
@@ -642,6 +645,11 @@ impl Driver {
         };
         tracing::info!("{}", self.report.line());
         self.moves.history().add(&self.report);
+        if self.report.ending == Ending::Moved {
+            let report = &self.report;
+            let metrics = &self.moves.context.metrics;
+            metrics.moved(report.downtime_micros, report.total_micros);
+        }
         self.moves.context.events.record(Note::moved(&self.report));
         // Its worker sent them.
         self.moves

@@ -7,10 +7,12 @@
 //! first. The deadline that is sent afterwards is one of before the read, or of the same lease.
 
 use super::handle::Processes;
-use super::workers::WorkerHandle;
+use super::workers::{PROMPT, WorkerHandle};
 use crate::context::Context;
+use crate::lease::LeaseTerm;
 use crate::records::{self, Placements};
 use keel_cluster::{Epoch, MachineName};
+use keel_machine::moves::ownership::{self, ResumeDecision};
 use keel_machine::worker::control::{LeaseDeadline, State, kind};
 use keel_net::RpcError;
 use keel_store::LeaseId;
@@ -71,16 +73,21 @@ fn known_lease(known: &Known, worker: &WorkerHandle) -> Option<LeaseId> {
     known.get(&worker.id()).copied()
 }
 
+fn deadline(at: Duration) -> LeaseDeadline {
+    LeaseDeadline {
+        at_micros: u64::try_from(at.as_micros()).unwrap_or(u64::MAX),
+    }
+}
+
 async fn send(worker: &WorkerHandle, deadline: Duration) -> Result<(), String> {
-    let at_micros = u64::try_from(deadline.as_micros()).unwrap_or(u64::MAX);
     let told: Result<(), RpcError> = worker
-        .ask(kind::LEASE, &LeaseDeadline { at_micros }, EXTEND_PATIENCE)
+        .ask(kind::LEASE, &self::deadline(deadline), EXTEND_PATIENCE)
         .await;
     told.map_err(|error| error.to_string())
 }
 
-/// Sends a deadline to a worker if the store says that its machine is this node's. Returns the
-/// lease under which that was so.
+/// Sends a deadline to a worker if the store says that its machine is this node's, or may become
+/// it. Returns the lease under which that was so.
 async fn extend_if_owner(
     context: &Context,
     machine: &MachineName,
@@ -89,16 +96,21 @@ async fn extend_if_owner(
     // Before the store is read.
     let term = *context.lease_term.borrow();
     let term = term.ok_or("this node has no lease")?;
-    let runs_under = match worker.state().await.map_err(|error| error.to_string())? {
+    match worker.state().await.map_err(|error| error.to_string())? {
         State::Running { epoch } | State::Filling { epoch, .. } | State::Held { epoch } => {
-            Some(epoch)
+            check_owner(context, machine, epoch).await?;
         }
-        // Nothing runs yet. Whether it will is decided by the store.
-        State::Empty | State::Receiving { .. } | State::Prepared { .. } => None,
+        State::Receiving { offered } | State::Prepared { offered, .. } => {
+            let found = records::get(&*context.store, machine).await;
+            let record = found.map_err(|error| error.to_string())?.record;
+            if ownership::may_resume(&context.name, offered, Some(&record)) == ResumeDecision::Drop
+            {
+                return Err(format!("its move under epoch {offered} is over"));
+            }
+        }
+        // Who starts it sends the first deadline.
+        State::Empty => return Err("it is being started".into()),
         State::Ended { .. } | State::Dropped { .. } => return Err("it has ended".into()),
-    };
-    if let Some(epoch) = runs_under {
-        check_owner(context, machine, epoch).await?;
     }
     send(worker, term.deadline).await?;
     Ok(term.lease)
@@ -117,22 +129,41 @@ async fn check_owner(context: &Context, machine: &MachineName, epoch: Epoch) -> 
     }
 }
 
-/// Sends a deadline to a new worker, before its machine starts here under `epoch`. Without one it
-/// would be held at first.
+/// Sends a deadline to a new worker, before its machine starts here under `epoch`. Without one the
+/// machine would be held at first.
+///
+/// # Errors
+/// If the machine is another node's by now: it must not be started.
 pub(crate) async fn extend_new(
     context: &Context,
     machine: &MachineName,
     worker: &WorkerHandle,
     epoch: Epoch,
-) {
-    let sent = async {
-        // Before the store is read.
-        let term = *context.lease_term.borrow();
-        let term = term.ok_or("this node has no lease")?;
-        check_owner(context, machine, epoch).await?;
-        send(worker, term.deadline).await
+) -> Result<(), String> {
+    // Before the store is read.
+    let term = *context.lease_term.borrow();
+    check_owner(context, machine, epoch).await?;
+    let Some(term) = term else {
+        // It is held until the node has a lease.
+        return Ok(());
     };
-    if let Err(reason) = sent.await {
+    if let Err(reason) = send(worker, term.deadline).await {
         tracing::debug!(%machine, reason, "its worker gets the lease later");
     }
+    Ok(())
+}
+
+/// Checks that a worker whose machine is this node's understands deadlines, by sending one.
+/// `term` is one of before the machine's record was read.
+///
+/// # Errors
+/// The worker's: one of an older version knows no such request.
+pub(crate) async fn prove_guard(
+    worker: &WorkerHandle,
+    term: Option<LeaseTerm>,
+) -> Result<(), RpcError> {
+    let term = term.ok_or_else(|| RpcError::failed("this node has no lease"))?;
+    worker
+        .ask(kind::LEASE, &deadline(term.deadline), PROMPT)
+        .await
 }

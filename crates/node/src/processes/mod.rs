@@ -24,5 +24,5 @@ pub(crate) use exclusion::MoveHandle;
 pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
-pub(crate) use lease_extension::{extend_leases, extend_new};
+pub(crate) use lease_extension::{extend_leases, extend_new, prove_guard};
 pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, is_older};

@@ -23,7 +23,8 @@ const ATTEMPTS_MAX: u32 = 8;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InSyncSet {
     pub(crate) checkpoint: CheckpointId,
-    /// The nodes whose folder has the checkpoint and all that it depends on.
+    /// The nodes whose folder has the checkpoint and all that it depends on; none if it is in a
+    /// repository that all nodes reach.
     pub(crate) members: BTreeSet<NodeName>,
     /// The machine's memory then, in bytes.
     pub(crate) memory_bytes: u64,

@@ -199,6 +199,8 @@ pub(super) struct Threads {
     phase: Phase,
     pub(super) table: BTreeMap<u32, Thread>,
     next_tid: u32,
+    /// Holds of all threads, also of those that are spawned later.
+    held: u8,
     outcome: Option<Outcome>,
     /// Number of live OS threads.
     launched: usize,
@@ -400,6 +402,7 @@ impl Machine {
                     phase: Phase::Frozen,
                     table: BTreeMap::new(),
                     next_tid,
+                    held: 0,
                     outcome: None,
                     launched: 0,
                 }),
@@ -601,15 +604,18 @@ impl Machine {
         Ok(self.shared.resume_threads(&mut threads)?)
     }
 
-    /// Holds threads (all, or these) at their next safepoint until [`Self::release`]; does not wait
-    /// for them. The first hold may have to compile; the machine runs meanwhile. Threads spawned
-    /// later are not held.
+    /// Holds threads (these; or all, also those that are spawned later) at their next safepoint until
+    /// [`Self::release`]; does not wait for them. The first hold may have to compile; the machine
+    /// runs meanwhile.
     ///
     /// # Errors
     /// [`MachineError::Program`].
     pub fn hold(&self, why: Hold, tids: Option<&[u32]>) -> Result<(), MachineError> {
         self.shared.program.prepare_resume()?;
         let mut threads = locked(&self.shared.threads);
+        if tids.is_none() {
+            threads.held |= why.bit();
+        }
         for (tid, thread) in &mut threads.table {
             if tids.is_none_or(|tids| tids.contains(tid)) {
                 thread.held |= why.bit();
@@ -623,6 +629,7 @@ impl Machine {
     pub fn release(&self, why: Hold) {
         let mut threads = locked(&self.shared.threads);
         let running = threads.phase == Phase::Running;
+        threads.held &= !why.bit();
         for thread in threads.table.values_mut() {
             let was = thread.held;
             thread.held &= !why.bit();
@@ -723,6 +730,9 @@ impl Threads {
         tables: TableShare,
     ) -> std::io::Result<()> {
         let signal = Arc::new(Signal::new()?);
+        if self.held != 0 {
+            signal.request();
+        }
         self.table.insert(
             tid,
             Thread {
@@ -735,7 +745,7 @@ impl Threads {
                 seat: None,
                 inbox: Arc::default(),
                 recapture_after: None,
-                held: 0,
+                held: self.held,
                 clock: None,
                 _tables: tables,
             },

@@ -45,6 +45,16 @@ impl Object {
         is_plain && suffix
     }
 
+    /// Its size.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The checkpoint whose manifest it is.
+    pub(super) fn checkpoint(&self) -> Option<&str> {
+        self.name.strip_suffix(MANIFEST)
+    }
+
     /// Its file in a folder of replicas.
     pub(super) fn path(&self, folder: &Path, machine: &MachineName) -> PathBuf {
         match self.is_program {

@@ -1,8 +1,8 @@
 //! The owner's part: makes a checkpoint of a machine in its own folder, and has other nodes fetch
 //! it until enough of them have it.
 
-use super::super::handle::{Checkpoints, PATIENCE};
-use super::objects::{Object, machine_folder, objects_of};
+use super::super::handle::{Checkpoints, PATIENCE, opened, repository_error};
+use super::objects::{Object, objects_of};
 use super::replica::{DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint};
 use crate::error::CommandError;
 use crate::events::Note;
@@ -11,22 +11,21 @@ use crate::records::{self, InSyncSet};
 use keel_api::EventKind;
 use keel_cluster::failover::{ReplicaNode, choose_replicas};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{CheckpointId, Retention};
+use keel_machine::checkpoint::{CheckpointId, Repository, Retention};
 use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind, pack};
 use keel_net::{Reply, RpcError};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// How long a node may take to fetch a checkpoint.
-const FETCH_PATIENCE: Duration = Duration::from_secs(600);
+/// How long a node may take to fetch a checkpoint: this long, and as much for each byte as on a slow
+/// link. One that hangs must not keep others from having it.
+const FETCH_PATIENCE: Duration = Duration::from_secs(20);
+const FETCH_BYTES_PER_S: u64 = 4 << 20;
 /// How long a node may take to discard what is not needed any more.
 const DISCARD_PATIENCE: Duration = Duration::from_secs(10);
-/// Checkpoints that stay in the owner's folder: the one that the in-sync set names, and the next.
-const KEPT: u32 = 2;
 
 /// A checkpoint in this node's folder, to be copied to others.
 #[derive(Debug, Clone)]
@@ -59,7 +58,7 @@ impl Checkpoints {
             repository: self.context.dir.replicas().display().to_string(),
             full: false,
             keep: Retention {
-                newest: Some(KEPT),
+                newest: Some(self.needed(machine).await?),
                 for_s: None,
             },
         };
@@ -73,6 +72,7 @@ impl Checkpoints {
             .ask(kind::CHECKPOINT, &question, PATIENCE)
             .await
             .map_err(text)?;
+        self.context.metrics.checkpoint_made(made.pause_micros);
         let report = worker.report().await.map_err(text)?;
         Ok(Unreplicated {
             id: made.id,
@@ -80,6 +80,21 @@ impl Checkpoints {
             memory_bytes: report.memory_bytes,
             program: report.program,
         })
+    }
+
+    /// How many of a machine's checkpoints in this node's folder must be kept with the next one: down
+    /// to the one that the in-sync set names. Newer ones were made in vain.
+    async fn needed(&self, machine: &MachineName) -> Result<u32, CommandError> {
+        let set = records::in_sync_set(&*self.context.store, machine).await?;
+        let url = self.context.dir.replicas().display().to_string();
+        let repository = opened(move || Repository::create(&url)).await?;
+        let all = repository.list(machine).await;
+        let all = all.map_err(|error| repository_error(&error))?;
+        let newer = match &set {
+            Some((set, _)) => all.iter().filter(|id| **id > set.checkpoint).count(),
+            None => 0,
+        };
+        Ok(u32::try_from(newer).unwrap_or(u32::MAX).saturating_add(2))
     }
 
     /// Has other nodes fetch a checkpoint, and records who has it.
@@ -133,9 +148,12 @@ impl Checkpoints {
         records::replace_in_sync_set(&self.context, machine, checkpoint.epoch, revision, &set)
             .await?;
         self.tell(machine, before.as_ref().map(|(set, _)| set), &set);
-        let mut all = set.members;
-        all.extend(before.into_iter().flat_map(|(set, _)| set.members));
-        self.discard_elsewhere(machine, &all, objects).await;
+        // What other nodes have is kept as long as only this one has the newest.
+        if set.members.len() > 1 {
+            let mut all = set.members;
+            all.extend(before.into_iter().flat_map(|(set, _)| set.members));
+            self.discard_elsewhere(machine, &all, objects).await;
+        }
         Ok(())
     }
 
@@ -198,10 +216,12 @@ impl Checkpoints {
             let mut fetches = JoinSet::new();
             for node in chosen {
                 let (peers, payload) = (self.context.peers.clone(), pack(fetch));
+                let bytes: u64 = fetch.objects.iter().map(Object::bytes).sum();
+                let patience = FETCH_PATIENCE + Duration::from_secs(bytes / FETCH_BYTES_PER_S);
                 fetches.spawn(async move {
                     let fetched = match payload {
                         Ok(payload) => {
-                            let call = peers.call(&node, FETCH_CHECKPOINT, payload, FETCH_PATIENCE);
+                            let call = peers.call(&node, FETCH_CHECKPOINT, payload, patience);
                             call.await.map(drop)
                         }
                         Err(error) => Err(error),
@@ -256,10 +276,5 @@ impl Checkpoints {
             return Err(RpcError::refused("that is no object of a checkpoint"));
         }
         send_file(object.path(&self.context.dir.replicas(), machine)).await
-    }
-
-    /// The folder of a machine's checkpoints here.
-    pub(super) fn folder(&self, machine: &MachineName) -> PathBuf {
-        machine_folder(&self.context.dir.replicas(), machine)
     }
 }

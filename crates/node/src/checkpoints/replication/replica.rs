@@ -6,12 +6,14 @@ use super::super::handle::{Checkpoints, open};
 use super::objects::{NewFile, Object, delete, objects_of, others};
 use crate::records::{self, InSyncSet, RecordError};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{MemoryRestore, Origin};
+use keel_machine::checkpoint::{MemoryRestore, Origin, RepositoryError};
 use keel_machine::failpoint;
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::{Bytes, RpcError};
+use keel_net::{Bytes, Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -178,6 +180,8 @@ impl Checkpoints {
         request: Discard,
     ) -> Result<(), RpcError> {
         let machine = request.machine;
+        let of_manifest = |object: &Object| Some(object.checkpoint()?.to_owned());
+        let needs: Vec<String> = request.needed.iter().filter_map(of_manifest).collect();
         let (folder, name) = (self.context.dir.replicas(), machine.clone());
         let listed = tokio::task::spawn_blocking(move || others(&folder, &name, &request.needed));
         let gone = listed
@@ -186,6 +190,14 @@ impl Checkpoints {
             .map_err(RpcError::failed)?;
         // After the list: what this node makes once the machine is its own is not in it.
         self.owned_by(owner, &machine).await?;
+        // The request may be late.
+        let set = records::in_sync_set(&*self.context.store, &machine).await;
+        let named = set
+            .map_err(RpcError::failed)?
+            .map(|(set, _)| set.checkpoint);
+        if named.is_some_and(|named| !needs.contains(&named.to_string())) {
+            return Err(RpcError::refused("a newer checkpoint is needed by now"));
+        }
         self.delete_here(machine, gone)
             .await
             .map_err(RpcError::failed)
@@ -224,16 +236,21 @@ impl Checkpoints {
     ///
     /// # Errors
     /// If none of the nodes that have it answers, in a sentence.
-    pub(crate) async fn replicated(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
+    pub(crate) async fn in_sync(
+        &self,
+        machine: &MachineName,
+        ha: &HighAvailability,
+    ) -> Result<Option<Origin>, String> {
         let set = records::in_sync_set(&*self.context.store, machine).await;
         let Some((set, _)) = set.map_err(|error| error.to_string())? else {
             return Ok(None);
         };
-        if !self.has_whole(machine, &set).await {
+        if ha.to.is_none() && !self.has_whole(machine, &set).await {
             self.fetch_from_member(machine, &set).await?;
         }
+        let own = || self.context.dir.replicas().display().to_string();
         Ok(Some(Origin {
-            repository: self.context.dir.replicas().display().to_string(),
+            repository: ha.to.clone().unwrap_or_else(own),
             machine: machine.clone(),
             id: Some(set.checkpoint),
             is_clone: false,
@@ -295,15 +312,22 @@ impl Checkpoints {
     /// Deletes the checkpoints of machines that are gone, or that have theirs elsewhere now.
     async fn sweep_once(&self) -> Result<(), String> {
         let machines = self.context.dir.replicas().join("machines");
-        let listed = tokio::task::spawn_blocking(move || settled_folders(&machines)).await;
-        for machine in listed.map_err(|error| error.to_string())? {
+        let listed = tokio::task::spawn_blocking(move || settled(&machines)).await;
+        for folder in listed.map_err(|error| error.to_string())? {
+            let name = folder.file_name().and_then(|name| name.to_str());
+            let Some(machine) = name.and_then(|name| name.parse::<MachineName>().ok()) else {
+                continue;
+            };
             let record = records::get(&*self.context.store, &machine).await;
             let is_needed = match record {
                 Ok(found) if found.record.owner == self.context.name => true,
                 Ok(_) => {
                     let set = records::in_sync_set(&*self.context.store, &machine).await;
                     let set = set.map_err(|error| error.to_string())?;
-                    set.is_some_and(|(set, _)| set.members.contains(&self.context.name))
+                    // An older one is kept as long as only one node has the newest.
+                    set.is_some_and(|(set, _)| {
+                        set.members.contains(&self.context.name) || set.members.len() == 1
+                    })
                 }
                 Err(RecordError::NoMachine(_)) => false,
                 Err(error) => return Err(error.to_string()),
@@ -312,23 +336,52 @@ impl Checkpoints {
                 continue;
             }
             tracing::info!(%machine, "its checkpoints are not needed here any more");
-            let folder = self.folder(&machine);
             let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(folder));
             let removed = removed.await.map_err(|error| error.to_string())?;
             removed.map_err(|error| format!("{machine}: {error}"))?;
+        }
+        self.sweep_programs().await
+    }
+
+    /// Deletes the programs of which there is no checkpoint here any more.
+    async fn sweep_programs(&self) -> Result<(), String> {
+        let programs = self.context.dir.replicas().join("programs");
+        let listed = tokio::task::spawn_blocking(move || settled(&programs)).await;
+        let listed = listed.map_err(|error| error.to_string())?;
+        if listed.is_empty() {
+            return Ok(());
+        }
+        let url = self.context.dir.replicas().display().to_string();
+        let repository = open(url).await.map_err(|error| error.to_string())?;
+        let mut used = BTreeSet::new();
+        let text = |error: RepositoryError| error.to_string();
+        for machine in repository.machines().await.map_err(text)? {
+            for id in repository.list(&machine).await.map_err(text)? {
+                // One that cannot be read may need any of them.
+                let manifest = repository.manifest(&machine, &id).await.map_err(text)?;
+                used.extend(manifest.program.map(Fingerprint));
+            }
+        }
+        for path in listed {
+            let name = path.file_stem().and_then(|name| name.to_str());
+            let program: Option<Fingerprint> = name.and_then(|name| name.parse().ok());
+            if program.is_none_or(|program| !used.contains(&program)) {
+                let removed = tokio::task::spawn_blocking(move || std::fs::remove_file(path)).await;
+                let removed = removed.map_err(|error| error.to_string())?;
+                removed.map_err(|error| error.to_string())?;
+            }
         }
         Ok(())
     }
 }
 
-/// The machines whose folders have not changed for long. Blocking.
-fn settled_folders(machines: &std::path::Path) -> Vec<MachineName> {
-    let entries = std::fs::read_dir(machines).into_iter().flatten().flatten();
+/// The entries of a folder that have not changed for long. Blocking.
+fn settled(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let settled = entries.filter_map(|entry| {
-        let machine = entry.file_name().to_str()?.parse().ok()?;
         let changed = entry.metadata().ok()?.modified().ok()?;
         let unchanged = SystemTime::now().duration_since(changed).ok()?;
-        (unchanged > SETTLED_AFTER).then_some(machine)
+        (unchanged > SETTLED_AFTER).then(|| entry.path())
     });
     settled.collect()
 }

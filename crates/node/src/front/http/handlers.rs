@@ -6,6 +6,7 @@ use crate::checkpoints::CreateCheckpoint;
 use crate::cluster_events::{self, Question};
 use crate::cluster_info;
 use crate::error::CommandError;
+use crate::failover;
 use crate::logs::LogOffset as LogOffsetQuery;
 use crate::machines::{self, RemoveMachine, SetMachine, StopMachine};
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder};
@@ -30,6 +31,10 @@ use serde::Deserialize;
 
 pub(super) async fn status(State(at): Shared) -> Reply<keel_api::ClusterInfo> {
     Ok(Json(cluster_info::status(&at.context).await?))
+}
+
+pub(super) async fn losses(State(at): Shared) -> Reply<Vec<keel_api::NodeLoss>> {
+    Ok(Json(failover::losses(&at.failover).await?))
 }
 
 pub(super) async fn nodes(State(at): Shared) -> Reply<Vec<NodeInfo>> {

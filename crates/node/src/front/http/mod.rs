@@ -4,11 +4,13 @@
 //! - `server`: listens
 //! - `router`: the handler of each request, and the role that it needs
 //! - `handlers`, `file`, `balance`: handlers
+//! - `health`: metrics, and whether the agent lives and is ready
 //! - `reply`: shared by the handlers
 
 mod balance;
 mod file;
 mod handlers;
+mod health;
 mod reply;
 mod router;
 mod server;

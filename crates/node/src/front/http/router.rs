@@ -2,7 +2,7 @@
 
 use super::super::handles::Handles;
 use super::reply::problem;
-use super::{balance, file, handlers};
+use super::{balance, file, handlers, health};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{Method, StatusCode, header};
@@ -23,8 +23,12 @@ pub(super) struct Caller(pub(super) Role);
 pub(super) fn router(handles: Arc<Handles>) -> Router {
     let image_bytes_max = handles.context.kinds.image_bytes_max();
     let router = Router::new()
+        .route("/healthz", get(health::healthz))
+        .route("/readyz", get(health::readyz))
+        .route("/metrics", get(health::metrics))
         .route("/v1/status", get(handlers::status))
         .route("/v1/nodes", get(handlers::nodes))
+        .route("/v1/failover", get(handlers::losses))
         .route("/v1/store", get(handlers::store))
         .route("/v1/store/voters", post(handlers::set_voters))
         .route("/v1/store/backup", get(handlers::backup))
@@ -164,6 +168,10 @@ async fn in_full(request: Request, next: Next) -> Response {
 /// Reading needs a viewer, tokens and backups an admin, everything else an operator, including the content of
 /// machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
+    if matches!(request.uri().path(), "/healthz" | "/readyz") {
+        // Those who ask have no token, as load balancers.
+        return next.run(request).await;
+    }
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/store/backup" | "/v1/debug/failpoint") => Role::Admin,
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
