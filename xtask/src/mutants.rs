@@ -243,6 +243,18 @@ const MUTANTS: &[(&str, &str, usize, &str)] = &[
         "{ let _ = least; self }",
     ),
     (
+        "back: from a node with a lease",
+        "txn = txn.when_absent(Key::Alive(self.target.clone()));",
+        0,
+        "",
+    ),
+    (
+        "failover: a life that ended",
+        "            from_checkpoint,\n        },\n    };\n    record.enter",
+        0,
+        "            from_checkpoint: true,\n        },\n    };\n    record.enter",
+    ),
+    (
         "failover: record's revision",
         ".when_modified_at(key.clone(), found.revision)",
         0,
@@ -268,9 +280,15 @@ const MUTANTS: &[(&str, &str, usize, &str)] = &[
     ),
     (
         "failover: same epoch",
-        "record.epoch = found.record.epoch.next();",
+        "record.epoch = found.record.epoch.next().next();",
         0,
         "",
+    ),
+    (
+        "failover: epoch of a commit",
+        "found.record.epoch.next().next();",
+        0,
+        "found.record.epoch.next();",
     ),
     (
         "failover: ended, too",

@@ -8,6 +8,10 @@
 //! processes and the agents are modelled after the rules of the design, not after the
 //! code:
 //!
+//! A machine with high availability runs only while its worker has a deadline. The worker
+//! loses it before the store ends the lease, and gets another one only after its agent read
+//! the store under a newer lease.
+//!
 //! 1. At most one copy of the machine runs, and the store's record names it: its owner is
 //!    the copy's node, the machine has not ended, and the copy belongs to the record's
 //!    creation.

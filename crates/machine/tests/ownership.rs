@@ -403,7 +403,9 @@ fn a_failover_compares_all_that_it_depends_on() {
         txn,
     } = given(&before).unwrap();
     assert_eq!((failed, &record.owner), (node("a"), &node("b")));
-    assert_eq!(record.epoch, epoch(1));
+    // Not that of a move's commit.
+    assert_eq!(record.epoch, epoch(2));
+    assert!(!transfer().has_won(&record));
     let restarting = Status::Restarting {
         reason: "its node a failed".into(),
         at_unix_ms: 7,
@@ -473,4 +475,47 @@ fn a_lost_process_of_a_machine_with_high_availability_is_restarted() {
     let exited = Status::Exited { code: 1 };
     end(&mut now, &node("a"), EPOCH, &exited, 1);
     assert_eq!(now.status, exited);
+}
+
+/// The target's node has no lease: the machine cannot run there, as long as that is so.
+#[test]
+fn a_machine_is_taken_back_from_a_node_without_a_lease() {
+    let mut won = record("b", epoch(1), arriving());
+    won.spec.ha = Some(HighAvailability::default());
+    let compares = |target: Target| {
+        let next = transfer().take_back(Some(&found(won.clone())), target, 7);
+        match next.unwrap() {
+            Settlement::Write { txn, record } => {
+                assert_eq!((record.owner, record.epoch), (node("a"), epoch(2)));
+                txn.compare
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let fenced = Compare::Absent {
+        key: "alive/b".into(),
+    };
+    assert!(compares(Target::Fenced).contains(&fenced));
+    assert!(!compares(Target::Without).contains(&fenced));
+}
+
+/// One that ended by itself, and was to begin anew, does so elsewhere.
+#[test]
+fn a_failover_continues_no_life_that_has_ended() {
+    for from_checkpoint in [true, false] {
+        let restarting = Status::Restarting {
+            reason: "it exited with code 0".into(),
+            at_unix_ms: 1,
+            from_checkpoint,
+        };
+        let given = given(&highly_available(restarting)).unwrap();
+        let Status::Restarting {
+            from_checkpoint: then,
+            ..
+        } = given.record.status
+        else {
+            panic!("{:?}", given.record.status);
+        };
+        assert_eq!(then, from_checkpoint);
+    }
 }

@@ -424,7 +424,7 @@ pub struct Failover {
 }
 
 /// Gives the machine of a node without a lease to another node, which restarts it from its newest
-/// checkpoint under the next epoch. `None` if it stays where it is: it has ended, it does not ask
+/// checkpoint under a newer epoch. `None` if it stays where it is: it has ended, it does not ask
 /// for it, or the source of its move still holds a copy (`holds_copy`) and takes it back.
 ///
 /// # Errors
@@ -445,7 +445,9 @@ pub fn fail_over(
         return Ok(None);
     }
     let failed = std::mem::replace(&mut record.owner, target.clone());
-    record.epoch = found.record.epoch.next();
+    // Not the next one: with that and the same target it would look like the commit of a move, whose
+    // source would let the copy there resume.
+    record.epoch = found.record.epoch.next().next();
     // One that ended by itself begins anew.
     let from_checkpoint = !matches!(
         record.status,

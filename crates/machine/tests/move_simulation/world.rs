@@ -2,6 +2,7 @@
 
 use crate::store::Store;
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
     self, EndEffect, ResumeDecision, Settlement, Target, Transfer, VersionedRecord,
 };
@@ -12,7 +13,7 @@ use keel_machine::moves::{
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
 use keel_store::keys::Key;
-use keel_store::{KeyValue, Txn};
+use keel_store::{Compare, KeyValue, Txn};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::VecDeque;
@@ -43,16 +44,28 @@ pub(crate) enum Defect {
     EndsTwice,
     /// A new agent starts a machine that its predecessor may have started already.
     StartsAgainUnderItsEpoch,
+    /// A worker gets the deadline of a new lease without a look at the store.
+    ExtendsUnread,
+    /// A lease ends at the store before the workers of its node hold their machines.
+    HoldsLate,
+    /// A failover does not compare that the node has no lease.
+    TakesFromTheLiving,
+    /// A source takes its machine back from a node that may have a lease again.
+    TakesBackUncompared,
 }
 
 impl Defect {
-    pub(crate) const ALL: [Defect; 6] = [
+    pub(crate) const ALL: [Defect; 10] = [
         Defect::OldRule,
         Defect::ReadSettles,
         Defect::ForgetsEarly,
         Defect::SettlesWithOldRecord,
         Defect::EndsTwice,
         Defect::StartsAgainUnderItsEpoch,
+        Defect::ExtendsUnread,
+        Defect::HoldsLate,
+        Defect::TakesFromTheLiving,
+        Defect::TakesBackUncompared,
     ];
 }
 
@@ -160,6 +173,10 @@ struct Driver {
     process: u32,
     /// A write that was decided and is not sent yet.
     decided: Option<Txn>,
+    /// Whether the target was told of the commit directly, with or without success.
+    is_told: bool,
+    /// The revision that a write compared which takes the machine back, and whose answer was lost.
+    in_doubt: Option<u64>,
 }
 
 /// The end of a life that an agent is writing.
@@ -170,6 +187,11 @@ struct Ending {
 
 pub(crate) struct World {
     random: StdRng,
+    /// Whether the machine has high availability.
+    ha: bool,
+    /// Whether the worker of each node has a deadline that has not passed: without one a machine
+    /// with high availability is held.
+    armed: [bool; 2],
     defect: Defect,
     trace: bool,
     machine: MachineName,
@@ -216,9 +238,10 @@ impl std::fmt::Debug for World {
     }
 }
 
-fn new_record(machine: &MachineName, owner: Node, restart: Restart) -> Record {
+fn new_record(machine: &MachineName, owner: Node, restart: Restart, ha: bool) -> Record {
     let mut record = crate::record::new(machine.clone(), owner.name(), restart);
     record.started_unix_ms = NOW_UNIX_MS;
+    record.spec.ha = ha.then(HighAvailability::default);
     record
 }
 
@@ -232,6 +255,8 @@ impl World {
         let post_copy = seed % 2 == 1;
         let mut world = World {
             random,
+            ha: seed % 4 >= 2,
+            armed: [true, true],
             defect,
             trace,
             store: Store::default(),
@@ -324,8 +349,11 @@ impl World {
 
     // ── invariants ──────────────────────────────────────────────────────
 
-    /// A copy of a process starts to run.
-    fn begins(&mut self, process: u32, epoch: Epoch) {
+    /// A copy of a process on a node starts to run, unless it is held.
+    fn begins(&mut self, node: Node, process: u32, epoch: Epoch) {
+        if self.is_held(node) {
+            return;
+        }
         let (newest, before) = self.newest;
         let rises = match process == before {
             true => epoch >= newest,
@@ -338,7 +366,7 @@ impl World {
     fn check(&self) {
         let live: Vec<(Node, Epoch)> = [A, B]
             .into_iter()
-            .filter_map(|node| Some((node, self.processes[node as usize].as_ref()?.live()?)))
+            .filter_map(|node| Some((node, self.runs(node)?)))
             .collect();
         assert!(live.len() <= 1, "two live copies: {self:?}");
         if let Some((node, epoch)) = live.first() {
@@ -366,10 +394,121 @@ impl World {
         );
     }
 
-    /// Whether the machine runs at B without all of its memory.
+    /// Whether the machine runs at B without all of its memory, or is held there, and was not
+    /// given to another node since.
     fn lacking(&self) -> bool {
-        let b = self.processes[B as usize].as_ref();
-        b.is_some_and(|b| b.missing > 0 && b.live().is_some())
+        let Some(b) = self.processes[B as usize]
+            .as_ref()
+            .filter(|b| b.missing > 0)
+        else {
+            return false;
+        };
+        let is_present = |epoch: Epoch| {
+            let record = self.found().map(|it| it.record);
+            record.is_some_and(|it| it.owner == B.name() && it.epoch == epoch)
+        };
+        b.live().is_some_and(is_present)
+    }
+
+    // ── leases ──────────────────────────────────────────────────────────
+
+    fn alive_key(node: Node) -> String {
+        Key::Alive(node.name()).to_string()
+    }
+
+    fn has_lease(&self, node: Node) -> bool {
+        self.store.has(&Self::alive_key(node))
+    }
+
+    /// Whether a machine on a node does not run for lack of a lease.
+    fn is_held(&self, node: Node) -> bool {
+        self.ha && !self.armed[node as usize]
+    }
+
+    /// The epoch under which a copy runs on a node, if it does and is not held.
+    fn runs(&self, node: Node) -> Option<Epoch> {
+        let live = self.processes[node as usize].as_ref()?.live()?;
+        (!self.is_held(node)).then_some(live)
+    }
+
+    /// The lease of a node ends: first its worker holds the machine, or is killed; then the store
+    /// deletes the key.
+    fn lapse(&mut self, node: Node) {
+        let is_armed = &mut self.armed[node as usize];
+        if *is_armed && self.defect != Defect::HoldsLate {
+            *is_armed = false;
+            self.say(&format!("the worker at {node:?} is without a deadline"));
+        } else if self.has_lease(node) {
+            let end = Txn::new().delete(Self::alive_key(node));
+            assert!(self.store.apply(&end));
+            self.say(&format!("the lease of {node:?} ends"));
+        } else {
+            self.armed[node as usize] = false;
+        }
+    }
+
+    /// The agent of a node takes a lease, or sends its deadline to a worker that has none, if the
+    /// store says that the machine is the node's, or may become it.
+    fn renew(&mut self, node: Node) {
+        if !self.has_lease(node) {
+            let take = Txn::new().put(Self::alive_key(node), Vec::new());
+            assert!(self.store.apply(&take));
+            return;
+        }
+        if self.armed[node as usize] {
+            return;
+        }
+        let record = self.found().map(|it| it.record);
+        let Some(process) = &self.processes[node as usize] else {
+            return;
+        };
+        let (id, live) = (process.id, process.live());
+        let may_run = match (&process.copy, process.arrival()) {
+            (Copy::Arrival(_), Some(TargetState::Running { .. })) | (Copy::Machine { .. }, _) => {
+                let epoch = match &process.copy {
+                    Copy::Machine { epoch, .. } => Some(*epoch),
+                    Copy::Arrival(_) => live,
+                };
+                let is_here = |it: Record| {
+                    it.owner == node.name() && Some(it.epoch) == epoch && !it.status.ended()
+                };
+                record.is_some_and(is_here)
+            }
+            (Copy::Arrival(_), _) => {
+                let verdict = ownership::may_resume(&B.name(), self.offered(), record.as_ref());
+                verdict != ResumeDecision::Drop
+            }
+        };
+        if may_run || self.defect == Defect::ExtendsUnread {
+            self.armed[node as usize] = true;
+            if let Some(epoch) = live {
+                self.begins(node, id, epoch);
+            }
+        }
+    }
+
+    /// The machine of a node without a lease is given to the other one.
+    fn fail_over(&mut self) {
+        let Some(found) = self.found() else { return };
+        let (owner, other) = match found.record.owner == A.name() {
+            true => (A, B),
+            false => (B, A),
+        };
+        if self.has_lease(owner) && self.defect != Defect::TakesFromTheLiving {
+            return;
+        }
+        // The source of a move may have been waited for already.
+        let waits = self.random.random_range(0..2) == 0;
+        let holds_copy = |_: &NodeName| waits;
+        let given = ownership::fail_over(&found, &other.name(), holds_copy, NOW_UNIX_MS).unwrap();
+        let Some(mut given) = given else { return };
+        if self.defect == Defect::TakesFromTheLiving {
+            let alive = Self::alive_key(owner);
+            let of_lease = |it: &Compare| matches!(it, Compare::Absent { key } if *key == alive);
+            given.txn.compare.retain(|it| !of_lease(it));
+        }
+        let sent = self.send(&given.txn);
+        self.say(&format!("given to {other:?}: {sent:?}"));
     }
 
     /// The outcome, once nothing remains to be done.
@@ -387,7 +526,7 @@ impl World {
         }
         let running: Vec<(Node, Epoch)> = [A, B]
             .into_iter()
-            .filter_map(|node| Some((node, self.processes[node as usize].as_ref()?.live()?)))
+            .filter_map(|node| Some((node, self.runs(node)?)))
             .collect();
         let [(node, epoch)] = running[..] else {
             return None;
@@ -411,7 +550,7 @@ impl World {
 
     /// `run` or `restore`, if no machine has the name.
     fn create(&mut self, node: Node, restart: Restart) {
-        let record = new_record(&self.machine, node, restart);
+        let record = new_record(&self.machine, node, restart, self.ha);
         let txn = Txn::new()
             .when_absent(self.record_key())
             .put(self.record_key(), record.encode().unwrap())
@@ -476,7 +615,7 @@ impl World {
         let commands = target.step(event);
         for command in &commands {
             if let TargetCommand::Thaw(epoch) = command {
-                self.begins(id, *epoch);
+                self.begins(B, id, *epoch);
             }
         }
         commands
@@ -503,7 +642,7 @@ impl World {
         {
             *under = epoch;
             *frozen = false;
-            self.begins(id, epoch);
+            self.begins(A, id, epoch);
         }
         self.break_link();
     }
@@ -604,7 +743,9 @@ impl World {
             Status::Scheduled | Status::Restarting { .. } if !moving => {
                 let frozen = false;
                 let process = self.new_process(Copy::Machine { epoch, frozen });
-                self.begins(process.id, epoch);
+                // Who starts it has just read that it is this node's.
+                self.armed[node as usize] = self.has_lease(node);
+                self.begins(node, process.id, epoch);
                 self.processes[node as usize] = Some(process);
             }
             Status::Running | Status::Filling { .. } => {
@@ -652,11 +793,25 @@ impl World {
     /// A machine runs here without a move.
     fn with_machine(&mut self, node: Node) {
         let moving = node == A && self.driver.is_some();
-        if !self.store.has(&self.entry_key(node)) && !moving {
+        let live = self.processes[node as usize]
+            .as_ref()
+            .and_then(Process::live);
+        let is_over = live.is_some_and(|epoch| self.has_next_life(node, epoch));
+        if (!self.store.has(&self.entry_key(node)) || is_over) && !moving {
             self.processes[node as usize] = None;
             return;
         }
         self.write_running(node, false);
+    }
+
+    /// Whether a machine that ran on a node under an epoch was given away, and given back to be
+    /// started again.
+    fn has_next_life(&self, node: Node, epoch: Epoch) -> bool {
+        let record = self.found().map(|it| it.record);
+        record.is_some_and(|it| {
+            let starts = matches!(it.status, Status::Scheduled | Status::Restarting { .. });
+            starts && it.owner == node.name() && it.epoch > epoch
+        })
     }
 
     fn write_running(&mut self, node: Node, filling: bool) {
@@ -698,6 +853,9 @@ impl World {
             }
             TargetState::Dropped => self.settle_arrival(),
             TargetState::Running { .. } if !scheduled => self.processes[B as usize] = None,
+            TargetState::Running { epoch } if self.has_next_life(B, epoch) => {
+                self.processes[B as usize] = None;
+            }
             TargetState::Running { .. } => {
                 let lacks = self.lacking();
                 if lacks && self.processes[A as usize].is_none() {
@@ -788,6 +946,8 @@ impl World {
             record,
             process: id,
             decided: None,
+            is_told: false,
+            in_doubt: None,
         });
     }
 
@@ -813,6 +973,7 @@ impl World {
         let commands = source.step(SourceEvent::Accepted).into();
         let mut process = self.new_process(Copy::Arrival(TargetMove::new(epoch)));
         process.missing = if self.post_copy { PIECES } else { 0 };
+        self.armed[B as usize] = self.has_lease(B);
         self.processes[B as usize] = Some(process);
         self.began = epoch;
         self.driver = Some(Driver {
@@ -822,6 +983,8 @@ impl World {
             record: found.record,
             process: self.processes[A as usize].as_ref().unwrap().id,
             decided: None,
+            is_told: false,
+            in_doubt: None,
         });
     }
 
@@ -1039,11 +1202,22 @@ impl World {
     }
 
     fn tell_target(&mut self, epoch: Epoch) -> SourceEvent {
-        if self.link && self.source_process().is_some() && !self.fault(4) {
+        // The target is told directly once, and from then on its agent is asked.
+        let is_told = self
+            .driver
+            .as_mut()
+            .is_some_and(|driver| std::mem::replace(&mut driver.is_told, true));
+        if !is_told && self.link && self.source_process().is_some() && !self.fault(4) {
             let went = self.go(epoch);
             if went && !self.fault(4) {
                 return SourceEvent::TargetResumed;
             }
+        }
+        if self.ha
+            && !self.has_lease(B)
+            && let Some(event) = self.take_back_from_failed()
+        {
+            return event;
         }
         if self.fault(3) {
             return SourceEvent::PeerLost("its agent does not answer".into());
@@ -1055,7 +1229,11 @@ impl World {
             return SourceEvent::TargetNotRunning;
         };
         match state {
-            TargetState::Running { .. } => SourceEvent::TargetResumed,
+            TargetState::Running { epoch } if self.was_given_away(epoch) => {
+                self.processes[B as usize] = None;
+                SourceEvent::TargetNotRunning
+            }
+            TargetState::Running { .. } => self.resumed_there(),
             TargetState::Prepared if self.defect == Defect::OldRule => {
                 self.go(epoch);
                 SourceEvent::TargetResumed
@@ -1065,7 +1243,7 @@ impl World {
                 match ownership::may_resume(&B.name(), self.offered(), record.as_ref()) {
                     ResumeDecision::Resume(won) if won == epoch => {
                         self.go(won);
-                        SourceEvent::TargetResumed
+                        self.resumed_there()
                     }
                     ResumeDecision::Drop => {
                         self.processes[B as usize] = None;
@@ -1081,6 +1259,70 @@ impl World {
         }
     }
 
+    /// The target says that the machine resumed there. A write that takes it back may still be
+    /// applied, until the record that it compared is changed.
+    fn resumed_there(&self) -> SourceEvent {
+        let in_doubt = self.driver.as_ref().and_then(|driver| driver.in_doubt);
+        let Some(in_doubt) = in_doubt else {
+            return SourceEvent::TargetResumed;
+        };
+        let transfer = self.driver.as_ref().map(|driver| &driver.transfer);
+        match self.found() {
+            Some(found) if found.revision == in_doubt => {
+                SourceEvent::PeerLost("a write of its own is in doubt".into())
+            }
+            Some(found) if transfer.is_some_and(|it| it.has_won(&found.record)) => {
+                SourceEvent::TargetResumed
+            }
+            _ => SourceEvent::TargetNotRunning,
+        }
+    }
+
+    /// Whether what resumed at the target under an epoch is another node's by now: it is held, for
+    /// lack of a lease.
+    fn was_given_away(&self, epoch: Epoch) -> bool {
+        let record = self.found().map(|it| it.record);
+        self.ha && record.is_some_and(|it| it.owner != B.name() || it.epoch != epoch)
+    }
+
+    /// The target's node has no lease: what became of the machine.
+    fn take_back_from_failed(&mut self) -> Option<SourceEvent> {
+        let transfer = self.driver.as_ref()?.transfer.clone();
+        let found = self.found();
+        let revision = found.as_ref().map(|it| it.revision);
+        let target = match self.defect {
+            Defect::TakesBackUncompared => Target::Without,
+            _ => Target::Fenced,
+        };
+        match transfer
+            .take_back(found.as_ref(), target, NOW_UNIX_MS)
+            .unwrap()
+        {
+            Settlement::Write { txn, .. } => {
+                // The node may have a lease again before the write is made.
+                if self.fault(2) {
+                    self.renew(B);
+                    self.renew(B);
+                    if let Some(record) = found.map(|it| it.record) {
+                        self.go_if_won(&record);
+                    }
+                }
+                let made = self.send(&txn);
+                if made.is_none() {
+                    let driver = self.driver.as_mut()?;
+                    driver.in_doubt = revision;
+                }
+                (made == Some(true)).then_some(SourceEvent::TargetNotRunning)
+            }
+            Settlement::Superseded { .. }
+                if found.is_some_and(|it| transfer.has_won(&it.record)) =>
+            {
+                Some(SourceEvent::TargetResumed)
+            }
+            _ => Some(SourceEvent::TargetNotRunning),
+        }
+    }
+
     // ── one step ────────────────────────────────────────────────────────
 
     pub(crate) fn step(&mut self) {
@@ -1089,9 +1331,23 @@ impl World {
             5 | 6 => self.agent(B),
             7 | 8 => self.agent(A),
             9 => self.late_transaction(),
+            10 if self.ha => self.of_leases(),
             _ => self.break_something(),
         }
         self.check();
+    }
+
+    fn of_leases(&mut self) {
+        let node = if self.random.random_range(0..2) == 0 {
+            A
+        } else {
+            B
+        };
+        match self.random.random_range(0..4) {
+            0 => self.fail_over(),
+            1 | 2 if self.faults => self.lapse(node),
+            _ => self.renew(node),
+        }
     }
 
     fn late_transaction(&mut self) {

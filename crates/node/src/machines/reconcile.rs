@@ -27,6 +27,9 @@ use keel_store::keys::{self, Key};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Pause before the schedule is followed again: the store may have a new leader, and machines of the
+/// former one may wait to be started here.
+const FOLLOW_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Pause between checks of a machine with another operation in progress.
@@ -48,7 +51,7 @@ pub(crate) async fn follow_schedule(machines: Arc<Machines>) {
         if let Err(error) = follow_once(&machines).await {
             tracing::warn!(%error, "the schedule cannot be followed, trying again");
         }
-        tokio::time::sleep(RETRY_AFTER).await;
+        tokio::time::sleep(FOLLOW_AGAIN_AFTER).await;
     }
 }
 
@@ -106,6 +109,15 @@ fn spawn_ensure(machines: &Arc<Machines>, machine: MachineName, given: Option<Ep
     });
 }
 
+/// Looks at a machine again after a while.
+fn ensure_later(machines: &Arc<Machines>, machine: &MachineName, given: Option<Epoch>) {
+    let (machines, machine) = (machines.clone(), machine.clone());
+    tokio::spawn(async move {
+        tokio::time::sleep(RETRY_AFTER).await;
+        spawn_ensure(&machines, machine, given);
+    });
+}
+
 /// Makes a scheduled machine run, or records in the store why it does not.
 async fn ensure(
     machines: &Arc<Machines>,
@@ -131,7 +143,10 @@ async fn ensure_guarded(
     if let Some(worker) = machines.processes.machines.get(machine) {
         let found = records::get(&*machines.context.store, machine).await?;
         let record = &found.record;
-        match worker.state().await {
+        let report = worker.report().await;
+        let moving = machines.processes.exclusion.is_moving(machine)
+            || report.as_ref().is_ok_and(|report| report.moving_away);
+        match report.map(|report| report.state) {
             // The machine arrived and the commit won: the source may be gone before it reports
             // that.
             Ok(State::Prepared { offered, .. })
@@ -171,6 +186,24 @@ async fn ensure_guarded(
                 if record.owner == machines.context.name && record.epoch == epoch =>
             {
                 apply_record(machines, machine, &worker).await;
+                return Ok(RestartDecision::No);
+            }
+            // The machine was given away, and given back for its next life: this one is over.
+            Ok(State::Running { epoch } | State::Filling { epoch, .. })
+                if starts(&record.status)
+                    && record.owner == machines.context.name
+                    && epoch < record.epoch
+                    && !moving =>
+            {
+                machines
+                    .processes
+                    .machines
+                    .end(&machines.context.dir, machine)
+                    .await;
+            }
+            // The end of an earlier life is still being handled, or that of its move.
+            _ if starts(&record.status) && record.owner == machines.context.name => {
+                ensure_later(machines, machine, given);
                 return Ok(RestartDecision::No);
             }
             _ => return Ok(RestartDecision::No),

@@ -9,7 +9,7 @@ use keel_machine::moves::ownership::{Settlement, Target, Transfer, VersionedReco
 use keel_machine::worker::control::{Frozen, kind};
 use keel_net::RpcError;
 use keel_store::clock::unix_ms;
-use keel_store::{StoreError, TxnOutcome};
+use keel_store::{Revision, StoreError, TxnOutcome};
 use std::time::{Duration, Instant};
 
 /// Prefix of the reason of a commit that lost against another placement.
@@ -139,7 +139,12 @@ impl Driver {
     /// What became of a machine whose target does not answer, if it needs a lease and the target's
     /// node has none: it cannot run there, and is taken back. `None` if that is not so, or not
     /// known.
-    pub(super) async fn take_back_from_failed(&self) -> Option<SourceEvent> {
+    /// `in_doubt` becomes the revision of the record that such a write compared, if its answer was
+    /// lost.
+    pub(super) async fn take_back_from_failed(
+        &self,
+        in_doubt: &mut Option<Revision>,
+    ) -> Option<SourceEvent> {
         self.record.spec.ha.as_ref()?;
         let store = &*self.moves.context.store;
         let alive = records::alive(store).await.ok()?;
@@ -153,8 +158,14 @@ impl Driver {
             Settlement::Write { txn, .. } => match store.txn(txn).await {
                 // The next step finds this write.
                 Ok(TxnOutcome::Committed { .. }) => Some(SourceEvent::TargetNotRunning),
-                // The target has a lease again, or the answer was lost: it is looked at again.
-                Ok(TxnOutcome::Refused { .. }) | Err(_) => None,
+                // The target has a lease again, or the record has changed: it is looked at again.
+                Ok(TxnOutcome::Refused { .. }) => None,
+                Err(error) => {
+                    if !error.certainly_not_executed() {
+                        *in_doubt = found.map(|found| found.revision);
+                    }
+                    None
+                }
             },
             Settlement::Superseded { .. }
                 if found.is_some_and(|found| transfer.has_won(&found.record)) =>
@@ -164,6 +175,21 @@ impl Driver {
             Settlement::Kept | Settlement::Won | Settlement::Superseded { .. } => {
                 Some(SourceEvent::TargetNotRunning)
             }
+        }
+    }
+
+    /// What became of a machine that resumed at its target, where a write that takes it back may
+    /// still be applied. Only a later change of the record that it compared excludes that; until
+    /// then it is not known (`None`), and the copy here is kept.
+    pub(super) async fn settled_after(&self, in_doubt: Revision) -> Option<SourceEvent> {
+        let found = self.found().await.ok()?;
+        match found {
+            Some(found) if found.revision == in_doubt => None,
+            Some(found) if self.transfer().has_won(&found.record) => {
+                Some(SourceEvent::TargetResumed)
+            }
+            // It was taken back, or is another node's: the next step sees which.
+            Some(_) | None => Some(SourceEvent::TargetNotRunning),
         }
     }
 

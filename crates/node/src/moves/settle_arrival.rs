@@ -46,6 +46,12 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
     ) {
         return Ok(());
     }
+    // Not a copy of a move: the machine is being started here, perhaps because the node that asks
+    // failed.
+    if matches!(state, State::Empty | State::Held { .. }) && is_started_here(moves, machine).await?
+    {
+        return Ok(());
+    }
     passed("arrival.settle").await?;
     let key = Key::Reservation(moves.context.name.clone(), machine.clone()).to_string();
     let txn = Txn::new()
@@ -63,6 +69,18 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
         return Ok(());
     }
     drop_copy(moves, machine, &worker).await
+}
+
+/// Whether a machine is this node's, and to run.
+async fn is_started_here(moves: &Arc<Moves>, machine: &MachineName) -> Result<bool, String> {
+    match records::get(&*moves.context.store, machine).await {
+        Ok(found) => {
+            let record = found.record;
+            Ok(record.owner == moves.context.name && !record.status.ended())
+        }
+        Err(RecordError::NoMachine(_)) => Ok(false),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Drops a copy that arrived here and will never run.
@@ -122,6 +140,24 @@ async fn resume_if_committed(
     }
 }
 
+/// Whether what resumed here under an epoch was given to another node, or back to its source, since
+/// this node had no lease. It is held.
+async fn was_given_away(
+    moves: &Arc<Moves>,
+    machine: &MachineName,
+    epoch: Epoch,
+) -> Result<bool, String> {
+    match records::get(&*moves.context.store, machine).await {
+        Ok(found) => {
+            let record = found.record;
+            let is_here = record.owner == moves.context.name && record.epoch == epoch;
+            Ok(record.spec.ha.is_some() && !is_here)
+        }
+        Err(RecordError::NoMachine(_)) => Ok(false),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Answers a source that does not know whether its machine runs here: resumes it, or ensures that
 /// it never runs here.
 pub(crate) async fn arrival(
@@ -134,6 +170,16 @@ pub(crate) async fn arrival(
         return Ok(Arrival::Without);
     };
     match worker.state().await.map_err(|error| error.to_string())? {
+        State::Running { epoch } | State::Filling { epoch, .. }
+            if was_given_away(moves, machine, epoch).await? =>
+        {
+            moves
+                .processes
+                .machines
+                .forget_exactly(&moves.context.dir, machine, Some(&worker))
+                .await;
+            Ok(Arrival::Without)
+        }
         State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
         // The source assumes that its commit has won; the store decides.
         State::Prepared { offered, .. } => {

@@ -477,6 +477,7 @@ impl Driver {
 
     /// Asks the target's agent until it answers, because only the target knows.
     async fn ask_arrival(&self, epoch: Epoch) -> SourceEvent {
+        let mut in_doubt = None;
         loop {
             let payload = match pack(&(self.record.name.clone(), epoch)) {
                 Ok(payload) => payload,
@@ -490,11 +491,19 @@ impl Driver {
                 .await
                 .and_then(|bytes| unpack(&bytes));
             match answer {
-                Ok(Arrival::Resumed) => return SourceEvent::TargetResumed,
+                Ok(Arrival::Resumed) => match in_doubt {
+                    None => return SourceEvent::TargetResumed,
+                    Some(revision) => {
+                        if let Some(event) = self.settled_after(revision).await {
+                            return event;
+                        }
+                        tokio::time::sleep(RETRY_AFTER).await;
+                    }
+                },
                 Ok(Arrival::Without) => return SourceEvent::TargetNotRunning,
                 Err(error) => {
                     tracing::warn!(machine = %self.record.name, %error, "the target does not answer; the frozen copy is kept");
-                    if let Some(event) = self.take_back_from_failed().await {
+                    if let Some(event) = self.take_back_from_failed(&mut in_doubt).await {
                         return event;
                     }
                     tokio::time::sleep(RETRY_AFTER).await;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// Pause before the watch is restarted.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
+const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// The nodes that renew their lease.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Pause before the watch is restarted.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
+const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A machine as the balancer needs it.
 #[derive(Debug, Clone)]
