@@ -29,8 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 struct Figures {
-    /// Seconds.
+    /// Seconds in which the machine wrote nothing, for each failure.
     machine: Vec<f64>,
+    /// Seconds in which the store answered nothing.
     store: Vec<f64>,
 }
 

@@ -195,31 +195,42 @@ pub struct RunRequest {
     pub balancing: Balancing,
 }
 
-/// As [`strict_balancing`].
+/// As [`strict_balancing`], for what keeps a machine available.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StrictHighAvailability {
+    checkpoint_every_s: Option<u64>,
+    priority: Option<u32>,
+    replicas: Option<u32>,
+    to: Option<String>,
+    #[serde(default)]
+    fence: Fence,
+}
+
+impl From<StrictHighAvailability> for HighAvailability {
+    fn from(strict: StrictHighAvailability) -> Self {
+        let default = HighAvailability::default();
+        HighAvailability {
+            checkpoint_every_s: strict
+                .checkpoint_every_s
+                .unwrap_or(default.checkpoint_every_s),
+            priority: strict.priority.unwrap_or(default.priority),
+            replicas: strict.replicas.unwrap_or(default.replicas),
+            to: strict.to,
+            fence: strict.fence,
+        }
+    }
+}
+
 fn strict_ha<'de, D: serde::Deserializer<'de>>(
     from: D,
 ) -> Result<Option<HighAvailability>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Strict {
-        checkpoint_every_s: Option<u64>,
-        priority: Option<u32>,
-        replicas: Option<u32>,
-        to: Option<String>,
-        #[serde(default)]
-        fence: Fence,
-    }
-    let strict = Option::<Strict>::deserialize(from)?;
-    let default = HighAvailability::default();
-    Ok(strict.map(|strict| HighAvailability {
-        checkpoint_every_s: strict
-            .checkpoint_every_s
-            .unwrap_or(default.checkpoint_every_s),
-        priority: strict.priority.unwrap_or(default.priority),
-        replicas: strict.replicas.unwrap_or(default.replicas),
-        to: strict.to,
-        fence: strict.fence,
-    }))
+    let strict = Option::<StrictHighAvailability>::deserialize(from)?;
+    Ok(strict.map(HighAvailability::from))
+}
+
+fn strict_ha_on<'de, D: serde::Deserializer<'de>>(from: D) -> Result<HighAvailability, D::Error> {
+    Ok(StrictHighAvailability::deserialize(from)?.into())
 }
 
 /// Settings of a user: one that is not known is refused. (Those of a record may be of a
@@ -328,7 +339,7 @@ pub enum HighAvailabilityChange {
     /// It waits for its node when that fails.
     Off,
     /// It is restarted elsewhere, with these settings.
-    On(HighAvailability),
+    On(#[serde(deserialize_with = "strict_ha_on")] HighAvailability),
 }
 
 /// A change of the periodic checkpoints.

@@ -99,7 +99,7 @@ pub enum AgentError {
     /// The ledger of the balancer's decisions.
     #[error("the ledger of the balancer cannot be opened: {0}")]
     Ledger(String),
-    /// The metrics.
+    /// Two metrics have one name, or a name is not valid.
     #[error("the metrics: {0}")]
     Metrics(prometheus::Error),
     /// A token.

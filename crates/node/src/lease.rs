@@ -35,7 +35,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LeaseTerm {
     pub(crate) lease: LeaseId,
-    /// On CLOCK_BOOTTIME.
+    /// When it ends, on CLOCK_BOOTTIME.
     pub(crate) deadline: Duration,
 }
 

@@ -56,7 +56,7 @@ pub enum Key {
     Machine(MachineName),
     /// `newest-checkpoint/MACHINE`
     Checkpoint(MachineName),
-    /// `in-sync/MACHINE`
+    /// `in-sync/MACHINE`: which nodes have its checkpoint.
     InSync(MachineName),
     /// `volume/VOLUME`; a volume's name has the form of a machine's.
     Volume(MachineName),

@@ -61,7 +61,7 @@ unsafe impl Send for ProcessTimer {}
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Lease {
     is_required: bool,
-    /// On CLOCK_BOOTTIME; `None` before the agent sent one.
+    /// When the lease ends, on CLOCK_BOOTTIME; `None` before the agent sent one.
     deadline: Option<Duration>,
     /// Whether the machine is held.
     is_held: bool,

@@ -8,6 +8,7 @@ use crate::records::{self, RecordError};
 use crate::spanning::part_of;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::moves::ownership::{self, ResumeDecision};
+use keel_machine::spec::Record;
 use keel_machine::worker::control::{State, kind};
 use keel_net::RpcError;
 use keel_store::keys::Key;
@@ -71,16 +72,27 @@ async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), St
     drop_copy(moves, machine, &worker).await
 }
 
-/// Whether a machine is this node's, and to run.
-async fn is_started_here(moves: &Arc<Moves>, machine: &MachineName) -> Result<bool, String> {
+/// A machine's present record; `None` if it was removed.
+async fn record_of(moves: &Moves, machine: &MachineName) -> Result<Option<Record>, String> {
     match records::get(&*moves.context.store, machine).await {
-        Ok(found) => {
-            let record = found.record;
-            Ok(record.owner == moves.context.name && !record.status.ended())
-        }
-        Err(RecordError::NoMachine(_)) => Ok(false),
+        Ok(found) => Ok(Some(found.record)),
+        Err(RecordError::NoMachine(_)) => Ok(None),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Whether a machine is this node's, and to run.
+async fn is_started_here(moves: &Moves, machine: &MachineName) -> Result<bool, String> {
+    let record = record_of(moves, machine).await?;
+    Ok(record.is_some_and(|it| it.owner == moves.context.name && !it.status.ended()))
+}
+
+/// Ends a worker whose copy is of no use.
+async fn forget(moves: &Moves, machine: &MachineName, worker: &WorkerHandle) {
+    let workers = &moves.processes.machines;
+    workers
+        .forget_exactly(&moves.context.dir, machine, Some(worker))
+        .await;
 }
 
 /// Drops a copy that arrived here and will never run.
@@ -95,11 +107,7 @@ async fn drop_copy(
         let told: Result<(), RpcError> = worker.ask(kind::ABORT, &reason, PROMPT).await;
         return told.map_err(|error| error.to_string());
     }
-    moves
-        .processes
-        .machines
-        .forget_exactly(&moves.context.dir, machine, Some(worker))
-        .await;
+    forget(moves, machine, worker).await;
     Ok(())
 }
 
@@ -111,11 +119,7 @@ async fn resume_if_committed(
     worker: &WorkerHandle,
     state: &State,
 ) -> Result<bool, String> {
-    let record = match records::get(&*moves.context.store, machine).await {
-        Ok(found) => Some(found.record),
-        Err(RecordError::NoMachine(_)) => None,
-        Err(error) => return Err(error.to_string()),
-    };
+    let record = record_of(moves, machine).await?;
     match state {
         State::Prepared { offered, .. } => {
             let ResumeDecision::Resume(epoch) =
@@ -143,19 +147,15 @@ async fn resume_if_committed(
 /// Whether what resumed here under an epoch was given to another node, or back to its source, since
 /// this node had no lease. It is held.
 async fn was_given_away(
-    moves: &Arc<Moves>,
+    moves: &Moves,
     machine: &MachineName,
     epoch: Epoch,
 ) -> Result<bool, String> {
-    match records::get(&*moves.context.store, machine).await {
-        Ok(found) => {
-            let record = found.record;
-            let is_here = record.owner == moves.context.name && record.epoch == epoch;
-            Ok(record.spec.ha.is_some() && !is_here)
-        }
-        Err(RecordError::NoMachine(_)) => Ok(false),
-        Err(error) => Err(error.to_string()),
-    }
+    let record = record_of(moves, machine).await?;
+    Ok(record.is_some_and(|it| {
+        let is_here = it.owner == moves.context.name && it.epoch == epoch;
+        it.spec.ha.is_some() && !is_here
+    }))
 }
 
 /// Answers a source that does not know whether its machine runs here: resumes it, or ensures that
@@ -173,21 +173,13 @@ pub(crate) async fn arrival(
         State::Running { epoch } | State::Filling { epoch, .. }
             if was_given_away(moves, machine, epoch).await? =>
         {
-            moves
-                .processes
-                .machines
-                .forget_exactly(&moves.context.dir, machine, Some(&worker))
-                .await;
+            forget(moves, machine, &worker).await;
             Ok(Arrival::Without)
         }
         State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
         // The source assumes that its commit has won; the store decides.
         State::Prepared { offered, .. } => {
-            let found = match records::get(&*moves.context.store, machine).await {
-                Ok(found) => Some(found.record),
-                Err(RecordError::NoMachine(_)) => None,
-                Err(error) => return Err(error.to_string()),
-            };
+            let found = record_of(moves, machine).await?;
             match ownership::may_resume(&moves.context.name, offered, found.as_ref()) {
                 ResumeDecision::Resume(won) if won == epoch => {
                     let gone: Result<u64, RpcError> = worker.ask(kind::GO, &won, PROMPT).await;
@@ -207,11 +199,7 @@ pub(crate) async fn arrival(
         // A part of a machine that stays is removed by its home.
         State::Receiving { .. } if part_of(&worker).await?.is_some() => Ok(Arrival::Without),
         State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
-            moves
-                .processes
-                .machines
-                .forget_exactly(&moves.context.dir, machine, Some(&worker))
-                .await;
+            forget(moves, machine, &worker).await;
             Ok(Arrival::Without)
         }
     }

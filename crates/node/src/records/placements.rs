@@ -95,21 +95,20 @@ impl Placements {
 
     /// Machines that are scheduled to run, and whose programs are compiled before.
     pub(crate) fn compiled(&self) -> Vec<(MachineName, Placed)> {
-        let table = self.table();
-        let found = table
-            .iter()
-            .filter(|(_, placed)| placed.live && placed.compiled_image.is_some());
-        found
-            .map(|(machine, placed)| (machine.clone(), placed.clone()))
-            .collect()
+        self.live_with(|placed| placed.compiled_image.is_some())
     }
 
     /// Machines with high availability that are scheduled to run.
     pub(crate) fn highly_available(&self) -> Vec<(MachineName, Placed)> {
+        self.live_with(|placed| placed.ha.is_some())
+    }
+
+    /// Those of the machines that are scheduled to run.
+    fn live_with(&self, is_wanted: impl Fn(&Placed) -> bool) -> Vec<(MachineName, Placed)> {
         let table = self.table();
         let found = table
             .iter()
-            .filter(|(_, placed)| placed.live && placed.ha.is_some());
+            .filter(|(_, placed)| placed.live && is_wanted(placed));
         found
             .map(|(machine, placed)| (machine.clone(), placed.clone()))
             .collect()

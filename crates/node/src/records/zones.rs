@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The failure domain of each node that has one.
 ///
 /// # Errors
-/// [`StoreError`].
+/// [`StoreError`] if the store does not answer.
 pub(crate) async fn zones(store: &dyn Store) -> Result<BTreeMap<NodeName, String>, StoreError> {
     let listing = store.list(keys::NODE_LABELS).await?;
     let zones = listing.entries.iter().filter_map(|entry| {
@@ -26,7 +26,7 @@ pub(crate) async fn zones(store: &dyn Store) -> Result<BTreeMap<NodeName, String
 /// The nodes that are being drained.
 ///
 /// # Errors
-/// [`StoreError`].
+/// [`StoreError`] if the store does not answer.
 pub(crate) async fn draining(store: &dyn Store) -> Result<BTreeSet<NodeName>, StoreError> {
     let listing = store.list(keys::DRAINS).await?;
     let drained = listing

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 const MANIFEST: &str = ".manifest";
 /// Suffixes of objects that belong to checkpoints.
 const PARTS: [&str; 2] = [MANIFEST, ".pack"];
-/// Longest name.
+/// Longest name of an object, in bytes.
 const NAME_BYTES_MAX: usize = 120;
 /// Bytes read at a time for a hash.
 const READ_BYTES: usize = 1 << 20;
@@ -45,7 +45,7 @@ impl Object {
         is_plain && suffix
     }
 
-    /// Its size.
+    /// Its size in bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }

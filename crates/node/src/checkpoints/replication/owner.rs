@@ -258,7 +258,7 @@ impl Checkpoints {
                 .peers
                 .call(node, DISCARD, payload.clone(), DISCARD_PATIENCE);
             if let Err(error) = call.await {
-                tracing::debug!(%machine, %node, %error, "old checkpoints stay there for now");
+                tracing::debug!(%machine, %node, %error, "old checkpoints stay there until the next one");
             }
         }
     }

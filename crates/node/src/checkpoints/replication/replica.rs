@@ -391,7 +391,10 @@ pub(crate) async fn sweep(checkpoints: Arc<Checkpoints>) {
     loop {
         tokio::time::sleep(SWEEP_EVERY).await;
         if let Err(error) = checkpoints.sweep_once().await {
-            tracing::warn!(error, "checkpoints that are not needed stay for now");
+            tracing::warn!(
+                error,
+                "checkpoints that are not needed stay until the next sweep"
+            );
         }
     }
 }

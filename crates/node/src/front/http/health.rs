@@ -14,7 +14,8 @@ use futures::future::join_all;
 use keel_machine::worker::control::{Report, State as WorkerState};
 use keel_store::clock::boottime;
 use keel_store::keys::Key;
-use prometheus::{CounterVec, GaugeVec, Opts, Registry, TextEncoder};
+use prometheus::core::Collector;
+use prometheus::{CounterVec, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,20 +71,27 @@ async fn now(at: &Arc<Handles>) -> Result<String, prometheus::Error> {
     TextEncoder::new().encode_to_string(&families)
 }
 
+/// A metric, once it is registered.
+fn registered<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: Result<C, prometheus::Error>,
+) -> Result<C, prometheus::Error> {
+    let metric = metric?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
 fn gauges(
     registry: &Registry,
     name: &str,
     help: &str,
     labels: &[&str],
 ) -> Result<GaugeVec, prometheus::Error> {
-    let gauges = GaugeVec::new(Opts::new(name, help), labels)?;
-    registry.register(Box::new(gauges.clone()))?;
-    Ok(gauges)
+    registered(registry, GaugeVec::new(Opts::new(name, help), labels))
 }
 
 fn gauge(registry: &Registry, name: &str, help: &str, value: f64) -> Result<(), prometheus::Error> {
-    let gauges = gauges(registry, name, help, &[])?;
-    gauges.get_metric_with_label_values::<&str>(&[])?.set(value);
+    registered(registry, Gauge::new(name, help))?.set(value);
     Ok(())
 }
 
@@ -93,9 +101,7 @@ fn counters(
     help: &str,
     labels: &[&str],
 ) -> Result<CounterVec, prometheus::Error> {
-    let counters = CounterVec::new(Opts::new(name, help), labels)?;
-    registry.register(Box::new(counters.clone()))?;
-    Ok(counters)
+    registered(registry, CounterVec::new(Opts::new(name, help), labels))
 }
 
 fn add_node(registry: &Registry, at: &Handles) -> Result<(), prometheus::Error> {
