@@ -179,9 +179,15 @@ async fn a_machine_on_arrival_at_a_node_that_fails_goes_on_at_its_source() {
     bench.witness("w", "c").await;
     bench.writes_on("w", 100).await;
     let before = bench.evidence("w");
-    // The commit is applied, and the target does not get to know.
-    let held = bench.cluster.failpoint("c", "move.go", Some("delay(1500)"));
-    held.await.expect("a failpoint");
+    // The commit is applied, and the target does not resume it: neither told by the source, nor
+    // because it sees the commit.
+    for (node, name, action) in [
+        ("c", "move.go", "delay(1500)"),
+        ("b", "target.go", "delay(60000)"),
+    ] {
+        let held = bench.cluster.failpoint(node, name, Some(action));
+        held.await.expect("a failpoint");
+    }
     let client = bench.cluster.client("c");
     let moving = tokio::spawn(async move { keel_testkit::move_by(&client, "w", "b").await });
     wait_for("the commit is applied", || async {

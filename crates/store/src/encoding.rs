@@ -40,6 +40,8 @@ pub mod kind {
     pub const RAFT_VOTE: u16 = 0x0111;
     /// A piece of a snapshot for a voter that is far behind.
     pub const RAFT_SNAPSHOT: u16 = 0x0112;
+    /// Whether another voter would vote for this one.
+    pub const RAFT_PRE_VOTE: u16 = 0x0113;
 }
 
 /// Bytes that cannot be decoded.

@@ -362,6 +362,27 @@ async fn without_a_quorum_nothing_is_answered_and_all_of_it_comes_back() -> Outc
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_that_was_cut_off_deposes_nobody_when_it_comes_back() -> Outcome {
+    let group = Group::of_three(RaftOptions::default()).await?;
+    let store: Arc<dyn Store> = group.client()?;
+    let leader = group.leader(None).await?;
+    let cut_off = (1..=3).find(|id| *id != leader).ok_or("alone")?;
+    let term = group.store(leader).status().term;
+    group.cut_off(cut_off, true);
+    // Long enough for several elections, if it asked for any.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(group.store(cut_off).status().term, term);
+    store.txn(Txn::new().put("a", "1")).await?;
+    let applied = group.store(leader).status().applied;
+    group.cut_off(cut_off, false);
+    let back = group.store(cut_off);
+    wait_until("it follows again", || back.status().applied >= applied).await?;
+    let status = group.store(leader).status();
+    assert_eq!((status.term, status.leader), (term, Some(leader)));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_voter_is_replaced_by_a_new_one() -> Outcome {
     let mut group = Group::of_three(RaftOptions::default()).await?;
     let leader = group.leader(None).await?;
@@ -412,7 +433,7 @@ async fn requests_of_voters_that_cannot_be_read_are_refused() -> Outcome {
     let group = Group::of_one(RaftOptions::default()).await?;
     let store = group.store(1);
     let mut seed = 1u64;
-    for kind in 0x0110..=0x0113 {
+    for kind in 0x0110..=0x0114 {
         for length in 0..200usize {
             let bytes: Vec<u8> = (0..length)
                 .map(|i| {

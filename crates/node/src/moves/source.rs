@@ -23,6 +23,7 @@ use keel_machine::moves::{
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Copy, CopyEvent, MoveEndpoint, State, kind, pack, unpack};
 use keel_net::{Fingerprint, RpcError};
+use keel_store::Revision;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -455,17 +456,7 @@ impl Driver {
 
     async fn tell_target(&mut self, epoch: Epoch) -> SourceEvent {
         let told = Instant::now();
-        let direct: Result<u64, RpcError> = match failpoint::pass_async("move.go").await {
-            Ok(()) => self.worker.ask(kind::GO, &epoch, PROMPT).await,
-            Err(injected) => Err(RpcError::unknown(injected)),
-        };
-        let event = match direct {
-            Ok(_) => SourceEvent::TargetResumed,
-            Err(error) => {
-                tracing::warn!(machine = %self.record.name, %error, "asking the target's agent");
-                self.ask_arrival(epoch).await
-            }
-        };
+        let event = self.resume_there(epoch).await;
         self.report.resume_micros = micros(told);
         let report = &mut self.report;
         report.downtime_micros = report.freeze_micros
@@ -475,31 +466,37 @@ impl Driver {
         event
     }
 
-    /// Asks the target's agent until it answers, because only the target knows.
-    async fn ask_arrival(&self, epoch: Epoch) -> SourceEvent {
+    /// Tells the target directly, then asks its agent until that answers, because only the target
+    /// knows. Meanwhile the machine is taken back if the target's node is known to have failed: a
+    /// call to such a node may hang for longer than others wait with a failover.
+    async fn resume_there(&self, epoch: Epoch) -> SourceEvent {
+        let direct = async {
+            match failpoint::pass_async("move.go").await {
+                Ok(()) => self.worker.ask::<_, u64>(kind::GO, &epoch, PROMPT).await,
+                Err(injected) => Err(RpcError::unknown(injected)),
+            }
+        };
         let mut in_doubt = None;
+        match self.unless_failed(&mut in_doubt, direct).await {
+            Err(event) => return event,
+            Ok(Ok(_)) => return self.resumed_there(in_doubt).await,
+            Ok(Err(error)) => {
+                tracing::warn!(machine = %self.record.name, %error, "asking the target's agent");
+            }
+        }
+        let payload = match pack(&(self.record.name.clone(), epoch)) {
+            Ok(payload) => payload,
+            Err(error) => return SourceEvent::PeerLost(error.to_string()),
+        };
         loop {
-            let payload = match pack(&(self.record.name.clone(), epoch)) {
-                Ok(payload) => payload,
-                Err(error) => return SourceEvent::PeerLost(error.to_string()),
+            let peers = &self.moves.context.peers;
+            let asked = peers.call(&self.target, offer::ARRIVAL, payload.clone(), PROMPT);
+            let answer = match self.unless_failed(&mut in_doubt, asked).await {
+                Err(event) => return event,
+                Ok(answer) => answer.and_then(|bytes| unpack(&bytes)),
             };
-            let answer = self
-                .moves
-                .context
-                .peers
-                .call(&self.target, offer::ARRIVAL, payload, PROMPT)
-                .await
-                .and_then(|bytes| unpack(&bytes));
             match answer {
-                Ok(Arrival::Resumed) => match in_doubt {
-                    None => return SourceEvent::TargetResumed,
-                    Some(revision) => {
-                        if let Some(event) = self.settled_after(revision).await {
-                            return event;
-                        }
-                        tokio::time::sleep(RETRY_AFTER).await;
-                    }
-                },
+                Ok(Arrival::Resumed) => return self.resumed_there(in_doubt).await,
                 Ok(Arrival::Without) => return SourceEvent::TargetNotRunning,
                 Err(error) => {
                     tracing::warn!(machine = %self.record.name, %error, "the target does not answer; the frozen copy is kept");
@@ -509,6 +506,40 @@ impl Driver {
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }
+        }
+    }
+
+    /// The outcome of `call`, or as `Err` what became of a machine whose target's node failed
+    /// meanwhile.
+    async fn unless_failed<T>(
+        &self,
+        in_doubt: &mut Option<Revision>,
+        call: impl Future<Output = T>,
+    ) -> Result<T, SourceEvent> {
+        let mut call = std::pin::pin!(call);
+        loop {
+            tokio::select! {
+                outcome = &mut call => return Ok(outcome),
+                () = tokio::time::sleep(RETRY_AFTER) => {}
+            }
+            // Not in the race above: a write that is begun is waited for.
+            if let Some(event) = self.take_back_from_failed(in_doubt).await {
+                return Err(event);
+            }
+        }
+    }
+
+    /// The target says that the machine resumed there. A write of this node's own that took it
+    /// back may still be applied; that is settled first.
+    async fn resumed_there(&self, in_doubt: Option<Revision>) -> SourceEvent {
+        let Some(revision) = in_doubt else {
+            return SourceEvent::TargetResumed;
+        };
+        loop {
+            if let Some(event) = self.settled_after(revision).await {
+                return event;
+            }
+            tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 

@@ -167,6 +167,13 @@ impl Log {
         self.lock().bytes
     }
 
+    /// The last entry's term and index; `None` if there never was one.
+    pub(super) fn last_id(&self) -> Option<LogId> {
+        let state = self.lock();
+        let last = state.entries.last_key_value();
+        last.map(|(_, entry)| *entry.get_log_id()).or(state.purged)
+    }
+
     async fn write(&self, write: impl FnOnce(Done) -> Write) -> Result<(), StorageError> {
         let (done, written) = oneshot::channel();
         let gone = || std::io::Error::other("the thread of the store's log ended");
@@ -222,11 +229,9 @@ impl RaftLogStorage<Types> for Log {
     type LogReader = Log;
 
     async fn get_log_state(&mut self) -> Result<LogState<Types>, StorageError> {
-        let state = self.lock();
-        let last = state.entries.last_key_value();
         Ok(LogState {
-            last_purged_log_id: state.purged,
-            last_log_id: last.map(|(_, entry)| *entry.get_log_id()).or(state.purged),
+            last_log_id: self.last_id(),
+            last_purged_log_id: self.lock().purged,
         })
     }
 

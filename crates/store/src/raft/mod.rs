@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  requests ──▶ leader.rs: one entry per group of commands, barriers, leases
-//!                  │ openraft
+//!                  │ openraft ◀── election.rs: when to ask for votes
 //!                  ├──▶ log.rs: memory + redb, fsync        ─▶ network.rs ─▶ other voters
 //!                  └──▶ state_machine.rs: model ─▶ view ─▶ readers, watches
 //!                          └──▶ snapshot.rs: a file, replaced as a whole
@@ -22,6 +22,7 @@
 //! [`RaftStore::set_voters`] carry it out.
 
 mod deadlines;
+mod election;
 mod leader;
 mod log;
 mod network;
@@ -43,6 +44,7 @@ use openraft::{ChangeMembers, SnapshotPolicy};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::deadlines::Deadlines;
+use self::election::Election;
 use self::leader::{CHANGE_PATIENCE, Leader, Request, Serving, txn_outcome};
 use self::log::{Log, Opened, Writer};
 use self::network::Network;
@@ -65,9 +67,9 @@ const LEARNER_PATIENCE: Duration = Duration::from_secs(60);
 /// Priority of the store's thread; lower is more urgent. Kept where it is permitted.
 const NICE: i32 = -5;
 
-/// Intervals, in milliseconds. A follower that hears nothing for `ELECTION_MAX` plus a random time
-/// of `ELECTION_MIN` to `ELECTION_MAX` asks to be elected: after 0.55 to 0.7 s. `openraft` also
-/// gives up a request to a voter after one `HEARTBEAT`: on a busy computer it must not be shorter.
+/// Intervals, in milliseconds. A voter that heard its leader within `ELECTION_MAX` votes for nobody
+/// else; `ELECTION_MIN` is the time for a vote's answer. `openraft` also gives up a request to a
+/// voter after one `HEARTBEAT`: on a busy computer it must not be shorter.
 const HEARTBEAT: u64 = 150;
 const ELECTION_MIN: u64 = 200;
 const ELECTION_MAX: u64 = 350;
@@ -128,6 +130,7 @@ pub struct RaftStatus {
 /// answered [`StoreError::Unavailable`] or [`StoreError::Unknown`].
 pub struct RaftStore {
     leader: Arc<Leader>,
+    election: Arc<Election>,
     requests: mpsc::Sender<Request>,
     published: watch::Receiver<()>,
     folder: PathBuf,
@@ -197,6 +200,8 @@ impl RaftStore {
             heartbeat_interval: HEARTBEAT,
             election_timeout_min: ELECTION_MIN,
             election_timeout_max: ELECTION_MAX,
+            // See election.rs.
+            enable_elect: false,
             install_snapshot_timeout: 2000,
             max_payload_entries: 64,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(options.snapshot_entries),
@@ -219,20 +224,24 @@ impl RaftStore {
         let (requests, queued) = mpsc::channel(QUEUED_MAX);
         let network = Network::new(peers);
         let starting = runtime.spawn(async move {
-            let raft = Raft::new(id, Arc::new(config), network, log.clone(), machine).await?;
+            let config = Arc::new(config);
+            let raft = Raft::new(id, config, network.clone(), log.clone(), machine).await?;
+            let election = Election::new(id, raft.clone(), log.clone(), network);
+            tokio::spawn(election.clone().run(rand::make_rng()));
             let (leader, waiting) = Leader::new(id, raft, log, view, deadlines, unsaved);
             tokio::spawn(leader.clone().confirm_barriers(waiting));
             tokio::spawn(leader.clone().propose(queued));
             tokio::spawn(leader.clone().follow());
-            Ok::<_, openraft::error::Fatal<u64>>(leader)
+            Ok::<_, openraft::error::Fatal<u64>>((leader, election))
         });
-        let leader = match starting.await {
-            Ok(Ok(leader)) => leader,
+        let (leader, election) = match starting.await {
+            Ok(Ok(started)) => started,
             Ok(Err(error)) => return Err(close(runtime, writer, fail(error.to_string()))),
             Err(_) => return Err(close(runtime, writer, fail("it panicked".into()))),
         };
         let store = Self {
             leader,
+            election,
             requests,
             published,
             folder: folder.into(),
@@ -425,13 +434,18 @@ impl RaftStore {
     /// # Errors
     /// [`RpcError::Refused`] if it cannot be decoded or is for another voter.
     pub async fn answer(&self, kind: u16, request: &[u8]) -> Result<Reply, RpcError> {
-        network::answer(&self.leader.raft, self.leader.id, kind, request).await
+        let (id, raft) = (self.leader.id, &self.leader.raft);
+        if kind == crate::encoding::kind::RAFT_PRE_VOTE {
+            let last = network::read(id, request)?;
+            return network::one(&self.election.agrees(last, self.is_serving()).await);
+        }
+        network::answer(raft, id, kind, request).await
     }
 
     /// Whether requests of `kind` are of other voters.
     pub fn handles(kind: u16) -> bool {
         use crate::encoding::kind;
-        (kind::RAFT_APPEND..=kind::RAFT_SNAPSHOT).contains(&kind)
+        (kind::RAFT_APPEND..=kind::RAFT_PRE_VOTE).contains(&kind)
     }
 
     async fn change(&self, command: Command, bytes: usize) -> Result<CommandOutcome, StoreError> {

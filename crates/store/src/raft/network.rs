@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use keel_net::{Bytes, NodeName, Peers, Reply, RpcError};
 use openraft::error::{
-    InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable,
+    Infallible, InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable,
 };
 use openraft::network::{RPCOption, RaftNetwork, RaftNetworkFactory};
 use openraft::raft::{
@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
 
-use super::types::{Raft, Types, Voter};
+use super::types::{LogId, Raft, Types, Voter};
 use crate::encoding::{decode, kind, payload};
 
 type Failed<E> = RPCError<u64, Voter, E>;
@@ -40,6 +40,30 @@ impl Network {
             runtime: Handle::current(),
         }
     }
+
+    fn to(&self, target: u64, voter: &Voter) -> Connection {
+        Connection {
+            peers: self.peers.clone(),
+            runtime: self.runtime.clone(),
+            target,
+            voter: voter.clone(),
+        }
+    }
+
+    /// Whether another voter would vote for this one, whose log ends with `last`. One that does not
+    /// answer in time would not.
+    pub(super) async fn pre_vote(
+        &self,
+        target: u64,
+        voter: &Voter,
+        last: Option<LogId>,
+        patience: Duration,
+    ) -> bool {
+        let connection = self.to(target, voter);
+        let asked: Result<bool, Failed<Infallible>> =
+            connection.send(kind::RAFT_PRE_VOTE, &last, patience).await;
+        asked.unwrap_or(false)
+    }
 }
 
 /// The way to one voter.
@@ -54,16 +78,12 @@ impl RaftNetworkFactory<Types> for Network {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u64, voter: &Voter) -> Connection {
-        Connection {
-            peers: self.peers.clone(),
-            runtime: self.runtime.clone(),
-            target,
-            voter: voter.clone(),
-        }
+        self.to(target, voter)
     }
 }
 
 impl Connection {
+    /// Asks for what `openraft` of the other voter answers.
     async fn ask<Q: Serialize, A: DeserializeOwned, E>(
         &self,
         kind: u16,
@@ -73,6 +93,16 @@ impl Connection {
     where
         E: std::error::Error + DeserializeOwned,
     {
+        let answer: Result<A, E> = self.send(kind, request, timeout).await?;
+        answer.map_err(|error| Failed::RemoteError(RemoteError::new(self.target, error)))
+    }
+
+    async fn send<Q: Serialize, A: DeserializeOwned, E: std::error::Error>(
+        &self,
+        kind: u16,
+        request: &Q,
+        timeout: Duration,
+    ) -> Result<A, Failed<E>> {
         let unreachable = |reason: String| {
             let error = std::io::Error::other(reason);
             Failed::<E>::Unreachable(Unreachable::new(&error))
@@ -94,9 +124,8 @@ impl Connection {
             RpcError::NotSent { .. } => Failed::<E>::Unreachable(Unreachable::new(&error)),
             _ => Failed::<E>::Network(NetworkError::new(&error)),
         })?;
-        let answer: Result<A, E> = decode("a voter's answer", &answer)
-            .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))?;
-        answer.map_err(|error| Failed::RemoteError(RemoteError::new(self.target, error)))
+        decode("a voter's answer", &answer)
+            .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))
     }
 }
 
@@ -149,7 +178,8 @@ pub(super) async fn answer(
     }
 }
 
-fn read<T: DeserializeOwned>(id: u64, request: &[u8]) -> Result<T, RpcError> {
+/// A request for the voter `id`, decoded.
+pub(super) fn read<T: DeserializeOwned>(id: u64, request: &[u8]) -> Result<T, RpcError> {
     let (target, request): (u64, T) =
         decode("a voter's request", request).map_err(RpcError::refused)?;
     match target == id {
@@ -160,7 +190,7 @@ fn read<T: DeserializeOwned>(id: u64, request: &[u8]) -> Result<T, RpcError> {
     }
 }
 
-fn one(answer: &impl Serialize) -> Result<Reply, RpcError> {
+pub(super) fn one(answer: &impl Serialize) -> Result<Reply, RpcError> {
     let answer: Bytes = payload("a voter's answer", answer).map_err(RpcError::unknown)?;
     Ok(Reply::One(answer))
 }
