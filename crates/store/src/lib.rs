@@ -21,6 +21,7 @@
 //! - [`encoding`]: the envelope of records and requests
 //! - [`clock`]: the clock that leases are measured by
 //! - `raft`, `model`, `view`: the embedded engine
+//! - `etcd`: the external engine
 //! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
 
@@ -30,6 +31,7 @@ mod backup;
 mod client;
 pub mod clock;
 pub mod encoding;
+mod etcd;
 mod interface;
 pub mod keys;
 mod model;
@@ -40,6 +42,7 @@ mod wire;
 
 pub use backup::{Backup, BackupError};
 pub use client::StoreClient;
+pub use etcd::{EtcdOptions, EtcdStore, EtcdTls};
 pub use interface::{
     Change, Changes, Compare, KEY_BYTES_MAX, KeyValue, LEASE_KEYS_MAX, LEASE_TTL_MS_MAX,
     LEASE_TTL_MS_MIN, LIST_BYTES_MAX, LIST_ENTRIES_MAX, LeaseId, Listing, Op, Revision, Store,

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::interface::{
-    Change, Changes, Compare, KEY_BYTES_MAX, KeyValue, LEASE_KEYS_MAX, LeaseId, Op, Revision,
-    StoreError, TXN_BYTES_MAX, TXN_PARTS_MAX, Txn, VALUE_BYTES_MAX,
+    Change, Changes, Compare, KEY_BYTES_MAX, KeyValue, LEASE_KEYS_MAX, LEASE_TTL_MS_MAX,
+    LEASE_TTL_MS_MIN, LeaseId, Op, Revision, StoreError, TXN_BYTES_MAX, TXN_PARTS_MAX, Txn,
+    VALUE_BYTES_MAX,
 };
 
 /// Entries by key, shared between the writer's model and the readers' view.
@@ -235,6 +236,23 @@ pub(super) fn check_key(key: &str) -> Result<(), StoreError> {
         return Err(StoreError::Invalid { reason });
     }
     limit("bytes in a key", key.len(), KEY_BYTES_MAX)
+}
+
+/// Whether keys may begin with `prefix`.
+pub(super) fn check_prefix(prefix: &str) -> Result<(), StoreError> {
+    limit("bytes in a prefix", prefix.len(), KEY_BYTES_MAX)
+}
+
+/// Whether a lease may have this time.
+pub(super) fn check_ttl(ttl_ms: u64) -> Result<(), StoreError> {
+    match (LEASE_TTL_MS_MIN..=LEASE_TTL_MS_MAX).contains(&ttl_ms) {
+        true => Ok(()),
+        false => Err(StoreError::Invalid {
+            reason: format!(
+                "a lease has {LEASE_TTL_MS_MIN} to {LEASE_TTL_MS_MAX} ms, not {ttl_ms}"
+            ),
+        }),
+    }
 }
 
 /// Checks of a transaction that need no store; the bytes of its keys and values.

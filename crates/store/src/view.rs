@@ -10,10 +10,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use futures::StreamExt;
 use tokio::sync::watch;
 
-use super::model::{Entries, limit, size, under};
+use super::model::{Entries, check_prefix, limit, size, under};
 use crate::interface::{
-    Change, Changes, KEY_BYTES_MAX, KeyValue, LIST_BYTES_MAX, LIST_ENTRIES_MAX, Listing, Revision,
-    StoreError, Watch,
+    Change, Changes, KeyValue, LIST_BYTES_MAX, LIST_ENTRIES_MAX, Listing, Revision, StoreError,
+    Watch,
 };
 
 /// Revisions that a watch scans while it holds the lock.
@@ -113,7 +113,7 @@ impl View {
     }
 
     pub(super) fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
-        limit("bytes in a prefix", prefix.len(), KEY_BYTES_MAX)?;
+        check_prefix(prefix)?;
         let state = self.read()?;
         let mut found = Vec::new();
         let mut bytes = 0;
@@ -137,7 +137,7 @@ impl View {
         from: Revision,
         published: watch::Receiver<()>,
     ) -> Result<Watch, StoreError> {
-        limit("bytes in a prefix", prefix.len(), KEY_BYTES_MAX)?;
+        check_prefix(prefix)?;
         // Revision 0 is the empty store, without changes.
         let next = from.max(1);
         self.read()?.scan(prefix, next, 0)?;

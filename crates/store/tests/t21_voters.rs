@@ -14,31 +14,14 @@ use std::time::{Duration, Instant};
 use keel_store::{
     Change, Compare, IfAbsent, RaftOptions, Store, StoreError, Txn, TxnOutcome, Watch,
 };
-use linearizability::{Call, Op, check};
-use voters::{Group, is_pause};
+use linearizability::check;
+use linearizability::record::{is_pause, record, wait_answers, wait_until};
+use voters::Group;
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
 /// Pause before a request that was not answered is made again.
 const AGAIN_AFTER: Duration = Duration::from_millis(20);
-
-/// Waits until a condition holds.
-async fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Outcome {
-    let begun = Instant::now();
-    while !holds() {
-        if begun.elapsed() > Duration::from_secs(60) {
-            return Err(format!("{what}: not within a minute").into());
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    Ok(())
-}
-
-/// Waits until clients got so many more answers.
-async fn wait_answers(answers: &AtomicU64, more: u64) -> Outcome {
-    let before = answers.load(Relaxed);
-    wait_until("answers", || answers.load(Relaxed) >= before + more).await
-}
 
 /// What a writer knows of its counter.
 #[derive(Debug, Default)]
@@ -448,88 +431,6 @@ async fn requests_of_voters_that_cannot_be_read_are_refused() -> Outcome {
     }
     assert_eq!(store.revision().await?, 0);
     Ok(())
-}
-
-/// One client's calls to two keys, recorded until `stop`.
-async fn record(
-    store: Arc<dyn Store>,
-    seed: u64,
-    begun: Instant,
-    stop: Arc<AtomicBool>,
-    answers: Arc<AtomicU64>,
-) -> Result<Vec<Call>, Box<dyn Error + Send + Sync>> {
-    let mut random = seed;
-    let mut next = || {
-        random = random
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        random >> 33
-    };
-    let mut history = Vec::new();
-    let mut last: Option<u64> = None;
-    let mut number = seed << 32;
-    while !stop.load(Relaxed) {
-        let key = format!("r/{}", next() % 2);
-        let begin = begun.elapsed();
-        number += 1;
-        let bytes = |value: u64| value.to_le_bytes().to_vec();
-        // Clients of even numbers only read: a write at a leader that is cut off takes long.
-        let kind = if seed.is_multiple_of(2) {
-            0
-        } else {
-            next() % 3
-        };
-        let (op, known) = match kind {
-            0 => match store.get(&key).await {
-                Ok(found) => {
-                    let found = found.map(|entry| entry.value.try_into()).transpose();
-                    last = found.map_err(|_| "not a number")?.map(u64::from_le_bytes);
-                    (Op::Read(last), true)
-                }
-                Err(error) if is_pause(&error) => continue,
-                Err(error) => return Err(error.into()),
-            },
-            1 => match store.txn(Txn::new().put(key.clone(), bytes(number))).await {
-                Ok(_) => (Op::Write(number), true),
-                Err(StoreError::Unknown { .. }) => (Op::Write(number), false),
-                Err(error) if is_pause(&error) => continue,
-                Err(error) => return Err(error.into()),
-            },
-            _ => {
-                let from = last;
-                let compare = match from {
-                    Some(value) => Compare::Value {
-                        key: key.clone(),
-                        value: bytes(value),
-                    },
-                    None => Compare::Absent { key: key.clone() },
-                };
-                let txn = Txn::new().when(compare).put(key.clone(), bytes(number));
-                let swap = |done| Op::Swap {
-                    from,
-                    to: number,
-                    done,
-                };
-                match store.txn(txn).await {
-                    Ok(outcome) => (swap(Some(outcome.is_committed())), true),
-                    Err(StoreError::Unknown { .. }) => (swap(None), false),
-                    Err(error) if is_pause(&error) => continue,
-                    Err(error) => return Err(error.into()),
-                }
-            }
-        };
-        let end = known.then(|| begun.elapsed());
-        answers.fetch_add(1, Relaxed);
-        history.push(Call {
-            key,
-            op,
-            begin,
-            end,
-        });
-        // Few calls at once, or the search takes too long.
-        tokio::time::sleep(Duration::from_millis(next() % 8)).await;
-    }
-    Ok(history)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -52,8 +52,7 @@ use self::snapshot::SnapshotFile;
 use self::state_machine::{Shared, StateMachine};
 use self::types::{Command, CommandOutcome, Raft};
 use crate::interface::{
-    KeyValue, LEASE_TTL_MS_MAX, LEASE_TTL_MS_MIN, LeaseId, Listing, Revision, Store, StoreError,
-    Txn, TxnOutcome, Watch,
+    KeyValue, LeaseId, Listing, Revision, Store, StoreError, Txn, TxnOutcome, Watch,
 };
 use crate::model::{self, Model};
 use crate::view::View;
@@ -596,12 +595,7 @@ impl Store for RaftStore {
 
     fn lease_grant(&self, ttl_ms: u64) -> BoxFuture<'_, Result<LeaseId, StoreError>> {
         async move {
-            if !(LEASE_TTL_MS_MIN..=LEASE_TTL_MS_MAX).contains(&ttl_ms) {
-                let reason = format!(
-                    "a lease has {LEASE_TTL_MS_MIN} to {LEASE_TTL_MS_MAX} ms, not {ttl_ms}"
-                );
-                return Err(StoreError::Invalid { reason });
-            }
+            model::check_ttl(ttl_ms)?;
             match self.change(Command::Grant(ttl_ms), 16).await? {
                 CommandOutcome::Granted(lease) => Ok(LeaseId(lease)),
                 other => Err(StoreError::Unknown {

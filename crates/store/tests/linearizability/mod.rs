@@ -5,6 +5,8 @@
 //! Lowe's memory of states already tried ("Testing for linearizability", 2017), each key apart, as
 //! in Knossos and Porcupine.
 
+pub(crate) mod record;
+
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 

@@ -12,7 +12,7 @@ use keel_net::rpc::{ServerHandle, everyone_is_member};
 use keel_net::{
     BoxFuture, Bytes, Handler, NodeName, Options, PeerId, Peers, Reply, RpcError, Server,
 };
-use keel_store::{IfAbsent, RaftOptions, RaftStore, StoreClient, StoreError, StoreHandler, Voter};
+use keel_store::{IfAbsent, RaftOptions, RaftStore, StoreClient, StoreHandler, Voter};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
@@ -235,12 +235,4 @@ impl Member {
             address: self.address.clone(),
         }
     }
-}
-
-/// Whether the request certainly had no effect, or it is not known.
-pub(crate) fn is_pause(error: &StoreError) -> bool {
-    matches!(
-        error,
-        StoreError::Unavailable { .. } | StoreError::Unknown { .. } | StoreError::NotLeader { .. }
-    )
 }

@@ -1,0 +1,287 @@
+//! The engine over a real etcd: the conformance suite, histories while members fail, log-in, TLS,
+//! and what it says where etcd cannot be used.
+
+mod conformance;
+mod etcd;
+mod linearizability;
+
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
+
+use etcd::{Etcd, LIMITS};
+use keel_store::{EtcdStore, EtcdTls, Store, StoreError, Txn};
+use linearizability::check;
+use linearizability::record::{is_pause, record, wait_answers, wait_until};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+
+type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
+
+macro_rules! conformance {
+    ($($check:ident),* $(,)?) => {
+        mod suite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $check() -> super::conformance::Outcome {
+                let etcd = super::Etcd::start(1).map_err(|error| error as Box<dyn super::Error>)?;
+                let Some(etcd) = etcd else { return Ok(()) };
+                super::conformance::$check(std::sync::Arc::new(etcd.client().await?)).await
+            })*
+        }
+    };
+}
+
+conformance!(
+    puts_gets_lists_and_deletes,
+    a_refusal_tells_which_compare_failed,
+    concurrent_writers_lose_nothing,
+    a_watch_has_no_gaps,
+    an_ended_lease_deletes_its_keys_and_wakes_watches,
+    a_renewed_lease_lives_on,
+    limits_are_named_and_nothing_is_done,
+    a_move_commits_once,
+);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clusters_with_other_prefixes_do_not_see_each_other() -> Outcome {
+    let Some(etcd) = Etcd::start(1)? else {
+        return Ok(());
+    };
+    let one = EtcdStore::connect(&etcd.options("one")).await?;
+    let other = EtcdStore::connect(&etcd.options("one-2")).await?;
+    one.txn(Txn::new().put("a", "1")).await?;
+    assert_eq!(other.list("").await?.entries, []);
+    let mut watch = other.watch("", other.revision().await? + 1).await?;
+    one.txn(Txn::new().put("entries/b", "1")).await?;
+    other.txn(Txn::new().put("c", "1")).await?;
+    let seen = watch.next().await.ok_or("it ended")??;
+    assert_eq!(seen.changes[0].key(), "c");
+    // A lease of the one is not alive for the other, and its end is no change.
+    let lease = one.lease_grant(60_000).await?;
+    let alive = Txn::new().when(keel_store::Compare::LeaseAlive { lease });
+    assert!(!other.txn(alive.put("d", "")).await?.is_committed());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn histories_are_linearizable_while_members_fail() -> Outcome {
+    let Some(mut etcd) = Etcd::start(3)? else {
+        return Ok(());
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let begun = Instant::now();
+    let answers = Arc::new(AtomicU64::new(0));
+    let mut clients = Vec::new();
+    for seed in 0..6 {
+        let store: Arc<dyn Store> = Arc::new(etcd.client().await?);
+        let (stop, answers) = (stop.clone(), answers.clone());
+        clients.push(tokio::spawn(record(store, seed, begun, stop, answers)));
+    }
+    for member in [0, 1, 2, 0, 1, 2] {
+        wait_answers(&answers, 60).await?;
+        if answers.load(Relaxed).is_multiple_of(2) {
+            etcd.kill(member)?;
+            wait_answers(&answers, 60).await?;
+            etcd.run(member)?;
+        } else {
+            etcd.pause(member, true)?;
+            wait_answers(&answers, 60).await?;
+            etcd.pause(member, false)?;
+        }
+    }
+    wait_answers(&answers, 60).await?;
+    stop.store(true, Relaxed);
+    let mut history = Vec::new();
+    for client in clients {
+        history.extend(client.await??);
+    }
+    let unknown = history.iter().filter(|call| call.end.is_none()).count();
+    eprintln!(
+        "{} calls, {unknown} of them without an answer",
+        history.len()
+    );
+    assert!(history.len() > 200);
+    let checked = tokio::task::spawn_blocking(move || check(&history));
+    checked.await??;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_of_a_member_that_stands_still_ends_and_goes_on_elsewhere() -> Outcome {
+    let Some(etcd) = Etcd::start(3)? else {
+        return Ok(());
+    };
+    let store = etcd.client().await?;
+    store.txn(Txn::new().put("a", "0")).await?;
+    let from = store.revision().await? + 1;
+    // The client asked the first member.
+    let mut watch = store.watch("", from).await?;
+    etcd.pause(0, true)?;
+    let error = watch.next().await.ok_or("it ended without a reason")?;
+    assert!(
+        matches!(error, Err(StoreError::Unavailable { .. })),
+        "{error:?}"
+    );
+    assert!(watch.next().await.is_none());
+    let begun = Instant::now();
+    let mut watch = loop {
+        match store.watch("", from).await {
+            Ok(watch) => break watch,
+            Err(error) => assert!(is_pause(&error), "{error}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    };
+    while let Err(error) = store.txn(Txn::new().put("a", "1")).await {
+        assert!(is_pause(&error), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+    let seen = watch.next().await.ok_or("it ended")??;
+    assert_eq!(seen.changes[0].key(), "a");
+    etcd.pause(0, false)?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_logs_in_and_again_when_its_log_in_is_forgotten() -> Outcome {
+    let Some(mut etcd) = Etcd::start(1)? else {
+        return Ok(());
+    };
+    let user = |name: &str, role: &str| -> Outcome {
+        let add = format!(r#"{{"name":"{name}","password":"secret"}}"#);
+        etcd.post("/v3/auth/user/add", &add)?;
+        etcd.post("/v3/auth/role/add", &format!(r#"{{"name":"{role}"}}"#))?;
+        let grant = format!(r#"{{"user":"{name}","role":"{role}"}}"#);
+        etcd.post("/v3/auth/user/grant", &grant)?;
+        Ok(())
+    };
+    user("root", "root")?;
+    user("keel", "cluster")?;
+    // All keys from `test/` to `test0`, in base 64.
+    let permission =
+        r#"{"name":"cluster","perm":{"permType":2,"key":"dGVzdC8=","range_end":"dGVzdDA="}}"#;
+    etcd.post("/v3/auth/role/grant", permission)?;
+    etcd.post("/v3/auth/enable", "{}")?;
+    let with = |user: Option<(&str, &str)>, prefix: &str| {
+        let mut options = etcd.options(prefix);
+        options.user = user.map(|(name, password)| (name.to_owned(), password.to_owned()));
+        options
+    };
+    for (user, prefix, said) in [
+        (None, "test", "asks for a user"),
+        (Some(("keel", "wrong")), "test", "authentication failed"),
+        (Some(("nobody", "secret")), "test", "authentication failed"),
+        (Some(("keel", "secret")), "other", "permission denied"),
+    ] {
+        let error = EtcdStore::connect(&with(user, prefix)).await;
+        let error = error.expect_err("refused").to_string();
+        assert!(error.contains(said), "{error}");
+    }
+    let store = EtcdStore::connect(&with(Some(("keel", "secret")), "test")).await?;
+    let lease = store.lease_grant(60_000).await?;
+    store.txn(Txn::new().put_leased("a", "1", lease)).await?;
+    // It forgets who logged in.
+    etcd.kill(0)?;
+    etcd.run(0)?;
+    let begun = Instant::now();
+    while let Err(error) = store.txn(Txn::new().put("b", "1")).await {
+        assert!(is_pause(&error), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "{error}");
+    }
+    assert!(store.lease_renew(lease).await? >= 60_000);
+    assert_eq!(store.list("").await?.entries.len(), 2);
+    store.watch("", 1).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_are_encrypted_and_both_sides_are_checked() -> Outcome {
+    let files = tempfile::tempdir()?;
+    let file = |name: &str| files.path().join(name);
+    let authority = |name: &str| -> Result<_, Box<dyn Error + Send + Sync>> {
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+        std::fs::write(file(name), issuer.pem())?;
+        Ok(issuer)
+    };
+    let (ours, _) = (authority("ca.pem")?, authority("foreign-ca.pem")?);
+    for name in ["server", "client"] {
+        let key = KeyPair::generate()?;
+        let names = vec!["127.0.0.1".to_owned()];
+        let certificate = CertificateParams::new(names)?.signed_by(&key, &ours)?;
+        std::fs::write(file(&format!("{name}.pem")), certificate.pem())?;
+        std::fs::write(file(&format!("{name}.key")), key.serialize_pem())?;
+    }
+    let path = |name: &str| file(name).display().to_string();
+    let (certificate, key, ca) = (path("server.pem"), path("server.key"), path("ca.pem"));
+    let mut arguments = LIMITS.to_vec();
+    arguments.extend(["--cert-file", &certificate, "--key-file", &key]);
+    arguments.extend(["--client-cert-auth", "--trusted-ca-file", &ca]);
+    let Some(etcd) = Etcd::start_with(1, &arguments, "https")? else {
+        return Ok(());
+    };
+    let with = |authority: &str, client: bool| {
+        let mut options = etcd.options("test");
+        options.timeout = Duration::from_secs(2);
+        options.tls = Some(EtcdTls {
+            authority: file(authority),
+            client: client.then(|| (file("client.pem"), file("client.key"))),
+        });
+        options
+    };
+    let store = EtcdStore::connect(&with("ca.pem", true)).await?;
+    store.txn(Txn::new().put("a", "1")).await?;
+    store.watch("", 1).await?;
+    for options in [
+        with("foreign-ca.pem", true),
+        with("ca.pem", false),
+        etcd.options("test"),
+    ] {
+        let options = keel_store::EtcdOptions {
+            timeout: Duration::from_secs(2),
+            ..options
+        };
+        let refused = EtcdStore::connect(&options).await;
+        assert!(
+            matches!(refused, Err(StoreError::Unavailable { .. })),
+            "{refused:?}"
+        );
+    }
+    let absent = EtcdStore::connect(&with("absent.pem", true)).await;
+    assert!(
+        matches!(absent, Err(StoreError::Invalid { .. })),
+        "{absent:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_with_lower_limits_or_none_at_all_is_refused_with_the_reason() -> Outcome {
+    let Some(mut etcd) = Etcd::start_with(1, &[], "http")? else {
+        return Ok(());
+    };
+    let mut options = etcd.options("test");
+    options.timeout = Duration::from_secs(2);
+    for more in [&[][..], &LIMITS[..2], &LIMITS[2..]] {
+        if !more.is_empty() {
+            etcd = Etcd::start_with(1, more, "http")?.ok_or("it is gone")?;
+            options.members = etcd.options("test").members;
+        }
+        let error = EtcdStore::connect(&options).await.expect_err("refused");
+        assert!(error.to_string().contains(&LIMITS.join(" ")), "{error}");
+    }
+    assert!(etcd.folder().exists());
+    etcd.kill(0)?;
+    let error = EtcdStore::connect(&options)
+        .await
+        .expect_err("nobody there");
+    assert!(error.to_string().contains(&options.members[0]), "{error}");
+    // Nothing was changed, and the next member is asked.
+    etcd.run(0)?;
+    wait_until("it is there", || {
+        std::net::TcpStream::connect(&options.members[0]).is_ok()
+    })
+    .await?;
+    Ok(())
+}
