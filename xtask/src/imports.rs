@@ -25,6 +25,7 @@ const LAYERED: &str = "node";
 const LAYERS: &[&[&str]] = &[
     &["error", "host", "metrics", "state_dir"],
     &["events"],
+    &["external_store", "role"],
     &["lease"],
     &["context"],
     &["records", "voters"],

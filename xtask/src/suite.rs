@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use std::process::Command;
 
 /// Programs that tests or builds need, with their Debian packages.
-const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
+const NEEDED: [(&str, &str); 2] = [("cc", "gcc"), ("etcd", "etcd-server")];
 
 /// Runs of the soak, and minutes of nemesis, after all tests.
 const SOAK_RUNS: u64 = 60;

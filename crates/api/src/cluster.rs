@@ -13,6 +13,9 @@ pub struct ClusterInfo {
     pub voters: Vec<String>,
     /// Whether the store answers.
     pub store: String,
+    /// The store's address, if it is outside of the nodes.
+    #[serde(default)]
+    pub external_store: Option<String>,
     /// Nodes, and how many of them are alive.
     pub nodes: u32,
     /// Nodes that renew their lease.
@@ -67,7 +70,10 @@ pub struct NodeInfo {
 pub struct StoreInfo {
     /// Number of its newest change.
     pub revision: u64,
-    /// The nodes that hold it.
+    /// Its address, if it is outside of the cluster's nodes.
+    #[serde(default)]
+    pub external: Option<String>,
+    /// The nodes that hold it; of a store outside of them, those that admit other nodes.
     pub voters: Vec<VoterInfo>,
     /// Counted up by each election of a leader.
     pub term: u64,

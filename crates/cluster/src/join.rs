@@ -44,6 +44,8 @@ pub struct JoinRequest {
     pub node: NodeName,
     /// Where other nodes reach it, `host:port`.
     pub address: String,
+    /// The store outside of the cluster that it was told of.
+    pub store: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,6 +66,10 @@ pub enum JoinError {
     Token(#[from] TokenError),
     #[error("the cluster has a node {0} already; choose another name, or `keel leave` there first")]
     NameTaken(NodeName),
+    #[error("this cluster's store is at {0}: join with `--store {0}` and what its etcd asks for")]
+    StoreMissing(String),
+    #[error("this cluster has its store in its own nodes: join without --store")]
+    StoreNotExternal,
     /// Another node used the same token concurrently.
     #[error("the token was used at the same moment; get a new one with `keel token`")]
     Raced,
@@ -90,17 +96,25 @@ pub enum JoinError {
     Wire(#[from] WireError),
 }
 
-/// The voter's part: checks the request, admits the node, signs.
+/// The voter's part: checks the request, admits the node, signs. `external` is the address of a
+/// store outside of the cluster.
 ///
 /// # Errors
 /// [`JoinError`]; but for [`StoreError::Unknown`], the token is not used up.
 pub async fn accept_join(
     store: &dyn Store,
+    external: Option<&str>,
     authority: &CertificateAuthority,
     request: &JoinRequest,
     now_unix_ms: u64,
 ) -> Result<JoinResponse, JoinError> {
     check_address(&request.address)?;
+    match (external, &request.store) {
+        (Some(address), None) => return Err(JoinError::StoreMissing(address.to_owned())),
+        (None, Some(_)) => return Err(JoinError::StoreNotExternal),
+        // It has checked that it finds the cluster there.
+        (Some(_), Some(_)) | (None, None) => {}
+    }
     if request.csr_pem.len() > CSR_BYTES_MAX {
         return Err(WireError::Damaged {
             what: "a signing request",
@@ -157,6 +171,7 @@ pub fn prepare(
     token: &JoinToken,
     node: &NodeName,
     address: &str,
+    store: Option<&str>,
 ) -> Result<(SigningRequest, JoinRequest), JoinError> {
     check_address(address)?;
     let signing = make_csr(node)?;
@@ -166,6 +181,7 @@ pub fn prepare(
         csr_pem: signing.csr_pem.clone(),
         node: node.clone(),
         address: address.into(),
+        store: store.map(str::to_owned),
     };
     Ok((signing, request))
 }
@@ -190,7 +206,8 @@ pub fn conclude(
 }
 
 /// Joins the cluster through the node at `via` (`host:port`), under the name
-/// `node`, to be reached at `address`. Nothing is kept: save the identity.
+/// `node`, to be reached at `address`, with a `store` outside of the cluster if that has one.
+/// Nothing is kept: save the identity.
 /// When the answer is lost, asks again with the same request, up to three
 /// times.
 ///
@@ -201,8 +218,9 @@ pub async fn join(
     token: &JoinToken,
     node: &NodeName,
     address: &str,
+    store: Option<&str>,
 ) -> Result<(NodeIdentity, Vec<Voter>), JoinError> {
-    let (signing, request) = prepare(token, node, address)?;
+    let (signing, request) = prepare(token, node, address, store)?;
     let request = encoding::payload("a join request", &request)?;
     let tls = ClientTls::join(token.authority)?;
     let mut attempts = 0;

@@ -227,6 +227,32 @@ pub async fn set_voters(store: &dyn Store, list: &VoterList) -> Result<(), Membe
     Ok(())
 }
 
+/// Raises the incarnation of a cluster whose store was put back to an earlier state, so that all new
+/// epochs are above all old ones. The new incarnation.
+///
+/// # Errors
+/// [`MemberError::NoCluster`], [`MemberError::OtherCluster`] and the store's.
+pub async fn raise_incarnation(store: &dyn Store, cluster: ClusterId) -> Result<u32, MemberError> {
+    loop {
+        let entry = store.get(&Key::Cluster.to_string()).await?;
+        let entry = entry.ok_or(MemberError::NoCluster)?;
+        let mut record: ClusterRecord = encoding::decode("the cluster's record", &entry.value)?;
+        if record.id != cluster {
+            return Err(MemberError::OtherCluster(record.id));
+        }
+        record.incarnation += 1;
+        let value = encoding::encode("the cluster's record", &record)?;
+        let txn = Txn::new().when_modified_at(Key::Cluster, entry.modified);
+        if store
+            .txn(txn.put(Key::Cluster, value))
+            .await?
+            .is_committed()
+        {
+            return Ok(record.incarnation);
+        }
+    }
+}
+
 /// Changes the content of a store that one voter begins anew with: a higher incarnation, so that
 /// all new epochs are above all old ones, and this voter alone. The new incarnation.
 ///

@@ -18,10 +18,13 @@ use keel_store::{RaftStore, Store, StoreError, StoreHandler};
 /// Store and joining, as one handler.
 #[derive(Clone)]
 pub struct ClusterService {
-    voter: Arc<RaftStore>,
+    /// This node's own copy of the store, and the requests to it; none of a store outside of the
+    /// cluster.
+    voter: Option<(Arc<RaftStore>, StoreHandler)>,
     /// The cluster's store, for what is not answered by the leader alone.
     store: Arc<dyn Store>,
-    handler: StoreHandler,
+    /// The address of a store outside of the cluster.
+    external: Option<String>,
     authority: Arc<CertificateAuthority>,
 }
 
@@ -32,10 +35,25 @@ impl ClusterService {
         store: Arc<dyn Store>,
         authority: Arc<CertificateAuthority>,
     ) -> Self {
+        let handler = StoreHandler::new(voter.clone());
         Self {
-            handler: StoreHandler::new(voter.clone()),
-            voter,
+            voter: Some((voter, handler)),
             store,
+            external: None,
+            authority,
+        }
+    }
+
+    /// Admits nodes with `authority` into a `store` outside of the cluster, at `address`.
+    pub fn external(
+        store: Arc<dyn Store>,
+        address: String,
+        authority: Arc<CertificateAuthority>,
+    ) -> Self {
+        Self {
+            voter: None,
+            store,
+            external: Some(address),
             authority,
         }
     }
@@ -48,8 +66,15 @@ impl ClusterService {
     async fn join(&self, request: &[u8]) -> Result<Reply, RpcError> {
         let request: JoinRequest =
             encoding::decode("a join request", request).map_err(RpcError::refused)?;
-        let joined = accept_join(self.store.as_ref(), &self.authority, &request, unix_ms()).await;
-        match joined {
+        let external = self.external.as_deref();
+        let joined = accept_join(
+            self.store.as_ref(),
+            external,
+            &self.authority,
+            &request,
+            unix_ms(),
+        );
+        match joined.await {
             Ok(response) => encoding::payload("the answer to a join request", &response)
                 .map(Reply::One)
                 .map_err(RpcError::unknown),
@@ -79,8 +104,15 @@ impl Handler for ClusterService {
         async move {
             match kind {
                 JOIN => self.join(&payload).await,
-                kind if RaftStore::handles(kind) => self.voter.answer(kind, &payload).await,
-                kind => self.handler.answer(kind, &payload).await,
+                kind => match &self.voter {
+                    Some((voter, _)) if RaftStore::handles(kind) => {
+                        voter.answer(kind, &payload).await
+                    }
+                    Some((_, handler)) => handler.answer(kind, &payload).await,
+                    None => Err(RpcError::refused(
+                        "this cluster's store is not in its nodes",
+                    )),
+                },
             }
         }
         .boxed()

@@ -84,11 +84,14 @@ pub(crate) async fn status(reach: &Reach) -> Result<ExitCode> {
     let losses: Vec<NodeLoss> = client.get("/v1/failover").await.unwrap_or_default();
     output::one(reach.format(), &info, &info.cluster, |info| {
         format!(
-            "cluster {}\nnode {} (keel {})\nstore on {}: {}\nnodes {} alive of {}\nmachines {} running of {}{}{}",
+            "cluster {}\nnode {} (keel {})\nstore {}: {}\nnodes {} alive of {}\nmachines {} running of {}{}{}",
             info.cluster,
             info.node,
             info.version,
-            info.voters.join(", "),
+            match &info.external_store {
+                Some(address) => format!("at {address}"),
+                None => format!("on {}", info.voters.join(", ")),
+            },
             info.store,
             info.nodes_alive,
             info.nodes,

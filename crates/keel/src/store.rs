@@ -80,6 +80,14 @@ pub(crate) async fn run(reach: &Reach, what: Option<StoreCommand>) -> Result<Exi
             )
         });
         let voters: Vec<String> = voters.collect();
+        if let Some(address) = &info.external {
+            let names: Vec<&str> = info.voters.iter().map(|it| it.node.as_str()).collect();
+            return format!(
+                "revision {}\nat {address}\nnodes that admit others: {}",
+                info.revision,
+                names.join(", ")
+            );
+        }
         format!(
             "revision {}, term {}\nvoters ({} wanted):\n{}\nmay fail: {}",
             info.revision,
@@ -152,6 +160,14 @@ fn check_confirmed(reach: &Reach, others_are_lost: bool) -> Result<()> {
 }
 
 fn tell(rebuilt: &Rebuilt) {
+    if rebuilt.is_external {
+        outln!(
+            "the store has incarnation {} now, at revision {}. `keel up` starts the nodes",
+            rebuilt.incarnation,
+            rebuilt.revision
+        );
+        return;
+    }
     outln!(
         "node {} has the store alone now: revision {}, incarnation {}. `keel up` starts it",
         rebuilt.node,

@@ -4,7 +4,7 @@
 use crate::cluster::Reach;
 use anyhow::{Context, Result, bail};
 use keel_machine::kind::{KindName, Kinds, WorkerFolders};
-use keel_node::{AgentError, AgentOptions};
+use keel_node::{AgentError, AgentOptions, ExternalStore};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +51,61 @@ struct Place {
     /// Returns once the node answers, and leaves it in the background.
     #[arg(short, long)]
     detach: bool,
+    #[command(flatten)]
+    store: StoreArgs,
+}
+
+/// A store outside of the cluster's nodes; the same for all of them.
+#[derive(clap::Args)]
+#[command(next_help_heading = "A store outside of the nodes")]
+struct StoreArgs {
+    /// An etcd for the cluster's state, e.g. etcd://h1:2379,h2:2379/site-1.
+    ///
+    /// For clusters that outgrow the store in their own nodes. etcd 3.4 or newer, started with
+    /// --max-txn-ops 512 --max-request-bytes 4194304. The part after the slash is a prefix of all
+    /// keys, so that several clusters can use one etcd. All nodes need the option, when they are
+    /// created.
+    #[arg(long, value_name = "ADDRESS")]
+    store: Option<String>,
+    /// Authority of etcd's certificates (PEM): encrypts.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    store_ca: Option<PathBuf>,
+    /// This node's certificate for etcd (PEM).
+    #[arg(long, value_name = "FILE", requires_all = ["store_key", "store_ca"])]
+    store_cert: Option<PathBuf>,
+    /// The certificate's key (PEM).
+    #[arg(long, value_name = "FILE", requires = "store_cert")]
+    store_key: Option<PathBuf>,
+    /// User of etcd.
+    #[arg(long, value_name = "NAME", requires_all = ["store_password_file", "store"])]
+    store_user: Option<String>,
+    /// The user's password is in this file.
+    #[arg(long, value_name = "FILE", requires = "store_user")]
+    store_password_file: Option<PathBuf>,
+}
+
+impl StoreArgs {
+    fn external(&self) -> Result<Option<ExternalStore>> {
+        let Some(address) = self.store.clone() else {
+            return Ok(None);
+        };
+        // The agent has another working directory.
+        let absolute = |file: &PathBuf| {
+            std::path::absolute(file).with_context(|| format!("{}", file.display()))
+        };
+        Ok(Some(ExternalStore {
+            address,
+            authority: self.store_ca.as_ref().map(absolute).transpose()?,
+            client: match (&self.store_cert, &self.store_key) {
+                (Some(certificate), Some(key)) => Some((absolute(certificate)?, absolute(key)?)),
+                _ => None,
+            },
+            user: match (&self.store_user, &self.store_password_file) {
+                (Some(user), Some(file)) => Some((user.clone(), absolute(file)?)),
+                _ => None,
+            },
+        }))
+    }
 }
 
 #[derive(clap::Args)]
@@ -76,18 +131,19 @@ pub(crate) struct WorkerArgs {
     programs: PathBuf,
 }
 
-fn options(reach: &Reach, name: &str, place: &Place) -> AgentOptions {
-    AgentOptions {
+fn options(reach: &Reach, name: &str, place: &Place) -> Result<AgentOptions> {
+    Ok(AgentOptions {
         state_dir: reach.state_dir(),
         name: name.to_owned(),
         listen: place.listen,
         api: place.api,
-    }
+        store: place.store.external()?,
+    })
 }
 
 pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
     if let Some(name) = &args.name {
-        match keel_node::found(&options(reach, name, &args.place)) {
+        match keel_node::found(&options(reach, name, &args.place)?).await {
             Ok(()) => eprintln!("created a cluster with node {name}"),
             // Restarting an existing node under its own name is no error.
             Err(AgentError::Taken(_, existing)) if existing == *name => {}
@@ -99,7 +155,7 @@ pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
 
 pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
     keel_node::join(
-        &options(reach, &args.name, &args.place),
+        &options(reach, &args.name, &args.place)?,
         &args.via,
         &args.token,
     )

@@ -6,6 +6,7 @@ use crate::checkpoints::{self, Checkpoints};
 use crate::compilation::{self, Code};
 use crate::context::{Context, Settings, SettingsError};
 use crate::events::{Events, Note};
+use crate::external_store::ExternalStore;
 use crate::failover;
 use crate::front::{self, Entry, Handles};
 use crate::host::{cpu_features, memory_bytes};
@@ -17,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::moves::{self, Moves};
 use crate::processes::{Arrivals, Processes, extend_leases};
 use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
+use crate::role::Role;
 use crate::rules::Rules;
 use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
@@ -26,7 +28,7 @@ use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
-use keel_cluster::members::{Member, MemberError, MemberSet};
+use keel_cluster::members::{self, Member, MemberError, MemberSet};
 use keel_cluster::tokens::JoinToken;
 use keel_machine::cgroup::Slice;
 use keel_machine::kind::Kinds;
@@ -53,6 +55,8 @@ pub struct AgentOptions {
     pub listen: SocketAddr,
     /// Address for users over TLS, if any.
     pub api: Option<SocketAddr>,
+    /// A store outside of the cluster's nodes, if it is not to be in them.
+    pub store: Option<ExternalStore>,
 }
 
 /// Why a node cannot be created, or its agent cannot start.
@@ -102,6 +106,12 @@ pub enum AgentError {
     /// Two metrics have one name, or a name is not valid.
     #[error("the metrics: {0}")]
     Metrics(prometheus::Error),
+    /// The store outside of the cluster has another cluster.
+    #[error(
+        "the store at {0} has cluster {1} already: join that, or use another prefix \
+         (etcd://HOST:PORT/PREFIX)"
+    )]
+    StoreInUse(String, String),
     /// A token.
     #[error("the join token is not valid: {0}")]
     Token(String),
@@ -116,8 +126,19 @@ fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError 
 ///
 /// # Errors
 /// [`AgentError`].
-pub fn found(options: &AgentOptions) -> Result<(), AgentError> {
+pub async fn found(options: &AgentOptions) -> Result<(), AgentError> {
     let (dir, name, listen) = prepare(options)?;
+    if let Some(external) = &options.store {
+        let store = external.connect().await?;
+        match members::cluster_of(&store).await {
+            Err(MemberError::NoCluster) => {}
+            Err(error) => return Err(error.into()),
+            Ok((cluster, _)) => {
+                let address = external.address.clone();
+                return Err(AgentError::StoreInUse(address, cluster.to_string()));
+            }
+        }
+    }
     let authority = CertificateAuthority::create(ClusterId::random())?;
     let identity = NodeIdentity::first(&authority, &name)?;
     authority.save(dir.root())?;
@@ -127,6 +148,7 @@ pub fn found(options: &AgentOptions) -> Result<(), AgentError> {
             listen,
             api: options.api,
             voters: vec![(name, listen.to_string())],
+            store: options.store.clone(),
         },
     )?;
     // Last, because this write turns the folder into a node's.
@@ -144,8 +166,20 @@ pub async fn join(options: &AgentOptions, via: &str, token: &str) -> Result<(), 
         .trim()
         .parse()
         .map_err(|error| AgentError::Token(format!("{error}")))?;
+    // Whoever cannot use the store uses up no token.
+    let store = match &options.store {
+        Some(external) => Some(external.connect().await?),
+        None => None,
+    };
+    let address = options.store.as_ref().map(|it| it.address.as_str());
     let (identity, voters) =
-        keel_cluster::join::join(via, &token, &name, &listen.to_string()).await?;
+        keel_cluster::join::join(via, &token, &name, &listen.to_string(), address).await?;
+    if let Some(store) = store {
+        let (cluster, _) = members::cluster_of(&store).await?;
+        if cluster != identity.cluster {
+            return Err(MemberError::OtherCluster(cluster).into());
+        }
+    }
     write_settings(
         &dir,
         &Settings {
@@ -155,6 +189,7 @@ pub async fn join(options: &AgentOptions, via: &str, token: &str) -> Result<(), 
                 .into_iter()
                 .map(|voter| (voter.node, voter.address))
                 .collect(),
+            store: options.store.clone(),
         },
     )?;
     identity.save(dir.root())?;
@@ -449,13 +484,13 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
     tell_start(&at);
     entry.open(front::Service::new(at.clone()));
     tokio::spawn(voters::follow(at.voters.clone()));
+    let role = |name| {
+        let (store, node) = (context.store.clone(), context.name.clone());
+        Role::seek(name, store, node, context.lease.clone())
+    };
     tokio::spawn(voters::manage(at.voters.clone(), context.members.clone()));
-    let (led, store, events) = (
-        at.voters.clone(),
-        context.store.clone(),
-        context.events.clone(),
-    );
-    tokio::spawn(async move { lease::tell_of_nodes(store, events, || led.leads()).await });
+    let (store, events) = (context.store.clone(), context.events.clone());
+    tokio::spawn(lease::tell_of_nodes(store, events, role("node-events")));
     let (changes, placement_changes) = unbounded_channel();
     tokio::spawn(placements.clone().follow(context.clone(), changes.clone()));
     tokio::spawn(follow_arrivals(context.clone(), changes));
@@ -464,7 +499,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
         at.processes.clone(),
         placements.clone(),
     ));
-    tokio::spawn(failover::run(at.failover.clone()));
+    tokio::spawn(failover::run(at.failover.clone(), role("failover")));
     tokio::spawn(checkpoints::sweep(at.checkpoints.clone()));
     let followed = context.clone();
     tokio::spawn(async move { alive.follow(&followed).await });

@@ -50,7 +50,8 @@ pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandErr
             draining: drains
                 .iter()
                 .any(|it| it.key == Key::Drain(name.clone()).to_string()),
-            voter: voters.voters.iter().any(|voter| voter.node == *name),
+            voter: external(context).is_none()
+                && voters.voters.iter().any(|voter| voter.node == *name),
             cpus: record.map_or(0, |record| record.cpus),
             memory_bytes: record.map_or(0, |record| record.memory_bytes),
             machines: records::schedule(store, name).await?.len() as u32,
@@ -92,11 +93,18 @@ pub(crate) async fn store(context: &Context) -> Result<StoreInfo, CommandError> 
     let answering = voters.iter().filter(|voter| voter.alive).count();
     Ok(StoreInfo {
         revision: store.revision().await?,
+        external: external(context),
         term: list.term,
         wanted: wanted.to_string(),
         spare: u32::try_from(answering.saturating_sub(quorum)).unwrap_or(0),
         voters,
     })
+}
+
+/// The address of a store outside of the cluster's nodes.
+fn external(context: &Context) -> Option<String> {
+    let store = context.settings.store.as_ref();
+    store.map(|store| store.address.clone())
 }
 
 /// A backup of the store: the bytes of its file.
@@ -122,8 +130,13 @@ pub(crate) async fn backup(context: &Context) -> Result<Vec<u8>, CommandError> {
 /// Says how many voters the store shall have. The leader carries it out.
 ///
 /// # Errors
-/// [`CommandError::Invalid`] for an even number, and if the store does not answer.
+/// [`CommandError::Invalid`] for an even number, [`CommandError::Conflict`] for a store outside of
+/// the nodes, and if the store does not answer.
 pub(crate) async fn set_voter_count(context: &Context, count: &str) -> Result<(), CommandError> {
+    if let Some(address) = external(context) {
+        let what = format!("this cluster's store is at {address}: its own nodes hold none");
+        return Err(CommandError::Conflict(what));
+    }
     let count: VoterCount = count.parse().map_err(CommandError::Invalid)?;
     let value = encoding::encode("the number of voters", &count)
         .map_err(|error| CommandError::Unavailable(error.to_string()))?;
@@ -148,6 +161,7 @@ pub(crate) async fn status(context: &Context) -> Result<ClusterInfo, CommandErro
             .map(|node| node.name.clone())
             .collect(),
         store: format!("answers, revision {}", context.store.revision().await?),
+        external_store: external(context),
         nodes: nodes.len() as u32,
         nodes_alive: nodes.iter().filter(|node| node.alive).count() as u32,
         machines: machines.len() as u32,

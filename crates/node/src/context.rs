@@ -2,6 +2,7 @@
 //! behaviour of its own; layers keep their own state.
 
 use crate::events::Events;
+use crate::external_store::ExternalStore;
 use crate::lease::LeaseTerm;
 use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
@@ -23,8 +24,12 @@ use tokio::sync::watch;
 pub(crate) struct Settings {
     pub(crate) listen: SocketAddr,
     pub(crate) api: Option<SocketAddr>,
-    /// Nodes with the store: name and address.
+    /// Nodes with the store: name and address. With a store outside of the cluster, those that
+    /// admit others.
     pub(crate) voters: Vec<(NodeName, String)>,
+    /// A store outside of the cluster's nodes.
+    #[serde(default)]
+    pub(crate) store: Option<ExternalStore>,
 }
 
 /// Why the settings cannot be read.

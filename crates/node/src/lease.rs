@@ -1,12 +1,12 @@
 //! Keeps this node alive in the store: a lease with the key `alive/NODE`, renewed by a thread of
-//! its own, independent of busy tasks. The node with the store also records which nodes join and
-//! leave.
+//! its own, independent of busy tasks. One node also records which nodes come and go.
 //!
 //! The holder counts the time of its lease from before it sent the renewal, so that it knows of the
 //! end before anybody else acts on it ([`LeaseTerm`]).
 
 use crate::events::{Events, Note};
 use crate::metrics::Metrics;
+use crate::role::Role;
 use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_store::Store;
@@ -19,15 +19,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// How long a node counts as alive without a renewal.
-const TTL_MS: u64 = 1_500;
-/// Interval of renewals.
-const RENEW_EVERY: Duration = Duration::from_millis(300);
+/// Renewals in the time of a lease.
+const RENEWALS: u32 = 5;
 /// Pause after a failed renewal: the store may have a new leader any moment.
 const RENEW_AGAIN_AFTER: Duration = Duration::from_millis(50);
-/// What the clocks of two hosts may differ by within the time of a lease: 1 %, a hundred times what
-/// clock hardware does.
-const DRIFT: Duration = Duration::from_millis(TTL_MS / 100);
+/// What the clocks of two hosts may differ by within the time of a lease, as a part of it: 1 %, a
+/// hundred times what clock hardware does.
+const DRIFT_PART: u32 = 100;
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -95,6 +93,8 @@ async fn renew_for_ever(store: &dyn Store, node: &NodeName, told: &Told) {
         term,
     } = told;
     let tell = |kind, text: String| events.record(Note::node(kind, text));
+    // How long a node counts as alive without a renewal.
+    let ttl = Duration::from_millis(store.node_lease_ms());
     let mut late = false;
     loop {
         let begun = tokio::time::Instant::now();
@@ -114,14 +114,14 @@ async fn renew_for_ever(store: &dyn Store, node: &NodeName, told: &Told) {
         };
         let rest = match result {
             Ok(lease) => {
-                let deadline = sent + Duration::from_millis(TTL_MS) - DRIFT;
+                let deadline = sent + ttl - ttl / DRIFT_PART;
                 term.send_replace(Some(LeaseTerm { lease, deadline }));
                 metrics.lease_renewed(begun.elapsed());
                 if late {
                     late = false;
                     tell(EventKind::LeaseRenewed, "the lease is renewed again".into());
                 }
-                RENEW_EVERY.saturating_sub(begun.elapsed())
+                (ttl / RENEWALS).saturating_sub(begun.elapsed())
             }
             Err(StoreError::NoSuchLease { .. }) => {
                 current.send_replace(None);
@@ -144,26 +144,30 @@ async fn renew_for_ever(store: &dyn Store, node: &NodeName, told: &Told) {
 }
 
 async fn take(store: &dyn Store, node: &NodeName) -> Result<LeaseId, StoreError> {
-    let lease = store.lease_grant(TTL_MS).await?;
+    let lease = store.lease_grant(store.node_lease_ms()).await?;
     let txn = Txn::new().put_leased(Key::Alive(node.clone()), Vec::new(), lease);
     store.txn(txn).await?;
     Ok(lease)
 }
 
-/// Records which nodes gain and lose their lease, until the process ends. The node that leads the
-/// store does it for all: otherwise every node would record the same.
-pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events, leads: impl Fn() -> bool) {
+/// Records which nodes gain and lose their lease, until the process ends. The node with the role
+/// does it for all: otherwise every node would record the same.
+pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events, mut role: Role) {
     let mut alive = None;
     loop {
-        if !leads() {
+        while !role.is_held() {
             alive = None;
-            tokio::time::sleep(RETRY_AFTER / 4).await;
-            continue;
+            role.changed().await;
         }
-        if let Err(error) = follow_nodes(&*store, &events, &mut alive).await {
-            tracing::warn!(%error, "cannot follow which nodes are alive");
+        tokio::select! {
+            followed = follow_nodes(&*store, &events, &mut alive) => {
+                if let Err(error) = followed {
+                    tracing::warn!(%error, "cannot follow which nodes are alive");
+                }
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            () = role.changed() => {}
         }
-        tokio::time::sleep(RETRY_AFTER).await;
     }
 }
 

@@ -19,7 +19,9 @@
 //! - `cluster_info`, `cluster_events`: the cluster and its events in the form that users see
 //! - `voters`: this node's copy of the store, and who else has one
 //! - `context`: shared by all layers
-//! - `error`, `events`, `host`, `lease`, `metrics`, `state_dir`, `supervisor`: the lowest layer
+//! - `external_store`, `lease`, `role`: a store outside of the nodes, this node's lease, and what one
+//!   node does for all
+//! - `error`, `events`, `host`, `metrics`, `state_dir`, `supervisor`: the lowest layer
 
 #![forbid(unsafe_code)]
 
@@ -32,6 +34,7 @@ mod compilation;
 mod context;
 mod error;
 mod events;
+mod external_store;
 mod failover;
 mod front;
 mod host;
@@ -43,6 +46,7 @@ mod metrics;
 mod moves;
 mod processes;
 mod records;
+mod role;
 mod rules;
 mod spanning;
 mod state_dir;
@@ -51,6 +55,7 @@ mod volumes;
 mod voters;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
+pub use external_store::ExternalStore;
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
 pub use supervisor::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};

@@ -361,6 +361,12 @@ pub trait Store: Send + Sync {
     /// Gives a lease its full time again; answers that time in milliseconds.
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>>;
 
+    /// The shortest time of a lease on which a node's life may depend, in milliseconds: a change of
+    /// the leader costs no renewal of it.
+    fn node_lease_ms(&self) -> u64 {
+        1500
+    }
+
     /// Ends a lease and deletes its keys; nothing if it has ended.
     fn lease_revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>>;
 

@@ -2,7 +2,6 @@
 //! and what it says where etcd cannot be used.
 
 mod conformance;
-mod etcd;
 mod linearizability;
 
 use std::error::Error;
@@ -11,22 +10,33 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use etcd::{Etcd, LIMITS};
-use keel_store::{EtcdStore, EtcdTls, Store, StoreError, Txn};
+use keel_store::{EtcdOptions, EtcdStore, EtcdTls, Store, StoreError, Txn};
+use keel_testkit::{ETCD_LIMITS as LIMITS, Etcd};
 use linearizability::check;
 use linearizability::record::{is_pause, record, wait_answers, wait_until};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
+fn options(etcd: &Etcd, prefix: &str) -> EtcdOptions {
+    EtcdOptions {
+        timeout: Duration::from_secs(10),
+        ..EtcdOptions::from_address(&etcd.address(prefix)).expect("an address")
+    }
+}
+
+async fn client(etcd: &Etcd) -> Result<EtcdStore, StoreError> {
+    EtcdStore::connect(&options(etcd, "test")).await
+}
+
 macro_rules! conformance {
     ($($check:ident),* $(,)?) => {
         mod suite {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $check() -> super::conformance::Outcome {
-                let etcd = super::Etcd::start(1).map_err(|error| error as Box<dyn super::Error>)?;
+                let etcd = super::Etcd::start(1)?;
                 let Some(etcd) = etcd else { return Ok(()) };
-                super::conformance::$check(std::sync::Arc::new(etcd.client().await?)).await
+                super::conformance::$check(std::sync::Arc::new(super::client(&etcd).await?)).await
             })*
         }
     };
@@ -48,8 +58,8 @@ async fn clusters_with_other_prefixes_do_not_see_each_other() -> Outcome {
     let Some(etcd) = Etcd::start(1)? else {
         return Ok(());
     };
-    let one = EtcdStore::connect(&etcd.options("one")).await?;
-    let other = EtcdStore::connect(&etcd.options("one-2")).await?;
+    let one = EtcdStore::connect(&options(&etcd, "one")).await?;
+    let other = EtcdStore::connect(&options(&etcd, "one-2")).await?;
     one.txn(Txn::new().put("a", "1")).await?;
     assert_eq!(other.list("").await?.entries, []);
     let mut watch = other.watch("", other.revision().await? + 1).await?;
@@ -74,7 +84,7 @@ async fn histories_are_linearizable_while_members_fail() -> Outcome {
     let answers = Arc::new(AtomicU64::new(0));
     let mut clients = Vec::new();
     for seed in 0..6 {
-        let store: Arc<dyn Store> = Arc::new(etcd.client().await?);
+        let store: Arc<dyn Store> = Arc::new(client(&etcd).await?);
         let (stop, answers) = (stop.clone(), answers.clone());
         clients.push(tokio::spawn(record(store, seed, begun, stop, answers)));
     }
@@ -112,7 +122,7 @@ async fn a_watch_of_a_member_that_stands_still_ends_and_goes_on_elsewhere() -> O
     let Some(etcd) = Etcd::start(3)? else {
         return Ok(());
     };
-    let store = etcd.client().await?;
+    let store = client(&etcd).await?;
     store.txn(Txn::new().put("a", "0")).await?;
     let from = store.revision().await? + 1;
     // The client asked the first member.
@@ -163,7 +173,7 @@ async fn a_user_logs_in_and_again_when_its_log_in_is_forgotten() -> Outcome {
     etcd.post("/v3/auth/role/grant", permission)?;
     etcd.post("/v3/auth/enable", "{}")?;
     let with = |user: Option<(&str, &str)>, prefix: &str| {
-        let mut options = etcd.options(prefix);
+        let mut options = options(&etcd, prefix);
         options.user = user.map(|(name, password)| (name.to_owned(), password.to_owned()));
         options
     };
@@ -222,7 +232,7 @@ async fn connections_are_encrypted_and_both_sides_are_checked() -> Outcome {
         return Ok(());
     };
     let with = |authority: &str, client: bool| {
-        let mut options = etcd.options("test");
+        let mut options = options(&etcd, "test");
         options.timeout = Duration::from_secs(2);
         options.tls = Some(EtcdTls {
             authority: file(authority),
@@ -236,9 +246,9 @@ async fn connections_are_encrypted_and_both_sides_are_checked() -> Outcome {
     for options in [
         with("foreign-ca.pem", true),
         with("ca.pem", false),
-        etcd.options("test"),
+        options(&etcd, "test"),
     ] {
-        let options = keel_store::EtcdOptions {
+        let options = EtcdOptions {
             timeout: Duration::from_secs(2),
             ..options
         };
@@ -261,17 +271,16 @@ async fn an_etcd_with_lower_limits_or_none_at_all_is_refused_with_the_reason() -
     let Some(mut etcd) = Etcd::start_with(1, &[], "http")? else {
         return Ok(());
     };
-    let mut options = etcd.options("test");
+    let mut options = options(&etcd, "test");
     options.timeout = Duration::from_secs(2);
     for more in [&[][..], &LIMITS[..2], &LIMITS[2..]] {
         if !more.is_empty() {
             etcd = Etcd::start_with(1, more, "http")?.ok_or("it is gone")?;
-            options.members = etcd.options("test").members;
+            options.members = options(&etcd, "test").members;
         }
         let error = EtcdStore::connect(&options).await.expect_err("refused");
         assert!(error.to_string().contains(&LIMITS.join(" ")), "{error}");
     }
-    assert!(etcd.folder().exists());
     etcd.kill(0)?;
     let error = EtcdStore::connect(&options)
         .await

@@ -7,6 +7,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
+pub use etcd::{ETCD_LIMITS, Etcd};
 use hyper::Method;
 use keel_api::{
     Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, StoreInfo, Token,
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 
 pub mod disk;
 pub mod drill;
+mod etcd;
 mod machine;
 pub mod nemesis;
 pub mod network;
@@ -81,6 +83,8 @@ pub struct LocalCluster {
     nodes: BTreeMap<String, Node>,
     /// How many of them shall hold the store.
     voters: &'static str,
+    /// A store outside of the nodes.
+    store: Option<String>,
 }
 
 impl std::fmt::Debug for LocalCluster {
@@ -125,6 +129,7 @@ impl LocalCluster {
             quotas: None,
             nodes: BTreeMap::new(),
             voters: "1",
+            store: None,
         }
     }
 
@@ -167,6 +172,22 @@ impl LocalCluster {
         Ok(cluster)
     }
 
+    /// As [`Self::start`], with the store in an etcd at `address`.
+    ///
+    /// # Errors
+    /// The log of a node that did not start.
+    pub async fn start_with_store(
+        program: &Path,
+        folder: &Path,
+        names: &[&str],
+        address: &str,
+    ) -> Result<Self> {
+        let mut cluster = LocalCluster::empty(program, None);
+        cluster.voters = "auto";
+        cluster.store = Some(address.to_owned());
+        cluster.begin(folder, names).await
+    }
+
     /// Starts another node, which joins at an address with a token.
     ///
     /// # Errors
@@ -181,6 +202,9 @@ impl LocalCluster {
             None => "127.0.0.1:0".into(),
         };
         command.args(["--listen", &listen]);
+        if let Some(store) = &self.store {
+            command.args(["--store", store]);
+        }
         self.spawn(name, state, command).await
     }
 
@@ -224,6 +248,9 @@ impl LocalCluster {
                 None => format!("{own}:0"),
             };
             command.args(["--listen", &listen]);
+            if let Some(store) = &self.store {
+                command.args(["--store", store]);
+            }
             self.spawn(name, state, command).await?;
             if number == 0 && self.voters != "auto" {
                 let count = self.voters.to_owned();

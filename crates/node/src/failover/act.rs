@@ -1,9 +1,9 @@
 //! Carries out failovers, while this node has the role.
 
 use super::candidates::{Dependencies, free_memory, homeless};
-use super::role::Role;
 use crate::events::Note;
 use crate::records::{self, RecordError, Reservation};
+use crate::role::Role;
 use keel_api::EventKind;
 use keel_cluster::failover::{Homeless, Placement, place};
 use keel_cluster::{MachineName, NodeName};
@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Interval at which the role is tried and machines that wait are looked at again, beside each
-/// change of the nodes that are alive.
+/// Interval at which machines that wait are looked at again, beside each change of the nodes that
+/// are alive.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the source of a move has to take a machine back that was arriving at a node that
 /// failed: its copy is newer than any checkpoint. It may have dropped it.
@@ -38,26 +38,24 @@ struct Actor {
 }
 
 /// Carries out failovers until the agent ends.
-pub(crate) async fn run(at: Arc<Dependencies>) {
+pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
     let begun = Instant::now();
     let mut actor = Actor {
         at,
         told: BTreeMap::new(),
         lost_since: BTreeMap::new(),
     };
-    let mut role = Role::default();
     let mut changes = actor.at.alive.changes();
     loop {
-        // (An error means that the agent ends.)
-        let _ = tokio::time::timeout(LOOK_EVERY, changes.changed()).await;
-        changes.mark_unchanged();
-        if begun.elapsed() < AFTER_START {
-            continue;
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            // (An error means that the agent ends.)
+            _ = changes.changed() => {}
+            () = role.changed() => {}
         }
-        match role.take(&actor.at.context).await {
-            Ok(true) => actor.look().await,
-            Ok(false) => {}
-            Err(error) => tracing::debug!(%error, "cannot take the role of failovers"),
+        changes.mark_unchanged();
+        if begun.elapsed() >= AFTER_START && role.is_held() {
+            actor.look().await;
         }
     }
 }

@@ -9,9 +9,7 @@
 //!   nothing of them runs                      the other node's agent starts it from the checkpoint
 //! ```
 //!
-//! - `role`: one node acts for all, the holder of `lease/failover`. The key is attached to the
-//!   holder's lease: if the holder fails, it is free at the instant at which the holder's machines
-//!   need it.
+//! - One node acts for all, the holder of the role `failover`.
 //! - `candidates`: the machines, their checkpoints, and the room of the nodes
 //! - `headroom`: what the loss of each node would mean
 //! - `act`: carries out what `keel_cluster::failover` decides
@@ -26,7 +24,6 @@
 mod act;
 mod candidates;
 mod headroom;
-mod role;
 
 pub(crate) use act::run;
 pub(crate) use candidates::Dependencies;

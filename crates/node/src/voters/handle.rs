@@ -11,7 +11,7 @@ use keel_cluster::service::ClusterService;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
 use keel_store::clock::unix_ms;
-use keel_store::{IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
+use keel_store::{EtcdStore, IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -22,6 +22,10 @@ pub(super) const BECOME_VOTER: u16 = 0x0340;
 
 /// The leader asks a voter for the number of its copy.
 pub(super) const COPY: u16 = 0x0341;
+
+/// The node that cares for the authority of a cluster with a store outside of it asks another one
+/// to have it, too.
+pub(super) const TAKE_AUTHORITY: u16 = 0x0342;
 
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
@@ -40,6 +44,11 @@ pub enum VoterError {
          another cluster, remove the whole folder"
     )]
     Lost(PathBuf),
+    #[error(
+        "the store at {0} has no cluster any more, which was begun there: restore it from etcd's \
+         own snapshot, then run `keel recover`; to begin another cluster, remove the whole folder"
+    )]
+    Forgotten(String),
     #[error("an older copy of the store in {path}: {source}")]
     OldCopy {
         path: String,
@@ -57,16 +66,48 @@ pub(super) struct BecomeVoter {
     pub(super) authority_key_pem: String,
 }
 
+/// The cluster's authority, for another node that is to admit others.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Authority {
+    pub(super) certificate_pem: String,
+    pub(super) key_pem: String,
+}
+
+/// The way to the cluster's store.
+pub(super) enum Engine {
+    /// In the cluster's nodes.
+    Embedded(Arc<StoreClient>),
+    /// Outside of them, and its address.
+    External(Arc<EtcdStore>, String),
+}
+
+impl Engine {
+    fn store(&self) -> Arc<dyn Store> {
+        match self {
+            Engine::Embedded(client) => client.clone(),
+            Engine::External(store, _) => store.clone(),
+        }
+    }
+}
+
+/// What this node serves to others.
+#[derive(Default)]
+struct Own {
+    /// Its copy of the store.
+    store: Option<Arc<RaftStore>>,
+    /// Requests to that, and of nodes that want to join.
+    service: Option<ClusterService>,
+}
+
 /// This node's part in the store.
 pub(crate) struct Voters {
     pub(super) dir: StateDir,
     pub(super) name: NodeName,
     cluster: ClusterId,
     pub(super) peers: Arc<Peers>,
-    pub(super) client: Arc<StoreClient>,
+    pub(super) engine: Engine,
     pub(super) settings: Mutex<Settings>,
-    /// Its own copy, and what it serves with it.
-    own: RwLock<Option<(Arc<RaftStore>, ClusterService)>>,
+    own: RwLock<Own>,
     /// Held while a copy is opened or removed.
     changing: tokio::sync::Mutex<()>,
     /// When the leader last asked this node to become a voter.
@@ -87,20 +128,34 @@ impl Voters {
         for (voter, address) in &settings.voters {
             peers.set_address(voter, address);
         }
-        let names = settings.voters.iter().map(|(node, _)| node.clone());
-        let client = StoreClient::new(peers.clone(), names.collect(), STORE_PATIENCE);
+        let engine = match &settings.store {
+            Some(external) => {
+                let store = Arc::new(external.reach().await);
+                Engine::External(store, external.address.clone())
+            }
+            None => {
+                let names = settings.voters.iter().map(|(node, _)| node.clone());
+                let client = StoreClient::new(peers.clone(), names.collect(), STORE_PATIENCE);
+                Engine::Embedded(Arc::new(client))
+            }
+        };
         let voters = Arc::new(Self {
             dir,
             name: identity.node.clone(),
             cluster: identity.cluster,
             peers,
-            client: Arc::new(client),
+            engine,
             settings: Mutex::new(settings),
             own: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
             asked: Mutex::default(),
         });
-        if let Some(authority) = CertificateAuthority::load(voters.dir.root())? {
+        let authority = CertificateAuthority::load(voters.dir.root())?;
+        if matches!(voters.engine, Engine::External(..)) {
+            voters.admit(authority);
+            return Ok(voters);
+        }
+        if let Some(authority) = authority {
             let first = voters.voter();
             let is_alone = voters
                 .settings()
@@ -133,23 +188,67 @@ impl Voters {
     /// # Errors
     /// [`VoterError`] if the store belongs to another cluster, or does not answer.
     pub(crate) async fn begin_cluster(&self) -> Result<(), VoterError> {
-        let Some(store) = self.store() else {
-            return Ok(());
-        };
-        if store.status().voters.len() == 1 && store.is_serving() {
-            let first = Voter {
-                node: self.name.clone(),
-                address: self.settings().listen.to_string(),
-            };
-            members::found(store.as_ref(), self.cluster, &first, unix_ms()).await?;
-            let founded = self.dir.founded();
-            let marked =
-                tokio::task::spawn_blocking(move || crate::state_dir::write_whole(&founded, b""));
-            if let Ok(Err(error)) = marked.await {
-                tracing::warn!(%error, "cannot note that the cluster's store was begun");
+        let store = match &self.engine {
+            Engine::Embedded(_) => match self.store() {
+                Some(store) if store.status().voters.len() == 1 && store.is_serving() => {
+                    store as Arc<dyn Store>
+                }
+                _ => return Ok(()),
+            },
+            Engine::External(store, address) => {
+                let begins = {
+                    let settings = self.settings();
+                    let own = settings.voters.iter().all(|(node, _)| *node == self.name);
+                    own && self.service().is_some()
+                };
+                match members::cluster_of(&**store).await {
+                    Ok((found, _)) if found != self.cluster => {
+                        return Err(MemberError::OtherCluster(found).into());
+                    }
+                    Ok(_) => return Ok(()),
+                    // An empty store would forget everything.
+                    Err(MemberError::NoCluster) if !begins || self.dir.founded().exists() => {
+                        return Err(VoterError::Forgotten(address.clone()));
+                    }
+                    Err(MemberError::NoCluster) => store.clone(),
+                    Err(error) => return Err(error.into()),
+                }
             }
+        };
+        let first = Voter {
+            node: self.name.clone(),
+            address: self.settings().listen.to_string(),
+        };
+        members::found(&*store, self.cluster, &first, unix_ms()).await?;
+        let founded = self.dir.founded();
+        let marked =
+            tokio::task::spawn_blocking(move || crate::state_dir::write_whole(&founded, b""));
+        if let Ok(Err(error)) = marked.await {
+            tracing::warn!(%error, "cannot note that the cluster's store was begun");
         }
         Ok(())
+    }
+
+    /// Admits nodes to a cluster with a store outside of it from now on, if `authority` is there.
+    fn admit(&self, authority: Option<CertificateAuthority>) {
+        let Engine::External(store, address) = &self.engine else {
+            return;
+        };
+        let service = authority.map(|authority| {
+            ClusterService::external(store.clone(), address.clone(), Arc::new(authority))
+        });
+        self.own
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .service = service;
+    }
+
+    /// The address of a store outside of the cluster's nodes.
+    pub(crate) fn external(&self) -> Option<&str> {
+        match &self.engine {
+            Engine::Embedded(_) => None,
+            Engine::External(_, address) => Some(address),
+        }
     }
 
     /// How long ago the leader asked this node to become a voter.
@@ -181,22 +280,27 @@ impl Voters {
         let folder = self.dir.store();
         let store = RaftStore::open(&folder, if_absent, peers, RaftOptions::default()).await?;
         let store = Arc::new(store);
-        let service = ClusterService::new(store.clone(), self.client.clone(), Arc::new(authority));
-        let local = Some((self.name.clone(), store.clone()));
-        self.client.set_local(local);
-        *self.own.write().unwrap_or_else(PoisonError::into_inner) = Some((store, service));
+        let Engine::Embedded(client) = &self.engine else {
+            return Ok(());
+        };
+        let service = ClusterService::new(store.clone(), client.clone(), Arc::new(authority));
+        client.set_local(Some((self.name.clone(), store.clone())));
+        *self.own.write().unwrap_or_else(PoisonError::into_inner) = Own {
+            store: Some(store),
+            service: Some(service),
+        };
         Ok(())
     }
 
     /// The cluster's store.
     pub(crate) fn client(&self) -> Arc<dyn Store> {
-        self.client.clone()
+        self.engine.store()
     }
 
     /// This node's own copy.
     pub(crate) fn store(&self) -> Option<Arc<RaftStore>> {
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
-        own.as_ref().map(|(store, _)| store.clone())
+        own.store.clone()
     }
 
     /// Whether this node leads the store.
@@ -206,7 +310,12 @@ impl Voters {
 
     fn service(&self) -> Option<ClusterService> {
         let own = self.own.read().unwrap_or_else(PoisonError::into_inner);
-        own.as_ref().map(|(_, service)| service.clone())
+        own.service.clone()
+    }
+
+    /// Whether this node has a copy of the store, or admits nodes.
+    pub(super) fn serves(&self) -> bool {
+        self.service().is_some()
     }
 
     fn settings(&self) -> Settings {
@@ -216,11 +325,46 @@ impl Voters {
 
     /// Whether requests of `kind` belong here.
     pub(crate) fn handles(kind: u16) -> bool {
-        kind == BECOME_VOTER || kind == COPY || ClusterService::handles(kind)
+        matches!(kind, BECOME_VOTER | COPY | TAKE_AUTHORITY) || ClusterService::handles(kind)
+    }
+
+    /// Keeps the authority of a cluster with a store outside of it, and admits nodes. Idempotent.
+    async fn take_authority(&self, request: Authority) -> Result<(), RpcError> {
+        let _changing = self.changing.lock().await;
+        if self.external().is_none() {
+            return Err(RpcError::refused(
+                "this cluster's voters have its authority",
+            ));
+        }
+        let Authority {
+            certificate_pem,
+            key_pem,
+        } = request;
+        let authority = self.keep_authority(&certificate_pem, &key_pem).await?;
+        tracing::info!("this node has the cluster's authority, and admits nodes");
+        self.admit(Some(authority));
+        Ok(())
+    }
+
+    async fn keep_authority(
+        &self,
+        certificate_pem: &str,
+        key_pem: &str,
+    ) -> Result<CertificateAuthority, RpcError> {
+        let authority = CertificateAuthority::from_pem(self.cluster, certificate_pem, key_pem);
+        let authority = authority.map_err(RpcError::refused)?;
+        let root = self.dir.root().to_path_buf();
+        let saving = blocking(move || authority.save(&root).map(|()| authority)).await;
+        let saved = saving.map_err(RpcError::failed)?;
+        saved.map_err(RpcError::failed)
     }
 
     /// Becomes the voter that the leader asks for. Idempotent.
     async fn become_voter(&self, request: BecomeVoter) -> Result<(), RpcError> {
+        if let Some(address) = self.external() {
+            let reason = format!("this cluster's store is at {address}");
+            return Err(RpcError::refused(reason));
+        }
         let _changing = self.changing.lock().await;
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         if self.store().is_none()
@@ -249,17 +393,9 @@ impl Voters {
             drop(store);
             self.close().await.map_err(RpcError::failed)?;
         }
-        let authority = CertificateAuthority::from_pem(
-            self.cluster,
-            &request.authority_pem,
-            &request.authority_key_pem,
-        );
-        let authority = authority.map_err(RpcError::refused)?;
-        let root = self.dir.root().to_path_buf();
-        let saving = blocking(move || authority.save(&root).map(|()| authority)).await;
-        let authority = saving
-            .map_err(RpcError::failed)?
-            .map_err(RpcError::failed)?;
+        let authority = self
+            .keep_authority(&request.authority_pem, &request.authority_key_pem)
+            .await?;
         self.remove_copy().await.map_err(RpcError::failed)?;
         tracing::info!(id = request.id, "this node becomes a voter of the store");
         let starting = self.start(IfAbsent::Join(request.id), authority).await;
@@ -291,15 +427,17 @@ impl Voters {
     }
 
     async fn close(&self) -> Result<(), VoterError> {
-        self.client.set_local(None);
+        if let Engine::Embedded(client) = &self.engine {
+            client.set_local(None);
+        }
         let own = {
             let mut own = self.own.write().unwrap_or_else(PoisonError::into_inner);
-            own.take()
+            std::mem::take(&mut *own)
         };
-        let Some((store, service)) = own else {
+        drop(own.service);
+        let Some(store) = own.store else {
             return Ok(());
         };
-        drop(service);
         // Requests that are being answered hold it; it must be closed before another one opens.
         let mut store = store;
         for _ in 0..1000 {
@@ -356,6 +494,10 @@ impl Handler for Voters {
                 self.become_voter(unpack(&payload)?).await?;
                 return Ok(pack(&())?.into());
             }
+            if kind == TAKE_AUTHORITY {
+                self.take_authority(unpack(&payload)?).await?;
+                return Ok(pack(&())?.into());
+            }
             if kind == COPY {
                 let id = self.store().map(|store| store.id());
                 if id.is_none() && self.dir.store().exists() {
@@ -366,7 +508,10 @@ impl Handler for Voters {
             }
             match self.service() {
                 Some(service) => service.call(peer, kind, payload).await,
-                None => Err(RpcError::refused("this node has no copy of the store")),
+                None => Err(RpcError::refused(match self.external() {
+                    Some(_) => "this node does not admit others; `keel status` names those that do",
+                    None => "this node has no copy of the store",
+                })),
             }
         }
         .boxed()

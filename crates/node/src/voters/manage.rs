@@ -1,6 +1,7 @@
 //! The leader's care for the group of voters, and every node's view of it.
 
-use super::handle::{BECOME_VOTER, BecomeVoter, COPY, VoterError, Voters};
+use super::authority::spread;
+use super::handle::{BECOME_VOTER, BecomeVoter, COPY, Engine, VoterError, Voters};
 use crate::context::Settings;
 use keel_cluster::NodeName;
 use keel_cluster::failover::zone_of;
@@ -26,8 +27,12 @@ const COPIES_EVERY: Duration = Duration::from_secs(5);
 /// Time for one to answer.
 const COPY_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Keeps the voters in number, alive and apart, while this node leads; until the process ends.
+/// Keeps the voters in number, alive and apart, while this node leads; until the process ends. With
+/// a store outside of the cluster, the same for the nodes that admit others.
 pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
+    if voters.external().is_some() {
+        return spread(voters, all).await;
+    }
     let mut states = NodeStates::default();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
@@ -45,7 +50,7 @@ pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
 
 /// Since when each node is alive, or away, as this leader saw it.
 #[derive(Default)]
-struct NodeStates {
+pub(super) struct NodeStates {
     nodes: BTreeMap<NodeName, (bool, Instant)>,
     copies_seen: Option<Instant>,
 }
@@ -60,6 +65,18 @@ impl NodeStates {
             self.copies_seen = Some(Instant::now());
         }
         due
+    }
+
+    /// What the store says of all nodes.
+    pub(super) async fn look(
+        &mut self,
+        store: &dyn Store,
+        all: &MemberSet,
+    ) -> Result<BTreeMap<NodeName, Candidate>, StoreError> {
+        let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
+        let alive = alive.into_keys().collect();
+        let zones = nodes_under(store, NODE_LABELS, zone_of).await?;
+        Ok(self.candidates(all, &alive, &zones))
     }
 
     fn candidates(
@@ -104,10 +121,7 @@ async fn look(
         store.set_voters(ids).await?;
         return publish(store, &store.status()).await;
     }
-    let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
-    let alive = alive.into_keys().collect();
-    let zones = nodes_under(store, NODE_LABELS, zone_of);
-    let candidates = states.candidates(all, &alive, &zones.await?);
+    let candidates = states.look(store, all).await?;
     let wanted = match store.get(&Key::VoterCount.to_string()).await? {
         Some(entry) => encoding::decode("the number of voters", &entry.value)
             .map_err(members::MemberError::from)?,
@@ -267,7 +281,7 @@ async fn publish(store: &RaftStore, status: &RaftStatus) -> Result<(), VoterErro
 }
 
 async fn nodes_under<T>(
-    store: &RaftStore,
+    store: &dyn Store,
     prefix: &str,
     read: impl Fn(&[u8]) -> Option<T>,
 ) -> Result<BTreeMap<NodeName, T>, StoreError> {
@@ -348,7 +362,9 @@ async fn adopt(
         }
     }
     let names = list.voters.iter().map(|voter| voter.node.clone());
-    voters.client.set_voters(names.collect());
+    if let Engine::Embedded(client) = &voters.engine {
+        client.set_voters(names.collect());
+    }
     let settings = {
         let mut settings = voters.settings.lock();
         let settings = match &mut settings {
@@ -367,7 +383,7 @@ async fn adopt(
         save(voters, settings).await;
     }
     let is_voter = list.voters.iter().any(|voter| voter.node == voters.name);
-    if is_voter || voters.store().is_none() {
+    if is_voter || !voters.serves() {
         *absent_since = None;
         return Ok(());
     }

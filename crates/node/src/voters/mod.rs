@@ -7,9 +7,12 @@
 //! - [`follow`] keeps the list of voters: for the client, and in the node's settings for its next
 //!   start. [`manage`] is the leader's: it carries out what `keel_cluster::voters` decides.
 //! - [`recover`] and [`restore`] begin the store anew, while the agent does not run.
+//! - A cluster may have its store in an etcd outside of it; then nobody is a voter, and
+//!   `authority` keeps the cluster's authority, which admits nodes, at some of them.
 //! - A node becomes a voter by the leader's request, which also brings the cluster's authority: any
 //!   voter admits nodes. It is sent over TLS between members.
 
+mod authority;
 mod handle;
 mod manage;
 mod rebuild;

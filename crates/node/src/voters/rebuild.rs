@@ -7,7 +7,7 @@ use keel_cluster::NodeName;
 use keel_cluster::identity::{CertificateAuthority, IdentityError, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter, VoterList};
 use keel_store::keys::Key;
-use keel_store::{Backup, BackupError, Listing, RaftStore, Revision, StoreError};
+use keel_store::{Backup, BackupError, Listing, RaftStore, Revision, Store, StoreError};
 use std::path::{Path, PathBuf};
 
 /// Why the store cannot be begun anew here. Nothing was changed.
@@ -20,6 +20,10 @@ pub enum RebuildError {
          status` names them)"
     )]
     NoVoter(NodeName),
+    #[error(
+        "the cluster's store is at {0}: bring it back with etcd's own snapshots, then `keel recover`"
+    )]
+    External(String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error("the node's settings: {0}")]
@@ -46,19 +50,34 @@ pub struct Rebuilt {
     pub incarnation: u32,
     /// The newest change that is known.
     pub revision: Revision,
+    /// Whether the store is outside of the nodes.
+    pub is_external: bool,
     /// Nodes that had the store, too, and must never run with their copies again.
     pub others: Vec<NodeName>,
     /// Where the old copy is now.
     pub old: Option<PathBuf>,
 }
 
-/// Makes the node in a folder the only voter, with what its copy has.
+/// Makes the node in a folder the only voter, with what its copy has. A store outside of the
+/// cluster, which was restored to an earlier state, gets a higher incarnation.
 ///
 /// # Errors
 /// [`RebuildError`] if the folder is of no voter, or a process has its copy open. Nothing is changed
 /// then.
 pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
     let node = Node::open(state_dir)?;
+    if let Some(external) = &node.settings.store {
+        let store = external.connect().await?;
+        let incarnation = members::raise_incarnation(&store, node.identity.cluster).await?;
+        return Ok(Rebuilt {
+            node: node.identity.node.clone(),
+            incarnation,
+            revision: store.revision().await?,
+            is_external: true,
+            others: Vec::new(),
+            old: None,
+        });
+    }
     let content = RaftStore::content(&node.dir.store()).await?;
     node.begin(content).await
 }
@@ -70,6 +89,9 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
 /// then.
 pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, RebuildError> {
     let node = Node::open(state_dir)?;
+    if let Some(external) = &node.settings.store {
+        return Err(RebuildError::External(external.address.clone()));
+    }
     if node.dir.store().exists() {
         // Refused while an agent has it.
         RaftStore::check_unused(&node.dir.store()).await?;
@@ -130,6 +152,7 @@ impl Node {
             node: name,
             incarnation,
             revision,
+            is_external: false,
             others,
             old,
         })

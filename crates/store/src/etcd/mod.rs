@@ -472,6 +472,11 @@ impl Store for EtcdStore {
         .boxed()
     }
 
+    /// An election of etcd takes up to 2 s with its default settings.
+    fn node_lease_ms(&self) -> u64 {
+        4000
+    }
+
     fn lease_revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
         self.revoke(lease).boxed()
     }

@@ -1,28 +1,27 @@
-//! A real etcd on loopback, of one member or three.
+//! A real etcd on loopback, of one member or three, for what uses one.
 
-use std::error::Error;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use keel_store::{EtcdOptions, EtcdStore, StoreError};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-type Failure = Box<dyn Error + Send + Sync>;
+/// Settings that the store's engine needs.
+pub const ETCD_LIMITS: [&str; 4] = ["--max-txn-ops", "512", "--max-request-bytes", "4194304"];
 
-/// Settings that the engine needs.
-pub(crate) const LIMITS: [&str; 4] = ["--max-txn-ops", "512", "--max-request-bytes", "4194304"];
-
+#[derive(Debug)]
 struct Member {
     client: String,
     peer: String,
     process: Option<Child>,
 }
 
-/// Ends when dropped.
-pub(crate) struct Etcd {
+/// An etcd of our own. Ends when dropped.
+#[derive(Debug)]
+pub struct Etcd {
     members: Vec<Member>,
     arguments: Vec<String>,
     scheme: &'static str,
@@ -37,21 +36,28 @@ fn is_installed() -> bool {
     etcd.is_ok_and(|status| status.success())
 }
 
-fn free_address() -> Result<String, Failure> {
+fn free_address() -> Result<String> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
 impl Etcd {
     /// An empty etcd with the settings that the engine needs; `None` where none is installed.
-    pub(crate) fn start(members: usize) -> Result<Option<Self>, Failure> {
-        Self::start_with(members, &LIMITS, "http")
+    ///
+    /// # Errors
+    /// The log of a member that did not start.
+    pub fn start(members: usize) -> Result<Option<Self>> {
+        Self::start_with(members, &ETCD_LIMITS, "http")
     }
 
-    pub(crate) fn start_with(
+    /// As [`Etcd::start`], with these settings instead; `scheme` is `http` or `https`.
+    ///
+    /// # Errors
+    /// The log of a member that did not start.
+    pub fn start_with(
         members: usize,
         arguments: &[&str],
         scheme: &'static str,
-    ) -> Result<Option<Self>, Failure> {
+    ) -> Result<Option<Self>> {
         if !is_installed() {
             eprintln!("skipped: no etcd here (apt-get install etcd-server)");
             return Ok(None);
@@ -77,7 +83,10 @@ impl Etcd {
     }
 
     /// Starts a member, the first time or again.
-    pub(crate) fn run(&mut self, member: usize) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn run(&mut self, member: usize) -> Result<()> {
         let peers: Vec<String> = self.members.iter().enumerate().map(peer_of).collect();
         let Member { client, peer, .. } = &self.members[member];
         let client = format!("{}://{client}", self.scheme);
@@ -104,13 +113,13 @@ impl Etcd {
     }
 
     /// Waits until all members take connections.
-    fn wait(&self) -> Result<(), Failure> {
+    fn wait(&self) -> Result<()> {
         let begun = Instant::now();
         for member in &self.members {
             while TcpStream::connect(&member.client).is_err() {
                 if begun.elapsed() > Duration::from_secs(60) {
                     let log = std::fs::read_to_string(self.folder.path().join("m0.log"))?;
-                    return Err(format!("etcd does not start: {log}").into());
+                    bail!("etcd does not start: {log}");
                 }
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -119,7 +128,10 @@ impl Etcd {
     }
 
     /// Ends a member at once; its files stay.
-    pub(crate) fn kill(&mut self, member: usize) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn kill(&mut self, member: usize) -> Result<()> {
         if let Some(mut process) = self.members[member].process.take() {
             process.kill()?;
             process.wait()?;
@@ -128,10 +140,15 @@ impl Etcd {
     }
 
     /// Stops a member with its connections open, or lets it go on.
-    pub(crate) fn pause(&self, member: usize, is_paused: bool) -> Result<(), Failure> {
-        use rustix::process::{Pid, Signal, kill_process};
-        let process = self.members[member].process.as_ref().ok_or("not running")?;
-        let pid = Pid::from_raw(i32::try_from(process.id())?).ok_or("no such process")?;
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn pause(&self, member: usize, is_paused: bool) -> Result<()> {
+        let process = self.members[member]
+            .process
+            .as_ref()
+            .context("not running")?;
+        let pid = Pid::from_raw(i32::try_from(process.id())?).context("no such process")?;
         let signal = if is_paused {
             Signal::STOP
         } else {
@@ -140,20 +157,17 @@ impl Etcd {
         Ok(kill_process(pid, signal)?)
     }
 
-    pub(crate) fn options(&self, prefix: &str) -> EtcdOptions {
+    /// What a client is given: `etcd://` and all members, with a prefix.
+    pub fn address(&self, prefix: &str) -> String {
         let members: Vec<&str> = self.members.iter().map(|it| it.client.as_str()).collect();
-        let address = format!("etcd://{}/{prefix}", members.join(","));
-        let mut options = EtcdOptions::from_address(&address).expect("an address");
-        options.timeout = Duration::from_secs(10);
-        options
-    }
-
-    pub(crate) async fn client(&self) -> Result<EtcdStore, StoreError> {
-        EtcdStore::connect(&self.options("test")).await
+        format!("etcd://{}/{prefix}", members.join(","))
     }
 
     /// Asks the gateway of the first member.
-    pub(crate) fn post(&self, path: &str, body: &str) -> Result<String, Failure> {
+    ///
+    /// # Errors
+    /// Its answer, if it is not a good one.
+    pub fn post(&self, path: &str, body: &str) -> Result<String> {
         let mut stream = TcpStream::connect(&self.members[0].client)?;
         let length = body.len();
         write!(
@@ -162,14 +176,8 @@ impl Etcd {
         )?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
-        match answer.starts_with("HTTP/1.0 200") {
-            true => Ok(answer),
-            false => Err(answer.into()),
-        }
-    }
-
-    pub(crate) fn folder(&self) -> PathBuf {
-        self.folder.path().into()
+        ensure!(answer.starts_with("HTTP/1.0 200"), answer);
+        Ok(answer)
     }
 }
 

@@ -1,0 +1,191 @@
+//! A cluster whose store is an etcd outside of its nodes: machines run, move and fail over as with
+//! a store in the nodes, and any three nodes admit others.
+
+use keel_api::{StoreInfo, Token, TokenRequest};
+use keel_machine::high_availability::{Fence, HighAvailability};
+use keel_machine::moves::Ending;
+use keel_testkit::witness::examine;
+use keel_testkit::{Etcd, Guest, LocalCluster, guest, wait_for};
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    folder.expect("a folder")
+}
+
+/// What `keel` says in a state folder, and whether it succeeds.
+fn keel(state: &Path, args: &[&str]) -> (bool, String) {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(state)
+        .args(args)
+        .output()
+        .expect("keel runs");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    (output.status.success(), said)
+}
+
+async fn store_of(cluster: &LocalCluster, node: &str) -> Option<StoreInfo> {
+    cluster.client(node).get("/v1/store").await.ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_needed() {
+    let folder = folder();
+    let Some(mut etcd) = Etcd::start(3).expect("etcd") else {
+        return;
+    };
+    let names = ["a", "b", "c", "d"];
+    let address = etcd.address("site-1");
+    let cluster =
+        LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &names, &address).await;
+    let mut cluster = cluster.expect("a cluster");
+    let (_, status) = keel(&cluster.folder("b"), &["status"]);
+    assert!(status.contains(&format!("store at {address}")), "{status}");
+    assert!(!status.contains("no failover"), "{status}");
+    let (_, refused) = keel(&cluster.folder("b"), &["store", "voters", "3"]);
+    assert!(refused.contains("its own nodes hold none"), "{refused}");
+
+    // A member of etcd less is no reason to stop.
+    etcd.kill(0).expect("it ends");
+    let file = folder.path().join("written");
+    let module = guest("witness");
+    let args = [file.display().to_string(), "8".into(), "1000".into()];
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let witness = Guest {
+        volume: Some(folder.path()),
+        ha: Some(HighAvailability {
+            checkpoint_every_s: 1,
+            fence: Fence::Timer,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("w", "a", &module, &args)
+    };
+    cluster.run(&witness).await.expect("it starts");
+    let evidence = || examine(&std::fs::read_to_string(&file).unwrap_or_default());
+    let writes_on = async |lines: u64| {
+        let before = evidence().expect("one copy wrote").lines;
+        wait_for("it writes on", || async {
+            let now = evidence().expect("one copy wrote").lines;
+            (now >= before + lines).then_some(())
+        })
+        .await
+        .expect("it writes");
+    };
+    writes_on(50).await;
+    let client = cluster.client("a");
+    let moved = keel_testkit::move_by(&client, "w", "b")
+        .await
+        .expect("it moves");
+    assert_eq!(moved.ending, Ending::Moved);
+    writes_on(50).await;
+    wait_for("another node has its checkpoint", || async {
+        let machine = cluster.inspect("a", "w").await.ok()?;
+        (machine.in_sync.len() >= 2 && machine.in_sync.contains(&"b".to_owned())).then_some(())
+    })
+    .await
+    .expect("it is copied");
+    // Three nodes have the authority, the first among them.
+    wait_for("three nodes admit others", || async {
+        let info = store_of(&cluster, "d").await?;
+        (info.voters.len() == 3 && info.external.is_some()).then_some(())
+    })
+    .await
+    .expect("it is spread");
+
+    let before = evidence().expect("one copy wrote").epochs;
+    cluster.power_off("b");
+    wait_for("it runs elsewhere", || async {
+        (evidence().expect("one copy wrote").epochs > before).then_some(())
+    })
+    .await
+    .expect("it is restarted");
+    writes_on(50).await;
+    assert_eq!(evidence().expect("one copy wrote").rewinds, 1);
+
+    // The node that began the cluster fails for good; another one admits a new node.
+    cluster.power_off("a");
+    let admits = wait_for("another node admits", || async {
+        let info = store_of(&cluster, "d").await?;
+        let others = info.voters.iter().filter(|it| it.alive && it.node != "a");
+        others.map(|voter| voter.address.clone()).next()
+    })
+    .await
+    .expect("there is one");
+    let token: Token = cluster
+        .client("d")
+        .post("/v1/tokens", &TokenRequest::Join { ttl_s: 60 })
+        .await
+        .expect("a token");
+    let state = folder.path().join("without");
+    let join = ["join", &admits, "--name", "e", "--token", &token.token];
+    let (ok, said) = keel(&state, &[&join[..], &["--listen", "127.0.0.1:0"]].concat());
+    assert!(
+        !ok && said.contains(&format!("join with `--store {address}`")),
+        "{said}"
+    );
+    // (The token is still good.)
+    let joined = cluster
+        .join(folder.path(), "e", &admits, &token.token)
+        .await;
+    joined.expect("it joins");
+    cluster.wait_alive("e").await.expect("it is a node");
+    let client = cluster.client("d");
+    let moved = keel_testkit::move_by(&client, "w", "e")
+        .await
+        .expect("it moves");
+    assert_eq!(moved.ending, Ending::Moved);
+    writes_on(50).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_used_is_refused_before_anything_is_made() {
+    let folder = folder();
+    let Some(etcd) = Etcd::start(1).expect("etcd") else {
+        return;
+    };
+    let address = etcd.address("one");
+    let up = |state: &Path, store: &[&str]| {
+        let place = ["up", "--name", "x", "--listen", "127.0.0.1:0", "--detach"];
+        keel(state, &[&place[..], store].concat())
+    };
+    let cluster =
+        LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &["a"], &address).await;
+    let mut cluster = cluster.expect("a cluster");
+    let other = folder.path().join("x");
+    let nobody = "etcd://127.0.0.1:1";
+    for (store, said) in [
+        (&["--store", &address][..], "has cluster"),
+        (&["--store", "http://a:1"], "is not of the form"),
+        (&["--store", "etcd://a:1/b/c"], "has a `/`"),
+        (&["--store", nobody], "127.0.0.1:1"),
+        (&["--store-user", "u"], "--store"),
+        (
+            &["--store", &address, "--store-ca", "absent.pem"],
+            "absent.pem",
+        ),
+    ] {
+        let (ok, text) = up(&other, store);
+        assert!(!ok && text.contains(said), "{store:?}: {text}");
+        assert!(!other.join("node.json").exists(), "{store:?}");
+    }
+    // Backups are as with a store in the nodes; bringing one back is etcd's matter.
+    let backup = folder.path().join("backup");
+    let file = backup.display().to_string();
+    let (ok, said) = keel(&cluster.folder("a"), &["store", "backup", &file]);
+    assert!(ok && said.contains("entries"), "{said}");
+    cluster.power_off("a");
+    let (ok, said) = keel(
+        &cluster.folder("a"),
+        &["store", "restore", "--others-are-lost", &file],
+    );
+    assert!(!ok && said.contains("etcd's own snapshots"), "{said}");
+    let (ok, said) = keel(&cluster.folder("a"), &["recover", "--others-are-lost"]);
+    assert!(ok && said.contains("incarnation 2"), "{said}");
+    cluster.power_on("a").await.expect("it starts");
+    cluster.wait_alive("a").await.expect("it is a node again");
+}
