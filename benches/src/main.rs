@@ -40,6 +40,7 @@ mod signals;
 mod spanned;
 mod spanning;
 mod spread;
+mod store;
 mod table;
 mod threads;
 
@@ -62,6 +63,9 @@ pub(crate) struct Options {
     /// name contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Rounds of `store`, each with both engines.
+    #[arg(long, default_value_t = 3)]
+    store_rounds: usize,
     /// Rounds of each kernel; every variant runs once in each round.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -111,6 +115,7 @@ enum What {
     PostCopy,
     Checkpoints,
     Failover,
+    Store,
     Qemu,
     Plan,
     Spanning,
@@ -168,6 +173,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Failover) {
         failover::bench(&options)?;
+    }
+    if wanted(What::Store) {
+        store::bench(&options)?;
     }
     if wanted(What::Qemu) {
         qemu::bench(&options.keel, &options.guests, options.moves)?;

@@ -205,6 +205,48 @@ async fn a_machine_on_arrival_at_a_node_that_fails_goes_on_at_its_source() {
     moving.abort();
 }
 
+/// The move that was in progress ends after the failover: then nobody needs the process any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_on_its_way_from_a_node_that_fails_leaves_no_process_behind() {
+    let bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    bench.writes_on("w", 100).await;
+    let before = bench.evidence("w");
+    let members = bench.machine("c", "w").await.in_sync;
+    let without = NODES
+        .into_iter()
+        .find(|node| !members.iter().any(|it| it == node));
+    let target = without.expect("a node without its checkpoint");
+    let held = bench
+        .cluster
+        .failpoint("c", "source.round", Some("delay(7000)"));
+    held.await.expect("a failpoint");
+    let client = bench.cluster.client("c");
+    let moving = tokio::spawn(async move { keel_testkit::move_by(&client, "w", target).await });
+    wait_for("it copies", || async {
+        let passed = bench.cluster.failpoints_passed("c");
+        passed
+            .iter()
+            .any(|name| name == "source.round")
+            .then_some(())
+    })
+    .await
+    .expect("it moves");
+    bench.cluster.stop_agent("c", true).expect("it stops");
+    bench.fails_over("w", before.epochs).await;
+    bench.cluster.stop_agent("c", false).expect("it goes on");
+    let now = bench.machine("a", "w").await.node;
+    wait_for("one process is left", || async {
+        let all = NODES.iter().map(|node| bench.cluster.workers_of(node, "w"));
+        (all.sum::<usize>() == 1 && bench.cluster.workers_of(&now, "w") == 1).then_some(())
+    })
+    .await
+    .expect("the others end");
+    bench.writes_on("w", 100).await;
+    bench.evidence("w");
+    moving.abort();
+}
+
 /// With checkpoints in a place that all nodes see; turned on, off and on again while it runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn high_availability_is_turned_on_and_off_while_a_machine_runs() {

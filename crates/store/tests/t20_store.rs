@@ -2,8 +2,6 @@
 //! loopback TLS; then what each does beyond it.
 
 mod conformance;
-#[expect(dead_code, reason = "the other test binary stops voters")]
-mod voters;
 
 use std::error::Error;
 use std::path::Path;
@@ -27,7 +25,7 @@ use tokio::net::TcpListener;
 struct Engine {
     store: Arc<dyn Store>,
     _server: Option<ServerHandle>,
-    _group: Option<voters::Group>,
+    _group: Option<keel_testkit::Group>,
     _directory: TempDir,
 }
 
@@ -57,10 +55,9 @@ async fn embedded() -> Result<Engine, Box<dyn Error>> {
 }
 
 async fn three_voters() -> Result<Engine, Box<dyn Error>> {
-    let group = voters::Group::of_three(RaftOptions::default()).await;
-    let group = group.map_err(|error| error as Box<dyn Error>)?;
+    let group = keel_testkit::Group::of_three(RaftOptions::default()).await?;
     Ok(Engine {
-        store: group.client().map_err(|error| error as Box<dyn Error>)?,
+        store: group.client()?,
         _server: None,
         _group: Some(group),
         _directory: tempfile::tempdir()?,

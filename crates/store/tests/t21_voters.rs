@@ -2,7 +2,6 @@
 //! that come back, snapshots for those that are far behind.
 
 mod linearizability;
-mod voters;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -14,9 +13,9 @@ use std::time::{Duration, Instant};
 use keel_store::{
     Change, Compare, IfAbsent, RaftOptions, Store, StoreError, Txn, TxnOutcome, Watch,
 };
+use keel_testkit::Group;
 use linearizability::check;
 use linearizability::record::{is_pause, record, wait_answers, wait_until};
-use voters::Group;
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 

@@ -271,25 +271,23 @@ async fn an_etcd_with_lower_limits_or_none_at_all_is_refused_with_the_reason() -
     let Some(mut etcd) = Etcd::start_with(1, &[], "http")? else {
         return Ok(());
     };
-    let mut options = options(&etcd, "test");
-    options.timeout = Duration::from_secs(2);
+    let mut asked = options(&etcd, "test");
+    asked.timeout = Duration::from_secs(2);
     for more in [&[][..], &LIMITS[..2], &LIMITS[2..]] {
         if !more.is_empty() {
             etcd = Etcd::start_with(1, more, "http")?.ok_or("it is gone")?;
-            options.members = options(&etcd, "test").members;
+            asked.members = options(&etcd, "test").members;
         }
-        let error = EtcdStore::connect(&options).await.expect_err("refused");
+        let error = EtcdStore::connect(&asked).await.expect_err("refused");
         assert!(error.to_string().contains(&LIMITS.join(" ")), "{error}");
     }
     etcd.kill(0)?;
-    let error = EtcdStore::connect(&options)
-        .await
-        .expect_err("nobody there");
-    assert!(error.to_string().contains(&options.members[0]), "{error}");
+    let error = EtcdStore::connect(&asked).await.expect_err("nobody there");
+    assert!(error.to_string().contains(&asked.members[0]), "{error}");
     // Nothing was changed, and the next member is asked.
     etcd.run(0)?;
     wait_until("it is there", || {
-        std::net::TcpStream::connect(&options.members[0]).is_ok()
+        std::net::TcpStream::connect(&asked.members[0]).is_ok()
     })
     .await?;
     Ok(())

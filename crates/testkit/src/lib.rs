@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+pub use voters::{Group, Member};
 
 pub mod disk;
 pub mod drill;
@@ -33,6 +34,7 @@ mod machine;
 pub mod nemesis;
 pub mod network;
 pub mod quota;
+mod voters;
 pub mod witness;
 
 /// File in which nodes of a cluster record the failpoints that they pass, if they are built with

@@ -9,13 +9,13 @@ use crate::network::Network;
 use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
+use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, StoreInfo, Urgency, VotersRequest};
 use keel_machine::failpoint::{ALL, Action, Injection};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -60,8 +60,8 @@ pub struct Tally {
     pub refused: AtomicU64,
     /// Checkpoints that were made.
     pub checkpoints: AtomicU64,
-    /// Faults, by kind.
-    pub faults: std::collections::BTreeMap<&'static str, u64>,
+    /// Faults, by kind, and apart those of the node that led the store.
+    pub faults: BTreeMap<String, u64>,
     /// How often a machine rewound to a checkpoint after its process was killed.
     pub rewinds: u64,
     /// Of these, machines with high availability whose node was away.
@@ -122,6 +122,10 @@ enum Fault {
     StopAgent(String),
     StopWorker(String, &'static str),
     PowerOff(String),
+    /// All nodes lose power at once; they return in this order, the last one later.
+    AllOff([&'static str; 3]),
+    /// The store goes back to one voter, and to three after that.
+    FewerVoters,
     Cut(String),
     CutOneWay(String, String),
     FullDisk(String),
@@ -145,6 +149,8 @@ impl Fault {
             Fault::StopAgent(_) => "agent stopped",
             Fault::StopWorker(..) => "worker stopped",
             Fault::PowerOff(_) => "node off",
+            Fault::AllOff(_) => "all nodes off",
+            Fault::FewerVoters => "voters replaced",
             Fault::Cut(_) => "link cut",
             Fault::CutOneWay(..) => "link cut one way",
             Fault::FullDisk(_) => "disk full",
@@ -152,15 +158,37 @@ impl Fault {
         }
     }
 
+    /// The node whose part it is, if it is one node's.
+    fn node(&self) -> Option<&str> {
+        match self {
+            Fault::Nothing | Fault::AllOff(_) | Fault::FewerVoters => None,
+            Fault::Failpoint(node, ..)
+            | Fault::KillAgent(node)
+            | Fault::KillWorker(node, _)
+            | Fault::KillInDoubt(node, _)
+            | Fault::StopAgent(node)
+            | Fault::StopWorker(node, _)
+            | Fault::PowerOff(node)
+            | Fault::Cut(node)
+            | Fault::CutOneWay(node, _)
+            | Fault::FullDisk(node)
+            | Fault::SlowLink(node, _) => Some(node),
+        }
+    }
+
     /// Whether the fault may kill machines' own processes.
     fn kills_machines(&self) -> bool {
         match self {
-            Fault::KillWorker(..) | Fault::KillInDoubt(..) | Fault::PowerOff(_) => true,
+            Fault::KillWorker(..)
+            | Fault::KillInDoubt(..)
+            | Fault::PowerOff(_)
+            | Fault::AllOff(_) => true,
             Fault::Failpoint(_, name, order) => {
                 order.action == Action::Kill
                     && keel_machine::failpoint::find(name).is_some_and(|it| it.site.is_worker())
             }
             Fault::Nothing
+            | Fault::FewerVoters
             | Fault::KillAgent(_)
             | Fault::StopAgent(_)
             | Fault::StopWorker(..)
@@ -177,6 +205,7 @@ impl Fault {
     fn ends_leases(&self) -> bool {
         match self {
             Fault::PowerOff(_)
+            | Fault::AllOff(_)
             | Fault::StopAgent(_)
             | Fault::StopWorker(..)
             | Fault::Cut(_)
@@ -185,6 +214,7 @@ impl Fault {
             | Fault::SlowLink(..) => true,
             Fault::Failpoint(_, _, order) => order.action == Action::Stop,
             Fault::Nothing
+            | Fault::FewerVoters
             | Fault::KillAgent(_)
             | Fault::KillWorker(..)
             | Fault::KillInDoubt(..) => false,
@@ -374,14 +404,35 @@ impl Nemesis {
             .map_or("", |(name, ..)| name)
     }
 
-    fn some_fault(&mut self) -> Fault {
-        let node = self.some_node();
+    /// The node that leads the store, if one is known.
+    async fn leader(&self) -> Option<String> {
+        let ask = async |node: &str| {
+            let client = self.cluster.client(node);
+            let asked = client.get::<StoreInfo>("/v1/store");
+            let info = tokio::time::timeout(BROKEN_MAX, asked).await.ok()?.ok()?;
+            let leader = info.voters.into_iter().find(|voter| voter.leads)?;
+            Some(leader.node)
+        };
+        ask(NODES[0]).await
+    }
+
+    fn some_fault(&mut self, leader: Option<&str>) -> Fault {
+        let node = match leader {
+            Some(leader) if self.random.random_bool(0.3) => leader.to_owned(),
+            _ => self.some_node(),
+        };
         let machine = self.some_machine();
         let linked = self.cluster.network().is_some();
         let disks = self.disks.len() == NODES.len();
-        match self.random.random_range(0..114) {
+        match self.random.random_range(0..118) {
+            114..116 => {
+                let mut order = NODES;
+                order.shuffle(&mut self.random);
+                Fault::AllOff(order)
+            }
+            116.. => Fault::FewerVoters,
             100..106 if disks => Fault::FullDisk(node),
-            106.. if linked => Fault::SlowLink(node, self.random.random_range(2..60)),
+            106..114 if linked => Fault::SlowLink(node, self.random.random_range(2..60)),
             0..45 => {
                 let failpoint = ALL.choose(&mut self.random);
                 let name = failpoint.map_or("", |failpoint| failpoint.name);
@@ -438,6 +489,12 @@ impl Nemesis {
                 drop(self.cluster.stop_worker(node, machine, true));
             }
             Fault::PowerOff(node) => self.cluster.power_off(node),
+            Fault::AllOff(_) => {
+                for node in NODES {
+                    self.cluster.power_off(node);
+                }
+            }
+            Fault::FewerVoters => self.set_voters("1").await,
             Fault::Cut(node) => self.cut(|network| network.cut(node, true)),
             Fault::CutOneWay(from, to) => {
                 self.cut(|network| network.cut_one_way(from, to, true));
@@ -446,6 +503,17 @@ impl Nemesis {
             Fault::SlowLink(node, mbit) => {
                 self.cut(|network| network.slow(node, Some(*mbit)));
             }
+        }
+    }
+
+    async fn set_voters(&self, count: &str) {
+        let request = VotersRequest {
+            count: count.to_owned(),
+        };
+        let client = self.cluster.client(NODES[0]);
+        let asked: Result<StoreInfo, _> = client.post("/v1/store/voters", &request).await;
+        if let Err(error) = asked {
+            eprintln!("{count} voters: {error}");
         }
     }
 
@@ -494,6 +562,16 @@ impl Nemesis {
             }
             Fault::StopAgent(node) | Fault::StopWorker(node, _) => self.cluster.wake(node),
             Fault::PowerOff(node) => self.cluster.power_on(node).await?,
+            Fault::AllOff([first, second, last]) => {
+                self.cluster.power_on_all(&[first, second]).await?;
+                let ms = self.random.random_range(0..3000);
+                tokio::time::sleep(Duration::from_millis(ms)).await;
+                self.cluster.power_on(last).await?;
+            }
+            Fault::FewerVoters => {
+                self.set_voters("auto").await;
+                self.cluster.wait_voters(NODES[0], 3).await?;
+            }
             Fault::Cut(node) => self.cut(|network| network.cut(node, false)),
             Fault::CutOneWay(from, to) => {
                 self.cut(|network| network.cut_one_way(from, to, false));
@@ -509,8 +587,9 @@ impl Nemesis {
     /// # Errors
     /// The violated condition.
     pub async fn round(&mut self) -> Result<String> {
+        let leader = self.leader().await;
         let fault = match self.random.random_bool(0.5) {
-            true => self.some_fault(),
+            true => self.some_fault(leader.as_deref()),
             false => Fault::Nothing,
         };
         let disturbed = !matches!(fault, Fault::Nothing);
@@ -631,7 +710,12 @@ impl Nemesis {
             tally.rounds += 1;
             tally.rewinds += rewinds;
             tally.failovers += failovers;
-            *tally.faults.entry(fault.kind()).or_default() += 1;
+            let whose = match fault.node() {
+                Some(node) if Some(node) == leader.as_deref() => " (the store's leader)",
+                _ => "",
+            };
+            let kind = format!("{}{whose}", fault.kind());
+            *tally.faults.entry(kind).or_default() += 1;
             tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
         }
         Ok(format!(

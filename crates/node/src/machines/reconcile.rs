@@ -308,10 +308,28 @@ async fn under_next_epoch(machines: &Arc<Machines>, found: &Record) -> Result<Re
     records::update(&*machines.context.store, &found.name, raise, |txn, _| txn).await
 }
 
-/// Settles a worker whose machine is not in this node's schedule.
+/// Settles a worker whose machine is not in this node's schedule. One that a move or another
+/// operation holds is looked at again: it may be left over when that ends, as after a failover of a
+/// machine that was on its way from here.
 async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
-    let Some(worker) = machines.processes.machines.get(machine) else {
+    if is_settled(machines, machine).await {
         return;
+    }
+    let (machines, machine) = (machines.clone(), machine.clone());
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(RETRY_AFTER).await;
+            if is_settled(&machines, &machine).await {
+                return;
+            }
+        }
+    });
+}
+
+/// Ends the worker of a machine that is not in this node's schedule, if that can be decided now.
+async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
+    let Some(worker) = machines.processes.machines.get(machine) else {
+        return true;
     };
     // The order matters: a worker that runs before its entry is looked up, and has none then, is
     // not scheduled here.
@@ -321,10 +339,10 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
     let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
     match machines.context.store.get(&entry).await {
         Ok(None) => {}
-        Ok(Some(_)) => return,
+        Ok(Some(_)) => return true,
         Err(error) => {
             tracing::warn!(%machine, %error, "cannot read whether it is scheduled here");
-            return;
+            return false;
         }
     }
     // A worker that sends its machine belongs to its move, or to the recovery after the death of
@@ -333,7 +351,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         || machines.processes.exclusion.is_moving(machine)
         || machines.processes.exclusion.busy().contains(machine)
     {
-        return;
+        return false;
     }
     if !machines
         .processes
@@ -341,7 +359,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         .get(machine)
         .is_some_and(|now| now.is(&worker))
     {
-        return;
+        return false;
     }
     match state {
         // The write of its end is in progress.
@@ -356,8 +374,11 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
         Ok(State::Prepared { .. } | State::Dropped { .. }) => {
             settle(&machines.moves, machine).await;
         }
-        // The watch detects whether it is lost.
-        Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
+        // The watch detects whether it is lost; one that stands still may go on.
+        Err(error) => {
+            tracing::debug!(%machine, %error, "its worker does not answer");
+            return false;
+        }
         Ok(State::Empty | State::Running { .. } | State::Filling { .. } | State::Held { .. }) => {
             tracing::warn!(%machine, "no longer scheduled here, ending its worker");
             let text = "is no longer scheduled here; its process is ended";
@@ -372,4 +393,5 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
                 .await;
         }
     }
+    true
 }

@@ -1,12 +1,13 @@
-//! Voters of one store in one process, each with a server of its own on loopback.
+//! Voters of one store in one process, each with a server of its own on loopback, for tests and
+//! measurements of the store alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result, bail};
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
 use keel_net::rpc::{ServerHandle, everyone_is_member};
 use keel_net::{
@@ -16,22 +17,20 @@ use keel_store::{IfAbsent, RaftOptions, RaftStore, StoreClient, StoreHandler, Vo
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 
-type Failure = Box<dyn Error + Send + Sync>;
-
 /// One voter: its files outlive it.
-pub(crate) struct Member {
-    pub(crate) name: NodeName,
+pub struct Member {
+    pub name: NodeName,
     address: String,
-    pub(crate) folder: PathBuf,
-    pub(crate) peers: Arc<Peers>,
+    pub folder: PathBuf,
+    pub peers: Arc<Peers>,
     identity: NodeIdentity,
     running: Option<(Arc<RaftStore>, ServerHandle, Arc<AtomicBool>)>,
 }
 
 /// A group of voters, and everybody's way to each other.
-pub(crate) struct Group {
-    pub(crate) members: BTreeMap<u64, Member>,
-    pub(crate) options: RaftOptions,
+pub struct Group {
+    pub members: BTreeMap<u64, Member>,
+    pub options: RaftOptions,
     authority: CertificateAuthority,
     directory: TempDir,
 }
@@ -60,7 +59,7 @@ impl Handler for Requests {
 
 impl Group {
     /// A store of one voter.
-    pub(crate) async fn of_one(options: RaftOptions) -> Result<Self, Failure> {
+    pub async fn of_one(options: RaftOptions) -> Result<Self> {
         let mut group = Self {
             members: BTreeMap::new(),
             options,
@@ -74,13 +73,13 @@ impl Group {
     }
 
     /// A store of three voters.
-    pub(crate) async fn of_three(options: RaftOptions) -> Result<Self, Failure> {
+    pub async fn of_three(options: RaftOptions) -> Result<Self> {
         let mut group = Self::of_one(options).await?;
         group.grow_to_three().await?;
         Ok(group)
     }
 
-    pub(crate) async fn grow_to_three(&mut self) -> Result<(), Failure> {
+    pub async fn grow_to_three(&mut self) -> Result<()> {
         for id in [2, 3] {
             self.prepare(id).await?;
             self.start(id, IfAbsent::Join(id)).await?;
@@ -94,7 +93,7 @@ impl Group {
     }
 
     /// Makes a member without a store yet.
-    pub(crate) async fn prepare(&mut self, id: u64) -> Result<(), Failure> {
+    pub async fn prepare(&mut self, id: u64) -> Result<()> {
         let name = NodeName::new(&format!("n{id}"))?;
         let identity = NodeIdentity::first(&self.authority, &name)?;
         let peers = Peers::new(identity.client_tls()?, Options::default());
@@ -115,9 +114,9 @@ impl Group {
     }
 
     /// Starts a member's store and server.
-    pub(crate) async fn start(&mut self, id: u64, if_absent: IfAbsent) -> Result<(), Failure> {
+    pub async fn start(&mut self, id: u64, if_absent: IfAbsent) -> Result<()> {
         let options = self.options.clone();
-        let member = self.members.get_mut(&id).ok_or("no such member")?;
+        let member = self.members.get_mut(&id).context("no such member")?;
         let peers = Some(member.peers.clone());
         let store = RaftStore::open(&member.folder, if_absent, peers, options).await?;
         let store = Arc::new(store);
@@ -139,7 +138,7 @@ impl Group {
     }
 
     /// Ends a member at once; its files stay.
-    pub(crate) async fn stop(&mut self, id: u64) {
+    pub async fn stop(&mut self, id: u64) {
         let member = self.members.get_mut(&id);
         if let Some((store, server, cut_off)) = member.and_then(|member| member.running.take()) {
             drop(cut_off);
@@ -163,7 +162,7 @@ impl Group {
 
     /// Cuts a member off from all others, or joins it again. Clients still reach it: it must notice
     /// that it may not answer them.
-    pub(crate) fn cut_off(&self, id: u64, is_cut: bool) {
+    pub fn cut_off(&self, id: u64, is_cut: bool) {
         let member = &self.members[&id];
         for other in self.members.values() {
             let address = match is_cut {
@@ -177,21 +176,18 @@ impl Group {
         }
     }
 
-    pub(crate) fn store(&self, id: u64) -> Arc<RaftStore> {
+    pub fn store(&self, id: u64) -> Arc<RaftStore> {
         let (store, ..) = self.members[&id].running.as_ref().expect("it runs");
         store.clone()
     }
 
     /// A client's way to the voters.
-    pub(crate) fn client(&self) -> Result<Arc<StoreClient>, Failure> {
+    pub fn client(&self) -> Result<Arc<StoreClient>> {
         self.client_of(self.members.keys().copied())
     }
 
     /// A client that knows only some voters.
-    pub(crate) fn client_of(
-        &self,
-        ids: impl Iterator<Item = u64>,
-    ) -> Result<Arc<StoreClient>, Failure> {
+    pub fn client_of(&self, ids: impl Iterator<Item = u64>) -> Result<Arc<StoreClient>> {
         let name = NodeName::new("client")?;
         let identity = NodeIdentity::first(&self.authority, &name)?;
         let peers = Peers::new(identity.client_tls()?, Options::default());
@@ -208,7 +204,7 @@ impl Group {
     }
 
     /// The member that leads and is not `not`, as soon as there is one.
-    pub(crate) async fn leader(&self, not: Option<u64>) -> Result<u64, Failure> {
+    pub async fn leader(&self, not: Option<u64>) -> Result<u64> {
         let begun = Instant::now();
         loop {
             let running = self.members.iter().filter_map(|(id, member)| {
@@ -221,7 +217,7 @@ impl Group {
             if begun.elapsed() > Duration::from_secs(60) {
                 let running = self.members.values().filter_map(|m| m.running.as_ref());
                 let states: Vec<_> = running.map(|(store, ..)| store.status()).collect();
-                return Err(format!("no voter leads within a minute: {states:#?}").into());
+                bail!("no voter leads within a minute: {states:#?}");
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -229,7 +225,7 @@ impl Group {
 }
 
 impl Member {
-    pub(crate) fn voter(&self) -> Voter {
+    pub fn voter(&self) -> Voter {
         Voter {
             node: self.name.to_string(),
             address: self.address.clone(),
