@@ -35,6 +35,7 @@ mod plan;
 mod polls;
 mod postcopy;
 mod qemu;
+mod rest;
 mod resume;
 mod signals;
 mod spanned;
@@ -115,6 +116,7 @@ enum What {
     PostCopy,
     Checkpoints,
     Failover,
+    Rest,
     Store,
     Qemu,
     Plan,
@@ -173,6 +175,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Failover) {
         failover::bench(&options)?;
+    }
+    if wanted(What::Rest) {
+        rest::bench(&options)?;
     }
     if wanted(What::Store) {
         store::bench(&options)?;

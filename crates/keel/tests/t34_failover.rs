@@ -247,6 +247,95 @@ async fn a_machine_on_its_way_from_a_node_that_fails_leaves_no_process_behind() 
     moving.abort();
 }
 
+/// What a counter printed: runs of numbers that follow each other.
+fn runs(output: &str) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for number in output.lines().filter_map(|line| line.parse::<u64>().ok()) {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    runs
+}
+
+/// Its output is whole but for what the failure undid; whoever follows it sees what was undone, and
+/// then all that is printed anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn output_survives_the_failure_of_its_node() {
+    let mut bench = Bench::new().await;
+    let module = guest("counter");
+    let machine = Guest {
+        ha: Some(HighAvailability {
+            checkpoint_every_s: 1,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("m", "c", &module, &["0", "1"])
+    };
+    bench.cluster.run(&machine).await.expect("it starts");
+    bench.in_sync("c", "m").await;
+    let file = bench.folder.path().join("followed");
+    let mut follower = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(bench.cluster.folder("a"))
+        .args(["logs", "-f", "m"])
+        .stdout(std::fs::File::create(&file).expect("a file"))
+        .spawn()
+        .expect("keel runs");
+    let followed = || runs(&std::fs::read_to_string(&file).unwrap_or_default());
+    let mut before = 0;
+    for failed in ["c", "other"] {
+        // So many that several checkpoints have output.
+        wait_for("it prints", || async {
+            let (_, last) = *followed().last()?;
+            (last > before + 1500).then_some(())
+        })
+        .await
+        .expect("it is followed");
+        let owner = bench.machine("a", "m").await.node;
+        let failed = if failed == "c" { "c".to_owned() } else { owner };
+        if failed == "a" {
+            // The follower asks there.
+            break;
+        }
+        let epoch = bench.machine("a", "m").await.epoch;
+        bench.in_sync(&failed, "m").await;
+        bench.cluster.power_off(&failed);
+        wait_for("it runs elsewhere", || async {
+            let machine = bench.cluster.inspect("a", "m").await.ok()?;
+            (machine.epoch != epoch && machine.status == "running").then_some(())
+        })
+        .await
+        .expect("it is restarted");
+        let lines = || {
+            std::fs::read_to_string(&file)
+                .unwrap_or_default()
+                .lines()
+                .count()
+        };
+        let then = lines();
+        wait_for("the follower sees new output", || async {
+            (lines() > then + 500).then_some(())
+        })
+        .await
+        .expect("it is followed");
+        let seen = followed();
+        // (Nothing is undone if the last line was in the checkpoint.)
+        if let [.., (_, undone), (again, _)] = seen[..] {
+            assert!(again > 0 && again <= undone, "{seen:?}");
+        }
+        // What is kept has no gap and no repetition, and says what happened.
+        let kept = bench.keel("a", &["logs", "m"]);
+        let kept_runs = runs(&kept);
+        assert_eq!((kept_runs.len(), kept_runs[0].0), (1, 0), "{kept_runs:?}");
+        assert!(kept.contains("restored from checkpoint"), "{kept_runs:?}");
+        before = followed().last().map_or(0, |(_, last)| *last);
+        bench.cluster.power_on(&failed).await.expect("it is back");
+    }
+    follower.kill().expect("it ends");
+    follower.wait().expect("it ends");
+}
+
 /// With checkpoints in a place that all nodes see; turned on, off and on again while it runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn high_availability_is_turned_on_and_off_while_a_machine_runs() {

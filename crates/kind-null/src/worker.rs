@@ -368,6 +368,7 @@ impl Worker for NullWorker {
             pause_micros: micros(pause),
             total_micros: micros(begun.elapsed()),
             deleted,
+            log_end: manifest.log_end,
         })
     }
 

@@ -21,8 +21,14 @@ use std::time::{Duration, Instant};
 
 /// Size limit of one file of the log.
 pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
+/// Files of one log.
+const SEGMENTS_MAX: usize = 2;
 /// Size of a record's header.
 pub const HEADER_BYTES: usize = 5;
+/// Offsets of the output of one life of a machine: after a failover output begins at the next
+/// multiple, so that offsets of output that was not copied from the failed node are never used
+/// again. 1 TiB.
+pub const LIFE_BYTES: u64 = 1 << 40;
 /// Maximum size of a record's text.
 const RECORD_BYTES_MAX: usize = 64 << 10;
 
@@ -43,9 +49,16 @@ struct Segment {
     path: PathBuf,
 }
 
+impl Segment {
+    /// Offset behind the last byte of one that is complete.
+    fn end(&self) -> std::io::Result<u64> {
+        Ok(self.base + self.file.metadata()?.len())
+    }
+}
+
 #[derive(Debug)]
 struct State {
-    /// Oldest first; at most two.
+    /// Oldest first; at most [`SEGMENTS_MAX`]. There may be gaps between them.
     segments: Vec<Segment>,
     end: u64,
     /// Tracks record ends: output from another node arrives in pieces of any size.
@@ -205,8 +218,8 @@ impl Log {
     }
 
     /// Continues the log at an offset, which is the start of a record: output between its
-    /// end and there is kept nowhere, and its content is dropped. No effect if the log
-    /// extends beyond the offset.
+    /// end and there is kept nowhere. Its content stays, unless it ends within a record. No effect
+    /// if the log extends beyond the offset.
     ///
     /// # Errors
     /// That of the file system; nothing changed then.
@@ -216,11 +229,15 @@ impl Log {
             return Ok(());
         }
         let segment = new_segment(&self.folder, offset)?;
-        for old in std::mem::replace(&mut state.segments, vec![segment]) {
-            if let Err(error) = std::fs::remove_file(&old.path) {
-                tracing::warn!(%error, path = %old.path.display(), "cannot remove old output");
-            }
+        let kept = match state.boundary.is_here() {
+            true => state.segments.len().min(SEGMENTS_MAX - 1),
+            false => 0,
+        };
+        let dropped = state.segments.len() - kept;
+        for old in state.segments.drain(..dropped) {
+            remove_segment(&old);
         }
+        state.segments.push(segment);
         state.end = offset;
         state.boundary = Boundary::default();
         self.grown.notify_all();
@@ -240,11 +257,8 @@ impl Log {
         if state.segment_is_full() {
             let segment = new_segment(&self.folder, state.end)?;
             state.segments.push(segment);
-            if state.segments.len() > 2 {
-                let old = state.segments.remove(0);
-                if let Err(error) = std::fs::remove_file(&old.path) {
-                    tracing::warn!(%error, path = %old.path.display(), "cannot remove old output");
-                }
+            if state.segments.len() > SEGMENTS_MAX {
+                remove_segment(&state.segments.remove(0));
             }
         }
         self.add_to_last(state, new)
@@ -266,14 +280,50 @@ impl Log {
         Ok(())
     }
 
-    /// Bytes from `offset` on, at most `max`; empty at the end. For an offset that is no
-    /// longer kept, reading starts at the first that is. Returns the offset, too.
+    /// Drops all output from an offset on, which is the start of a record or the end of one. No
+    /// effect if the log ends before it.
+    ///
+    /// # Errors
+    /// That of the file system.
+    pub fn cut(&self, offset: u64) -> std::io::Result<()> {
+        let mut state = self.state();
+        if offset >= state.end {
+            return Ok(());
+        }
+        while state.segments.len() > 1
+            && let Some(last) = state.segments.pop_if(|last| last.base >= offset)
+        {
+            remove_segment(&last);
+        }
+        if let Some(last) = state.segments.last() {
+            let end = offset.max(last.base).min(last.end()?);
+            last.file.set_len(end - last.base)?;
+            state.end = end;
+        }
+        state.boundary = Boundary::default();
+        Ok(())
+    }
+
+    /// Writes all of it to the disk.
+    ///
+    /// # Errors
+    /// That of the file system.
+    pub fn sync(&self) -> std::io::Result<()> {
+        let state = self.state();
+        for segment in &state.segments {
+            segment.file.sync_data()?;
+        }
+        File::open(&self.folder)?.sync_all()
+    }
+
+    /// Bytes from `offset` on, at most `max`; empty at the end. For an offset that is not
+    /// kept, reading starts at the next one that is. Returns the offset, too.
     ///
     /// # Errors
     /// That of the file system.
     pub fn read(&self, offset: u64, max: usize) -> std::io::Result<(u64, Vec<u8>)> {
         let state = self.state();
-        let offset = offset.max(state.segments.first().map_or(0, |first| first.base));
+        let mut offset = offset.max(state.segments.first().map_or(0, |first| first.base));
         let position = state
             .segments
             .iter()
@@ -281,11 +331,20 @@ impl Log {
         let Some(position) = position else {
             return Ok((offset, Vec::new()));
         };
-        let segment = &state.segments[position];
-        let limit = match state.segments.get(position + 1) {
-            Some(next) => next.base,
-            None => state.end,
-        };
+        let mut segment = &state.segments[position];
+        let mut limit = state.end;
+        if let Some(next) = state.segments.get(position + 1) {
+            limit = segment.end()?.min(next.base);
+            // Behind it is a gap.
+            if offset >= limit {
+                offset = next.base;
+                segment = next;
+                limit = match state.segments.get(position + 2) {
+                    Some(_) => next.end()?,
+                    None => state.end,
+                };
+            }
+        }
         let count = usize::try_from(limit.saturating_sub(offset))
             .unwrap_or(max)
             .min(max);
@@ -328,6 +387,18 @@ impl Log {
     pub fn close(&self) {
         self.state().closed = true;
         self.grown.notify_all();
+    }
+}
+
+/// The offset at which the output of a machine begins that goes on on another node from a
+/// checkpoint, whose output ended at `offset`.
+pub fn next_life(offset: u64) -> u64 {
+    (offset / LIFE_BYTES + 1).saturating_mul(LIFE_BYTES)
+}
+
+fn remove_segment(segment: &Segment) {
+    if let Err(error) = std::fs::remove_file(&segment.path) {
+        tracing::warn!(%error, path = %segment.path.display(), "cannot remove old output");
     }
 }
 
@@ -666,6 +737,60 @@ mod tests {
         log.write_at(121, &again).unwrap();
         assert_eq!(log.end(), end);
         assert!(log.write_at(end + 1, b"x").is_err());
+    }
+
+    /// All output, and the offsets at which it begins anew.
+    fn pieces(log: &Log) -> Vec<(u64, Vec<u8>)> {
+        let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+        let mut at = 0;
+        loop {
+            let (offset, bytes) = log.read(at, 7).unwrap();
+            if bytes.is_empty() {
+                return pieces;
+            }
+            match pieces.last_mut() {
+                Some((_, last)) if offset == at => last.extend(&bytes),
+                _ => pieces.push((offset, bytes.clone())),
+            }
+            at = offset + bytes.len() as u64;
+        }
+    }
+
+    #[test]
+    fn output_of_the_next_life_begins_behind_a_gap_and_the_older_one_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 0).unwrap();
+        log.append_at(StreamKind::Output, b"kept", 1).unwrap();
+        let end = log.end();
+        log.append_at(StreamKind::Output, b"undone", 2).unwrap();
+        log.cut(end).unwrap();
+        assert_eq!(log.end(), end);
+        let before = pieces(&log);
+        let next = next_life(end);
+        assert_eq!(next, LIFE_BYTES);
+        log.begin_at(next).unwrap();
+        log.append_at(StreamKind::Output, b"new", 3).unwrap();
+        let expected = [&before[..], &[(next, log.read(next, 99).unwrap().1)]].concat();
+        assert_eq!(pieces(&log), expected);
+        // A reader that saw what is undone goes on with what is new.
+        assert_eq!(log.read(end + 3, 99).unwrap().0, next);
+        drop(log);
+        let log = Log::open(folder.path(), 0).unwrap();
+        assert_eq!(pieces(&log), expected);
+        assert_eq!(Log::open_read_only(folder.path()).unwrap().end(), log.end());
+        // The second failover: the oldest goes.
+        let end = log.end();
+        log.begin_at(next_life(end)).unwrap();
+        log.append_at(StreamKind::Output, b"newest", 4).unwrap();
+        assert_eq!(pieces(&log).len(), 2);
+        assert_eq!(log.base(), next);
+        assert_eq!(pieces(&log)[1].0, 2 * LIFE_BYTES);
+        log.sync().unwrap();
+        // Cut down to the life before, and to nothing.
+        log.cut(end).unwrap();
+        assert_eq!((pieces(&log).len(), log.end()), (1, end));
+        log.cut(0).unwrap();
+        assert_eq!((pieces(&log).len(), log.end()), (0, next));
     }
 
     #[test]

@@ -270,6 +270,9 @@ pub enum Status {
         at_unix_ms: u64,
         /// Whether it is restored from its newest checkpoint, if there is one.
         from_checkpoint: bool,
+        /// Whether it ran on another node until then, which failed.
+        #[serde(default)]
+        elsewhere: bool,
     },
 }
 

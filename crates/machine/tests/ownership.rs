@@ -68,6 +68,7 @@ fn restarting() -> Status {
         reason: "lost".into(),
         at_unix_ms: 0,
         from_checkpoint: true,
+        elsewhere: false,
     }
 }
 
@@ -410,6 +411,7 @@ fn a_failover_compares_all_that_it_depends_on() {
         reason: "its node a failed".into(),
         at_unix_ms: 7,
         from_checkpoint: true,
+        elsewhere: true,
     };
     assert_eq!(record.status, restarting);
     let expected = Txn::new()
@@ -507,6 +509,7 @@ fn a_failover_continues_no_life_that_has_ended() {
             reason: "it exited with code 0".into(),
             at_unix_ms: 1,
             from_checkpoint,
+            elsewhere: false,
         };
         let given = given(&highly_available(restarting)).unwrap();
         let Status::Restarting {

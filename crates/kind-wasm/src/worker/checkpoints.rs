@@ -110,6 +110,7 @@ impl WasmWorker {
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(CheckpointReport {
             stored_bytes: taken.manifest.stored_bytes(),
+            log_end: taken.manifest.log_end,
             id: taken.manifest.id,
             parent: taken.manifest.parent,
             pause_micros: micros(taken.pause),

@@ -406,6 +406,7 @@ pub fn end(
         reason: status.end().unwrap_or_default(),
         at_unix_ms,
         from_checkpoint: plan.from_checkpoint,
+        elsewhere: false,
     };
     record.enter(restarting, now_unix_ms);
     EndEffect::Changed
@@ -463,6 +464,7 @@ pub fn fail_over(
             reason: format!("its node {failed} failed"),
             at_unix_ms: now_unix_ms,
             from_checkpoint,
+            elsewhere: true,
         },
     };
     record.enter(status, now_unix_ms);

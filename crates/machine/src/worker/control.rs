@@ -184,6 +184,8 @@ pub struct CheckpointReport {
     pub total_micros: u64,
     /// Number of older checkpoints deleted.
     pub deleted: u32,
+    /// Where the machine's output ended at that instant.
+    pub log_end: u64,
 }
 
 /// Receives a machine.

@@ -7,6 +7,7 @@ use crate::records::{self, MachineCommand, at_owner};
 use keel_api::{MachineInfo, StartPhaseInfo, VolumeInfo};
 use keel_cluster::MachineName;
 use keel_machine::kind::Kinds;
+use keel_machine::log::LIFE_BYTES;
 use keel_machine::spec::{Record, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{Report, StartProgress, State};
 use keel_net::Fingerprint;
@@ -141,7 +142,7 @@ pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> M
         threads: running.map(|report| report.threads),
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),
-        output_bytes: running.map(|report| report.log.1),
+        output_bytes: running.map(|report| report.log.1 % LIFE_BYTES),
         cgroup: running.and_then(|report| report.group.clone()),
         moves: record.reports.clone(),
     }

@@ -13,7 +13,9 @@ use std::sync::Arc;
 pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(), String> {
     let (kept, leftovers) = match &record.status {
         Status::Restarting {
-            from_checkpoint, ..
+            from_checkpoint,
+            elsewhere,
+            ..
         } => {
             // Its earlier output stays.
             let kept = match from_checkpoint {
@@ -23,7 +25,12 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
                 },
                 false => None,
             };
-            (kept, Leftovers::KeepOutput)
+            let leftovers = match elsewhere {
+                // Of a time before the machine was on the node that failed.
+                true => Leftovers::Remove,
+                false => Leftovers::KeepOutput,
+            };
+            (kept, leftovers)
         }
         _ => (None, Leftovers::Remove),
     };
@@ -55,6 +62,16 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             leftovers,
         )
         .await?;
+    if let Status::Restarting {
+        elsewhere: true, ..
+    } = record.status
+    {
+        let origin = match &from {
+            StartFrom::Checkpoint(origin) => Some(origin),
+            StartFrom::Beginning { .. } => None,
+        };
+        machines.checkpoints.place_output(record, origin).await?;
+    }
     failpoint::pass_async("start.worker")
         .await
         .map_err(|injected| injected.to_string())?;

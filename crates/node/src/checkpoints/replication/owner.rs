@@ -33,6 +33,8 @@ pub(in crate::checkpoints) struct Unreplicated {
     id: CheckpointId,
     /// The life of the machine whose state it has.
     epoch: Epoch,
+    created_unix_ms: u64,
+    log_end: u64,
     memory_bytes: u64,
     program: Option<[u8; 32]>,
 }
@@ -77,6 +79,8 @@ impl Checkpoints {
         Ok(Unreplicated {
             id: made.id,
             epoch: before.epoch,
+            created_unix_ms: before.created_unix_ms,
+            log_end: made.log_end,
             memory_bytes: report.memory_bytes,
             program: report.program,
         })
@@ -124,6 +128,8 @@ impl Checkpoints {
         let fetch = FetchCheckpoint {
             machine: machine.clone(),
             epoch: checkpoint.epoch,
+            created_unix_ms: checkpoint.created_unix_ms,
+            log_end: checkpoint.log_end,
             objects: objects.clone(),
         };
         let (has, failures) = self.fetched_by(ha, &fetch, home, candidates).await;

@@ -4,6 +4,7 @@
 
 use super::super::handle::{Checkpoints, open};
 use super::objects::{NewFile, Object, delete, objects_of, others};
+use super::output;
 use crate::records::{self, InSyncSet, RecordError};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{MemoryRestore, Origin, RepositoryError};
@@ -41,6 +42,10 @@ pub(crate) struct FetchCheckpoint {
     pub(crate) machine: MachineName,
     /// The epoch under which the machine runs at the owner.
     pub(crate) epoch: Epoch,
+    /// Which of the machines that had the name.
+    pub(crate) created_unix_ms: u64,
+    /// Where its output ended when the checkpoint was made.
+    pub(crate) log_end: u64,
     pub(crate) objects: Vec<Object>,
 }
 
@@ -69,6 +74,9 @@ impl Checkpoints {
                 request.machine, request.epoch
             )));
         }
+        self.fetch_output(owner, &request)
+            .await
+            .map_err(RpcError::failed)?;
         self.fetch_objects(owner, &request.machine, request.objects)
             .await
             .map_err(RpcError::failed)
@@ -312,8 +320,10 @@ impl Checkpoints {
     /// Deletes the checkpoints of machines that are gone, or that have theirs elsewhere now.
     async fn sweep_once(&self) -> Result<(), String> {
         let machines = self.context.dir.replicas().join("machines");
-        let listed = tokio::task::spawn_blocking(move || settled(&machines)).await;
-        for folder in listed.map_err(|error| error.to_string())? {
+        let output = output::all(&self.context.dir);
+        let listed =
+            tokio::task::spawn_blocking(move || [settled(&machines), settled(&output)].concat());
+        for folder in listed.await.map_err(|error| error.to_string())? {
             let name = folder.file_name().and_then(|name| name.to_str());
             let Some(machine) = name.and_then(|name| name.parse::<MachineName>().ok()) else {
                 continue;

@@ -11,6 +11,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures::future::join_all;
+use keel_machine::log::LIFE_BYTES;
 use keel_machine::worker::control::{Report, State as WorkerState};
 use keel_store::clock::boottime;
 use keel_store::keys::Key;
@@ -151,6 +152,11 @@ fn add_node(registry: &Registry, at: &Handles) -> Result<(), prometheus::Error> 
     let cpu = counters(registry, "keel_agent_cpu_seconds_total", help, &[])?;
     cpu.get_metric_with_label_values::<&str>(&[])?
         .inc_by(seconds);
+    let help = "Memory of the agent that is in RAM.";
+    let resident = procfs::process::Process::myself()
+        .and_then(|own| own.statm())
+        .map_or(0.0, |it| it.resident as f64 * procfs::page_size() as f64);
+    gauge(registry, "keel_agent_resident_memory_bytes", help, resident)?;
     let help = "Members of the cluster.";
     let members = at.context.members.all().len() as f64;
     gauge(registry, "keel_cluster_nodes", help, members)
@@ -235,7 +241,7 @@ async fn add_machines(registry: &Registry, at: &Handles) -> Result<(), prometheu
     let memory = gauges(registry, "keel_machine_memory_bytes", help, &["machine"])?;
     let help = "Threads of a machine.";
     let threads = gauges(registry, "keel_machine_threads", help, &["machine"])?;
-    let help = "Output of a machine so far.";
+    let help = "Output of a machine since its last failover.";
     let output = counters(
         registry,
         "keel_machine_output_bytes_total",
@@ -254,7 +260,7 @@ async fn add_machines(registry: &Registry, at: &Handles) -> Result<(), prometheu
             .set(f64::from(report.threads));
         output
             .get_metric_with_label_values(&label)?
-            .inc_by(report.log.1 as f64);
+            .inc_by((report.log.1 % LIFE_BYTES) as f64);
     }
     Ok(())
 }
