@@ -39,7 +39,10 @@
 //! | `POST /v1/rules` (a rule) | `{}` |
 //! | `DELETE /v1/rules/NAME` | `{}` |
 //! | `POST /v1/labels` [`LabelRequest`] | all labels of that node or machine |
+//! | `GET /v1/tokens` | list of [`TokenInfo`] |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
+//! | `DELETE /v1/tokens/ID` | `{}` |
+//! | `GET /v1/audit?since=UNIX_MS&limit=N` | list of [`AuditEntry`] |
 //!
 //! Errors are [`Problem`]s with status 4xx for causes that the user can remove and 5xx for others.
 //!
@@ -53,12 +56,14 @@
 //! - `event`: what happened
 //! - `history`: loads over time
 //! - `token`: tokens for nodes and users
+//! - `audit`: who did what
 //! - `client`: the client
 //!
 //! Errors, failpoints and the answer without content are in this file.
 
 #![forbid(unsafe_code)]
 
+mod audit;
 mod balance;
 mod checkpoint;
 mod client;
@@ -71,6 +76,7 @@ mod parts;
 mod token;
 mod volume;
 
+pub use audit::{AUDIT_DEFAULT, AUDIT_MAX, AuditEntry};
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
@@ -91,7 +97,7 @@ pub use parts::{
     ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest, ThreadInfo,
     ThreadMove, object_range, object_range_name,
 };
-pub use token::{Token, TokenRequest};
+pub use token::{Token, TokenInfo, TokenRequest, TokenUseInfo};
 pub use volume::{
     ClusterVolumeInfo, RenameRequest, VolumeContent, VolumeCreateRequest, VolumeInfo, VolumeRequest,
 };

@@ -17,6 +17,9 @@ pub enum TokenRequest {
         name: String,
         /// `viewer`, `operator` or `admin`.
         role: String,
+        /// Seconds until it expires; without it, it never does.
+        #[serde(default)]
+        ttl_s: Option<u64>,
     },
 }
 
@@ -28,4 +31,33 @@ pub struct Token {
     /// Fingerprint of the cluster's certificate authority, for checking the
     /// server.
     pub authority: String,
+}
+
+/// A token without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenInfo {
+    /// Its number, by which it is removed.
+    pub id: String,
+    /// What it is for.
+    pub of: TokenUseInfo,
+    /// When it expires, in milliseconds since 1970-01-01 UTC.
+    pub expires_unix_ms: Option<u64>,
+}
+
+/// What a token is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenUseInfo {
+    /// A node that is to join.
+    Join {
+        /// The node that used it.
+        used_by: Option<String>,
+    },
+    /// A user.
+    User {
+        /// Who it is for.
+        name: String,
+        /// `viewer`, `operator` or `admin`.
+        role: String,
+    },
 }

@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use keel_store::encoding::{self, WireError};
-use keel_store::keys::{Key, TOKENS, TokenId};
-use keel_store::{Revision, Store, StoreError, Txn, TxnOutcome};
+use keel_store::keys::{Key, TOKENS, TokenId, USER_TOKENS};
+use keel_store::{Compare, Revision, Store, StoreError, Txn, TxnOutcome};
 
 const JOIN_PREFIX: &str = "keel1-";
 const USER_PREFIX: &str = "keelu1-";
@@ -342,33 +342,81 @@ pub async fn verify_user_token(
     })
 }
 
-/// All users' tokens, without their secrets.
+/// A token as others than its holder see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedToken {
+    pub id: TokenId,
+    pub of: TokenHolder,
+    pub expires_unix_ms: Option<u64>,
+}
+
+/// Whose a token is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenHolder {
+    /// A node's that is to join, and which one used it.
+    Node {
+        used_by: Option<NodeName>,
+    },
+    User {
+        name: String,
+        role: Role,
+    },
+}
+
+/// All tokens, without their secrets.
 ///
 /// # Errors
 /// [`TokenError::Store`], [`TokenError::Record`].
-pub async fn list_user_tokens(store: &dyn Store) -> Result<Vec<User>, TokenError> {
-    let mut users = Vec::new();
-    for entry in store.list(keel_store::keys::USER_TOKENS).await?.entries {
-        let Ok(Key::UserToken(id)) = entry.key.parse() else {
-            continue;
-        };
-        let record: UserRecord = encoding::decode("a user token's record", &entry.value)?;
-        users.push(User {
-            id,
-            name: record.name,
-            role: record.role,
-        });
+pub async fn list_tokens(store: &dyn Store) -> Result<Vec<ListedToken>, TokenError> {
+    let mut tokens = Vec::new();
+    for prefix in [USER_TOKENS, TOKENS] {
+        for entry in store.list(prefix).await?.entries {
+            tokens.push(match entry.key.parse() {
+                Ok(Key::UserToken(id)) => {
+                    let record: UserRecord =
+                        encoding::decode("a user token's record", &entry.value)?;
+                    ListedToken {
+                        id,
+                        of: TokenHolder::User {
+                            name: record.name,
+                            role: record.role,
+                        },
+                        expires_unix_ms: record.expires_unix_ms,
+                    }
+                }
+                Ok(Key::Token(id)) => {
+                    let record: JoinRecord =
+                        encoding::decode("a join token's record", &entry.value)?;
+                    ListedToken {
+                        id,
+                        of: TokenHolder::Node {
+                            used_by: record.used.map(|used| used.node),
+                        },
+                        expires_unix_ms: Some(record.expires_unix_ms),
+                    }
+                }
+                _ => continue,
+            });
+        }
     }
-    Ok(users)
+    Ok(tokens)
 }
 
-/// Removes a user's token; nothing if there is none.
+/// Removes a token: its holder is refused from now on. Whether there was one.
 ///
 /// # Errors
 /// [`TokenError::Store`].
-pub async fn remove_user_token(store: &dyn Store, id: TokenId) -> Result<(), TokenError> {
-    store.txn(Txn::new().delete(Key::UserToken(id))).await?;
-    Ok(())
+pub async fn remove_token(store: &dyn Store, id: TokenId) -> Result<bool, TokenError> {
+    for key in [Key::UserToken(id), Key::Token(id)] {
+        let exists = Compare::Exists {
+            key: key.to_string(),
+        };
+        let txn = Txn::new().when(exists).delete(key);
+        if store.txn(txn).await?.is_committed() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn write(f: &mut fmt::Formatter<'_>, prefix: &str, parts: &[&[u8]]) -> fmt::Result {

@@ -190,12 +190,12 @@ async fn a_token_admits_one_node_once() -> Outcome {
     let cluster = cluster().await?;
     let store = cluster.store.as_ref();
     let accept = async |request: &join::JoinRequest, now| {
-        accept_join(store, &cluster.authority, request, now)
+        accept_join(store, None, &cluster.authority, request, now)
             .await
             .map_err(|e| e.to_string())
     };
     let token = cluster.token().await?;
-    let (signing, request) = join::prepare(&token, &name("b"), "127.0.0.1:2")?;
+    let (signing, request) = join::prepare(&token, &name("b"), "127.0.0.1:2", None)?;
     // A wrong secret, an unknown token, too late: the token is still good.
     let mut wrong = request.clone();
     wrong.secret = cluster.token().await?.secret;
@@ -214,7 +214,7 @@ async fn a_token_admits_one_node_once() -> Outcome {
     let late = accept(&request, NOW + HOUR).await;
     assert!(late.is_err_and(|e| e.contains("expired")));
     // A name that is taken.
-    let (_, taken) = join::prepare(&token, &name("a"), "127.0.0.1:2")?;
+    let (_, taken) = join::prepare(&token, &name("a"), "127.0.0.1:2", None)?;
     assert!(
         accept(&taken, NOW)
             .await
@@ -227,13 +227,13 @@ async fn a_token_admits_one_node_once() -> Outcome {
     // Asked again, since the answer was lost: the same node gets it again,
     assert!(accept(&request, NOW).await.is_ok());
     // another key or another name does not.
-    let (_, again) = join::prepare(&token, &name("b"), "127.0.0.1:2")?;
+    let (_, again) = join::prepare(&token, &name("b"), "127.0.0.1:2", None)?;
     assert!(
         accept(&again, NOW)
             .await
             .is_err_and(|e| e.contains("used by node b"))
     );
-    let (_, other) = join::prepare(&token, &name("c"), "127.0.0.1:2")?;
+    let (_, other) = join::prepare(&token, &name("c"), "127.0.0.1:2", None)?;
     assert!(
         accept(&other, NOW)
             .await
@@ -259,12 +259,18 @@ async fn a_token_admits_one_node_even_when_many_ask_at_once() -> Outcome {
         let mut asking = tokio::task::JoinSet::new();
         for i in 0..8 {
             let node = name(&format!("n{round}-{i}"));
-            let (_, request) = join::prepare(&token, &node, "127.0.0.1:2")?;
+            let (_, request) = join::prepare(&token, &node, "127.0.0.1:2", None)?;
             let cluster = cluster.clone();
             asking.spawn(async move {
-                accept_join(cluster.store.as_ref(), &cluster.authority, &request, NOW)
-                    .await
-                    .is_ok()
+                accept_join(
+                    cluster.store.as_ref(),
+                    None,
+                    &cluster.authority,
+                    &request,
+                    NOW,
+                )
+                .await
+                .is_ok()
             });
         }
         let mut admitted = 0;
@@ -325,8 +331,9 @@ async fn user_tokens_have_roles_and_ends() -> Outcome {
             .is_err_and(|e| e.contains("not valid"))
     );
     assert!(verify("keelu1-abc", NOW).await.is_err());
-    assert_eq!(tokens::list_user_tokens(store).await?.len(), 2);
-    tokens::remove_user_token(store, ann.id).await?;
+    assert_eq!(tokens::list_tokens(store).await?.len(), 2);
+    assert!(tokens::remove_token(store, ann.id).await?);
+    assert!(!tokens::remove_token(store, ann.id).await?);
     assert!(verify(&ann.to_string(), NOW).await.is_err());
     assert!(Role::Admin.includes(Role::Operator) && !Role::Viewer.includes(Role::Operator));
     assert_eq!("admin".parse::<Role>()?.to_string(), "admin");
@@ -388,7 +395,7 @@ async fn a_node_joins_works_and_is_removed() -> Outcome {
     let now = keel_store::clock::unix_ms();
     let token = tokens::create_join_token(store, hash, HOUR, now).await?;
     let token: JoinToken = token.to_string().parse()?;
-    let (identity, voters) = join::join(&via, &token, &name("b"), "127.0.0.1:2").await?;
+    let (identity, voters) = join::join(&via, &token, &name("b"), "127.0.0.1:2", None).await?;
     assert_eq!(voters[0].node, name("a"));
     let mut changes = set.changes();
     let seen = async {
@@ -404,13 +411,13 @@ async fn a_node_joins_works_and_is_removed() -> Outcome {
     let remote = StoreClient::new(peers, vec![name("a")], Duration::from_secs(10));
     remote.txn(Txn::new().put("node/b", "")).await?;
     // The same token again, from another node.
-    let again = join::join(&via, &token, &name("c"), "127.0.0.1:3").await;
+    let again = join::join(&via, &token, &name("c"), "127.0.0.1:3", None).await;
     assert!(again.is_err_and(|e| e.to_string().contains("used by node b")));
     // A token of another cluster.
     let foreign = CertificateAuthority::create(ClusterId::random())?;
     let mut lure = token.clone();
     lure.authority = foreign.fingerprint();
-    let lured = join::join(&via, &lure, &name("c"), "127.0.0.1:3").await;
+    let lured = join::join(&via, &lure, &name("c"), "127.0.0.1:3", None).await;
     assert!(lured.is_err_and(|e| e.to_string().contains("for another cluster")));
     // Removed: refused at once, on the connection it has.
     members::remove(store, &name("b")).await?;
@@ -456,9 +463,16 @@ async fn an_anonymous_peer_can_only_join() -> Outcome {
     assert!(junk.is_err_and(|e| e.to_string().contains("a join request cannot be read")));
     let unknown: Result<_, JoinError> = async {
         let token = cluster.token().await?;
-        let (_, mut request) = join::prepare(&token, &name("b"), "h:1")?;
+        let (_, mut request) = join::prepare(&token, &name("b"), "h:1", None)?;
         request.address = "nowhere".into();
-        accept_join(cluster.store.as_ref(), &cluster.authority, &request, NOW).await
+        accept_join(
+            cluster.store.as_ref(),
+            None,
+            &cluster.authority,
+            &request,
+            NOW,
+        )
+        .await
     }
     .await;
     assert!(matches!(

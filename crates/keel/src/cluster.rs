@@ -1,8 +1,9 @@
 //! Connects the command line to a node; commands about the cluster.
 
+use crate::contexts;
 use crate::output::{self, Format};
 use anyhow::{Context, Result};
-use keel_api::{Client, ClusterInfo, NodeInfo, NodeLoss, Token, TokenRequest};
+use keel_api::{Client, ClusterInfo, NodeInfo, NodeLoss};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -21,6 +22,9 @@ pub(crate) struct Reach {
     /// Fingerprint of the cluster's authority for --server.
     #[arg(long, global = true, env = "KEEL_AUTHORITY", value_name = "HEX")]
     authority: Option<String>,
+    /// A context of `keel login`, or local for the node of this computer.
+    #[arg(long, global = true, env = "KEEL_CONTEXT", value_name = "NAME")]
+    context: Option<String>,
     /// Output format.
     #[arg(
         short,
@@ -56,12 +60,31 @@ impl Reach {
 
     /// Whether a remote node is asked.
     pub(crate) fn is_remote(&self) -> bool {
-        self.server.is_some()
+        self.server.is_some() || matches!(self.chosen(), Ok(Some(_)))
+    }
+
+    /// The cluster that is meant where no server is named; `None` for the node of this computer.
+    fn chosen(&self) -> Result<Option<contexts::Context>> {
+        match (&self.context, &self.state_dir) {
+            (None, Some(_)) => Ok(None),
+            (name, _) => contexts::chosen(name.as_deref()),
+        }
+    }
+
+    pub(crate) fn user_token(&self) -> Option<String> {
+        self.user_token.clone()
+    }
+
+    pub(crate) fn authority(&self) -> Option<String> {
+        self.authority.clone()
     }
 
     pub(crate) fn client(&self) -> Result<Client> {
         let Some(server) = &self.server else {
-            return Ok(Client::socket(self.state_dir().join("api.socket")));
+            return match self.chosen()? {
+                Some(context) => contexts::client(&context),
+                None => Ok(Client::socket(self.state_dir().join("api.socket"))),
+            };
         };
         let token = self
             .user_token
@@ -165,44 +188,5 @@ pub(crate) async fn schedule(reach: &Reach, node: &str) -> Result<ExitCode> {
         Clone::clone,
         |machine| vec![machine.clone()],
     )?;
-    Ok(ExitCode::SUCCESS)
-}
-
-#[derive(clap::Subcommand)]
-pub(crate) enum TokenKind {
-    /// Lets one node join, once.
-    Join {
-        /// Minutes until it expires.
-        #[arg(long, default_value_t = 60)]
-        minutes: u64,
-    },
-    /// Lets a user in over TLS.
-    User {
-        /// Who it is for.
-        name: String,
-        /// `viewer`, `operator` or `admin`.
-        #[arg(long, default_value = "viewer")]
-        role: String,
-    },
-}
-
-pub(crate) async fn token(reach: &Reach, what: TokenKind) -> Result<ExitCode> {
-    let (request, for_user) = match what {
-        TokenKind::Join { minutes } => (
-            TokenRequest::Join {
-                ttl_s: minutes.saturating_mul(60),
-            },
-            false,
-        ),
-        TokenKind::User { name, role } => (TokenRequest::User { name, role }, true),
-    };
-    let token: Token = reach.client()?.post("/v1/tokens", &request).await?;
-    output::one(reach.format(), &token, &token.token, |token| {
-        if for_user {
-            format!("{}\nauthority {}", token.token, token.authority)
-        } else {
-            token.token.clone()
-        }
-    })?;
     Ok(ExitCode::SUCCESS)
 }

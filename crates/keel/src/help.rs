@@ -30,10 +30,10 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Cluster",
         &[
-            "up", "join", "down", "status", "nodes", "store", "recover", "schedule", "token",
-            "events",
+            "up", "join", "down", "status", "nodes", "store", "recover", "schedule", "events",
         ],
     ),
+    ("Users", &["token", "login", "context", "audit"]),
     (
         "Tools",
         &["demo", "wasm", "sim", "doctor", "completions", "man"],

@@ -29,9 +29,11 @@
 mod output;
 
 mod apply;
+mod audit;
 mod balance;
 mod checkpoint;
 mod cluster;
+mod contexts;
 mod cp;
 mod demo;
 mod describe;
@@ -53,6 +55,7 @@ mod sim;
 mod size;
 mod started;
 mod store;
+mod tokens;
 mod up;
 mod volume;
 mod wasm;
@@ -110,11 +113,18 @@ enum Command {
         /// The node.
         node: String,
     },
-    /// Creates a token: for a node to join, or for a user.
+    /// Creates, lists and removes tokens: for nodes to join, and for users.
     Token {
         #[command(subcommand)]
-        what: cluster::TokenKind,
+        what: tokens::TokenCommand,
     },
+    /// Keeps a user's token and a server as a context, which the commands use from then on.
+    Login(contexts::LoginArgs),
+    /// Lists and chooses the contexts of `keel login`.
+    #[command(subcommand)]
+    Context(contexts::ContextCommand),
+    /// Lists who asked for which change, in the order of the store.
+    Audit(audit::Args),
     /// Starts a machine.
     Run(machines::RunArgs),
     /// Makes machines equal to those of a file; leaves equal ones untouched.
@@ -373,7 +383,10 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(&reach, &args).await,
         Command::Nodes => cluster::nodes(&reach).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,
-        Command::Token { what } => cluster::token(&reach, what).await,
+        Command::Token { what } => tokens::run(&reach, what).await,
+        Command::Login(args) => contexts::login(&reach, &args).await,
+        Command::Context(what) => contexts::run(&reach, what),
+        Command::Audit(args) => audit::run(&reach, &args).await,
         Command::Run(args) => machines::run(&reach, &args).await,
         Command::Apply(args) => apply::run(&reach, &args).await,
         Command::Ps { all } => machines::ps(&reach, all).await,

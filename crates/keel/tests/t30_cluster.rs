@@ -773,6 +773,7 @@ async fn users_come_in_over_tls_with_a_token_and_its_role_only() {
         let request = TokenRequest::User {
             name: "ada".into(),
             role: role.into(),
+            ttl_s: None,
         };
         let local = local.clone();
         async move {

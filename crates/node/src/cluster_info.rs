@@ -3,13 +3,15 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::records;
-use keel_api::{ClusterInfo, NodeInfo, StoreInfo, Token, TokenRequest, VoterInfo};
-use keel_cluster::tokens::{self, Role};
+use keel_api::{
+    ClusterInfo, NodeInfo, StoreInfo, Token, TokenInfo, TokenRequest, TokenUseInfo, VoterInfo,
+};
+use keel_cluster::tokens::{self, Role, TokenHolder};
 use keel_cluster::voters::VoterCount;
 use keel_cluster::{MachineName, NodeName, members};
 use keel_machine::spec::Status;
 use keel_store::clock::unix_ms;
-use keel_store::keys::{self, Key};
+use keel_store::keys::{self, Key, TokenId};
 use keel_store::{Backup, Txn, encoding};
 
 /// The machines in a node's schedule.
@@ -195,11 +197,12 @@ pub(crate) async fn make_token(
                 .map_err(bad)?
                 .to_string()
         }
-        TokenRequest::User { name, role } => {
+        TokenRequest::User { name, role, ttl_s } => {
             let role: Role = role.parse().map_err(|_| {
                 CommandError::Invalid(format!("{role:?} is no role: viewer, operator or admin"))
             })?;
-            tokens::create_user_token(store, &name, role, None)
+            let expires = ttl_s.map(|ttl_s| unix_ms().saturating_add(ttl_s.saturating_mul(1000)));
+            tokens::create_user_token(store, &name, role, expires)
                 .await
                 .map_err(bad)?
                 .to_string()
@@ -209,4 +212,41 @@ pub(crate) async fn make_token(
         token,
         authority: authority.to_string(),
     })
+}
+
+/// All tokens, without their secrets.
+///
+/// # Errors
+/// [`CommandError`] if the store does not answer.
+pub(crate) async fn tokens(context: &Context) -> Result<Vec<TokenInfo>, CommandError> {
+    let listed = tokens::list_tokens(&*context.store).await;
+    let listed = listed.map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let info = listed.into_iter().map(|token| TokenInfo {
+        id: token.id.to_string(),
+        of: match token.of {
+            TokenHolder::Node { used_by } => TokenUseInfo::Join {
+                used_by: used_by.map(|node| node.to_string()),
+            },
+            TokenHolder::User { name, role } => TokenUseInfo::User {
+                name,
+                role: role.to_string(),
+            },
+        },
+        expires_unix_ms: token.expires_unix_ms,
+    });
+    Ok(info.collect())
+}
+
+/// Removes a token.
+///
+/// # Errors
+/// [`CommandError::NotFound`], and if the store does not answer.
+pub(crate) async fn remove_token(context: &Context, id: &str) -> Result<(), CommandError> {
+    let none = || CommandError::NotFound(format!("there is no token {id:?} (see `keel token ls`)"));
+    let number: TokenId = id.parse().map_err(|_| none())?;
+    match tokens::remove_token(&*context.store, number).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(none()),
+        Err(error) => Err(CommandError::Unavailable(error.to_string())),
+    }
 }

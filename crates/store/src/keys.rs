@@ -26,6 +26,7 @@
 //! | `module/HASH` | a module of the cluster, by 64 hex digits |
 //! | `token/ID` | a join token, hashed |
 //! | `user-token/ID` | a user's token, hashed |
+//! | `audit/TIME-NUMBER` | a request that was to change something, and whose it was |
 
 use std::fmt;
 use std::str::FromStr;
@@ -86,6 +87,8 @@ pub enum Key {
     Token(TokenId),
     /// `user-token/ID`
     UserToken(TokenId),
+    /// `audit/TIME-NUMBER`: milliseconds since 1970-01-01 UTC and a random number, in hex digits.
+    Audit(u64, u64),
 }
 
 /// The public part of a token: 64 bits, printed as 16 hex digits.
@@ -126,6 +129,8 @@ impl KeyError {
 
 /// Prefix of all members.
 pub const MEMBERS: &str = "member/";
+/// Prefix of the audit log.
+pub const AUDIT: &str = "audit/";
 /// Prefix of all nodes.
 pub const NODES: &str = "node/";
 /// Prefix of the nodes whose lease runs.
@@ -206,6 +211,7 @@ impl fmt::Display for Key {
             Key::Module(hash) => write!(f, "{MODULES}{hash}"),
             Key::Token(id) => write!(f, "{TOKENS}{id}"),
             Key::UserToken(id) => write!(f, "{USER_TOKENS}{id}"),
+            Key::Audit(at, number) => write!(f, "{AUDIT}{at:016x}-{number:016x}"),
         }
     }
 }
@@ -264,6 +270,11 @@ fn parse(text: &str) -> Option<Key> {
         }
         ("token", Some(id), None) => Key::Token(id.parse().ok()?),
         ("user-token", Some(id), None) => Key::UserToken(id.parse().ok()?),
+        ("audit", Some(entry), None) => {
+            let (at, number) = entry.split_once('-')?;
+            let read = |digits| u64::from_str_radix(digits, 16).ok();
+            Key::Audit(read(at)?, read(number)?)
+        }
         _ => return None,
     })
     // Keys are canonical: upper-case digits, for example, are refused.
@@ -302,6 +313,7 @@ mod tests {
             &format!("module/{hash}"),
             "token/00000000000000ff",
             "user-token/00000000000000ff",
+            "audit/0000019a00000000-00000000000000ff",
         ] {
             assert_eq!(
                 text.parse::<Key>().map(|k| k.to_string()).as_deref(),
@@ -328,6 +340,8 @@ mod tests {
             "policy/a",
             "move-slot/01",
             "move-slot/-1",
+            "audit/1-2",
+            "audit/0000019a00000000",
         ] {
             assert!(text.parse::<Key>().is_err(), "{text}");
         }

@@ -87,6 +87,8 @@ pub struct LocalCluster {
     voters: &'static str,
     /// A store outside of the nodes.
     store: Option<String>,
+    /// Address of the first node's API for users over TLS.
+    api: Option<String>,
 }
 
 impl std::fmt::Debug for LocalCluster {
@@ -132,6 +134,7 @@ impl LocalCluster {
             nodes: BTreeMap::new(),
             voters: "1",
             store: None,
+            api: None,
         }
     }
 
@@ -172,6 +175,21 @@ impl LocalCluster {
         let cluster = cluster.begin(folder, names).await?;
         cluster.wait_voters(names[0], 3).await?;
         Ok(cluster)
+    }
+
+    /// As [`Self::start`], with an API for users over TLS at the first node, at `api`.
+    ///
+    /// # Errors
+    /// The log of a node that did not start.
+    pub async fn start_with_api(
+        program: &Path,
+        folder: &Path,
+        names: &[&str],
+        api: &str,
+    ) -> Result<Self> {
+        let mut cluster = LocalCluster::empty(program, None);
+        cluster.api = Some(api.to_owned());
+        cluster.begin(folder, names).await
     }
 
     /// As [`Self::start`], with the store in an etcd at `address`.
@@ -235,6 +253,9 @@ impl LocalCluster {
             let mut command = self.command(name, &state)?;
             if number == 0 {
                 command.args(["up", "--name", name]);
+                if let Some(api) = &self.api {
+                    command.args(["--api", api]);
+                }
             } else {
                 let first = self.client(names[0]);
                 let nodes: Vec<keel_api::NodeInfo> = first.get("/v1/nodes").await?;

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 /// The log of a worker's process, without its machine's output.
 pub(super) const LOG: &str = "worker.log";
+/// The same, of the process before.
+const OLD_LOG: &str = "worker.log.old";
 
 /// Content that an earlier worker left in its folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,12 @@ pub(super) fn prepare(
     std::fs::create_dir_all(folder).map_err(|error| fail("cannot make folder", error))?;
     if let Err(error) = make_group(slice, machine, folder) {
         tracing::warn!(%machine, error, "its worker gets no cgroup of its own");
+    }
+    match std::fs::rename(folder.join(LOG), folder.join(OLD_LOG)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(fail("cannot keep the old worker's log in", error));
+        }
+        _ => {}
     }
     File::create(folder.join(LOG)).map_err(|error| fail("cannot make the worker's log in", error))
 }

@@ -2,6 +2,7 @@
 //!
 //! - `machine`: machines, schedules, nodes, reservations
 //! - `machine_command`: commands that the owner of a machine carries out
+//! - `audit`: who asked for which change
 //! - `alive`: the nodes that are alive, followed
 //! - `placements`: the nodes of all machines, followed
 //! - `in_sync_set`: the nodes that have a machine's newest checkpoint
@@ -9,6 +10,7 @@
 //! - `free_memory`: free memory here for arriving machines
 
 mod alive;
+mod audit;
 mod free_memory;
 mod in_sync_set;
 mod machine;
@@ -17,6 +19,7 @@ mod placements;
 mod zones;
 
 pub(crate) use alive::AliveNodes;
+pub(crate) use audit::{AuditRecord, audit_log, begin_audit, end_audit};
 pub(crate) use free_memory::{check_free_memory, free_bytes, free_bytes_for};
 pub(crate) use in_sync_set::{InSyncSet, in_sync_set, replace_in_sync_set};
 #[cfg(test)]

@@ -65,6 +65,18 @@ pub(super) async fn schedule(State(at): Shared, Path(node): Path<String>) -> Rep
     Ok(Json(machines.iter().map(ToString::to_string).collect()))
 }
 
+pub(super) async fn tokens(State(at): Shared) -> Reply<Vec<keel_api::TokenInfo>> {
+    Ok(Json(cluster_info::tokens(&at.context).await?))
+}
+
+pub(super) async fn remove_token(
+    State(at): Shared,
+    Path(id): Path<String>,
+) -> Reply<serde_json::Value> {
+    cluster_info::remove_token(&at.context, &id).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
 pub(super) async fn make_token(
     State(at): Shared,
     Json(request): Json<TokenRequest>,

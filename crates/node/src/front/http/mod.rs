@@ -7,6 +7,7 @@
 //! - `health`: metrics, and whether the agent lives and is ready
 //! - `reply`: shared by the handlers
 
+mod audit;
 mod balance;
 mod file;
 mod handlers;

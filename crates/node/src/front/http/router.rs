@@ -2,7 +2,7 @@
 
 use super::super::handles::Handles;
 use super::reply::problem;
-use super::{balance, file, handlers, health};
+use super::{audit, balance, file, handlers, health};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{Method, StatusCode, header};
@@ -16,9 +16,13 @@ use std::sync::Arc;
 /// The most bytes of the text about an invalid request.
 const PROBLEM_BYTES_MAX: usize = 64 << 10;
 
-/// The role of the caller.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Caller(pub(super) Role);
+/// Who asks.
+#[derive(Debug, Clone)]
+pub(super) struct Caller {
+    pub(super) role: Role,
+    /// The name of the token, or `local`.
+    pub(super) user: Arc<str>,
+}
 
 pub(super) fn router(handles: Arc<Handles>) -> Router {
     let image_bytes_max = handles.context.kinds.image_bytes_max();
@@ -33,7 +37,12 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         .route("/v1/store/voters", post(handlers::set_voters))
         .route("/v1/store/backup", get(handlers::backup))
         .route("/v1/schedule/{node}", get(handlers::schedule))
-        .route("/v1/tokens", post(handlers::make_token))
+        .route(
+            "/v1/tokens",
+            get(handlers::tokens).post(handlers::make_token),
+        )
+        .route("/v1/tokens/{id}", delete(handlers::remove_token))
+        .route("/v1/audit", get(audit::log))
         .route(
             "/v1/images",
             put(handlers::upload).layer(DefaultBodyLimit::max(image_bytes_max)),
@@ -118,6 +127,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
     };
     router
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
+        .layer(middleware::from_fn_with_state(handles.clone(), audit::keep))
         .layer(middleware::from_fn(in_full))
         .layer(middleware::map_response(in_json))
         .layer(middleware::from_fn(check_role))
@@ -165,7 +175,7 @@ async fn in_full(request: Request, next: Next) -> Response {
     })
 }
 
-/// Reading needs a viewer, tokens and backups an admin, everything else an operator, including the content of
+/// Reading needs a viewer, tokens, the audit log and backups an admin, everything else an operator, including the content of
 /// machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
     if matches!(request.uri().path(), "/healthz" | "/readyz") {
@@ -173,13 +183,14 @@ async fn check_role(request: Request, next: Next) -> Response {
         return next.run(request).await;
     }
     let needed = match (request.method(), request.uri().path()) {
-        (_, "/v1/tokens" | "/v1/store/backup" | "/v1/debug/failpoint") => Role::Admin,
+        (_, "/v1/tokens" | "/v1/audit" | "/v1/store/backup" | "/v1/debug/failpoint") => Role::Admin,
+        (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     };
     match request.extensions().get::<Caller>() {
-        Some(Caller(role)) if role.includes(needed) => next.run(request).await,
+        Some(Caller { role, .. }) if role.includes(needed) => next.run(request).await,
         Some(_) => problem(
             StatusCode::FORBIDDEN,
             format!("this needs a token of role {needed}"),

@@ -34,7 +34,10 @@ pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
         tokio::spawn(serve_tls(context.clone(), listener, router.clone()));
     }
     // The socket is in a folder that only this user can enter.
-    let local = router.layer(Extension(Caller(Role::Admin)));
+    let local = router.layer(Extension(Caller {
+        role: Role::Admin,
+        user: "local".into(),
+    }));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
@@ -112,7 +115,10 @@ fn bearer(request: &Request) -> Option<String> {
 
 async fn caller(context: &Context, token: &str) -> Option<Caller> {
     match tokens::verify_user_token(&*context.store, token, unix_ms()).await {
-        Ok(user) => Some(Caller(user.role)),
+        Ok(user) => Some(Caller {
+            role: user.role,
+            user: user.name.into(),
+        }),
         Err(error) => {
             tracing::info!(%error, "a token was refused");
             None
