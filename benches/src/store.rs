@@ -69,7 +69,8 @@ async fn measure(voters: usize, rounds: usize) -> Result<Vec<(usize, Figures, Fi
     let etcd = Etcd::start(voters)?.context("no etcd here (apt-get install etcd-server)")?;
     let options = EtcdOptions::from_address(&etcd.address("bench"));
     let options = options.map_err(anyhow::Error::msg)?;
-    let (mut ours, mut theirs): (Vec<Arc<dyn Store>>, Vec<Arc<dyn Store>>) = Default::default();
+    let mut ours: Vec<Arc<dyn Store>> = Vec::new();
+    let mut theirs: Vec<Arc<dyn Store>> = Vec::new();
     for _ in 0..CONNECTIONS {
         ours.push(group.client()?);
         theirs.push(Arc::new(EtcdStore::connect(&options).await?));

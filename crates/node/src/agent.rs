@@ -489,6 +489,10 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
         Role::seek(name, store, node, context.lease.clone())
     };
     tokio::spawn(voters::manage(at.voters.clone(), context.members.clone()));
+    tokio::spawn(voters::spread_authority(
+        at.voters.clone(),
+        context.members.clone(),
+    ));
     let (store, events) = (context.store.clone(), context.events.clone());
     tokio::spawn(lease::tell_of_nodes(store, events, role("node-events")));
     let (changes, placement_changes) = unbounded_channel();

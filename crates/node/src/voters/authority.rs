@@ -18,8 +18,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Time for a node to take the authority.
 const TAKE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Keeps the cluster's authority at enough nodes, until the process ends.
-pub(super) async fn spread(voters: Arc<Voters>, all: Arc<MemberSet>) {
+/// Keeps the authority of a cluster with a store outside of it at enough nodes, until the process
+/// ends.
+pub(crate) async fn spread_authority(voters: Arc<Voters>, all: Arc<MemberSet>) {
+    if voters.external().is_none() {
+        return;
+    }
     let mut states = NodeStates::default();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;

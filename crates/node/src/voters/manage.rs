@@ -1,6 +1,5 @@
 //! The leader's care for the group of voters, and every node's view of it.
 
-use super::authority::spread;
 use super::handle::{BECOME_VOTER, BecomeVoter, COPY, Engine, VoterError, Voters};
 use crate::context::Settings;
 use keel_cluster::NodeName;
@@ -27,11 +26,10 @@ const COPIES_EVERY: Duration = Duration::from_secs(5);
 /// Time for one to answer.
 const COPY_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Keeps the voters in number, alive and apart, while this node leads; until the process ends. With
-/// a store outside of the cluster, the same for the nodes that admit others.
+/// Keeps the voters in number, alive and apart, while this node leads; until the process ends.
 pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
     if voters.external().is_some() {
-        return spread(voters, all).await;
+        return;
     }
     let mut states = NodeStates::default();
     loop {

@@ -17,6 +17,7 @@ mod handle;
 mod manage;
 mod rebuild;
 
+pub(crate) use authority::spread_authority;
 pub use handle::VoterError;
 pub(crate) use handle::Voters;
 pub(crate) use manage::{follow, manage, reopen};

@@ -8,7 +8,6 @@
 //! ```
 
 use super::super::handle::{Checkpoints, open};
-use super::replica::FetchCheckpoint;
 use crate::logs::LOG;
 use crate::state_dir::StateDir;
 use keel_cluster::{MachineName, NodeName};
@@ -32,25 +31,26 @@ pub(super) fn all(dir: &StateDir) -> PathBuf {
 }
 
 impl Checkpoints {
-    /// Fetches the output of a machine up to its checkpoint.
+    /// Fetches the output of the machine that was created then, up to an offset.
     ///
     /// # Errors
     /// If not all of it is durably here.
     pub(super) async fn fetch_output(
         &self,
         owner: &NodeName,
-        request: &FetchCheckpoint,
+        machine: &MachineName,
+        created_unix_ms: u64,
+        end: u64,
     ) -> Result<(), String> {
-        let end = request.log_end;
-        let folders = of_machine(&self.context.dir, &request.machine);
-        let created = request.created_unix_ms.to_string();
+        let folders = of_machine(&self.context.dir, machine);
+        let created = created_unix_ms.to_string();
         let opened = tokio::task::spawn_blocking(move || open_copy(&folders, &created)).await;
         let opened = opened.map_err(|error| error.to_string())?;
         let log = opened.map_err(|error| format!("its output: {error}"))?;
         if log.end() >= end {
             return Ok(());
         }
-        let question = (&request.machine, log.end(), false);
+        let question = (machine, log.end(), false);
         let question = pack(&question).map_err(|error| error.to_string())?;
         let stream = self.context.peers.stream(owner, LOG, question).await;
         let mut stream = stream.map_err(|error| error.to_string())?;

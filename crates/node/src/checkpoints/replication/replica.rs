@@ -74,7 +74,8 @@ impl Checkpoints {
                 request.machine, request.epoch
             )));
         }
-        self.fetch_output(owner, &request)
+        let (created, log_end) = (request.created_unix_ms, request.log_end);
+        self.fetch_output(owner, &request.machine, created, log_end)
             .await
             .map_err(RpcError::failed)?;
         self.fetch_objects(owner, &request.machine, request.objects)

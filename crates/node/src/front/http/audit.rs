@@ -1,8 +1,8 @@
 //! Enters requests that change something in the audit log, before they are carried out.
 
 use super::super::handles::Handles;
+use super::caller::Caller;
 use super::reply::{Failure, Reply, problem};
-use super::router::Caller;
 use crate::error::CommandError;
 use crate::records::{AuditRecord, audit_log, begin_audit, end_audit};
 use axum::Json;

@@ -9,6 +9,7 @@
 
 mod audit;
 mod balance;
+mod caller;
 mod file;
 mod handlers;
 mod health;

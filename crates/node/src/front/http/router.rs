@@ -1,6 +1,7 @@
 //! The handler of each request, and the role that it needs.
 
 use super::super::handles::Handles;
+use super::caller::Caller;
 use super::reply::problem;
 use super::{audit, balance, file, handlers, health};
 use axum::Router;
@@ -15,14 +16,6 @@ use std::sync::Arc;
 
 /// The most bytes of the text about an invalid request.
 const PROBLEM_BYTES_MAX: usize = 64 << 10;
-
-/// Who asks.
-#[derive(Debug, Clone)]
-pub(super) struct Caller {
-    pub(super) role: Role,
-    /// The name of the token, or `local`.
-    pub(super) user: Arc<str>,
-}
 
 pub(super) fn router(handles: Arc<Handles>) -> Router {
     let image_bytes_max = handles.context.kinds.image_bytes_max();

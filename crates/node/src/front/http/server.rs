@@ -1,7 +1,8 @@
 //! Serves the API on the node's own socket, and over TLS with a token.
 
 use super::super::handles::Handles;
-use super::router::{Caller, router};
+use super::caller::Caller;
+use super::router::router;
 use crate::context::Context;
 use axum::Router;
 use axum::body::Body;
