@@ -250,9 +250,9 @@ const MUTANTS: &[(&str, &str, usize, &str)] = &[
     ),
     (
         "failover: a life that ended",
-        "            from_checkpoint,\n        },\n    };\n    record.enter",
+        "            from_checkpoint,\n            elsewhere: true,",
         0,
-        "            from_checkpoint: true,\n        },\n    };\n    record.enter",
+        "            from_checkpoint: true,\n            elsewhere: true,",
     ),
     (
         "failover: record's revision",
