@@ -16,7 +16,7 @@ pub(super) async fn answer(
 ) -> Result<Reply, RpcError> {
     match kind {
         kind::COPY_HOME => copy_home(worker, unpack(&payload)?),
-        kind::IS_PART => Ok(pack(&worker.inner().parts.member())?.into()),
+        kind::IS_PART => reply(move || Ok(worker.inner().parts.member())).await,
         kind::SPAN_READY => {
             let meet = unpack(&payload)?;
             reply(move || worker.prepare_home(&meet)).await

@@ -130,8 +130,15 @@ impl Worker for WasmWorker {
     }
 
     fn describe(&self, report: &mut Report) {
-        let inner = self.inner();
-        if let Some(machine) = &inner.machine {
+        let machine = {
+            let inner = self.inner();
+            report.parts = inner.parts.count();
+            report.start = self.start_progress(&inner);
+            inner.machine.clone()
+        };
+        // Without the lock: a machine that writes to a slow disk answers late, and whoever holds it
+        // for its lease needs the lock.
+        if let Some(machine) = &machine {
             let memories = machine.memories().iter();
             report.program = Some(*machine.program().hash());
             report.threads = machine.threads().len() as u32;
@@ -139,12 +146,11 @@ impl Worker for WasmWorker {
             report.memory_bytes = report.memory_pages.iter().sum::<u64>() << 16;
             report.volumes = volume_reports(machine);
         }
-        report.parts = inner.parts.count();
-        report.start = self.start_progress(&inner);
     }
 
     fn stop(&self) {
-        if let Some(machine) = &self.inner().machine {
+        let machine = self.inner().machine.clone();
+        if let Some(machine) = machine {
             machine.stop();
         }
     }

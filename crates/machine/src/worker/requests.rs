@@ -78,11 +78,14 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::STATES => Ok(Reply::Stream(follow(worker.process().state.subscribe()))),
         kind::STALLS => Ok(Reply::Stream(follow(worker.process().paused.subscribe()))),
         kind::IDENTITY => {
-            let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
-            let fingerprint = identity.fingerprint;
-            worker.moves(|moves| moves.identity = Some(identity));
-            worker.prepare_move();
-            Ok(pack(&fingerprint)?.into())
+            reply(move || {
+                let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
+                let fingerprint = identity.fingerprint;
+                worker.moves(|moves| moves.identity = Some(identity));
+                worker.prepare_move();
+                Ok(fingerprint)
+            })
+            .await
         }
         kind::COPY => {
             let copy: Copy = unpack(&payload)?;
@@ -113,13 +116,13 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             })
             .await
         }
-        kind::SERVE => {
-            source::serve(&worker)?;
-            Ok(pack(&())?.into())
-        }
+        kind::SERVE => reply(move || source::serve(&worker)).await,
         kind::STOP => {
-            worker.stop();
-            Ok(pack(&())?.into())
+            reply(move || {
+                worker.stop();
+                Ok(())
+            })
+            .await
         }
         kind::SET => {
             let spec: Spec = unpack(&payload)?;

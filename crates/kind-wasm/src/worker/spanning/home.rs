@@ -273,15 +273,22 @@ impl WasmWorker {
 
     /// Reports parts and threads of the machine.
     pub(in crate::worker) fn parts(&self) -> Result<PartsReport, RpcError> {
-        let inner = self.inner();
-        let machine = inner.machine.as_ref();
+        let (machine, nodes, home) = {
+            let inner = self.inner();
+            let parts = &inner.parts;
+            (
+                inner.machine.clone(),
+                parts.nodes.clone(),
+                parts.home.clone(),
+            )
+        };
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let threads = machine.thread_infos().into_iter();
         let liked = machine.preferences();
         // For the next report.
         machine.request_cpu_times();
         Ok(PartsReport {
-            nodes: inner.parts.nodes.clone(),
+            nodes,
             threads: threads
                 .map(|thread| ThreadReport {
                     tid: thread.tid,
@@ -292,7 +299,7 @@ impl WasmWorker {
                     likes: liked.get(&thread.tid).cloned(),
                 })
                 .collect(),
-            memory: match &inner.parts.home {
+            memory: match &home {
                 Some(home) => home.pages().memory_of_parts(),
                 None => BTreeMap::new(),
             },
@@ -303,7 +310,7 @@ impl WasmWorker {
                     .map(|(part, since)| (part, since.as_millis() as u64))
                     .collect()
             },
-            waits: match &inner.parts.home {
+            waits: match &home {
                 Some(home) => home.pages().latency().buckets.to_vec(),
                 None => Vec::new(),
             },
