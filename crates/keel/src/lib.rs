@@ -118,7 +118,7 @@ enum Command {
         #[command(subcommand)]
         what: tokens::TokenCommand,
     },
-    /// Keeps a user's token and a server as a context, which the commands use from then on.
+    /// Keeps a user's token and a server as a context for all commands.
     Login(contexts::LoginArgs),
     /// Lists and chooses the contexts of `keel login`.
     #[command(subcommand)]
@@ -307,7 +307,8 @@ pub fn run(kinds: Kinds) -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("KEEL_LOG")
-                .unwrap_or_else(|_| "warn".into()),
+                // What `openraft` says of nodes that are away is said by the agent, once.
+                .unwrap_or_else(|_| "warn,openraft=off".into()),
         )
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))

@@ -6,18 +6,19 @@
 //! two files. See `time` for time records.
 
 mod record_boundary;
+mod sink;
 mod time;
 
 use keel_store::clock::unix_ms;
-use keel_wasi::volume::{Stalls, is_disk_full};
-use keel_wasi::{Interrupt, Sink, SinkResult};
 use record_boundary::Boundary;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+pub use sink::LogSink;
 
 /// Size limit of one file of the log.
 pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
@@ -481,107 +482,6 @@ pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
     }
     bytes.drain(..at);
     records
-}
-
-/// Limits output to a number of bytes per second, with a burst of one second's worth.
-#[derive(Debug)]
-struct Rate {
-    bytes_per_s: f64,
-    allowance: f64,
-    since: Instant,
-}
-
-impl Rate {
-    /// Time until further bytes may be written.
-    fn delay(&mut self) -> Duration {
-        let now = Instant::now();
-        let earned = now.duration_since(self.since).as_secs_f64() * self.bytes_per_s;
-        self.allowance = (self.allowance + earned).min(self.bytes_per_s);
-        self.since = now;
-        if self.allowance > 0.0 {
-            Duration::ZERO
-        } else {
-            Duration::from_secs_f64((-self.allowance / self.bytes_per_s).clamp(0.001, 1.0))
-        }
-    }
-}
-
-/// A guest's standard output or error, written to a log.
-#[derive(Debug)]
-pub struct LogSink {
-    log: Arc<Log>,
-    stream: StreamKind,
-    rate: Mutex<Rate>,
-    stalls: Arc<Stalls>,
-}
-
-impl LogSink {
-    /// Writes to `log` at most `bytes_per_s`. If the disk is full the guest waits, which
-    /// is reported to `stalls`.
-    pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64, stalls: Arc<Stalls>) -> Self {
-        let bytes_per_s = bytes_per_s.max(1) as f64;
-        LogSink {
-            log,
-            stream,
-            rate: Mutex::new(Rate {
-                bytes_per_s,
-                allowance: bytes_per_s,
-                since: Instant::now(),
-            }),
-            stalls,
-        }
-    }
-
-    /// Appends what the rate permits; returns the number of bytes, or the time to wait.
-    fn write_some(&self, bytes: &[u8]) -> std::io::Result<Result<usize, Duration>> {
-        let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
-        let delay = rate.delay();
-        if !delay.is_zero() {
-            return Ok(Err(delay));
-        }
-        let count = bytes.len().min(RECORD_BYTES_MAX);
-        self.log.append(self.stream, &bytes[..count])?;
-        rate.allowance -= count as f64;
-        Ok(Ok(count))
-    }
-}
-
-impl Sink for LogSink {
-    fn write(&self, bytes: &[u8], interrupt: &dyn Interrupt) -> SinkResult {
-        loop {
-            let delay = match self.write_some(bytes) {
-                Ok(Ok(count)) => {
-                    self.stalls.written(self.log.place());
-                    return SinkResult::Written(count);
-                }
-                Ok(Err(delay)) => delay,
-                Err(error) if is_disk_full(&error) => {
-                    if self.stalls.wait_briefly(self.log.place(), interrupt) {
-                        continue;
-                    }
-                    return SinkResult::Interrupted;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "cannot write output");
-                    return SinkResult::Errno(keel_wasi::Errno::Io);
-                }
-            };
-            if interrupt.requested() {
-                return SinkResult::Interrupted;
-            }
-            let wakeup = interrupt.wakeup();
-            let mut wait = [rustix::event::PollFd::new(
-                &wakeup,
-                rustix::event::PollFlags::IN,
-            )];
-            let timeout = rustix::event::Timespec {
-                tv_sec: delay.as_secs() as i64,
-                tv_nsec: delay.subsec_nanos().into(),
-            };
-            // After any wake-up the loop checks again.
-            let _ = rustix::event::poll(&mut wait, Some(&timeout));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -217,15 +217,21 @@ impl LocalCluster {
         std::fs::create_dir_all(&state)?;
         let mut command = self.command(name, &state)?;
         command.args(["join", via, "--name", name, "--token", token]);
+        self.place(&mut command, name, "127.0.0.1:0")?;
+        self.spawn(name, state, command).await
+    }
+
+    /// Where a new node listens: at `local` if the nodes have no network; and its store.
+    fn place(&self, command: &mut Command, name: &str, local: &str) -> Result<()> {
         let listen = match &self.network {
             Some(network) => network.address(name)?,
-            None => "127.0.0.1:0".into(),
+            None => local.to_owned(),
         };
         command.args(["--listen", &listen]);
         if let Some(store) = &self.store {
             command.args(["--store", store]);
         }
-        self.spawn(name, state, command).await
+        Ok(())
     }
 
     /// Waits until a number of nodes hold the store, as a node says; which of them leads.
@@ -266,14 +272,7 @@ impl LocalCluster {
                     .await?;
                 command.args(["join", &via, "--name", name, "--token", &token.token]);
             }
-            let listen = match &self.network {
-                Some(network) => network.address(name)?,
-                None => format!("{own}:0"),
-            };
-            command.args(["--listen", &listen]);
-            if let Some(store) = &self.store {
-                command.args(["--store", store]);
-            }
+            self.place(&mut command, name, &format!("{own}:0"))?;
             self.spawn(name, state, command).await?;
             if number == 0 && self.voters != "auto" {
                 let count = self.voters.to_owned();

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 /// Entries that are removed at a time once there are too many.
 const REMOVED_AT_ONCE: usize = 200;
 
+/// How often an entry is written again if the answer is lost.
+const ATTEMPTS_MAX: usize = 3;
+
 /// An entry's value.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct AuditRecord {
@@ -38,8 +41,14 @@ pub(crate) async fn begin_audit(
 ) -> Result<Key, StoreError> {
     let key = Key::Audit(at_unix_ms, rand::random());
     let txn = Txn::new().put(key.clone(), encoded(record)?);
-    store.txn(txn).await?;
-    Ok(key)
+    // Nobody else has this key: a write whose answer was lost can be repeated.
+    for _ in 0..ATTEMPTS_MAX {
+        match store.txn(txn.clone()).await {
+            Err(StoreError::Unknown { .. }) => {}
+            written => return written.map(|_| key),
+        }
+    }
+    store.txn(txn).await.map(|_| key)
 }
 
 /// Adds the outcome of an entry, and now and then removes the oldest entries.

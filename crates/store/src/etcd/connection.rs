@@ -436,6 +436,9 @@ fn verdict(status: &Status, effect: Effect) -> Verdict {
     if says("requested lease not found") {
         return Verdict::Final(Failure::NoLease);
     }
+    if never_connected(status) {
+        return Verdict::Retry;
+    }
     match status.code() {
         Code::Unauthenticated => Verdict::LogIn,
         // (etcd reports a missing log-in so, too.)
@@ -466,6 +469,18 @@ fn verdict(status: &Status, effect: Effect) -> Verdict {
         _ if effect == Effect::Changes => Verdict::Lost,
         _ => Verdict::Retry,
     }
+}
+
+/// Whether a lost connection could not be made again: then nothing was sent.
+fn never_connected(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// An error with its causes.
@@ -525,6 +540,9 @@ mod tests {
 
     #[test]
     fn only_what_certainly_did_nothing_is_repeated() {
+        let refused = tonic::ConnectError("connection refused".into());
+        let refused = Status::from_error(Box::new(refused));
+        assert!(matches!(verdict(&refused, Effect::Changes), Verdict::Retry));
         let status = |code, text: &str| Status::new(code, text.to_owned());
         for (status, is_lost) in [
             (
