@@ -68,6 +68,7 @@ impl Contexts {
                 .create(folder);
             made.with_context(shown)?;
         }
+        let text = toml::to_string(self).with_context(shown)?;
         let temporary = path.with_extension(format!("{}.new", std::process::id()));
         let written = std::fs::OpenOptions::new()
             .write(true)
@@ -75,9 +76,7 @@ impl Contexts {
             .truncate(true)
             .mode(0o600)
             .open(&temporary)
-            .and_then(|mut file| {
-                file.write_all(toml::to_string(self).unwrap_or_default().as_bytes())
-            })
+            .and_then(|mut file| file.write_all(text.as_bytes()))
             .and_then(|()| std::fs::rename(&temporary, &path));
         written.with_context(shown)
     }

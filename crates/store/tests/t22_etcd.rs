@@ -10,10 +10,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use keel_store::{EtcdOptions, EtcdStore, EtcdTls, Store, StoreError, Txn};
+use keel_store::{Changes, EtcdOptions, EtcdStore, EtcdTls, Store, StoreError, Txn, Watch};
 use keel_testkit::{ETCD_LIMITS as LIMITS, Etcd};
-use linearizability::check;
-use linearizability::record::{is_pause, record, wait_answers, wait_until};
+use linearizability::record::{check_all, is_pause, record, wait_answers, wait_until};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
@@ -27,6 +26,12 @@ fn options(etcd: &Etcd, prefix: &str) -> EtcdOptions {
 
 async fn client(etcd: &Etcd) -> Result<EtcdStore, StoreError> {
     EtcdStore::connect(&options(etcd, "test")).await
+}
+
+/// The next changes, if they come in time.
+async fn next(watch: &mut Watch) -> Result<Changes, Box<dyn Error + Send + Sync>> {
+    let next = tokio::time::timeout(Duration::from_secs(60), watch.next()).await?;
+    Ok(next.ok_or("it ended")??)
 }
 
 macro_rules! conformance {
@@ -65,7 +70,7 @@ async fn clusters_with_other_prefixes_do_not_see_each_other() -> Outcome {
     let mut watch = other.watch("", other.revision().await? + 1).await?;
     one.txn(Txn::new().put("entries/b", "1")).await?;
     other.txn(Txn::new().put("c", "1")).await?;
-    let seen = watch.next().await.ok_or("it ended")??;
+    let seen = next(&mut watch).await?;
     assert_eq!(seen.changes[0].key(), "c");
     // A lease of the one is not alive for the other, and its end is no change.
     let lease = one.lease_grant(60_000).await?;
@@ -102,19 +107,7 @@ async fn histories_are_linearizable_while_members_fail() -> Outcome {
     }
     wait_answers(&answers, 60).await?;
     stop.store(true, Relaxed);
-    let mut history = Vec::new();
-    for client in clients {
-        history.extend(client.await??);
-    }
-    let unknown = history.iter().filter(|call| call.end.is_none()).count();
-    eprintln!(
-        "{} calls, {unknown} of them without an answer",
-        history.len()
-    );
-    assert!(history.len() > 200);
-    let checked = tokio::task::spawn_blocking(move || check(&history));
-    checked.await??;
-    Ok(())
+    check_all(clients).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -150,7 +143,7 @@ async fn a_watch_of_a_member_that_stands_still_ends_and_goes_on_elsewhere() -> O
         assert!(is_pause(&error), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(60));
     }
-    let seen = watch.next().await.ok_or("it ended")??;
+    let seen = next(&mut watch).await?;
     assert_eq!(seen.changes[0].key(), "a");
     etcd.pause(0, false)?;
     Ok(())

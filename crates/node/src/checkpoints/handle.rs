@@ -82,6 +82,8 @@ pub(crate) struct Checkpoints {
     pub(super) processes: Arc<Processes>,
     /// Workers whose machines have scheduled checkpoints.
     scheduled: Mutex<HashSet<u64>>,
+    /// Machines whose output is being copied to here.
+    pub(super) copied: Mutex<HashSet<MachineName>>,
 }
 
 impl Checkpoints {
@@ -90,6 +92,7 @@ impl Checkpoints {
             context,
             processes,
             scheduled: Mutex::default(),
+            copied: Mutex::default(),
         }
     }
 

@@ -441,8 +441,10 @@ fn verdict(status: &Status, effect: Effect) -> Verdict {
     }
     match status.code() {
         Code::Unauthenticated => Verdict::LogIn,
-        // (etcd reports a missing log-in so, too.)
-        Code::InvalidArgument if says("user name is empty") => Verdict::LogIn,
+        // (etcd reports a missing log-in so, too, and one of before its users were changed.)
+        Code::InvalidArgument if says("user name is empty") || says("auth store is old") => {
+            Verdict::LogIn
+        }
         Code::PermissionDenied => Verdict::Final(unavailable(format!(
             "etcd does not permit it: {} (its user needs to read and write under the prefix)",
             status.message()
@@ -540,6 +542,14 @@ mod tests {
 
     #[test]
     fn only_what_certainly_did_nothing_is_repeated() {
+        // Tokens of the kind JWT are older than a change of the users.
+        for text in [
+            "etcdserver: revision of auth store is old",
+            "etcdserver: user name is empty",
+        ] {
+            let status = Status::invalid_argument(text);
+            assert!(matches!(verdict(&status, Effect::Changes), Verdict::LogIn));
+        }
         let refused = tonic::ConnectError("connection refused".into());
         let refused = Status::from_error(Box::new(refused));
         assert!(matches!(verdict(&refused, Effect::Changes), Verdict::Retry));

@@ -18,6 +18,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -117,6 +118,8 @@ pub(super) struct Election {
     network: Network,
     /// This voter agreed to another's candidacy.
     agreed: Notify,
+    /// How often it asked for pre-votes.
+    pre_votes: AtomicU64,
 }
 
 impl Election {
@@ -127,7 +130,13 @@ impl Election {
             log,
             network,
             agreed: Notify::new(),
+            pre_votes: AtomicU64::new(0),
         })
+    }
+
+    /// How often this voter asked the others whether they would vote for it, since its start.
+    pub(super) fn pre_votes(&self) -> u64 {
+        self.pre_votes.load(Ordering::Relaxed)
     }
 
     /// Asks for votes when it is due, until the store stops.
@@ -182,6 +191,7 @@ impl Election {
 
     /// Whether a quorum would vote for this voter now.
     async fn would_win(&self, seen: &Seen) -> bool {
+        self.pre_votes.fetch_add(1, Ordering::Relaxed);
         let mut agreed = BTreeSet::from([self.id]);
         let last = self.log.last_id();
         let mut answers: FuturesUnordered<_> = seen
@@ -209,9 +219,9 @@ impl Election {
     pub(super) async fn agrees(&self, last: Option<LogId>, serves: bool) -> bool {
         let now = Instant::now();
         let hears = self.raft.with_raft_state(move |state| {
+            // Of one that was just elected, and does not serve yet, this is its election.
             let heard = state.vote_last_modified();
-            state.server_state != ServerState::Leader
-                && state.vote_ref().is_committed()
+            state.vote_ref().is_committed()
                 && heard.is_some_and(|heard| now.duration_since(heard) <= LEASE)
         });
         let agrees = !serves && last >= self.log.last_id() && matches!(hears.await, Ok(false));

@@ -123,6 +123,8 @@ pub struct RaftStatus {
     pub learners: BTreeMap<u64, Voter>,
     /// Index of the last entry of the log that is applied here.
     pub applied: u64,
+    /// How often this voter heard no leader and asked whether others would vote for it.
+    pub pre_votes: u64,
 }
 
 /// One voter of the embedded store. Dropping it stops it and closes its files; queued requests are
@@ -342,6 +344,7 @@ impl RaftStore {
             is_changing,
             learners,
             applied: metrics.last_applied.map_or(0, |applied| applied.index),
+            pre_votes: self.election.pre_votes(),
         }
     }
 

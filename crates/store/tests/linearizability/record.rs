@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use keel_store::{Compare, Store, StoreError, Txn};
 
-use super::{Call, Op};
+use tokio::task::JoinHandle;
+
+use super::{Call, Op, check};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -118,4 +120,23 @@ pub(crate) async fn record(
         tokio::time::sleep(Duration::from_millis(next() % 8)).await;
     }
     Ok(history)
+}
+
+/// Checks what all clients recorded as one history.
+pub(crate) async fn check_all(
+    clients: Vec<JoinHandle<Result<Vec<Call>, Box<dyn Error + Send + Sync>>>>,
+) -> Outcome {
+    let mut history = Vec::new();
+    for client in clients {
+        history.extend(client.await??);
+    }
+    let unknown = history.iter().filter(|call| call.end.is_none()).count();
+    eprintln!(
+        "{} calls, {unknown} of them without an answer",
+        history.len()
+    );
+    assert!(history.len() > 200);
+    let checked = tokio::task::spawn_blocking(move || check(&history));
+    checked.await??;
+    Ok(())
 }

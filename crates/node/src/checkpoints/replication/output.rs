@@ -15,9 +15,10 @@ use keel_machine::checkpoint::Origin;
 use keel_machine::log::{Log, next_life};
 use keel_machine::spec::Record;
 use keel_machine::worker::control::{LogChunk, pack, unpack};
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 
 /// The folder of the output of all lives of all machines with a name.
@@ -42,6 +43,8 @@ impl Checkpoints {
         created_unix_ms: u64,
         end: u64,
     ) -> Result<(), String> {
+        // An earlier request may still be at it, given up by the owner.
+        let _copying = Copying::begin(&self.copied, machine)?;
         let folders = of_machine(&self.context.dir, machine);
         let created = created_unix_ms.to_string();
         let opened = tokio::task::spawn_blocking(move || open_copy(&folders, &created)).await;
@@ -116,6 +119,33 @@ impl Checkpoints {
     }
 }
 
+/// Marks the output of a machine as being copied, until it is dropped: two at once would cut what
+/// the other one writes.
+struct Copying<'a> {
+    copied: &'a Mutex<HashSet<MachineName>>,
+    machine: &'a MachineName,
+}
+
+impl<'a> Copying<'a> {
+    fn begin(
+        copied: &'a Mutex<HashSet<MachineName>>,
+        machine: &'a MachineName,
+    ) -> Result<Self, String> {
+        let mut all = copied.lock().unwrap_or_else(PoisonError::into_inner);
+        match all.insert(machine.clone()) {
+            true => Ok(Self { copied, machine }),
+            false => Err("its output is being copied already".into()),
+        }
+    }
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        let mut all = self.copied.lock().unwrap_or_else(PoisonError::into_inner);
+        all.remove(self.machine);
+    }
+}
+
 /// The copy of the output of the machine that was created then; those of others that had its name
 /// go. Blocking.
 fn open_copy(folders: &Path, created: &str) -> io::Result<Arc<Log>> {
@@ -148,7 +178,7 @@ fn write(log: &Log, end: u64, mut pieces: mpsc::Receiver<LogChunk>) -> io::Resul
     }
 }
 
-/// Blocking.
+/// Makes the log in a worker's folder of the copy, up to `end` and open for the next life. Blocking.
 fn place(copy: &Path, worker: &Path, end: u64) -> io::Result<()> {
     let entries = match std::fs::read_dir(copy) {
         Ok(entries) => Some(entries),
@@ -178,6 +208,17 @@ mod tests {
             all.extend(bytes);
         }
         all
+    }
+
+    #[test]
+    fn the_output_of_a_machine_is_copied_once_at_a_time() {
+        let copied = Mutex::default();
+        let (m, n) = ("m".parse().unwrap(), "n".parse().unwrap());
+        let first = Copying::begin(&copied, &m).unwrap();
+        assert!(Copying::begin(&copied, &m).is_err());
+        assert!(Copying::begin(&copied, &n).is_ok());
+        drop(first);
+        assert!(Copying::begin(&copied, &m).is_ok());
     }
 
     #[test]
