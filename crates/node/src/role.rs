@@ -82,7 +82,7 @@ async fn seek(
                 Err(_) => return,
             },
         };
-        held.send_if_modified(|held| std::mem::take(held));
+        held.send_if_modified(std::mem::take);
         if let Err(error) = waited {
             tracing::debug!(role = name, %error, "cannot seek the role");
             tokio::time::sleep(RETRY_AFTER).await;

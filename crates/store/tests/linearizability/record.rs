@@ -14,6 +14,9 @@ use super::{Call, Op, check};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
+/// A client that runs, and then gives the calls that it made.
+pub(crate) type Recorder = JoinHandle<Result<Vec<Call>, Box<dyn Error + Send + Sync>>>;
+
 /// Waits until a condition holds.
 pub(crate) async fn wait_until(what: &str, mut holds: impl FnMut() -> bool) -> Outcome {
     let begun = Instant::now();
@@ -123,9 +126,7 @@ pub(crate) async fn record(
 }
 
 /// Checks what all clients recorded as one history.
-pub(crate) async fn check_all(
-    clients: Vec<JoinHandle<Result<Vec<Call>, Box<dyn Error + Send + Sync>>>>,
-) -> Outcome {
+pub(crate) async fn check_all(clients: Vec<Recorder>) -> Outcome {
     let mut history = Vec::new();
     for client in clients {
         history.extend(client.await??);
