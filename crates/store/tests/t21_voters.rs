@@ -2,6 +2,7 @@
 //! that come back, snapshots for those that are far behind.
 
 mod linearizability;
+mod recorder;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -14,7 +15,7 @@ use keel_store::{
     Change, Compare, IfAbsent, RaftOptions, Store, StoreError, Txn, TxnOutcome, Watch,
 };
 use keel_testkit::Group;
-use linearizability::record::{check_all, is_pause, record, wait_answers, wait_until};
+use recorder::{check_all, is_pause, record, wait_answers, wait_until};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 

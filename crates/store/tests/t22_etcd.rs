@@ -3,6 +3,7 @@
 
 mod conformance;
 mod linearizability;
+mod recorder;
 
 use std::error::Error;
 use std::sync::Arc;
@@ -12,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use keel_store::{Changes, EtcdOptions, EtcdStore, EtcdTls, Store, StoreError, Txn, Watch};
 use keel_testkit::{ETCD_LIMITS as LIMITS, Etcd};
-use linearizability::record::{check_all, is_pause, record, wait_answers, wait_until};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use recorder::{check_all, is_pause, record, wait_answers, wait_until};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 

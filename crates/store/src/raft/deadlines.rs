@@ -6,16 +6,17 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock::boottime;
+use crate::clock::Clock;
 use crate::interface::LeaseId;
 
 /// Nobody looked at the deadlines for so long: this process was stopped, or could not run, and
 /// renewals may have come in vain. Well below the time that nodes have between two renewals.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// The deadline of each lease of the state machine, on CLOCK_BOOTTIME.
+/// The deadline of each lease of the state machine.
 #[derive(Debug, Default)]
 pub(super) struct Deadlines {
+    clock: Clock,
     all: Mutex<All>,
 }
 
@@ -47,10 +48,17 @@ impl Deadline {
 }
 
 impl Deadlines {
+    pub(super) fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            all: Mutex::default(),
+        }
+    }
+
     /// The leases, after the time in which nobody looked was given to all of them.
     fn look(&self) -> (MutexGuard<'_, All>, Duration) {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = boottime();
+        let now = self.clock.now();
         if now.saturating_sub(all.looked) > PAUSE {
             for deadline in all.leases.values_mut() {
                 deadline.at = now + deadline.ttl;

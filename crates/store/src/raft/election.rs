@@ -29,11 +29,13 @@ use rand::rngs::StdRng;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::ELECTION_MAX;
 use super::log::Log;
 use super::network::Network;
 use super::types::{LogId, Raft, Voter};
 
+/// `openraft`'s bounds, in milliseconds: `ELECTION_MIN` is the time for a vote's answer.
+pub(super) const ELECTION_MIN: u64 = 200;
+pub(super) const ELECTION_MAX: u64 = 350;
 /// A voter that heard its leader within this time votes for nobody else (`openraft`'s lease).
 pub(super) const LEASE: Duration = Duration::from_millis(ELECTION_MAX);
 /// Bounds, in milliseconds, of the random time on top of [`LEASE`] after which a silent leader is

@@ -1,7 +1,7 @@
 //! The leader's part: when it serves, what it proposes, and when leases end.
 //!
 //! ```text
-//!                   elected, barrier passed, every lease its full time
+//!         elected, barrier passed, own entry applied, every lease its full time
 //!   Follower ───────────────────────────────────────────────────▶ Serving(term)
 //!      ▲                                                               │
 //!      └── another is elected, or no quorum answered for QUORUM_PATIENCE ◀┘
@@ -27,7 +27,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use super::deadlines::Deadlines;
 use super::log::Log;
 use super::types::{Command, CommandOutcome, Proposal, Raft, Types, stopped};
-use crate::clock::boottime;
+use crate::clock::Clock;
 use crate::interface::{LeaseId, StoreError, TxnOutcome};
 use crate::view::View;
 
@@ -95,12 +95,9 @@ pub(super) struct Leader {
     pub(super) barriers: mpsc::UnboundedSender<oneshot::Sender<Result<(), StoreError>>>,
     /// Bytes of proposals applied since the newest snapshot.
     pub(super) unsaved: Arc<AtomicUsize>,
-    /// When a quorum last confirmed this leader, on CLOCK_BOOTTIME in milliseconds.
+    clock: Clock,
+    /// When a quorum last confirmed this leader, in milliseconds of the clock.
     confirmed_ms: AtomicU64,
-}
-
-fn now_ms() -> u64 {
-    u64::try_from(boottime().as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Leader {
@@ -111,6 +108,7 @@ impl Leader {
         view: Arc<View>,
         deadlines: Arc<Deadlines>,
         unsaved: Arc<AtomicUsize>,
+        clock: Clock,
     ) -> (
         Arc<Self>,
         mpsc::UnboundedReceiver<oneshot::Sender<Result<(), StoreError>>>,
@@ -125,9 +123,20 @@ impl Leader {
             serving: watch::Sender::new(Serving::No { leader: None }),
             barriers,
             unsaved,
+            clock,
             confirmed_ms: AtomicU64::new(0),
         };
         (Arc::new(leader), waiting)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.clock.now().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Time since a quorum confirmed this leader.
+    fn silence(&self) -> Duration {
+        let confirmed = self.confirmed_ms.load(Ordering::Relaxed);
+        Duration::from_millis(self.now_ms().saturating_sub(confirmed))
     }
 
     fn is_sole_voter(&self) -> bool {
@@ -163,7 +172,7 @@ impl Leader {
         };
         let leader = match tokio::time::timeout(BARRIER_PATIENCE, asking).await {
             Ok(Ok(_)) => {
-                self.confirmed_ms.store(now_ms(), Ordering::Relaxed);
+                self.confirmed_ms.store(self.now_ms(), Ordering::Relaxed);
                 return Ok(());
             }
             Ok(Err(error)) => error
@@ -233,16 +242,14 @@ impl Leader {
     }
 
     async fn lead(&self, term: u64) {
-        let silent = Duration::from_millis(
-            now_ms().saturating_sub(self.confirmed_ms.load(Ordering::Relaxed)),
-        );
         if *self.serving.borrow() == (Serving::Yes { term }) {
-            if self.is_sole_voter() || silent < QUORUM_PATIENCE / 3 || self.confirm().await.is_ok()
+            if self.is_sole_voter()
+                || self.silence() < QUORUM_PATIENCE / 3
+                || self.confirm().await.is_ok()
             {
                 return;
             }
-            let silent = now_ms().saturating_sub(self.confirmed_ms.load(Ordering::Relaxed));
-            if Duration::from_millis(silent) > QUORUM_PATIENCE {
+            if self.silence() > QUORUM_PATIENCE {
                 tracing::warn!(
                     term,
                     "no quorum of voters answers; this node serves no more"
@@ -251,12 +258,28 @@ impl Leader {
             }
             return;
         }
-        // Everything that earlier leaders committed is applied when this passes.
-        if self.confirm().await.is_ok() {
+        // Everything that was ever answered is applied when these pass.
+        if self.confirm().await.is_ok() && self.commit_own_entry().await {
             self.deadlines.begin_term();
             tracing::info!(term, "this node leads the store");
             self.set_serving(Serving::Yes { term });
         }
+    }
+
+    /// Commits an entry without commands; whether that succeeded.
+    ///
+    /// `openraft` lets a leader that is restarted lead on in its old term. What was committed it
+    /// does not know then, and its confirmation waits for the first entry of the term only, not
+    /// for all that it answered in that term before the restart.
+    async fn commit_own_entry(&self) -> bool {
+        let Ok(nothing) = Proposal::new(&[]) else {
+            return false;
+        };
+        let written = self.raft.client_write(nothing);
+        matches!(
+            tokio::time::timeout(BARRIER_PATIENCE, written).await,
+            Ok(Ok(_))
+        )
     }
 
     fn set_serving(&self, serving: Serving) {
@@ -278,7 +301,11 @@ impl Leader {
         let mut serving = self.serving.subscribe();
         let mut held = None;
         loop {
-            let wait = self.deadlines.wait(TICK);
+            // Another voter hears of no renewals: all leases look ended there, and nothing is to do.
+            let wait = match serving.borrow().check() {
+                Ok(_) => self.deadlines.wait(TICK),
+                Err(_) => TICK,
+            };
             let mut batch: Vec<Request> = held.take().into_iter().collect();
             if batch.is_empty() {
                 tokio::select! {

@@ -20,7 +20,7 @@ use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use openraft::storage::{LogFlushed, LogState, RaftLogStorage};
 use openraft::{EntryPayload, OptionalSend, RaftLogId, RaftLogReader};
@@ -30,7 +30,7 @@ use redb::{
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::snapshot::SavedSnapshot;
 use super::types::{LogId, StorageError, StorageIoError, Types, Vote};
@@ -67,20 +67,20 @@ fn size(entry: &Entry) -> usize {
 #[derive(Clone)]
 pub(super) struct Log {
     state: Arc<Mutex<State>>,
-    writes: mpsc::Sender<Write>,
+    writes: mpsc::UnboundedSender<Write>,
     /// What the snapshot's file has.
     saved: watch::Receiver<SavedSnapshot>,
 }
 
 #[derive(Default)]
-struct State {
+pub(super) struct State {
     entries: BTreeMap<u64, Entry>,
     bytes: usize,
     purged: Option<LogId>,
     vote: Option<Vote>,
 }
 
-enum Write {
+pub(super) enum Write {
     Append(Vec<(u64, Vec<u8>)>, LogFlushed<Types>),
     Meta(&'static str, Vec<u8>, Done),
     Truncate(u64, Done),
@@ -93,7 +93,7 @@ type Done = oneshot::Sender<std::io::Result<()>>;
 
 /// Ends the writer thread when dropped, and closes the file.
 pub(super) struct Writer {
-    writes: mpsc::Sender<Write>,
+    writes: mpsc::UnboundedSender<Write>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -109,7 +109,9 @@ impl Drop for Writer {
 /// An opened log.
 pub(super) struct Opened {
     pub(super) log: Log,
-    pub(super) writer: Writer,
+    pub(super) disk: Disk,
+    /// What the disk has to write.
+    pub(super) writes: mpsc::UnboundedReceiver<Write>,
     /// This node's number in the group.
     pub(super) id: u64,
     /// The last entry that is only in the snapshot.
@@ -128,27 +130,28 @@ impl Log {
     ) -> Result<Opened, String> {
         // redb panics on some forms of corruption.
         let opening = AssertUnwindSafe(|| Disk::open(path, new));
-        let (disk, id, state) = std::panic::catch_unwind(opening)
+        let loaded = std::panic::catch_unwind(opening)
             .unwrap_or_else(|_| Err("the file is damaged; restore a backup".into()))?;
-        let (writes, received) = mpsc::channel();
-        let purged = state.purged;
-        let thread = std::thread::Builder::new()
-            .name("keel-store".into())
-            .spawn(move || disk.write_all(&received))
-            .map_err(|error| format!("no thread for it: {error}"))?;
-        Ok(Opened {
+        Ok(Self::of(loaded, saved))
+    }
+
+    /// The log that a disk has.
+    pub(super) fn of(
+        (disk, id, state): (Disk, u64, State),
+        saved: watch::Receiver<SavedSnapshot>,
+    ) -> Opened {
+        let (sender, writes) = mpsc::unbounded_channel();
+        Opened {
+            purged: state.purged,
             log: Log {
                 state: Arc::new(Mutex::new(state)),
-                writes: writes.clone(),
+                writes: sender,
                 saved,
             },
-            writer: Writer {
-                writes,
-                thread: Some(thread),
-            },
+            disk,
+            writes,
             id,
-            purged,
-        })
+        }
     }
 
     /// Whether another process has the file open.
@@ -270,7 +273,7 @@ impl RaftLogStorage<Types> for Log {
                 }
             }
         }
-        if let Err(mpsc::SendError(Write::Append(_, callback))) =
+        if let Err(mpsc::error::SendError(Write::Append(_, callback))) =
             self.writes.send(Write::Append(records, callback))
         {
             let gone = std::io::Error::other("the thread of the store's log ended");
@@ -310,7 +313,8 @@ impl RaftLogStorage<Types> for Log {
     }
 }
 
-struct Disk {
+/// The file of a log.
+pub(super) struct Disk {
     database: Database,
 }
 
@@ -323,20 +327,26 @@ impl Disk {
         if mark.exists() {
             return Err(REPAIRED.into());
         }
-        let mut database = Database::create(path).map_err(explain)?;
-        match database.check_integrity() {
-            Ok(true) => {}
-            Ok(false) => {
-                // A voter that forgot its last vote could vote twice: whoever opens it again must
-                // know.
-                std::fs::write(&mark, REPAIRED).map_err(|error| error.to_string())?;
-                return Err(REPAIRED.into());
-            }
-            Err(error) => return Err(explain(error)),
+        let opened = Self::check(Database::create(path), new)?;
+        if opened.is_none() {
+            // A voter that forgot its last vote could vote twice: whoever opens it again must know.
+            std::fs::write(&mark, REPAIRED).map_err(|error| error.to_string())?;
+        }
+        opened.ok_or_else(|| REPAIRED.into())
+    }
+
+    /// What a file has; `None` if redb had to repair it.
+    pub(super) fn check(
+        opened: Result<Database, DatabaseError>,
+        new: Option<u64>,
+    ) -> Result<Option<(Self, u64, State)>, String> {
+        let mut database = opened.map_err(explain)?;
+        if !database.check_integrity().map_err(explain)? {
+            return Ok(None);
         }
         let disk = Self { database };
         let (id, state) = disk.load(new).map_err(|error| error.to_string())?;
-        Ok((disk, id, state))
+        Ok(Some((disk, id, state)))
     }
 
     fn load(&self, new: Option<u64>) -> Result<(u64, State), Box<dyn std::error::Error>> {
@@ -401,32 +411,35 @@ impl Disk {
         Ok((id, state))
     }
 
-    /// Writes until it is told to stop, or until a write fails.
-    fn write_all(self, writes: &mpsc::Receiver<Write>) {
-        while let Ok(first) = writes.recv() {
-            let batch: Vec<Write> = std::iter::once(first).chain(writes.try_iter()).collect();
-            let stop = batch.iter().any(|write| matches!(write, Write::Stop));
-            let committing = AssertUnwindSafe(|| self.commit(&batch));
-            let written = std::panic::catch_unwind(committing)
-                .unwrap_or_else(|_| Err("redb panicked".into()))
-                .map_err(|error| error.to_string());
-            if let Err(reason) = &written {
-                tracing::error!(reason, "the store cannot write; it serves no more");
+    /// Writes on a thread of its own until it is told to stop, or until a write fails.
+    ///
+    /// # Errors
+    /// If there is no thread for it.
+    pub(super) fn write_on_thread(
+        self,
+        log: &Log,
+        mut writes: mpsc::UnboundedReceiver<Write>,
+    ) -> std::io::Result<Writer> {
+        let write_all = move || {
+            let mut goes_on = true;
+            while goes_on && let Some(first) = writes.blocking_recv() {
+                goes_on = self.write(queued(first, &mut writes)).finish();
             }
-            for write in batch {
-                let result = written.clone().map_err(std::io::Error::other);
-                match write {
-                    Write::Append(_, callback) => callback.log_io_completed(result),
-                    Write::Meta(_, _, done)
-                    | Write::Truncate(_, done)
-                    | Write::Purge(_, _, done) => drop(done.send(result)),
-                    Write::Stop => {}
-                }
-            }
-            if stop || written.is_err() {
-                return;
-            }
-        }
+        };
+        let thread = std::thread::Builder::new().name("keel-store".into());
+        Ok(Writer {
+            thread: Some(thread.spawn(write_all)?),
+            writes: log.writes.clone(),
+        })
+    }
+
+    /// Writes all of these, or nothing. Nobody is told before [`Written::finish`].
+    pub(super) fn write(&self, batch: Vec<Write>) -> Written {
+        let committing = AssertUnwindSafe(|| self.commit(&batch));
+        let result = std::panic::catch_unwind(committing)
+            .unwrap_or_else(|_| Err("redb panicked".into()))
+            .map_err(|error| error.to_string());
+        Written { batch, result }
     }
 
     fn commit(&self, batch: &[Write]) -> Result<(), Box<dyn std::error::Error>> {
@@ -456,6 +469,40 @@ impl Disk {
         }
         transaction.commit()?;
         Ok(())
+    }
+}
+
+/// A write, and all others that wait behind it.
+pub(super) fn queued(first: Write, writes: &mut mpsc::UnboundedReceiver<Write>) -> Vec<Write> {
+    let more = std::iter::from_fn(|| writes.try_recv().ok());
+    std::iter::once(first).chain(more).collect()
+}
+
+/// Writes that are on disk, or failed.
+#[must_use]
+pub(super) struct Written {
+    batch: Vec<Write>,
+    result: Result<(), String>,
+}
+
+impl Written {
+    /// Tells those who wait for them; whether further ones may follow.
+    pub(super) fn finish(self) -> bool {
+        if let Err(reason) = &self.result {
+            tracing::error!(reason, "the store cannot write; it serves no more");
+        }
+        let mut goes_on = self.result.is_ok();
+        for write in self.batch {
+            let result = self.result.clone().map_err(std::io::Error::other);
+            match write {
+                Write::Append(_, callback) => callback.log_io_completed(result),
+                Write::Meta(_, _, done) | Write::Truncate(_, done) | Write::Purge(_, _, done) => {
+                    drop(done.send(result));
+                }
+                Write::Stop => goes_on = false,
+            }
+        }
+        goes_on
     }
 }
 

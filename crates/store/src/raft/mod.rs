@@ -26,8 +26,12 @@ mod election;
 mod leader;
 mod log;
 mod network;
+mod options;
 mod rebuild;
+#[cfg(test)]
+mod simulation;
 mod snapshot;
+mod start;
 mod state_machine;
 mod types;
 
@@ -35,78 +39,31 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use futures::FutureExt;
 use keel_net::{BoxFuture, Peers, Reply, RpcError};
-use openraft::{ChangeMembers, SnapshotPolicy};
-use tokio::sync::{mpsc, oneshot, watch};
+use openraft::ChangeMembers;
+use tokio::sync::oneshot;
 
-use self::deadlines::Deadlines;
-use self::election::Election;
-use self::leader::{CHANGE_PATIENCE, Leader, Request, Serving, txn_outcome};
-use self::log::{Log, Opened, Writer};
-use self::network::Network;
-use self::snapshot::SnapshotFile;
-use self::state_machine::{Shared, StateMachine};
-use self::types::{Command, CommandOutcome, Raft};
+use self::leader::{CHANGE_PATIENCE, Request, Serving, txn_outcome};
+use self::log::{Opened, Writer};
+use self::network::AgentConnections;
+use self::start::{Host, Loaded, Tasks, load, start};
+use self::types::{Command, CommandOutcome};
+use crate::clock::Clock;
 use crate::interface::{
     KeyValue, LeaseId, Listing, Revision, Store, StoreError, Txn, TxnOutcome, Watch,
 };
-use crate::model::{self, Model};
-use crate::view::View;
+use crate::model;
 
+pub use self::options::{IfAbsent, RaftOptions};
 pub use self::types::Voter;
 
-/// Queued changes; further callers wait for room.
-const QUEUED_MAX: usize = 4096;
 /// Time for a learner to catch up.
 const LEARNER_PATIENCE: Duration = Duration::from_secs(60);
 /// Priority of the store's thread; lower is more urgent. Kept where it is permitted.
 const NICE: i32 = -5;
-
-/// Intervals, in milliseconds. A voter that heard its leader within `ELECTION_MAX` votes for nobody
-/// else; `ELECTION_MIN` is the time for a vote's answer. `openraft` also gives up a request to a
-/// voter after one `HEARTBEAT`: on a busy computer it must not be shorter.
-const HEARTBEAT: u64 = 150;
-const ELECTION_MIN: u64 = 200;
-const ELECTION_MAX: u64 = 350;
-
-/// Sizes of a [`RaftStore`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RaftOptions {
-    /// Revisions kept for watches. Default 20,000.
-    pub history_revisions_max: usize,
-    /// Bytes of keys and values kept for watches. Default 64 MiB.
-    pub history_bytes_max: usize,
-    /// Bytes of keys and values in the store, which are all in memory too. The same at every
-    /// voter. Default 1 GiB.
-    pub store_bytes_max: u64,
-    /// Entries of the log after which a snapshot is made. Default 5,000.
-    pub snapshot_entries: u64,
-}
-
-impl Default for RaftOptions {
-    fn default() -> Self {
-        Self {
-            history_revisions_max: 20_000,
-            history_bytes_max: 64 << 20,
-            store_bytes_max: 1 << 30,
-            snapshot_entries: 5_000,
-        }
-    }
-}
-
-/// What to do where a folder has no store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum IfAbsent {
-    Refuse,
-    /// Begin a store with this first voter.
-    Found(Voter),
-    /// Wait as the voter of this number until a leader fills the copy.
-    Join(u64),
-}
 
 /// State of a voter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,10 +87,7 @@ pub struct RaftStatus {
 /// One voter of the embedded store. Dropping it stops it and closes its files; queued requests are
 /// answered [`StoreError::Unavailable`] or [`StoreError::Unknown`].
 pub struct RaftStore {
-    leader: Arc<Leader>,
-    election: Arc<Election>,
-    requests: mpsc::Sender<Request>,
-    published: watch::Receiver<()>,
+    tasks: Tasks,
     folder: PathBuf,
     // In this order: tasks, then the thread of the log.
     runtime: Option<tokio::runtime::Runtime>,
@@ -172,46 +126,14 @@ impl RaftStore {
             meta,
         } = loaded.map_err(&fail)?;
         let Opened {
-            log, writer, id, ..
+            log,
+            disk,
+            writes,
+            id,
+            ..
         } = opened;
-
-        let deadlines = Arc::new(Deadlines::default());
-        deadlines.replace(model.leases.iter().map(|(id, held)| (*id, held.ttl_ms)));
-        let view = Arc::new(View::new(
-            model.revision,
-            model.entries.clone(),
-            options.history_revisions_max,
-            options.history_bytes_max,
-        ));
-        let (publish, published) = watch::channel(());
-        let unsaved = Arc::new(AtomicUsize::new(0));
-        let machine = StateMachine::new(
-            model,
-            meta,
-            Shared {
-                view: view.clone(),
-                published: publish,
-                deadlines: deadlines.clone(),
-                file,
-                bytes: unsaved.clone(),
-            },
-        );
-        let config = openraft::Config {
-            cluster_name: "keel".into(),
-            heartbeat_interval: HEARTBEAT,
-            election_timeout_min: ELECTION_MIN,
-            election_timeout_max: ELECTION_MAX,
-            // See election.rs.
-            enable_elect: false,
-            install_snapshot_timeout: 2000,
-            max_payload_entries: 64,
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(options.snapshot_entries),
-            snapshot_max_chunk_size: 1 << 20,
-            max_in_snapshot_log_to_keep: options.snapshot_entries / 5,
-            purge_batch_size: 64,
-            ..openraft::Config::default()
-        };
-        let config = config.validate().map_err(|error| fail(error.to_string()))?;
+        let no_thread = |error: std::io::Error| fail(format!("no thread for it: {error}"));
+        let writer = disk.write_on_thread(&log, writes).map_err(no_thread)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("keel-raft")
@@ -221,35 +143,26 @@ impl RaftStore {
             })
             .enable_all()
             .build()
-            .map_err(|error| fail(format!("no thread for it: {error}")))?;
-        let (requests, queued) = mpsc::channel(QUEUED_MAX);
-        let network = Network::new(peers);
-        let starting = runtime.spawn(async move {
-            let config = Arc::new(config);
-            let raft = Raft::new(id, config, network.clone(), log.clone(), machine).await?;
-            let election = Election::new(id, raft.clone(), log.clone(), network);
-            tokio::spawn(election.clone().run(rand::make_rng()));
-            let (leader, waiting) = Leader::new(id, raft, log, view, deadlines, unsaved);
-            tokio::spawn(leader.clone().confirm_barriers(waiting));
-            tokio::spawn(leader.clone().propose(queued));
-            tokio::spawn(leader.clone().follow());
-            Ok::<_, openraft::error::Fatal<u64>>((leader, election))
-        });
-        let (leader, election) = match starting.await {
-            Ok(Ok(started)) => started,
-            Ok(Err(error)) => return Err(close(runtime, writer, fail(error.to_string()))),
+            .map_err(no_thread)?;
+        let connections = peers.map(|peers| Arc::new(AgentConnections::new(peers)) as _);
+        let host = Host {
+            transport: connections,
+            clock: Clock::Boottime,
+            random: rand::make_rng(),
+        };
+        let starting = start(log, id, (file, model, meta), host, options);
+        let tasks = match runtime.spawn(starting).await {
+            Ok(Ok(tasks)) => tasks,
+            Ok(Err(error)) => return Err(close(runtime, writer, fail(error))),
             Err(_) => return Err(close(runtime, writer, fail("it panicked".into()))),
         };
         let store = Self {
-            leader,
-            election,
-            requests,
-            published,
+            tasks,
             folder: folder.into(),
             runtime: Some(runtime),
             writer: Some(writer),
         };
-        store.start(if_absent).await.map_err(&fail)?;
+        store.begin(if_absent).await.map_err(&fail)?;
         Ok(store)
     }
 
@@ -293,23 +206,23 @@ impl RaftStore {
     }
 
     /// Begins the store if it is new. A sole voter leads when this returns.
-    async fn start(&self, if_absent: IfAbsent) -> Result<(), String> {
-        let raft = &self.leader.raft;
+    async fn begin(&self, if_absent: IfAbsent) -> Result<(), String> {
+        let raft = &self.tasks.leader.raft;
         let is_begun = raft.is_initialized().await.map_err(|e| e.to_string())?;
         if let IfAbsent::Found(first) = if_absent
             && !is_begun
         {
-            let first = BTreeMap::from([(self.leader.id, first)]);
+            let first = BTreeMap::from([(self.tasks.leader.id, first)]);
             raft.initialize(first).await.map_err(|e| e.to_string())?;
         }
-        let id = self.leader.id;
+        let id = self.tasks.leader.id;
         let is_sole = raft.with_raft_state(move |state| {
             let voters = state.membership_state.effective().voter_ids();
             voters.eq([id])
         });
         if is_sole.await.map_err(|error| error.to_string())? {
             raft.trigger().elect().await.map_err(|e| e.to_string())?;
-            let mut serving = self.leader.serving.subscribe();
+            let mut serving = self.tasks.leader.serving.subscribe();
             let serves = serving.wait_for(|now| !matches!(now, Serving::No { .. }));
             match tokio::time::timeout(CHANGE_PATIENCE, serves).await {
                 Ok(Ok(now)) => now.check().map(drop).map_err(|error| error.to_string())?,
@@ -321,12 +234,12 @@ impl RaftStore {
 
     /// This voter's number in the group.
     pub fn id(&self) -> u64 {
-        self.leader.id
+        self.tasks.leader.id
     }
 
     /// State of this voter.
     pub fn status(&self) -> RaftStatus {
-        let metrics = self.leader.raft.metrics();
+        let metrics = self.tasks.leader.raft.metrics();
         let metrics = metrics.borrow();
         let membership = metrics.membership_config.membership();
         let groups = membership.get_joint_config();
@@ -344,19 +257,19 @@ impl RaftStore {
             is_changing,
             learners,
             applied: metrics.last_applied.map_or(0, |applied| applied.index),
-            pre_votes: self.election.pre_votes(),
+            pre_votes: self.tasks.election.pre_votes(),
         }
     }
 
     /// Whether this voter answers requests: it leads, and a quorum follows.
     pub fn is_serving(&self) -> bool {
-        matches!(*self.leader.serving.borrow(), Serving::Yes { .. })
+        matches!(*self.tasks.leader.serving.borrow(), Serving::Yes { .. })
     }
 
     /// Why this voter stopped, if it did: its disk could not be written. It is dropped and opened
     /// again to go on.
     pub fn stopped(&self) -> Option<String> {
-        match &*self.leader.serving.borrow() {
+        match &*self.tasks.leader.serving.borrow() {
             Serving::Stopped(reason) => Some(reason.clone()),
             Serving::No { .. } | Serving::Yes { .. } => None,
         }
@@ -367,8 +280,8 @@ impl RaftStore {
     /// # Errors
     /// [`StoreError::NotLeader`] if another voter leads, or no quorum answers.
     pub async fn next_id(&self) -> Result<u64, StoreError> {
-        self.leader.barrier().await?;
-        let metrics = self.leader.raft.metrics();
+        self.tasks.leader.barrier().await?;
+        let metrics = self.tasks.leader.raft.metrics();
         let metrics = metrics.borrow();
         let last = metrics.last_log_index.unwrap_or(0);
         let nodes = metrics.membership_config.membership().nodes();
@@ -384,8 +297,8 @@ impl RaftStore {
     /// [`StoreError::NotLeader`]; [`StoreError::Unavailable`] if it does not catch up. The learner
     /// stays then, and the call can be repeated.
     pub async fn add_learner(&self, id: u64, voter: Voter) -> Result<(), StoreError> {
-        self.leader.serving.borrow().check()?;
-        let adding = self.leader.raft.add_learner(id, voter, true);
+        self.tasks.leader.serving.borrow().check()?;
+        let adding = self.tasks.leader.raft.add_learner(id, voter, true);
         match tokio::time::timeout(LEARNER_PATIENCE, adding).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(StoreError::unavailable(error)),
@@ -403,13 +316,13 @@ impl RaftStore {
     /// [`StoreError::NotLeader`]; [`StoreError::Unknown`] if the change may go on without this
     /// call: look at [`RaftStore::status`] and repeat it.
     pub async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), StoreError> {
-        self.leader.serving.borrow().check()?;
+        self.tasks.leader.serving.borrow().check()?;
         self.change_group(ChangeMembers::ReplaceAllVoters(voters))
             .await
     }
 
     async fn change_group(&self, changes: ChangeMembers<u64, Voter>) -> Result<(), StoreError> {
-        let changing = self.leader.raft.change_membership(changes, false);
+        let changing = self.tasks.leader.raft.change_membership(changes, false);
         match tokio::time::timeout(LEARNER_PATIENCE, changing).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(StoreError::Unknown {
@@ -426,7 +339,7 @@ impl RaftStore {
     /// # Errors
     /// As [`RaftStore::set_voters`].
     pub async fn remove_learners(&self, learners: BTreeSet<u64>) -> Result<(), StoreError> {
-        self.leader.serving.borrow().check()?;
+        self.tasks.leader.serving.borrow().check()?;
         let changes = ChangeMembers::RemoveNodes(learners);
         self.change_group(changes).await
     }
@@ -436,10 +349,10 @@ impl RaftStore {
     /// # Errors
     /// [`RpcError::Refused`] if it cannot be decoded or is for another voter.
     pub async fn answer(&self, kind: u16, request: &[u8]) -> Result<Reply, RpcError> {
-        let (id, raft) = (self.leader.id, &self.leader.raft);
+        let (id, raft) = (self.tasks.leader.id, &self.tasks.leader.raft);
         if kind == crate::encoding::kind::RAFT_PRE_VOTE {
             let last = network::read(id, request)?;
-            return network::one(&self.election.agrees(last, self.is_serving()).await);
+            return network::one(&self.tasks.election.agrees(last, self.is_serving()).await);
         }
         network::answer(raft, id, kind, request).await
     }
@@ -451,14 +364,14 @@ impl RaftStore {
     }
 
     async fn change(&self, command: Command, bytes: usize) -> Result<CommandOutcome, StoreError> {
-        self.leader.serving.borrow().check()?;
+        self.tasks.leader.serving.borrow().check()?;
         let (answer, answered) = oneshot::channel();
         let request = Request {
             command,
             bytes,
             answer,
         };
-        let sent = self.requests.send(request).await;
+        let sent = self.tasks.requests.send(request).await;
         sent.map_err(|_| StoreError::unavailable("the store is closed"))?;
         let unknown = |reason: &str| {
             Err(StoreError::Unknown {
@@ -473,48 +386,6 @@ impl RaftStore {
     }
 }
 
-/// What the files of a voter have.
-struct Loaded {
-    opened: Opened,
-    file: SnapshotFile,
-    model: Model,
-    /// The snapshot's, if there is one.
-    meta: Option<types::SnapshotMeta>,
-}
-
-/// Reads the files of a voter.
-fn load(folder: &Path, new: Option<u64>, bytes_max: u64) -> Result<Loaded, String> {
-    if new.is_some() {
-        std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
-    }
-    let file = SnapshotFile::new(folder.join("snapshot"));
-    let saved = file.load()?;
-    let opened = Log::open(&folder.join("log.redb"), new, file.saved())?;
-    let (model, meta) = match saved {
-        Some(saved) => {
-            let model = snapshot::decode(saved.state.get_ref(), bytes_max);
-            (model.map_err(|error| error.to_string())?, Some(saved.meta))
-        }
-        None => {
-            let model = Model {
-                bytes_max,
-                ..Model::default()
-            };
-            (model, None)
-        }
-    };
-    let saved = meta.as_ref().and_then(|meta| meta.last_log_id);
-    if opened.purged > saved {
-        return Err("its snapshot is missing or too old; restore a backup".into());
-    }
-    Ok(Loaded {
-        opened,
-        file,
-        model,
-        meta,
-    })
-}
-
 fn close(runtime: tokio::runtime::Runtime, writer: Writer, error: StoreError) -> StoreError {
     drop(writer);
     runtime.shutdown_background();
@@ -526,14 +397,14 @@ impl Drop for RaftStore {
         let Some(runtime) = self.runtime.take() else {
             return;
         };
-        let raft = self.leader.raft.clone();
+        let raft = self.tasks.leader.raft.clone();
         let (stopped, wait) = std::sync::mpsc::channel();
         runtime.spawn(async move {
             raft.shutdown().await.ok();
             stopped.send(()).ok();
         });
         wait.recv_timeout(Duration::from_secs(5)).ok();
-        self.leader.view.fail("the store was closed");
+        self.tasks.leader.view.fail("the store was closed");
         drop(self.writer.take());
         runtime.shutdown_background();
     }
@@ -549,16 +420,16 @@ impl Store for RaftStore {
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<KeyValue>, StoreError>> {
         async move {
             model::check_key(key)?;
-            self.leader.barrier().await?;
-            self.leader.view.get(key)
+            self.tasks.leader.barrier().await?;
+            self.tasks.leader.view.get(key)
         }
         .boxed()
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>> {
         async move {
-            self.leader.barrier().await?;
-            self.leader.view.list(prefix)
+            self.tasks.leader.barrier().await?;
+            self.tasks.leader.view.list(prefix)
         }
         .boxed()
     }
@@ -578,11 +449,11 @@ impl Store for RaftStore {
         from_revision: Revision,
     ) -> BoxFuture<'a, Result<Watch, StoreError>> {
         async move {
-            self.leader.barrier().await?;
-            let term = self.leader.serving.borrow().check()?;
-            let view = &self.leader.view;
-            let changes = view.watch(prefix, from_revision, self.published.clone())?;
-            let mut serving = self.leader.serving.subscribe();
+            self.tasks.leader.barrier().await?;
+            let term = self.tasks.leader.serving.borrow().check()?;
+            let view = &self.tasks.leader.view;
+            let changes = view.watch(prefix, from_revision, self.tasks.published.clone())?;
+            let mut serving = self.tasks.leader.serving.subscribe();
             let ceased = async move {
                 let ceased = serving.wait_for(|now| *now != Serving::Yes { term }).await;
                 match ceased {
@@ -612,8 +483,8 @@ impl Store for RaftStore {
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
         async move {
             // A leader that was replaced must not extend leases.
-            self.leader.barrier().await?;
-            let renewed = self.leader.deadlines.renew(lease);
+            self.tasks.leader.barrier().await?;
+            let renewed = self.tasks.leader.deadlines.renew(lease);
             renewed.ok_or(StoreError::NoSuchLease { lease })
         }
         .boxed()
@@ -625,8 +496,8 @@ impl Store for RaftStore {
 
     fn revision(&self) -> BoxFuture<'_, Result<Revision, StoreError>> {
         async move {
-            self.leader.barrier().await?;
-            self.leader.view.revision()
+            self.tasks.leader.barrier().await?;
+            self.tasks.leader.view.revision()
         }
         .boxed()
     }

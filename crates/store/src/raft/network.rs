@@ -1,10 +1,10 @@
 //! The voters' requests to each other, over the agents' connections: TLS, both sides
-//! authenticated, members only.
+//! authenticated, members only. What carries them is a [`Transport`].
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use keel_net::{Bytes, NodeName, Peers, Reply, RpcError};
+use keel_net::{BoxFuture, Bytes, NodeName, Peers, Reply, RpcError};
 use openraft::error::{
     Infallible, InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Unreachable,
 };
@@ -22,29 +22,81 @@ use crate::encoding::{decode, kind, payload};
 
 type Failed<E> = RPCError<u64, Voter, E>;
 
-/// Connections to the other voters. Without [`Peers`] there are none, and the store has one
-/// voter.
-#[derive(Clone)]
-pub(super) struct Network {
-    peers: Option<Arc<Peers>>,
+/// Carries requests to the nodes of other voters.
+pub(super) trait Transport: Send + Sync {
+    /// Sends a request; its answer within `patience`.
+    ///
+    /// # Errors
+    /// [`RpcError::NotSent`] if the node certainly did not get it.
+    fn call(
+        &self,
+        voter: &Voter,
+        kind: u16,
+        request: Bytes,
+        patience: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, RpcError>>;
+}
+
+/// The connections of the agent.
+pub(super) struct AgentConnections {
+    peers: Arc<Peers>,
     /// The agent's runtime. The connections are shared with the rest of the agent and outlive
     /// this store, so their tasks must not run on the store's own runtime.
     runtime: Handle,
 }
 
-impl Network {
+impl AgentConnections {
     /// To be called on the agent's runtime.
-    pub(super) fn new(peers: Option<Arc<Peers>>) -> Self {
+    pub(super) fn new(peers: Arc<Peers>) -> Self {
         Self {
             peers,
             runtime: Handle::current(),
         }
     }
+}
+
+impl Transport for AgentConnections {
+    fn call(
+        &self,
+        voter: &Voter,
+        kind: u16,
+        request: Bytes,
+        patience: Duration,
+    ) -> BoxFuture<'static, Result<Bytes, RpcError>> {
+        let peer = voter.to_string();
+        let not_sent = move |reason: String| RpcError::NotSent { peer, reason };
+        let node = match NodeName::new(&voter.node) {
+            Ok(node) => node,
+            Err(error) => return Box::pin(async move { Err(not_sent(error.to_string())) }),
+        };
+        if self.peers.address(&node).is_none() {
+            self.peers.set_address(&node, &voter.address);
+        }
+        let peers = self.peers.clone();
+        let calling = async move { peers.call(&node, kind, request, patience).await };
+        let calling = self.runtime.spawn(calling);
+        Box::pin(async move {
+            let answer = calling.await;
+            answer.map_err(|error| not_sent(error.to_string()))?
+        })
+    }
+}
+
+/// The ways to the other voters. Without a [`Transport`] there are none, and the store has one
+/// voter.
+#[derive(Clone)]
+pub(super) struct Network {
+    transport: Option<Arc<dyn Transport>>,
+}
+
+impl Network {
+    pub(super) fn new(transport: Option<Arc<dyn Transport>>) -> Self {
+        Self { transport }
+    }
 
     fn to(&self, target: u64, voter: &Voter) -> Connection {
         Connection {
-            peers: self.peers.clone(),
-            runtime: self.runtime.clone(),
+            transport: self.transport.clone(),
             target,
             voter: voter.clone(),
         }
@@ -68,8 +120,7 @@ impl Network {
 
 /// The way to one voter.
 pub(super) struct Connection {
-    peers: Option<Arc<Peers>>,
-    runtime: Handle,
+    transport: Option<Arc<dyn Transport>>,
     target: u64,
     voter: Voter,
 }
@@ -103,22 +154,13 @@ impl Connection {
         request: &Q,
         timeout: Duration,
     ) -> Result<A, Failed<E>> {
-        let unreachable = |reason: String| {
-            let error = std::io::Error::other(reason);
-            Failed::<E>::Unreachable(Unreachable::new(&error))
+        let Some(transport) = &self.transport else {
+            let error = std::io::Error::other("this store has one voter");
+            return Err(Failed::Unreachable(Unreachable::new(&error)));
         };
-        let peers = self.peers.as_ref();
-        let peers = peers.ok_or_else(|| unreachable("this store has one voter".into()))?;
-        let node = NodeName::new(&self.voter.node).map_err(|e| unreachable(e.to_string()))?;
-        if peers.address(&node).is_none() {
-            peers.set_address(&node, &self.voter.address);
-        }
         let request = payload("a voter's request", &(self.target, request))
             .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))?;
-        let peers = peers.clone();
-        let calling = async move { peers.call(&node, kind, request, timeout).await };
-        let answer = self.runtime.spawn(calling).await;
-        let answer = answer.map_err(|error| unreachable(error.to_string()))?;
+        let answer = transport.call(&self.voter, kind, request, timeout).await;
         // What was not sent is repeated after a pause; anything else at once.
         let answer = answer.map_err(|error| match error {
             RpcError::NotSent { .. } => Failed::<E>::Unreachable(Unreachable::new(&error)),

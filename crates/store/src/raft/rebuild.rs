@@ -13,12 +13,11 @@ use openraft::{CommittedLeaderId, Membership, RaftLogReader};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::sync::watch;
 
-use super::deadlines::Deadlines;
 use super::log::{IN_USE, Log};
 use super::snapshot::{self, SnapshotFile};
+use super::start::{Loaded, load};
 use super::state_machine::{Shared, StateMachine};
 use super::types::{LogId, SnapshotMeta, Voter};
-use super::{Loaded, load};
 use crate::clock::unix_ms;
 use crate::interface::{KeyValue, Listing, StoreError};
 use crate::model::Model;
@@ -54,7 +53,7 @@ pub(super) async fn content(folder: &Path, bytes_max: u64) -> Result<Listing, St
         Shared {
             view: view.clone(),
             published: watch::Sender::new(()),
-            deadlines: Arc::new(Deadlines::default()),
+            deadlines: Arc::default(),
             file,
             bytes: Arc::default(),
         },
@@ -150,6 +149,9 @@ async fn build(
         .map_err(|error| fail(folder, error))?;
     let opened = Log::open(&folder.join("log.redb"), Some(unused), file.saved());
     let mut opened = opened.map_err(|error| fail(folder, error))?;
+    let writer = opened.disk.write_on_thread(&opened.log, opened.writes);
+    let writer = writer.map_err(|error| fail(folder, error))?;
     let purged = opened.log.purge(last).await;
+    drop(writer);
     purged.map_err(|error| fail(folder, error))
 }

@@ -9,8 +9,9 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use keel_net::BoxFuture;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::types::{LogId, SnapshotMeta};
 use crate::encoding::{self, WireError};
@@ -85,10 +86,53 @@ pub(super) struct SavedSnapshot {
     pub(super) has_failed: bool,
 }
 
+/// Where a snapshot is kept.
+pub(super) trait SnapshotPlace: std::fmt::Debug + Send + Sync {
+    /// Replaces what is there by the concatenation of `pieces`, as a whole and durably.
+    fn replace(&self, pieces: &[&[u8]]) -> std::io::Result<()>;
+
+    /// What is there, if anything.
+    fn read(&self) -> std::io::Result<Option<Vec<u8>>>;
+
+    /// Does what reads or writes there, without holding up an async worker.
+    fn run(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()>;
+}
+
+/// A file, next to which there is room for its successor.
+#[derive(Debug)]
+struct FilePlace(PathBuf);
+
+impl SnapshotPlace for FilePlace {
+    fn replace(&self, pieces: &[&[u8]]) -> std::io::Result<()> {
+        let folder = self.0.parent().unwrap_or(Path::new("."));
+        let new = self.0.with_extension("new");
+        let mut file = std::fs::File::create(&new)?;
+        for piece in pieces {
+            file.write_all(piece)?;
+        }
+        file.sync_all()?;
+        std::fs::rename(&new, &self.0)?;
+        std::fs::File::open(folder)?.sync_all()
+    }
+
+    fn read(&self) -> std::io::Result<Option<Vec<u8>>> {
+        match std::fs::read(&self.0) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn run(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
+        let done = tokio::task::spawn_blocking(work);
+        Box::pin(async { drop(done.await) })
+    }
+}
+
 /// The file of the newest snapshot. Clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct SnapshotFile {
-    path: PathBuf,
+    place: Arc<dyn SnapshotPlace>,
     saved: Arc<watch::Sender<SavedSnapshot>>,
     /// Held while the file is written: one that is built and one that is received may meet.
     writing: Arc<Mutex<()>>,
@@ -96,8 +140,12 @@ pub(super) struct SnapshotFile {
 
 impl SnapshotFile {
     pub(super) fn new(path: PathBuf) -> Self {
+        Self::at(Arc::new(FilePlace(path)))
+    }
+
+    pub(super) fn at(place: Arc<dyn SnapshotPlace>) -> Self {
         Self {
-            path,
+            place,
             saved: Arc::default(),
             writing: Arc::default(),
         }
@@ -132,17 +180,25 @@ impl SnapshotFile {
         let meta_bytes = (meta.len() as u64).to_le_bytes();
         let mut hash = blake3::Hasher::new();
         hash.update(&meta_bytes).update(&meta).update(state);
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        let new = self.path.with_extension("new");
-        let mut file = std::fs::File::create(&new)?;
-        file.write_all(MAGIC)?;
-        file.write_all(hash.finalize().as_bytes())?;
-        file.write_all(&meta_bytes)?;
-        file.write_all(&meta)?;
-        file.write_all(state)?;
-        file.sync_all()?;
-        std::fs::rename(&new, &self.path)?;
-        std::fs::File::open(folder)?.sync_all()
+        let hash = hash.finalize();
+        self.place
+            .replace(&[MAGIC, hash.as_bytes(), &meta_bytes, &meta, state])
+    }
+
+    /// Does what reads or writes the file, without holding up an async worker.
+    ///
+    /// # Errors
+    /// That of `work`.
+    pub(super) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> std::io::Result<T> + Send + 'static,
+    ) -> std::io::Result<T> {
+        let (done, result) = oneshot::channel();
+        let file = self.clone();
+        let work = move || drop(done.send(work(&file)));
+        self.place.run(Box::new(work)).await;
+        let panicked = |_| Err(std::io::Error::other("it panicked"));
+        result.await.unwrap_or_else(panicked)
     }
 
     /// The snapshot, if there is one.
@@ -150,10 +206,9 @@ impl SnapshotFile {
     /// # Errors
     /// A sentence that says what is wrong with the file.
     pub(super) fn load(&self) -> Result<Option<Saved>, String> {
-        let bytes = match std::fs::read(&self.path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error.to_string()),
+        let read = self.place.read().map_err(|error| error.to_string())?;
+        let Some(bytes) = read else {
+            return Ok(None);
         };
         let damaged = || "its snapshot is damaged; restore a backup".to_owned();
         let rest = bytes.strip_prefix(MAGIC).ok_or_else(damaged)?;

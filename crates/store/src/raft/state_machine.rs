@@ -154,15 +154,15 @@ impl RaftStateMachine<Types> for StateMachine {
         meta: &SnapshotMeta,
         snapshot: Box<Cursor<Vec<u8>>>,
     ) -> Result<(), StorageError> {
-        let (file, saved) = (self.file.clone(), meta.clone());
+        let saved = meta.clone();
         let bytes_max = self.model.bytes_max;
-        let model = blocking(move || {
+        let install = move |file: &SnapshotFile| {
             let state = snapshot.into_inner();
             let model = snapshot::decode(&state, bytes_max).map_err(std::io::Error::other)?;
             file.save(&saved, &state)?;
             Ok(model)
-        })
-        .await?;
+        };
+        let model = self.file.run(install).await.map_err(failed)?;
         self.model = model;
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
@@ -177,8 +177,8 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, StorageError> {
-        let file = self.file.clone();
-        let found = blocking(move || file.load().map_err(std::io::Error::other)).await?;
+        let load = |file: &SnapshotFile| file.load().map_err(std::io::Error::other);
+        let found = self.file.run(load).await.map_err(failed)?;
         Ok(found.map(|saved| Snapshot {
             meta: saved.meta,
             snapshot: Box::new(saved.state),
@@ -204,17 +204,13 @@ impl RaftSnapshotBuilder<Types> for Builder {
             snapshot_id: format!("{index}-{}", self.model.revision),
         };
         self.bytes.store(0, Ordering::Relaxed);
-        let (model, file, saved) = (
-            std::mem::take(&mut self.model),
-            self.file.clone(),
-            meta.clone(),
-        );
-        let state = blocking(move || {
+        let (model, saved) = (std::mem::take(&mut self.model), meta.clone());
+        let build = move |file: &SnapshotFile| {
             let state = snapshot::encode(&model).map_err(std::io::Error::other)?;
             file.save(&saved, &state)?;
             Ok(state)
-        })
-        .await?;
+        };
+        let state = self.file.run(build).await.map_err(failed)?;
         Ok(Snapshot {
             meta,
             snapshot: Box::new(Cursor::new(state)),
@@ -222,10 +218,10 @@ impl RaftSnapshotBuilder<Types> for Builder {
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
-) -> Result<T, StorageError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    let done = done.unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
-    done.map_err(|error| StorageIoError::write_snapshot(None, &error).into())
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the argument of `Result::map_err`"
+)]
+fn failed(error: std::io::Error) -> StorageError {
+    StorageIoError::write_snapshot(None, &error).into()
 }

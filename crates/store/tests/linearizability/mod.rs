@@ -5,8 +5,6 @@
 //! Lowe's memory of states already tried ("Testing for linearizability", 2017), each key apart, as
 //! in Knossos and Porcupine.
 
-pub(crate) mod record;
-
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
@@ -25,6 +23,18 @@ pub(crate) enum Op {
 }
 
 impl Op {
+    /// The same before its answer came.
+    fn unanswered(&self) -> Self {
+        match self.clone() {
+            Op::Swap { from, to, .. } => Op::Swap {
+                from,
+                to,
+                done: None,
+            },
+            other => other,
+        }
+    }
+
     /// The value after the call, if its answer fits the value before.
     fn step(&self, value: Option<u64>) -> Option<Option<u64>> {
         match self {
@@ -58,12 +68,37 @@ pub(crate) fn check(history: &[Call]) -> Result<(), String> {
     for (key, calls) in keys {
         if !explains(&calls) {
             return Err(format!(
-                "no order of its {} calls explains {key}",
-                calls.len()
+                "no order of its {} calls explains {key}, since {:?}",
+                calls.len(),
+                first_unexplained(&calls)
             ));
         }
     }
     Ok(())
+}
+
+/// The first call without which everything that had ended by then is explained.
+fn first_unexplained<'a>(calls: &[&'a Call]) -> Option<&'a Call> {
+    let mut ended: Vec<&Call> = calls.to_vec();
+    ended.sort_by_key(|call| call.end.unwrap_or(Duration::MAX));
+    ended.into_iter().find(|last| {
+        let end = last.end.unwrap_or(Duration::MAX);
+        // What ends later may have taken effect already; a read has none.
+        let until_then = calls.iter().filter(|call| call.begin <= end).map(|call| {
+            let answered = call.end.is_some_and(|its| its <= end);
+            match (&call.op, answered) {
+                (_, true) => Some(Call::clone(call)),
+                (Op::Read(_), false) => None,
+                (op, false) => Some(Call {
+                    op: op.unanswered(),
+                    end: None,
+                    ..Call::clone(call)
+                }),
+            }
+        });
+        let until_then: Vec<Call> = until_then.flatten().collect();
+        !explains(&until_then.iter().collect::<Vec<_>>())
+    })
 }
 
 /// Beginnings and ends of calls in the order of time, as a list from which calls are taken and put
@@ -214,7 +249,8 @@ mod tests {
             call(Op::Write(2), 2, Some(3)),
             call(Op::Read(Some(1)), 4, Some(5)),
         ];
-        assert!(check(&history).is_err());
+        let error = check(&history).unwrap_err();
+        assert!(error.contains("since Some(Call { key: \"k\", op: Read(Some(1)),"));
         // Two reads of one order each, which contradict each other.
         let history = [
             call(Op::Write(1), 0, Some(9)),

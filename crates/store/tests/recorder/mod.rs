@@ -10,7 +10,7 @@ use keel_store::{Compare, Store, StoreError, Txn};
 
 use tokio::task::JoinHandle;
 
-use super::{Call, Op, check};
+use crate::linearizability::{Call, Op, check};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 

@@ -1,0 +1,118 @@
+//! The voters in simulation: everything of this engine, `openraft` included, with simulated time,
+//! network and disks, under faults that a seed chooses.
+//!
+//! Each seed begins a store of one voter, which becomes one of three or five while it is used, and
+//! then ends processes, fails power (of one computer or of all), lets computers stand still, cuts
+//! links (both ways, or one), loses and delays messages, fills disks and replaces voters. What
+//! must hold, from DESIGN.md:
+//!
+//! 1. All calls are linearizable.
+//! 2. What was acknowledged is in every voter's copy at the end, and all copies are equal.
+//! 3. Watches see each change once, in order, also across voters.
+//! 4. At most one voter serves in a term.
+//! 5. A machine that is taken over from a node whose lease ended does not run there any more.
+//! 6. No process ends by an error unless its disk was full.
+//! 7. When the faults stop, the store answers within [`SETTLE`].
+//!
+//! `KEEL_SIM_SEEDS=N` sets the number of seeds, `KEEL_SIM_FIRST=N` the first one,
+//! `KEEL_SIM_JOBS=N` how many run at a time; `KEEL_SIM_SEED=N` shows one of them. The order in which tasks of one instant run is drawn by
+//! the runtime, which takes a seed only if it is compiled with `--cfg tokio_unstable`:
+//! `cargo xtask simulate-voters` does that. Otherwise another run of a seed differs in details.
+
+mod clients;
+mod disk;
+#[path = "../../../tests/linearizability/mod.rs"]
+mod linearizability;
+mod owners;
+mod scenario;
+mod world;
+
+use std::ops::Range;
+use std::panic::AssertUnwindSafe;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use scenario::{Run, run};
+
+/// Seeds of the usual tests.
+const SEEDS: u64 = 150;
+
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs one seed on a clock of its own.
+fn simulate(seed: u64, prints: bool) -> Result<Run, String> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_time().start_paused(true);
+    #[cfg(tokio_unstable)]
+    builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()));
+    let runtime = builder.build().map_err(|error| error.to_string())?;
+    let running = AssertUnwindSafe(|| runtime.block_on(run(seed, prints)));
+    let done = std::panic::catch_unwind(running);
+    done.unwrap_or_else(|_| Err("it panicked".into()))
+}
+
+#[test]
+fn whatever_fails_the_store_keeps_its_promises() {
+    if let Some(seed) = setting("KEEL_SIM_SEED") {
+        println!("{:?}", simulate(seed, true));
+        return;
+    }
+    let first = setting("KEEL_SIM_FIRST").unwrap_or(0);
+    let seeds = setting("KEEL_SIM_SEEDS").unwrap_or(SEEDS);
+    let all = simulate_all(first..first + seeds, setting("KEEL_SIM_JOBS").unwrap_or(1));
+    println!("{seeds} seeds: {all:?}");
+    // Otherwise the checks above had nothing to check.
+    if seeds >= SEEDS {
+        assert!(all.has_everything(), "too few of something: {all:?}");
+    }
+}
+
+/// Runs these seeds on so many threads; the first failure ends all.
+fn simulate_all(seeds: Range<u64>, jobs: u64) -> Run {
+    let (next, all) = (AtomicU64::new(seeds.start), Mutex::new(Run::default()));
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return;
+            }
+            match simulate(seed, false) {
+                Ok(run) => all.lock().unwrap().add(&run),
+                Err(reason) => {
+                    next.store(seeds.end, Ordering::Relaxed);
+                    panic!("seed {seed}: {reason}\n{}", repeat(seed));
+                }
+            }
+            if (seed + 1 - seeds.start).is_multiple_of(5_000) {
+                println!("{} seeds", seed + 1 - seeds.start);
+            }
+        }
+    };
+    std::thread::scope(|scope| (0..jobs).for_each(|_| drop(scope.spawn(work))));
+    all.into_inner().unwrap()
+}
+
+fn repeat(seed: u64) -> String {
+    match cfg!(tokio_unstable) {
+        true => format!("cargo xtask simulate-voters --seed {seed}"),
+        false => format!(
+            "KEEL_SIM_SEED={seed} cargo test -p keel-store --lib simulation -- --nocapture \
+             (details differ from run to run; `cargo xtask simulate-voters` finds seeds that \
+             repeat exactly)"
+        ),
+    }
+}
+
+/// Without it, `--seed` would not show what failed.
+#[cfg(tokio_unstable)]
+#[test]
+fn a_seed_repeats_exactly() {
+    for seed in 0..20 {
+        let runs = [simulate(seed, false), simulate(seed, false)];
+        let [first, second] = runs.map(|run| run.map(|run| run.trace).unwrap_or_default());
+        assert!(!first.is_empty());
+        assert_eq!(first, second, "seed {seed}");
+    }
+}

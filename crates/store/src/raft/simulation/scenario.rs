@@ -1,0 +1,609 @@
+//! One seed: a cluster, its clients, its faults, and what must hold afterwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::clients::{Recorded, Seen, record, watch};
+use super::linearizability;
+use super::owners::{self, Line, own};
+use super::world::{Process, World};
+use crate::interface::{Change, Listing, Revision, Store};
+use crate::raft::{IfAbsent, RaftOptions, Voter};
+
+/// Time for the store to answer, and for all voters to have everything, once the faults stopped.
+const SETTLE: Duration = Duration::from_secs(30);
+/// Time for a change of the voters, while everything works.
+const CHANGE: Duration = Duration::from_secs(20);
+const CLIENTS: u64 = 3;
+const CALLS_MAX: usize = 80;
+const WATCHES: u64 = 2;
+/// Computers of the nodes that run the machine by turns.
+const OWNERS: [&str; 3] = ["a", "b", "c"];
+
+/// What happened under a seed, or under many.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Run {
+    calls: usize,
+    unanswered: usize,
+    changes_watched: usize,
+    terms: u64,
+    snapshots_received: usize,
+    take_overs: u64,
+    lines: usize,
+    processes_ended: u64,
+    power_lost: u64,
+    all_lost_power: u64,
+    stood_still: u64,
+    isolated: u64,
+    cut_one_way: u64,
+    lossy: u64,
+    slow: u64,
+    disks_full: u64,
+    voters_replaced: u64,
+    /// Everything that happened, of one seed.
+    pub(super) trace: Vec<String>,
+}
+
+impl Run {
+    pub(super) fn add(&mut self, other: &Self) {
+        self.calls += other.calls;
+        self.unanswered += other.unanswered;
+        self.changes_watched += other.changes_watched;
+        self.terms += other.terms;
+        self.snapshots_received += other.snapshots_received;
+        self.take_overs += other.take_overs;
+        self.lines += other.lines;
+        self.processes_ended += other.processes_ended;
+        self.power_lost += other.power_lost;
+        self.all_lost_power += other.all_lost_power;
+        self.stood_still += other.stood_still;
+        self.isolated += other.isolated;
+        self.cut_one_way += other.cut_one_way;
+        self.lossy += other.lossy;
+        self.slow += other.slow;
+        self.disks_full += other.disks_full;
+        self.voters_replaced += other.voters_replaced;
+    }
+
+    /// Whether each kind of fault and of event occurred.
+    pub(super) fn has_everything(&self) -> bool {
+        let counts = [
+            self.processes_ended,
+            self.power_lost,
+            self.all_lost_power,
+            self.stood_still,
+            self.isolated,
+            self.cut_one_way,
+            self.lossy,
+            self.slow,
+            self.disks_full,
+            self.voters_replaced,
+            self.take_overs,
+            self.terms,
+            self.calls as u64,
+            self.unanswered as u64,
+            self.changes_watched as u64,
+            self.snapshots_received as u64,
+        ];
+        counts.iter().all(|count| *count > 0)
+    }
+}
+
+struct Scenario {
+    world: Arc<World>,
+    options: RaftOptions,
+    run: Run,
+    /// Which voter served in which term, and where.
+    served: BTreeMap<u64, String>,
+    next_name: u64,
+}
+
+/// Runs one seed.
+///
+/// # Errors
+/// The first promise that was not kept.
+pub(super) async fn run(seed: u64, prints: bool) -> Result<Run, String> {
+    let world = World::new(seed, prints);
+    let done = run_in(&world).await;
+    world.end();
+    done
+}
+
+async fn run_in(world: &Arc<World>) -> Result<Run, String> {
+    let options = RaftOptions {
+        history_revisions_max: usize::try_from(world.draw(20..2_000)).unwrap_or(20),
+        snapshot_entries: world.draw(5..150),
+        ..RaftOptions::default()
+    };
+    let mut scenario = Scenario {
+        world: world.clone(),
+        options,
+        run: Run::default(),
+        served: BTreeMap::new(),
+        next_name: 0,
+    };
+    scenario.begin().await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (1..=CLIENTS)
+        .map(|client| tokio::spawn(record(world.clone(), client, CALLS_MAX, stop.clone())))
+        .collect();
+    let watches: Vec<_> = (0..WATCHES)
+        .map(|_| tokio::spawn(watch(world.clone(), stop.clone())))
+        .collect();
+    let owners: Vec<_> = OWNERS
+        .iter()
+        .map(|name| {
+            world.add(name);
+            tokio::spawn(own(world.clone(), (*name).into(), stop.clone()))
+        })
+        .collect();
+    // Voters are added while the store is used.
+    let voters = [1, 3, 3, 3, 5][usize::try_from(world.draw(0..5)).unwrap_or(1)];
+    scenario.grow(voters).await?;
+    for _ in 0..world.draw(3..8) {
+        world.sleep_ms(100..900).await;
+        scenario.fault(voters).await?;
+        scenario.look()?;
+    }
+    scenario.settle().await?;
+    world.sleep_ms(1_500..2_500).await;
+    stop.store(true, Relaxed);
+    // Calls that are under way when the copies are read would be neither before nor after that.
+    let clients = ended(clients).await?;
+    let owners = ended(owners).await?;
+    let watches = ended(watches).await?;
+    let contents = scenario.compare_copies().await?;
+    scenario.check(&contents, clients, watches, owners)?;
+    let mut run = scenario.run;
+    run.trace = world.trace();
+    Ok(run)
+}
+
+/// What these tasks say.
+async fn ended<T>(tasks: Vec<JoinHandle<Result<T, String>>>) -> Result<Vec<T>, String> {
+    let mut all = Vec::new();
+    for task in tasks {
+        all.push(task.await.map_err(|error| error.to_string())??);
+    }
+    Ok(all)
+}
+
+fn voter(name: &str) -> Voter {
+    Voter {
+        node: name.into(),
+        address: format!("{name}:1"),
+    }
+}
+
+impl Scenario {
+    fn new_computer(&mut self) -> String {
+        let name = format!("n{}", self.next_name);
+        self.next_name += 1;
+        self.world.add(&name);
+        name
+    }
+
+    async fn begin(&mut self) -> Result<(), String> {
+        let first = self.new_computer();
+        let found = IfAbsent::Found(voter(&first));
+        self.world.boot(&first, found, self.options.clone()).await
+    }
+
+    /// The voter that serves, if one does.
+    fn leader(&self) -> Option<Process> {
+        let mut all = self.world.processes();
+        all.retain(|process| process.store.is_serving());
+        // A leader that was cut off may not know yet that it leads no more.
+        all.into_iter().max_by_key(|it| it.store.status().term)
+    }
+
+    /// Notes which voters serve; at most one in a term.
+    fn look(&mut self) -> Result<(), String> {
+        for process in self.world.processes() {
+            let status = process.store.status();
+            if let Some(reason) = process.store.stopped() {
+                let name = process.store.folder.display().to_string();
+                if !self.world.was_full(&name) {
+                    return Err(format!("{name} stopped: {reason}"));
+                }
+            }
+            if !process.store.is_serving() || status.leader != Some(status.id) {
+                continue;
+            }
+            let name = format!("{} voter {}", process.store.folder.display(), status.id);
+            self.world
+                .detail(|| format!("{name} serves in term {}", status.term));
+            let served = self
+                .served
+                .entry(status.term)
+                .or_insert_with(|| name.clone());
+            if *served != name {
+                return Err(format!("{served} and {name} serve in term {}", status.term));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds voters until there are so many, each at a new computer, while everything works.
+    async fn grow(&mut self, voters: usize) -> Result<(), String> {
+        let mut group = BTreeSet::from([1]);
+        while group.len() < voters {
+            let id = self.add_learner().await?;
+            group.insert(id);
+        }
+        self.set_voters(group).await
+    }
+
+    /// Adds a computer with a copy without a vote; its number.
+    async fn add_learner(&mut self) -> Result<u64, String> {
+        let name = self.new_computer();
+        let begun = Instant::now();
+        let mut id = None;
+        while begun.elapsed() < CHANGE {
+            self.world.sleep_ms(5..20).await;
+            let Some(leader) = self.leader() else {
+                continue;
+            };
+            if id.is_none() {
+                let Ok(Ok(next)) = tokio::time::timeout(CHANGE, leader.store.next_id()).await
+                else {
+                    continue;
+                };
+                let join = IfAbsent::Join(next);
+                self.world.boot(&name, join, self.options.clone()).await?;
+                id = Some(next);
+            }
+            let Some(id) = id else { continue };
+            let adding = leader.store.add_learner(id, voter(&name));
+            if let Ok(Ok(())) = tokio::time::timeout(CHANGE, adding).await {
+                return Ok(id);
+            }
+        }
+        Err(format!("{name} did not become a learner in time"))
+    }
+
+    async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), String> {
+        let begun = Instant::now();
+        while begun.elapsed() < CHANGE {
+            self.world.sleep_ms(5..20).await;
+            let Some(leader) = self.leader() else {
+                continue;
+            };
+            let setting = leader.store.set_voters(voters.clone());
+            tokio::time::timeout(CHANGE, setting).await.ok();
+            let status = leader.store.status();
+            if status.voters.keys().eq(voters.iter()) && !status.is_changing {
+                self.world.note(|| format!("voters are {voters:?}"));
+                return Ok(());
+            }
+        }
+        Err("the voters were not changed in time".into())
+    }
+
+    /// A random computer that has a voter or had one.
+    fn any_voter(&self) -> String {
+        let names = self.world.voter_names();
+        self.world.pick(&names).unwrap_or_default()
+    }
+
+    /// Ends a process; what was full has room when it begins again.
+    async fn end(&mut self, name: &str, loses_power: bool) {
+        self.world.note(|| {
+            let how = if loses_power {
+                "loses power"
+            } else {
+                "is killed"
+            };
+            format!("{name} {how}")
+        });
+        self.world.end_process(name, loses_power);
+        match loses_power {
+            true => self.run.power_lost += 1,
+            false => self.run.processes_ended += 1,
+        }
+    }
+
+    async fn boot(&self, name: &str) -> Result<(), String> {
+        if self.world.process(name).is_some() {
+            return Ok(());
+        }
+        let booting = self
+            .world
+            .boot(name, IfAbsent::Refuse, self.options.clone())
+            .await;
+        booting.map_err(|error| format!("{name} cannot start: {error}"))
+    }
+
+    /// One fault, and for most its end.
+    async fn fault(&mut self, voters: usize) -> Result<(), String> {
+        let world = self.world.clone();
+        let leader = self.leader();
+        // Every second time the voter that matters most.
+        let voter = match leader {
+            Some(leader) if world.chance(0.5) => leader.store.folder.display().to_string(),
+            _ => self.any_voter(),
+        };
+        // What stands still or is cut off may also be a node that runs the machine.
+        let any = match world.chance(0.4) {
+            true => world.pick(&OWNERS).unwrap_or("").to_owned(),
+            false => voter.clone(),
+        };
+        match world.draw(0..10) {
+            0 | 1 => {
+                let loses_power = world.chance(0.5);
+                self.end(&voter, loses_power).await;
+                world.sleep_ms(1..2_500).await;
+                self.boot(&voter).await?;
+            }
+            2 => {
+                let names = world.voter_names();
+                for name in &names {
+                    self.end(name, true).await;
+                }
+                self.run.all_lost_power += 1;
+                for name in names {
+                    world.sleep_ms(1..400).await;
+                    // One may stay away for a while.
+                    if world.chance(0.8) {
+                        self.boot(&name).await?;
+                    }
+                }
+            }
+            3 => {
+                let time = Duration::from_millis(world.draw(50..4_000));
+                world.note(|| format!("{any} stands still for {time:?}"));
+                world.stand_still(&any, time);
+                self.run.stood_still += 1;
+                world.sleep_ms(1..2_000).await;
+            }
+            4 | 5 => {
+                world.note(|| format!("{any} is cut off"));
+                for other in world.names() {
+                    world.cut(&any, &other);
+                    world.cut(&other, &any);
+                }
+                self.run.isolated += 1;
+                world.sleep_ms(50..3_000).await;
+                world.restore_links();
+                world.note(|| "all links work".into());
+            }
+            6 => {
+                let sends = world.chance(0.5);
+                let what = if sends { "sends" } else { "gets" };
+                world.note(|| format!("{any} {what} nothing"));
+                for other in world.names() {
+                    match sends {
+                        true => world.cut(&any, &other),
+                        false => world.cut(&other, &any),
+                    }
+                }
+                self.run.cut_one_way += 1;
+                world.sleep_ms(50..3_000).await;
+                world.restore_links();
+                world.note(|| "all links work".into());
+            }
+            7 => {
+                if world.chance(0.5) {
+                    world.note(|| "messages are lost".into());
+                    world.set_loss(0.2);
+                    self.run.lossy += 1;
+                } else {
+                    world.note(|| "everything is slow".into());
+                    world.set_times(5_000..60_000, 5_000..80_000);
+                    self.run.slow += 1;
+                }
+                world.sleep_ms(500..3_000).await;
+                world.heal();
+            }
+            8 => {
+                world.note(|| format!("the disk of {voter} is full"));
+                world.set_full(&voter, true);
+                self.run.disks_full += 1;
+                world.sleep_ms(50..1_500).await;
+                self.look()?;
+                let stopped = |it: Process| it.store.stopped().is_some();
+                if world.process(&voter).is_some_and(stopped) {
+                    self.end(&voter, false).await;
+                }
+                world.set_full(&voter, false);
+                self.boot(&voter).await?;
+            }
+            _ => self.replace_voter(voters).await?,
+        }
+        Ok(())
+    }
+
+    /// Replaces a random voter by one at a new computer, as far as it goes in a while.
+    async fn replace_voter(&mut self, voters: usize) -> Result<(), String> {
+        let begun = Instant::now();
+        let world = self.world.clone();
+        while begun.elapsed() < CHANGE / 4 {
+            world.sleep_ms(20..100).await;
+            let Some(leader) = self.leader() else {
+                continue;
+            };
+            let status = leader.store.status();
+            let is_ready = status.voters.len() == voters && !status.is_changing;
+            if !is_ready || !status.learners.is_empty() {
+                continue;
+            }
+            let Ok(id) = self.add_learner().await else {
+                return Ok(());
+            };
+            let mut group: Vec<u64> = status.voters.keys().copied().collect();
+            let Some(old) = world.pick(&group) else {
+                return Ok(());
+            };
+            group.retain(|id| *id != old);
+            group.push(id);
+            world.note(|| format!("voter {id} for voter {old}"));
+            let Some(leader) = self.leader() else {
+                return Ok(());
+            };
+            // In the middle of it something may happen.
+            if world.chance(0.3) {
+                let name = self.any_voter();
+                self.end(&name, true).await;
+            }
+            let setting = leader.store.set_voters(group.into_iter().collect());
+            tokio::time::timeout(CHANGE / 4, setting).await.ok();
+            self.run.voters_replaced += 1;
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Starts what does not run, and what found its disk full.
+    async fn restart_all(&self) -> Result<(), String> {
+        for name in self.world.voter_names() {
+            let stopped = |it: Process| it.store.stopped().is_some();
+            if self.world.process(&name).is_some_and(stopped) {
+                self.world.end_process(&name, false);
+            }
+            self.boot(&name).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends all faults, and waits until the store answers and every voter has everything.
+    async fn settle(&mut self) -> Result<(), String> {
+        self.world.note(|| "the faults stop".into());
+        self.world.heal();
+        let begun = Instant::now();
+        while begun.elapsed() < SETTLE {
+            self.world.sleep_ms(20..40).await;
+            self.look()?;
+            self.restart_all().await?;
+            let Some(leader) = self.leader() else {
+                continue;
+            };
+            let reading = tokio::time::timeout(Duration::from_secs(1), leader.store.revision());
+            if !matches!(reading.await, Ok(Ok(_))) {
+                continue;
+            }
+            let status = leader.store.status();
+            let members = status.voters.keys().chain(status.learners.keys());
+            let members: BTreeSet<u64> = members.copied().collect();
+            let processes = self.world.processes();
+            let behind = processes.iter().filter(|process| {
+                let its = process.store.status();
+                members.contains(&its.id) && its.applied + 50 < status.applied
+            });
+            if behind.count() == 0 {
+                return Ok(());
+            }
+        }
+        let states: Vec<_> = self.world.processes();
+        let states: Vec<_> = states.iter().map(|it| it.store.status()).collect();
+        Err(format!("the store does not settle: {states:?}"))
+    }
+
+    /// The content of all voters once nothing changes any more: equal, or it is an error.
+    async fn compare_copies(&mut self) -> Result<Listing, String> {
+        let begun = Instant::now();
+        let mut differences = String::new();
+        while begun.elapsed() < SETTLE {
+            self.world.sleep_ms(100..200).await;
+            self.look()?;
+            self.restart_all().await?;
+            let Some(leader) = self.leader() else {
+                continue;
+            };
+            let status = leader.store.status();
+            let processes = self.world.processes();
+            let members = processes.iter().filter(|process| {
+                let id = process.store.id();
+                status.voters.contains_key(&id) || status.learners.contains_key(&id)
+            });
+            let mut contents = Vec::new();
+            for process in members {
+                if process.store.status().applied == status.applied {
+                    let view = &process.store.tasks.leader.view;
+                    contents.push(view.list("").map_err(|error| error.to_string())?);
+                }
+            }
+            // What a voter applied is the same as what every other applied up to the same entry,
+            // at any time: only those that have the leader's last entry are compared.
+            let first = contents.first().cloned();
+            if let Some(first) = first
+                && contents.len() == status.voters.len() + status.learners.len()
+            {
+                return match contents.iter().all(|content| *content == first) {
+                    true => Ok(first),
+                    false => Err(format!("copies differ: {contents:?}")),
+                };
+            }
+            differences = format!("{} copies of {status:?}", contents.len());
+        }
+        Err(format!("the copies do not become equal: {differences}"))
+    }
+
+    fn check(
+        &mut self,
+        contents: &Listing,
+        clients: Vec<Recorded>,
+        watches: Vec<Seen>,
+        owners: Vec<Vec<Line>>,
+    ) -> Result<(), String> {
+        let (mut calls, mut acknowledged) = (Vec::new(), BTreeMap::new());
+        for recorded in clients {
+            calls.extend(recorded.calls);
+            acknowledged.extend(recorded.acknowledged);
+        }
+        // The end is a call too: nothing acknowledged is lost.
+        let end = self.world.begun.elapsed();
+        for key in ["k/0", "k/1"] {
+            let found = contents.entries.iter().find(|entry| entry.key == key);
+            let found = found.map(|entry| String::from_utf8_lossy(&entry.value).parse());
+            let found = found.transpose().map_err(|error| format!("{error}"))?;
+            calls.push(linearizability::Call {
+                key: key.into(),
+                op: linearizability::Op::Read(found),
+                begin: end,
+                end: Some(end),
+            });
+        }
+        self.run.calls = calls.len();
+        self.run.unanswered = calls.iter().filter(|call| call.end.is_none()).count();
+        linearizability::check(&calls)?;
+        let mut seen: BTreeMap<Revision, Vec<Change>> = BTreeMap::new();
+        for watch in watches {
+            self.run.changes_watched += watch.changes.len();
+            let complete = watch.complete_after + 1..=watch.last;
+            for (revision, (key, value)) in acknowledged.range(complete) {
+                let changes = watch.changes.get(revision).map_or(&[][..], Vec::as_slice);
+                let is_it = |change: &Change| match change {
+                    Change::Put(entry) => {
+                        entry.key == *key && entry.value == value.to_string().as_bytes()
+                    }
+                    Change::Delete { .. } => false,
+                };
+                if !changes.iter().any(is_it) {
+                    return Err(format!(
+                        "a watch saw {changes:?} in revision {revision}, not {key} = {value}"
+                    ));
+                }
+            }
+            for (revision, changes) in watch.changes {
+                let first = seen.entry(revision).or_insert_with(|| changes.clone());
+                if *first != changes {
+                    return Err(format!(
+                        "watches saw {first:?} and {changes:?} in revision {revision}"
+                    ));
+                }
+            }
+        }
+        let lines = owners.concat();
+        self.run.lines = lines.len();
+        self.run.take_overs = owners::check(lines)?.saturating_sub(1);
+        self.run.terms = self.served.len() as u64;
+        self.run.snapshots_received = self.world.snapshots();
+        Ok(())
+    }
+}

@@ -1,0 +1,126 @@
+//! Mutants of what decides which node owns a machine: the commit rule and the voters of the store.
+//! Each is one change of the code, for which tests must fail. What can be changed without any test
+//! to detect it is not tested.
+//!
+//! Files are changed in place and restored, so that the rest is compiled once.
+
+mod ownership;
+mod voters;
+
+use crate::command::cargo;
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+
+/// One change of a file.
+struct Mutant {
+    name: &'static str,
+    file: &'static str,
+    text: &'static str,
+    /// Which occurrence of the text, from 0.
+    at: usize,
+    becomes: &'static str,
+}
+
+/// What is changed, and what must detect it.
+struct Subject {
+    /// The package of the files. It is compiled for each mutant, with little optimisation: that
+    /// takes longer than the seeds.
+    package: &'static str,
+    /// Names of tests, and the arguments of `cargo test` that run them.
+    tests: &'static [(&'static str, &'static [&'static str])],
+    /// Seeds of a simulation for each mutant.
+    seeds: &'static str,
+    mutants: &'static [Mutant],
+}
+
+/// Restores a file when it is dropped, also after a panic.
+struct Original {
+    file: &'static str,
+    content: String,
+}
+
+impl Drop for Original {
+    fn drop(&mut self) {
+        let file = self.file;
+        if let Err(error) = fs::write(file, &self.content) {
+            eprintln!("{file} could not be restored ({error}): `git checkout {file}`");
+        }
+    }
+}
+
+/// Runs all mutants, or those whose name contains `only`.
+pub(crate) fn run(only: Option<&str>) -> Result<()> {
+    let mut survivors = Vec::new();
+    let chosen = |name: &str| only.is_none_or(|part| name.contains(part));
+    for subject in [ownership::OWNERSHIP, voters::VOTERS] {
+        for mutant in subject.mutants.iter().filter(|it| chosen(it.name)) {
+            let caught = subject.caught_by(mutant)?;
+            println!(
+                "{:<34} {}",
+                mutant.name,
+                caught.as_deref().unwrap_or("SURVIVES")
+            );
+            if caught.is_none() {
+                survivors.push(mutant.name);
+            }
+        }
+    }
+    ensure!(survivors.is_empty(), "not caught: {}", survivors.join(", "));
+    Ok(())
+}
+
+impl Mutant {
+    /// Changes its file, until the original is dropped.
+    fn apply(&self) -> Result<Original> {
+        let Mutant {
+            name, file, text, ..
+        } = self;
+        ensure!(Path::new(file).exists(), "run it in the workspace's folder");
+        let content = fs::read_to_string(file)?;
+        let (from, _) = content
+            .match_indices(text)
+            .nth(self.at)
+            .with_context(|| format!("{name}: {text:?} is not in {file} any more"))?;
+        let mut changed = content.clone();
+        changed.replace_range(from..from + text.len(), self.becomes);
+        let original = Original { file, content };
+        fs::write(file, changed)?;
+        Ok(original)
+    }
+}
+
+impl Subject {
+    /// The tests that a mutant fails; `None` if all pass.
+    fn caught_by(&self, mutant: &Mutant) -> Result<Option<String>> {
+        let _original = mutant.apply()?;
+        let mut failed = Vec::new();
+        for (what, args) in self.tests {
+            let mut test = cargo();
+            let package = self.package;
+            test.args([
+                "--config",
+                &format!("profile.release.package.{package}.opt-level=1"),
+            ])
+            .args(["test", "--release"])
+            .args(*args)
+            .env("KEEL_SIM_SEEDS", self.seeds)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+            let output = test.output()?;
+            let said = String::from_utf8_lossy(&output.stdout);
+            if said.contains("running 0 tests") && !said.contains("running 1") {
+                bail!("{what}: no test ran");
+            }
+            let said_of_build = String::from_utf8_lossy(&output.stderr);
+            if !output.status.success() && said_of_build.contains("could not compile") {
+                bail!("{}: it does not compile:\n{said_of_build}", mutant.name);
+            }
+            if !output.status.success() {
+                failed.push(*what);
+            }
+        }
+        Ok((!failed.is_empty()).then(|| failed.join(", ")))
+    }
+}
