@@ -115,6 +115,18 @@ const MUTANTS: &[Mutant] = &[
         "drop(tokio::spawn({\n            let log = self.clone();\n            async move { log.write(|done| Write::Meta(\"vote\", bytes, done)).await }\n        }));\n        Ok(())"
     ),
     mutant!(
+        "entries sent after a gap",
+        "log.rs",
+        "*index != expected || (bytes",
+        "(*index != expected && false) || (bytes"
+    ),
+    mutant!(
+        "entries of another leader sent",
+        "log.rs",
+        "match state.truncations == self.truncations {",
+        "match true {"
+    ),
+    mutant!(
         "truncation not written",
         "log.rs",
         "Write::Truncate(from, _) => entries.retain_in(*from.., |_, _| false)?,",

@@ -78,6 +78,38 @@ pub(super) struct State {
     bytes: usize,
     purged: Option<LogId>,
     vote: Option<Vote>,
+    /// How often entries of a former leader were removed in favour of another's.
+    truncations: u64,
+}
+
+impl State {
+    /// Entries from `start` to before `end`, as many as are sent at once: always from `start` on.
+    fn entries_to_send(&self, start: u64, end: u64) -> Vec<Entry> {
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        for (expected, (index, entry)) in (start..).zip(self.entries.range(start..end)) {
+            bytes += size(entry);
+            if *index != expected || (bytes > READ_BYTES_MAX && !found.is_empty()) {
+                break;
+            }
+            found.push(entry.clone());
+        }
+        found
+    }
+}
+
+/// How `openraft` reads what one leader sends to one follower.
+///
+/// A leader that was replaced ends this a moment later. Meanwhile, as a follower, its log may lose
+/// what was about to be sent: its beginning to a snapshot, its end to the new leader. `openraft`
+/// sends what it is given, after the entry that it has in mind; the follower, which may not know the
+/// new leader, would have a gap in its log, or entries of two leaders. Nothing is given then, and a
+/// message without entries does no harm.
+#[derive(Clone)]
+pub(super) struct LogReader {
+    log: Log,
+    /// Those of the log when this was made; a leader never truncates.
+    truncations: u64,
 }
 
 pub(super) enum Write {
@@ -208,28 +240,31 @@ impl RaftLogReader<Types> for Log {
             .map(|(_, e)| e.clone())
             .collect())
     }
+}
+
+impl RaftLogReader<Types> for LogReader {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, StorageError> {
+        self.log.try_get_log_entries(range).await
+    }
 
     async fn limited_get_log_entries(
         &mut self,
         start: u64,
         end: u64,
     ) -> Result<Vec<Entry>, StorageError> {
-        let state = self.lock();
-        let mut found = Vec::new();
-        let mut bytes = 0;
-        for entry in state.entries.range(start..end).map(|(_, entry)| entry) {
-            bytes += size(entry);
-            if bytes > READ_BYTES_MAX && !found.is_empty() {
-                break;
-            }
-            found.push(entry.clone());
-        }
-        Ok(found)
+        let state = self.log.lock();
+        Ok(match state.truncations == self.truncations {
+            true => state.entries_to_send(start, end),
+            false => Vec::new(),
+        })
     }
 }
 
 impl RaftLogStorage<Types> for Log {
-    type LogReader = Log;
+    type LogReader = LogReader;
 
     async fn get_log_state(&mut self) -> Result<LogState<Types>, StorageError> {
         Ok(LogState {
@@ -238,8 +273,11 @@ impl RaftLogStorage<Types> for Log {
         })
     }
 
-    async fn get_log_reader(&mut self) -> Log {
-        self.clone()
+    async fn get_log_reader(&mut self) -> LogReader {
+        LogReader {
+            log: self.clone(),
+            truncations: self.lock().truncations,
+        }
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), StorageError> {
@@ -285,6 +323,7 @@ impl RaftLogStorage<Types> for Log {
     async fn truncate(&mut self, log_id: LogId) -> Result<(), StorageError> {
         {
             let mut state = self.lock();
+            state.truncations += 1;
             let removed = state.entries.split_off(&log_id.index);
             state.bytes -= removed.values().map(size).sum::<usize>();
         }
@@ -536,5 +575,60 @@ fn explain(error: DatabaseError) -> String {
             format!("it is damaged ({what}); restore a backup")
         }
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::CommittedLeaderId;
+
+    use super::*;
+
+    /// A log in memory; what it writes gets lost.
+    fn log_of(entries: std::ops::Range<u64>) -> (Log, mpsc::UnboundedReceiver<Write>) {
+        let (writes, written) = mpsc::unbounded_channel();
+        let entry = |index| Entry {
+            log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
+            payload: EntryPayload::Blank,
+        };
+        let entries: BTreeMap<u64, Entry> = entries.map(|index| (index, entry(index))).collect();
+        let state = State {
+            bytes: entries.values().map(size).sum(),
+            entries,
+            ..State::default()
+        };
+        let log = Log {
+            state: Arc::new(Mutex::new(state)),
+            writes,
+            saved: watch::channel(SavedSnapshot::default()).1,
+        };
+        (log, written)
+    }
+
+    async fn indexes(reader: &mut LogReader, start: u64, end: u64) -> Vec<u64> {
+        let found = reader.limited_get_log_entries(start, end).await;
+        found.unwrap().iter().map(|it| it.log_id.index).collect()
+    }
+
+    #[tokio::test]
+    async fn entries_are_sent_without_a_gap() {
+        let (mut log, _written) = log_of(70..73);
+        let mut reader = log.get_log_reader().await;
+        assert_eq!(indexes(&mut reader, 70, 73).await, [70, 71, 72]);
+        assert_eq!(indexes(&mut reader, 71, 72).await, [71]);
+        // The beginning went to a snapshot.
+        assert!(indexes(&mut reader, 32, 73).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_replaced_leader_sends_no_entries_of_another() {
+        let (mut log, written) = log_of(1..4);
+        let mut reader = log.get_log_reader().await;
+        drop(written);
+        // Its answer is that nothing was written, which does not matter here.
+        let from = LogId::new(CommittedLeaderId::new(1, 1), 2);
+        assert!(log.truncate(from).await.is_err());
+        assert!(indexes(&mut reader, 1, 4).await.is_empty());
+        assert_eq!(indexes(&mut log.get_log_reader().await, 1, 4).await, [1]);
     }
 }
