@@ -31,7 +31,9 @@ const LAYERS: &[&[&str]] = &[
     &["records", "voters"],
     &["cluster_info", "cluster_events", "processes"],
     &["supervisor", "images", "logs"],
-    &["compilation", "rules", "checkpoints", "volumes"],
+    &["compilation", "rules", "volumes"],
+    // They have snapshots of volumes.
+    &["checkpoints"],
     &["spanning"],
     &["moves"],
     &["balancer"],

@@ -1,4 +1,4 @@
-//! Checkpoints: requests to create them and to restore machines from them. Periodic ones belong to
+//! Checkpoints: requests to create and delete them, and to restore machines from them. Periodic ones belong to
 //! the settings of a machine, in `machine`.
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,56 @@ pub struct CheckpointInfo {
     pub deleted: u32,
     /// Why it cannot be used.
     pub damage: Option<String>,
+}
+
+/// Checkpoints to delete, and what writers left that were killed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PruneRequest {
+    /// Only those of this machine; all in the place if absent, and programs that none of them needs.
+    #[serde(default)]
+    pub machine: Option<String>,
+    /// URL of the place; the node's own folder if absent.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// How many checkpoints of each machine are kept; all if this and `keep_for_s` are absent.
+    #[serde(default)]
+    pub keep: Option<u32>,
+    /// Newer checkpoints than this are kept too, in seconds.
+    #[serde(default)]
+    pub keep_for_s: Option<u64>,
+    /// Nothing is deleted.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was deleted in a place, or would be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PruneInfo {
+    /// The place.
+    pub repository: String,
+    /// Machines of which anything was deleted.
+    pub machines: Vec<PrunedMachine>,
+    /// Number of programs that no checkpoint needed.
+    pub programs: u64,
+    /// Bytes of those.
+    pub program_bytes: u64,
+    /// Why programs stay, if that could not be found out.
+    #[serde(default)]
+    pub message: Option<String>,
+}
+
+/// What was deleted of one machine's checkpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrunedMachine {
+    /// The machine.
+    pub machine: String,
+    /// Ids of complete checkpoints, oldest first.
+    pub checkpoints: Vec<String>,
+    /// Objects in all, with those of checkpoints that were never completed.
+    pub objects: u64,
+    /// Their size in bytes.
+    pub bytes: u64,
 }
 
 /// A machine to create from a checkpoint.

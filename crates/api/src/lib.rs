@@ -21,6 +21,7 @@
 //! | `POST /v1/machines/NAME/diff` [`RunRequest`] | [`MachineDiff`]; nothing is changed |
 //! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
+//! | `POST /v1/checkpoints/prune` [`PruneRequest`] | [`PruneInfo`] |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, in the format of `keel_machine::log` |
 //! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
 //! | `GET /v1/machines/NAME/files/stat?path=PATH` | [`FileStat`] |
@@ -82,7 +83,9 @@ pub use balance::{
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
     PlanStep, PlannedMachine, PolicyRequest, RulesInfo, WhyNot,
 };
-pub use checkpoint::{CheckpointInfo, CheckpointRequest, RestoreRequest};
+pub use checkpoint::{
+    CheckpointInfo, CheckpointRequest, PruneInfo, PruneRequest, PrunedMachine, RestoreRequest,
+};
 pub use client::{Client, ClientError, Lines, path};
 pub use cluster::{ClusterInfo, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};

@@ -1,18 +1,24 @@
-//! `keel checkpoint`, `checkpoints`, `restore`, `clone`.
+//! `keel checkpoint`, `checkpoint prune`, `checkpoints`, `restore`, `clone`.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
 use crate::started::started;
 use anyhow::Result;
 
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
+use keel_api::{
+    CheckpointInfo, CheckpointRequest, MachineInfo, PruneInfo, PruneRequest, RestoreRequest,
+};
 use std::process::ExitCode;
 use std::time::Duration;
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct CheckpointArgs {
+    #[command(subcommand)]
+    command: Option<CheckpointCommand>,
     /// The machine.
-    machine: String,
+    #[arg(required = true)]
+    machine: Option<String>,
     /// The place of the checkpoint: a directory or s3://bucket/prefix (default: the node's own
     /// folder).
     #[arg(long, value_name = "PLACE")]
@@ -27,6 +33,34 @@ pub(crate) struct CheckpointArgs {
     /// either keeps it.
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     keep_for: Option<Duration>,
+}
+
+#[derive(clap::Subcommand)]
+enum CheckpointCommand {
+    /// Deletes checkpoints that are not to be kept, and what writers left that were killed.
+    ///
+    /// The newest checkpoint of each machine stays, and whatever those that stay need. Parts of
+    /// checkpoints that were never completed, and programs that none needs, are deleted a day after
+    /// they were written.
+    Prune(PruneArgs),
+}
+
+#[derive(clap::Args)]
+struct PruneArgs {
+    /// Only the checkpoints of this machine, which may be gone (default: all in the place).
+    machine: Option<String>,
+    /// The place: a directory or s3://bucket/prefix (default: the node's own folder).
+    #[arg(long, value_name = "PLACE")]
+    from: Option<String>,
+    /// Keeps this many checkpoints of each machine (default: all, if --keep-for is not given either).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+    /// Keeps checkpoints that are younger than this (examples: 12h, 7d).
+    #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
+    keep_for: Option<Duration>,
+    /// Only says what would be deleted.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(clap::Args)]
@@ -98,14 +132,61 @@ async fn make(reach: &Reach, machine: &str, request: &CheckpointRequest) -> Resu
     Ok(reach.client()?.post(&path, request).await?)
 }
 
+async fn prune(reach: &Reach, args: &PruneArgs) -> Result<ExitCode> {
+    let request = PruneRequest {
+        machine: args.machine.clone(),
+        from: optional(args.from.as_ref())?,
+        keep: args.keep,
+        keep_for_s: args.keep_for.map(|time| time.as_secs()),
+        dry_run: args.dry_run,
+    };
+    let info: PruneInfo = reach
+        .client()?
+        .post("/v1/checkpoints/prune", &request)
+        .await?;
+    output::one(reach.format(), &info, &info.repository, |info| {
+        pruned_text(info, args.dry_run)
+    })?;
+    if let Some(message) = &info.message {
+        eprintln!("keel: {message}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pruned_text(info: &PruneInfo, dry_run: bool) -> String {
+    let done = if dry_run { "to be deleted" } else { "deleted" };
+    let mut lines = Vec::new();
+    for machine in &info.machines {
+        let (count, bytes) = (machine.checkpoints.len(), output::bytes(machine.bytes));
+        let what = match count {
+            0 => "parts of unfinished checkpoints".to_owned(),
+            1 => "1 checkpoint".to_owned(),
+            count => format!("{count} checkpoints"),
+        };
+        lines.push(format!("{}: {what} ({bytes}) {done}", machine.machine));
+    }
+    if info.programs > 0 {
+        let bytes = output::bytes(info.program_bytes);
+        lines.push(format!("{} programs ({bytes}) {done}", info.programs));
+    }
+    if lines.is_empty() {
+        lines.push(format!("nothing {done} in {}", info.repository));
+    }
+    lines.join("\n")
+}
+
 pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<ExitCode> {
+    if let Some(CheckpointCommand::Prune(args)) = &args.command {
+        return prune(reach, args).await;
+    }
+    let machine = args.machine.as_deref().unwrap_or_default();
     let request = CheckpointRequest {
         to: optional(args.to.as_ref())?,
         full: args.full,
         keep: args.keep,
         keep_for_s: args.keep_for.map(|time| time.as_secs()),
     };
-    let info = make(reach, &args.machine, &request).await?;
+    let info = make(reach, machine, &request).await?;
     output::one(reach.format(), &info, &info.id, |info| {
         let ms = |micros: Option<u64>| micros.unwrap_or_default() as f64 / 1000.0;
         let kind = match &info.parent {

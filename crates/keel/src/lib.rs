@@ -224,7 +224,7 @@ enum Command {
     Rule(rule::RuleCommand),
     /// Labels a machine, or a node, for rules to select by.
     Label(rule::LabelArgs),
-    /// Makes a checkpoint of a running machine.
+    /// Makes a checkpoint of a running machine, or deletes checkpoints (`prune`).
     Checkpoint(checkpoint::CheckpointArgs),
     /// Lists a machine's checkpoints.
     Checkpoints {

@@ -215,3 +215,83 @@ async fn machines_start_warm() {
     let info = bench.cluster.inspect("a", "copy").await.expect("info");
     assert_eq!(info.status, "running");
 }
+
+/// A file that a writer left long ago.
+fn plant(path: &Path) {
+    let file = std::fs::File::create(path).expect("a file");
+    let days = std::time::Duration::from_secs(2 * 24 * 3600);
+    let old = std::time::SystemTime::now() - days;
+    file.set_modified(old).expect("its age is set");
+}
+
+/// Of a machine that is gone, and of writers that were killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_are_pruned() {
+    let folder = folder();
+    let bench = Bench::new(folder.path(), &["a"]).await;
+    let kept = folder.path().join("kept");
+    let place = kept.display().to_string();
+    let module = guest("counter");
+    let machine = Guest::new("gone", "a", &module, &["1000000", "20"]);
+    bench.cluster.run(&machine).await.expect("it starts");
+    for _ in 0..3 {
+        let (done, text) = bench.keel("a", &["checkpoint", "gone", "--to", &place, "--full"]);
+        assert!(done, "{text}");
+    }
+    for args in [["kill", "gone"], ["rm", "gone"]] {
+        let (done, text) = bench.keel("a", &args);
+        assert!(done, "{text}");
+    }
+    let leftovers = [
+        "machines/gone/9000000000000-00000001.0.pack",
+        "programs/0000000000000000000000000000000000000000000000000000000000000000.wasm",
+    ];
+    let leftovers = leftovers.map(|name| kept.join(name));
+    leftovers.iter().for_each(|path| plant(path));
+    let checkpoints = || {
+        std::fs::read_dir(kept.join("machines/gone"))
+            .expect("files")
+            .count()
+    };
+    let before = checkpoints();
+    let prune = |more: &[&str]| {
+        let mut args = vec!["checkpoint", "prune", "--from", &place];
+        args.extend(more);
+        bench.keel("a", &args)
+    };
+    let (done, text) = prune(&["--keep", "1", "--dry-run"]);
+    assert!(
+        done && text.contains("gone:") && text.contains("to be deleted"),
+        "{text}"
+    );
+    assert!(text.contains("1 programs"), "{text}");
+    assert_eq!(checkpoints(), before);
+    // Nothing is said of what to keep: only what is useless goes.
+    let (done, text) = prune(&[]);
+    assert!(done && text.contains("parts of unfinished"), "{text}");
+    assert!(!leftovers.iter().any(|path| path.exists()));
+    let (done, text) = prune(&["gone", "--keep", "1"]);
+    assert!(done && text.contains("gone:"), "{text}");
+    assert!(checkpoints() < before, "{text}");
+    let (done, text) = prune(&["--keep", "1"]);
+    assert!(done && text.contains("nothing deleted"), "{text}");
+    let (done, text) = bench.keel("a", &["restore", "gone", "--from", &place]);
+    assert!(done, "{text}");
+    for (more, expected) in [
+        (vec!["nobody"], "has no checkpoint in"),
+        (vec!["no/name"], "machine:"),
+        (vec!["--keep", "0"], "0 is not in 1.."),
+    ] {
+        let (done, text) = prune(&more);
+        assert!(!done && text.contains(expected), "{text}");
+    }
+    let replicas = folder.path().join("a/replicas").display().to_string();
+    let args = ["checkpoint", "prune", "--from", &replicas];
+    let (done, text) = bench.keel("a", &args);
+    assert!(
+        !done && text.contains("the cluster deletes them itself"),
+        "{text}"
+    );
+    let (done, text) = bench.keel("a", &["checkpoint"]);
+    assert!(!done && text.contains("<MACHINE>"), "{text}");
+}

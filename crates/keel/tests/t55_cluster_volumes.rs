@@ -348,6 +348,12 @@ async fn checkpoints_take_volumes_along() {
     let content = bench.volume("data").content.expect("it can be read");
     assert_eq!(content.snapshots.len(), 1, "{content:?}");
     assert!(content.snapshots[0].starts_with("m."), "{content:?}");
+    bench.keel(&["checkpoint", "m", "--to", &kept, "--full"]);
+    bench.keel(&["checkpoint", "prune", "m", "--from", &kept, "--keep", "1"]);
+    let pruned = bench.volume("data").content.expect("it can be read");
+    assert_eq!(pruned.snapshots.len(), 1, "{pruned:?}");
+    assert_ne!(pruned.snapshots, content.snapshots);
+    bench.goes_on("m", 1).await;
     // The volume is rolled back together with the machine's memory: otherwise the guest would find
     // pages that differ.
     bench.cluster.kill_worker("s", "m").expect("a worker");

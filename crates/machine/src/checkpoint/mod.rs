@@ -4,6 +4,7 @@
 //! - `id`: the ids of checkpoints
 //! - `origin`: which checkpoint a machine is restored from
 //! - `retention`: which checkpoints are kept
+//! - `collection`: deletes what nothing needs
 //! - `format`: the stored form and its validation
 //! - `packer`: collects bytes into packs
 //! - `repository`: the objects of checkpoints, in a directory or an S3-compatible store
@@ -29,6 +30,7 @@
 //! detected. An incremental checkpoint names its parent and contains only the pages
 //! written since; after [`CHAIN_MAX`] of them a full one is made.
 
+mod collection;
 mod compaction;
 mod direct_io;
 mod format;
@@ -40,6 +42,7 @@ mod repository;
 mod restore_memory_size;
 pub(crate) mod retention;
 
+pub use collection::{Pruned, UNFINISHED_MS};
 pub use compaction::compact;
 pub use direct_io::AlignedBuffer;
 pub use format::{BLOCK_BYTES, BlockRun, FormatError, Manifest, Pack, Run};

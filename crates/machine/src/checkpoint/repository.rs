@@ -8,26 +8,22 @@
 //! directory or a bucket, is a [`crate::object_storage::ObjectStorage`]; `direct_io.rs`
 //! writes packs into a directory.
 
-use super::compaction::compact;
 use super::direct_io;
 use super::format::{BLOCK_BYTES, FormatError, Manifest, Pack};
 use super::id::CheckpointId;
-use super::packer::PackError;
-use super::retention::Retention;
 use crate::object_storage::{ObjectStorage, StorageLocationError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
+use keel_store::clock::unix_ms;
 use object_store::path::Path;
-use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use object_store::{GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
+use std::collections::HashMap;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Name suffix of the marks of checkpoints being read, and how long a mark is valid, in
-/// milliseconds.
-const READING: &str = "reading";
-const READ_MS: u64 = 3_600_000;
+/// Name suffix of the marks of checkpoints being read.
+pub(super) const READING: &str = "reading";
 
 /// Why a repository cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +76,7 @@ pub struct Outline {
 /// A repository of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Repository {
-    place: ObjectStorage,
+    pub(super) place: ObjectStorage,
 }
 
 /// Receives a verified block with its number.
@@ -127,7 +123,7 @@ impl Repository {
         self.place.url()
     }
 
-    fn store(&self) -> &dyn ObjectStore {
+    pub(super) fn store(&self) -> &dyn ObjectStore {
         &**self.place.store()
     }
 
@@ -144,12 +140,12 @@ impl Repository {
         self.place.path(&["machines", machine.as_ref(), &name])
     }
 
-    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Path {
+    pub(super) fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Path {
         self.place
             .path(&["machines", machine.as_ref(), &format!("{id}.manifest")])
     }
 
-    fn program_place(&self, program: &[u8; 32]) -> Path {
+    pub(super) fn program_place(&self, program: &[u8; 32]) -> Path {
         self.place
             .path(&["programs", &format!("{}.wasm", Fingerprint(*program))])
     }
@@ -506,14 +502,19 @@ impl Repository {
         Ok(names)
     }
 
-    /// Stores a program (for `wasm`, the instrumented module), unless it exists.
+    /// Stores a program (for `wasm`, the instrumented module), unless it exists and is young: one
+    /// that no checkpoint names yet may be deleted when it is old (`collection`).
     ///
     /// # Errors
     /// [`RepositoryError::Store`].
     pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), RepositoryError> {
         let place = self.program_place(hash);
+        let is_young = |meta: &ObjectMeta| {
+            let age = unix_ms().saturating_sub(modified_unix_ms(meta));
+            age < super::collection::UNFINISHED_MS / 2
+        };
         match self.store().head(&place).await {
-            Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
+            Ok(meta) if meta.size == bytes.len() as u64 && is_young(&meta) => return Ok(()),
             Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -544,131 +545,6 @@ impl Repository {
             Err(part("it is damaged: its checksum is wrong"))
         }
     }
-
-    /// Applies a retention policy: deletes a machine's checkpoints except those to keep
-    /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
-    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
-    /// deleted checkpoints. Blocking, outside of the runtime.
-    ///
-    /// # Errors
-    /// [`PackError`], also if the required objects cannot be determined; none of them
-    /// is deleted then.
-    pub fn apply_retention(
-        &self,
-        runtime: &Handle,
-        machine: &MachineName,
-        retention: Retention,
-        now_unix_ms: u64,
-    ) -> Result<Vec<CheckpointId>, PackError> {
-        let all = runtime.block_on(self.list(machine))?;
-        let wanted: Vec<&CheckpointId> = (0..)
-            .zip(&all)
-            .filter(|(newer, id)| retention.keeps(*newer, id, now_unix_ms))
-            .map(|(_, id)| id)
-            .collect();
-        if let Some(oldest) = wanted.last() {
-            // An unreadable checkpoint is kept: it may be readable later.
-            let chain = runtime.block_on(self.chain(machine, oldest));
-            if let Ok(chain) = chain
-                && chain.len() > 1
-                && let Ok((stored, counts)) = super::compaction::bytes_of(&chain)
-                && stored - counts >= counts
-            {
-                let bytes = compact(self, runtime, machine, oldest)?;
-                tracing::info!(%machine, %oldest, stored, ?bytes, "compacted a checkpoint");
-            }
-        }
-        Ok(runtime.block_on(self.delete_others(machine, &all, &wanted, now_unix_ms))?)
-    }
-
-    async fn delete_others(
-        &self,
-        machine: &MachineName,
-        all: &[CheckpointId],
-        wanted: &[&CheckpointId],
-        now_unix_ms: u64,
-    ) -> Result<Vec<CheckpointId>, RepositoryError> {
-        let folder = self.place.path(&["machines", machine.as_ref()]);
-        let objects: Vec<(Path, i64)> = self
-            .store()
-            .list(Some(&folder))
-            .map_ok(|object| (object.location, object.last_modified.timestamp_millis()))
-            .try_collect()
-            .await?;
-        // Checkpoints being read are kept with their generations.
-        let mut read = BTreeSet::new();
-        let mut over = Vec::new();
-        for (place, since) in &objects {
-            if place.extension() != Some(READING) {
-                continue;
-            }
-            let young = now_unix_ms.saturating_sub(u64::try_from(*since).unwrap_or(0)) < READ_MS;
-            match place.filename().and_then(id_of).filter(|_| young) {
-                Some((id, _)) => drop(read.insert(id)),
-                None => over.push(Ok(place.clone())),
-            }
-        }
-        // With its generation, if its manifest can be read.
-        let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
-        // Objects not newer than an unreadable checkpoint may belong to it.
-        let mut below = None;
-        for id in wanted.iter().copied().chain(&read) {
-            needed.entry(id.clone()).or_insert(None);
-            match self.chain(machine, id).await {
-                Ok(chain) => {
-                    let of = |it: Manifest| {
-                        let now = (!read.contains(id)).then_some(it.generation);
-                        (it.id, now)
-                    };
-                    for (id, generation) in chain.into_iter().map(of) {
-                        let known = needed.entry(id).or_insert(generation);
-                        *known = (*known).and(generation);
-                    }
-                }
-                Err(RepositoryError::Part { .. }) => below = below.max(Some(id.clone())),
-                Err(error) => return Err(error),
-            }
-        }
-        let newest = all.first();
-        let mut gone = BTreeSet::new();
-        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
-        for (place, _) in objects {
-            if place.extension() == Some(READING) {
-                continue;
-            }
-            let Some((id, generation)) = place.filename().and_then(id_of) else {
-                continue;
-            };
-            if below.as_ref().is_some_and(|below| id <= *below) {
-                continue;
-            }
-            // Objects newer than the newest checkpoint may belong to one in progress.
-            if newest.is_none_or(|newest| id > *newest) {
-                continue;
-            }
-            let is_manifest = place.extension() == Some("manifest");
-            match needed.get(&id) {
-                // Packs of earlier generations.
-                Some(Some(now)) if !is_manifest && generation < *now => packs.push(Ok(place)),
-                Some(_) => {}
-                None if newest == Some(&id) => {}
-                None if is_manifest => {
-                    gone.insert(id);
-                    manifests.push(Ok(place));
-                }
-                None => packs.push(Ok(place)),
-            }
-        }
-        // Manifests first: a checkpoint never lacks a part while its manifest exists.
-        for places in [manifests, packs, over] {
-            let places = futures::stream::iter(places).boxed();
-            self.store()
-                .delete_stream(places)
-                .try_collect::<Vec<_>>()
-                .await?;
-        }
-        Ok(gone.into_iter().collect())
-    }
 }
 
 /// Runs file operations on threads beside the runtime's own.
@@ -683,11 +559,7 @@ async fn in_folder(
     })?)
 }
 
-/// The checkpoint and generation that an object belongs to.
-fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
-    let (id, rest) = name.split_once('.')?;
-    let generation = rest
-        .strip_prefix('g')
-        .and_then(|rest| rest.split_once('.')?.0.parse().ok());
-    Some((id.parse().ok()?, generation.unwrap_or(0)))
+/// When an object was written, in milliseconds since 1970-01-01 UTC by its store's clock.
+pub(super) fn modified_unix_ms(meta: &ObjectMeta) -> u64 {
+    u64::try_from(meta.last_modified.timestamp_millis()).unwrap_or(0)
 }

@@ -273,7 +273,7 @@ impl Checkpoints {
     }
 }
 
-fn check_retention(retention: Retention) -> Result<(), CommandError> {
+pub(super) fn check_retention(retention: Retention) -> Result<(), CommandError> {
     if retention.newest == Some(0) {
         return Err(CommandError::Invalid(
             "keeping no checkpoint at all: 1 is the least".into(),

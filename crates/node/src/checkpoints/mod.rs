@@ -3,10 +3,12 @@
 //! The `machines` layer starts machines from checkpoints.
 //!
 //! - `handle`: creates and lists checkpoints, and records the newest
+//! - `prune`: deletes what nothing needs, when an operator asks for it
 //! - `replication`: those of machines with high availability, on several nodes
 //! - `schedule`: periodic checkpoints, as machines' specs ask for
 
 mod handle;
+mod prune;
 mod replication;
 mod schedule;
 

@@ -229,6 +229,32 @@ async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, 
     })
 }
 
+/// Deletes the snapshots of checkpoints that are gone, in all volumes. A volume whose place does not
+/// answer keeps them.
+pub(crate) async fn delete_snapshots(
+    context: &Context,
+    snapshots: &[String],
+) -> Result<(), CommandError> {
+    let listing = context.store.list(keys::VOLUMES).await?;
+    for value in &listing.entries {
+        let Ok(Key::Volume(name)) = value.key.parse() else {
+            continue;
+        };
+        let entry = entry(value)?;
+        let deleting = async {
+            let objects = open(&name, entry.id, entry.place.clone(), false).await?;
+            let mut there = objects.snapshots().await.map_err(volume_error)?;
+            there.retain(|snapshot| snapshots.contains(snapshot));
+            let deleted = objects.delete_snapshots(&there).await;
+            deleted.map_err(volume_error)
+        };
+        if let Err(error) = deleting.await {
+            tracing::warn!(volume = %name, %error, "snapshots of deleted checkpoints stay");
+        }
+    }
+    Ok(())
+}
+
 /// Removes a volume that no machine holds, with all its objects, or without them if `forget` is
 /// set. A repeated command deletes the objects that could not be deleted before.
 pub(crate) async fn remove(

@@ -12,5 +12,7 @@
 mod cluster_volumes;
 mod files;
 
-pub(crate) use cluster_volumes::{create, give_back, inspect, list, remove, take};
+pub(crate) use cluster_volumes::{
+    create, delete_snapshots, give_back, inspect, list, remove, take,
+};
 pub(crate) use files::{FileCommand, PIECE_BYTES_MAX, VolumeFiles};

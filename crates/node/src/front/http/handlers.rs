@@ -22,9 +22,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
-    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo,
-    RestoreRequest, RunRequest, SetRequest, SpanRequest, StoreInfo, ThreadMove, TokenRequest,
-    Uploaded, VolumeCreateRequest, VotersRequest,
+    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo, PruneInfo,
+    PruneRequest, RestoreRequest, RunRequest, SetRequest, SpanRequest, StoreInfo, ThreadMove,
+    TokenRequest, Uploaded, VolumeCreateRequest, VotersRequest,
 };
 use keel_cluster::NodeName;
 use serde::Deserialize;
@@ -282,6 +282,13 @@ pub(super) async fn checkpoints(
     let machine = machine_name(&name)?;
     let from = query.from.as_deref();
     Ok(Json(at.checkpoints.list(&machine, from).await?))
+}
+
+pub(super) async fn prune(
+    State(at): Shared,
+    Json(request): Json<PruneRequest>,
+) -> Reply<PruneInfo> {
+    Ok(Json(at.checkpoints.prune(request).await?))
 }
 
 pub(super) async fn restore(

@@ -83,6 +83,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
             "/v1/machines/{name}/checkpoints",
             get(handlers::checkpoints).post(handlers::checkpoint),
         )
+        .route("/v1/checkpoints/prune", post(handlers::prune))
         .route("/v1/restore", post(handlers::restore))
         .route(
             "/v1/volumes",

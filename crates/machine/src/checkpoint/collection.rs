@@ -1,0 +1,437 @@
+//! Deletes what nothing needs: checkpoints that a retention policy does not keep, parts of
+//! checkpoints that were never completed, and programs that no checkpoint names.
+//!
+//! A writer that was killed leaves parts without a manifest. They look like those of one that still
+//! writes, which may be slow: only time tells them apart ([`UNFINISHED_MS`]).
+
+use super::compaction::{bytes_of, compact};
+use super::id::CheckpointId;
+use super::packer::PackError;
+use super::repository::{READING, Repository, RepositoryError, modified_unix_ms};
+use super::retention::Retention;
+use futures::{StreamExt, TryStreamExt};
+use keel_cluster::MachineName;
+use object_store::ObjectMeta;
+use object_store::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use tokio::runtime::Handle;
+
+/// A writer wrote nothing for so long, in milliseconds: it was killed. A checkpoint takes an hour at
+/// most.
+pub const UNFINISHED_MS: u64 = 24 * 3_600_000;
+
+/// How long a mark of a checkpoint that is read is valid, in milliseconds.
+const READ_MS: u64 = 3_600_000;
+
+/// What was deleted, or would be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Complete checkpoints, oldest first.
+    pub checkpoints: Vec<CheckpointId>,
+    /// Objects in all, with those of checkpoints that were never completed.
+    pub objects: u64,
+    /// Their size in bytes.
+    pub bytes: u64,
+}
+
+/// What nothing needs, in the order in which it is to be deleted.
+#[derive(Default)]
+struct Superfluous {
+    checkpoints: Vec<CheckpointId>,
+    objects: Vec<ObjectMeta>,
+}
+
+impl Superfluous {
+    fn pruned(&self) -> Pruned {
+        Pruned {
+            checkpoints: self.checkpoints.clone(),
+            objects: self.objects.len() as u64,
+            bytes: self.objects.iter().map(|object| object.size).sum(),
+        }
+    }
+}
+
+impl Repository {
+    /// Deletes what [`Self::apply_retention`] would delete, without compacting: a writer of the
+    /// machine may work at the same time. With `dry_run` nothing is deleted.
+    ///
+    /// # Errors
+    /// [`RepositoryError`]; also if the required objects cannot be determined.
+    pub async fn prune(
+        &self,
+        machine: &MachineName,
+        retention: Retention,
+        now_unix_ms: u64,
+        dry_run: bool,
+    ) -> Result<Pruned, RepositoryError> {
+        let all = self.list(machine).await?;
+        let wanted = wanted(&all, retention, now_unix_ms);
+        let found = self
+            .superfluous(machine, &all, &wanted, now_unix_ms)
+            .await?;
+        let pruned = found.pruned();
+        if !dry_run {
+            self.delete(found).await?;
+        }
+        Ok(pruned)
+    }
+
+    /// Deletes programs that no checkpoint here names. With `dry_run` nothing is deleted.
+    ///
+    /// # Errors
+    /// [`RepositoryError`]; also if a manifest cannot be read, as it may name any program.
+    pub async fn prune_programs(
+        &self,
+        now_unix_ms: u64,
+        dry_run: bool,
+    ) -> Result<Pruned, RepositoryError> {
+        // Listed before the manifests: what one names that is written meanwhile is young here.
+        let mut unnamed = self.objects(&["programs"]).await?;
+        unnamed.retain(|object| is_over(object, UNFINISHED_MS, now_unix_ms));
+        if unnamed.is_empty() {
+            return Ok(Pruned::default());
+        }
+        let mut named = BTreeSet::new();
+        for machine in self.machines().await? {
+            for id in self.list(&machine).await? {
+                named.extend(self.manifest(&machine, &id).await?.program);
+            }
+        }
+        let named: BTreeSet<Path> = named.iter().map(|it| self.program_place(it)).collect();
+        unnamed.retain(|object| !named.contains(&object.location));
+        let found = Superfluous {
+            checkpoints: Vec::new(),
+            objects: unnamed,
+        };
+        let pruned = found.pruned();
+        if !dry_run {
+            self.delete(found).await?;
+        }
+        Ok(pruned)
+    }
+
+    async fn objects(&self, folder: &[&str]) -> Result<Vec<ObjectMeta>, RepositoryError> {
+        let folder = self.place.path(folder);
+        Ok(self.store().list(Some(&folder)).try_collect().await?)
+    }
+
+    async fn delete(&self, found: Superfluous) -> Result<(), RepositoryError> {
+        let places = found.objects.into_iter().map(|object| Ok(object.location));
+        let places = futures::stream::iter(places).boxed();
+        let mut deleted = self.store().delete_stream(places);
+        while let Some(outcome) = deleted.next().await {
+            match outcome {
+                // Another one deletes the same.
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies a retention policy: deletes a machine's checkpoints except those to keep
+    /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
+    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
+    /// deleted checkpoints. Blocking, outside of the runtime.
+    ///
+    /// # Errors
+    /// [`PackError`], also if the required objects cannot be determined; none of them
+    /// is deleted then.
+    pub fn apply_retention(
+        &self,
+        runtime: &Handle,
+        machine: &MachineName,
+        retention: Retention,
+        now_unix_ms: u64,
+    ) -> Result<Vec<CheckpointId>, PackError> {
+        let all = runtime.block_on(self.list(machine))?;
+        let wanted = wanted(&all, retention, now_unix_ms);
+        if let Some(oldest) = wanted.last() {
+            // An unreadable checkpoint is kept: it may be readable later.
+            let chain = runtime.block_on(self.chain(machine, oldest));
+            if let Ok(chain) = chain
+                && chain.len() > 1
+                && let Ok((stored, counts)) = bytes_of(&chain)
+                && stored - counts >= counts
+            {
+                let bytes = compact(self, runtime, machine, oldest)?;
+                tracing::info!(%machine, %oldest, stored, ?bytes, "compacted a checkpoint");
+            }
+        }
+        let found = self.superfluous(machine, &all, &wanted, now_unix_ms);
+        let found = runtime.block_on(found)?;
+        let deleted = found.checkpoints.clone();
+        runtime.block_on(self.delete(found))?;
+        Ok(deleted)
+    }
+
+    async fn superfluous(
+        &self,
+        machine: &MachineName,
+        all: &[CheckpointId],
+        wanted: &[&CheckpointId],
+        now_unix_ms: u64,
+    ) -> Result<Superfluous, RepositoryError> {
+        let objects = self.objects(&["machines", machine.as_ref()]).await?;
+        // Checkpoints being read are kept with their generations.
+        let mut read = BTreeSet::new();
+        let mut marks = Vec::new();
+        for object in &objects {
+            let place = &object.location;
+            if place.extension() != Some(READING) {
+                continue;
+            }
+            let is_valid = !is_over(object, READ_MS, now_unix_ms);
+            match place.filename().and_then(id_of).filter(|_| is_valid) {
+                Some((id, _)) => drop(read.insert(id)),
+                None => marks.push(object.clone()),
+            }
+        }
+        // With its generation, if its manifest can be read.
+        let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
+        // Objects not newer than an unreadable checkpoint may belong to it.
+        let mut below = None;
+        for id in wanted.iter().copied().chain(&read) {
+            needed.entry(id.clone()).or_insert(None);
+            match self.chain(machine, id).await {
+                Ok(chain) => {
+                    for manifest in chain {
+                        let now = (!read.contains(id)).then_some(manifest.generation);
+                        let known = needed.entry(manifest.id).or_insert(now);
+                        *known = (*known).and(now);
+                    }
+                }
+                Err(RepositoryError::Part { .. }) => below = below.max(Some(id.clone())),
+                Err(error) => return Err(error),
+            }
+        }
+        // When anything of a checkpoint was written last.
+        let mut written: BTreeMap<CheckpointId, u64> = BTreeMap::new();
+        for object in &objects {
+            if let Some((id, _)) = object.location.filename().and_then(id_of) {
+                let last = written.entry(id).or_default();
+                *last = (*last).max(modified_unix_ms(object));
+            }
+        }
+        let newest = all.first();
+        let mut gone = BTreeSet::new();
+        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
+        for object in objects {
+            let place = &object.location;
+            if place.extension() == Some(READING) {
+                continue;
+            }
+            let Some((id, generation)) = place.filename().and_then(id_of) else {
+                continue;
+            };
+            if below.as_ref().is_some_and(|below| id <= *below) {
+                continue;
+            }
+            // What is newer than the newest checkpoint may belong to one in progress.
+            if newest.is_none_or(|newest| id > *newest) {
+                let last = written.get(&id).copied().unwrap_or(now_unix_ms);
+                if now_unix_ms.saturating_sub(last) >= UNFINISHED_MS {
+                    packs.push(object);
+                }
+                continue;
+            }
+            let is_manifest = place.extension() == Some("manifest");
+            match needed.get(&id) {
+                // Packs of earlier generations.
+                Some(Some(now)) if !is_manifest && generation < *now => packs.push(object),
+                Some(_) => {}
+                None if newest == Some(&id) => {}
+                None if is_manifest => {
+                    gone.insert(id);
+                    manifests.push(object);
+                }
+                None => packs.push(object),
+            }
+        }
+        // Manifests first: a checkpoint never lacks a part while its manifest exists.
+        Ok(Superfluous {
+            checkpoints: gone.into_iter().collect(),
+            objects: [manifests, packs, marks].concat(),
+        })
+    }
+}
+
+/// Those that a policy keeps, newest first.
+fn wanted(all: &[CheckpointId], retention: Retention, now_unix_ms: u64) -> Vec<&CheckpointId> {
+    let numbered = (0..).zip(all);
+    let kept = numbered.filter(|(newer, id)| retention.keeps(*newer, id, now_unix_ms));
+    kept.map(|(_, id)| id).collect()
+}
+
+/// Whether an object was written longer ago than this.
+fn is_over(object: &ObjectMeta, ms: u64, now_unix_ms: u64) -> bool {
+    now_unix_ms.saturating_sub(modified_unix_ms(object)) >= ms
+}
+
+/// The checkpoint and generation that an object belongs to.
+fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
+    let (id, rest) = name.split_once('.')?;
+    let generation = rest
+        .strip_prefix('g')
+        .and_then(|rest| rest.split_once('.')?.0.parse().ok());
+    Some((id.parse().ok()?, generation.unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::format::tests::example;
+    use crate::checkpoint::{Manifest, PackName};
+    use keel_net::Bytes;
+    use keel_store::clock::unix_ms;
+
+    const KEEP_ONE: Retention = Retention {
+        newest: Some(1),
+        for_s: None,
+    };
+
+    fn repository() -> (tempfile::TempDir, Repository) {
+        let folder = tempfile::tempdir().unwrap();
+        let url = folder.path().display().to_string();
+        let repository = Repository::create(&url).unwrap();
+        (folder, repository)
+    }
+
+    fn name() -> MachineName {
+        example().machine
+    }
+
+    /// A full checkpoint; its parts need not be real ones.
+    async fn put(repository: &Repository, id: &CheckpointId, program: Option<[u8; 32]>) {
+        put_part(repository, id).await;
+        let manifest = Manifest {
+            id: id.clone(),
+            parent: None,
+            generation: 0,
+            program,
+            ..example()
+        };
+        repository.put_manifest(&manifest).await.unwrap();
+    }
+
+    async fn put_part(repository: &Repository, id: &CheckpointId) {
+        let bytes = Bytes::from_static(&[7; 4096]);
+        let of = (id, 0);
+        let name = name();
+        let put = repository.put_pack(&name, of, PackName::Pages(0), bytes);
+        put.await.unwrap();
+    }
+
+    /// Ids in ascending order.
+    fn ids<const N: usize>() -> [CheckpointId; N] {
+        let now = unix_ms();
+        std::array::from_fn(|at| CheckpointId::new(now + at as u64))
+    }
+
+    fn left(folder: &tempfile::TempDir, kind: &str) -> usize {
+        let folder = folder.path().join(kind);
+        let folders = std::fs::read_dir(folder).into_iter().flatten();
+        folders
+            .map(|entry| entry.unwrap().path())
+            .map(|path| match path.is_dir() {
+                true => std::fs::read_dir(path).unwrap().count(),
+                false => 1,
+            })
+            .sum()
+    }
+
+    #[tokio::test]
+    async fn a_policy_is_applied_and_a_dry_run_deletes_nothing() {
+        let (folder, repository) = repository();
+        let [first, second, third] = ids();
+        for id in [&first, &second, &third] {
+            put(&repository, id, None).await;
+        }
+        let all = Retention::default();
+        let kept = repository.prune(&name(), all, unix_ms(), false).await;
+        assert_eq!(kept.unwrap(), Pruned::default());
+        let seen = repository.prune(&name(), KEEP_ONE, unix_ms(), true).await;
+        assert_eq!(left(&folder, "machines"), 6);
+        let done = repository.prune(&name(), KEEP_ONE, unix_ms(), false).await;
+        let done = done.unwrap();
+        assert_eq!(seen.unwrap(), done);
+        assert_eq!(done.checkpoints, [first, second]);
+        assert_eq!(done.objects, 4);
+        assert!(done.bytes > 2 * 4096, "{done:?}");
+        assert_eq!(repository.list(&name()).await.unwrap(), [third]);
+        assert_eq!(left(&folder, "machines"), 2);
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_writer_left_goes_when_it_is_old() {
+        for has_checkpoint in [true, false] {
+            let (folder, repository) = repository();
+            let [first, killed] = ids();
+            if has_checkpoint {
+                put(&repository, &first, None).await;
+            }
+            put_part(&repository, &killed).await;
+            let all = Retention::default();
+            let later = unix_ms() + UNFINISHED_MS;
+            for (now, expected) in [(unix_ms(), 0), (later, 1), (later, 0)] {
+                let pruned = repository.prune(&name(), all, now, false).await.unwrap();
+                assert_eq!(pruned.objects, expected, "{has_checkpoint}, {now}");
+                assert_eq!(pruned.checkpoints, []);
+            }
+            let kept = if has_checkpoint { 2 } else { 0 };
+            assert_eq!(left(&folder, "machines"), kept);
+        }
+    }
+
+    #[tokio::test]
+    async fn programs_stay_while_anything_may_need_them() {
+        let (folder, repository) = repository();
+        let [first, second] = ids();
+        for number in [1, 2] {
+            let bytes = Bytes::from_static(b"a program");
+            repository.put_program(&[number; 32], bytes).await.unwrap();
+        }
+        put(&repository, &first, Some([1; 32])).await;
+        let later = unix_ms() + UNFINISHED_MS;
+        let young = repository.prune_programs(unix_ms(), false).await.unwrap();
+        assert_eq!(young.objects, 0);
+        // A manifest that cannot be read may name any.
+        put(&repository, &second, None).await;
+        let place = repository.manifest_place(&name(), &second);
+        let place = repository.place.file(&place).unwrap().unwrap();
+        let manifest = std::fs::read(&place).unwrap();
+        std::fs::write(&place, b"?").unwrap();
+        let unknown = repository.prune_programs(later, false).await;
+        assert!(matches!(unknown, Err(RepositoryError::Part { .. })));
+        std::fs::write(&place, manifest).unwrap();
+        assert_eq!(left(&folder, "programs"), 2);
+        let seen = repository.prune_programs(later, true).await.unwrap();
+        let done = repository.prune_programs(later, false).await.unwrap();
+        assert_eq!(seen, done);
+        assert_eq!(done.objects, 1);
+        let rest = repository.objects(&["programs"]).await.unwrap();
+        let kept = repository.program_place(&[1; 32]);
+        let places: Vec<_> = rest.into_iter().map(|object| object.location).collect();
+        assert_eq!(places, [kept]);
+    }
+
+    /// A checkpoint in progress relies on a program that is there already.
+    #[tokio::test]
+    async fn an_old_program_is_young_again_when_it_is_put() {
+        let (folder, repository) = repository();
+        let put = async || {
+            let bytes = Bytes::from_static(b"a program");
+            repository.put_program(&[1; 32], bytes).await.unwrap();
+        };
+        put().await;
+        let path = std::fs::read_dir(folder.path().join("programs"));
+        let path = path.unwrap().next().unwrap().unwrap().path();
+        let old = std::time::SystemTime::now() - std::time::Duration::from_millis(UNFINISHED_MS);
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.set_modified(old).unwrap();
+        put().await;
+        let pruned = repository.prune_programs(unix_ms(), false).await.unwrap();
+        assert_eq!(pruned.objects, 0);
+        assert_eq!(left(&folder, "programs"), 1);
+    }
+}
