@@ -26,6 +26,21 @@ pub struct ClusterInfo {
     pub machines_running: u32,
     /// Version of the node that answered.
     pub version: String,
+    /// When that node's agent started, in milliseconds since 1970-01-01 UTC; 0 from a node of an
+    /// older version.
+    #[serde(default)]
+    pub agent_started_unix_ms: u64,
+}
+
+/// An agent that ends, to be started again from the file that is installed then.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentRestart {
+    /// Its node.
+    pub node: String,
+    /// Version of the agent that ends.
+    pub version: String,
+    /// Machines of the node that run on.
+    pub machines: Vec<String>,
 }
 
 /// What the loss of a node would mean for its machines with high availability.

@@ -65,6 +65,8 @@ kinds! {
     NodeStarted = "node-started",
     /// A node's agent was stopped on request.
     NodeStopped = "node-stopped",
+    /// A node's agent restarts on request; its machines run on.
+    AgentRestarts = "agent-restarts",
     /// A node renews its lease; reported by the node with the store.
     NodeAlive = "node-alive",
     /// A node no longer renews its lease; reported by the node with the store.

@@ -21,6 +21,7 @@
 //! | `POST /v1/machines/NAME/diff` [`RunRequest`] | [`MachineDiff`]; nothing is changed |
 //! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
+//! | `POST /v1/agent/restart` | [`AgentRestart`]; the agent of the node that answers ends, and is started again |
 //! | `POST /v1/checkpoints/prune` [`PruneRequest`] | [`PruneInfo`] |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, in the format of `keel_machine::log` |
 //! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
@@ -87,7 +88,9 @@ pub use checkpoint::{
     CheckpointInfo, CheckpointRequest, PruneInfo, PruneRequest, PrunedMachine, RestoreRequest,
 };
 pub use client::{Client, ClientError, Lines, path};
-pub use cluster::{ClusterInfo, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest};
+pub use cluster::{
+    AgentRestart, ClusterInfo, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest,
+};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 pub use keel_wasi::FileStat;

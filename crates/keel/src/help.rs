@@ -30,7 +30,8 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Cluster",
         &[
-            "up", "join", "down", "status", "nodes", "store", "recover", "schedule", "events",
+            "up", "join", "down", "reload", "status", "nodes", "store", "recover", "schedule",
+            "events",
         ],
     ),
     ("Users", &["token", "login", "context", "audit"]),

@@ -12,6 +12,7 @@
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
 //! - `down`: `keel down`
+//! - `reload`: `keel reload`
 //! - `events`: `keel events`
 //! - `help`: the list of commands, in groups
 //! - `program`: a module and its arguments on a command line
@@ -49,6 +50,7 @@ mod objects;
 mod parts;
 mod plan;
 mod program;
+mod reload;
 mod rule;
 mod set;
 mod sim;
@@ -92,6 +94,11 @@ enum Command {
     Join(up::JoinArgs),
     /// Stops the node of this computer; its machines continue, and the next `keel up` finds them.
     Down(down::Args),
+    /// Restarts a node's agent from the file that is installed now: machines run on.
+    ///
+    /// For an upgrade: install the new file first. The node counts as alive meanwhile, for a minute at
+    /// most, so that none of its machines is restarted elsewhere.
+    Reload,
     /// Shows the state of the cluster.
     Status,
     /// Shows which nodes hold the store, says how many shall; backups.
@@ -377,6 +384,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Up(args) => up::up(&reach, &args).await,
         Command::Join(args) => up::join(&reach, &args).await,
         Command::Down(args) => down::run(&reach, &args).await,
+        Command::Reload => reload::run(&reach).await,
         Command::Agent(args) => up::agent(&args, kinds).await,
         Command::Status => cluster::status(&reach).await,
         Command::Store { what } => store::run(&reach, what).await,

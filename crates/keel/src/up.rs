@@ -238,8 +238,8 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
 }
 
 pub(crate) async fn agent(args: &AgentArgs, kinds: Kinds) -> Result<ExitCode> {
-    keel_node::run(&args.folder, kinds).await?;
-    Ok(ExitCode::SUCCESS)
+    let end = keel_node::run(&args.folder, kinds).await?;
+    Ok(ExitCode::from(end.exit_code()))
 }
 
 #[derive(clap::Args)]

@@ -21,15 +21,33 @@ struct Bench {
     folder: tempfile::TempDir,
 }
 
+/// A folder for a cluster.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    folder.expect("a folder")
+}
+
+/// Replaces a program by one whose agents do not start while there is a file.
+fn replace_by_one_that_waits(program: &Path, file: &Path) {
+    let (new, file) = (program.with_extension("new"), file.display());
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = agent ]; then while [ -e '{file}' ]; do sleep 0.1; done; fi\n\
+         exec '{KEEL}' \"$@\"\n"
+    );
+    std::fs::write(&new, text).expect("a script");
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&new, executable).expect("it is executable");
+    std::fs::rename(&new, program).expect("it is put in place");
+}
+
 impl Bench {
     async fn new() -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("keel-")
-            .tempdir()
-            .expect("a folder");
+        Self::with(folder(), Path::new(KEEL)).await
+    }
+
+    async fn with(folder: tempfile::TempDir, program: &Path) -> Self {
         std::fs::create_dir(folder.path().join("shared")).expect("a folder");
-        let cluster =
-            LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES, None).await;
+        let cluster = LocalCluster::start_replicated(program, folder.path(), &NODES, None).await;
         Bench {
             cluster: cluster.expect("a cluster"),
             folder,
@@ -112,6 +130,45 @@ impl Bench {
 fn other(than: &[&str]) -> &'static str {
     let mut others = NODES.into_iter().filter(|node| !than.contains(node));
     others.next().expect("another node")
+}
+
+/// The next agent takes longer to start than a lease lasts.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_run_on_while_their_agent_is_restarted_on_request() {
+    let folder = folder();
+    let waits = folder.path().join("waits");
+    let program = folder.path().join("keel");
+    std::fs::copy(KEEL, &program).expect("a copy of the binary");
+    let bench = Bench::with(folder, &program).await;
+    replace_by_one_that_waits(&program, &waits);
+    bench.witness("w", "c").await;
+    let before = bench.machine("b", "w").await;
+    std::fs::write(&waits, "").expect("a file");
+    std::thread::scope(|scope| {
+        let reload = scope.spawn(|| bench.keel("c", &["reload"]));
+        // Longer than a lease.
+        std::thread::sleep(Duration::from_secs(3));
+        let known = bench.evidence("w").lines;
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(!reload.is_finished(), "{:?}", reload.join());
+        assert!(bench.evidence("w").lines > known, "it is held");
+        assert!(bench.keel("a", &["nodes"]).contains("c"));
+        std::fs::remove_file(&waits).expect("a file");
+        let said = reload.join().expect("keel runs");
+        assert!(said.contains("node c has a new agent"), "{said}");
+        assert!(said.contains("1 machine ran on"), "{said}");
+    });
+    let after = bench.machine("b", "w").await;
+    assert_eq!((after.node, after.epoch), (before.node, before.epoch));
+    let evidence = bench.evidence("w");
+    assert_eq!((evidence.epochs, evidence.rewinds), (1, 0), "{evidence:?}");
+    // The node's usual lease counts again: an agent that is missed now is missed at once.
+    bench.writes_on("w", 100).await;
+    std::fs::write(&waits, "").expect("a file");
+    bench.cluster.kill_agent("c").expect("an agent");
+    bench.fails_over("w", 1).await;
+    std::fs::remove_file(&waits).expect("a file");
+    bench.cluster.wait_alive("c").await.expect("a node");
 }
 
 /// Also of the node that leads the store, and of the one that began the cluster.

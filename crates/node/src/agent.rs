@@ -16,12 +16,13 @@ use crate::logs::Logs;
 use crate::machines::{self, Machines, Restarts};
 use crate::metrics::Metrics;
 use crate::moves::{self, Moves};
-use crate::processes::{Arrivals, Processes, extend_leases};
+use crate::processes::{Arrivals, LeaseExtension, PlannedRestart, Processes};
 use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
 use crate::role::Role;
 use crate::rules::Rules;
 use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
+use crate::supervisor::AgentEnd;
 use crate::volumes::VolumeFiles;
 use crate::voters::{self, VoterError, Voters};
 use keel_api::EventKind;
@@ -37,6 +38,7 @@ use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use keel_store::Store;
 use keel_store::StoreError;
 use keel_store::Txn;
+use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -263,12 +265,12 @@ pub fn addresses(state_dir: &Path) -> Result<Option<Addresses>, AgentError> {
     }
 }
 
-/// Runs the agent of the node in a folder until it gets a signal to stop. `kinds` are the
-/// kinds of machines that it runs.
+/// Runs the agent of the node in a folder until it gets a signal to stop, or is asked to restart.
+/// `kinds` are the kinds of machines that it runs.
 ///
 /// # Errors
 /// [`AgentError`] if it cannot start.
-pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
+pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError> {
     let shown = state_dir.display().to_string();
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
@@ -318,6 +320,8 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<(), AgentError> {
         members,
         lease: lease.current,
         lease_term: lease.term,
+        hold: lease.hold,
+        started_unix_ms: unix_ms(),
         identity,
         events,
         metrics,
@@ -341,6 +345,7 @@ fn known_members(dir: &StateDir) -> Vec<Member> {
 struct Parts {
     handles: Arc<Handles>,
     placements: Arc<Placements>,
+    extension: Arc<LeaseExtension>,
     alive: Arc<AliveNodes>,
     arrivals: Arrivals,
     inbox: Inbox,
@@ -413,8 +418,15 @@ impl Parts {
             placements: placements.clone(),
             alive: alive.clone(),
         };
+        let extension = Arc::new(LeaseExtension::new(
+            context.clone(),
+            processes.clone(),
+            placements.clone(),
+        ));
+        let has_parent = parent().is_some();
         let handles = Handles {
             failover: Arc::new(failover),
+            restart: Arc::new(PlannedRestart::new(extension.clone(), has_parent)),
             logs: Arc::new(Logs::new(context.clone(), processes.clone())),
             files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
             context,
@@ -432,6 +444,7 @@ impl Parts {
         Parts {
             handles: Arc::new(handles),
             placements,
+            extension,
             alive,
             arrivals,
             inbox,
@@ -440,19 +453,23 @@ impl Parts {
     }
 }
 
-/// The parent of the cgroups of this node's workers.
-fn make_slice(dir: &StateDir) -> Slice {
-    // The process that started this one, if that is `keel up` and not a shell.
+/// The process that started this one and starts it again when it ends, if that is `keel up` and not
+/// a shell.
+fn parent() -> Option<u32> {
     let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     let program = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
     let named = std::env::var(crate::supervisor::PARENT_ENVIRONMENT).ok();
-    let parent = parent.filter(|parent| {
+    parent.filter(|parent| {
         // A parent of an older version does not provide it.
         let own = program("self");
         named.as_deref() == Some(&parent.to_string())
             || own.is_some() && own == program(&parent.to_string())
-    });
-    let slice = Slice::prepare(dir.root(), parent);
+    })
+}
+
+/// The parent of the cgroups of this node's workers.
+fn make_slice(dir: &StateDir) -> Slice {
+    let slice = Slice::prepare(dir.root(), parent());
     if let Some(missing) = slice.missing() {
         tracing::warn!("{missing}");
     }
@@ -467,10 +484,11 @@ async fn follow_members(store: &Arc<dyn Store>, members: &Arc<MemberSet>) {
     }
 }
 
-async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), AgentError> {
+async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<AgentEnd, AgentError> {
     let Parts {
         handles: at,
         placements,
+        extension,
         alive,
         mut arrivals,
         inbox,
@@ -498,11 +516,8 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
     let (changes, placement_changes) = unbounded_channel();
     tokio::spawn(placements.clone().follow(context.clone(), changes.clone()));
     tokio::spawn(follow_arrivals(context.clone(), changes));
-    tokio::spawn(extend_leases(
-        context.clone(),
-        at.processes.clone(),
-        placements.clone(),
-    ));
+    tokio::spawn(extension.follow());
+    tokio::spawn(at.restart.clone().end_holds());
     tokio::spawn(failover::run(at.failover.clone(), role("failover")));
     tokio::spawn(checkpoints::sweep(at.checkpoints.clone()));
     let followed = context.clone();
@@ -529,13 +544,15 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<(), 
         at.code.clone(),
     ));
     balancer::start(&at.balancer, inbox, placement_changes);
-    front::serve(at.clone()).await.map_err(system("the API"))?;
+    let end = front::serve(at.clone()).await.map_err(system("the API"))?;
     server.shutdown().await;
-    let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
-    context.events.record(stopped);
+    if end == AgentEnd::Stopped {
+        let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
+        context.events.record(stopped);
+        at.processes.machines.slice().remove_if_empty();
+    }
     context.events.flush().await;
-    at.processes.machines.slice().remove_if_empty();
-    Ok(())
+    Ok(end)
 }
 
 fn tell_start(at: &Handles) {

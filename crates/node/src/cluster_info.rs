@@ -172,6 +172,7 @@ pub(crate) async fn status(context: &Context) -> Result<ClusterInfo, CommandErro
             .filter(|record| matches!(record.status, Status::Running | Status::Filling { .. }))
             .count() as u32,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        agent_started_unix_ms: context.started_unix_ms,
     })
 }
 

@@ -3,7 +3,7 @@
 
 use crate::events::Events;
 use crate::external_store::ExternalStore;
-use crate::lease::LeaseTerm;
+use crate::lease::{HoldHandle, LeaseTerm};
 use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
 use keel_cluster::NodeName;
@@ -75,7 +75,11 @@ pub(crate) struct Context {
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
     /// The same, with its deadline, at each renewal.
     pub(crate) lease_term: watch::Receiver<Option<LeaseTerm>>,
+    /// Keeps this node alive while its agent is restarted.
+    pub(crate) hold: HoldHandle,
     pub(crate) identity: NodeIdentity,
+    /// When this agent started, in milliseconds since 1970-01-01 UTC.
+    pub(crate) started_unix_ms: u64,
     /// Events of this node, for users.
     pub(crate) events: Events,
     /// What this agent counts, for Prometheus.

@@ -3,6 +3,21 @@
 //!
 //! The holder counts the time of its lease from before it sent the renewal, so that it knows of the
 //! end before anybody else acts on it ([`LeaseTerm`]).
+//!
+//! An agent that is about to be restarted on purpose attaches `alive/NODE` to a longer lease, the
+//! *hold*. Its successor renews a lease of its own at once, but leaves the key as it is until no
+//! worker relies on the hold any more:
+//!
+//! ```text
+//!   agent      renews a lease        alive/NODE on that lease
+//!     │ grant, attach ─────────────▶ alive/NODE on the hold, which says when it ends
+//!   workers    may run until the hold's end
+//!   successor  renews a lease        alive/NODE on the hold still
+//!   workers    may run until the end of the successor's lease
+//!     │ attach, revoke ────────────▶ alive/NODE on that lease
+//! ```
+//!
+//! So the key is never gone while a worker may run, wherever the two agents end.
 
 use crate::events::{Events, Note};
 use crate::metrics::Metrics;
@@ -11,13 +26,15 @@ use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_store::Store;
 use keel_store::StoreError;
-use keel_store::clock::boottime;
+use keel_store::clock::{boot_id, boottime};
+use keel_store::encoding::{decode, encode};
 use keel_store::keys::{self, Key};
-use keel_store::{Change, LeaseId, Txn};
+use keel_store::{Change, Compare, KeyValue, LeaseId, Revision, Txn, TxnOutcome};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Renewals in the time of a lease.
 const RENEWALS: u32 = 5;
@@ -28,6 +45,10 @@ const RENEW_AGAIN_AFTER: Duration = Duration::from_millis(50);
 const DRIFT_PART: u32 = 100;
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How long a node counts as alive while its agent is restarted on purpose.
+const HOLD: Duration = Duration::from_secs(60);
+/// Name of the value of `alive/NODE` in errors.
+const HOLD_VALUE: &str = "the hold of a node whose agent is restarted";
 
 /// A lease, and until when nobody else considers it as ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +65,66 @@ pub(crate) struct NodeLease {
     pub(crate) current: watch::Receiver<Option<LeaseId>>,
     /// Changes with each renewal.
     pub(crate) term: watch::Receiver<Option<LeaseTerm>>,
+    /// For restarts on purpose.
+    pub(crate) hold: HoldHandle,
+}
+
+/// Begins and ends the hold of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct HoldHandle {
+    requests: mpsc::UnboundedSender<Request>,
+    /// Whether the hold of an earlier agent is in force.
+    in_force: watch::Receiver<bool>,
+}
+
+#[derive(Debug)]
+enum Request {
+    Begin(oneshot::Sender<Result<LeaseTerm, StoreError>>),
+    End(oneshot::Sender<Result<(), StoreError>>),
+}
+
+impl HoldHandle {
+    /// Lets the node count as alive for a minute without renewals, which end. The term has the
+    /// present lease and the hold's deadline. The caller must end this process then.
+    ///
+    /// # Errors
+    /// The store's; renewals go on then.
+    pub(crate) async fn begin(&self) -> Result<LeaseTerm, StoreError> {
+        self.ask(Request::Begin).await
+    }
+
+    /// Waits until it is known that the hold of an earlier agent is in force.
+    pub(crate) async fn wait_in_force(&self) {
+        let mut in_force = self.in_force.clone();
+        if in_force.wait_for(|in_force| *in_force).await.is_err() {
+            // The process ends.
+            std::future::pending().await
+        }
+    }
+
+    pub(crate) fn is_in_force(&self) -> bool {
+        *self.in_force.borrow()
+    }
+
+    /// Ends the hold of an earlier agent: from now on the node is alive as long as the present
+    /// lease. No worker may rely on the hold any more.
+    ///
+    /// # Errors
+    /// The store's; the hold may be in force still.
+    pub(crate) async fn end(&self) -> Result<(), StoreError> {
+        self.ask(Request::End).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Request,
+    ) -> Result<T, StoreError> {
+        let (answer, answered) = oneshot::channel();
+        let over = || StoreError::unavailable("the thread that renews the lease has ended");
+        let request = request(answer);
+        self.requests.send(request).map_err(|_| over())?;
+        answered.await.map_err(|_| over())?
+    }
 }
 
 /// Renews until the process ends.
@@ -55,25 +136,40 @@ pub(crate) fn keep(
 ) -> std::io::Result<NodeLease> {
     let (current, current_receiver) = watch::channel(None);
     let (term, term_receiver) = watch::channel(None);
+    let (in_force, in_force_receiver) = watch::channel(false);
+    let (requests, requested) = mpsc::unbounded_channel();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
+    let keeper = Keeper {
+        // How long a node counts as alive without a renewal.
+        ttl: Duration::from_millis(store.node_lease_ms()),
+        store,
+        node,
+        told: Told {
+            events,
+            metrics,
+            current,
+            term,
+            in_force,
+        },
+        hold: None,
+        is_late: false,
+    };
     std::thread::Builder::new()
         .name("lease".into())
         .spawn(move || {
             // Without the privilege it renews at normal priority.
             let _ = rustix::process::nice(-5);
-            let told = Told {
-                events,
-                metrics,
-                current,
-                term,
-            };
-            runtime.block_on(renew_for_ever(&*store, &node, &told));
+            runtime.block_on(keeper.run(requested));
         })?;
     Ok(NodeLease {
         current: current_receiver,
         term: term_receiver,
+        hold: HoldHandle {
+            requests,
+            in_force: in_force_receiver,
+        },
     })
 }
 
@@ -83,71 +179,261 @@ struct Told {
     metrics: Metrics,
     current: watch::Sender<Option<LeaseId>>,
     term: watch::Sender<Option<LeaseTerm>>,
+    in_force: watch::Sender<bool>,
 }
 
-async fn renew_for_ever(store: &dyn Store, node: &NodeName, told: &Told) {
-    let Told {
-        events,
-        metrics,
-        current,
-        term,
-    } = told;
-    let tell = |kind, text: String| events.record(Note::node(kind, text));
-    // How long a node counts as alive without a renewal.
-    let ttl = Duration::from_millis(store.node_lease_ms());
-    let mut late = false;
-    loop {
-        let begun = tokio::time::Instant::now();
-        let sent = boottime();
-        let lease = *current.borrow();
-        let result = match lease {
-            Some(lease) => store.lease_renew(lease).await.map(|_| lease),
-            None => match take(store, node).await {
-                Ok(lease) => {
-                    current.send_replace(Some(lease));
-                    late = false;
-                    tell(EventKind::LeaseTaken, "this node counts as alive".into());
-                    Ok(lease)
-                }
-                Err(error) => Err(error),
-            },
-        };
-        let rest = match result {
-            Ok(lease) => {
-                let deadline = sent + ttl - ttl / DRIFT_PART;
-                term.send_replace(Some(LeaseTerm { lease, deadline }));
-                metrics.lease_renewed(begun.elapsed());
-                if late {
-                    late = false;
-                    tell(EventKind::LeaseRenewed, "the lease is renewed again".into());
-                }
-                (ttl / RENEWALS).saturating_sub(begun.elapsed())
-            }
-            Err(StoreError::NoSuchLease { .. }) => {
-                current.send_replace(None);
-                let text = "the lease ended: this node counted as dead";
-                tell(EventKind::LeaseLost, text.into());
-                continue;
-            }
-            Err(error) => {
-                if !late {
-                    late = true;
-                    let text = format!("the lease was not renewed: {error}");
-                    tell(EventKind::LeaseLate, text);
-                    tracing::warn!(%error, "this node's lease was not renewed");
-                }
-                RENEW_AGAIN_AFTER
-            }
-        };
-        tokio::time::sleep(rest).await;
+impl Told {
+    fn event(&self, kind: EventKind, text: String) {
+        self.events.record(Note::node(kind, text));
     }
 }
 
-async fn take(store: &dyn Store, node: &NodeName) -> Result<LeaseId, StoreError> {
-    let lease = store.lease_grant(store.node_lease_ms()).await?;
-    let txn = Txn::new().put_leased(Key::Alive(node.clone()), Vec::new(), lease);
-    store.txn(txn).await?;
-    Ok(lease)
+/// The value of `alive/NODE` during a hold; it is empty otherwise.
+#[derive(Debug, Serialize, Deserialize)]
+struct HoldRecord {
+    /// The deadline is on this boot's clock: after another one no worker is left.
+    boot_id: String,
+    /// On CLOCK_BOOTTIME. Until then workers may run.
+    deadline_micros: u64,
+}
+
+/// A hold of an earlier agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Hold {
+    /// When the key was attached to it.
+    revision: Revision,
+    lease: LeaseId,
+    deadline: Duration,
+}
+
+impl Hold {
+    /// The one that an entry of `alive/NODE` says, if workers may rely on it at `now`.
+    fn of(entry: &KeyValue, now: Duration, boot_id: &str) -> Option<Self> {
+        if entry.value.is_empty() {
+            return None;
+        }
+        let deadline = match decode::<HoldRecord>(HOLD_VALUE, &entry.value) {
+            Ok(record) if record.boot_id != boot_id => return None,
+            Ok(record) => Duration::from_micros(record.deadline_micros),
+            // Of a newer version, whose workers may run for as long as its lease.
+            Err(_) => now + HOLD,
+        };
+        let hold = entry.lease.map(|lease| Self {
+            revision: entry.modified,
+            lease,
+            deadline,
+        });
+        hold.filter(|hold| now < hold.deadline)
+    }
+}
+
+/// When a lease ends for its holder that was asked for at `sent`.
+fn end_of(sent: Duration, ttl: Duration) -> Duration {
+    sent + ttl - ttl / DRIFT_PART
+}
+
+/// The thread that renews.
+struct Keeper {
+    store: Arc<dyn Store>,
+    node: NodeName,
+    ttl: Duration,
+    told: Told,
+    /// `alive/NODE` is attached to this, not to the present lease.
+    hold: Option<Hold>,
+    is_late: bool,
+}
+
+impl Keeper {
+    async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Request>) {
+        loop {
+            let begun = tokio::time::Instant::now();
+            let rest = match self.renew().await {
+                Ok(()) => {
+                    self.told.metrics.lease_renewed(begun.elapsed());
+                    if self.is_late {
+                        self.is_late = false;
+                        let text = "the lease is renewed again".into();
+                        self.told.event(EventKind::LeaseRenewed, text);
+                    }
+                    (self.ttl / RENEWALS).saturating_sub(begun.elapsed())
+                }
+                Err(StoreError::NoSuchLease { .. }) => {
+                    self.forget();
+                    let text = "the lease ended: this node counted as dead";
+                    self.told.event(EventKind::LeaseLost, text.into());
+                    continue;
+                }
+                Err(error) => {
+                    if !self.is_late {
+                        self.is_late = true;
+                        let text = format!("the lease was not renewed: {error}");
+                        self.told.event(EventKind::LeaseLate, text);
+                        tracing::warn!(%error, "this node's lease was not renewed");
+                    }
+                    RENEW_AGAIN_AFTER
+                }
+            };
+            let next = tokio::time::Instant::now() + rest;
+            while let Ok(Some(request)) = tokio::time::timeout_at(next, requests.recv()).await {
+                match request {
+                    Request::Begin(answer) => {
+                        let begun = self.begin_hold().await;
+                        let is_held = begun.is_ok();
+                        if answer.send(begun).is_ok() && is_held {
+                            // The next deadline would be an earlier one.
+                            std::future::pending().await
+                        }
+                        break;
+                    }
+                    Request::End(answer) => drop(answer.send(self.end_hold().await)),
+                }
+            }
+        }
+    }
+
+    fn key(&self) -> String {
+        Key::Alive(self.node.clone()).to_string()
+    }
+
+    /// Renews the present lease, or takes one, and says until when it holds.
+    async fn renew(&mut self) -> Result<(), StoreError> {
+        let sent = boottime();
+        let known = *self.told.current.borrow();
+        let lease = match known {
+            Some(lease) => {
+                self.store.lease_renew(lease).await?;
+                if self.hold.is_some() {
+                    self.check_hold().await?;
+                }
+                lease
+            }
+            None => self.take().await?,
+        };
+        let mut deadline = end_of(sent, self.ttl);
+        if let Some(hold) = self.hold {
+            // Until then the node is alive whatever becomes of its lease, and no longer.
+            deadline = deadline.min(hold.deadline);
+        }
+        self.told
+            .term
+            .send_replace(Some(LeaseTerm { lease, deadline }));
+        if known.is_none() {
+            self.told.current.send_replace(Some(lease));
+            self.is_late = false;
+            let text = "this node counts as alive".into();
+            self.told.event(EventKind::LeaseTaken, text);
+        }
+        Ok(())
+    }
+
+    /// Takes a lease, and attaches `alive/NODE` to it unless workers rely on a hold. The key is
+    /// written in either case: a change whose answer was lost cannot be made any more then.
+    async fn take(&mut self) -> Result<LeaseId, StoreError> {
+        let lease = self.store.lease_grant(self.store.node_lease_ms()).await?;
+        let key = self.key();
+        let found = self.store.get(&key).await?;
+        let hold = found
+            .as_ref()
+            .and_then(|entry| Hold::of(entry, boottime(), &boot_id()));
+        let txn = match &found {
+            Some(entry) => Txn::new().when_modified_at(key.clone(), entry.modified),
+            None => Txn::new().when_absent(key.clone()),
+        };
+        let txn = match (found, hold) {
+            (Some(entry), Some(hold)) => txn.put_leased(key.clone(), entry.value, hold.lease),
+            _ => txn.put_leased(key.clone(), Vec::new(), lease),
+        };
+        match self.store.txn(txn).await? {
+            TxnOutcome::Committed { revision } => {
+                self.set_hold(hold.map(|hold| Hold { revision, ..hold }));
+                Ok(lease)
+            }
+            TxnOutcome::Refused { .. } => Err(StoreError::unavailable(format!("{key} changed"))),
+        }
+    }
+
+    /// No lease is known any more: one is taken, and `alive/NODE` read, at the next renewal.
+    fn forget(&mut self) {
+        self.told.current.send_replace(None);
+        self.set_hold(None);
+    }
+
+    fn set_hold(&mut self, hold: Option<Hold>) {
+        self.hold = hold;
+        self.told.in_force.send_replace(hold.is_some());
+    }
+
+    /// The node is not alive by its lease yet. If the hold ended, its machines may be another
+    /// node's: that counts as the loss of the lease.
+    async fn check_hold(&mut self) -> Result<(), StoreError> {
+        let found = self.store.get(&self.key()).await?;
+        let revision = self.hold.map(|hold| hold.revision);
+        if found.map(|entry| entry.modified) != revision {
+            self.forget();
+            return Err(StoreError::unavailable("the hold of this node ended"));
+        }
+        Ok(())
+    }
+
+    async fn begin_hold(&mut self) -> Result<LeaseTerm, StoreError> {
+        let none = || StoreError::unavailable("this node has no lease at the moment");
+        let lease = self.told.current.borrow().ok_or_else(none)?;
+        let key = self.key();
+        let sent = boottime();
+        let millis = u64::try_from(HOLD.as_millis()).unwrap_or(u64::MAX);
+        let held = self.store.lease_grant(millis).await?;
+        let deadline = end_of(sent, HOLD);
+        let record = HoldRecord {
+            boot_id: boot_id(),
+            deadline_micros: u64::try_from(deadline.as_micros()).unwrap_or(u64::MAX),
+        };
+        let value = encode(HOLD_VALUE, &record).map_err(|error| StoreError::Invalid {
+            reason: error.to_string(),
+        })?;
+        let txn = match self.hold {
+            Some(hold) => Txn::new().when_modified_at(key.clone(), hold.revision),
+            None => Txn::new().when(Compare::Attached {
+                key: key.clone(),
+                lease,
+            }),
+        };
+        let txn = txn.put_leased(key, value, held);
+        let error = match self.store.txn(txn).await {
+            Ok(TxnOutcome::Committed { .. }) => return Ok(LeaseTerm { lease, deadline }),
+            Ok(TxnOutcome::Refused { .. }) => none(),
+            Err(error) => error,
+        };
+        // It may be in force: what is stored decides, once a write has settled it.
+        self.forget();
+        Err(error)
+    }
+
+    async fn end_hold(&mut self) -> Result<(), StoreError> {
+        let none = || StoreError::unavailable("this node has no lease at the moment");
+        let lease = self.told.current.borrow().ok_or_else(none)?;
+        let Some(hold) = self.hold else {
+            return Ok(());
+        };
+        let key = self.key();
+        let txn = Txn::new()
+            .when_modified_at(key.clone(), hold.revision)
+            .put_leased(key, Vec::new(), lease);
+        match self.store.txn(txn).await {
+            Ok(TxnOutcome::Committed { .. }) => self.set_hold(None),
+            Ok(TxnOutcome::Refused { .. }) => {
+                self.forget();
+                return Err(none());
+            }
+            Err(error) => {
+                self.forget();
+                return Err(error);
+            }
+        }
+        if let Err(error) = self.store.lease_revoke(hold.lease).await {
+            tracing::debug!(%error, "the hold's lease, which has no key, ends by itself");
+        }
+        Ok(())
+    }
 }
 
 /// Records which nodes gain and lose their lease, until the process ends. The node with the role
@@ -212,5 +498,59 @@ fn tell_of_node(events: &Events, known: &mut BTreeSet<NodeName>, node: &NodeName
     };
     if changed {
         events.record(Note::node(kind, text).with("of", node));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn entry(value: Vec<u8>, lease: Option<u64>) -> KeyValue {
+        KeyValue {
+            key: "alive/a".into(),
+            value,
+            created: 3,
+            modified: 7,
+            lease: lease.map(LeaseId),
+        }
+    }
+
+    fn held(boot_id: &str, until: Duration) -> Vec<u8> {
+        let record = HoldRecord {
+            boot_id: boot_id.into(),
+            deadline_micros: until.as_micros() as u64,
+        };
+        encode(HOLD_VALUE, &record).unwrap()
+    }
+
+    #[test]
+    fn a_hold_counts_until_its_end_and_in_its_boot() {
+        let until = seconds(100);
+        let of = |value, now, boot| Hold::of(&entry(value, Some(5)), now, boot);
+        let expected = Hold {
+            revision: 7,
+            lease: LeaseId(5),
+            deadline: until,
+        };
+        assert_eq!(of(held("x", until), seconds(99), "x"), Some(expected));
+        assert_eq!(of(held("x", until), seconds(100), "x"), None);
+        assert_eq!(of(held("x", until), seconds(99), "y"), None);
+        assert_eq!(of(Vec::new(), seconds(99), "x"), None);
+        assert_eq!(
+            Hold::of(&entry(held("x", until), None), seconds(99), "x"),
+            None
+        );
+    }
+
+    /// Workers of a newer version may rely on one that cannot be read.
+    #[test]
+    fn a_hold_of_another_form_counts() {
+        let now = seconds(50);
+        let hold = Hold::of(&entry(vec![200, 1, 2], Some(5)), now, "x").unwrap();
+        assert_eq!(hold.deadline, now + HOLD);
     }
 }

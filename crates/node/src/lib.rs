@@ -58,5 +58,5 @@ pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run
 pub use external_store::ExternalStore;
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
-pub use supervisor::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
+pub use supervisor::{AgentEnd, PARENT_ENVIRONMENT, ParentError, Restart, supervise};
 pub use voters::{RebuildError, Rebuilt, VoterError, recover, restore};

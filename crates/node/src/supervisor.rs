@@ -14,6 +14,28 @@ const GOOD_LIFE: Duration = Duration::from_secs(1);
 /// and the node counts as dead when its lease ends.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// Exit code of an agent that is to be started again at once: EX_TEMPFAIL of sysexits.h.
+const RESTART_CODE: u8 = 75;
+
+/// Why an agent ended in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AgentEnd {
+    /// It was told to stop.
+    Stopped,
+    /// It was asked to restart.
+    Restart,
+}
+
+impl AgentEnd {
+    /// The exit code that tells [`supervise`].
+    pub fn exit_code(self) -> u8 {
+        match self {
+            AgentEnd::Stopped => 0,
+            AgentEnd::Restart => RESTART_CODE,
+        }
+    }
+}
+
 /// How the end of an agent is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restart {
@@ -25,9 +47,10 @@ pub enum Restart {
 
 /// Whether, and when, to restart an agent that lived for `life`.
 fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
+    let is_wanted = status.code() == Some(RESTART_CODE.into());
     if status.success() {
         Restart::No
-    } else if life >= GOOD_LIFE {
+    } else if is_wanted || life >= GOOD_LIFE {
         Restart::After(Duration::ZERO)
     } else {
         // A first early death may be an accident; further ones increase the pause.
@@ -126,6 +149,14 @@ async fn stop(mut child: Child) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn an_agent_that_is_asked_to_restart_is_started_at_once() {
+        let code = i32::from(AgentEnd::Restart.exit_code());
+        let ended = ExitStatus::from_raw(code << 8);
+        let at_once = Restart::After(Duration::ZERO);
+        assert_eq!(decide(ended, Duration::ZERO, 7), at_once);
+    }
 
     #[test]
     fn only_a_purposeful_end_is_final() {

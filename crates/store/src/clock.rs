@@ -40,6 +40,12 @@ pub fn boottime() -> Duration {
     )
 }
 
+/// Identifies this boot of this host, and so what [`boottime`] counts from; empty if unknown.
+pub fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim().to_owned()).unwrap_or_default()
+}
+
 /// Wall-clock time in milliseconds since 1970. Only for the expiry of tokens
 /// and for showing to people.
 pub fn unix_ms() -> u64 {

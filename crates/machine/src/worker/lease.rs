@@ -44,6 +44,8 @@ pub struct Guard {
 struct State {
     lease: Lease,
     timer: Option<ProcessTimer>,
+    /// When the deadline was sent, on CLOCK_BOOTTIME.
+    sent: Duration,
     /// Whether the thread of the guard runs.
     is_watched: bool,
 }
@@ -169,12 +171,20 @@ impl Guard {
         Ok(())
     }
 
-    /// The node's lease holds until `deadline` on CLOCK_BOOTTIME.
+    /// The node's lease holds until `deadline` on CLOCK_BOOTTIME, as its agent knew at `sent`. A
+    /// later deadline may have been replaced by an earlier one since ([`LeaseDeadline`]): no effect
+    /// then.
+    ///
+    /// [`LeaseDeadline`]: super::control::LeaseDeadline
     ///
     /// # Errors
     /// If the kernel has no timer for this process: the machine stays held then.
-    pub(super) fn extend(&self, deadline: Duration) -> Result<(), String> {
+    pub(super) fn extend(&self, deadline: Duration, sent: Duration) -> Result<(), String> {
         let mut state = self.state();
+        if sent < state.sent {
+            return Ok(());
+        }
+        state.sent = sent;
         if state.lease.is_required && state.lease.is_armed {
             // At once: the deadline that was armed before may be near.
             let armed = state.arm(deadline);
@@ -287,6 +297,20 @@ mod tests {
             is_hidden: false,
             is_armed,
         }
+    }
+
+    /// A request of an agent that has ended may be read after those of the next one.
+    #[test]
+    fn an_earlier_deadline_never_replaces_a_later_one() {
+        let guard = Guard::default();
+        let told = |deadline, sent| {
+            guard.extend(ms(deadline), ms(sent)).unwrap();
+            guard.state().lease.deadline
+        };
+        assert_eq!(told(60_000, 5), Some(ms(60_000)));
+        assert_eq!(told(1_500, 7), Some(ms(1_500)));
+        assert_eq!(told(60_000, 6), Some(ms(1_500)));
+        assert_eq!(told(1_800, 7), Some(ms(1_800)));
     }
 
     #[test]

@@ -135,8 +135,9 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::LEASE => {
             let deadline: LeaseDeadline = unpack(&payload)?;
             let at = Duration::from_micros(deadline.at_micros);
+            let sent = Duration::from_micros(deadline.sent_micros);
             let lease = worker.process().lease();
-            lease.extend(at).map_err(RpcError::failed)?;
+            lease.extend(at, sent).map_err(RpcError::failed)?;
             Ok(pack(&())?.into())
         }
         kind::FILE => {

@@ -9,7 +9,7 @@ use crate::images::Images;
 use crate::logs::Logs;
 use crate::machines::Machines;
 use crate::moves::Moves;
-use crate::processes::Processes;
+use crate::processes::{PlannedRestart, Processes};
 use crate::rules::Rules;
 use crate::spanning::Spanning;
 use crate::volumes::VolumeFiles;
@@ -32,4 +32,5 @@ pub(crate) struct Handles {
     pub(crate) balancer: Arc<NodeBalancer>,
     pub(crate) machines: Arc<Machines>,
     pub(crate) failover: Arc<failover::Dependencies>,
+    pub(crate) restart: Arc<PlannedRestart>,
 }

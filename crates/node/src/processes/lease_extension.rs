@@ -16,66 +16,182 @@ use keel_machine::moves::ownership::{self, ResumeDecision};
 use keel_machine::worker::control::{LeaseDeadline, State, kind};
 use keel_net::RpcError;
 use keel_store::LeaseId;
+use keel_store::clock::boottime;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long a worker may take: the next deadline follows soon.
 const EXTEND_PATIENCE: Duration = Duration::from_millis(300);
 
-/// The leases under which machines are known to be this node's, by worker.
-type Known = Arc<Mutex<HashMap<u64, LeaseId>>>;
-
-/// Sends deadlines until the agent ends.
-pub(crate) async fn extend_leases(
-    context: Arc<Context>,
-    processes: Arc<Processes>,
+/// Tells workers of deadlines.
+pub(crate) struct LeaseExtension {
+    pub(super) context: Arc<Context>,
+    pub(super) processes: Arc<Processes>,
     placements: Arc<Placements>,
-) {
-    let mut terms = context.lease_term.clone();
-    let known = Known::default();
-    while terms.changed().await.is_ok() {
-        let Some(term) = *terms.borrow_and_update() else {
-            continue;
-        };
-        let mut present = Vec::new();
-        for (machine, _) in placements.highly_available() {
-            let Some(worker) = processes.machines.get(&machine) else {
+    /// The leases under which machines are known to be this node's, by worker.
+    known: Mutex<HashMap<u64, LeaseId>>,
+}
+
+impl LeaseExtension {
+    pub(crate) fn new(
+        context: Arc<Context>,
+        processes: Arc<Processes>,
+        placements: Arc<Placements>,
+    ) -> Self {
+        Self {
+            context,
+            processes,
+            placements,
+            known: Mutex::default(),
+        }
+    }
+
+    /// Sends deadlines until the agent ends.
+    pub(crate) async fn follow(self: Arc<Self>) {
+        let mut terms = self.context.lease_term.clone();
+        while terms.changed().await.is_ok() {
+            let Some(term) = *terms.borrow_and_update() else {
                 continue;
             };
-            present.push(worker.id());
-            let is_known = known_lease(&known, &worker) == Some(term.lease);
-            let (context, known) = (context.clone(), known.clone());
-            tokio::spawn(async move {
-                let sent = match is_known {
-                    true => send(&worker, term.deadline).await,
-                    false => match extend_if_owner(&context, &machine, &worker).await {
-                        Ok(lease) => {
-                            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-                            known.insert(worker.id(), lease);
-                            Ok(())
-                        }
-                        Err(reason) => Err(reason),
-                    },
-                };
-                if let Err(reason) = sent {
-                    tracing::debug!(%machine, reason, "its worker does not get the lease");
-                }
-            });
+            let workers = self.highly_available();
+            let present: Vec<u64> = workers.iter().map(|(_, worker)| worker.id()).collect();
+            for (machine, worker) in workers {
+                let extension = self.clone();
+                tokio::spawn(async move {
+                    if let Err(reason) = extension.extend(&machine, &worker, term).await {
+                        tracing::debug!(%machine, reason, "its worker does not get the lease");
+                    }
+                });
+            }
+            self.known().retain(|worker, _| present.contains(worker));
         }
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|worker, _| present.contains(worker));
+    }
+
+    /// Sends one deadline to all workers that are known to be this node's under the lease. Returns
+    /// the machines whose workers have it.
+    pub(super) async fn extend_known(&self, term: LeaseTerm) -> Vec<MachineName> {
+        let known = self.known().clone();
+        let workers = self.highly_available().into_iter();
+        let workers = workers.filter(|(_, worker)| known.get(&worker.id()) == Some(&term.lease));
+        let told = workers.map(async |(machine, worker)| {
+            let sent = send(&worker, term.deadline).await;
+            if let Err(reason) = &sent {
+                tracing::warn!(%machine, reason, "its worker does not get the longer lease");
+            }
+            sent.ok().map(|()| machine)
+        });
+        let told = futures::future::join_all(told).await;
+        told.into_iter().flatten().collect()
+    }
+
+    /// Sends a deadline of the present lease to all workers, also to those that relied on another
+    /// one. Whether none is left that may have a later one.
+    pub(super) async fn extend_all(&self) -> bool {
+        let names = self.processes.machines.names().into_iter();
+        let workers = names.filter_map(|name| {
+            let worker = self.processes.machines.get(&name)?;
+            Some((name, worker))
+        });
+        let told = workers.map(async |(machine, worker)| {
+            match self.extend_if_owner(&machine, &worker).await {
+                Ok(()) => true,
+                Err(reason) => {
+                    let is_free = needs_no_lease(&self.context, &machine, &worker).await;
+                    if !is_free {
+                        tracing::debug!(%machine, reason, "its worker may rely on the hold");
+                    }
+                    is_free
+                }
+            }
+        });
+        futures::future::join_all(told)
+            .await
+            .into_iter()
+            .all(|it| it)
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<u64, LeaseId>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn highly_available(&self) -> Vec<(MachineName, WorkerHandle)> {
+        let machines = self.placements.highly_available().into_iter();
+        machines
+            .filter_map(|(machine, _)| {
+                let worker = self.processes.machines.get(&machine)?;
+                Some((machine, worker))
+            })
+            .collect()
+    }
+
+    async fn extend(
+        &self,
+        machine: &MachineName,
+        worker: &WorkerHandle,
+        term: LeaseTerm,
+    ) -> Result<(), String> {
+        let known = self.known().get(&worker.id()).copied();
+        match known == Some(term.lease) {
+            true => send(worker, term.deadline).await,
+            false => self.extend_if_owner(machine, worker).await,
+        }
+    }
+
+    /// Sends a deadline to a worker if the store says that its machine is this node's, or may
+    /// become it.
+    async fn extend_if_owner(
+        &self,
+        machine: &MachineName,
+        worker: &WorkerHandle,
+    ) -> Result<(), String> {
+        // Before the store is read.
+        let term = *self.context.lease_term.borrow();
+        let term = term.ok_or("this node has no lease")?;
+        match worker.state().await.map_err(|error| error.to_string())? {
+            State::Running { epoch } | State::Filling { epoch, .. } | State::Held { epoch } => {
+                check_owner(&self.context, machine, epoch).await?;
+            }
+            State::Receiving { offered } | State::Prepared { offered, .. } => {
+                let context = &self.context;
+                let found = records::get(&*context.store, machine).await;
+                let record = found.map_err(|error| error.to_string())?.record;
+                if ownership::may_resume(&context.name, offered, Some(&record))
+                    == ResumeDecision::Drop
+                {
+                    return Err(format!("its move under epoch {offered} is over"));
+                }
+            }
+            // Who starts it sends the first deadline.
+            State::Empty => return Err("it is being started".into()),
+            State::Ended { .. } | State::Dropped { .. } => return Err("it has ended".into()),
+        }
+        send(worker, term.deadline).await?;
+        self.known().insert(worker.id(), term.lease);
+        Ok(())
     }
 }
 
-fn known_lease(known: &Known, worker: &WorkerHandle) -> Option<LeaseId> {
-    let known = known.lock().unwrap_or_else(PoisonError::into_inner);
-    known.get(&worker.id()).copied()
+/// Whether a worker runs nothing that a lease guards.
+async fn needs_no_lease(context: &Context, machine: &MachineName, worker: &WorkerHandle) -> bool {
+    match worker.state().await {
+        Ok(State::Empty | State::Ended { .. } | State::Dropped { .. }) => true,
+        Ok(_) => match records::get(&*context.store, machine).await {
+            Ok(found) => found.record.spec.ha.is_none(),
+            Err(_) => false,
+        },
+        Err(_) => false,
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn deadline(at: Duration) -> LeaseDeadline {
     LeaseDeadline {
-        at_micros: u64::try_from(at.as_micros()).unwrap_or(u64::MAX),
+        at_micros: micros(at),
+        sent_micros: micros(boottime()),
     }
 }
 
@@ -84,36 +200,6 @@ async fn send(worker: &WorkerHandle, deadline: Duration) -> Result<(), String> {
         .ask(kind::LEASE, &self::deadline(deadline), EXTEND_PATIENCE)
         .await;
     told.map_err(|error| error.to_string())
-}
-
-/// Sends a deadline to a worker if the store says that its machine is this node's, or may become
-/// it. Returns the lease under which that was so.
-async fn extend_if_owner(
-    context: &Context,
-    machine: &MachineName,
-    worker: &WorkerHandle,
-) -> Result<LeaseId, String> {
-    // Before the store is read.
-    let term = *context.lease_term.borrow();
-    let term = term.ok_or("this node has no lease")?;
-    match worker.state().await.map_err(|error| error.to_string())? {
-        State::Running { epoch } | State::Filling { epoch, .. } | State::Held { epoch } => {
-            check_owner(context, machine, epoch).await?;
-        }
-        State::Receiving { offered } | State::Prepared { offered, .. } => {
-            let found = records::get(&*context.store, machine).await;
-            let record = found.map_err(|error| error.to_string())?.record;
-            if ownership::may_resume(&context.name, offered, Some(&record)) == ResumeDecision::Drop
-            {
-                return Err(format!("its move under epoch {offered} is over"));
-            }
-        }
-        // Who starts it sends the first deadline.
-        State::Empty => return Err("it is being started".into()),
-        State::Ended { .. } | State::Dropped { .. } => return Err("it has ended".into()),
-    }
-    send(worker, term.deadline).await?;
-    Ok(term.lease)
 }
 
 async fn check_owner(context: &Context, machine: &MachineName, epoch: Epoch) -> Result<(), String> {

@@ -9,6 +9,7 @@
 //! - `exclusion`: operations in progress, by machine
 //! - `image`: the executable that workers and agents are started from
 //! - `lease_extension`: tells workers until when this node's lease holds
+//! - `planned_restart`: restarts of this agent while its machines run on
 //! - `failpoint_command`, `injections_for_new_workers`: failpoints in workers, present and future
 
 mod exclusion;
@@ -18,11 +19,13 @@ mod handle;
 mod image;
 mod injections_for_new_workers;
 mod lease_extension;
+mod planned_restart;
 mod workers;
 
 pub(crate) use exclusion::MoveHandle;
 pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
-pub(crate) use lease_extension::{extend_leases, extend_new, prove_guard};
+pub(crate) use lease_extension::{LeaseExtension, extend_new, prove_guard};
+pub(crate) use planned_restart::PlannedRestart;
 pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, is_older};

@@ -59,6 +59,10 @@ pub(super) async fn set_voters(
     Ok(Json(cluster_info::store(&at.context).await?))
 }
 
+pub(super) async fn restart_agent(State(at): Shared) -> Reply<keel_api::AgentRestart> {
+    Ok(Json(at.restart.begin().await?))
+}
+
 pub(super) async fn schedule(State(at): Shared, Path(node): Path<String>) -> Reply<Vec<String>> {
     let node = NodeName::new(&node).map_err(|error| CommandError::Invalid(error.to_string()))?;
     let machines = cluster_info::schedule(&at.context, &node).await?;

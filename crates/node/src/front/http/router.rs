@@ -35,6 +35,7 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
             get(handlers::tokens).post(handlers::make_token),
         )
         .route("/v1/tokens/{id}", delete(handlers::remove_token))
+        .route("/v1/agent/restart", post(handlers::restart_agent))
         .route("/v1/audit", get(audit::log))
         .route(
             "/v1/images",
@@ -169,15 +170,22 @@ async fn in_full(request: Request, next: Next) -> Response {
     })
 }
 
-/// Reading needs a viewer, tokens, the audit log and backups an admin, everything else an operator, including the content of
-/// machines' files.
+/// Reading needs a viewer; tokens, the audit log, backups and restarts of an agent an admin;
+/// everything else an operator, including the content of machines' files.
 async fn check_role(request: Request, next: Next) -> Response {
     if matches!(request.uri().path(), "/healthz" | "/readyz") {
         // Those who ask have no token, as load balancers.
         return next.run(request).await;
     }
     let needed = match (request.method(), request.uri().path()) {
-        (_, "/v1/tokens" | "/v1/audit" | "/v1/store/backup" | "/v1/debug/failpoint") => Role::Admin,
+        (
+            _,
+            "/v1/tokens"
+            | "/v1/audit"
+            | "/v1/store/backup"
+            | "/v1/agent/restart"
+            | "/v1/debug/failpoint",
+        ) => Role::Admin,
         (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,

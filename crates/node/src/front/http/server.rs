@@ -4,6 +4,7 @@ use super::super::handles::Handles;
 use super::caller::Caller;
 use super::router::router;
 use crate::context::Context;
+use crate::supervisor::AgentEnd;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Extension, Request};
@@ -20,9 +21,10 @@ use tower::ServiceExt;
 /// How long a TLS handshake may take.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Serves until the process gets a signal to stop.
-pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
+/// Serves until the process gets a signal to stop, or is asked to restart.
+pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<AgentEnd> {
     let context = handles.context.clone();
+    let restart = handles.restart.clone();
     let path = context.dir.api_socket();
     let temporary = context.dir.root().join("api.new");
     // An existing socket answers: it is renamed into place once it listens.
@@ -42,9 +44,10 @@ pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
-        result = axum::serve(listener, local) => result,
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        result = axum::serve(listener, local) => result.map(|()| AgentEnd::Stopped),
+        _ = terminate.recv() => Ok(AgentEnd::Stopped),
+        _ = interrupt.recv() => Ok(AgentEnd::Stopped),
+        () = restart.wanted() => Ok(AgentEnd::Restart),
     }
 }
 
