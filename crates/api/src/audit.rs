@@ -1,6 +1,7 @@
 //! Who did what: the requests that change something.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// How many entries of the audit log are answered if nothing is said.
 pub const AUDIT_DEFAULT: usize = 1000;
@@ -8,7 +9,7 @@ pub const AUDIT_DEFAULT: usize = 1000;
 pub const AUDIT_MAX: usize = 10_000;
 
 /// A request that was to change something.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AuditEntry {
     /// The store's revision that recorded it, before it was carried out: entries are in this order.
     pub revision: u64,

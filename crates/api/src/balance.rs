@@ -11,6 +11,7 @@ use keel_balance::rules::{Holders, Labels, Rule, Violation};
 use keel_balance::select::NodeState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// Default number of ledger lines of an answer.
 pub const LEDGER_DEFAULT: u32 = 200;
@@ -18,7 +19,7 @@ pub const LEDGER_DEFAULT: u32 = 200;
 pub const LEDGER_MAX: u32 = 10_000;
 
 /// A node's load, as its balancer sees it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NodeLoad {
     /// Its name.
     pub node: String,
@@ -29,6 +30,7 @@ pub struct NodeLoad {
     /// Revision of the policy of the measurement.
     pub policy_revision: u64,
     /// Moves that wait for confirmation: machine and target.
+    #[schema(value_type = Vec<(String, String)>)]
     pub proposals: Vec<(Name, Name)>,
     /// Traffic with other nodes, by node.
     #[serde(default)]
@@ -39,7 +41,7 @@ pub struct NodeLoad {
 }
 
 /// Traffic with another node.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PeerTraffic {
     /// The node.
     pub peer: String,
@@ -50,7 +52,7 @@ pub struct PeerTraffic {
 }
 
 /// Balancing in the cluster.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct BalanceInfo {
     /// The policy of the balancer.
     pub policy: Policy,
@@ -63,7 +65,7 @@ pub struct BalanceInfo {
 }
 
 /// A new policy.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyRequest {
     /// The complete policy.
@@ -73,7 +75,7 @@ pub struct PolicyRequest {
 }
 
 /// Lines of all nodes' ledgers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LedgerInfo {
     /// Oldest first.
     pub lines: Vec<Line>,
@@ -82,7 +84,7 @@ pub struct LedgerInfo {
 }
 
 /// Explains why a machine does not move to a node now, or that it would.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct WhyNot {
     /// The machine.
     pub machine: String,
@@ -95,18 +97,20 @@ pub struct WhyNot {
 }
 
 /// The placement rules, and their state.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RulesInfo {
     /// The rules.
     pub rules: Vec<Rule>,
     /// For each rule that counts, the machines in each of its domains.
+    #[schema(value_type = BTreeMap<String, BTreeMap<String, BTreeSet<String>>>)]
     pub holders: BTreeMap<Name, Holders>,
     /// Machines that violate a rule: they are to be moved.
+    #[schema(value_type = Vec<(String, Violation)>)]
     pub broken: Vec<(Name, Violation)>,
 }
 
 /// Labels to set.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LabelRequest {
     /// Whether the name is a node's, not a machine's.
@@ -114,11 +118,12 @@ pub struct LabelRequest {
     /// The name.
     pub name: String,
     /// Labels; an empty value removes one.
+    #[schema(value_type = BTreeMap<String, String>)]
     pub labels: Labels,
 }
 
 /// The goal of a plan.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PlanGoal {
     /// Equal loads on all nodes.
@@ -137,7 +142,7 @@ pub enum PlanGoal {
 }
 
 /// A move of a plan.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PlanStep {
     /// The machine.
     pub machine: String,
@@ -158,7 +163,7 @@ pub struct PlanStep {
 }
 
 /// A machine that should move and cannot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LeftBehind {
     /// The machine.
     pub machine: String,
@@ -169,7 +174,7 @@ pub struct LeftBehind {
 }
 
 /// A plan for all nodes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct PlanInfo {
     /// Its goal.
     pub goal: PlanGoal,
@@ -192,7 +197,7 @@ pub struct PlanInfo {
 }
 
 /// A machine that a plan moves, as it was when the plan was made.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 pub struct PlannedMachine {
     /// Its name.
     pub machine: String,
@@ -203,7 +208,7 @@ pub struct PlannedMachine {
 }
 
 /// A plan to carry out: exactly this one on an unchanged cluster, or none of it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlanRequest {
     /// [`PlanInfo::id`].
@@ -215,7 +220,7 @@ pub struct PlanRequest {
 }
 
 /// Progress of a plan that is carried out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PlanLine {
     /// A move begins.
@@ -230,7 +235,7 @@ pub enum PlanLine {
 }
 
 /// A node to drain.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
     /// The deadline, in milliseconds from now.
@@ -238,7 +243,7 @@ pub struct DrainRequest {
 }
 
 /// State of a node's drain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DrainState {
     /// The node is not being drained.
@@ -254,7 +259,7 @@ pub enum DrainState {
 }
 
 /// Progress of a drain.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DrainInfo {
     /// The node.
     pub node: String,

@@ -2,9 +2,10 @@
 //! the settings of a machine, in `machine`.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A checkpoint to create.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRequest {
     /// URL of the place; the node's own folder if absent.
@@ -22,7 +23,7 @@ pub struct CheckpointRequest {
 }
 
 /// A checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CheckpointInfo {
     /// The machine.
     pub machine: String,
@@ -47,7 +48,7 @@ pub struct CheckpointInfo {
 }
 
 /// Checkpoints to delete, and what writers left that were killed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PruneRequest {
     /// Only those of this machine; all in the place if absent, and programs that none of them needs.
@@ -68,7 +69,7 @@ pub struct PruneRequest {
 }
 
 /// What was deleted in a place, or would be.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PruneInfo {
     /// The place.
     pub repository: String,
@@ -84,7 +85,7 @@ pub struct PruneInfo {
 }
 
 /// What was deleted of one machine's checkpoints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PrunedMachine {
     /// The machine.
     pub machine: String,
@@ -97,7 +98,7 @@ pub struct PrunedMachine {
 }
 
 /// A machine to create from a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreRequest {
     /// The machine of the checkpoint.

@@ -1,9 +1,10 @@
 //! The cluster and its nodes, as they are reported. Loads of nodes are in `balance`.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The cluster.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ClusterInfo {
     /// Its id.
     pub cluster: String,
@@ -33,7 +34,7 @@ pub struct ClusterInfo {
 }
 
 /// An agent that ends, to be started again from the file that is installed then.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AgentRestart {
     /// Its node.
     pub node: String,
@@ -44,7 +45,7 @@ pub struct AgentRestart {
 }
 
 /// What the loss of a node would mean for its machines with high availability.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NodeLoss {
     /// The node.
     pub node: String,
@@ -55,7 +56,7 @@ pub struct NodeLoss {
 }
 
 /// A node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NodeInfo {
     /// Its name.
     pub name: String,
@@ -81,7 +82,7 @@ pub struct NodeInfo {
 }
 
 /// The store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct StoreInfo {
     /// Number of its newest change.
     pub revision: u64,
@@ -99,7 +100,7 @@ pub struct StoreInfo {
 }
 
 /// A node that holds the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VoterInfo {
     pub node: String,
     /// Number of its copy: another one after it lost a copy; none until a leader wrote it.
@@ -113,7 +114,7 @@ pub struct VoterInfo {
 }
 
 /// How many nodes shall hold the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VotersRequest {
     /// `auto`, `1`, `3` or `5`.
     pub count: String,

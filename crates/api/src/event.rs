@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// Default number of events of an answer.
 pub const EVENTS_DEFAULT: u32 = 1000;
@@ -11,7 +13,7 @@ pub const EVENTS_DEFAULT: u32 = 1000;
 pub const EVENTS_MAX: u32 = 10_000;
 
 /// One event.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Event {
     /// Increases with each event of the same node, also across restarts of its agent.
     pub id: u64,
@@ -153,6 +155,22 @@ kinds! {
     EventsLost = "events-lost",
 }
 
+// Derived, it would have the names of the variants.
+impl PartialSchema for EventKind {
+    fn schema() -> RefOr<Schema> {
+        let names = Self::ALL.iter().chain([&EventKind::Other]);
+        let about = "The kind of an event. The names are stable: programs may rely on them, and must \
+            accept names of newer versions.";
+        let kind = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some(about))
+            .enum_values(Some(names.map(|kind| kind.name())));
+        kind.into()
+    }
+}
+
+impl ToSchema for EventKind {}
+
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
@@ -160,7 +178,7 @@ impl fmt::Display for EventKind {
 }
 
 /// One line of the answer to an event query.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventLine {
     /// An event.
@@ -172,7 +190,7 @@ pub enum EventLine {
 }
 
 /// A node that does not answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Silence {
     /// The node.
     pub node: String,

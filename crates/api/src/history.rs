@@ -2,6 +2,7 @@
 
 use crate::Silence;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Default number of points of an answer.
 pub const HISTORY_DEFAULT: u32 = 24;
@@ -9,7 +10,7 @@ pub const HISTORY_DEFAULT: u32 = 24;
 pub const HISTORY_MAX: u32 = 10_000;
 
 /// Measurements of one interval; means, unless stated otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HistoryPoint {
     /// Start, in milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
@@ -109,7 +110,7 @@ pub fn history_in_points(mut points: Vec<HistoryPoint>, points_max: u32) -> Vec<
 }
 
 /// The measured history of a node, or a machine.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HistoryInfo {
     /// Oldest first; gaps have no points.
     pub points: Vec<HistoryPoint>,

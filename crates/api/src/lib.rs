@@ -1,6 +1,9 @@
 //! The HTTP API: its types, and a client. JSON over HTTP/1.1, on a Unix socket
 //! of the node or over TLS with a token.
 //!
+//! `GET /v1/openapi.json` describes all requests in OpenAPI, with the role that each needs. It is made
+//! from the handlers and from the types here. In short:
+//!
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status` | [`ClusterInfo`] |
@@ -14,7 +17,7 @@
 //! | `GET /v1/schedule/NODE` | list of machine names |
 //! | `PUT /v1/images` (the file that machines start from: a module) | [`Uploaded`] |
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
-//! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
+//! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
@@ -93,7 +96,6 @@ pub use cluster::{
 };
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
-pub use keel_wasi::FileStat;
 pub use machine::{
     CheckpointChange, FieldChange, HighAvailabilityChange, LogOffset, MachineDiff, MachineInfo,
     RunRequest, SetRequest, StartPhaseInfo, Uploaded,
@@ -105,20 +107,22 @@ pub use parts::{
 };
 pub use token::{Token, TokenInfo, TokenRequest, TokenUseInfo};
 pub use volume::{
-    ClusterVolumeInfo, RenameRequest, VolumeContent, VolumeCreateRequest, VolumeInfo, VolumeRequest,
+    ClusterVolumeInfo, FileStat, RenameRequest, VolumeContent, VolumeCreateRequest, VolumeInfo,
+    VolumeRequest,
 };
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// An error.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// The error, its object, and the remedy.
     pub error: String,
 }
 
 /// Sets or clears a failpoint; only nodes that were built for tests support it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FailpointRequest {
     /// Its name.
@@ -130,5 +134,5 @@ pub struct FailpointRequest {
 }
 
 /// An answer without content.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Nothing {}

@@ -9,9 +9,10 @@ use keel_machine::moves::MoveReport;
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A machine.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MachineInfo {
     /// Its name.
     pub name: String,
@@ -35,11 +36,13 @@ pub struct MachineInfo {
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
     /// Its kind.
+    #[schema(value_type = String)]
     pub kind: KindName,
     /// What it runs, in one line: for `wasm`, the program and its arguments.
     pub program: String,
     /// What only its kind understands, without secrets: for `wasm`, the module's hash, the
     /// arguments, the names of the variables in its environment, and the limit of threads.
+    #[schema(value_type = Object)]
     pub kind_spec: serde_json::Value,
     /// Nodes that have its compiled code, to which it can move at once. Only in the answer about
     /// one machine.
@@ -126,7 +129,7 @@ impl MachineInfo {
 }
 
 /// Progress of a machine's start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct StartPhaseInfo {
     /// `prepare`, `compile` or `restore`.
     pub name: String,
@@ -147,14 +150,14 @@ impl StartPhaseInfo {
 }
 
 /// An image that the cluster stores.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Uploaded {
     /// Its hash (BLAKE3, hex).
     pub hash: String,
 }
 
 /// A machine to start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
     /// Its name; generated if absent.
@@ -164,9 +167,11 @@ pub struct RunRequest {
     #[serde(default)]
     pub on: Option<String>,
     /// Its kind: `wasm`.
+    #[schema(value_type = String)]
     pub kind: KindName,
     /// What only its kind understands: for `wasm`, the hash of an uploaded module
     /// (`module`), `args`, `env` and `threads_max`. Other fields are refused by name.
+    #[schema(value_type = Object)]
     pub kind_spec: KindSpec,
     /// Its volumes.
     #[serde(default)]
@@ -189,20 +194,28 @@ pub struct RunRequest {
     pub checkpoints: Option<CheckpointPlan>,
     /// How it is kept available when its node fails.
     #[serde(default, deserialize_with = "strict_ha")]
+    #[schema(value_type = Option<StrictHighAvailability>)]
     pub ha: Option<HighAvailability>,
     /// Its balancing policy.
     #[serde(default, deserialize_with = "strict_balancing")]
+    #[schema(value_type = StrictBalancing)]
     pub balancing: Balancing,
 }
 
-/// As [`strict_balancing`], for what keeps a machine available.
-#[derive(Deserialize)]
+/// What keeps a machine available, as a user requests it. Unknown settings are refused.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = HighAvailabilityRequest)]
 #[serde(deny_unknown_fields)]
 struct StrictHighAvailability {
+    /// Interval of its checkpoints in seconds.
     checkpoint_every_s: Option<u64>,
+    /// Machines with a higher one are restarted first.
     priority: Option<u32>,
+    /// How many other nodes have its newest checkpoint.
     replicas: Option<u32>,
+    /// URL of a repository that all nodes reach, for its checkpoints.
     to: Option<String>,
+    /// How a node that cannot be reached is kept from acting on `host:` volumes.
     #[serde(default)]
     fence: Fence,
 }
@@ -229,25 +242,30 @@ fn strict_ha<'de, D: serde::Deserializer<'de>>(
     Ok(strict.map(HighAvailability::from))
 }
 
-fn strict_ha_on<'de, D: serde::Deserializer<'de>>(from: D) -> Result<HighAvailability, D::Error> {
-    Ok(StrictHighAvailability::deserialize(from)?.into())
+/// Settings of balancing, as a user requests them. Unknown ones are refused. (Those of a record may
+/// be of a newer node, and are ignored where they are not known.)
+#[derive(Deserialize, Serialize, Default, ToSchema)]
+#[schema(as = BalancingRequest)]
+#[serde(deny_unknown_fields, default)]
+struct StrictBalancing {
+    /// The load that counts.
+    by: BalanceBy,
+    /// `cpu.target`, in thousandths of a core of the reference speed.
+    cpu_target_millis: Option<u32>,
+    /// `memory.target`, in bytes.
+    memory_target_bytes: Option<u64>,
+    /// `io.target`, in bytes per second.
+    io_target_bytes_per_s: Option<u64>,
+    /// The most parts that balancing may create (`max_parts`).
+    parts_max: Option<u32>,
+    /// Where new threads begin while it has parts.
+    spawn: Spawn,
+    /// Memory limit of a part (`part.memory`), in bytes.
+    part_memory_bytes: Option<u64>,
 }
 
-/// Settings of a user: one that is not known is refused. (Those of a record may be of a
-/// newer node, and are ignored where they are not known.)
 fn strict_balancing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Balancing, D::Error> {
-    #[derive(Deserialize, Default)]
-    #[serde(deny_unknown_fields, default)]
-    struct Strict {
-        by: BalanceBy,
-        cpu_target_millis: Option<u32>,
-        memory_target_bytes: Option<u64>,
-        io_target_bytes_per_s: Option<u64>,
-        parts_max: Option<u32>,
-        spawn: Spawn,
-        part_memory_bytes: Option<u64>,
-    }
-    let strict = Strict::deserialize(from)?;
+    let strict = StrictBalancing::deserialize(from)?;
     Ok(Balancing {
         by: strict.by,
         cpu_target_millis: strict.cpu_target_millis,
@@ -260,7 +278,7 @@ fn strict_balancing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Balanci
 }
 
 /// The differences between a machine and a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MachineDiff {
     /// The node that runs it, or ran it last; none if there is no such machine.
     pub node: Option<String>,
@@ -271,7 +289,7 @@ pub struct MachineDiff {
 }
 
 /// One difference.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FieldChange {
     /// An option of `keel run`, with a name if it has several values.
     pub field: String,
@@ -284,14 +302,14 @@ pub struct FieldChange {
 }
 
 /// A position in a machine's output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LogOffset {
     /// The value of `from` in a request for the log.
     pub offset: u64,
 }
 
 /// Changes of a machine while it runs; absent fields stay.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SetRequest {
     /// Limit of each of its memories, in bytes.
@@ -308,6 +326,7 @@ pub struct SetRequest {
     pub checkpoints: Option<CheckpointChange>,
     /// How it is kept available when its node fails.
     #[serde(default)]
+    #[schema(value_type = Option<StrictHighAvailabilityChange>)]
     pub ha: Option<HighAvailabilityChange>,
     /// Which of its loads counts.
     #[serde(default)]
@@ -334,16 +353,38 @@ pub struct SetRequest {
 
 /// A change of what keeps a machine available.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", from = "StrictHighAvailabilityChange")]
 pub enum HighAvailabilityChange {
     /// It waits for its node when that fails.
     Off,
     /// It is restarted elsewhere, with these settings.
-    On(#[serde(deserialize_with = "strict_ha_on")] HighAvailability),
+    On(HighAvailability),
+}
+
+/// A change of what keeps a machine available, as a user requests it.
+#[derive(Deserialize, ToSchema)]
+#[schema(as = HighAvailabilityChange)]
+#[serde(rename_all = "kebab-case")]
+enum StrictHighAvailabilityChange {
+    /// It waits for its node when that fails.
+    Off,
+    /// It is restarted elsewhere, with these settings.
+    On(StrictHighAvailability),
+}
+
+impl From<StrictHighAvailabilityChange> for HighAvailabilityChange {
+    fn from(strict: StrictHighAvailabilityChange) -> Self {
+        match strict {
+            StrictHighAvailabilityChange::Off => HighAvailabilityChange::Off,
+            StrictHighAvailabilityChange::On(settings) => {
+                HighAvailabilityChange::On(settings.into())
+            }
+        }
+    }
 }
 
 /// A change of the periodic checkpoints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum CheckpointChange {
     /// No more are made; existing ones stay.

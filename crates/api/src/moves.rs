@@ -4,9 +4,10 @@
 use keel_machine::moves::prediction::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A move of a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
     /// The target node.
@@ -38,7 +39,7 @@ impl MoveRequest {
 }
 
 /// The prediction of a move; nothing is started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DryRun {
     /// The machine.
     pub machine: String,
@@ -59,7 +60,9 @@ pub struct DryRun {
 }
 
 /// Priority of a move in the queue.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Urgency {
     /// After the others.
@@ -72,7 +75,7 @@ pub enum Urgency {
 }
 
 /// One line of a move's answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MoveLine {
     /// Progress.

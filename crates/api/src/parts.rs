@@ -3,10 +3,11 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// The parts that a machine is to have; parts of a spanning machine are added and removed to
 /// match.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SpanRequest {
     /// Their nodes. The first occurrence of the owner is the home; each further one is a part.
@@ -17,7 +18,7 @@ pub struct SpanRequest {
 }
 
 /// The parts of a machine, and its threads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PartsInfo {
     /// All parts; the home has number 0 and is the only one of a machine on one node.
     pub parts: Vec<PartInfo>,
@@ -33,7 +34,7 @@ pub struct PartsInfo {
 }
 
 /// A part of a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PartInfo {
     /// Its number.
     pub part: u32,
@@ -63,7 +64,7 @@ impl PartInfo {
 }
 
 /// A part's share of a machine's memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PartMemoryInfo {
     /// Bytes that are present, including copies of pages of other parts.
     pub resident_bytes: u64,
@@ -76,7 +77,7 @@ pub struct PartMemoryInfo {
 }
 
 /// A thread of a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ThreadInfo {
     /// Its number; the main one has 0.
     pub tid: u32,
@@ -97,7 +98,7 @@ pub struct ThreadInfo {
 }
 
 /// A range of a machine's memory that the same parts hold.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ObjectInfo {
     /// Its range ([`object_range_name`]).
     pub range: String,
@@ -134,7 +135,7 @@ pub struct ObjectInfo {
 }
 
 /// The result of an object move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ObjectMoved {
     /// Bytes that have moved: other parts may have fetched some of them back.
     pub bytes: u64,
@@ -165,7 +166,7 @@ pub fn object_range(name: &str) -> Option<(u32, u64, u64)> {
 }
 
 /// The target of a thread or an object.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ThreadMove {
     /// A node on which the machine has a part.

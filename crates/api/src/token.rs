@@ -1,9 +1,10 @@
 //! Tokens for nodes and users. Their verification is left to the node.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A token to create.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub enum TokenRequest {
     /// Lets one node join.
@@ -24,7 +25,7 @@ pub enum TokenRequest {
 }
 
 /// A created token. It is shown once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Token {
     /// The token.
     pub token: String,
@@ -34,7 +35,7 @@ pub struct Token {
 }
 
 /// A token without its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TokenInfo {
     /// Its number, by which it is removed.
     pub id: String,
@@ -45,7 +46,7 @@ pub struct TokenInfo {
 }
 
 /// What a token is for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum TokenUseInfo {
     /// A node that is to join.

@@ -2,9 +2,10 @@
 //! of files is transferred as bytes.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A volume for a machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum VolumeRequest {
     /// A directory of the host, which every node that runs the machine sees.
@@ -40,7 +41,7 @@ pub enum VolumeRequest {
 }
 
 /// A volume of the cluster to create.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeCreateRequest {
     /// Its name.
@@ -55,7 +56,7 @@ pub struct VolumeCreateRequest {
 }
 
 /// A volume of the cluster.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ClusterVolumeInfo {
     /// Its name.
     pub name: String,
@@ -78,7 +79,7 @@ pub struct ClusterVolumeInfo {
 }
 
 /// The stored content of a volume of the cluster.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VolumeContent {
     /// Bytes of its files.
     pub bytes: u64,
@@ -95,7 +96,7 @@ pub struct VolumeContent {
 }
 
 /// A machine's volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VolumeInfo {
     /// Its name for the guest.
     pub guest: String,
@@ -112,8 +113,17 @@ pub struct VolumeInfo {
     pub inodes: Option<u64>,
 }
 
+/// What is at a path of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FileStat {
+    /// Its size.
+    pub bytes: u64,
+    /// Whether it is a directory.
+    pub directory: bool,
+}
+
 /// Another name for a file in a machine's volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RenameRequest {
     /// Its path for the guest.

@@ -32,7 +32,7 @@ const SPREAD: f64 = std::f64::consts::LN_2;
 const DEVIATIONS: f64 = 1.28;
 
 /// An estimate with an interval that covers four of five cases.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Estimate {
     /// 10th percentile.
     pub low: f64,
@@ -42,7 +42,8 @@ pub struct Estimate {
     pub high: f64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MoveCost)]
 pub struct Cost {
     /// Bytes over the network.
     pub bytes: f64,
@@ -71,7 +72,8 @@ impl Cost {
 }
 
 /// The gain of a move.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MoveGain)]
 pub struct Gain {
     /// Decrease of the sum over both nodes of power times load squared.
     pub lowers: f64,
@@ -81,7 +83,7 @@ pub struct Gain {
 }
 
 /// Prediction error of one quantity, as the logarithm of a factor.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 struct PredictionError {
     mean: f64,
     variance: f64,
@@ -123,7 +125,7 @@ impl PredictionError {
 }
 
 /// Predicts the cost of moves away from a node, and learns from completed ones.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CostModel {
     duration: PredictionError,
     downtime: PredictionError,

@@ -12,7 +12,7 @@ use crate::select::{Considered, Constraint, NodeState, Verdict};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NoMoveReason {
     /// The policy's mode is `off`.
@@ -40,6 +40,7 @@ pub enum NoMoveReason {
     /// No candidate is eligible; the verdict on the closest one.
     #[serde(rename = "none_may_go")]
     NoEligibleMachine {
+        #[schema(value_type = String)]
         nearest: Name,
         verdict: Verdict,
     },
@@ -67,7 +68,8 @@ pub enum NoMoveReason {
     },
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MoveOutcome)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The machine runs at the target.
@@ -86,11 +88,14 @@ pub enum Outcome {
     Raced { rule: String },
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = BalanceDecision)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Decision {
     Move {
+        #[schema(value_type = String)]
         machine: Name,
+        #[schema(value_type = String)]
         target: Name,
         /// Degree of automation at that time.
         mode: Mode,
@@ -106,6 +111,7 @@ pub enum Decision {
     NoMove {
         why: NoMoveReason,
         /// The peer of the round, if there was one.
+        #[schema(value_type = Option<String>)]
         peer: Option<Name>,
         /// This node, if it was measured.
         here: Option<NodeState>,
@@ -114,21 +120,27 @@ pub enum Decision {
     },
     /// A machine moves because its placement violates a rule.
     Repair {
+        #[schema(value_type = String)]
         machine: Name,
         /// `None` if no node is allowed.
+        #[schema(value_type = Option<String>)]
         target: Option<Name>,
         /// The violated rule.
         broken: Violation,
     },
     /// A machine moves as part of a plan: a user's or a drain's.
     Planned {
+        #[schema(value_type = String)]
         machine: Name,
+        #[schema(value_type = String)]
         target: Name,
         plan: String,
     },
     /// A move that this balancer decided has ended.
     Ended {
+        #[schema(value_type = String)]
         machine: Name,
+        #[schema(value_type = String)]
         target: Name,
         outcome: Outcome,
         /// Predicted and actual load of this node.
@@ -137,6 +149,7 @@ pub enum Decision {
     /// A fine-grained action on the threads or memory of a machine.
     #[serde(rename = "grain")]
     FineGrained {
+        #[schema(value_type = String)]
         machine: Name,
         /// Degree of automation at that time.
         mode: Mode,
@@ -144,20 +157,27 @@ pub enum Decision {
     },
     /// A fine-grained action has ended.
     #[serde(rename = "grain_ended")]
-    FineGrainedEnded { machine: Name, outcome: String },
+    FineGrainedEnded {
+        #[schema(value_type = String)]
+        machine: Name,
+        outcome: String,
+    },
     /// Another node reported invalid numbers.
     #[serde(rename = "absurd")]
     InvalidReport {
+        #[schema(value_type = String)]
         peer: Name,
         fields: Vec<ValidationError>,
     },
 }
 
 /// A stored decision, with all inputs that are needed to replay it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = LedgerLine)]
 pub struct Line {
     /// In milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
+    #[schema(value_type = String)]
     pub node: Name,
     /// The policy in force.
     #[serde(default)]

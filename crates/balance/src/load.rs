@@ -19,7 +19,8 @@ pub const SPEED_RANGE: (f64, f64) = (0.25, 4.0);
 /// Highest load that is accepted as valid.
 pub const LOAD_MAX: f64 = 1e6;
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = NodeCapacity)]
 pub struct Capacity {
     /// Cores available to machines; a cgroup quota is taken into account.
     pub cores: f64,
@@ -41,7 +42,8 @@ impl Capacity {
 
 /// Load factors of a machine: raw counters from which each node computes the load that the machine
 /// would put on it.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = LoadFactors)]
 pub struct Factors {
     /// CPU demand on the current node: cores used and waited for, excluding the time throttled by
     /// the machine's own limit, and at most that limit.
@@ -65,7 +67,8 @@ pub struct Factors {
 ///
 /// Memory and disks are constraints first (a machine that does not fit is not accepted), and
 /// weights second.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = LoadWeights)]
 #[serde(deny_unknown_fields, default)]
 pub struct Weights {
     /// Weight of CPU demand as a share of the node's cores.
@@ -90,7 +93,8 @@ impl Default for Weights {
 }
 
 /// A reported number outside its valid range.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = InvalidNumber)]
 pub struct ValidationError {
     pub field: String,
     pub found: String,
@@ -196,8 +200,9 @@ impl Factors {
 }
 
 /// Sample of one machine, taken by its node.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MachineSample {
+    #[schema(value_type = String)]
     pub name: Name,
     /// The measured factors, or those of the spec where [`crate::policy::Basis`] says so.
     pub factors: Factors,
@@ -210,7 +215,8 @@ pub struct MachineSample {
 
 /// Resource usage of a machine beyond its load factors. `None` where the kernel does not account
 /// it.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MachineUsage)]
 pub struct Usage {
     /// Part of the CPU demand that waited for a core, in cores.
     pub cpu_waited_cores: f64,
@@ -223,7 +229,7 @@ pub struct Usage {
 }
 
 /// Sample of a node, taken by the node itself.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct NodeSample {
     pub capacity: Capacity,
     /// Usage of processes other than machines.

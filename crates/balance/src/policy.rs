@@ -5,7 +5,8 @@ use crate::load::Weights;
 use serde::{Deserialize, Serialize};
 
 /// Degree of automation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = BalanceMode)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Only measures load.
@@ -18,7 +19,8 @@ pub enum Mode {
     Automatic,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = BalanceStrategy)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
     /// Pressed nodes give load to less loaded ones. Without a pressed node nothing moves.
@@ -32,7 +34,8 @@ pub enum Strategy {
 }
 
 /// Which load of a machine counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = LoadBasis)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
     #[default]
@@ -41,7 +44,8 @@ pub enum Basis {
     Target,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = BalancePolicy)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     /// How far it goes by itself.

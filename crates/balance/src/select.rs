@@ -37,7 +37,7 @@ const SEVERAL_CORES: f64 = 1.5;
 pub const CONSIDERED_MAX: usize = 32;
 
 /// State of a node as its peer in a round sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct NodeState {
     pub capacity: Capacity,
     /// Load, including moves in flight.
@@ -74,7 +74,8 @@ pub enum Objective {
 }
 
 /// Why a machine must not move, whatever the loads are.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = CandidateConstraint)]
 #[serde(rename_all = "snake_case")]
 pub enum Constraint {
     Held {
@@ -97,6 +98,7 @@ pub enum Constraint {
     /// It spans several nodes.
     Spans,
     Rule {
+        #[schema(value_type = String)]
         rule: Name,
         #[serde(rename = "says")]
         reason: String,
@@ -104,7 +106,8 @@ pub enum Constraint {
 }
 
 /// Verdict on a candidate.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = CandidateVerdict)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     Chosen,
@@ -144,7 +147,7 @@ pub enum Verdict {
 }
 
 /// Facts about the parts that balancing may give to a machine that has none yet.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Spreadable {
     /// The decision is made and being carried out.
     pub is_decided: bool,
@@ -175,8 +178,10 @@ impl Spreadable {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = Candidate)]
 pub struct Considered {
+    #[schema(value_type = String)]
     pub machine: Name,
     pub factors: Factors,
     /// Milliseconds for which its load has been about constant.

@@ -22,8 +22,9 @@ fn commands(of: &[&str]) -> Vec<String> {
         "Commands:\n"
     };
     let list = help.split_once(title).map_or("", |(_, list)| list);
+    let ends = ["Arguments:", "Options:", "`"];
     list.lines()
-        .take_while(|line| !line.starts_with("Options:") && !line.starts_with('`'))
+        .take_while(|line| !ends.iter().any(|end| line.starts_with(end)))
         // Titles are not indented; a deeper indentation continues the line above.
         .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
         .filter_map(|line| line.split_whitespace().next())

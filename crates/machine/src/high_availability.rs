@@ -19,7 +19,7 @@ const REPLICAS_DEFAULT: u32 = 1;
 pub const REPLICAS_MAX: u32 = 4;
 
 /// How a machine is kept available when its node fails.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct HighAvailability {
     /// Interval of its checkpoints in seconds: what it loses when its node fails is at most this
     /// much of its work. In [`CHECKPOINT_EVERY_S`].
@@ -41,7 +41,7 @@ pub struct HighAvailability {
 }
 
 /// What is known to keep a machine of a lost node from writing outside of the cluster.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fence {
     /// Nothing: the machine has no such outputs.

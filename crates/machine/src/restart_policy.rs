@@ -22,7 +22,7 @@ const DELAY_MAX: Duration = Duration::from_secs(60);
 const STABLE_RUN_MS: u64 = 10_000;
 
 /// Restart policy.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Restart {
     /// Never.

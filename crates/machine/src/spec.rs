@@ -85,7 +85,7 @@ pub struct Spec {
 }
 
 /// A machine's settings for load balancing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default)]
 pub struct Balancing {
     /// The load that counts.
@@ -108,7 +108,8 @@ pub struct Balancing {
 }
 
 /// Where the new threads of a machine with parts begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = ThreadSpawn)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spawn {
     /// On the nodes with most room; the machine gets parts when it overloads its node.
@@ -132,7 +133,7 @@ impl Spawn {
 }
 
 /// The load of a machine that counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum BalanceBy {
     /// According to the cluster's policy.
@@ -188,7 +189,7 @@ impl Balancing {
 }
 
 /// Automatic checkpoints of a running machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CheckpointPlan {
     /// Interval in seconds.
     pub every_s: u64,

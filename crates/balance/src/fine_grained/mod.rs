@@ -113,38 +113,48 @@ pub struct Observation {
     pub recent: Vec<(Name, Name)>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = FineGrainedAction)]
 #[serde(rename_all = "snake_case", tag = "grain")]
 pub enum Action {
     /// Creates parts on these nodes.
     Spread {
         /// In addition to the home's node.
+        #[schema(value_type = Vec<String>)]
         nodes: Vec<Name>,
     },
     /// Moves a thread to another part.
     Thread {
         tid: u32,
+        #[schema(value_type = String)]
         from: Name,
         /// The target part.
         part: u32,
+        #[schema(value_type = String)]
         to: Name,
     },
     /// Moves objects to another part, coldest first.
     Objects {
         from_part: u32,
+        #[schema(value_type = String)]
         from: Name,
         part: u32,
+        #[schema(value_type = String)]
         to: Name,
         bytes: u64,
     },
     /// Moves everything back to the home.
     Gather,
     /// Removes the parts on these nodes.
-    Leave { nodes: Vec<Name> },
+    Leave {
+        #[schema(value_type = Vec<String>)]
+        nodes: Vec<Name>,
+    },
 }
 
 /// An alternative that was evaluated, with the result.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = FineGrainedAlternative)]
 pub struct Alternative {
     /// An action, a thread or a node.
     #[serde(rename = "what")]
@@ -154,12 +164,14 @@ pub struct Alternative {
     pub finding: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = FineGrainedChoice)]
 pub struct Choice {
     #[serde(rename = "grain")]
     pub action: Action,
     pub why: String,
     /// Loads of the nodes at that time.
+    #[schema(value_type = Vec<(String, f64)>)]
     pub loads: Vec<(Name, f64)>,
     #[serde(rename = "weighed")]
     pub alternatives: Vec<Alternative>,

@@ -56,7 +56,8 @@ const SETTLE_SAMPLES: u64 = 3;
 const WEIGHED_MAX: usize = 256;
 
 /// Result of a simulated round.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = RoundExplanation)]
 pub struct Explained {
     pub here: NodeState,
     pub there: NodeState,

@@ -31,7 +31,8 @@ use std::fmt;
 /// Maximum number of rules of a cluster.
 pub const RULES_MAX: usize = 256;
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = RuleRequirement)]
 #[serde(rename_all = "lowercase", tag = "rule", deny_unknown_fields)]
 pub enum Requirement {
     /// All in one domain.
@@ -73,8 +74,9 @@ fn one() -> u32 {
     1
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Rule {
+    #[schema(value_type = String)]
     pub name: Name,
     /// The machines to which it applies.
     pub machines: Selector,
@@ -120,8 +122,10 @@ pub struct Subject {
 pub type Holders = BTreeMap<String, BTreeSet<Name>>;
 
 /// A violated rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = RuleViolation)]
 pub struct Violation {
+    #[schema(value_type = String)]
     pub rule: Name,
     /// The requirement, and what violates it.
     pub why: String,

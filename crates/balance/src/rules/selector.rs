@@ -9,12 +9,13 @@ use std::fmt;
 pub type Labels = BTreeMap<String, String>;
 
 /// Selects machines or nodes that match all given criteria.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Selector {
     /// Names; a trailing `*` is a wildcard.
     pub names: Vec<String>,
     /// Labels that must all match.
+    #[schema(value_type = BTreeMap<String, String>)]
     pub labels: Labels,
 }
 
@@ -54,7 +55,8 @@ impl fmt::Display for Selector {
 }
 
 /// Failure domain over which a rule counts.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = FailureDomain)]
 #[serde(rename_all = "lowercase")]
 pub enum Domain {
     /// Each node is one.

@@ -35,7 +35,7 @@ pub struct Group {
 }
 
 /// Resource use of a group as accounted by the kernel; `None` where it is not.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct GroupUsage {
     /// Present memory use in bytes, including the page cache.
     pub memory_bytes: Option<u64>,

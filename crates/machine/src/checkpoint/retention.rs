@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// Which of a machine's checkpoints are kept: those selected by any of these criteria,
 /// and always the newest.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = CheckpointRetention)]
 pub struct Retention {
     /// The number of newest ones to keep.
     pub newest: Option<u32>,

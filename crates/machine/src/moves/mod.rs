@@ -22,7 +22,8 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 
 /// A phase of a move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MovePhase)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// The move waits in the queue of its node.
@@ -49,7 +50,8 @@ pub enum Phase {
 }
 
 /// A round of copying.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = CopyRound)]
 pub struct Round {
     /// Bytes of pages sent.
     pub bytes: u64,
@@ -58,7 +60,8 @@ pub struct Round {
 }
 
 /// Result of a move.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MoveEnding)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ending {
     /// The machine runs at the target.
@@ -68,7 +71,8 @@ pub enum Ending {
 }
 
 /// Report of post-copy.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = PostCopyReport)]
 pub struct FillReport {
     /// From the resumption at the target until all pages had arrived, in microseconds.
     pub micros: u64,
@@ -125,12 +129,16 @@ impl FillReport {
 
 /// Report of a finished move. Times in microseconds; downtime is measured at the source,
 /// from the request to stop the threads to the target's message that they run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MoveReport {
+    #[schema(value_type = String)]
     pub machine: MachineName,
+    #[schema(value_type = String)]
     pub source: NodeName,
+    #[schema(value_type = String)]
     pub target: NodeName,
-    /// The epoch after the move.
+    /// The epoch after the move: `incarnation` and `counter`.
+    #[schema(value_type = Object)]
     pub epoch: Epoch,
     /// Start of the move, in milliseconds since 1970-01-01 UTC.
     pub started_unix_ms: u64,
@@ -243,7 +251,8 @@ impl MoveReport {
 }
 
 /// Progress of a running move.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MoveProgress)]
 pub struct Progress {
     pub phase: Phase,
     /// Round of copying, from 1.

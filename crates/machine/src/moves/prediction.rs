@@ -84,7 +84,8 @@ impl Activity {
 }
 
 /// An uncertain value with an interval that contains it in about eight of ten cases.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = PredictedRange)]
 pub struct Estimate {
     /// Lower bound.
     pub low: u64,
@@ -102,7 +103,8 @@ impl Estimate {
 }
 
 /// The predicted course of a move.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[schema(as = MovePrediction)]
 pub struct Prediction {
     /// Whether this is a post-copy move.
     pub post_copy: bool,

@@ -15,6 +15,7 @@ use keel_api::{AUDIT_DEFAULT, AUDIT_MAX, AuditEntry};
 use keel_store::clock::unix_ms;
 use serde::Deserialize;
 use std::sync::Arc;
+use utoipa::IntoParams;
 
 /// Requests of that many bytes are looked into for what they name.
 const LOOKED_INTO_MAX: usize = 64 << 10;
@@ -114,14 +115,26 @@ fn about(body: &[u8]) -> String {
 }
 
 /// What is asked of the audit log.
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AuditQuery {
+    /// Only requests since this time, in milliseconds since 1970-01-01 UTC.
     #[serde(default)]
     since: u64,
+    /// The most entries, of which the newest are answered: at most 10000; 1000 if absent.
     limit: Option<usize>,
 }
 
+/// The newest requests that were to change something, oldest first.
+#[utoipa::path(
+    get,
+    path = "/v1/audit",
+    operation_id = "list_audit",
+    tag = "audit",
+    params(AuditQuery),
+    responses((status = 200, description = "Success", body = Vec<AuditEntry>))
+)]
 pub(super) async fn log(
     State(at): State<Arc<Handles>>,
     Query(query): Query<AuditQuery>,

@@ -1,5 +1,10 @@
-//! Who makes a request.
+//! Who makes a request, and who may.
 
+use super::reply::problem;
+use axum::extract::Request;
+use axum::http::{Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::Response;
 use keel_cluster::tokens::Role;
 use std::sync::Arc;
 
@@ -9,4 +14,71 @@ pub(super) struct Caller {
     pub(super) role: Role,
     /// The name of the token, or `local`.
     pub(super) user: Arc<str>,
+}
+
+/// The role that a request needs; `None` for those that need no token, as load balancers have none.
+///
+/// Reading needs a viewer, tokens, the audit log and backups an admin, everything else an operator,
+/// including the content of machines' files.
+pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
+    Some(match (method, path) {
+        (_, "/healthz" | "/readyz") => return None,
+        (
+            _,
+            "/v1/tokens"
+            | "/v1/audit"
+            | "/v1/store/backup"
+            | "/v1/agent/restart"
+            | "/v1/debug/failpoint",
+        ) => Role::Admin,
+        (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
+        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
+        (&Method::GET, _) => Role::Viewer,
+        _ => Role::Operator,
+    })
+}
+
+/// Refuses requests of callers without the role that they need.
+pub(super) async fn check_role(request: Request, next: Next) -> Response {
+    let Some(needed) = needed_role(request.method(), request.uri().path()) else {
+        return next.run(request).await;
+    };
+    match request.extensions().get::<Caller>() {
+        Some(Caller { role, .. }) if role.includes(needed) => next.run(request).await,
+        Some(_) => problem(
+            StatusCode::FORBIDDEN,
+            format!("this needs a token of role {needed}"),
+        ),
+        None => problem(
+            StatusCode::UNAUTHORIZED,
+            "no valid token (make one with `keel token user`)".into(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_need_the_role_of_what_they_do() {
+        for (method, path, role) in [
+            (Method::GET, "/healthz", None),
+            (Method::GET, "/metrics", Some(Role::Viewer)),
+            (Method::GET, "/v1/openapi.json", Some(Role::Viewer)),
+            (Method::GET, "/v1/machines/m", Some(Role::Viewer)),
+            (
+                Method::GET,
+                "/v1/machines/m/files/stat",
+                Some(Role::Operator),
+            ),
+            (Method::POST, "/v1/machines/m/stop", Some(Role::Operator)),
+            (Method::PUT, "/v1/images", Some(Role::Operator)),
+            (Method::GET, "/v1/tokens", Some(Role::Admin)),
+            (Method::DELETE, "/v1/tokens/7", Some(Role::Admin)),
+            (Method::GET, "/v1/store/backup", Some(Role::Admin)),
+        ] {
+            assert_eq!(needed_role(&method, path), role, "{method} {path}");
+        }
+    }
 }

@@ -1,142 +1,154 @@
-//! Requests about machines, volumes, events and the cluster itself.
+//! Requests about machines, their moves, parts and checkpoints.
 
 use super::super::handles::Handles;
-use super::reply::{Failure, Reply, Shared, line_by_line, machine_name, streamed};
+use super::openapi::RawBytes;
+use super::reply::{Failure, Reply, Shared, line_by_line, machine_name};
 use crate::checkpoints::CreateCheckpoint;
-use crate::cluster_events::{self, Question};
-use crate::cluster_info;
 use crate::error::CommandError;
-use crate::failover;
-use crate::logs::LogOffset as LogOffsetQuery;
 use crate::machines::{self, RemoveMachine, SetMachine, StopMachine};
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder};
-use crate::records::{self, RecordError};
 use crate::spanning::{
     MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PartsQuery, SpanCommand, UnspanCommand,
 };
-use crate::volumes;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
-    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo, PruneInfo,
-    PruneRequest, RestoreRequest, RunRequest, SetRequest, SpanRequest, StoreInfo, ThreadMove,
-    TokenRequest, Uploaded, VolumeCreateRequest, VotersRequest,
+    CheckpointInfo, CheckpointRequest, DryRun, MachineDiff, MachineInfo, MoveLine, MoveRequest,
+    Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo, PruneRequest, RestoreRequest,
+    RunRequest, SetRequest, SpanRequest, ThreadMove, Uploaded,
 };
 use keel_cluster::NodeName;
 use serde::Deserialize;
+use utoipa::IntoParams;
 
-pub(super) async fn status(State(at): Shared) -> Reply<keel_api::ClusterInfo> {
-    Ok(Json(cluster_info::status(&at.context).await?))
-}
-
-pub(super) async fn losses(State(at): Shared) -> Reply<Vec<keel_api::NodeLoss>> {
-    Ok(Json(failover::losses(&at.failover).await?))
-}
-
-pub(super) async fn nodes(State(at): Shared) -> Reply<Vec<NodeInfo>> {
-    Ok(Json(cluster_info::nodes(&at.context).await?))
-}
-
-pub(super) async fn store(State(at): Shared) -> Reply<StoreInfo> {
-    Ok(Json(cluster_info::store(&at.context).await?))
-}
-
-pub(super) async fn backup(State(at): Shared) -> Result<Response, Failure> {
-    let bytes = cluster_info::backup(&at.context).await?;
-    let all = futures::stream::iter([Ok(bytes::Bytes::from(bytes))]);
-    Ok(streamed(all, "application/octet-stream"))
-}
-
-pub(super) async fn set_voters(
-    State(at): Shared,
-    Json(request): Json<VotersRequest>,
-) -> Reply<StoreInfo> {
-    cluster_info::set_voter_count(&at.context, &request.count).await?;
-    Ok(Json(cluster_info::store(&at.context).await?))
-}
-
-pub(super) async fn restart_agent(State(at): Shared) -> Reply<keel_api::AgentRestart> {
-    Ok(Json(at.restart.begin().await?))
-}
-
-pub(super) async fn schedule(State(at): Shared, Path(node): Path<String>) -> Reply<Vec<String>> {
-    let node = NodeName::new(&node).map_err(|error| CommandError::Invalid(error.to_string()))?;
-    let machines = cluster_info::schedule(&at.context, &node).await?;
-    Ok(Json(machines.iter().map(ToString::to_string).collect()))
-}
-
-pub(super) async fn tokens(State(at): Shared) -> Reply<Vec<keel_api::TokenInfo>> {
-    Ok(Json(cluster_info::tokens(&at.context).await?))
-}
-
-pub(super) async fn remove_token(
-    State(at): Shared,
-    Path(id): Path<String>,
-) -> Reply<serde_json::Value> {
-    cluster_info::remove_token(&at.context, &id).await?;
-    Ok(Json(serde_json::json!({})))
-}
-
-pub(super) async fn make_token(
-    State(at): Shared,
-    Json(request): Json<TokenRequest>,
-) -> Reply<keel_api::Token> {
-    Ok(Json(cluster_info::make_token(&at.context, request).await?))
-}
-
+/// Uploads an image: the file that machines start from.
+///
+/// For machines of kind `wasm` it is a WebAssembly module.
+#[utoipa::path(
+    put,
+    path = "/v1/images",
+    operation_id = "upload_image",
+    tag = "machines",
+    request_body(content = RawBytes, content_type = "application/octet-stream"),
+    responses((status = 200, description = "Success", body = Uploaded))
+)]
 pub(super) async fn upload(State(at): Shared, body: Bytes) -> Reply<Uploaded> {
     let hash = at.images.upload(body).await?;
     Ok(Json(Uploaded { hash }))
 }
 
+/// All machines, ended ones included.
+#[utoipa::path(
+    get,
+    path = "/v1/machines",
+    operation_id = "list_machines",
+    tag = "machines",
+    responses((status = 200, description = "Success", body = Vec<MachineInfo>))
+)]
 pub(super) async fn list(State(at): Shared) -> Reply<Vec<MachineInfo>> {
     Ok(Json(at.machines.list().await?))
 }
 
+/// Starts a machine.
+///
+/// The answer does not wait until it runs.
+#[utoipa::path(
+    post,
+    path = "/v1/machines",
+    operation_id = "run_machine",
+    tag = "machines",
+    responses((status = 200, description = "Success", body = MachineInfo))
+)]
 pub(super) async fn run(State(at): Shared, Json(request): Json<RunRequest>) -> Reply<MachineInfo> {
     Ok(Json(machines::run(&at.machines, request).await?))
 }
 
+/// One machine.
+#[utoipa::path(
+    get,
+    path = "/v1/machines/{name}",
+    operation_id = "get_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = MachineInfo))
+)]
 pub(super) async fn inspect(State(at): Shared, Path(name): Path<String>) -> Reply<MachineInfo> {
     Ok(Json(at.machines.inspect(&machine_name(&name)?).await?))
 }
 
-pub(super) async fn remove(
-    State(at): Shared,
-    Path(name): Path<String>,
-) -> Reply<serde_json::Value> {
+/// Removes a machine that has ended, with its output.
+#[utoipa::path(
+    delete,
+    path = "/v1/machines/{name}",
+    operation_id = "remove_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn remove(State(at): Shared, Path(name): Path<String>) -> Reply<Nothing> {
     let machine = machine_name(&name)?;
     at.machines.remove(RemoveMachine { machine }).await?;
-    Ok(Json(serde_json::json!({})))
+    Ok(Json(Nothing {}))
 }
 
-pub(super) async fn stop(State(at): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+/// Stops a machine at its next safepoint.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/stop",
+    operation_id = "stop_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn stop(State(at): Shared, Path(name): Path<String>) -> Reply<Nothing> {
     end(&at, &name, false).await
 }
 
-pub(super) async fn kill(State(at): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+/// Kills the process of a machine.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/kill",
+    operation_id = "kill_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn kill(State(at): Shared, Path(name): Path<String>) -> Reply<Nothing> {
     end(&at, &name, true).await
 }
 
-pub(super) async fn end(at: &Handles, name: &str, kill: bool) -> Reply<serde_json::Value> {
+pub(super) async fn end(at: &Handles, name: &str, kill: bool) -> Reply<Nothing> {
     let machine = machine_name(name)?;
     at.machines.stop(StopMachine { machine, kill }).await?;
-    Ok(Json(serde_json::json!({})))
+    Ok(Json(Nothing {}))
 }
 
-pub(super) async fn cancel_move(
-    State(at): Shared,
-    Path(name): Path<String>,
-) -> Reply<serde_json::Value> {
+/// Cancels the move of a machine, which stays where it is.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/cancel-move",
+    operation_id = "cancel_move",
+    tag = "moves",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn cancel_move(State(at): Shared, Path(name): Path<String>) -> Reply<Nothing> {
     let machine = machine_name(&name)?;
     at.moves.cancel(CancelMove { machine }).await?;
-    Ok(Json(serde_json::json!({})))
+    Ok(Json(Nothing {}))
 }
 
+/// Changes settings of a machine while it runs.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/set",
+    operation_id = "set_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = MachineInfo))
+)]
 pub(super) async fn set(
     State(at): Shared,
     Path(name): Path<String>,
@@ -151,6 +163,15 @@ pub(super) async fn set(
     Ok(Json(at.machines.inspect(&machine).await?))
 }
 
+/// Gives a machine parts on several nodes, or other parts than it has.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/parts",
+    operation_id = "set_parts",
+    tag = "parts",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = PartsInfo))
+)]
 pub(super) async fn span(
     State(at): Shared,
     Path(name): Path<String>,
@@ -162,6 +183,15 @@ pub(super) async fn span(
     ))
 }
 
+/// Removes all parts of a machine but its home.
+#[utoipa::path(
+    delete,
+    path = "/v1/machines/{name}/parts",
+    operation_id = "remove_parts",
+    tag = "parts",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = PartsInfo))
+)]
 pub(super) async fn unspan(State(at): Shared, Path(name): Path<String>) -> Reply<PartsInfo> {
     let machine = machine_name(&name)?;
     let command = UnspanCommand {
@@ -173,33 +203,66 @@ pub(super) async fn unspan(State(at): Shared, Path(name): Path<String>) -> Reply
     Ok(Json(parts))
 }
 
+/// The parts of a machine, and its threads.
+#[utoipa::path(
+    get,
+    path = "/v1/machines/{name}/parts",
+    operation_id = "get_parts",
+    tag = "parts",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = PartsInfo))
+)]
 pub(super) async fn parts(State(at): Shared, Path(name): Path<String>) -> Reply<PartsInfo> {
     let machine = machine_name(&name)?;
     Ok(Json(at.spanning.parts(PartsQuery { machine }).await?))
 }
 
-pub(super) async fn objects(
-    State(at): Shared,
-    Path(name): Path<String>,
-) -> Reply<Vec<keel_api::ObjectInfo>> {
+/// Ranges of the memory of a spanning machine, by the parts that hold them.
+#[utoipa::path(
+    get,
+    path = "/v1/machines/{name}/objects",
+    operation_id = "list_objects",
+    tag = "parts",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = Vec<ObjectInfo>))
+)]
+pub(super) async fn objects(State(at): Shared, Path(name): Path<String>) -> Reply<Vec<ObjectInfo>> {
     let machine = machine_name(&name)?;
     Ok(Json(at.spanning.objects(ObjectsQuery { machine }).await?))
 }
 
+/// Moves an object of a spanning machine to another part.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/objects/{object}/move",
+    operation_id = "move_object",
+    tag = "parts",
+    params(("name", description = "Name of the machine."), ("object", description = "Name of the object, or its range as in the list.")),
+    responses((status = 200, description = "Success", body = ObjectMoved))
+)]
 pub(super) async fn move_object(
     State(at): Shared,
     Path((name, object)): Path<(String, String)>,
     Json(request): Json<ThreadMove>,
-) -> Reply<keel_api::ObjectMoved> {
+) -> Reply<ObjectMoved> {
     let command = MoveObjectCommand {
         machine: machine_name(&name)?,
         name: object,
         to: request.to,
     };
     let bytes = at.spanning.move_object(command).await?;
-    Ok(Json(keel_api::ObjectMoved { bytes }))
+    Ok(Json(ObjectMoved { bytes }))
 }
 
+/// Moves a thread of a spanning machine to another part.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/threads/{tid}/move",
+    operation_id = "move_thread",
+    tag = "parts",
+    params(("name", description = "Name of the machine."), ("tid", description = "Number of the thread.")),
+    responses((status = 200, description = "Success", body = PartsInfo))
+)]
 pub(super) async fn move_thread(
     State(at): Shared,
     Path((name, tid)): Path<(String, u32)>,
@@ -215,6 +278,15 @@ pub(super) async fn move_thread(
     Ok(Json(at.spanning.parts(PartsQuery { machine }).await?))
 }
 
+/// Compares a machine with a request to start it. Nothing is changed.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/diff",
+    operation_id = "compare_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = MachineDiff))
+)]
 pub(super) async fn diff(
     State(at): Shared,
     Path(name): Path<String>,
@@ -226,6 +298,17 @@ pub(super) async fn diff(
     ))
 }
 
+/// Moves a machine to another node.
+///
+/// The answer is one `MoveLine` per line, the last of which is a report or an error.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/move",
+    operation_id = "move_machine",
+    tag = "moves",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Lines of progress, then the report or an error", body = MoveLine, content_type = "application/x-ndjson"))
+)]
 pub(super) async fn move_machine(
     State(at): Shared,
     Path(name): Path<String>,
@@ -247,6 +330,15 @@ pub(super) async fn move_machine(
     Ok(line_by_line(lines))
 }
 
+/// Predicts a move. Nothing is started.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/dry-run",
+    operation_id = "predict_move",
+    tag = "moves",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = DryRun))
+)]
 pub(super) async fn dry_run(
     State(at): Shared,
     Path(name): Path<String>,
@@ -263,6 +355,15 @@ pub(super) async fn dry_run(
     Ok(Json(at.moves.dry_run(command).await?))
 }
 
+/// Creates a checkpoint of a machine.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/checkpoints",
+    operation_id = "create_checkpoint",
+    tag = "checkpoints",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = CheckpointInfo))
+)]
 pub(super) async fn checkpoint(
     State(at): Shared,
     Path(name): Path<String>,
@@ -273,11 +374,22 @@ pub(super) async fn checkpoint(
     Ok(Json(at.checkpoints.create(command).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub(super) struct RepositoryQuery {
+    /// URL of the repository; the own folder of the node if absent.
     from: Option<String>,
 }
 
+/// The checkpoints of a machine, in one repository.
+#[utoipa::path(
+    get,
+    path = "/v1/machines/{name}/checkpoints",
+    operation_id = "list_checkpoints",
+    tag = "checkpoints",
+    params(("name", description = "Name of the machine."), RepositoryQuery),
+    responses((status = 200, description = "Success", body = Vec<CheckpointInfo>))
+)]
 pub(super) async fn checkpoints(
     State(at): Shared,
     Path(name): Path<String>,
@@ -288,6 +400,16 @@ pub(super) async fn checkpoints(
     Ok(Json(at.checkpoints.list(&machine, from).await?))
 }
 
+/// Deletes checkpoints that are not to be kept, and what killed writers left.
+///
+/// The newest checkpoint of each machine stays, and whatever those that stay need.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/prune",
+    operation_id = "prune_checkpoints",
+    tag = "checkpoints",
+    responses((status = 200, description = "Success", body = PruneInfo))
+)]
 pub(super) async fn prune(
     State(at): Shared,
     Json(request): Json<PruneRequest>,
@@ -295,6 +417,14 @@ pub(super) async fn prune(
     Ok(Json(at.checkpoints.prune(request).await?))
 }
 
+/// Creates a machine from a checkpoint, or runs the same one again.
+#[utoipa::path(
+    post,
+    path = "/v1/restore",
+    operation_id = "restore_machine",
+    tag = "checkpoints",
+    responses((status = 200, description = "Success", body = MachineInfo))
+)]
 pub(super) async fn restore(
     State(at): Shared,
     Json(request): Json<RestoreRequest>,
@@ -302,147 +432,10 @@ pub(super) async fn restore(
     Ok(Json(machines::restore(&at.machines, request).await?))
 }
 
-pub(super) async fn create_volume(
-    State(at): Shared,
-    Json(request): Json<VolumeCreateRequest>,
-) -> Reply<ClusterVolumeInfo> {
-    Ok(Json(volumes::create(&at.context, request).await?))
-}
-
-pub(super) async fn list_volumes(State(at): Shared) -> Reply<Vec<ClusterVolumeInfo>> {
-    Ok(Json(volumes::list(&at.context).await?))
-}
-
-pub(super) async fn inspect_volume(
-    State(at): Shared,
-    Path(name): Path<String>,
-) -> Reply<ClusterVolumeInfo> {
-    Ok(Json(volumes::inspect(&at.context, &name).await?))
-}
-
-#[derive(Deserialize)]
-pub(super) struct RemoveVolumeQuery {
-    #[serde(default)]
-    forget: bool,
-}
-
-pub(super) async fn remove_volume(
-    State(at): Shared,
-    Path(name): Path<String>,
-    Query(query): Query<RemoveVolumeQuery>,
-) -> Reply<serde_json::Value> {
-    volumes::remove(&at.context, &name, query.forget).await?;
-    Ok(Json(serde_json::json!({})))
-}
-
 pub(super) async fn failpoint(
     State(at): Shared,
     Json(request): Json<keel_api::FailpointRequest>,
-) -> Reply<serde_json::Value> {
+) -> Reply<Nothing> {
     at.processes.order_failpoint(request).await?;
-    Ok(Json(serde_json::json!({})))
-}
-
-#[derive(Deserialize)]
-pub(super) struct LogQuery {
-    #[serde(default)]
-    from: u64,
-    #[serde(default)]
-    follow: bool,
-}
-
-pub(super) async fn logs(
-    State(at): Shared,
-    Path(name): Path<String>,
-    Query(query): Query<LogQuery>,
-) -> Result<Response, Failure> {
-    let machine = machine_name(&name)?;
-    let mut bytes = at.logs.read(&machine, query.from, query.follow).await?;
-    // An unreadable output is an error, not an empty answer. A follower waits.
-    let first = if query.follow {
-        None
-    } else {
-        bytes.recv().await
-    };
-    if let Some(Err(error)) = first {
-        return Err(CommandError::Unavailable(error).into());
-    }
-    let rest = futures::stream::unfold(bytes, |mut bytes| async {
-        Some((bytes.recv().await?, bytes))
-    });
-    let all = futures::stream::iter(first).chain(rest);
-    Ok(streamed(
-        all.map_err(std::io::Error::other),
-        "application/octet-stream",
-    ))
-}
-
-#[derive(Deserialize)]
-pub(super) struct OffsetQuery {
-    since: u64,
-}
-
-pub(super) async fn log_offset(
-    State(at): Shared,
-    Path(name): Path<String>,
-    Query(query): Query<OffsetQuery>,
-) -> Reply<LogOffset> {
-    let command = LogOffsetQuery {
-        machine: machine_name(&name)?,
-        since_unix_ms: query.since,
-    };
-    let offset = at.logs.offset_since(command).await?;
-    Ok(Json(LogOffset { offset }))
-}
-
-#[derive(Deserialize)]
-pub(super) struct EventQuery {
-    machine: Option<String>,
-    #[serde(default)]
-    since: u64,
-    limit: Option<u32>,
-    #[serde(default)]
-    follow: bool,
-}
-
-pub(super) async fn tell_events(
-    State(at): Shared,
-    Query(query): Query<EventQuery>,
-) -> Result<Response, Failure> {
-    let limit = query.limit.unwrap_or(EVENTS_DEFAULT);
-    if !(1..=EVENTS_MAX).contains(&limit) {
-        let what = format!("a limit of {limit} events: 1 to {EVENTS_MAX} are possible");
-        return Err(CommandError::Invalid(what).into());
-    }
-    let question = Question {
-        machine: query.machine.as_deref().map(machine_name).transpose()?,
-        since_unix_ms: query.since,
-        after: 0,
-        limit,
-        follow: query.follow,
-    };
-    let gathered = cluster_events::of_cluster(&at.context, &question).await;
-    // Removed machines have events too; a name with neither is a mistake.
-    if let Some(machine) = &question.machine
-        && gathered.events.is_empty()
-        && let Err(error @ RecordError::NoMachine(_)) =
-            records::get(&*at.context.store, machine).await
-    {
-        return Err(CommandError::from(error).into());
-    }
-    let lines = if question.follow {
-        let lines = cluster_events::follow_cluster(&at.context, &question, gathered);
-        futures::stream::unfold(lines, |mut lines| async {
-            Some((lines.recv().await?, lines))
-        })
-        .left_stream()
-    } else {
-        futures::stream::iter(gathered.lines()).right_stream()
-    };
-    let lines = lines.map(|line: EventLine| {
-        let mut text = serde_json::to_vec(&line).unwrap_or_default();
-        text.push(b'\n');
-        Bytes::from(text)
-    });
-    Ok(streamed(lines.map(Ok), "application/x-ndjson"))
+    Ok(Json(Nothing {}))
 }

@@ -23,10 +23,26 @@ use std::time::Duration;
 /// How long the store, or a worker, may take: who asks has a time limit of its own.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Answers while the agent runs. It needs no token.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    operation_id = "get_liveness",
+    tag = "health",
+    responses((status = 200, description = "The agent runs", body = String, content_type = "text/plain; charset=utf-8"))
+)]
 pub(super) async fn healthz() -> &'static str {
     "ok\n"
 }
 
+/// Whether the node has its lease and the store answers. It needs no token.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    operation_id = "get_readiness",
+    tag = "health",
+    responses((status = 200, description = "The node is ready", body = String, content_type = "text/plain; charset=utf-8"))
+)]
 pub(super) async fn readyz(State(at): Shared) -> Response {
     let mut lacks = Vec::new();
     if lease_rest(&at).is_none() {
@@ -51,6 +67,14 @@ fn lease_rest(at: &Handles) -> Option<Duration> {
     term.deadline.checked_sub(boottime())
 }
 
+/// Metrics for Prometheus, in the text format 0.0.4.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    operation_id = "get_metrics",
+    tag = "health",
+    responses((status = 200, description = "Metrics", body = String, content_type = "text/plain; version=0.0.4"))
+)]
 pub(super) async fn metrics(State(at): Shared) -> Response {
     let text = match now(&at).await {
         Ok(text) => text,

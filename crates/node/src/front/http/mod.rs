@@ -2,19 +2,26 @@
 //! handles; decides nothing.
 //!
 //! - `server`: listens
-//! - `router`: the handler of each request, and the role that it needs
-//! - `handlers`, `file`, `balance`: handlers
+//! - `router`: the handler of each request
+//! - `openapi`: describes all requests
+//! - `caller`: who makes a request, and the role that it needs
+//! - `cluster`, `handlers`, `file`, `volume`, `balance`, `logs`: handlers
+//! - `audit`: enters requests that change something in the audit log, and answers it
 //! - `health`: metrics, and whether the agent lives and is ready
 //! - `reply`: shared by the handlers
 
 mod audit;
 mod balance;
 mod caller;
+mod cluster;
 mod file;
 mod handlers;
 mod health;
+mod logs;
+mod openapi;
 mod reply;
 mod router;
 mod server;
+mod volume;
 
 pub(crate) use server::serve;

@@ -1,132 +1,113 @@
-//! The handler of each request, and the role that it needs.
+//! The handler of each request.
 
 use super::super::handles::Handles;
-use super::caller::Caller;
+use super::caller::check_role;
+use super::openapi::{self, DescribedRoutes, Document};
 use super::reply::problem;
-use super::{audit, balance, file, handlers, health};
+use super::{audit, balance, cluster, file, handlers, health, logs, volume};
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{DefaultBodyLimit, Extension, Request};
 use axum::http::{Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{delete, get, post, put};
-use keel_cluster::tokens::Role;
+use axum::routing::post;
 use keel_machine::failpoint;
 use std::sync::Arc;
+use utoipa_axum::router::UtoipaMethodRouterExt;
+use utoipa_axum::routes;
 
 /// The most bytes of the text about an invalid request.
 const PROBLEM_BYTES_MAX: usize = 64 << 10;
 
-pub(super) fn router(handles: Arc<Handles>) -> Router {
-    let image_bytes_max = handles.context.kinds.image_bytes_max();
-    let router = Router::new()
-        .route("/healthz", get(health::healthz))
-        .route("/readyz", get(health::readyz))
-        .route("/metrics", get(health::metrics))
-        .route("/v1/status", get(handlers::status))
-        .route("/v1/nodes", get(handlers::nodes))
-        .route("/v1/failover", get(handlers::losses))
-        .route("/v1/store", get(handlers::store))
-        .route("/v1/store/voters", post(handlers::set_voters))
-        .route("/v1/store/backup", get(handlers::backup))
-        .route("/v1/schedule/{node}", get(handlers::schedule))
-        .route(
-            "/v1/tokens",
-            get(handlers::tokens).post(handlers::make_token),
-        )
-        .route("/v1/tokens/{id}", delete(handlers::remove_token))
-        .route("/v1/agent/restart", post(handlers::restart_agent))
-        .route("/v1/audit", get(audit::log))
-        .route(
-            "/v1/images",
-            put(handlers::upload).layer(DefaultBodyLimit::max(image_bytes_max)),
-        )
-        .route("/v1/machines", get(handlers::list).post(handlers::run))
-        .route("/v1/machines/{name}", get(handlers::inspect))
-        .route("/v1/machines/{name}", delete(handlers::remove))
-        .route("/v1/machines/{name}/stop", post(handlers::stop))
-        .route("/v1/machines/{name}/kill", post(handlers::kill))
-        .route("/v1/machines/{name}/move", post(handlers::move_machine))
-        .route("/v1/machines/{name}/dry-run", post(handlers::dry_run))
-        .route(
-            "/v1/machines/{name}/cancel-move",
-            post(handlers::cancel_move),
-        )
-        .route("/v1/machines/{name}/set", post(handlers::set))
-        .route("/v1/machines/{name}/diff", post(handlers::diff))
-        .route(
-            "/v1/machines/{name}/parts",
-            get(handlers::parts)
-                .post(handlers::span)
-                .delete(handlers::unspan),
-        )
-        .route(
-            "/v1/machines/{name}/threads/{tid}/move",
-            post(handlers::move_thread),
-        )
-        .route("/v1/machines/{name}/objects", get(handlers::objects))
-        .route(
-            "/v1/machines/{name}/objects/{object}/move",
-            post(handlers::move_object),
-        )
-        .route(
-            "/v1/machines/{name}/files",
-            get(file::read)
-                .put(file::write)
-                .delete(file::remove)
-                .layer(DefaultBodyLimit::max(crate::volumes::PIECE_BYTES_MAX)),
-        )
-        .route("/v1/machines/{name}/files/stat", get(file::stat))
-        .route("/v1/machines/{name}/files/rename", post(file::rename))
-        .route("/v1/machines/{name}/logs", get(handlers::logs))
-        .route("/v1/machines/{name}/logs/offset", get(handlers::log_offset))
-        .route(
-            "/v1/machines/{name}/checkpoints",
-            get(handlers::checkpoints).post(handlers::checkpoint),
-        )
-        .route("/v1/checkpoints/prune", post(handlers::prune))
-        .route("/v1/restore", post(handlers::restore))
-        .route(
-            "/v1/volumes",
-            get(handlers::list_volumes).post(handlers::create_volume),
-        )
-        .route(
-            "/v1/volumes/{name}",
-            get(handlers::inspect_volume).delete(handlers::remove_volume),
-        )
-        .route("/v1/balance", get(balance::info))
-        .route("/v1/balance/policy", post(balance::change_policy))
-        .route("/v1/machines/{name}/confirm-move", post(balance::confirm))
-        .route("/v1/machines/{name}/why-not", get(balance::why_not))
-        .route("/v1/nodes/{name}/history", get(balance::node_history))
-        .route("/v1/machines/{name}/history", get(balance::machine_history))
-        .route("/v1/plan", post(balance::make_plan))
-        .route("/v1/plan/run", post(balance::carry_out_plan))
-        .route(
-            "/v1/nodes/{name}/drain",
-            get(balance::drain_info)
-                .post(balance::begin_drain)
-                .delete(balance::end_drain),
-        )
-        .route("/v1/ledger", get(balance::ledger))
-        .route(
-            "/v1/rules",
-            get(balance::list_rules).post(balance::put_rule),
-        )
-        .route("/v1/rules/{name}", delete(balance::remove_rule))
-        .route("/v1/labels", post(balance::label))
-        .route("/v1/events", get(handlers::tell_events));
+/// The router of all requests.
+///
+/// # Errors
+/// If the description of the requests cannot be encoded.
+pub(super) fn router(handles: Arc<Handles>) -> Result<Router, serde_json::Error> {
+    let (router, description) = described(handles.context.kinds.image_bytes_max()).split();
+    let document = Document::new(&description)?;
+    // Tests alone use it.
     let router = match failpoint::is_enabled() {
         true => router.route("/v1/debug/failpoint", post(handlers::failpoint)),
         false => router,
     };
-    router
-        .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
+    Ok(router
+        .fallback(|| async {
+            problem(
+                StatusCode::NOT_FOUND,
+                "no such request (see /v1/openapi.json)".into(),
+            )
+        })
+        .layer(Extension(document))
         .layer(middleware::from_fn_with_state(handles.clone(), audit::keep))
         .layer(middleware::from_fn(in_full))
         .layer(middleware::map_response(in_json))
         .layer(middleware::from_fn(check_role))
-        .with_state(handles)
+        .with_state(handles))
+}
+
+/// The handlers. `routes!` takes those of one path.
+pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
+    let images = DefaultBodyLimit::max(image_bytes_max);
+    let pieces = DefaultBodyLimit::max(crate::volumes::PIECE_BYTES_MAX);
+    DescribedRoutes::new()
+        .add(routes!(health::healthz))
+        .add(routes!(health::readyz))
+        .add(routes!(health::metrics))
+        .add(routes!(openapi::document))
+        .add(routes!(cluster::status))
+        .add(routes!(cluster::nodes))
+        .add(routes!(cluster::losses))
+        .add(routes!(cluster::store))
+        .add(routes!(cluster::set_voters))
+        .add(routes!(cluster::backup))
+        .add(routes!(cluster::schedule))
+        .add(routes!(cluster::tokens, cluster::make_token))
+        .add(routes!(cluster::remove_token))
+        .add(routes!(cluster::restart_agent))
+        .add(routes!(audit::log))
+        .add(routes!(handlers::upload).layer(images))
+        .add(routes!(handlers::list, handlers::run))
+        .add(routes!(handlers::inspect, handlers::remove))
+        .add(routes!(handlers::stop))
+        .add(routes!(handlers::kill))
+        .add(routes!(handlers::move_machine))
+        .add(routes!(handlers::dry_run))
+        .add(routes!(handlers::cancel_move))
+        .add(routes!(handlers::set))
+        .add(routes!(handlers::diff))
+        .add(routes!(handlers::parts, handlers::span, handlers::unspan))
+        .add(routes!(handlers::move_thread))
+        .add(routes!(handlers::objects))
+        .add(routes!(handlers::move_object))
+        .add(routes!(file::read, file::write, file::remove).layer(pieces))
+        .add(routes!(file::stat))
+        .add(routes!(file::rename))
+        .add(routes!(logs::logs))
+        .add(routes!(logs::log_offset))
+        .add(routes!(handlers::checkpoints, handlers::checkpoint))
+        .add(routes!(handlers::prune))
+        .add(routes!(handlers::restore))
+        .add(routes!(volume::list_volumes, volume::create_volume))
+        .add(routes!(volume::inspect_volume, volume::remove_volume))
+        .add(routes!(balance::info))
+        .add(routes!(balance::change_policy))
+        .add(routes!(balance::confirm))
+        .add(routes!(balance::why_not))
+        .add(routes!(balance::node_history))
+        .add(routes!(balance::machine_history))
+        .add(routes!(balance::make_plan))
+        .add(routes!(balance::carry_out_plan))
+        .add(routes!(
+            balance::drain_info,
+            balance::begin_drain,
+            balance::end_drain
+        ))
+        .add(routes!(balance::ledger))
+        .add(routes!(balance::list_rules, balance::put_rule))
+        .add(routes!(balance::remove_rule))
+        .add(routes!(balance::label))
+        .add(routes!(logs::tell_events))
 }
 
 /// Errors have one form, whichever layer detected them.
@@ -143,7 +124,7 @@ async fn in_json(response: Response) -> Response {
     let said = said.unwrap_or_default();
     let mut text = String::from_utf8_lossy(&said).into_owned();
     if text.is_empty() {
-        text = format!("{status}: see /v1");
+        text = format!("{status}: see /v1/openapi.json");
     }
     // Other headers, as the allowed methods, stay.
     for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
@@ -168,38 +149,4 @@ async fn in_full(request: Request, next: Next) -> Response {
         let text = "this request was not completed; see the agent's log".into();
         problem(StatusCode::INTERNAL_SERVER_ERROR, text)
     })
-}
-
-/// Reading needs a viewer; tokens, the audit log, backups and restarts of an agent an admin;
-/// everything else an operator, including the content of machines' files.
-async fn check_role(request: Request, next: Next) -> Response {
-    if matches!(request.uri().path(), "/healthz" | "/readyz") {
-        // Those who ask have no token, as load balancers.
-        return next.run(request).await;
-    }
-    let needed = match (request.method(), request.uri().path()) {
-        (
-            _,
-            "/v1/tokens"
-            | "/v1/audit"
-            | "/v1/store/backup"
-            | "/v1/agent/restart"
-            | "/v1/debug/failpoint",
-        ) => Role::Admin,
-        (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
-        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
-        (&Method::GET, _) => Role::Viewer,
-        _ => Role::Operator,
-    };
-    match request.extensions().get::<Caller>() {
-        Some(Caller { role, .. }) if role.includes(needed) => next.run(request).await,
-        Some(_) => problem(
-            StatusCode::FORBIDDEN,
-            format!("this needs a token of role {needed}"),
-        ),
-        None => problem(
-            StatusCode::UNAUTHORIZED,
-            "no valid token (make one with `keel token user`)".into(),
-        ),
-    }
 }

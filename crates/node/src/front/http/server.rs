@@ -31,7 +31,7 @@ pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<AgentEnd> {
     let _ = std::fs::remove_file(&temporary);
     let listener = UnixListener::bind(&temporary)?;
     std::fs::rename(&temporary, &path)?;
-    let router = router(handles);
+    let router = router(handles)?;
     if let Some(address) = context.settings.api {
         let listener = TcpListener::bind(address).await?;
         tokio::spawn(serve_tls(context.clone(), listener, router.clone()));
