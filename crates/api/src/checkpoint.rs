@@ -97,6 +97,30 @@ pub struct PrunedMachine {
     pub bytes: u64,
 }
 
+/// The quota of a place, to be set or removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QuotaRequest {
+    /// URL of the place; the node's own folder if absent.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// The most bytes that its checkpoints may have; no limit if absent.
+    #[serde(default)]
+    pub bytes: Option<u64>,
+}
+
+/// How much of the quota of a place is used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct QuotaInfo {
+    /// The place.
+    pub repository: String,
+    /// Bytes of all that is stored there.
+    pub used_bytes: u64,
+    /// The most bytes that its checkpoints may have; no limit if absent.
+    #[serde(default)]
+    pub quota_bytes: Option<u64>,
+}
+
 /// A machine to create from a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -26,6 +26,8 @@
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `POST /v1/agent/restart` | [`AgentRestart`]; the agent of the node that answers ends, and is started again |
 //! | `POST /v1/checkpoints/prune` [`PruneRequest`] | [`PruneInfo`] |
+//! | `GET /v1/checkpoints/quota?from=PLACE` | [`QuotaInfo`] |
+//! | `POST /v1/checkpoints/quota` [`QuotaRequest`] | [`QuotaInfo`] |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, in the format of `keel_machine::log` |
 //! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
 //! | `GET /v1/machines/NAME/files/stat?path=PATH` | [`FileStat`] |
@@ -88,7 +90,8 @@ pub use balance::{
     PlanStep, PlannedMachine, PolicyRequest, RulesInfo, WhyNot,
 };
 pub use checkpoint::{
-    CheckpointInfo, CheckpointRequest, PruneInfo, PruneRequest, PrunedMachine, RestoreRequest,
+    CheckpointInfo, CheckpointRequest, PruneInfo, PruneRequest, PrunedMachine, QuotaInfo,
+    QuotaRequest, RestoreRequest,
 };
 pub use client::{Client, ClientError, Lines, path};
 pub use cluster::{

@@ -1,4 +1,4 @@
-//! `keel checkpoint`, `checkpoint prune`, `checkpoints`, `restore`, `clone`.
+//! `keel checkpoint`, `checkpoint prune`, `checkpoint quota`, `checkpoints`, `restore`, `clone`.
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
@@ -6,7 +6,8 @@ use crate::started::started;
 use anyhow::Result;
 
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, MachineInfo, PruneInfo, PruneRequest, RestoreRequest,
+    CheckpointInfo, CheckpointRequest, MachineInfo, PruneInfo, PruneRequest, QuotaInfo,
+    QuotaRequest, RestoreRequest,
 };
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,6 +44,23 @@ enum CheckpointCommand {
     /// checkpoints that were never completed, and programs that none needs, are deleted a day after
     /// they were written.
     Prune(PruneArgs),
+    /// Shows and sets how many bytes the checkpoints in a place may have.
+    ///
+    /// While they have as many, no other checkpoint is created there. Counted once a minute.
+    Quota(QuotaArgs),
+}
+
+#[derive(clap::Args)]
+struct QuotaArgs {
+    /// The place: a directory or s3://bucket/prefix (default: the node's own folder).
+    #[arg(long, value_name = "PLACE")]
+    from: Option<String>,
+    /// Sets it (examples: 500G, 2T).
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    set: Option<u64>,
+    /// Removes it.
+    #[arg(long, conflicts_with = "set")]
+    none: bool,
 }
 
 #[derive(clap::Args)]
@@ -153,6 +171,34 @@ async fn prune(reach: &Reach, args: &PruneArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+async fn quota(reach: &Reach, args: &QuotaArgs) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let from = optional(args.from.as_ref())?;
+    let info: QuotaInfo = match args.set.is_some() || args.none {
+        true => {
+            let bytes = args.set;
+            let request = QuotaRequest { from, bytes };
+            client.post("/v1/checkpoints/quota", &request).await?
+        }
+        false => {
+            let path = "/v1/checkpoints/quota".to_owned();
+            client.get(&with_place(path, from.as_deref())).await?
+        }
+    };
+    output::one(reach.format(), &info, &info.repository, |info| {
+        let used = output::bytes(info.used_bytes);
+        match info.quota_bytes {
+            Some(quota) => format!(
+                "{used} of {} used in {}",
+                output::bytes(quota),
+                info.repository
+            ),
+            None => format!("{used} used in {}, without a quota", info.repository),
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn pruned_text(info: &PruneInfo, dry_run: bool) -> String {
     let done = if dry_run { "to be deleted" } else { "deleted" };
     let mut lines = Vec::new();
@@ -176,8 +222,10 @@ fn pruned_text(info: &PruneInfo, dry_run: bool) -> String {
 }
 
 pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<ExitCode> {
-    if let Some(CheckpointCommand::Prune(args)) = &args.command {
-        return prune(reach, args).await;
+    match &args.command {
+        Some(CheckpointCommand::Prune(args)) => return prune(reach, args).await,
+        Some(CheckpointCommand::Quota(args)) => return quota(reach, args).await,
+        None => {}
     }
     let machine = args.machine.as_deref().unwrap_or_default();
     let request = CheckpointRequest {
@@ -207,12 +255,18 @@ pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<E
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> Result<ExitCode> {
-    let mut path = keel_api::path(["machines", machine, "checkpoints"]);
-    if let Some(from) = optional(from.as_ref())? {
+/// A path with the place of checkpoints as its parameter.
+fn with_place(mut path: String, from: Option<&str>) -> String {
+    if let Some(from) = from {
         path += "?from=";
         path.extend(form_urlencoded::byte_serialize(from.as_bytes()));
     }
+    path
+}
+
+pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> Result<ExitCode> {
+    let path = keel_api::path(["machines", machine, "checkpoints"]);
+    let path = with_place(path, optional(from.as_ref())?.as_deref());
     let found: Vec<CheckpointInfo> = reach.client()?.get(&path).await?;
     output::list(
         reach.format(),

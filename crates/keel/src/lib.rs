@@ -231,7 +231,8 @@ enum Command {
     Rule(rule::RuleCommand),
     /// Labels a machine, or a node, for rules to select by.
     Label(rule::LabelArgs),
-    /// Makes a checkpoint of a running machine, or deletes checkpoints (`prune`).
+    /// Makes a checkpoint of a running machine, or deletes some (`prune`), or limits
+    /// them (`quota`).
     Checkpoint(checkpoint::CheckpointArgs),
     /// Lists a machine's checkpoints.
     Checkpoints {

@@ -32,6 +32,7 @@ const ALONE: &[&str] = &[
     "up --detach",
     "up --name A_b",
     "down",
+    "reload",
     "join 127.0.0.1:1 --token abc --name b",
     "status",
     "nodes",
@@ -90,6 +91,7 @@ const ALONE: &[&str] = &[
 /// With node a, on which machine m runs and machine done has ended.
 const WITH_NODE: &[&str] = &[
     "up --name b",
+    "up --name a --store etcd://127.0.0.1:1/site",
     "up --detach",
     "join 127.0.0.1:1 --token abc --name b",
     "token user x --role king",

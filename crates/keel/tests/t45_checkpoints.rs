@@ -216,6 +216,41 @@ async fn machines_start_warm() {
     assert_eq!(info.status, "running");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn no_checkpoint_is_made_where_the_quota_is_used_up() {
+    let folder = folder();
+    let bench = Bench::new(folder.path(), &["a"]).await;
+    let place = folder.path().join("kept").display().to_string();
+    let module = guest("counter");
+    let machine = Guest::new("m", "a", &module, &["1000000", "20"]);
+    bench.cluster.run(&machine).await.expect("it starts");
+    let quota = |more: &[&str]| {
+        let mut args = vec!["checkpoint", "quota", "--from", &place];
+        args.extend(more);
+        bench.keel("a", &args)
+    };
+    let checkpoint = || bench.keel("a", &["checkpoint", "m", "--to", &place, "--full"]);
+    let (done, text) = quota(&[]);
+    assert!(!done, "there is no such place yet: {text}");
+    let (done, text) = quota(&["--set", "1k"]);
+    assert!(done && text.contains("0 B of 1.00 KiB used"), "{text}");
+    let (done, text) = checkpoint();
+    assert!(done, "what is begun is completed: {text}");
+    let (done, text) = checkpoint();
+    assert!(!done && text.contains("their quota is 1024"), "{text}");
+    let (_, text) = bench.keel("a", &["events", "m"]);
+    assert!(text.contains("their quota is 1024"), "{text}");
+    // Once it is raised, at once.
+    let (done, text) = quota(&["--set", "1T"]);
+    assert!(done && text.contains("of 1.00 TiB used"), "{text}");
+    let (done, text) = checkpoint();
+    assert!(done, "{text}");
+    let (done, text) = quota(&["--none"]);
+    assert!(done && text.contains("without a quota"), "{text}");
+    let (done, text) = quota(&["--set", "much"]);
+    assert!(!done && text.contains("is not a size"), "{text}");
+}
+
 /// A file that a writer left long ago.
 fn plant(path: &Path) {
     let file = std::fs::File::create(path).expect("a file");

@@ -274,20 +274,27 @@ impl Keeper {
                 }
             };
             let next = tokio::time::Instant::now() + rest;
-            while let Ok(Some(request)) = tokio::time::timeout_at(next, requests.recv()).await {
-                match request {
-                    Request::Begin(answer) => {
-                        let begun = self.begin_hold().await;
-                        let is_held = begun.is_ok();
-                        if answer.send(begun).is_ok() && is_held {
-                            // The next deadline would be an earlier one.
-                            std::future::pending().await
-                        }
-                        break;
-                    }
-                    Request::End(answer) => drop(answer.send(self.end_hold().await)),
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                Some(request) = requests.recv() => self.answer(request).await,
+            }
+        }
+    }
+
+    async fn answer(&mut self, request: Request) {
+        match request {
+            Request::Begin(answer) => {
+                let begun = self.begin_hold().await;
+                let is_held = begun.is_ok();
+                match answer.send(begun) {
+                    // The deadline of another renewal would be an earlier one.
+                    Ok(()) if is_held => std::future::pending().await,
+                    Ok(()) => {}
+                    // Nobody ends this process: it goes on as a successor would.
+                    Err(_) => self.forget(),
                 }
             }
+            Request::End(answer) => drop(answer.send(self.end_hold().await)),
         }
     }
 

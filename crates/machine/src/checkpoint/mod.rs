@@ -5,6 +5,7 @@
 //! - `origin`: which checkpoint a machine is restored from
 //! - `retention`: which checkpoints are kept
 //! - `collection`: deletes what nothing needs
+//! - `quota`: how many bytes a repository may have
 //! - `format`: the stored form and its validation
 //! - `packer`: collects bytes into packs
 //! - `repository`: the objects of checkpoints, in a directory or an S3-compatible store
@@ -23,6 +24,7 @@
 //!   machines/NAME/ID.vN.pack      blocks of files in the machine's own volumes
 //!   machines/NAME/ID.gG.…pack     the same, after compaction
 //!   programs/HASH.wasm            the instrumented module, shared
+//!   quota.json                    how many bytes all of it may have, if that is limited
 //! ```
 //!
 //! The manifest is written last, so a checkpoint exists as a whole or not at all; each
@@ -38,6 +40,7 @@ mod id;
 mod layout;
 pub(crate) mod origin;
 mod packer;
+mod quota;
 mod repository;
 mod restore_memory_size;
 pub(crate) mod retention;

@@ -40,6 +40,11 @@ pub enum RepositoryError {
         part: String,
         reason: String,
     },
+    /// Its quota cannot be read or written.
+    #[error(
+        "the quota in {url} cannot be used: {reason} (`keel checkpoint quota` sets another one)"
+    )]
+    Quota { url: String, reason: String },
     /// The machine has no checkpoint.
     #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
     None(MachineName),

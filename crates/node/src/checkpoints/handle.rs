@@ -1,5 +1,6 @@
 //! Checkpoints of this node's machines: creates and lists them, and records the newest.
 
+use super::usage::Usage;
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::events::Note;
@@ -54,7 +55,9 @@ pub(crate) fn repository_error(error: &RepositoryError) -> CommandError {
     match error {
         RepositoryError::Url { .. } => CommandError::Invalid(text),
         RepositoryError::None(_) => CommandError::NotFound(text),
-        RepositoryError::Part { .. } => CommandError::Conflict(text),
+        RepositoryError::Part { .. } | RepositoryError::Quota { .. } => {
+            CommandError::Conflict(text)
+        }
         RepositoryError::Store(_) => CommandError::Unavailable(text),
     }
 }
@@ -84,6 +87,8 @@ pub(crate) struct Checkpoints {
     scheduled: Mutex<HashSet<u64>>,
     /// Machines whose output is being copied to here.
     pub(super) copied: Mutex<HashSet<MachineName>>,
+    /// How much is stored in places with a quota.
+    pub(super) usage: Usage,
 }
 
 impl Checkpoints {
@@ -93,6 +98,7 @@ impl Checkpoints {
             processes,
             scheduled: Mutex::default(),
             copied: Mutex::default(),
+            usage: Usage::default(),
         }
     }
 
@@ -137,7 +143,7 @@ impl Checkpoints {
         let repository = place(&self.context, request.to.as_deref());
         // An invalid place is reported before any work is done.
         let url = repository.clone();
-        opened(move || Repository::create(&url)).await?;
+        let checked = opened(move || Repository::create(&url)).await?;
         let retention = Retention {
             newest: request.keep,
             for_s: request.keep_for_s,
@@ -148,6 +154,7 @@ impl Checkpoints {
                 "machine {machine:?} does not run: there is nothing to checkpoint"
             ))
         })?;
+        self.check_quota(&checked).await?;
         let question = Checkpoint {
             repository: repository.clone(),
             full: request.full,
@@ -169,6 +176,7 @@ impl Checkpoints {
             .await
             .map_err(injected)?;
         self.context.metrics.checkpoint_made(taken.pause_micros);
+        self.usage.stored(checked.url(), taken.stored_bytes);
         self.note_newest(machine, &repository).await;
         Ok(CheckpointInfo {
             machine: machine.to_string(),

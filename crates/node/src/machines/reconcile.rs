@@ -341,7 +341,8 @@ async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
         Ok(None) => {}
         Ok(Some(_)) => return true,
         Err(error) => {
-            tracing::warn!(%machine, %error, "cannot read whether it is scheduled here");
+            // It is asked again soon, and that the store is away is said once, of the lease.
+            tracing::debug!(%machine, %error, "cannot read whether it is scheduled here");
             return false;
         }
     }

@@ -16,8 +16,8 @@ use axum::response::Response;
 use bytes::Bytes;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, DryRun, MachineDiff, MachineInfo, MoveLine, MoveRequest,
-    Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo, PruneRequest, RestoreRequest,
-    RunRequest, SetRequest, SpanRequest, ThreadMove, Uploaded,
+    Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo, PruneRequest, QuotaInfo, QuotaRequest,
+    RestoreRequest, RunRequest, SetRequest, SpanRequest, ThreadMove, Uploaded,
 };
 use keel_cluster::NodeName;
 use serde::Deserialize;
@@ -415,6 +415,39 @@ pub(super) async fn prune(
     Json(request): Json<PruneRequest>,
 ) -> Reply<PruneInfo> {
     Ok(Json(at.checkpoints.prune(request).await?))
+}
+
+/// How much is stored in a place, and its quota.
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints/quota",
+    operation_id = "get_checkpoint_quota",
+    tag = "checkpoints",
+    params(RepositoryQuery),
+    responses((status = 200, description = "Success", body = QuotaInfo))
+)]
+pub(super) async fn quota(
+    State(at): Shared,
+    Query(query): Query<RepositoryQuery>,
+) -> Reply<QuotaInfo> {
+    Ok(Json(at.checkpoints.quota(query.from.as_deref()).await?))
+}
+
+/// Sets or removes the quota of a place.
+///
+/// What is stored there stays, also if it is more; then no other checkpoint is created.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/quota",
+    operation_id = "set_checkpoint_quota",
+    tag = "checkpoints",
+    responses((status = 200, description = "Success", body = QuotaInfo))
+)]
+pub(super) async fn set_quota(
+    State(at): Shared,
+    Json(request): Json<QuotaRequest>,
+) -> Reply<QuotaInfo> {
+    Ok(Json(at.checkpoints.set_quota(request).await?))
 }
 
 /// Creates a machine from a checkpoint, or runs the same one again.

@@ -87,6 +87,7 @@ pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
         .add(routes!(logs::log_offset))
         .add(routes!(handlers::checkpoints, handlers::checkpoint))
         .add(routes!(handlers::prune))
+        .add(routes!(handlers::quota, handlers::set_quota))
         .add(routes!(handlers::restore))
         .add(routes!(volume::list_volumes, volume::create_volume))
         .add(routes!(volume::inspect_volume, volume::remove_volume))
