@@ -231,8 +231,7 @@ enum Command {
     Rule(rule::RuleCommand),
     /// Labels a machine, or a node, for rules to select by.
     Label(rule::LabelArgs),
-    /// Makes a checkpoint of a running machine, or deletes some (`prune`), or limits
-    /// them (`quota`).
+    /// Makes a checkpoint of a running machine; deletes some, and limits what a place has.
     Checkpoint(checkpoint::CheckpointArgs),
     /// Lists a machine's checkpoints.
     Checkpoints {

@@ -4,7 +4,7 @@
 use crate::cluster::Reach;
 use anyhow::{Context, Result, bail};
 use keel_machine::kind::{KindName, Kinds, WorkerFolders};
-use keel_node::{AgentError, AgentOptions, ExternalStore};
+use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -239,6 +239,10 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
 
 pub(crate) async fn agent(args: &AgentArgs, kinds: Kinds) -> Result<ExitCode> {
     let end = keel_node::run(&args.folder, kinds).await?;
+    if end == AgentEnd::Restart {
+        // Without waiting for tasks that block: the next agent's time is limited.
+        std::process::exit(end.exit_code().into());
+    }
     Ok(ExitCode::from(end.exit_code()))
 }
 

@@ -46,6 +46,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc::unbounded_channel;
 
+/// How long an agent takes at most to end in order.
+const END_WITHIN: Duration = Duration::from_secs(5);
+
 /// Options for creating a node.
 #[derive(Debug, Clone)]
 pub struct AgentOptions {
@@ -438,10 +441,11 @@ impl Parts {
             processes.clone(),
             placements.clone(),
         ));
-        let has_parent = parent().is_some();
         let handles = Handles {
             failover: Arc::new(failover),
-            restart: Arc::new(PlannedRestart::new(extension.clone(), has_parent)),
+            restart: Arc::new(PlannedRestart::new(extension.clone(), || {
+                parent().is_some()
+            })),
             logs: Arc::new(Logs::new(context.clone(), processes.clone())),
             files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
             context,
@@ -560,13 +564,19 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     ));
     balancer::start(&at.balancer, inbox, placement_changes);
     let end = front::serve(at.clone()).await.map_err(system("the API"))?;
-    server.shutdown().await;
-    if end == AgentEnd::Stopped {
-        let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
-        context.events.record(stopped);
-        at.processes.machines.slice().remove_if_empty();
+    let orderly = async {
+        server.shutdown().await;
+        if end == AgentEnd::Stopped {
+            let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
+            context.events.record(stopped);
+            at.processes.machines.slice().remove_if_empty();
+        }
+        context.events.flush().await;
+    };
+    // A disk that stands still keeps nobody from starting the next agent.
+    if tokio::time::timeout(END_WITHIN, orderly).await.is_err() {
+        tracing::warn!("the agent ends without having written all of its events");
     }
-    context.events.flush().await;
     Ok(end)
 }
 

@@ -45,6 +45,8 @@ const RENEW_AGAIN_AFTER: Duration = Duration::from_millis(50);
 const DRIFT_PART: u32 = 100;
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How long a change of `alive/NODE` for a hold may take: no renewal is sent meanwhile.
+const CHANGE_WITHIN: Duration = Duration::from_millis(600);
 /// How long a node counts as alive while its agent is restarted on purpose.
 const HOLD: Duration = Duration::from_secs(60);
 /// Name of the value of `alive/NODE` in errors.
@@ -54,6 +56,8 @@ const HOLD_VALUE: &str = "the hold of a node whose agent is restarted";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LeaseTerm {
     pub(crate) lease: LeaseId,
+    /// When it was asked for, on CLOCK_BOOTTIME.
+    pub(crate) sent: Duration,
     /// When it ends, on CLOCK_BOOTTIME.
     pub(crate) deadline: Duration,
 }
@@ -227,6 +231,11 @@ impl Hold {
     }
 }
 
+fn slow() -> StoreError {
+    let within = CHANGE_WITHIN.as_millis();
+    StoreError::unavailable(format!("it did not answer within {within} ms"))
+}
+
 /// When a lease ends for its holder that was asked for at `sent`.
 fn end_of(sent: Duration, ttl: Duration) -> Duration {
     sent + ttl - ttl / DRIFT_PART
@@ -284,17 +293,25 @@ impl Keeper {
     async fn answer(&mut self, request: Request) {
         match request {
             Request::Begin(answer) => {
-                let begun = self.begin_hold().await;
+                let changed = tokio::time::timeout(CHANGE_WITHIN, self.begin_hold()).await;
+                let begun = changed.unwrap_or_else(|_| Err(slow()));
                 let is_held = begun.is_ok();
                 match answer.send(begun) {
                     // The deadline of another renewal would be an earlier one.
                     Ok(()) if is_held => std::future::pending().await,
-                    Ok(()) => {}
-                    // Nobody ends this process: it goes on as a successor would.
-                    Err(_) => self.forget(),
+                    // It may be in force; or it is, and nobody ends this process. It goes on as a
+                    // successor would: what is stored decides, once a write has settled it.
+                    Ok(()) | Err(_) => self.forget(),
                 }
             }
-            Request::End(answer) => drop(answer.send(self.end_hold().await)),
+            Request::End(answer) => {
+                let changed = tokio::time::timeout(CHANGE_WITHIN, self.end_hold()).await;
+                let ended = changed.unwrap_or_else(|_| Err(slow()));
+                if ended.is_err() {
+                    self.forget();
+                }
+                drop(answer.send(ended));
+            }
         }
     }
 
@@ -321,9 +338,11 @@ impl Keeper {
             // Until then the node is alive whatever becomes of its lease, and no longer.
             deadline = deadline.min(hold.deadline);
         }
-        self.told
-            .term
-            .send_replace(Some(LeaseTerm { lease, deadline }));
+        self.told.term.send_replace(Some(LeaseTerm {
+            lease,
+            sent,
+            deadline,
+        }));
         if known.is_none() {
             self.told.current.send_replace(Some(lease));
             self.is_late = false;
@@ -405,14 +424,14 @@ impl Keeper {
             }),
         };
         let txn = txn.put_leased(key, value, held);
-        let error = match self.store.txn(txn).await {
-            Ok(TxnOutcome::Committed { .. }) => return Ok(LeaseTerm { lease, deadline }),
-            Ok(TxnOutcome::Refused { .. }) => none(),
-            Err(error) => error,
-        };
-        // It may be in force: what is stored decides, once a write has settled it.
-        self.forget();
-        Err(error)
+        match self.store.txn(txn).await? {
+            TxnOutcome::Committed { .. } => Ok(LeaseTerm {
+                lease,
+                sent,
+                deadline,
+            }),
+            TxnOutcome::Refused { .. } => Err(none()),
+        }
     }
 
     async fn end_hold(&mut self) -> Result<(), StoreError> {
@@ -425,20 +444,13 @@ impl Keeper {
         let txn = Txn::new()
             .when_modified_at(key.clone(), hold.revision)
             .put_leased(key, Vec::new(), lease);
-        match self.store.txn(txn).await {
-            Ok(TxnOutcome::Committed { .. }) => self.set_hold(None),
-            Ok(TxnOutcome::Refused { .. }) => {
-                self.forget();
-                return Err(none());
-            }
-            Err(error) => {
-                self.forget();
-                return Err(error);
-            }
+        match self.store.txn(txn).await? {
+            TxnOutcome::Committed { .. } => self.set_hold(None),
+            TxnOutcome::Refused { .. } => return Err(none()),
         }
-        if let Err(error) = self.store.lease_revoke(hold.lease).await {
-            tracing::debug!(%error, "the hold's lease, which has no key, ends by itself");
-        }
+        // It has no key any more, and ends by itself if it is not revoked.
+        let (store, held) = (self.store.clone(), hold.lease);
+        tokio::spawn(async move { store.lease_revoke(held).await });
         Ok(())
     }
 }

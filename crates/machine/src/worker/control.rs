@@ -73,8 +73,8 @@ pub mod kind {
 pub struct LeaseDeadline {
     /// On CLOCK_BOOTTIME, in microseconds.
     pub at_micros: u64,
-    /// When it was sent, on the same clock: an earlier one never replaces a later one. 0 from an
-    /// agent of an older version.
+    /// When the agent asked for the lease, on the same clock: an earlier one never replaces a later
+    /// one. 0 from an agent of an older version, whose deadlines count in the order of arrival.
     #[serde(default)]
     pub sent_micros: u64,
 }

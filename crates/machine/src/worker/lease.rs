@@ -171,20 +171,26 @@ impl Guard {
         Ok(())
     }
 
-    /// The node's lease holds until `deadline` on CLOCK_BOOTTIME, as its agent knew at `sent`. A
-    /// later deadline may have been replaced by an earlier one since ([`LeaseDeadline`]): no effect
-    /// then.
+    /// The node's lease holds until `deadline` on CLOCK_BOOTTIME, as its agent asked at `sent`
+    /// ([`LeaseDeadline`]). No effect if a deadline that was asked for later is known.
     ///
     /// [`LeaseDeadline`]: super::control::LeaseDeadline
     ///
     /// # Errors
-    /// If the kernel has no timer for this process: the machine stays held then.
+    /// If the kernel has no timer for this process: the machine stays held then. If the deadline is
+    /// over already, and a later one that is not was known: that one stays.
     pub(super) fn extend(&self, deadline: Duration, sent: Duration) -> Result<(), String> {
         let mut state = self.state();
-        if sent < state.sent {
-            return Ok(());
+        if !sent.is_zero() {
+            if sent < state.sent {
+                return Ok(());
+            }
+            let is_over = deadline <= boottime() + HOLD_BEFORE;
+            if is_over && state.lease.deadline.is_some_and(|known| deadline < known) {
+                return Err("the deadline is over: it arrived late".into());
+            }
+            state.sent = sent;
         }
-        state.sent = sent;
         if state.lease.is_required && state.lease.is_armed {
             // At once: the deadline that was armed before may be near.
             let armed = state.arm(deadline);
@@ -302,15 +308,20 @@ mod tests {
     /// A request of an agent that has ended may be read after those of the next one.
     #[test]
     fn an_earlier_deadline_never_replaces_a_later_one() {
-        let guard = Guard::default();
+        let (guard, now) = (Guard::default(), boottime());
         let told = |deadline, sent| {
-            guard.extend(ms(deadline), ms(sent)).unwrap();
-            guard.state().lease.deadline
+            let told = guard.extend(now + ms(deadline), ms(sent));
+            let left = guard.state().lease.deadline.map(|it| it - now);
+            (told.is_ok(), left)
         };
-        assert_eq!(told(60_000, 5), Some(ms(60_000)));
-        assert_eq!(told(1_500, 7), Some(ms(1_500)));
-        assert_eq!(told(60_000, 6), Some(ms(1_500)));
-        assert_eq!(told(1_800, 7), Some(ms(1_800)));
+        assert_eq!(told(60_000, 5), (true, Some(ms(60_000))));
+        assert_eq!(told(11_500, 7), (true, Some(ms(11_500))));
+        assert_eq!(told(60_000, 6), (true, Some(ms(11_500))));
+        assert_eq!(told(11_800, 7), (true, Some(ms(11_800))));
+        // It would kill a machine that runs under the known one.
+        assert_eq!(told(100, 8), (false, Some(ms(11_800))));
+        // Of an agent that does not say when: in the order of arrival.
+        assert_eq!(told(11_600, 0), (true, Some(ms(11_600))));
     }
 
     #[test]

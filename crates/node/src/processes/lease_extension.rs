@@ -10,7 +10,7 @@ use super::handle::Processes;
 use super::workers::{PROMPT, WorkerHandle};
 use crate::context::Context;
 use crate::lease::LeaseTerm;
-use crate::records::{self, Placements};
+use crate::records::{self, Placements, RecordError};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::moves::ownership::{self, ResumeDecision};
 use keel_machine::worker::control::{LeaseDeadline, State, kind};
@@ -21,6 +21,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+/// A deadline is not sent when less is left: the machine would be held at once.
+const LEFT_MIN: Duration = Duration::from_millis(400);
 /// How long a worker may take: the next deadline follows soon.
 const EXTEND_PATIENCE: Duration = Duration::from_millis(300);
 
@@ -75,7 +77,7 @@ impl LeaseExtension {
         let workers = self.highly_available().into_iter();
         let workers = workers.filter(|(_, worker)| known.get(&worker.id()) == Some(&term.lease));
         let told = workers.map(async |(machine, worker)| {
-            let sent = send(&worker, term.deadline).await;
+            let sent = send(&worker, term).await;
             if let Err(reason) = &sent {
                 tracing::warn!(%machine, reason, "its worker does not get the longer lease");
             }
@@ -133,7 +135,7 @@ impl LeaseExtension {
     ) -> Result<(), String> {
         let known = self.known().get(&worker.id()).copied();
         match known == Some(term.lease) {
-            true => send(worker, term.deadline).await,
+            true => send(worker, term).await,
             false => self.extend_if_owner(machine, worker).await,
         }
     }
@@ -166,21 +168,47 @@ impl LeaseExtension {
             State::Empty => return Err("it is being started".into()),
             State::Ended { .. } | State::Dropped { .. } => return Err("it has ended".into()),
         }
-        send(worker, term.deadline).await?;
+        // The answers may have taken long. Under the same lease the newest deadline is as good.
+        let newest = *self.context.lease_term.borrow();
+        let term = newest.filter(|it| it.lease == term.lease).unwrap_or(term);
+        if term.deadline < boottime() + LEFT_MIN {
+            return Err("the lease ends before its worker can be told".into());
+        }
+        send(worker, term).await?;
         self.known().insert(worker.id(), term.lease);
         Ok(())
     }
 }
 
-/// Whether a worker runs nothing that a lease guards.
+/// Whether a worker runs nothing that a lease guards, and will not before its agent orders it.
 async fn needs_no_lease(context: &Context, machine: &MachineName, worker: &WorkerHandle) -> bool {
-    match worker.state().await {
-        Ok(State::Empty | State::Ended { .. } | State::Dropped { .. }) => true,
-        Ok(_) => match records::get(&*context.store, machine).await {
-            Ok(found) => found.record.spec.ha.is_none(),
-            Err(_) => false,
-        },
-        Err(_) => false,
+    if worker.is_lost() {
+        return true;
+    }
+    let record = match records::get(&*context.store, machine).await {
+        Ok(found) => Some(found.record),
+        Err(RecordError::NoMachine(_)) => None,
+        Err(_) => return false,
+    };
+    if record
+        .as_ref()
+        .is_some_and(|record| record.spec.ha.is_none())
+    {
+        return true;
+    }
+    let Ok(report) = worker.report().await else {
+        return false;
+    };
+    match report.state {
+        State::Empty | State::Ended { .. } | State::Dropped { .. } => true,
+        State::Receiving { offered } | State::Prepared { offered, .. } => {
+            let decision = ownership::may_resume(&context.name, offered, record.as_ref());
+            decision == ResumeDecision::Drop
+        }
+        // The frozen source of a move that was committed: it may still send memory.
+        State::Running { .. } | State::Filling { .. } | State::Held { .. } => {
+            report.moving_away && record.is_some_and(|record| record.owner != context.name)
+        }
     }
 }
 
@@ -188,16 +216,16 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn deadline(at: Duration) -> LeaseDeadline {
+fn deadline(term: LeaseTerm) -> LeaseDeadline {
     LeaseDeadline {
-        at_micros: micros(at),
-        sent_micros: micros(boottime()),
+        at_micros: micros(term.deadline),
+        sent_micros: micros(term.sent),
     }
 }
 
-async fn send(worker: &WorkerHandle, deadline: Duration) -> Result<(), String> {
+async fn send(worker: &WorkerHandle, term: LeaseTerm) -> Result<(), String> {
     let told: Result<(), RpcError> = worker
-        .ask(kind::LEASE, &self::deadline(deadline), EXTEND_PATIENCE)
+        .ask(kind::LEASE, &deadline(term), EXTEND_PATIENCE)
         .await;
     told.map_err(|error| error.to_string())
 }
@@ -233,7 +261,7 @@ pub(crate) async fn extend_new(
         // It is held until the node has a lease.
         return Ok(());
     };
-    if let Err(reason) = send(worker, term.deadline).await {
+    if let Err(reason) = send(worker, term).await {
         tracing::debug!(%machine, reason, "its worker gets the lease later");
     }
     Ok(())
@@ -249,7 +277,5 @@ pub(crate) async fn prove_guard(
     term: Option<LeaseTerm>,
 ) -> Result<(), RpcError> {
     let term = term.ok_or_else(|| RpcError::failed("this node has no lease"))?;
-    worker
-        .ask(kind::LEASE, &deadline(term.deadline), PROMPT)
-        .await
+    worker.ask(kind::LEASE, &deadline(term), PROMPT).await
 }

@@ -17,13 +17,13 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(200);
 /// Restarts of this agent.
 pub(crate) struct PlannedRestart {
     extension: Arc<LeaseExtension>,
-    /// Whether this agent is started again when it ends.
-    has_parent: bool,
+    /// Whether this agent would be started again if it ended now.
+    has_parent: fn() -> bool,
     is_wanted: watch::Sender<bool>,
 }
 
 impl PlannedRestart {
-    pub(crate) fn new(extension: Arc<LeaseExtension>, has_parent: bool) -> Self {
+    pub(crate) fn new(extension: Arc<LeaseExtension>, has_parent: fn() -> bool) -> Self {
         Self {
             extension,
             has_parent,
@@ -40,15 +40,15 @@ impl PlannedRestart {
     pub(crate) async fn begin(&self) -> Result<AgentRestart, CommandError> {
         let context = &self.extension.context;
         let node = &context.name;
-        if !self.has_parent {
+        if !(self.has_parent)() {
             return Err(CommandError::Conflict(format!(
-                "the agent of node {node} was not started by `keel up`, so nothing would start it again"
+                "the agent of node {node} has no parent (`keel up`) that would start it again"
             )));
         }
         let term = context.hold.begin().await?;
         let held = self.extension.extend_known(term).await;
         let text = "the agent restarts, as it was asked to";
-        let note = Note::node(EventKind::AgentRestarts, text).with("held", held.len());
+        let note = Note::node(EventKind::AgentRestarts, text).with("machines", held.len());
         context.events.record(note);
         let is_wanted = self.is_wanted.clone();
         tokio::spawn(async move {

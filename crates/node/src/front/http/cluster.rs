@@ -64,7 +64,7 @@ pub(super) async fn store(State(at): Shared) -> Reply<StoreInfo> {
 
 /// Restarts the agent of the node that answers, from the file that is installed then.
 ///
-/// Its machines run on, and the node counts as alive for a minute.
+/// Its machines run on, and the node counts as alive for a minute at most.
 #[utoipa::path(
     post,
     path = "/v1/agent/restart",
