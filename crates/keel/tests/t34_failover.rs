@@ -2,7 +2,7 @@
 //! never twice. The witness writes numbered lines with its epoch into a file that all nodes see:
 //! two live copies would write a number twice under one epoch, or an older epoch after a newer one.
 
-use keel_api::MachineInfo;
+use keel_api::{MachineInfo, NodeInfo};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
 use keel_testkit::witness::{Evidence, examine};
@@ -25,6 +25,18 @@ struct Bench {
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir();
     folder.expect("a folder")
+}
+
+/// What a command says about the node in a folder.
+fn keel(state: &Path, args: &[&str]) -> String {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(state)
+        .args(args)
+        .output()
+        .expect("keel runs");
+    let said = [output.stdout, output.stderr].concat();
+    String::from_utf8_lossy(&said).into_owned()
 }
 
 /// Replaces a program by one whose agents do not start while there is a file.
@@ -59,14 +71,7 @@ impl Bench {
     }
 
     fn keel(&self, node: &str, args: &[&str]) -> String {
-        let output = Command::new(KEEL)
-            .arg("--state-dir")
-            .arg(self.cluster.folder(node))
-            .args(args)
-            .output()
-            .expect("keel runs");
-        let said = [output.stdout, output.stderr].concat();
-        String::from_utf8_lossy(&said).into_owned()
+        keel(&self.cluster.folder(node), args)
     }
 
     /// Starts a witness with high availability, and waits until another node has its checkpoint.
@@ -144,20 +149,30 @@ async fn machines_run_on_while_their_agent_is_restarted_on_request() {
     bench.witness("w", "c").await;
     let before = bench.machine("b", "w").await;
     std::fs::write(&waits, "").expect("a file");
-    std::thread::scope(|scope| {
-        let reload = scope.spawn(|| bench.keel("c", &["reload"]));
-        // Longer than a lease.
-        std::thread::sleep(Duration::from_secs(3));
-        let known = bench.evidence("w").lines;
-        std::thread::sleep(Duration::from_millis(500));
-        assert!(!reload.is_finished(), "{:?}", reload.join());
-        assert!(bench.evidence("w").lines > known, "it is held");
-        assert!(bench.keel("a", &["nodes"]).contains("c"));
-        std::fs::remove_file(&waits).expect("a file");
-        let said = reload.join().expect("keel runs");
-        assert!(said.contains("node c has a new agent"), "{said}");
-        assert!(said.contains("1 machine ran on"), "{said}");
-    });
+    let state = bench.cluster.folder("c");
+    let socket = state.join("api.socket");
+    let reload = std::thread::spawn(move || keel(&state, &["reload"]));
+    wait_for("the agent ends", || async {
+        let refused = std::os::unix::net::UnixStream::connect(&socket).is_err();
+        refused.then_some(())
+    })
+    .await
+    .expect("it ends");
+    // Each takes a millisecond or more: in all longer than a lease.
+    bench.writes_on("w", 3000).await;
+    assert!(!reload.is_finished(), "{:?}", reload.join());
+    let nodes: Vec<NodeInfo> = bench
+        .cluster
+        .client("a")
+        .get("/v1/nodes")
+        .await
+        .expect("nodes");
+    let is_alive = |node: &NodeInfo| node.name == "c" && node.alive;
+    assert!(nodes.iter().any(is_alive), "{nodes:?}");
+    std::fs::remove_file(&waits).expect("a file");
+    let said = reload.join().expect("keel runs");
+    assert!(said.contains("node c has a new agent"), "{said}");
+    assert!(said.contains("1 machine ran on"), "{said}");
     let after = bench.machine("b", "w").await;
     assert_eq!((after.node, after.epoch), (before.node, before.epoch));
     let evidence = bench.evidence("w");

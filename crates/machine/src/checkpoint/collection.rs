@@ -16,8 +16,8 @@ use object_store::path::Path;
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::runtime::Handle;
 
-/// A writer wrote nothing for so long, in milliseconds: it was killed. A checkpoint takes an hour at
-/// most.
+/// A writer that wrote nothing for so long, in milliseconds, was killed: no checkpoint takes more
+/// than an hour.
 pub const UNFINISHED_MS: u64 = 24 * 3_600_000;
 
 /// How long a mark of a checkpoint that is read is valid, in milliseconds.
