@@ -18,6 +18,7 @@
 //!
 //! - `fault_service`: that thread
 //! - `effects`: applies the results of events to memory and sends messages
+//! - `page_runs`: runs of adjacent pages with the same operation
 //! - `host_access`: accesses by the host
 //! - `evictor`: keeps a part's memory within its limit
 //! - `peers`: the other parts, which join and leave
@@ -34,6 +35,7 @@ mod fault_service;
 mod home_migration;
 mod host_access;
 mod objects;
+mod page_runs;
 mod peers;
 mod quiescence;
 
