@@ -231,6 +231,10 @@ impl Hold {
     }
 }
 
+fn no_lease() -> StoreError {
+    StoreError::unavailable("this node has no lease at the moment")
+}
+
 fn slow() -> StoreError {
     let within = CHANGE_WITHIN.as_millis();
     StoreError::unavailable(format!("it did not answer within {within} ms"))
@@ -402,8 +406,7 @@ impl Keeper {
     }
 
     async fn begin_hold(&mut self) -> Result<LeaseTerm, StoreError> {
-        let none = || StoreError::unavailable("this node has no lease at the moment");
-        let lease = self.told.current.borrow().ok_or_else(none)?;
+        let lease = self.told.current.borrow().ok_or_else(no_lease)?;
         let key = self.key();
         let sent = boottime();
         let millis = u64::try_from(HOLD.as_millis()).unwrap_or(u64::MAX);
@@ -430,13 +433,12 @@ impl Keeper {
                 sent,
                 deadline,
             }),
-            TxnOutcome::Refused { .. } => Err(none()),
+            TxnOutcome::Refused { .. } => Err(no_lease()),
         }
     }
 
     async fn end_hold(&mut self) -> Result<(), StoreError> {
-        let none = || StoreError::unavailable("this node has no lease at the moment");
-        let lease = self.told.current.borrow().ok_or_else(none)?;
+        let lease = self.told.current.borrow().ok_or_else(no_lease)?;
         let Some(hold) = self.hold else {
             return Ok(());
         };
@@ -446,7 +448,7 @@ impl Keeper {
             .put_leased(key, Vec::new(), lease);
         match self.store.txn(txn).await? {
             TxnOutcome::Committed { .. } => self.set_hold(None),
-            TxnOutcome::Refused { .. } => return Err(none()),
+            TxnOutcome::Refused { .. } => return Err(no_lease()),
         }
         // It has no key any more, and ends by itself if it is not revoked.
         let (store, held) = (self.store.clone(), hold.lease);
