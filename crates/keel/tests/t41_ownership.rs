@@ -2,6 +2,7 @@
 
 use keel_api::{CheckpointRequest, MachineInfo};
 use keel_cluster::Epoch;
+use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::{Path, PathBuf};
@@ -186,4 +187,37 @@ async fn epochs_of_a_name_never_fall() {
         assert!(now > newest, "{again}: {now} after {newest}");
         newest = now;
     }
+}
+
+/// A machine leaves and comes back while its former node looks at what it left: the worker in which
+/// it arrives was empty when it was asked, and is in use when that node decides. A regression test:
+/// it was taken for a worker left over and ended, and the machine stayed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_in_arrival_is_not_taken_for_one_left_over() {
+    let bench = bench().await;
+    let cluster = &bench.cluster;
+    let module = counter();
+    let guest = Guest::new("counter", "a", &module, &["1000000", "2"]);
+    cluster.run(&guest).await.expect("it starts");
+    // Node a looks at the worker while it is empty, and decides after it was told to receive.
+    for (node, failpoint, order) in [
+        ("a", "unscheduled.found", "delay(1000)"),
+        ("a", "offer.started", "delay(2500)"),
+        ("a", "unscheduled.reported", "delay(4000)"),
+        ("b", "move.accepted", "delay(5000)"),
+    ] {
+        let ordered = cluster.failpoint(node, failpoint, Some(order)).await;
+        ordered.expect("the failpoint");
+    }
+    for (from, to) in [("a", "b"), ("b", "a")] {
+        let report = cluster.move_machine(from, "counter", to).await;
+        let report = report.expect("a report");
+        assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    }
+    let passed = cluster.failpoints_passed("a");
+    assert!(
+        passed.iter().any(|it| it == "unscheduled.found"),
+        "{passed:?}"
+    );
+    bench.runs_where_the_store_says("counter").await;
 }

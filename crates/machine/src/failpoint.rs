@@ -317,6 +317,16 @@ pub const ALL: &[Failpoint] = &[
         "before the report is written",
     ),
     at(
+        "unscheduled.found",
+        Site::Agent,
+        "a machine is not in the schedule, its worker is not looked up",
+    ),
+    at(
+        "unscheduled.reported",
+        Site::Agent,
+        "that worker said its state, the schedule is not read again",
+    ),
+    at(
         "checkpoint.agent.asked",
         Site::Agent,
         "before a worker is asked for a checkpoint",

@@ -328,14 +328,24 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
 
 /// Ends the worker of a machine that is not in this node's schedule, if that can be decided now.
 async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
+    if failpoint::pass_async("unscheduled.found").await.is_err() {
+        return false;
+    }
     let Some(worker) = machines.processes.machines.get(machine) else {
         return true;
     };
-    // The order matters: a worker that runs before its entry is looked up, and has none then, is
-    // not scheduled here.
+    // The order matters. A worker that runs before its entry is looked up, and has none then, is
+    // not scheduled here. An empty worker is in use by the arrival or the start that made it, unless
+    // that is over before the worker is asked.
+    if is_in_operation(machines, machine) {
+        return false;
+    }
     let report = worker.report().await;
     let moving_away = report.as_ref().is_ok_and(|report| report.moving_away);
     let state = report.map(|report| report.state);
+    if failpoint::pass_async("unscheduled.reported").await.is_err() {
+        return false;
+    }
     let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
     match machines.context.store.get(&entry).await {
         Ok(None) => {}
@@ -348,10 +358,7 @@ async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
     }
     // A worker that sends its machine belongs to its move, or to the recovery after the death of
     // the agent that began the move.
-    if moving_away
-        || machines.processes.exclusion.is_moving(machine)
-        || machines.processes.exclusion.busy().contains(machine)
-    {
+    if moving_away || is_in_operation(machines, machine) {
         return false;
     }
     if !machines
@@ -395,4 +402,10 @@ async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
         }
     }
     true
+}
+
+/// Whether a machine moves away, arrives, is started, ended or removed at this moment.
+fn is_in_operation(machines: &Machines, machine: &MachineName) -> bool {
+    let exclusion = &machines.processes.exclusion;
+    exclusion.is_moving(machine) || exclusion.busy().contains(machine)
 }
