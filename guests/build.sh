@@ -32,5 +32,5 @@ build() {
     echo "built $1.wasm ($(stat -c %s "$OUT/$1.wasm") bytes)"
 }
 
-if [ $# -eq 0 ]; then set -- counter disk echo ep files hostile hot ledger mapreduce matrix pipeline render spinner stencil store threads witness writer zstd; fi
+if [ $# -eq 0 ]; then set -- counter disk echo ep files hostile hot ledger mapreduce matrix pipeline render spinner stamp stencil store threads witness writer zstd; fi
 for guest in "$@"; do build "$guest"; done

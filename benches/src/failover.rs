@@ -105,7 +105,7 @@ async fn measure(keel: &Path, module: &[u8], failures: usize) -> Result<(Figures
         .run(&Guest {
             volume: Some(&shared),
             ha: Some(HighAvailability {
-                checkpoint_every_s: 1,
+                checkpoint_every_ms: 1000,
                 fence: Fence::Timer,
                 ..HighAvailability::default()
             }),

@@ -12,6 +12,7 @@
 //! - `postcopy`: post-copy moves
 //! - `checkpoints`: creating and restoring, compared with plain writing and reading
 //! - `failover`: how long a machine and the store are away when a node fails
+//! - `protect`: what protected output costs in latency and throughput
 //! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
 //! - `plan`: plans for whole clusters, compared with Ganeti's hbal
 //! - `threads`: downtime of a thread that moves to another part
@@ -34,6 +35,7 @@ mod overhead;
 mod plan;
 mod polls;
 mod postcopy;
+mod protect;
 mod qemu;
 mod rest;
 mod resume;
@@ -116,6 +118,7 @@ enum What {
     PostCopy,
     Checkpoints,
     Failover,
+    Protect,
     Rest,
     Store,
     Qemu,
@@ -175,6 +178,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Failover) {
         failover::bench(&options)?;
+    }
+    if wanted(What::Protect) {
+        protect::bench(&options)?;
     }
     if wanted(What::Rest) {
         rest::bench(&options)?;

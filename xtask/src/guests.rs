@@ -36,6 +36,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("pipeline", with_shim(&["pipeline.c"])),
         ("render", with_shim(&["render.c"])),
         ("spinner", vec!["spinner.c"]),
+        ("stamp", vec!["stamp.c"]),
         ("stencil", with_shim(&["stencil.c"])),
         ("store", with_shim(&["store.c"])),
         ("threads", with_shim(&["threads.c"])),

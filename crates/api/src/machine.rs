@@ -3,7 +3,7 @@
 
 use crate::volume::{VolumeInfo, VolumeRequest};
 use keel_machine::cgroup::GroupUsage;
-use keel_machine::high_availability::{Fence, HighAvailability};
+use keel_machine::high_availability::{Fence, HighAvailability, Protect};
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart_policy::Restart;
@@ -97,6 +97,10 @@ pub struct MachineInfo {
     /// Bytes of output that it wrote on all nodes, including record headers; only while it runs.
     #[serde(default)]
     pub output_bytes: Option<u64>,
+    /// Bytes of output that wait until a checkpoint that covers them is on another node; only while
+    /// it runs.
+    #[serde(default)]
+    pub held_output_bytes: Option<u64>,
     /// The kernel's counters of its process; only while it runs, if it has a cgroup.
     #[serde(default)]
     pub cgroup: Option<GroupUsage>,
@@ -207,14 +211,17 @@ pub struct RunRequest {
 #[schema(as = HighAvailabilityRequest)]
 #[serde(deny_unknown_fields)]
 struct StrictHighAvailability {
-    /// Interval of its checkpoints in seconds.
-    checkpoint_every_s: Option<u64>,
+    /// Interval of its checkpoints in milliseconds.
+    checkpoint_every_ms: Option<u64>,
     /// Machines with a higher one are restarted first.
     priority: Option<u32>,
     /// How many other nodes have its newest checkpoint.
     replicas: Option<u32>,
     /// URL of a repository that all nodes reach, for its checkpoints.
     to: Option<String>,
+    /// What a failure must not undo.
+    #[serde(default)]
+    protect: Protect,
     /// How a node that cannot be reached is kept from acting on `host:` volumes.
     #[serde(default)]
     fence: Fence,
@@ -224,12 +231,13 @@ impl From<StrictHighAvailability> for HighAvailability {
     fn from(strict: StrictHighAvailability) -> Self {
         let default = HighAvailability::default();
         HighAvailability {
-            checkpoint_every_s: strict
-                .checkpoint_every_s
-                .unwrap_or(default.checkpoint_every_s),
+            checkpoint_every_ms: strict
+                .checkpoint_every_ms
+                .unwrap_or(strict.protect.every_ms_default()),
             priority: strict.priority.unwrap_or(default.priority),
             replicas: strict.replicas.unwrap_or(default.replicas),
             to: strict.to,
+            protect: strict.protect,
             fence: strict.fence,
         }
     }

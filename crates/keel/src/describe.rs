@@ -222,8 +222,15 @@ fn write_resources(page: &mut Page, machine: &MachineInfo) {
     page.line(
         "output",
         format!(
-            "{} so far, at most {} a second",
+            "{} so far{}, at most {} a second",
             now(machine.output_bytes.map(output::bytes)),
+            match machine.held_output_bytes {
+                Some(held) if held > 0 => format!(
+                    " ({} wait for a checkpoint on another node)",
+                    output::bytes(held)
+                ),
+                _ => String::new(),
+            },
             output::bytes(machine.output_bytes_per_s)
         ),
     );

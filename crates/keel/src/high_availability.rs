@@ -1,6 +1,6 @@
 //! `--ha` and the key `ha` of machine files: how a machine is kept available when its node fails.
 
-use keel_machine::high_availability::{Fence, HighAvailability};
+use keel_machine::high_availability::{Fence, HighAvailability, Protect};
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub(crate) struct Table {
     replicas: Option<u32>,
     to: Option<String>,
     #[serde(default)]
+    protect: Protect,
+    #[serde(default)]
     fence: Fence,
 }
 
@@ -57,13 +59,14 @@ impl FileSettings {
         }
         let default = HighAvailability::default();
         let settings = HighAvailability {
-            checkpoint_every_s: match &table.checkpoint {
-                Some(text) => seconds(text)?,
-                None => default.checkpoint_every_s,
+            checkpoint_every_ms: match &table.checkpoint {
+                Some(text) => milliseconds(text)?,
+                None => table.protect.every_ms_default(),
             },
             priority: table.priority.unwrap_or(default.priority),
             replicas: table.replicas.unwrap_or(default.replicas),
             to: table.to.as_deref().map(place).transpose()?,
+            protect: table.protect,
             fence: table.fence,
         };
         checked(settings).map(Some)
@@ -76,6 +79,7 @@ impl FileSettings {
 /// A message for the user, which names the setting.
 pub(crate) fn parse(text: &str) -> Result<HighAvailability, String> {
     let mut settings = HighAvailability::default();
+    let mut checkpoint_every_ms = None;
     for setting in text.split(',').filter(|setting| !setting.is_empty()) {
         let Some((name, value)) = setting.split_once('=') else {
             return Err(format!("{setting:?} is not NAME=VALUE"));
@@ -85,20 +89,25 @@ pub(crate) fn parse(text: &str) -> Result<HighAvailability, String> {
             number.map_err(|_| format!("{name}={value:?} is not a number"))
         };
         match name {
-            "checkpoint" => settings.checkpoint_every_s = seconds(value)?,
+            "checkpoint" => checkpoint_every_ms = Some(milliseconds(value)?),
             "priority" => settings.priority = number()?,
             "replicas" => settings.replicas = number()?,
             "to" => settings.to = Some(place(value)?),
+            "protect" if value == "output" => settings.protect = Protect::Output,
+            "protect" if value == "none" => settings.protect = Protect::None,
+            "protect" => return Err(format!("protect={value:?}: output or none")),
             "fence" if value == "timer" => settings.fence = Fence::Timer,
             "fence" if value == "none" => settings.fence = Fence::None,
             "fence" => return Err(format!("fence={value:?}: timer or none")),
             _ => {
                 return Err(format!(
-                    "there is no setting {name:?}; known are checkpoint, priority, replicas, to, fence"
+                    "there is no setting {name:?}; known are checkpoint, priority, replicas, to, protect, fence"
                 ));
             }
         }
     }
+    settings.checkpoint_every_ms =
+        checkpoint_every_ms.unwrap_or(settings.protect.every_ms_default());
     checked(settings)
 }
 
@@ -106,11 +115,11 @@ fn checked(settings: HighAvailability) -> Result<HighAvailability, String> {
     settings.check().map(|()| settings)
 }
 
-fn seconds(text: &str) -> Result<u64, String> {
+fn milliseconds(text: &str) -> Result<u64, String> {
     let time: Duration = crate::when::duration(text)?;
-    match time.subsec_nanos() {
-        0 => Ok(time.as_secs()),
-        _ => Err(format!("{text:?} is no number of whole seconds")),
+    match u64::try_from(time.as_millis()) {
+        Ok(ms) if time == Duration::from_millis(ms) => Ok(ms),
+        _ => Err(format!("{text:?} is no number of whole milliseconds")),
     }
 }
 
@@ -127,20 +136,29 @@ mod tests {
         assert_eq!(parse(""), Ok(HighAvailability::default()));
         let given = parse("checkpoint=2s,priority=9,replicas=2,fence=timer").unwrap();
         let expected = HighAvailability {
-            checkpoint_every_s: 2,
+            checkpoint_every_ms: 2000,
             priority: 9,
             replicas: 2,
             to: None,
+            protect: Protect::None,
             fence: Fence::Timer,
         };
         assert_eq!(given, expected);
+        let every =
+            |text: &str| parse(text).map(|it| (it.protects_output(), it.checkpoint_every_ms));
+        assert_eq!(every("protect=output"), Ok((true, 100)));
+        assert_eq!(every("checkpoint=25ms,protect=output"), Ok((true, 25)));
+        assert_eq!(every("protect=none"), Ok((false, 10_000)));
         for (wrong, named) in [
             ("priority", "NAME=VALUE"),
             ("priority=high", "not a number"),
             ("colour=red", "no setting \"colour\""),
             ("fence=wall", "timer or none"),
             ("checkpoint=0s", "0"),
-            ("checkpoint=1500ms", "whole seconds"),
+            ("checkpoint=1500us", "whole milliseconds"),
+            ("checkpoint=5ms", "5ms"),
+            ("protect=memory", "output or none"),
+            ("protect=output,to=/kept", "does not go with"),
             ("to=/kept,replicas=2", "not to both"),
         ] {
             let error = parse(wrong).unwrap_err();
@@ -162,6 +180,10 @@ mod tests {
         assert_eq!(read("ha = \"on\""), Ok(Some(HighAvailability::default())));
         let table = "ha = { restart = \"always\", checkpoint = \"10s\", priority = 5 }";
         assert_eq!(read(table), Ok(Some(HighAvailability::default())));
+        let table = "ha = { protect = \"output\", checkpoint = \"50ms\" }";
+        let read_table = read(table).unwrap().unwrap();
+        assert_eq!(Ok(read_table), parse("protect=output,checkpoint=50ms"));
+        assert!(read("ha = { protect = \"memory\" }").is_err());
         assert!(read("ha = { restart = \"never\" }").is_err());
         assert!(read("ha = { priority = 500 }").is_err());
         assert!(read("ha = { colour = 1 }").is_err());

@@ -82,7 +82,7 @@ impl Bench {
         let machine = Guest {
             volume: Some(&shared),
             ha: Some(HighAvailability {
-                checkpoint_every_s: 1,
+                checkpoint_every_ms: 1000,
                 fence: Fence::Timer,
                 ..HighAvailability::default()
             }),
@@ -339,7 +339,7 @@ async fn output_survives_the_failure_of_its_node() {
     let module = guest("counter");
     let machine = Guest {
         ha: Some(HighAvailability {
-            checkpoint_every_s: 1,
+            checkpoint_every_ms: 1000,
             ..HighAvailability::default()
         }),
         ..Guest::new("m", "c", &module, &["0", "1"])

@@ -59,7 +59,7 @@ async fn machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_
     let witness = Guest {
         volume: Some(folder.path()),
         ha: Some(HighAvailability {
-            checkpoint_every_s: 1,
+            checkpoint_every_ms: 1000,
             fence: Fence::Timer,
             ..HighAvailability::default()
         }),

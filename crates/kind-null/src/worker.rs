@@ -369,6 +369,7 @@ impl Worker for NullWorker {
             total_micros: micros(begun.elapsed()),
             deleted,
             log_end: manifest.log_end,
+            holds_output: log.held_from().is_some_and(|from| from <= manifest.log_end),
         })
     }
 

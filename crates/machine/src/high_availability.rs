@@ -4,11 +4,14 @@
 
 use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
-/// Intervals of checkpoints that are possible, in seconds.
-pub const CHECKPOINT_EVERY_S: RangeInclusive<u64> = 1..=24 * 3600;
-/// The default interval, in seconds.
-pub const CHECKPOINT_EVERY_S_DEFAULT: u64 = 10;
+/// Intervals of checkpoints that are possible, in milliseconds.
+pub const CHECKPOINT_EVERY_MS: RangeInclusive<u64> = 10..=24 * 3600 * 1000;
+/// The default interval, in milliseconds.
+pub const CHECKPOINT_EVERY_MS_DEFAULT: u64 = 10_000;
+/// The default interval where output waits for the next checkpoint, in milliseconds.
+pub const PROTECTED_EVERY_MS_DEFAULT: u64 = 100;
 /// The highest priority; 0 is the lowest.
 pub const PRIORITY_MAX: u32 = 100;
 /// The priority of machines that name none.
@@ -20,24 +23,79 @@ pub const REPLICAS_MAX: u32 = 4;
 
 /// How a machine is kept available when its node fails.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(from = "Stored")]
 pub struct HighAvailability {
-    /// Interval of its checkpoints in seconds: what it loses when its node fails is at most this
-    /// much of its work. In [`CHECKPOINT_EVERY_S`].
-    #[serde(default = "checkpoint_every_s_default")]
-    pub checkpoint_every_s: u64,
+    /// Interval of its checkpoints in milliseconds: what it loses when its node fails is at most
+    /// this much of its work. In [`CHECKPOINT_EVERY_MS`].
+    pub checkpoint_every_ms: u64,
     /// Machines with a higher one are restarted first, 0 to [`PRIORITY_MAX`].
-    #[serde(default = "priority_default")]
     pub priority: u32,
     /// Other nodes that have its newest checkpoint, 1 to [`REPLICAS_MAX`].
-    #[serde(default = "replicas_default")]
     pub replicas: u32,
     /// URL of a repository that all nodes reach. Checkpoints go there, and not to other nodes.
-    #[serde(default)]
     pub to: Option<String>,
+    /// What a failure must not undo.
+    pub protect: Protect,
     /// How a node that cannot be reached is kept from acting on `host:` volumes, which no receiver
     /// can refuse.
-    #[serde(default)]
     pub fence: Fence,
+}
+
+/// As it is in the store, perhaps by a version that had seconds and fewer settings.
+#[derive(Deserialize)]
+struct Stored {
+    checkpoint_every_ms: Option<u64>,
+    checkpoint_every_s: Option<u64>,
+    #[serde(default = "priority_default")]
+    priority: u32,
+    #[serde(default = "replicas_default")]
+    replicas: u32,
+    #[serde(default)]
+    to: Option<String>,
+    #[serde(default)]
+    protect: Protect,
+    #[serde(default)]
+    fence: Fence,
+}
+
+impl From<Stored> for HighAvailability {
+    fn from(stored: Stored) -> Self {
+        let in_seconds = stored.checkpoint_every_s.map(|it| it.saturating_mul(1000));
+        HighAvailability {
+            checkpoint_every_ms: stored
+                .checkpoint_every_ms
+                .or(in_seconds)
+                .unwrap_or(stored.protect.every_ms_default()),
+            priority: stored.priority,
+            replicas: stored.replicas,
+            to: stored.to,
+            protect: stored.protect,
+            fence: stored.fence,
+        }
+    }
+}
+
+/// What the failure of a node must not undo.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protect {
+    /// Nothing: work since the last checkpoint is done again, and its output appears again.
+    #[default]
+    None,
+    /// Output that was seen: it waits until a checkpoint that covers it is on another node (as in
+    /// Remus: Cully et al., High Availability via Asynchronous Virtual Machine Replication, NSDI
+    /// 2008).
+    Output,
+}
+
+impl Protect {
+    /// The interval of checkpoints if none is named, in milliseconds.
+    pub fn every_ms_default(self) -> u64 {
+        match self {
+            Protect::None => CHECKPOINT_EVERY_MS_DEFAULT,
+            Protect::Output => PROTECTED_EVERY_MS_DEFAULT,
+        }
+    }
 }
 
 /// What is known to keep a machine of a lost node from writing outside of the cluster.
@@ -52,10 +110,6 @@ pub enum Fence {
     Timer,
 }
 
-fn checkpoint_every_s_default() -> u64 {
-    CHECKPOINT_EVERY_S_DEFAULT
-}
-
 fn priority_default() -> u32 {
     PRIORITY_DEFAULT
 }
@@ -67,10 +121,11 @@ fn replicas_default() -> u32 {
 impl Default for HighAvailability {
     fn default() -> Self {
         HighAvailability {
-            checkpoint_every_s: CHECKPOINT_EVERY_S_DEFAULT,
+            checkpoint_every_ms: CHECKPOINT_EVERY_MS_DEFAULT,
             priority: PRIORITY_DEFAULT,
             replicas: REPLICAS_DEFAULT,
             to: None,
+            protect: Protect::None,
             fence: Fence::None,
         }
     }
@@ -82,12 +137,13 @@ impl HighAvailability {
     /// # Errors
     /// A message for the user.
     pub fn check(&self) -> Result<(), String> {
-        if !CHECKPOINT_EVERY_S.contains(&self.checkpoint_every_s) {
+        if !CHECKPOINT_EVERY_MS.contains(&self.checkpoint_every_ms) {
+            let text = |ms: u64| humantime::format_duration(Duration::from_millis(ms));
             return Err(format!(
-                "high availability with a checkpoint every {} seconds: {} to {} are possible",
-                self.checkpoint_every_s,
-                CHECKPOINT_EVERY_S.start(),
-                CHECKPOINT_EVERY_S.end()
+                "high availability with a checkpoint every {}: {} to {} are possible",
+                text(self.checkpoint_every_ms),
+                text(*CHECKPOINT_EVERY_MS.start()),
+                text(*CHECKPOINT_EVERY_MS.end())
             ));
         }
         if self.priority > PRIORITY_MAX {
@@ -97,6 +153,9 @@ impl HighAvailability {
             ));
         }
         if let Some(url) = &self.to {
+            if self.protects_output() {
+                return Err("protected output waits until other nodes have the checkpoint (protect), which does not go with a place for checkpoints that all nodes see (to)".into());
+            }
             if self.replicas != REPLICAS_DEFAULT {
                 return Err("checkpoints go to a place that all nodes see (to), or to other nodes (replicas), not to both".into());
             }
@@ -129,10 +188,25 @@ impl HighAvailability {
             Fence::None => "",
             Fence::Timer => ", fenced by timer",
         };
+        let protect = match self.protect {
+            Protect::None => "",
+            Protect::Output => ", output protected",
+        };
         format!(
-            "checkpoint every {} s {place}, priority {}{fence}",
-            self.checkpoint_every_s, self.priority
+            "checkpoint every {} {place}, priority {}{protect}{fence}",
+            humantime::format_duration(self.checkpoint_every()),
+            self.priority
         )
+    }
+
+    /// The interval of its checkpoints.
+    pub fn checkpoint_every(&self) -> Duration {
+        Duration::from_millis(self.checkpoint_every_ms)
+    }
+
+    /// Whether its output waits for a checkpoint on another node.
+    pub fn protects_output(&self) -> bool {
+        self.protect == Protect::Output
     }
 }
 
@@ -149,22 +223,24 @@ mod tests {
         };
         assert_eq!(of(|_| {}), Ok(()));
         let refused = [
-            of(|it| it.checkpoint_every_s = 0),
-            of(|it| it.checkpoint_every_s = 86_401),
+            of(|it| it.checkpoint_every_ms = 9),
+            of(|it| it.checkpoint_every_ms = 86_400_001),
             of(|it| it.priority = 101),
             of(|it| it.replicas = 0),
             of(|it| it.replicas = 5),
             of(|it| it.to = Some("nowhere".into())),
             of(|it| (it.to, it.replicas) = (Some("/kept".into()), 2)),
+            of(|it| (it.to, it.protect) = (Some("/kept".into()), Protect::Output)),
         ];
         let named = [
-            "0 seconds",
-            "86401 seconds",
+            "every 9ms",
+            "every 1day 1ms",
             "priority of 101",
             "0 copies",
             "5 copies",
             "\"nowhere\"",
             "not to both",
+            "does not go with",
         ];
         for (refused, name) in refused.into_iter().zip(named) {
             assert!(refused.unwrap_err().contains(name), "{name}");
@@ -175,7 +251,12 @@ mod tests {
     fn what_is_not_named_has_its_default() {
         let read: HighAvailability = serde_json::from_str(r#"{"priority":9}"#).unwrap();
         assert_eq!(read.priority, 9);
-        assert_eq!(read.checkpoint_every_s, CHECKPOINT_EVERY_S_DEFAULT);
+        assert_eq!(read.checkpoint_every_ms, CHECKPOINT_EVERY_MS_DEFAULT);
+        let read: HighAvailability = serde_json::from_str(r#"{"protect":"output"}"#).unwrap();
+        assert_eq!(read.checkpoint_every_ms, PROTECTED_EVERY_MS_DEFAULT);
+        // Of an older version.
+        let read: HighAvailability = serde_json::from_str(r#"{"checkpoint_every_s":7}"#).unwrap();
+        assert_eq!(read.checkpoint_every_ms, 7000);
         // Of a newer version.
         assert!(serde_json::from_str::<HighAvailability>(r#"{"prio":9}"#).is_ok());
     }

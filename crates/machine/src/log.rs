@@ -5,10 +5,12 @@
 //! little-endian), bytes`. The newest [`SEGMENT_BYTES_MAX`] to twice that are kept, in
 //! two files. See `time` for time records.
 
+mod hold;
 mod record_boundary;
 mod sink;
 mod time;
 
+use hold::Hold;
 use keel_store::clock::unix_ms;
 use record_boundary::Boundary;
 use serde::{Deserialize, Serialize};
@@ -64,12 +66,20 @@ struct State {
     end: u64,
     /// Tracks record ends: output from another node arrives in pieces of any size.
     boundary: Boundary,
+    /// Output that readers do not see yet.
+    hold: Option<Hold>,
     closed: bool,
     /// The last time record written here, in milliseconds since 1970-01-01 UTC.
     marked: Option<u64>,
 }
 
 impl State {
+    /// Offset behind the last byte that readers may see.
+    fn shown_end(&self) -> u64 {
+        let held = self.hold.as_ref().map(Hold::shown);
+        held.map_or(self.end, |shown| shown.min(self.end))
+    }
+
     /// Whether the next bytes go into a new file.
     fn segment_is_full(&self) -> bool {
         let last = self.segments.last();
@@ -107,7 +117,8 @@ impl Log {
             }
             None => base,
         };
-        Ok(Log::of(folder, segments, end))
+        let hold = Hold::found(folder, true)?;
+        Ok(Log::of(folder, segments, end, hold))
     }
 
     /// The present content of a log that another process may be writing or creating:
@@ -126,12 +137,13 @@ impl Log {
             Some(last) => last.base + whole_records(&last.file)?,
             None => 0,
         };
-        let log = Log::of(folder, segments, end);
+        let hold = Hold::found(folder, false)?;
+        let log = Log::of(folder, segments, end, hold);
         log.close();
         Ok(log)
     }
 
-    fn of(folder: &Path, segments: Vec<Segment>, end: u64) -> Self {
+    fn of(folder: &Path, segments: Vec<Segment>, end: u64, hold: Option<Hold>) -> Self {
         Log {
             folder: folder.to_owned(),
             place: folder.display().to_string(),
@@ -139,6 +151,7 @@ impl Log {
                 segments,
                 end,
                 boundary: Boundary::default(),
+                hold,
                 closed: false,
                 marked: None,
             }),
@@ -356,12 +369,12 @@ impl Log {
         Ok((offset, bytes))
     }
 
-    /// Waits until there are bytes at `offset`, the log is closed, or the timeout
+    /// Waits until readers may see bytes at `offset`, the log is closed, or the timeout
     /// expires.
     pub fn wait(&self, offset: u64, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         let mut state = self.state();
-        while state.end <= offset && !state.closed {
+        while state.shown_end() <= offset && !state.closed {
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
                 return;

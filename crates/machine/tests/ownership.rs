@@ -522,3 +522,38 @@ fn a_failover_continues_no_life_that_has_ended() {
         assert_eq!(then, from_checkpoint);
     }
 }
+
+/// The first attempt to start it elsewhere failed: the next one, too, must not take what the node has
+/// of an earlier time for the machine's.
+#[test]
+fn a_failed_start_after_a_failover_is_repeated_as_such() {
+    for elsewhere in [true, false] {
+        let mut now = highly_available(Status::Running).record;
+        now.status = Status::Restarting {
+            reason: "its node c failed".into(),
+            at_unix_ms: 1,
+            from_checkpoint: true,
+            elsewhere,
+        };
+        assert_eq!(
+            end(&mut now, &node("a"), EPOCH, &failed(), 1),
+            EndEffect::Changed
+        );
+        let Status::Restarting {
+            elsewhere: then, ..
+        } = now.status
+        else {
+            panic!("{:?}", now.status);
+        };
+        assert_eq!(then, elsewhere);
+    }
+    let mut now = highly_available(Status::Running).record;
+    end(&mut now, &node("a"), EPOCH, &failed(), 1);
+    assert!(matches!(
+        now.status,
+        Status::Restarting {
+            elsewhere: false,
+            ..
+        }
+    ));
+}

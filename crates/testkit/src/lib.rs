@@ -34,11 +34,11 @@ mod machine;
 pub mod nemesis;
 pub mod network;
 pub mod quota;
+pub mod reader;
 mod voters;
 pub mod witness;
 
-/// File in which nodes of a cluster record the failpoints that they pass, if they are built with
-/// them.
+/// File in which nodes of a cluster record the failpoints that they pass.
 pub const FAILPOINT_LOG: &str = "failpoints.log";
 
 /// Time limit of every operation.

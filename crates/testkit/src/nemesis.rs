@@ -2,16 +2,21 @@
 //! seed. After each round all faults are repaired. Then every machine must run on one node and
 //! continue to write; its file must be what one copy would have written. It may have rewound to a
 //! checkpoint only if its own process was killed, or, with high availability, if its node could not
-//! renew its lease: a killed agent is no reason.
+//! renew its lease: a killed agent is no reason. What a reader saw of a machine with protected output
+//! has never rewound.
+
+mod fault;
 
 use crate::disk::SmallDisk;
 use crate::network::Network;
+use crate::reader::Reader;
 use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
+use fault::Fault;
 use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, StoreInfo, Urgency, VotersRequest};
 use keel_machine::failpoint::{ALL, Action, Injection};
-use keel_machine::high_availability::{Fence, HighAvailability};
+use keel_machine::high_availability::{Fence, HighAvailability, Protect};
 use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
 use rand::rngs::StdRng;
@@ -25,12 +30,13 @@ use std::time::{Duration, Instant};
 
 /// The nodes; the first holds the store.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
-/// Name and memory in MiB of each machine, and whether it has high availability.
-const MACHINES: [(&str, u32, bool); 4] = [
-    ("small", 2, false),
-    ("middle", 16, false),
-    ("large", 64, true),
-    ("safe", 8, true),
+/// Name and memory in MiB of each machine, and how it is kept.
+const MACHINES: [(&str, u32, Kept); 5] = [
+    ("small", 2, Kept::Here),
+    ("middle", 16, Kept::Here),
+    ("large", 64, Kept::Available),
+    ("safe", 8, Kept::Available),
+    ("seen", 4, Kept::Protected),
 ];
 /// Time between the lines of a machine, in microseconds.
 const PAUSE_US: u32 = 2000;
@@ -42,6 +48,35 @@ const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committe
 const BROKEN_MAX: Duration = Duration::from_secs(4);
 /// Time limit of a request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(40);
+
+/// What the failure of a machine's node may do to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// It waits for its node.
+    Here,
+    /// It continues elsewhere, from its checkpoint.
+    Available,
+    /// As that, and nothing that was read of its output is undone.
+    Protected,
+}
+
+impl Kept {
+    fn high_availability(self) -> Option<HighAvailability> {
+        let of = |checkpoint_every_ms, fence, protect| {
+            Some(HighAvailability {
+                checkpoint_every_ms,
+                fence,
+                protect,
+                ..HighAvailability::default()
+            })
+        };
+        match self {
+            Kept::Here => None,
+            Kept::Available => of(1000, Fence::Timer, Protect::None),
+            Kept::Protected => of(100, Fence::None, Protect::Output),
+        }
+    }
+}
 
 /// Counters of the run.
 #[derive(Debug, Default)]
@@ -109,119 +144,6 @@ impl std::fmt::Display for Tally {
     }
 }
 
-/// A temporary fault.
-#[derive(Debug, Clone)]
-enum Fault {
-    Nothing,
-    Failpoint(String, &'static str, Injection),
-    KillAgent(String),
-    KillWorker(String, &'static str),
-    /// Kills the source's worker while the commit of its move is delayed and its answer will be
-    /// lost, so that the owner is in doubt.
-    KillInDoubt(String, &'static str),
-    StopAgent(String),
-    StopWorker(String, &'static str),
-    PowerOff(String),
-    /// All nodes lose power at once; they return in this order, the last one later.
-    AllOff([&'static str; 3]),
-    /// The store goes back to one voter, and to three after that.
-    FewerVoters,
-    Cut(String),
-    CutOneWay(String, String),
-    FullDisk(String),
-    /// Limited to this rate in Mbit/s.
-    SlowLink(String, u32),
-}
-
-impl Fault {
-    fn kind(&self) -> &'static str {
-        match self {
-            Fault::Nothing => "nothing",
-            Fault::Failpoint(_, _, order) => match order.action {
-                Action::Kill => "failpoint kill",
-                Action::Stop => "failpoint stop",
-                Action::Error => "failpoint error",
-                Action::Delay(_) => "failpoint delay",
-            },
-            Fault::KillAgent(_) => "agent killed",
-            Fault::KillWorker(..) => "worker killed",
-            Fault::KillInDoubt(..) => "worker killed in doubt",
-            Fault::StopAgent(_) => "agent stopped",
-            Fault::StopWorker(..) => "worker stopped",
-            Fault::PowerOff(_) => "node off",
-            Fault::AllOff(_) => "all nodes off",
-            Fault::FewerVoters => "voters replaced",
-            Fault::Cut(_) => "link cut",
-            Fault::CutOneWay(..) => "link cut one way",
-            Fault::FullDisk(_) => "disk full",
-            Fault::SlowLink(..) => "link slow",
-        }
-    }
-
-    /// The node whose part it is, if it is one node's.
-    fn node(&self) -> Option<&str> {
-        match self {
-            Fault::Nothing | Fault::AllOff(_) | Fault::FewerVoters => None,
-            Fault::Failpoint(node, ..)
-            | Fault::KillAgent(node)
-            | Fault::KillWorker(node, _)
-            | Fault::KillInDoubt(node, _)
-            | Fault::StopAgent(node)
-            | Fault::StopWorker(node, _)
-            | Fault::PowerOff(node)
-            | Fault::Cut(node)
-            | Fault::CutOneWay(node, _)
-            | Fault::FullDisk(node)
-            | Fault::SlowLink(node, _) => Some(node),
-        }
-    }
-
-    /// Whether the fault may kill machines' own processes.
-    fn kills_machines(&self) -> bool {
-        match self {
-            Fault::KillWorker(..)
-            | Fault::KillInDoubt(..)
-            | Fault::PowerOff(_)
-            | Fault::AllOff(_) => true,
-            Fault::Failpoint(_, name, order) => {
-                order.action == Action::Kill
-                    && keel_machine::failpoint::find(name).is_some_and(|it| it.site.is_worker())
-            }
-            Fault::Nothing
-            | Fault::FewerVoters
-            | Fault::KillAgent(_)
-            | Fault::StopAgent(_)
-            | Fault::StopWorker(..)
-            | Fault::Cut(_)
-            | Fault::CutOneWay(..)
-            | Fault::FullDisk(_)
-            | Fault::SlowLink(..) => false,
-        }
-    }
-}
-
-impl Fault {
-    /// Whether a node, or a machine's process, may be unable to renew its lease.
-    fn ends_leases(&self) -> bool {
-        match self {
-            Fault::PowerOff(_)
-            | Fault::AllOff(_)
-            | Fault::StopAgent(_)
-            | Fault::StopWorker(..)
-            | Fault::Cut(_)
-            | Fault::CutOneWay(..)
-            | Fault::FullDisk(_)
-            | Fault::SlowLink(..) => true,
-            Fault::Failpoint(_, _, order) => order.action == Action::Stop,
-            Fault::Nothing
-            | Fault::FewerVoters
-            | Fault::KillAgent(_)
-            | Fault::KillWorker(..)
-            | Fault::KillInDoubt(..) => false,
-        }
-    }
-}
-
 /// A cluster, its machines, and the faults.
 #[derive(Debug)]
 pub struct Nemesis {
@@ -233,6 +155,8 @@ pub struct Nemesis {
     told: Vec<Evidence>,
     /// Last known node of each machine.
     owners: Vec<String>,
+    /// Those of machines with protected output.
+    _readers: Vec<Reader>,
     /// Counters of the run.
     pub tally: Arc<Tally>,
 }
@@ -264,19 +188,26 @@ impl Nemesis {
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
         let module = std::fs::read(witness)?;
-        for (number, (name, mib, is_safe)) in MACHINES.iter().enumerate() {
-            let file = shared.join(format!("{name}.lines")).display().to_string();
+        let mut readers = Vec::new();
+        for (number, (name, mib, kept)) in MACHINES.iter().enumerate() {
+            let file = shared.join(format!("{name}.lines"));
+            // What it writes to a file is seen at once; its output is what a reader gets.
+            let is_read = *kept == Kept::Protected;
+            let path = match is_read {
+                true => "-".to_owned(),
+                false => file.display().to_string(),
+            };
             let (mib, pause) = (mib.to_string(), PAUSE_US.to_string());
-            let args = [file.as_str(), mib.as_str(), pause.as_str()];
+            let args = [path.as_str(), mib.as_str(), pause.as_str()];
             let mut guest = Guest::new(name, NODES[number % NODES.len()], &module, &args);
-            guest.volume = Some(&shared);
+            guest.volume = (!is_read).then_some(&shared);
             guest.restart = Restart::OnFailure;
-            guest.ha = is_safe.then(|| HighAvailability {
-                checkpoint_every_s: 1,
-                fence: Fence::Timer,
-                ..HighAvailability::default()
-            });
+            guest.ha = kept.high_availability();
             cluster.run(&guest).await?;
+            if is_read {
+                let clients = NODES.iter().map(|node| cluster.client(node)).collect();
+                readers.push(Reader::begin(clients, name, &file)?);
+            }
         }
         let mut nemesis = Nemesis {
             cluster,
@@ -285,13 +216,14 @@ impl Nemesis {
             random: StdRng::seed_from_u64(seed),
             told: vec![Evidence::default(); MACHINES.len()],
             owners: vec![String::new(); MACHINES.len()],
+            _readers: readers,
             tally: Arc::default(),
         };
         nemesis.wait_all_running().await?;
-        for (name, _, is_safe) in MACHINES {
-            match is_safe {
-                true => nemesis.wait_in_sync(name).await?,
-                false => nemesis.checkpoint(name).await?,
+        for (name, _, kept) in MACHINES {
+            match kept {
+                Kept::Available | Kept::Protected => nemesis.wait_in_sync(name).await?,
+                Kept::Here => nemesis.checkpoint(name).await?,
             }
         }
         Ok(nemesis)
@@ -692,16 +624,22 @@ impl Nemesis {
             .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
         let settled = mended.elapsed().as_millis() as u64;
         let (mut rewinds, mut failovers) = (0, 0);
-        for (number, (name, _, is_safe)) in MACHINES.iter().enumerate() {
+        for (number, (name, _, kept)) in MACHINES.iter().enumerate() {
             let told = self.evidence(name)?;
             let back = told.rewinds - before[number].rewinds;
             ensure!(
-                back == 0 || fault.kills_machines() || *is_safe && fault.ends_leases(),
+                back == 0 || *kept != Kept::Protected,
+                "what was read of {name} rewound after {fault:?}, {}",
+                what.join(", ")
+            );
+            let is_safe = *kept == Kept::Available;
+            ensure!(
+                back == 0 || fault.kills_machines() || is_safe && fault.ends_leases(),
                 "{name} rewound, although nothing of it was lost, after {fault:?}, {}",
                 what.join(", ")
             );
             rewinds += back;
-            if *is_safe && fault.ends_leases() {
+            if is_safe && fault.ends_leases() {
                 failovers += back;
             }
             self.told[number] = told;

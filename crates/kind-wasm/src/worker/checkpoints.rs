@@ -111,6 +111,9 @@ impl WasmWorker {
         Ok(CheckpointReport {
             stored_bytes: taken.manifest.stored_bytes(),
             log_end: taken.manifest.log_end,
+            holds_output: log
+                .held_from()
+                .is_some_and(|from| from <= taken.manifest.log_end),
             id: taken.manifest.id,
             parent: taken.manifest.parent,
             pause_micros: micros(taken.pause),

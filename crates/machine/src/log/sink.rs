@@ -1,10 +1,16 @@
-//! A guest's output on its way to the log: at a limited rate, and waiting while the disk is full.
+//! A guest's output on its way to the log: at a limited rate, and waiting while the disk is full
+//! or too much is held back.
 
 use super::{Log, RECORD_BYTES_MAX, StreamKind};
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+/// The most output that is held back: a guest that prints more waits. Less than the log keeps.
+const HELD_BYTES_MAX: u64 = 16 << 20;
+/// How long such a guest waits before it looks again.
+const HELD_PAUSE: Duration = Duration::from_millis(10);
 
 /// Limits output to a number of bytes per second, with a burst of one second's worth.
 #[derive(Debug)]
@@ -57,6 +63,9 @@ impl LogSink {
 
     /// Appends what the rate permits; returns the number of bytes, or the time to wait.
     fn write_some(&self, bytes: &[u8]) -> std::io::Result<Result<usize, Duration>> {
+        if self.log.held_bytes() >= HELD_BYTES_MAX {
+            return Ok(Err(HELD_PAUSE));
+        }
         let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
         let delay = rate.delay();
         if !delay.is_zero() {

@@ -33,12 +33,18 @@ pub(super) fn mark(now_unix_ms: u64) -> [u8; HEADER_BYTES + 8] {
 
 impl Log {
     /// Offset of the first output written at a time (milliseconds since 1970-01-01 UTC)
-    /// or later, exact to a tenth of a second; the end if there is none. Rather a little
-    /// too early than too late.
+    /// or later, exact to a tenth of a second; the end of what readers may see if there is none.
+    /// Rather a little too early than too late.
     ///
     /// # Errors
     /// That of the file system.
     pub fn offset_since(&self, since_unix_ms: u64) -> std::io::Result<u64> {
+        // Before: what is shown meanwhile is behind it.
+        let limit = self.shown_end();
+        Ok(self.any_offset_since(since_unix_ms)?.min(limit))
+    }
+
+    fn any_offset_since(&self, since_unix_ms: u64) -> std::io::Result<u64> {
         let mut at = self.base();
         let mut first = true;
         let mut bytes = Vec::new();

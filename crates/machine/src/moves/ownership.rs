@@ -402,11 +402,19 @@ pub fn end(
     record.epoch = record.epoch.next();
     record.restarts = plan.restarts;
     let at_unix_ms = now_unix_ms.saturating_add(plan.delay.as_millis() as u64);
+    // A failed attempt leaves it as it was: what this node has of it is of an earlier time.
+    let elsewhere = matches!(
+        record.status,
+        Status::Restarting {
+            elsewhere: true,
+            ..
+        }
+    );
     let restarting = Status::Restarting {
         reason: status.end().unwrap_or_default(),
         at_unix_ms,
         from_checkpoint: plan.from_checkpoint,
-        elsewhere: false,
+        elsewhere,
     };
     record.enter(restarting, now_unix_ms);
     EndEffect::Changed

@@ -47,6 +47,8 @@ pub mod kind {
     /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: offset of the first output
     /// written at that time or later.
     pub const LOG_SINCE: u16 = 0x0413;
+    /// `u64` → `()`: shows output up to this offset, which was held back.
+    pub const SHOW_OUTPUT: u16 = 0x0417;
     /// [`super::FileRequest`] → [`super::FileDone`].
     pub const FILE: u16 = 0x0414;
     /// `(name, order)` → `()`: sets an injection at a failpoint, or removes it.
@@ -190,6 +192,9 @@ pub struct CheckpointReport {
     pub deleted: u32,
     /// Where the machine's output ended at that instant.
     pub log_end: u64,
+    /// Whether all output behind that is held back.
+    #[serde(default)]
+    pub holds_output: bool,
 }
 
 /// Receives a machine.
@@ -292,8 +297,11 @@ pub struct Report {
     pub memory_pages: Vec<u64>,
     /// CPU time of the worker, in microseconds.
     pub cpu_micros: u64,
-    /// First and last offset of the output.
+    /// First and last offset of the output that is shown.
     pub log: (u64, u64),
+    /// Bytes of output that are held back.
+    #[serde(default)]
+    pub held_bytes: u64,
     /// The machine's own volumes.
     pub volumes: Vec<VolumeReport>,
     /// Why it waits for disk space, if it does.
@@ -441,6 +449,9 @@ pub struct ReadLog {
     pub from: u64,
     /// Whether to wait for more until the machine ends or leaves.
     pub follow: bool,
+    /// Whether to read output that is held back, too.
+    #[serde(default)]
+    pub whole: bool,
 }
 
 /// A piece of output.

@@ -159,7 +159,10 @@ impl Process {
             memory_bytes: 0,
             memory_pages: Vec::new(),
             cpu_micros: cpu_micros(),
-            log: log.map_or((0, 0), |log| (log.base(), log.end())),
+            log: log
+                .as_ref()
+                .map_or((0, 0), |log| (log.base(), log.shown_end())),
+            held_bytes: log.map_or(0, |log| log.held_bytes()),
             volumes: Vec::new(),
             paused: self.paused.borrow().clone(),
             group: self.group.as_ref().map(Group::usage),
@@ -185,7 +188,11 @@ impl Process {
         };
         let mut at = read.from;
         loop {
-            let (offset, bytes) = match log.read(at, LOG_CHUNK_BYTES) {
+            let found = match read.whole {
+                true => log.read(at, LOG_CHUNK_BYTES),
+                false => log.read_shown(at, LOG_CHUNK_BYTES),
+            };
+            let (offset, bytes) = match found {
                 Ok(read) => read,
                 Err(error) => {
                     tracing::warn!(%error, "cannot read output");

@@ -6,6 +6,7 @@ use super::control::{
 };
 use super::{Worker, source, target};
 use crate::failpoint;
+use crate::log::Log;
 use crate::spec::Spec;
 use keel_cluster::Epoch;
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, PinnedIdentity, Reply, RpcError};
@@ -128,6 +129,7 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             let spec: Spec = unpack(&payload)?;
             reply(move || {
                 worker.set(spec.clone())?;
+                hold_output(&worker, &spec)?;
                 require_lease(&worker, &spec)
             })
             .await
@@ -173,11 +175,13 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             let since: u64 = unpack(&payload)?;
             let log = worker.process().log();
             let log = log.ok_or_else(|| RpcError::failed("it has no output here yet"))?;
-            reply(move || {
-                let offset = log.offset_since(since);
-                offset.map_err(|error| RpcError::failed(format!("{}: {error}", log.place())))
-            })
-            .await
+            reply(move || log.offset_since(since).map_err(|error| at(&log, &error))).await
+        }
+        kind::SHOW_OUTPUT => {
+            let offset: u64 = unpack(&payload)?;
+            let log = worker.process().log();
+            let log = log.ok_or_else(|| RpcError::failed("it has no output here yet"))?;
+            reply(move || log.show(offset).map_err(|error| at(&log, &error))).await
         }
         kind::FAILPOINT => {
             let (name, order): (String, Option<String>) = unpack(&payload)?;
@@ -195,6 +199,26 @@ fn require_lease<W: Worker>(worker: &Arc<W>, spec: &Spec) -> Result<(), RpcError
     lease
         .require(worker, spec.ha.is_some())
         .map_err(RpcError::failed)
+}
+
+/// Holds output back from now on, or not any more, as a changed spec says. (Before it starts or
+/// arrives, the agent makes the log with its hold.)
+fn hold_output<W: Worker>(worker: &Arc<W>, spec: &Spec) -> Result<(), RpcError> {
+    let Some(log) = worker.process().log() else {
+        return Ok(());
+    };
+    let protects = spec.ha.as_ref().is_some_and(|ha| ha.protects_output());
+    let changed = match (protects, log.held_from()) {
+        (true, None) => log.hold_from_now(),
+        (false, Some(_)) => log.end_hold(),
+        _ => Ok(()),
+    };
+    changed.map_err(|error| at(&log, &error))
+}
+
+/// An error of a machine's log, with its place.
+fn at(log: &Log, error: &std::io::Error) -> RpcError {
+    RpcError::failed(format!("{}: {error}", log.place()))
 }
 
 /// Streams the present and all later values.

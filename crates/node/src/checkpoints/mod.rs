@@ -19,5 +19,5 @@ pub(crate) use handle::{
     Checkpoints, CreateCheckpoint, PATIENCE, check_plan, open, opened, place, repository_error,
 };
 pub(crate) use replication::{
-    DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, Object, sweep,
+    COPIED_LOG, DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, Object, sweep,
 };

@@ -13,7 +13,7 @@ use keel_api::CheckpointRequest;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
-use keel_machine::spec::{CheckpointPlan, Spec, Status};
+use keel_machine::spec::{Record, Spec, Status};
 use keel_store::clock::unix_ms;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,6 +40,7 @@ impl Checkpoints {
             let mut failed = 0;
             let mut unreplicated = None;
             let mut settings = None;
+            let mut is_shown = false;
             while checkpoints
                 .processes
                 .machines
@@ -85,7 +86,7 @@ impl Checkpoints {
                         *newest.insert(since)
                     }
                 };
-                let due = due(plan, since, failed);
+                let due = due(plan.every, since, failed);
                 let now = unix_ms();
                 let runs =
                     record.owner == checkpoints.context.name && record.status == Status::Running;
@@ -95,6 +96,9 @@ impl Checkpoints {
                     let least = Duration::from_millis(if runs { 1 } else { 500 });
                     tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
                     continue;
+                }
+                if !is_shown && replicated.is_some_and(|ha| ha.protects_output()) {
+                    is_shown = checkpoints.show_what_is_safe(&machine, &record).await;
                 }
                 if let Some(ha) = replicated {
                     let made = checkpoints
@@ -107,7 +111,7 @@ impl Checkpoints {
                         }
                         Err(error) => {
                             tracing::warn!(%machine, %error, "no checkpoint on other nodes");
-                            newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
+                            newest = Some(since.max(now.saturating_sub(ms(plan.every))));
                             failed += 1;
                         }
                     }
@@ -131,7 +135,7 @@ impl Checkpoints {
                     }
                     Err(error) => {
                         tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
-                        newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
+                        newest = Some(since.max(now.saturating_sub(ms(plan.every))));
                         failed += 1;
                     }
                 }
@@ -141,12 +145,23 @@ impl Checkpoints {
 }
 
 /// A machine's automatic checkpoints.
-fn plan_of(spec: &Spec) -> Option<CheckpointPlan> {
+struct Plan {
+    every: Duration,
+    to: Option<String>,
+    retention: Retention,
+}
+
+fn plan_of(spec: &Spec) -> Option<Plan> {
     let Some(ha) = &spec.ha else {
-        return spec.checkpoints.clone();
+        let plan = spec.checkpoints.clone()?;
+        return Some(Plan {
+            every: Duration::from_secs(plan.every_s),
+            to: plan.to,
+            retention: plan.retention,
+        });
     };
-    Some(CheckpointPlan {
-        every_s: ha.checkpoint_every_s,
+    Some(Plan {
+        every: ha.checkpoint_every(),
         to: ha.to.clone(),
         retention: Retention {
             newest: Some(HA_KEPT),
@@ -170,6 +185,7 @@ impl Checkpoints {
                 checkpoint: id.parse()?,
                 members: BTreeSet::new(),
                 memory_bytes: report.memory_bytes,
+                held_output: None,
             };
             let revision = before.map(|(_, revision)| revision);
             records::replace_in_sync_set(&self.context, machine, epoch, revision, &set)
@@ -178,6 +194,26 @@ impl Checkpoints {
         };
         if let Err(error) = noted.await {
             tracing::warn!(%machine, error, "a checkpoint does not count for failovers");
+        }
+    }
+
+    /// Shows the output that the machine's last checkpoint covers: a process in which it has just
+    /// arrived, or one that did not hear it from a former agent, shows less. Whether that is known.
+    async fn show_what_is_safe(&self, machine: &MachineName, record: &Record) -> bool {
+        match records::in_sync_set(&*self.context.store, machine).await {
+            Ok(Some((set, _)))
+                if set
+                    .held_output
+                    .is_some_and(|held| held.life_unix_ms == record.started_unix_ms) =>
+            {
+                self.show_safe_output(machine, &set).await;
+                true
+            }
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%machine, %error, "its output waits for a checkpoint");
+                false
+            }
         }
     }
 
@@ -231,8 +267,7 @@ impl Drop for Watching {
 
 /// When the next checkpoint is due: one interval after the newest, or a backoff after the last
 /// failed attempt.
-fn due(plan: &CheckpointPlan, newest_ms: u64, failed: u32) -> u64 {
-    let every = Duration::from_secs(plan.every_s);
+fn due(every: Duration, newest_ms: u64, failed: u32) -> u64 {
     let pause = match failed {
         0 => Duration::ZERO,
         // Doubles, so that an unreachable store is not asked each second.
@@ -241,30 +276,27 @@ fn due(plan: &CheckpointPlan, newest_ms: u64, failed: u32) -> u64 {
             .min(RETRY_MAX)
             .min(every),
     };
-    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     newest_ms
         .saturating_add(ms(every))
         .saturating_add(ms(pause))
 }
 
+fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::checkpoint::Retention;
 
     #[test]
     fn one_follows_the_other_and_failures_are_spaced() {
-        let plan = |every_s| CheckpointPlan {
-            every_s,
-            to: None,
-            retention: Retention::default(),
-        };
-        assert_eq!(due(&plan(10), 5_000, 0), 15_000);
-        assert_eq!(due(&plan(600), 5_000, 1), 607_000);
-        assert_eq!(due(&plan(600), 5_000, 3), 613_000);
-        assert_eq!(due(&plan(600), 5_000, 99), 665_000);
+        assert_eq!(due(Duration::from_secs(10), 5_000, 0), 15_000);
+        assert_eq!(due(Duration::from_secs(600), 5_000, 1), 607_000);
+        assert_eq!(due(Duration::from_secs(600), 5_000, 3), 613_000);
+        assert_eq!(due(Duration::from_secs(600), 5_000, 99), 665_000);
         // The backoff skips at most one checkpoint.
-        assert_eq!(due(&plan(2), 5_000, 99), 9_000);
-        assert_eq!(due(&plan(u64::MAX), 5_000, 0), u64::MAX);
+        assert_eq!(due(Duration::from_secs(2), 5_000, 99), 9_000);
+        assert_eq!(due(Duration::MAX, 5_000, 0), u64::MAX);
     }
 }

@@ -4,14 +4,15 @@
 use super::handles::Handles;
 use crate::balancer::{self, BALANCE};
 use crate::checkpoints::{
-    CreateCheckpoint, DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, Object,
+    COPIED_LOG, CreateCheckpoint, DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT,
+    OBJECTS, Object,
 };
 use crate::cluster_events::{EVENTS, Question, answer_peer};
 use crate::compilation::{CODE, PROGRAM, program_here};
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::images::FETCH;
-use crate::logs::{LOG, LogOffset};
+use crate::logs::{LOG, LogOffset, WHOLE_LOG};
 use crate::machines::{RemoveMachine, ReportQuery, SetMachine, StopMachine};
 use crate::moves::{
     self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
@@ -29,7 +30,7 @@ use futures::FutureExt;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::control::{AddPart, ConnectNewPart};
 use keel_machine::kind::KindName;
-use keel_machine::worker::control::{pack, unpack};
+use keel_machine::worker::control::{ReadLog, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
 use std::sync::{Arc, OnceLock};
@@ -190,9 +191,14 @@ impl Service {
                 });
                 Ok(Reply::Stream(stream))
             }
-            LOG => {
+            LOG | WHOLE_LOG => {
                 let (machine, from, follow): (MachineName, u64, bool) = unpack(payload)?;
-                let stream = at.logs.here(&machine, from, follow).await;
+                let read = ReadLog {
+                    from,
+                    follow,
+                    whole: kind == WHOLE_LOG,
+                };
+                let stream = at.logs.here(&machine, read).await;
                 Ok(Reply::Stream(stream.map_err(RpcError::failed)?))
             }
             TRIAL => Ok(pack(&())?.into()),
@@ -233,6 +239,11 @@ impl Service {
             FETCH_CHECKPOINT => {
                 let request: FetchCheckpoint = unpack(payload)?;
                 reply(at.checkpoints.fetch_here(&source, request).await)
+            }
+            COPIED_LOG => {
+                let (machine, folder, from): (MachineName, String, u64) = unpack(payload)?;
+                let copy = at.checkpoints.send_copy(&machine, &folder, from).await;
+                Ok(Reply::Stream(copy.map_err(RpcError::failed)?))
             }
             OBJECT => {
                 let (machine, object): (MachineName, Object) = unpack(payload)?;

@@ -27,11 +27,15 @@ const PIECE_BYTES: usize = 64 << 10;
 const GONE_WITHIN: Duration = Duration::from_millis(500);
 /// Attempts to find a machine that keeps moving.
 const CHASES_MAX: u32 = 25;
+/// Attempts of a reader who follows a machine that is restarted when its node fails: half a minute.
+const FAILOVER_CHASES_MAX: u32 = 600;
 /// The longest pause between them; the first is the shortest.
 const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// Request between agents: `(machine, from, follow)` → stream of [`LogChunk`].
 pub(crate) const LOG: u16 = 0x0307;
+/// The same, with output that is held back: for copies, and for machines whose end is recorded.
+pub(crate) const WHOLE_LOG: u16 = 0x0330;
 
 /// Asks for the offset of the first output at or after a time.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,22 +77,21 @@ impl Logs {
     pub(crate) async fn here(
         &self,
         machine: &MachineName,
-        from: u64,
-        follow: bool,
+        read: ReadLog,
     ) -> Result<mpsc::Receiver<Bytes>, String> {
         let (send, chunks) = mpsc::channel(16);
         let folder = self.context.dir.worker(machine);
         let worker = self.processes.machines.get(machine);
         let mut stream = None;
         if let Some(worker) = &worker {
-            match worker.stream(kind::LOG, &ReadLog { from, follow }).await {
+            match worker.stream(kind::LOG, &read).await {
                 Ok(begun) => stream = Some(begun),
                 Err(_) if worker.gone_within(GONE_WITHIN).await => {}
                 Err(error) => return Err(error.to_string()),
             }
         }
         tokio::spawn(async move {
-            let mut at = from;
+            let mut at = read.from;
             if let (Some(worker), Some(stream)) = (&worker, &mut stream) {
                 loop {
                     match stream.recv().await {
@@ -106,7 +109,8 @@ impl Logs {
                     }
                 }
             }
-            let left = tokio::task::spawn_blocking(move || send_left(&folder, at, &send));
+            let left =
+                tokio::task::spawn_blocking(move || send_left(&folder, at, read.whole, &send));
             match left.await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
@@ -166,10 +170,14 @@ impl Logs {
             let mut at = from;
             let mut idle = 0;
             let mut why = "it did not start".to_owned();
-            while idle < CHASES_MAX && !send.is_closed() {
+            let mut chases = CHASES_MAX;
+            while idle < chases && !send.is_closed() {
                 let before = at;
                 match records::get(&*logs.context.store, &machine).await {
                     Ok(found) => {
+                        if follow && found.record.spec.ha.is_some() {
+                            chases = FAILOVER_CHASES_MAX;
+                        }
                         let passed = tokio::select! {
                             passed = logs.pass_on(&found.record, &mut at, follow, &send) => passed,
                             () = owner_changes(&logs.context, &found), if follow => {
@@ -219,12 +227,22 @@ impl Logs {
         let owner = &record.owner;
         let away = |error: &dyn std::fmt::Display| format!("node {owner}: {error}");
         let (mut local, mut remote) = (None, None);
+        // Nothing undoes the output of a machine whose end is recorded.
+        let ha = record.spec.ha.as_ref();
+        let whole = record.status.ended() && ha.is_some_and(|ha| ha.protects_output());
         if *owner == self.context.name {
-            local = Some(self.here(&record.name, *at, follow).await?);
+            let from = *at;
+            let read = ReadLog {
+                from,
+                follow,
+                whole,
+            };
+            local = Some(self.here(&record.name, read).await?);
         } else {
             let question =
                 pack(&(record.name.clone(), *at, follow)).map_err(|it| it.to_string())?;
-            let stream = self.context.peers.stream(owner, LOG, question).await;
+            let kind = if whole { WHOLE_LOG } else { LOG };
+            let stream = self.context.peers.stream(owner, kind, question).await;
             remote = Some(stream.map_err(|error| away(&error))?);
         }
         loop {
@@ -290,11 +308,19 @@ async fn owner_changes(context: &Context, found: &VersionedRecord) {
 
 /// Sends the remaining output of an ended machine, with the end marker. Sends nothing for a
 /// machine that has not started, or is not here any more: the client searches for its node.
-fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
+pub(crate) fn send_left(
+    folder: &Path,
+    from: u64,
+    whole: bool,
+    send: &mpsc::Sender<Bytes>,
+) -> std::io::Result<()> {
     let log = Log::open_read_only(folder)?;
     let mut at = from;
     loop {
-        let (offset, bytes) = log.read(at, PIECE_BYTES)?;
+        let (offset, bytes) = match whole {
+            true => log.read(at, PIECE_BYTES)?,
+            false => log.read_shown(at, PIECE_BYTES)?,
+        };
         let is_end = bytes.is_empty();
         at = offset + bytes.len() as u64;
         let sent = pack(&LogChunk { offset, bytes })

@@ -143,6 +143,7 @@ pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> M
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),
         output_bytes: running.map(|report| report.log.1 % LIFE_BYTES),
+        held_output_bytes: running.map(|report| report.held_bytes),
         cgroup: running.and_then(|report| report.group.clone()),
         moves: record.reports.clone(),
     }

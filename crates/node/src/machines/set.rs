@@ -18,6 +18,7 @@ use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older, prove_guard};
 use crate::records::{self, MachineCommand, RecordError, at_owner};
 use keel_api::{CheckpointChange, EventKind, HighAvailabilityChange, SetRequest};
 use keel_cluster::MachineName;
+use keel_machine::high_availability::Protect;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 use keel_machine::worker::control::kind;
 use keel_net::RpcError;
@@ -29,6 +30,8 @@ use std::time::Duration;
 
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Attempts at a change of what is protected, beside checkpoints that are noted.
+const ATTEMPTS_MAX: u32 = 20;
 
 /// Changes a machine's limits, or its restart, checkpoint or balancing policy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -99,15 +102,15 @@ async fn set(
     check_availability_change(machine, &before.spec, &spec, worker.is_some())?;
     if let Some(worker) = &worker {
         check_room(machines, machine, worker, &before.spec, &spec).await?;
-        // A worker that needs no lease any more is told after the record says so.
-        let guarded = Spec {
-            ha: spec.ha.clone().or_else(|| before.spec.ha.clone()),
-            ..spec.clone()
-        };
+        let guarded = guarded(&before.spec, &spec);
         let told = async {
             ask(worker, &guarded).await?;
-            match before.spec.ha.is_none() && spec.ha.is_some() {
-                true => prove_guard(worker, term).await,
+            if before.spec.ha.is_none() && spec.ha.is_some() {
+                prove_guard(worker, term).await?;
+            }
+            match protects(&spec) && !protects(&before.spec) {
+                // An older worker does not know how to hold output back.
+                true => worker.ask(kind::SHOW_OUTPUT, &0u64, PROMPT).await,
                 false => Ok(()),
             }
         };
@@ -128,8 +131,7 @@ async fn set(
     match written {
         Ok(after) => {
             if let Some(worker) = &worker
-                && before.spec.ha.is_some()
-                && spec.ha.is_none()
+                && guarded(&before.spec, &spec) != spec
             {
                 apply_until_done(machines, machine, worker);
             }
@@ -152,6 +154,25 @@ async fn set(
             Err(error)
         }
     }
+}
+
+/// The spec of a worker until the record is written. One that needs no lease any more, or holds no
+/// output back, is told after the record says so.
+fn guarded(before: &Spec, after: &Spec) -> Spec {
+    let mut ha = after.ha.clone().or_else(|| before.ha.clone());
+    if let Some(ha) = &mut ha
+        && protects(before)
+    {
+        ha.protect = Protect::Output;
+    }
+    Spec {
+        ha,
+        ..after.clone()
+    }
+}
+
+fn protects(spec: &Spec) -> bool {
+    spec.ha.as_ref().is_some_and(|ha| ha.protects_output())
 }
 
 /// Whether what keeps a machine available can be changed in this way, and now.
@@ -367,35 +388,64 @@ async fn write(
     before: &Record,
     request: &SetRequest,
 ) -> Result<Record, CommandError> {
-    let mut refused = None;
-    let change = |record: &mut Record| {
-        refused = can_change(machines, record).err();
-        let same = record.epoch == before.epoch && record.spec == before.spec;
-        if refused.is_none() && !same {
-            refused = Some(CommandError::Conflict(format!(
-                "machine {:?} was changed by another; try again",
-                record.name
-            )));
-        }
-        if refused.is_some() {
-            return false;
-        }
-        record.spec = changed(&record.spec, request);
-        true
-    };
-    // A later checkpoint of the same machine must not be taken for the newest.
+    let store = &*machines.context.store;
+    let after = changed(&before.spec, request);
+    let is_off = after.ha.is_none();
+    let changes_protection = !is_off && protects(&before.spec) != protects(&after);
     let set = Key::InSync(before.name.clone()).to_string();
-    let is_off = changed(&before.spec, request).ha.is_none();
-    let more = |txn: Txn, _: &Record| match is_off {
-        true => txn.delete(set.clone()),
-        false => txn,
-    };
-    let written = records::update(&*machines.context.store, &before.name, change, more).await;
-    match (refused, written) {
-        // An earlier write succeeded and its answer was lost.
-        (Some(_), Ok(record)) if record.spec == changed(&before.spec, request) => Ok(record),
-        (Some(error), Ok(_)) => Err(error),
-        (_, written) => Ok(written?),
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let mut refused = None;
+        let change = |record: &mut Record| {
+            refused = can_change(machines, record).err();
+            let same = record.epoch == before.epoch && record.spec == before.spec;
+            if refused.is_none() && !same {
+                refused = Some(CommandError::Conflict(format!(
+                    "machine {:?} was changed by another; try again",
+                    record.name
+                )));
+            }
+            if refused.is_some() {
+                return false;
+            }
+            record.spec = changed(&record.spec, request);
+            true
+        };
+        // Output behind the present checkpoint is seen, or was.
+        let found = match changes_protection {
+            true => records::in_sync_set(store, &before.name).await?,
+            false => None,
+        };
+        let unheld = match found {
+            Some((set, revision)) => {
+                let value = records::encode_in_sync_set(&set.without_held_output())?;
+                Some((value, revision))
+            }
+            None => None,
+        };
+        let more = |txn: Txn, _: &Record| match &unheld {
+            // A later checkpoint of the same machine must not be taken for the newest.
+            _ if is_off => txn.delete(set.clone()),
+            _ if !changes_protection => txn,
+            Some((value, revision)) => txn
+                .when_modified_at(set.clone(), *revision)
+                .put(set.clone(), value.clone()),
+            None => txn.when_absent(set.clone()),
+        };
+        let written = records::update(store, &before.name, change, more).await;
+        return match (refused, written) {
+            // An earlier write succeeded and its answer was lost.
+            (Some(_), Ok(record)) if record.spec == after => Ok(record),
+            (Some(error), Ok(_)) => Err(error),
+            // The next checkpoint was noted meanwhile.
+            (_, Err(RecordError::Contended(_)))
+                if changes_protection && attempts < ATTEMPTS_MAX =>
+            {
+                continue;
+            }
+            (_, written) => Ok(written?),
+        };
     }
 }
 

@@ -100,6 +100,14 @@ pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
         |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. }) && !volume.read_only;
     let unfenced = spec.volumes.iter().find(|volume| is_written_to(volume));
     if let Some(volume) = unfenced
+        && ha.protects_output()
+    {
+        return Err(CommandError::Invalid(format!(
+            "it writes to a directory of hosts at {}, which others see at once, and its output is to wait for a checkpoint (ha: protect): make the volume read-only, or use a cluster volume",
+            volume.guest
+        )));
+    }
+    if let Some(volume) = unfenced
         && ha.fence == Fence::None
     {
         return Err(CommandError::Invalid(format!(

@@ -34,6 +34,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         }
         _ => (None, Leftovers::Remove),
     };
+    let is_kept = kept.is_some();
     let mut spread = Vec::new();
     let from = match kept.or_else(|| record.origin.clone()) {
         Some(origin) => {
@@ -62,16 +63,14 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             leftovers,
         )
         .await?;
-    if let Status::Restarting {
-        elsewhere: true, ..
-    } = record.status
-    {
-        let origin = match &from {
-            StartFrom::Checkpoint(origin) => Some(origin),
-            StartFrom::Beginning { .. } => None,
-        };
-        machines.checkpoints.place_output(record, origin).await?;
-    }
+    let origin = match &from {
+        StartFrom::Checkpoint(origin) => Some(origin),
+        StartFrom::Beginning { .. } => None,
+    };
+    machines
+        .checkpoints
+        .place_output(record, origin, is_kept)
+        .await?;
     failpoint::pass_async("start.worker")
         .await
         .map_err(|injected| injected.to_string())?;

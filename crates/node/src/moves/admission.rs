@@ -8,6 +8,7 @@ use crate::processes::{COMPILE_PATIENCE, Leftovers};
 use crate::records::{Reservation, check_free_memory};
 use crate::spanning::part_of;
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::log::Log;
 use keel_machine::spec::VolumeKind;
 use keel_machine::worker::control::{MoveEndpoint, Receive, State, kind};
 use keel_machine::worker::volume_folder;
@@ -99,6 +100,18 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     .map_err(|error| error.to_string())?
 }
 
+/// Holds the output of a machine back as its source does, if its spec says so.
+async fn hold_output(moves: &Moves, offer: &Offer) -> Result<(), String> {
+    let ha = offer.spec.ha.as_ref();
+    if !ha.is_some_and(|ha| ha.protects_output()) {
+        return Ok(());
+    }
+    let (folder, shown) = (moves.context.dir.worker(&offer.machine), offer.shown_output);
+    let held = tokio::task::spawn_blocking(move || Log::hold_before(&folder, shown)).await;
+    let held = held.map_err(|error| error.to_string())?;
+    held.map_err(|error| format!("its output cannot be held back: {error}"))
+}
+
 async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<MoveEndpoint, String> {
     let machine = &offer.machine;
     if let Some(worker) = moves.processes.machines.get(machine) {
@@ -151,7 +164,11 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
             return Err(error);
         }
     };
-    if let Err(reason) = passed("offer.started").await {
+    let started = async {
+        hold_output(moves, &offer).await?;
+        passed("offer.started").await
+    };
+    if let Err(reason) = started.await {
         moves
             .processes
             .machines

@@ -49,6 +49,9 @@ pub(crate) struct Offer {
     pub(crate) proofs: Vec<Option<(String, String)>>,
     /// Whether the move is post-copy.
     pub(crate) post_copy: bool,
+    /// Up to where readers may see its output.
+    #[serde(default)]
+    pub(crate) shown_output: u64,
 }
 
 /// State of a machine that was handed over to this node.
@@ -85,6 +88,7 @@ pub(super) fn offer_of(
         features: needed_features(),
         proofs: proofs.list(),
         post_copy,
+        shown_output: report.log.1,
     })
 }
 

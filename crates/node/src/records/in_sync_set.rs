@@ -28,6 +28,38 @@ pub(crate) struct InSyncSet {
     pub(crate) members: BTreeSet<NodeName>,
     /// The machine's memory then, in bytes.
     pub(crate) memory_bytes: u64,
+    /// Its output that is held back until the set names a checkpoint that covers it.
+    #[serde(default)]
+    pub(crate) held_output: Option<HeldOutput>,
+}
+
+/// Output that no reader saw behind the checkpoint of a set: a life that begins with that
+/// checkpoint may use its offsets again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HeldOutput {
+    /// Where the output ended at the checkpoint.
+    pub(crate) end: u64,
+    /// When the life began that the checkpoint is of: copies of the output of another one may differ
+    /// behind their checkpoints. Milliseconds since 1970-01-01 UTC.
+    pub(crate) life_unix_ms: u64,
+}
+
+impl InSyncSet {
+    /// The set, where readers may have seen output behind its checkpoint.
+    pub(crate) fn without_held_output(&self) -> Self {
+        InSyncSet {
+            held_output: None,
+            ..self.clone()
+        }
+    }
+}
+
+/// The value of a set in the store.
+///
+/// # Errors
+/// [`RecordError::Damaged`], never in practice.
+pub(crate) fn encode(set: &InSyncSet) -> Result<Vec<u8>, RecordError> {
+    encoding::encode("an in-sync set", set).map_err(|error| RecordError::Damaged(error.to_string()))
 }
 
 /// A machine's set, with the revision that wrote it; `None` before its first checkpoint.
@@ -60,8 +92,6 @@ pub(crate) async fn replace_in_sync_set(
     before: Option<Revision>,
     set: &InSyncSet,
 ) -> Result<(), RecordError> {
-    let value = encoding::encode("an in-sync set", set)
-        .map_err(|error| RecordError::Damaged(error.to_string()))?;
     let key = Key::InSync(machine.clone()).to_string();
     for _ in 0..ATTEMPTS_MAX {
         let found = get(&*context.store, machine).await?;
@@ -70,6 +100,13 @@ pub(crate) async fn replace_in_sync_set(
                 "machine {machine:?} does not run here under epoch {epoch} any more"
             )));
         }
+        // A checkpoint that was made before a change of the spec says nothing of readers after it.
+        let ha = found.record.spec.ha.as_ref();
+        let set = match ha.is_some_and(|ha| ha.protects_output()) {
+            true => set.clone(),
+            false => set.without_held_output(),
+        };
+        let value = encode(&set)?;
         let unchanged = match before {
             Some(revision) => Compare::ModifiedAt {
                 key: key.clone(),
@@ -80,7 +117,7 @@ pub(crate) async fn replace_in_sync_set(
         let txn = Txn::new()
             .when(unchanged)
             .when_modified_at(Key::Machine(machine.clone()), found.revision)
-            .put(key.clone(), value.clone());
+            .put(key.clone(), value);
         match context.store.txn(txn).await? {
             TxnOutcome::Committed { .. } => return Ok(()),
             TxnOutcome::Refused { failed: 0, .. } => {

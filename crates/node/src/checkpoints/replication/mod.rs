@@ -27,6 +27,7 @@ mod owner;
 mod replica;
 
 pub(crate) use objects::Object;
+pub(crate) use output::COPIED_LOG;
 pub(super) use owner::Unreplicated;
 pub(crate) use replica::{
     DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint, OBJECT, OBJECTS, sweep,

@@ -147,7 +147,12 @@ pub(super) fn others(
     machine: &MachineName,
     kept: &[Object],
 ) -> std::io::Result<Vec<PathBuf>> {
+    let newest = kept.iter().filter_map(Object::checkpoint).max();
     let kept: BTreeSet<&str> = kept.iter().map(|it| it.name.as_str()).collect();
+    // A request may be late: what belongs to a newer checkpoint has just come.
+    let is_newer = |name: &str| {
+        newest.is_some_and(|newest| name.get(..newest.len()).is_some_and(|id| id > newest))
+    };
     let folder = machine_folder(folder, machine);
     let entries = match std::fs::read_dir(&folder) {
         Ok(entries) => entries,
@@ -157,7 +162,8 @@ pub(super) fn others(
     let mut gone = Vec::new();
     for entry in entries {
         let name = entry?.file_name();
-        if !name.to_str().is_some_and(|name| kept.contains(name)) {
+        let is_needed = |name: &str| kept.contains(name) || is_newer(name);
+        if !name.to_str().is_some_and(is_needed) {
             gone.push(folder.join(name));
         }
     }
@@ -323,6 +329,7 @@ mod tests {
             "2.manifest",
             "2.0.pack",
             "3.0.x.new",
+            "3.0.pack",
         ] {
             write(folder, name, b"x");
         }
@@ -334,7 +341,8 @@ mod tests {
         discard(&kept);
         let left = objects_of(folder, &machine(), None).unwrap();
         let names: Vec<&str> = left.iter().map(|it| it.name.as_str()).collect();
-        assert_eq!(names, ["2.0.pack", "2.manifest"]);
+        // That of the next checkpoint has just come.
+        assert_eq!(names, ["2.0.pack", "2.manifest", "3.0.pack"]);
         discard(&[]);
         assert!(!machine_folder(folder, &machine()).exists());
         // Again: nothing is there.

@@ -4,10 +4,12 @@
 use super::super::handle::{Checkpoints, PATIENCE, opened, repository_error};
 use super::objects::{Object, objects_of};
 use super::replica::{DISCARD, Discard, FETCH_CHECKPOINT, FetchCheckpoint};
+use crate::context::Context;
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::images::send_file;
-use crate::records::{self, InSyncSet};
+use crate::processes::PROMPT;
+use crate::records::{self, HeldOutput, InSyncSet};
 use keel_api::EventKind;
 use keel_cluster::failover::{ReplicaNode, choose_replicas};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -24,6 +26,8 @@ use tokio::task::JoinSet;
 /// link. One that hangs must not keep others from having it.
 const FETCH_PATIENCE: Duration = Duration::from_secs(20);
 const FETCH_BYTES_PER_S: u64 = 4 << 20;
+/// How often it is looked whether a node that fetches is alive.
+const LEASE_LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long a node may take to discard what is not needed any more.
 const DISCARD_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -35,6 +39,8 @@ pub(in crate::checkpoints) struct Unreplicated {
     epoch: Epoch,
     created_unix_ms: u64,
     log_end: u64,
+    /// When that life began, if its output behind the checkpoint is held back.
+    holds_output_of: Option<u64>,
     memory_bytes: u64,
     program: Option<[u8; 32]>,
 }
@@ -43,6 +49,17 @@ impl Unreplicated {
     /// When it was made, in milliseconds since 1970-01-01 UTC.
     pub(in crate::checkpoints) fn unix_ms(&self) -> u64 {
         self.id.unix_ms()
+    }
+}
+
+/// Returns when a node has no lease any more: it may not answer for a long time.
+async fn lease_ends(context: &Context, node: &NodeName) {
+    loop {
+        tokio::time::sleep(LEASE_LOOK_EVERY).await;
+        let alive = records::alive(&*context.store).await;
+        if alive.is_ok_and(|alive| !alive.contains(node)) {
+            return;
+        }
     }
 }
 
@@ -81,6 +98,7 @@ impl Checkpoints {
             epoch: before.epoch,
             created_unix_ms: before.created_unix_ms,
             log_end: made.log_end,
+            holds_output_of: made.holds_output.then_some(before.started_unix_ms),
             memory_bytes: report.memory_bytes,
             program: report.program,
         })
@@ -130,6 +148,7 @@ impl Checkpoints {
             epoch: checkpoint.epoch,
             created_unix_ms: checkpoint.created_unix_ms,
             log_end: checkpoint.log_end,
+            held_life_unix_ms: checkpoint.holds_output_of,
             objects: objects.clone(),
         };
         let (has, failures) = self.fetched_by(ha, &fetch, home, candidates).await;
@@ -149,18 +168,42 @@ impl Checkpoints {
             checkpoint: checkpoint.id.clone(),
             members,
             memory_bytes: checkpoint.memory_bytes,
+            held_output: checkpoint.holds_output_of.map(|life_unix_ms| HeldOutput {
+                end: checkpoint.log_end,
+                life_unix_ms,
+            }),
         };
         let revision = before.as_ref().map(|(_, revision)| *revision);
         records::replace_in_sync_set(&self.context, machine, checkpoint.epoch, revision, &set)
             .await?;
         self.tell(machine, before.as_ref().map(|(set, _)| set), &set);
+        self.show_safe_output(machine, &set).await;
         // What other nodes have is kept as long as only this one has the newest.
         if set.members.len() > 1 {
             let mut all = set.members;
             all.extend(before.into_iter().flat_map(|(set, _)| set.members));
-            self.discard_elsewhere(machine, &all, objects).await;
+            self.discard_elsewhere(machine, &all, objects);
         }
         Ok(())
+    }
+
+    /// Shows the output that the checkpoint of a set covers, if it is on another node: nothing
+    /// undoes it any more.
+    pub(in crate::checkpoints) async fn show_safe_output(
+        &self,
+        machine: &MachineName,
+        set: &InSyncSet,
+    ) {
+        let (Some(held), true) = (set.held_output, set.members.len() > 1) else {
+            return;
+        };
+        let Some(worker) = self.processes.machines.get(machine) else {
+            return;
+        };
+        let shown: Result<(), RpcError> = worker.ask(kind::SHOW_OUTPUT, &held.end, PROMPT).await;
+        if let Err(error) = shown {
+            tracing::warn!(%machine, %error, "its output waits for the next checkpoint");
+        }
     }
 
     /// An event where the nodes that have the checkpoint changed: users plan with them.
@@ -169,9 +212,13 @@ impl Checkpoints {
             return;
         }
         let nodes: Vec<&str> = set.members.iter().map(NodeName::as_str).collect();
+        let waits = match set.held_output {
+            Some(_) => "; its output waits for one",
+            None => "",
+        };
         let text = match nodes.len() {
             1 => format!(
-                "its checkpoint is on {} only: no other node is there",
+                "its checkpoint is on {} only: no other node is there{waits}",
                 nodes[0]
             ),
             _ => format!("its checkpoint is on {}", nodes.join(", ")),
@@ -224,12 +271,17 @@ impl Checkpoints {
                 let (peers, payload) = (self.context.peers.clone(), pack(fetch));
                 let bytes: u64 = fetch.objects.iter().map(Object::bytes).sum();
                 let patience = FETCH_PATIENCE + Duration::from_secs(bytes / FETCH_BYTES_PER_S);
+                let context = self.context.clone();
                 fetches.spawn(async move {
                     let fetched = match payload {
-                        Ok(payload) => {
-                            let call = peers.call(&node, FETCH_CHECKPOINT, payload, patience);
-                            call.await.map(drop)
-                        }
+                        Ok(payload) => tokio::select! {
+                            answer = peers.call(&node, FETCH_CHECKPOINT, payload, patience) => {
+                                answer.map(drop)
+                            }
+                            () = lease_ends(&context, &node) => {
+                                Err(RpcError::unknown("its lease ended"))
+                            }
+                        },
                         Err(error) => Err(error),
                     };
                     (node, fetched)
@@ -246,7 +298,7 @@ impl Checkpoints {
 
     /// Lets other nodes delete what is not needed any more. One that does not answer does it after
     /// the next checkpoint.
-    async fn discard_elsewhere(
+    fn discard_elsewhere(
         &self,
         machine: &MachineName,
         nodes: &BTreeSet<NodeName>,
@@ -259,13 +311,14 @@ impl Checkpoints {
             return;
         };
         for node in nodes.iter().filter(|node| **node != self.context.name) {
-            let call = self
-                .context
-                .peers
-                .call(node, DISCARD, payload.clone(), DISCARD_PATIENCE);
-            if let Err(error) = call.await {
-                tracing::debug!(%machine, %node, %error, "old checkpoints stay there until the next one");
-            }
+            let (peers, node) = (self.context.peers.clone(), node.clone());
+            let (payload, machine) = (payload.clone(), machine.clone());
+            tokio::spawn(async move {
+                let call = peers.call(&node, DISCARD, payload, DISCARD_PATIENCE);
+                if let Err(error) = call.await {
+                    tracing::debug!(%machine, %node, %error, "old checkpoints stay there until the next one");
+                }
+            });
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::super::handle::{Checkpoints, open};
 use super::objects::{NewFile, Object, delete, objects_of, others};
-use super::output;
+use super::output::{self, OutputLife};
 use crate::records::{self, InSyncSet, RecordError};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{MemoryRestore, Origin, RepositoryError};
@@ -46,6 +46,10 @@ pub(crate) struct FetchCheckpoint {
     pub(crate) created_unix_ms: u64,
     /// Where its output ended when the checkpoint was made.
     pub(crate) log_end: u64,
+    /// When its present life began, if output behind that is held back; in milliseconds since
+    /// 1970-01-01 UTC.
+    #[serde(default)]
+    pub(crate) held_life_unix_ms: Option<u64>,
     pub(crate) objects: Vec<Object>,
 }
 
@@ -74,8 +78,11 @@ impl Checkpoints {
                 request.machine, request.epoch
             )));
         }
-        let (created, log_end) = (request.created_unix_ms, request.log_end);
-        self.fetch_output(owner, &request.machine, created, log_end)
+        let life = OutputLife {
+            created_unix_ms: request.created_unix_ms,
+            held_unix_ms: request.held_life_unix_ms,
+        };
+        self.fetch_output(owner, &request.machine, life, request.log_end)
             .await
             .map_err(RpcError::failed)?;
         self.fetch_objects(owner, &request.machine, request.objects)

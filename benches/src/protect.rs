@@ -1,0 +1,180 @@
+//! What protected output costs (`ha` with `protect = "output"`): the time from when a machine prints
+//! a line to when a reader sees it, and how much of its work it still does, at several intervals of
+//! checkpoints; without protection beside it.
+
+use crate::Options;
+use crate::signals;
+use crate::table::{Table, percentile};
+use anyhow::{Context, Result, ensure};
+use keel_machine::high_availability::{HighAvailability, Protect};
+use keel_machine::log::{StreamKind, split_records};
+use keel_testkit::{Guest, LocalCluster};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const NODES: [&str; 3] = ["a", "b", "c"];
+/// Of the machine's memory.
+const MIB: &str = "64";
+/// Written between two lines, in KiB.
+const KIB: &str = "64";
+/// Time before it is measured.
+const SETTLE: Duration = Duration::from_secs(3);
+const MEASURE: Duration = Duration::from_secs(10);
+
+/// A machine that is kept available in some way.
+struct Way {
+    name: &'static str,
+    ha: Option<HighAvailability>,
+}
+
+fn ways() -> Vec<Way> {
+    let of = |checkpoint_every_ms, protect| {
+        Some(HighAvailability {
+            checkpoint_every_ms,
+            protect,
+            ..HighAvailability::default()
+        })
+    };
+    let way = |name, ha| Way { name, ha };
+    vec![
+        way("no high availability", None),
+        way("checkpoint 1 s", of(1000, Protect::None)),
+        way("protected, 100 ms", of(100, Protect::Output)),
+        way("protected, 50 ms", of(50, Protect::Output)),
+        way("protected, 25 ms", of(25, Protect::Output)),
+        way("protected, 10 ms", of(10, Protect::Output)),
+    ]
+}
+
+pub(crate) fn bench(options: &Options) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let mut table = Table::new(&[
+        "machine of 64 MiB",
+        "checkpoints/s",
+        "line seen after, ms p50",
+        "p99",
+        "most",
+        "lines/s without a pause",
+        "share",
+    ]);
+    let mut free = None;
+    for way in ways() {
+        let figures = runtime.block_on(signals::until(measure(options, &way)))?;
+        let free = *free.get_or_insert(figures.lines_per_s);
+        let mut delays = figures.delays_ms;
+        let mut row = vec![
+            way.name.to_owned(),
+            format!("{:.1}", figures.checkpoints_per_s),
+        ];
+        for share in [0.5, 0.99, 1.0] {
+            row.push(format!("{:.1}", percentile(&mut delays, share)));
+        }
+        row.push(format!("{:.0}", figures.lines_per_s));
+        row.push(format!("{:.2}", figures.lines_per_s / free));
+        table.row(row);
+    }
+    table.print("Protected output");
+    Ok(())
+}
+
+struct Figures {
+    checkpoints_per_s: f64,
+    delays_ms: Vec<f64>,
+    lines_per_s: f64,
+}
+
+async fn measure(options: &Options, way: &Way) -> Result<Figures> {
+    let keel = options.keel.canonicalize().context("keel")?;
+    let module = std::fs::read(options.guests.join("stamp.wasm"))?;
+    let folder = tempfile::tempdir()?;
+    let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES, None).await?;
+    // A line each millisecond, and then as many as it can.
+    let mut seen = Vec::new();
+    for pause_us in ["1000", "0"] {
+        let args = [pause_us, KIB, MIB];
+        let name = format!("m{pause_us}");
+        let guest = Guest {
+            ha: way.ha.clone(),
+            ..Guest::new(&name, "c", &module, &args)
+        };
+        cluster.run(&guest).await?;
+        tokio::time::sleep(SETTLE).await;
+        let before = checkpoints(&cluster).await?;
+        let lines = follow(&cluster, &name).await?;
+        let made = checkpoints(&cluster).await? - before;
+        seen.push((lines, made / MEASURE.as_secs_f64()));
+        let kill = format!("/v1/machines/{name}/kill");
+        let _: keel_api::Nothing = cluster.client("a").post(&kill, &()).await?;
+    }
+    let (fast, _) = seen.pop().context("two")?;
+    let (paced, checkpoints_per_s) = seen.pop().context("two")?;
+    ensure!(!fast.is_empty() && !paced.is_empty(), "no line was seen");
+    Ok(Figures {
+        checkpoints_per_s,
+        delays_ms: paced.iter().map(|line| line.delay_ms).collect(),
+        lines_per_s: fast.len() as f64 / MEASURE.as_secs_f64(),
+    })
+}
+
+struct Line {
+    /// From when it was printed to when it was seen.
+    delay_ms: f64,
+}
+
+/// Follows the output for a while, from now on.
+async fn follow(cluster: &LocalCluster, machine: &str) -> Result<Vec<Line>> {
+    let mut stream = cluster
+        .client("a")
+        .get_stream(&format!("/v1/machines/{machine}/logs?follow=true"))
+        .await?;
+    let (mut bytes, mut text, mut lines) = (Vec::new(), Vec::new(), Vec::new());
+    let begun = Instant::now();
+    let from = micros_now()?;
+    while begun.elapsed() < MEASURE {
+        let chunk = tokio::time::timeout(Duration::from_secs(20), stream.chunk()).await??;
+        let chunk = chunk.context("the output ended")?;
+        let now = micros_now()?;
+        bytes.extend_from_slice(&chunk);
+        for (kind, record) in split_records(&mut bytes) {
+            if kind == StreamKind::Output {
+                text.extend(record);
+            }
+        }
+        let Some(end) = text.iter().rposition(|byte| *byte == b'\n') else {
+            continue;
+        };
+        let whole: Vec<u8> = text.drain(..=end).collect();
+        for line in std::str::from_utf8(&whole)?.lines() {
+            let printed = line.split_whitespace().nth(1).context("a time")?;
+            let printed: u64 = printed.parse()?;
+            // What was printed before is old.
+            if printed >= from {
+                let delay_ms = now.saturating_sub(printed) as f64 / 1000.0;
+                lines.push(Line { delay_ms });
+            }
+        }
+    }
+    Ok(lines)
+}
+
+fn micros_now() -> Result<u64> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    Ok(u64::try_from(since.as_micros())?)
+}
+
+/// Checkpoints that all nodes have made.
+async fn checkpoints(cluster: &LocalCluster) -> Result<f64> {
+    let mut sum = 0.0;
+    for node in NODES {
+        let mut answer = cluster.client(node).get_stream("/metrics").await?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = answer.chunk().await? {
+            bytes.extend_from_slice(&chunk);
+        }
+        let text = String::from_utf8(bytes)?;
+        let count = text
+            .lines()
+            .find_map(|line| line.strip_prefix("keel_checkpoint_pause_seconds_count "));
+        sum += count.map_or(Ok(0.0), str::parse)?;
+    }
+    Ok(sum)
+}
