@@ -16,7 +16,7 @@ use keel_api::{
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
-use keel_machine::log::{StreamKind, split_records};
+use keel_machine::log::{StreamKind, offset_behind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
@@ -467,6 +467,8 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
                 Ok(Some(bytes)) => {
                     offset += bytes.len() as u64;
                     rest.extend_from_slice(&bytes);
+                    // Some may be kept nowhere any more.
+                    offset = offset_behind(&rest).unwrap_or(offset);
                     print(&mut rest)?;
                     pause = FOLLOW_AGAIN_MIN;
                     broken = 0;

@@ -21,6 +21,7 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 pub use sink::LogSink;
+pub use time::offset_behind;
 
 /// Size limit of one file of the log.
 pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
@@ -194,12 +195,12 @@ impl Log {
             self.append_at(stream, first, now)?;
             return self.append_at(stream, rest, now);
         }
-        let mut record = Vec::with_capacity(2 * HEADER_BYTES + 8 + text.len());
+        let mut record = Vec::with_capacity(2 * HEADER_BYTES + 16 + text.len());
         // Two streams write concurrently: the end is determined under the lock.
         let mut state = self.state();
         let marks = state.segment_is_full() || time::is_due(state.marked, now);
         if marks {
-            record.extend(time::mark(now));
+            record.extend(time::mark(now, state.end));
         }
         record.push(stream as u8);
         record.extend((text.len() as u32).to_le_bytes());
@@ -404,10 +405,12 @@ impl Log {
     }
 }
 
-/// The offset at which the output of a machine begins that goes on on another node from a
-/// checkpoint, whose output ended at `offset`.
-pub fn next_life(offset: u64) -> u64 {
-    (offset / LIFE_BYTES + 1).saturating_mul(LIFE_BYTES)
+/// The offset at which the output of a machine begins that goes on on another node after so many
+/// failures of its nodes, from a checkpoint whose output ended at `offset` (0 if it begins anew). No
+/// earlier life used it or one behind it: each began at its own multiple, at most.
+pub fn next_life(offset: u64, failovers: u32) -> u64 {
+    let lives = (offset / LIFE_BYTES + 1).max(failovers.into());
+    lives.saturating_mul(LIFE_BYTES)
 }
 
 fn remove_segment(segment: &Segment) {
@@ -632,7 +635,7 @@ mod tests {
         log.append_at(StreamKind::Error, b"two", 1000).unwrap();
         let end = log.end();
         // One time record, two text records.
-        assert_eq!(end, 100 + 13 + 16);
+        assert_eq!(end, 100 + 21 + 16);
         drop(log);
         let log = Log::open(folder.path(), 0).unwrap();
         assert_eq!((log.base(), log.end()), (100, end));
@@ -679,8 +682,14 @@ mod tests {
         log.cut(end).unwrap();
         assert_eq!(log.end(), end);
         let before = pieces(&log);
-        let next = next_life(end);
+        let next = next_life(end, 1);
         assert_eq!(next, LIFE_BYTES);
+        // It began anew, twice: the second time not where the first one did.
+        assert_eq!(
+            (next_life(0, 1), next_life(0, 2)),
+            (LIFE_BYTES, 2 * LIFE_BYTES)
+        );
+        assert_eq!(next_life(LIFE_BYTES + 7, 2), 2 * LIFE_BYTES);
         log.begin_at(next).unwrap();
         log.append_at(StreamKind::Output, b"new", 3).unwrap();
         let expected = [&before[..], &[(next, log.read(next, 99).unwrap().1)]].concat();
@@ -693,7 +702,7 @@ mod tests {
         assert_eq!(Log::open_read_only(folder.path()).unwrap().end(), log.end());
         // The second failover: the oldest goes.
         let end = log.end();
-        log.begin_at(next_life(end)).unwrap();
+        log.begin_at(next_life(end, 2)).unwrap();
         log.append_at(StreamKind::Output, b"newest", 4).unwrap();
         assert_eq!(pieces(&log).len(), 2);
         assert_eq!(log.base(), next);

@@ -340,6 +340,9 @@ pub struct Record {
     pub stop_wanted: bool,
     /// Restarts since the last stable run.
     pub restarts: u32,
+    /// How often it was given to another node because its own failed.
+    #[serde(default)]
+    pub failovers: u32,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
     /// Why it waits for disk space, if it does.

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use keel_api::Client;
-use keel_machine::log::{StreamKind, split_records};
+use keel_machine::log::{StreamKind, offset_behind, split_records};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -66,6 +66,7 @@ impl Reading {
             };
             self.at += chunk.len() as u64;
             self.bytes.extend_from_slice(&chunk);
+            self.at = offset_behind(&self.bytes).unwrap_or(self.at);
             for (kind, text) in split_records(&mut self.bytes) {
                 if kind == StreamKind::Output {
                     self.file.write_all(&text)?;

@@ -1,10 +1,11 @@
 //! Times of output: records of a third kind between the text, each with the wall clock of
 //! the node where the machine ran (milliseconds since 1970-01-01 UTC, 8 bytes,
-//! little-endian).
+//! little-endian) and its own offset in the log (8 bytes; an older version wrote none), by which
+//! readers that count bytes know where they are after output that is kept nowhere.
 //!
 //! They are part of the log, so they move and are removed with it, and can never disagree
 //! with it. One precedes text that is written [`EVERY_MS`] or more after the previous
-//! one, and is the first record of each file that is created here: at most 130 bytes per
+//! one, and is the first record of each file that is created here: at most 210 bytes per
 //! second. A search by time reads the kept output, whose size is bounded.
 
 use super::{HEADER_BYTES, Log};
@@ -22,13 +23,29 @@ pub(super) fn is_due(last: Option<u64>, now_unix_ms: u64) -> bool {
     last.is_none_or(|last| now_unix_ms < last || now_unix_ms - last >= EVERY_MS)
 }
 
-/// An encoded time record.
-pub(super) fn mark(now_unix_ms: u64) -> [u8; HEADER_BYTES + 8] {
-    let mut record = [0; HEADER_BYTES + 8];
+/// An encoded time record at an offset.
+pub(super) fn mark(now_unix_ms: u64, offset: u64) -> [u8; HEADER_BYTES + 16] {
+    let mut record = [0; HEADER_BYTES + 16];
     record[0] = KIND;
-    record[1..HEADER_BYTES].copy_from_slice(&8u32.to_le_bytes());
-    record[HEADER_BYTES..].copy_from_slice(&now_unix_ms.to_le_bytes());
+    record[1..HEADER_BYTES].copy_from_slice(&16u32.to_le_bytes());
+    record[HEADER_BYTES..HEADER_BYTES + 8].copy_from_slice(&now_unix_ms.to_le_bytes());
+    record[HEADER_BYTES + 8..].copy_from_slice(&offset.to_le_bytes());
     record
+}
+
+/// Offset behind some bytes that begin with a record, if one of their records says where it is.
+pub fn offset_behind(bytes: &[u8]) -> Option<u64> {
+    let (mut at, mut found) = (0, None);
+    while let Some((kind, text, length)) = record(&bytes[at..]) {
+        if kind == KIND
+            && let Some((_, offset)) = text.split_at_checked(8)
+            && let Ok(offset) = offset.try_into().map(u64::from_le_bytes)
+        {
+            found = offset.checked_add((bytes.len() - at) as u64);
+        }
+        at += length;
+    }
+    found
 }
 
 impl Log {
@@ -63,7 +80,7 @@ impl Log {
             let mut taken = 0;
             while let Some((kind, text, length)) = record(&bytes[taken..]) {
                 if kind == KIND
-                    && let Ok(written) = text.try_into().map(u64::from_le_bytes)
+                    && let Some(written) = text.first_chunk().copied().map(u64::from_le_bytes)
                 {
                     // Text before the first time record is as old as that or older.
                     if std::mem::take(&mut first) && written > since_unix_ms {
@@ -152,6 +169,35 @@ mod tests {
         log.append_at(StreamKind::Error, b"g", 500).unwrap();
         log.append_at(StreamKind::Error, b"h", 20_000).unwrap();
         assert_eq!(text_since(&log, 10_000), "h");
+    }
+
+    /// A reader that lost output, or began with the oldest that is kept, knows where it is.
+    #[test]
+    fn readers_learn_their_offset() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 500).unwrap();
+        for now in [1000, 1010, 5000] {
+            log.append_at(StreamKind::Output, b"text", now).unwrap();
+        }
+        log.begin_at(9000).unwrap();
+        log.append_at(StreamKind::Output, b"later", 9000).unwrap();
+        let mut at = 0;
+        let mut told = Vec::new();
+        while let (offset, bytes) = log.read(at, 1 << 16).unwrap()
+            && !bytes.is_empty()
+        {
+            at = offset + bytes.len() as u64;
+            assert_eq!(offset_behind(&bytes), Some(at));
+            // Up to within a record, too.
+            assert_eq!(offset_behind(&bytes[..bytes.len() - 2]), Some(at - 2));
+            told.push(at);
+        }
+        assert_eq!(told.last(), Some(&log.end()));
+        assert_eq!(offset_behind(b""), None);
+        assert_eq!(offset_behind(b"\x01\x02\0\0\0ab"), None);
+        // Of an older version.
+        assert_eq!(offset_behind(b"\x03\x08\0\0\0\0\0\0\0\0\0\0\0"), None);
+        assert_eq!(offset_behind(&[KIND, 0xff, 0xff, 0xff, 0xff, 1]), None);
     }
 
     #[test]

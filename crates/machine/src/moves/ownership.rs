@@ -457,6 +457,7 @@ pub fn fail_over(
     // Not the next one: with that and the same target it would look like the commit of a move, whose
     // source would let the copy there resume.
     record.epoch = found.record.epoch.next().next();
+    record.failovers = record.failovers.saturating_add(1);
     // One that ended by itself begins anew.
     let from_checkpoint = !matches!(
         record.status,

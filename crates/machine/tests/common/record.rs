@@ -35,6 +35,7 @@ pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Recor
         started_unix_ms: 0,
         stop_wanted: false,
         restarts: 0,
+        failovers: 0,
         created_unix_ms: 0,
         paused: None,
         origin: None,

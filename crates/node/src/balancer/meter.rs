@@ -112,6 +112,8 @@ struct Thread {
     runnable: bool,
     /// Number of times that it went to sleep.
     rests: u64,
+    /// Whether an earlier reading found it, so that it has had its name for a while.
+    is_old: bool,
 }
 
 /// Counters of one process.
@@ -183,7 +185,7 @@ impl Meter {
         self.at = Some(now);
         let budget = Budget::read();
         let host = read_host();
-        let own = read_process(Path::new("/proc/self"), None);
+        let own = read_process(Path::new("/proc/self"), None, Some(&self.own));
         let pressure = pressure(workers, &budget);
         let traffic = traffic.so_far();
         let mut counters = HashMap::new();
@@ -194,7 +196,7 @@ impl Meter {
         for (machine, pid) in workers.processes() {
             let process = PathBuf::from(format!("/proc/{pid}"));
             let group = Group::load(&self.dir.worker(&machine));
-            let now = read_process(&process, group.as_ref());
+            let now = read_process(&process, group.as_ref(), self.previous.get(&pid));
             let resident = resident_bytes(&self.kinds, &process);
             memory_bytes = memory_bytes.saturating_add(resident);
             let touched = self.touched.get(&pid).and_then(|it| it.bytes);
@@ -216,7 +218,8 @@ impl Meter {
         }
         // Parts of other nodes' machines are load that no round can move.
         for (_, pid) in parts.processes() {
-            let now = read_process(&PathBuf::from(format!("/proc/{pid}")), None);
+            let process = PathBuf::from(format!("/proc/{pid}"));
+            let now = read_process(&process, None, self.previous.get(&pid));
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += guest.cpu_cores + other.cpu_cores;
@@ -404,7 +407,8 @@ fn rates(before: &Counters, now: &Counters, seconds: f64) -> (Factors, Factors) 
     (guest, other)
 }
 
-fn read_process(process: &Path, group: Option<&Group>) -> Counters {
+/// Reads the counters of a process. What `before` knows of its threads is not read again.
+fn read_process(process: &Path, group: Option<&Group>, before: Option<&Counters>) -> Counters {
     let mut counters = Counters::default();
     let tasks = std::fs::read_dir(process.join("task"));
     for task in tasks.into_iter().flatten().flatten() {
@@ -414,10 +418,22 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
         let (Some(tid), Ok(stat)) = (tid, std::fs::read_to_string(path.join("schedstat"))) else {
             continue;
         };
-        let (Some((ran, waited)), Ok(status)) = (
-            ran_and_waited_nanos(&stat),
-            std::fs::read_to_string(path.join("status")),
-        ) else {
+        let Some((ran, waited)) = ran_and_waited_nanos(&stat) else {
+            continue;
+        };
+        // To format the rest takes the kernel longer than all else, and of most threads only this
+        // counts. (One that was just begun has no name yet.)
+        let known = before.and_then(|before| before.threads.get(&tid));
+        if let Some(known) = known.filter(|known| !known.is_guest && known.is_old) {
+            let thread = Thread {
+                nanos: ran,
+                waited,
+                ..*known
+            };
+            counters.threads.insert(tid, thread);
+            continue;
+        }
+        let Ok(status) = std::fs::read_to_string(path.join("status")) else {
             continue;
         };
         let word = |name: &str| {
@@ -434,6 +450,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
                 ran
             },
             runnable: word("State:").starts_with('R'),
+            is_old: known.is_some(),
             rests: field(&status, "voluntary_ctxt_switches:"),
         };
         counters.threads.insert(tid, thread);
@@ -556,6 +573,7 @@ mod tests {
             nanos,
             runnable: true,
             rests,
+            is_old: true,
         }
     }
 
@@ -648,10 +666,10 @@ mod tests {
             })
             .unwrap();
         let own = Path::new("/proc/self");
-        let before = read_process(own, None);
+        let before = read_process(own, None, None);
         let at = Instant::now();
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = read_process(own, None);
+        let now = read_process(own, None, Some(&before));
         let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
         burner.join().unwrap();
         // Run time or wait: independent of the load of the host.

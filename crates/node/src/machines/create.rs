@@ -62,6 +62,7 @@ pub(crate) async fn run(
         started_unix_ms: 0,
         stop_wanted: false,
         restarts: 0,
+        failovers: 0,
         created_unix_ms: unix_ms(),
         paused: None,
         origin: None,

@@ -124,6 +124,7 @@ pub(crate) async fn restore(
         started_unix_ms: 0,
         stop_wanted: false,
         restarts: 0,
+        failovers: 0,
         created_unix_ms: unix_ms(),
         paused: None,
         origin: Some(Origin {

@@ -285,6 +285,7 @@ pub(crate) mod tests {
             started_unix_ms: 0,
             stop_wanted: false,
             restarts: 0,
+            failovers: 0,
             created_unix_ms: 0,
             paused: None,
             origin: None,

@@ -290,6 +290,7 @@ impl Checkpoints {
             held,
             is_undone: from_checkpoint,
             is_safe: set.is_some_and(|set| set.members.len() > 1),
+            failovers: record.failovers,
         };
         let placed = tokio::task::spawn_blocking(move || place(&before, &worker, holds)).await;
         let placed = placed.map_err(|error| error.to_string())?;
@@ -308,6 +309,8 @@ struct Before {
     is_undone: bool,
     /// Whether another node has the checkpoint.
     is_safe: bool,
+    /// How often the machine's node failed.
+    failovers: u32,
 }
 
 /// Marks the output of a machine as being copied, until it is dropped: two at once would cut what
@@ -405,7 +408,7 @@ fn place(before: &Before, worker: &Path, holds: bool) -> io::Result<()> {
         }
         (None, Some(_)) => {
             log.cut(before.end)?;
-            log.begin_at(next_life(before.end))?;
+            log.begin_at(next_life(before.end, before.failovers))?;
         }
         (None, None) => {
             if let Some(seen) = seen.filter(|_| before.is_undone) {
@@ -482,6 +485,7 @@ mod tests {
             held: None,
             is_undone: true,
             is_safe: true,
+            failovers: 1,
         };
         place(&restarted(copies.join("7"), ends[1]), &worker, false).unwrap();
         let placed = Log::open(&worker, 0).unwrap();
@@ -528,6 +532,7 @@ mod tests {
             held,
             is_undone: true,
             is_safe: true,
+            failovers: 1,
         };
         // On another node, and where the process was lost.
         let elsewhere = at("elsewhere");
@@ -577,6 +582,7 @@ mod tests {
             }),
             is_undone: true,
             is_safe: false,
+            failovers: 0,
         };
         place(&given, &alone, true).unwrap();
         let placed = Log::open(&alone, 0).unwrap();

@@ -29,7 +29,8 @@ pub(super) struct LogQuery {
 /// The output of a machine.
 ///
 /// It is a sequence of records: a byte for the kind (1 output, 2 errors, 3 time), the length of the
-/// content in four bytes (little-endian), and the content.
+/// content in four bytes (little-endian), and the content. That of a time is milliseconds since
+/// 1970-01-01 UTC and the offset of the record itself, in eight bytes each.
 #[utoipa::path(
     get,
     path = "/v1/machines/{name}/logs",
