@@ -110,7 +110,15 @@ impl Checkpoints {
                             failed = 0;
                         }
                         Err(error) => {
-                            tracing::warn!(%machine, %error, "no checkpoint on other nodes");
+                            // Once: with a short interval, a move alone would say it many times.
+                            match failed {
+                                0 => {
+                                    tracing::warn!(%machine, %error, "no checkpoint on other nodes")
+                                }
+                                _ => {
+                                    tracing::debug!(%machine, %error, "still no checkpoint on other nodes")
+                                }
+                            }
                             newest = Some(since.max(now.saturating_sub(ms(plan.every))));
                             failed += 1;
                         }

@@ -342,7 +342,7 @@ mod tests {
         let left = objects_of(folder, &machine(), None).unwrap();
         let names: Vec<&str> = left.iter().map(|it| it.name.as_str()).collect();
         // That of the next checkpoint has just come.
-        assert_eq!(names, ["2.0.pack", "2.manifest", "3.0.pack"]);
+        assert_eq!(names, ["2.0.pack", "3.0.pack", "2.manifest"]);
         discard(&[]);
         assert!(!machine_folder(folder, &machine()).exists());
         // Again: nothing is there.
