@@ -18,6 +18,7 @@
 //! - `threads`: downtime of a thread that moves to another part
 //! - `spanning`: pages of a spanning machine, compared with plain round trips and streams
 //! - `spread`: a program on two nodes of one core each, compared with one node of two
+//! - `metrics`: a node's figures from its `/metrics`
 //! - `table`: medians, percentiles, Markdown
 //! - `signals`: ends child processes when this program gets a signal to end
 
@@ -30,6 +31,7 @@ mod failover;
 mod first_move;
 mod guest;
 mod load;
+mod metrics;
 mod moves;
 mod overhead;
 mod plan;

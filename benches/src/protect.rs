@@ -3,6 +3,7 @@
 //! checkpoints; without protection beside it.
 
 use crate::Options;
+use crate::metrics::Metrics;
 use crate::signals;
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
@@ -165,16 +166,8 @@ fn micros_now() -> Result<u64> {
 async fn checkpoints(cluster: &LocalCluster) -> Result<f64> {
     let mut sum = 0.0;
     for node in NODES {
-        let mut answer = cluster.client(node).get_stream("/metrics").await?;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = answer.chunk().await? {
-            bytes.extend_from_slice(&chunk);
-        }
-        let text = String::from_utf8(bytes)?;
-        let count = text
-            .lines()
-            .find_map(|line| line.strip_prefix("keel_checkpoint_pause_seconds_count "));
-        sum += count.map_or(Ok(0.0), str::parse)?;
+        let metrics = Metrics::of(cluster, node).await?;
+        sum += metrics.value("keel_checkpoint_pause_seconds_count")?;
     }
     Ok(sum)
 }

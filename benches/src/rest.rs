@@ -2,6 +2,7 @@
 //! balancer on, as the agents count it themselves in `/metrics`.
 
 use crate::Options;
+use crate::metrics::Metrics;
 use crate::signals;
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result};
@@ -69,21 +70,9 @@ async fn measure(options: &Options) -> Result<Vec<(f64, f64)>> {
 async fn figures(cluster: &LocalCluster) -> Result<Vec<(f64, f64)>> {
     let mut figures = Vec::new();
     for node in NODES {
-        let mut answer = cluster.client(node).get_stream("/metrics").await?;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = answer.chunk().await? {
-            bytes.extend_from_slice(&chunk);
-        }
-        let text = String::from_utf8(bytes)?;
-        let of = |metric: &str| -> Result<f64> {
-            let line = text.lines().find_map(|line| line.strip_prefix(metric));
-            Ok(line
-                .with_context(|| format!("{metric} is missing"))?
-                .trim()
-                .parse()?)
-        };
-        let mib = of("keel_agent_resident_memory_bytes ")? / f64::from(1 << 20);
-        figures.push((of("keel_agent_cpu_seconds_total ")?, mib));
+        let metrics = Metrics::of(cluster, node).await?;
+        let mib = metrics.value("keel_agent_resident_memory_bytes")? / f64::from(1 << 20);
+        figures.push((metrics.value("keel_agent_cpu_seconds_total")?, mib));
     }
     Ok(figures)
 }
