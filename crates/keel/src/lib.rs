@@ -371,7 +371,8 @@ fn dispatch(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         _ => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        // A second one would be woken for each message, to find that there is nothing left to do.
+        .worker_threads(1)
         .enable_all()
         .build()?;
     runtime.block_on(with_runtime(cli, kinds))

@@ -24,6 +24,7 @@ pub mod clock_sync;
 pub mod cluster_volume;
 pub mod failpoint;
 pub mod high_availability;
+pub mod kernel_file;
 pub mod kind;
 pub mod link;
 pub mod log;

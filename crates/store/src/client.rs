@@ -42,9 +42,10 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// open.
 const VOTER_PATIENCE: Duration = Duration::from_millis(1500);
 
-/// Time for one voter to answer a renewal, and for all of them together: a fifth and two thirds of
-/// the shortest lease that nodes depend on.
-const RENEWAL_VOTER_PATIENCE: Duration = Duration::from_millis(300);
+/// Time for one voter to answer a renewal, and for all of them together: a quarter and two thirds
+/// of the shortest lease that nodes depend on. A leader answers with its next heartbeat, which
+/// other sites may confirm after 100 ms.
+const RENEWAL_VOTER_PATIENCE: Duration = Duration::from_millis(400);
 const RENEWAL_PATIENCE: Duration = Duration::from_millis(1000);
 
 /// The voters' store, accessed through the connection pool, or directly if this node leads.

@@ -3,6 +3,7 @@
 
 use super::format_bytes;
 use super::layout::Version;
+use crate::kernel_file::read_short;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -276,7 +277,7 @@ impl Group {
 }
 
 fn read(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap_or_default()
+    read_short(path).unwrap_or_default()
 }
 
 /// The number in a file; `None` if the file is missing or says `max`.

@@ -5,6 +5,7 @@
 use super::group::{Folder, Group};
 use super::layout::Version;
 use super::slice::Slice;
+use crate::kernel_file::read_short;
 use std::path::Path;
 
 /// Cumulative microseconds in which some task of a group was stalled; `None` where the
@@ -39,9 +40,13 @@ impl Pressure {
 }
 
 impl Group {
-    /// That of one worker.
-    pub fn pressure(&self) -> Pressure {
-        Pressure::of(&self.folders)
+    /// Cumulative microseconds in which a worker was stalled for memory or for disks, whichever is
+    /// more; 0 where the kernel does not report it.
+    pub fn stalled_micros(&self) -> u64 {
+        let unified = self.folders.iter().find(|it| it.version == Version::V2);
+        let files = ["memory.pressure", "io.pressure"];
+        let stalled = files.map(|file| unified.and_then(|it| total(&it.path.join(file))));
+        stalled.into_iter().flatten().max().unwrap_or(0)
     }
 }
 
@@ -54,7 +59,7 @@ impl Slice {
 
 /// `some avg10=0.00 avg60=0.00 avg300=0.00 total=1026347`
 fn total(path: &Path) -> Option<u64> {
-    parse(&std::fs::read_to_string(path).ok()?)
+    parse(&read_short(path)?)
 }
 
 fn parse(text: &str) -> Option<u64> {

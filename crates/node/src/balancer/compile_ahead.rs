@@ -31,6 +31,7 @@ struct Eligible {
 pub(super) async fn run(handle: Arc<NodeBalancer>) {
     // By the hash of the image: each node produces the same program from it.
     let mut programs: HashMap<String, Fingerprint> = HashMap::new();
+    let mut sizes: HashMap<Fingerprint, u64> = HashMap::new();
     loop {
         let mut running = BTreeMap::new();
         for machine in eligible(&handle) {
@@ -43,8 +44,16 @@ pub(super) async fn run(handle: Arc<NodeBalancer>) {
             let Some(program) = program else { continue };
             programs.insert(machine.image, program);
             if machine.owner == handle.context.name {
-                let path = handle.context.dir.program(&program.to_string());
-                let bytes = tokio::fs::metadata(path).await.map_or(0, |it| it.len());
+                let known = sizes.get(&program).copied();
+                let bytes = match known {
+                    Some(bytes) => bytes,
+                    None => {
+                        let path = handle.context.dir.program(&program.to_string());
+                        let found = tokio::fs::metadata(path).await;
+                        // (A file that is missing may come.)
+                        found.map_or(0, |it| *sizes.entry(program).or_insert(it.len()))
+                    }
+                };
                 running.insert(machine.name, (program, bytes));
             }
             handle.code.prepare(&machine.kind, program, &machine.owner);

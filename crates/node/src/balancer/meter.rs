@@ -1,23 +1,19 @@
 //! Measures this node: the demand of its machines, and its capacity. Reads `/proc` and control
 //! groups, whose counters increase; the difference of two readings gives a rate.
 //!
-//! Only the guest threads of a machine's process count as its demand: threads that copy it to
-//! another node count for the node. A thread's demand is its run time plus its run-queue wait
-//! (`/proc/PID/task/TID/schedstat`), also if a quota around the node caused the wait. A machine's
-//! own limit makes its threads sleep, so throttling by it is in neither.
-//!
 //! A working set is measured by clearing the kernel's referenced bits and counting the pages with
 //! the bit set later (`/proc/PID/clear_refs`, `smaps_rollup`). The larger the memory, the less
 //! often this is done. Pages with translations still in the TLB are missed: some MiB of a machine
 //! with a small working set.
 
+use super::process_counters::{ProcessCounters, mapped_bytes, rates, read_process, usage};
 use crate::processes::Workers;
 use crate::state_dir::StateDir;
 use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
-use keel_machine::kind::{GUEST_THREAD_PREFIX, Kinds};
+use keel_machine::cgroup::{Budget, Group, Pressure};
+use keel_machine::kind::Kinds;
 use keel_net::traffic::{self, Traffic};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -27,6 +23,8 @@ use std::time::{Duration, Instant};
 const IO_BYTES_PER_S: f64 = 1e9;
 /// The least time between two readings.
 const APART_S_MIN: f64 = 0.05;
+/// What this node may use changes rarely.
+const BUDGET_AGE: Duration = Duration::from_secs(10);
 /// How long referenced pages of a working set are collected; the time is added again for each GiB
 /// that the machine occupies.
 const WORKING_SET_SPAN: Duration = Duration::from_secs(60);
@@ -98,34 +96,6 @@ impl Measured {
     }
 }
 
-/// Counters of one thread.
-#[derive(Debug, Default, Clone, Copy)]
-struct Thread {
-    is_guest: bool,
-    /// Nanoseconds that it waited for a core.
-    waited: u64,
-    /// Nanoseconds of run time, for guest threads plus the time that they waited for a core. The
-    /// node's own threads do not weigh more because they wait: a low-priority compiling thread
-    /// would otherwise count as a core.
-    nanos: u64,
-    /// Whether it was runnable at the reading.
-    runnable: bool,
-    /// Number of times that it went to sleep.
-    rests: u64,
-    /// Whether an earlier reading found it, so that it has had its name for a while.
-    is_old: bool,
-}
-
-/// Counters of one process.
-#[derive(Debug, Default, Clone)]
-struct Counters {
-    threads: HashMap<u32, Thread>,
-    io_bytes: u64,
-    /// Microseconds stalled for memory and disks.
-    stalled_micros: u64,
-    group: GroupCounts,
-}
-
 /// The measurement of a working set in progress.
 #[derive(Debug)]
 struct WorkingSetScan {
@@ -133,7 +103,7 @@ struct WorkingSetScan {
     bytes: Option<u64>,
 }
 
-/// Counters of the whole host, in ticks of all cores.
+/// ProcessCounters of the whole host, in ticks of all cores.
 #[derive(Debug, Default, Clone, Copy)]
 struct Host {
     busy: u64,
@@ -145,9 +115,11 @@ struct Host {
 pub(super) struct Meter {
     dir: StateDir,
     kinds: Kinds,
-    previous: HashMap<u32, Counters>,
+    budget: Option<(Instant, Budget)>,
+    groups: HashMap<u32, Group>,
+    previous: HashMap<u32, ProcessCounters>,
     touched: HashMap<u32, WorkingSetScan>,
-    own: Counters,
+    own: ProcessCounters,
     host: Host,
     pressure: Pressure,
     traffic: BTreeMap<NodeName, traffic::Bytes>,
@@ -159,9 +131,11 @@ impl Meter {
         Meter {
             dir,
             kinds,
+            budget: None,
+            groups: HashMap::new(),
             previous: HashMap::new(),
             touched: HashMap::new(),
-            own: Counters::default(),
+            own: ProcessCounters::default(),
             host: Host::default(),
             pressure: Pressure::default(),
             traffic: BTreeMap::new(),
@@ -183,10 +157,14 @@ impl Meter {
             return None;
         }
         self.at = Some(now);
-        let budget = Budget::read();
+        let budget = match self.budget.take() {
+            Some((read, budget)) if read.elapsed() < BUDGET_AGE => (read, budget),
+            _ => (now, Budget::read()),
+        };
+        let budget = &self.budget.insert(budget).1;
         let host = read_host();
         let own = read_process(Path::new("/proc/self"), None, Some(&self.own));
-        let pressure = pressure(workers, &budget);
+        let pressure = pressure(workers, budget);
         let traffic = traffic.so_far();
         let mut counters = HashMap::new();
         let mut residents = Vec::new();
@@ -195,9 +173,15 @@ impl Meter {
         let mut memory_bytes = 0u64;
         for (machine, pid) in workers.processes() {
             let process = PathBuf::from(format!("/proc/{pid}"));
-            let group = Group::load(&self.dir.worker(&machine));
-            let now = read_process(&process, group.as_ref(), self.previous.get(&pid));
-            let resident = resident_bytes(&self.kinds, &process);
+            if !self.groups.contains_key(&pid)
+                && let Some(group) = Group::load(&self.dir.worker(&machine))
+            {
+                self.groups.insert(pid, group);
+            }
+            let group = self.groups.get(&pid);
+            let mut now = read_process(&process, group, self.previous.get(&pid));
+            let last = self.previous.get(&pid).and_then(|last| last.resident);
+            let resident = now.read_resident(&self.kinds, &process, last);
             memory_bytes = memory_bytes.saturating_add(resident);
             let touched = self.touched.get(&pid).and_then(|it| it.bytes);
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
@@ -246,7 +230,7 @@ impl Meter {
             let network = traffic
                 .iter()
                 .map(|it| it.sent_bytes_per_s + it.received_bytes_per_s);
-            let (capacity_bytes, base_bytes) = memory(&budget, memory_bytes);
+            let (capacity_bytes, base_bytes) = memory(budget, memory_bytes);
             Measured {
                 capacity: Capacity {
                     cores: cores.max(0.01),
@@ -269,6 +253,7 @@ impl Meter {
         });
         self.look_at_working_sets(&residents);
         self.traffic = traffic;
+        self.groups.retain(|pid, _| counters.contains_key(pid));
         self.previous = counters;
         self.own = own;
         self.host = host;
@@ -337,28 +322,6 @@ fn referenced_bytes(process: &Path) -> Option<u64> {
     Some(kib.saturating_mul(1024))
 }
 
-/// The other rates of a process.
-fn usage(before: &Counters, now: &Counters, seconds: f64) -> Usage {
-    let rate = |before: Option<u64>, now: Option<u64>| {
-        let more = now?.saturating_sub(before?);
-        Some(more as f64 / seconds)
-    };
-    let waited = now.threads.iter().filter(|(_, thread)| thread.is_guest);
-    let waited = waited.map(|(tid, thread)| {
-        let earlier = before
-            .threads
-            .get(tid)
-            .map_or(thread.waited, |it| it.waited);
-        thread.waited.saturating_sub(earlier)
-    });
-    Usage {
-        cpu_waited_cores: waited.sum::<u64>() as f64 / 1e9 / seconds,
-        working_set_bytes: None,
-        refaults_per_s: rate(before.group.refaults, now.group.refaults),
-        io_operations_per_s: rate(before.group.io_operations, now.group.io_operations),
-    }
-}
-
 /// Pressure of this node's machines; if the kernel has none for the group, that of the host,
 /// provided that the node uses the whole host.
 fn pressure(workers: &Workers, budget: &Budget) -> Pressure {
@@ -376,133 +339,6 @@ fn share(before: Option<u64>, now: Option<u64>, seconds: f64) -> f64 {
         }
         _ => 0.0,
     }
-}
-
-/// Rates of guest threads, and of the other threads.
-fn rates(before: &Counters, now: &Counters, seconds: f64) -> (Factors, Factors) {
-    let (mut guest, mut other) = (Factors::default(), Factors::default());
-    for (tid, thread) in &now.threads {
-        let earlier = before.threads.get(tid);
-        let since = earlier.map_or(0, |it| it.nanos);
-        let cores = thread.nanos.saturating_sub(since) as f64 / 1e9 / seconds;
-        let never_rested =
-            earlier.is_some_and(|it| it.runnable && thread.runnable && it.rests == thread.rests);
-        if !thread.is_guest {
-            other.cpu_cores += cores;
-        } else if never_rested {
-            // Exactly one core: the kernel counts a wait only once it has ended.
-            guest.cpu_cores += 1.0;
-            guest.cpu_bound_cores += 1.0;
-        } else if earlier.is_some() {
-            guest.cpu_cores += cores;
-        } else {
-            // All counters of a thread that is younger than the last reading count, up to the
-            // elapsed time.
-            guest.cpu_cores += cores.min(1.0);
-        }
-    }
-    guest.io_bytes_per_s = now.io_bytes.saturating_sub(before.io_bytes) as f64 / seconds;
-    let stalled = now.stalled_micros.saturating_sub(before.stalled_micros);
-    guest.stalled = (stalled as f64 / 1e6 / seconds).clamp(0.0, 1.0);
-    (guest, other)
-}
-
-/// Reads the counters of a process. What `before` knows of its threads is not read again.
-fn read_process(process: &Path, group: Option<&Group>, before: Option<&Counters>) -> Counters {
-    let mut counters = Counters::default();
-    let tasks = std::fs::read_dir(process.join("task"));
-    for task in tasks.into_iter().flatten().flatten() {
-        let path = task.path();
-        let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok());
-        // A thread may end during the reading.
-        let (Some(tid), Ok(stat)) = (tid, std::fs::read_to_string(path.join("schedstat"))) else {
-            continue;
-        };
-        let Some((ran, waited)) = ran_and_waited_nanos(&stat) else {
-            continue;
-        };
-        // To format the rest takes the kernel longer than all else, and of most threads only this
-        // counts. (One that was just begun has no name yet.)
-        let known = before.and_then(|before| before.threads.get(&tid));
-        if let Some(known) = known.filter(|known| !known.is_guest && known.is_old) {
-            let thread = Thread {
-                nanos: ran,
-                waited,
-                ..*known
-            };
-            counters.threads.insert(tid, thread);
-            continue;
-        }
-        let Ok(status) = std::fs::read_to_string(path.join("status")) else {
-            continue;
-        };
-        let word = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            line.unwrap_or_default().trim()
-        };
-        let is_guest = word("Name:").starts_with(GUEST_THREAD_PREFIX);
-        let thread = Thread {
-            is_guest,
-            waited,
-            nanos: if is_guest {
-                ran.saturating_add(waited)
-            } else {
-                ran
-            },
-            runnable: word("State:").starts_with('R'),
-            is_old: known.is_some(),
-            rests: field(&status, "voluntary_ctxt_switches:"),
-        };
-        counters.threads.insert(tid, thread);
-    }
-    if let Ok(io) = std::fs::read_to_string(process.join("io")) {
-        counters.io_bytes = field(&io, "read_bytes:") + field(&io, "write_bytes:");
-    }
-    if let Some(group) = group {
-        let pressure = group.pressure();
-        let stalled = [pressure.memory_micros, pressure.io_micros];
-        counters.stalled_micros = stalled.into_iter().flatten().max().unwrap_or(0);
-        counters.group = group.counts();
-    }
-    counters
-}
-
-/// Nanoseconds of run time and run-queue wait: `RUN WAITED SLICES`.
-fn ran_and_waited_nanos(schedstat: &str) -> Option<(u64, u64)> {
-    let mut words = schedstat.split_whitespace();
-    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
-}
-
-fn field(text: &str, name: &str) -> u64 {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-        .unwrap_or(0)
-}
-
-/// Memory that a process occupies. All present pages of a machine's memory count, not only those
-/// in the process's page table.
-fn resident_bytes(kinds: &Kinds, process: &Path) -> u64 {
-    let mapped = mapped_bytes(process);
-    let Some(memory) = kinds.memory_bytes(process) else {
-        return mapped;
-    };
-    let status = std::fs::read_to_string(process.join("status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| {
-        let rest = line.strip_prefix("RssShmem:")?;
-        rest.split_whitespace().next()?.parse::<u64>().ok()
-    });
-    let shared = kib.unwrap_or(0).saturating_mul(1024);
-    mapped.saturating_sub(shared).saturating_add(memory)
-}
-
-fn mapped_bytes(process: &Path) -> u64 {
-    let statm = std::fs::read_to_string(process.join("statm")).unwrap_or_default();
-    let pages: u64 = statm
-        .split_whitespace()
-        .nth(1)
-        .and_then(|pages| pages.parse().ok())
-        .unwrap_or(0);
-    pages.saturating_mul(rustix::param::page_size() as u64)
 }
 
 fn cores_of_host() -> f64 {
@@ -562,54 +398,6 @@ fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
-    use keel_machine::spec::Spec;
-    use std::sync::Arc;
-
-    fn thread(is_guest: bool, nanos: u64, rests: u64) -> Thread {
-        Thread {
-            is_guest,
-            waited: nanos / 2,
-            nanos,
-            runnable: true,
-            rests,
-            is_old: true,
-        }
-    }
-
-    fn counters(threads: &[(u32, Thread)]) -> Counters {
-        Counters {
-            threads: threads.iter().copied().collect(),
-            ..Counters::default()
-        }
-    }
-
-    #[test]
-    fn waiting_is_demand_and_copying_is_not_the_guests() {
-        let second = 1_000_000_000;
-        let before = counters(&[
-            (1, thread(true, 5 * second, 7)),
-            (2, thread(false, 0, 0)),
-            (3, thread(true, 0, 0)),
-        ]);
-        let now = counters(&[
-            // It has waited for a while, which the kernel has not counted yet.
-            (1, thread(true, 5 * second + second / 3, 7)),
-            (2, thread(false, second / 2, 0)),
-            (3, thread(true, second / 4, 1)),
-            // Started after the first reading.
-            (4, thread(true, second / 4, 0)),
-        ]);
-        let (guest, other) = rates(&before, &now, 1.0);
-        assert_eq!(guest.cpu_cores, 1.5);
-        assert_eq!(guest.cpu_bound_cores, 1.0);
-        assert_eq!(other.cpu_cores, 0.5);
-        // Half of each is waiting in this example.
-        let waited = usage(&before, &now, 1.0).cpu_waited_cores;
-        assert!((waited - 1.0 / 6.0 - 1.0 / 8.0).abs() < 1e-6, "{waited}");
-        assert_eq!(ran_and_waited_nanos("300 700 5\n"), Some((300, 700)));
-        assert_eq!(ran_and_waited_nanos(""), None);
-    }
 
     #[test]
     fn what_has_left_is_no_load_of_what_it_left() {
@@ -652,86 +440,6 @@ mod tests {
         };
         assert_eq!((&*here.name, here.factors.cpu_cores), ("here", 1.0));
         assert_eq!(here.factors.dirty_bytes_per_s, 5.0);
-    }
-
-    #[test]
-    fn a_thread_that_burns_here_is_seen_to() {
-        let burner = std::thread::Builder::new()
-            .name("guest-1".into())
-            .spawn(|| {
-                let end = Instant::now() + std::time::Duration::from_millis(400);
-                while Instant::now() < end {
-                    std::hint::spin_loop();
-                }
-            })
-            .unwrap();
-        let own = Path::new("/proc/self");
-        let before = read_process(own, None, None);
-        let at = Instant::now();
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = read_process(own, None, Some(&before));
-        let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
-        burner.join().unwrap();
-        // Run time or wait: independent of the load of the host.
-        assert!(guest.cpu_cores > 0.5, "{guest:?}");
-    }
-
-    /// Memory of a machine that its kind knows counts beside that of its process.
-    #[test]
-    fn memory_that_a_kind_knows_is_counted() {
-        let own = Path::new("/proc/self");
-        let none = Kinds::new([]);
-        let before = resident_bytes(&none, own);
-        assert!(before > 1 << 20);
-        let memory_bytes = 24 << 20;
-        let known = Kinds::new([Arc::new(KnownMemory(memory_bytes)) as Arc<dyn Kind>]);
-        let whole = resident_bytes(&known, own);
-        assert!(
-            whole >= memory_bytes && whole >= before / 2 + memory_bytes,
-            "{whole}, {before}"
-        );
-    }
-
-    /// A kind whose machines occupy a number of bytes.
-    #[derive(Debug)]
-    struct KnownMemory(u64);
-
-    impl Kind for KnownMemory {
-        fn name(&self) -> KindName {
-            "known".parse().unwrap()
-        }
-
-        fn abilities(&self) -> Abilities {
-            Abilities::default()
-        }
-
-        fn check(&self, _spec: &Spec) -> Result<(), String> {
-            Ok(())
-        }
-
-        fn image(&self, _spec: &Spec) -> Option<String> {
-            None
-        }
-
-        fn summary(&self, _spec: &Spec) -> String {
-            String::new()
-        }
-
-        fn shown(&self, _spec: &Spec) -> serde_json::Value {
-            serde_json::Value::Null
-        }
-
-        fn differences(&self, _old: &Spec, _new: &Spec) -> Vec<Difference> {
-            Vec::new()
-        }
-
-        fn memory_bytes(&self, _process: &Path) -> Option<u64> {
-            Some(self.0)
-        }
-
-        fn run_worker(&self, _folders: &WorkerFolders) -> Result<(), String> {
-            Err("it has no worker".into())
-        }
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! - `handle`: the state of the balancer
 //! - `task`: events in, commands out
 //! - `actions`, `move_tokens`: its moves, and the limit of concurrent ones
-//! - `meter`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measure this node
+//! - `meter`, `process_counters`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measure this node
 //! - `constraints`: constraints from rules and specs
 //! - `declared_load`: machines whose target load counts
 //! - `policy`: the policy in the store
@@ -46,6 +46,7 @@ mod placement;
 mod plan;
 mod plan_confirmation;
 mod policy;
+mod process_counters;
 mod queries;
 mod recorder;
 mod speed;

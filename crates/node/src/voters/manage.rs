@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often the leader looks at the group.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Pause after an error.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// A node that is in no list of voters for so long removes its copy.
@@ -71,9 +71,11 @@ impl NodeStates {
         store: &dyn Store,
         all: &MemberSet,
     ) -> Result<BTreeMap<NodeName, Candidate>, StoreError> {
-        let alive = nodes_under(store, ALIVE, |_| Some(())).await?;
+        let (alive, zones) = tokio::try_join!(
+            nodes_under(store, ALIVE, |_| Some(())),
+            nodes_under(store, NODE_LABELS, zone_of)
+        )?;
         let alive = alive.into_keys().collect();
-        let zones = nodes_under(store, NODE_LABELS, zone_of).await?;
         Ok(self.candidates(all, &alive, &zones))
     }
 
@@ -112,19 +114,22 @@ async fn look(
     states: &mut NodeStates,
 ) -> Result<(), VoterError> {
     let status = store.status();
-    publish(store, &status).await?;
+    // Together, so that the voters confirm them in one round.
+    let (published, candidates, wanted) = tokio::try_join!(
+        async { Ok(members::voters(store).await?) },
+        async { Ok(states.look(store, all).await?) },
+        wanted_count(store)
+    )?;
+    let list = voter_list(&status);
+    if published != list {
+        members::set_voters(store, &list).await?;
+    }
     if status.is_changing {
         // An earlier leader died in the middle of it.
         let ids: BTreeSet<u64> = status.voters.keys().copied().collect();
         store.set_voters(ids).await?;
-        return publish(store, &store.status()).await;
+        return publish(store).await;
     }
-    let candidates = states.look(store, all).await?;
-    let wanted = match store.get(&Key::VoterCount.to_string()).await? {
-        Some(entry) => encoding::decode("the number of voters", &entry.value)
-            .map_err(members::MemberError::from)?,
-        None => VoterCount::Auto,
-    };
     let without = match states.copies_are_due() {
         true => without_copy(voters, &status, &candidates).await?,
         false => BTreeMap::new(),
@@ -149,7 +154,7 @@ async fn look(
         });
     }
     store.set_voters(ids).await?;
-    publish(store, &store.status()).await
+    publish(store).await
 }
 
 /// Voters that are alive but lost the copy that their number stands for.
@@ -204,7 +209,7 @@ async fn renumber(
     ids.remove(old);
     ids.insert(new);
     store.set_voters(ids).await?;
-    publish(store, &store.status()).await
+    publish(store).await
 }
 
 /// Makes `node` a learner that has everything; its number.
@@ -260,8 +265,20 @@ fn id_of(group: &BTreeMap<u64, keel_store::Voter>, node: &NodeName) -> Option<u6
     found.next().map(|(id, _)| *id)
 }
 
+async fn wanted_count(store: &RaftStore) -> Result<VoterCount, VoterError> {
+    Ok(match store.get(&Key::VoterCount.to_string()).await? {
+        Some(entry) => encoding::decode("the number of voters", &entry.value)
+            .map_err(members::MemberError::from)?,
+        None => VoterCount::Auto,
+    })
+}
+
 /// Writes who the voters are, for nodes and for people.
-async fn publish(store: &RaftStore, status: &RaftStatus) -> Result<(), VoterError> {
+async fn publish(store: &RaftStore) -> Result<(), VoterError> {
+    Ok(members::set_voters(store, &voter_list(&store.status())).await?)
+}
+
+fn voter_list(status: &RaftStatus) -> VoterList {
     let voter = |it: &keel_store::Voter| {
         Some(Voter {
             node: it.node.parse().ok()?,
@@ -269,13 +286,12 @@ async fn publish(store: &RaftStore, status: &RaftStatus) -> Result<(), VoterErro
         })
     };
     let leader = status.voters.get(&status.id);
-    let list = VoterList {
+    VoterList {
         voters: status.voters.values().filter_map(voter).collect(),
         leader: leader.and_then(|it| it.node.parse().ok()),
         term: status.term,
         numbers: status.voters.keys().copied().collect(),
-    };
-    Ok(members::set_voters(store, &list).await?)
+    }
 }
 
 async fn nodes_under<T>(

@@ -101,12 +101,17 @@ impl Deadlines {
         }
     }
 
-    /// Gives one lease its full time, in milliseconds; `None` if its time is over.
-    pub(super) fn renew(&self, lease: LeaseId) -> Option<u64> {
+    pub(super) fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// Gives one lease its full time, in milliseconds, from when that was `asked` for; `None` if
+    /// its time is over.
+    pub(super) fn renew(&self, lease: LeaseId, asked: Duration) -> Option<u64> {
         let (mut all, now) = self.look();
         let deadline = all.leases.get_mut(&lease);
         let deadline = deadline.filter(|it| !it.is_ending && it.at > now)?;
-        deadline.at = now + deadline.ttl;
+        deadline.at = deadline.at.max(asked + deadline.ttl);
         u64::try_from(deadline.ttl.as_millis()).ok()
     }
 
@@ -150,7 +155,7 @@ mod tests {
         let deadlines = at_their_end();
         assert_eq!(deadlines.take_ended(), [LEASE]);
         assert_eq!(deadlines.take_ended(), []);
-        assert_eq!(deadlines.renew(LEASE), None);
+        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
         deadlines.remove(LEASE);
         deadlines.begin_term();
         assert_eq!(deadlines.take_ended(), []);
@@ -162,9 +167,9 @@ mod tests {
         let deadlines = Deadlines::default();
         deadlines.add(LEASE, 60_000);
         deadlines.look().0.leases.get_mut(&LEASE).unwrap().is_ending = true;
-        assert_eq!(deadlines.renew(LEASE), None);
+        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
         deadlines.begin_term();
-        assert_eq!(deadlines.renew(LEASE), Some(60_000));
+        assert_eq!(deadlines.renew(LEASE, deadlines.now()), Some(60_000));
     }
 
     /// Whoever comes first after a pause sees it.
@@ -179,7 +184,7 @@ mod tests {
                 all.leases.get_mut(&LEASE).unwrap().at = Duration::ZERO;
             }
             match renews {
-                true => assert_eq!(deadlines.renew(LEASE), Some(5_000)),
+                true => assert_eq!(deadlines.renew(LEASE, deadlines.now()), Some(5_000)),
                 false => assert_eq!(deadlines.take_ended(), []),
             }
         }

@@ -11,8 +11,11 @@
 //!   the log (group commit). A proposal whose fate is not known is answered
 //!   [`StoreError::Unknown`].
 //! - *Barrier*: a read or a renewal is answered after a quorum confirmed, since its arrival, that
-//!   this node still leads (Raft thesis, section 6.4). One round answers all that wait. A sole
-//!   voter needs none.
+//!   this node still leads (Raft thesis, section 6.4). One round answers all that wait. Reads
+//!   begin one, renewals wait for it. A sole voter needs none.
+//! - *Heartbeats*: a round tells the voters that this node leads, so rounds take the place of
+//!   `openraft`'s heartbeats, which would be as many messages again. One is made at the latest
+//!   [`HEARTBEAT`] after the last.
 //! - *Leases*: an ended lease is proposed with the next entry, before the commands that come
 //!   after its end.
 
@@ -20,13 +23,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use openraft::ServerState;
 use openraft::raft::ClientWriteResponse;
+use openraft::{RaftMetrics, ServerState};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use super::deadlines::Deadlines;
 use super::log::Log;
-use super::types::{Command, CommandOutcome, Proposal, Raft, Types, stopped};
+use super::types::{Command, CommandOutcome, Proposal, Raft, Types, Voter, stopped};
 use crate::clock::Clock;
 use crate::interface::{LeaseId, StoreError, TxnOutcome};
 use crate::view::View;
@@ -42,7 +46,14 @@ const PROPOSALS_MAX: usize = 2;
 /// unknown.
 pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often leadership, the quorum and the clock are looked at.
-const TICK: Duration = Duration::from_millis(100);
+const TICK: Duration = Duration::from_millis(200);
+/// Longest time between two rounds of confirmation, and so the time that a renewal may wait: half of
+/// the time between two renewals of a node. `openraft` also gives up a request to a voter
+/// after it: on a busy computer it must not be shorter.
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(150);
+/// How often `openraft` is asked for heartbeats while no voter lacks anything: it sends them to
+/// learners too, and sends again what was lost.
+const RESEND_EVERY: Duration = Duration::from_secs(2);
 /// A leader that got no answer from a quorum for so long stops serving.
 const QUORUM_PATIENCE: Duration = Duration::from_millis(1000);
 /// Time for one confirmation by a quorum.
@@ -84,6 +95,17 @@ pub(super) struct Request {
     pub(super) answer: oneshot::Sender<Result<CommandOutcome, StoreError>>,
 }
 
+/// Where the answer to a barrier goes.
+type Confirmed = oneshot::Sender<Result<(), StoreError>>;
+
+/// Barriers that wait for a round of confirmation.
+pub(super) struct Barriers {
+    /// Those for which one begins at once.
+    urgent: mpsc::UnboundedReceiver<Confirmed>,
+    /// Those that wait for the next one.
+    renewals: mpsc::UnboundedReceiver<Confirmed>,
+}
+
 /// What the tasks of a leader share.
 pub(super) struct Leader {
     pub(super) id: u64,
@@ -92,7 +114,10 @@ pub(super) struct Leader {
     pub(super) view: Arc<View>,
     pub(super) deadlines: Arc<Deadlines>,
     pub(super) serving: watch::Sender<Serving>,
-    pub(super) barriers: mpsc::UnboundedSender<oneshot::Sender<Result<(), StoreError>>>,
+    /// Whether this node was elected; it may not serve yet.
+    leads: watch::Sender<bool>,
+    barriers: mpsc::UnboundedSender<Confirmed>,
+    renewals: mpsc::UnboundedSender<Confirmed>,
     /// Bytes of proposals applied since the newest snapshot.
     pub(super) unsaved: Arc<AtomicUsize>,
     clock: Clock,
@@ -109,11 +134,9 @@ impl Leader {
         deadlines: Arc<Deadlines>,
         unsaved: Arc<AtomicUsize>,
         clock: Clock,
-    ) -> (
-        Arc<Self>,
-        mpsc::UnboundedReceiver<oneshot::Sender<Result<(), StoreError>>>,
-    ) {
-        let (barriers, waiting) = mpsc::unbounded_channel();
+    ) -> (Arc<Self>, Barriers) {
+        let (barriers, urgent) = mpsc::unbounded_channel();
+        let (renewals, waiting) = mpsc::unbounded_channel();
         let leader = Self {
             id,
             raft,
@@ -121,12 +144,18 @@ impl Leader {
             view,
             deadlines,
             serving: watch::Sender::new(Serving::No { leader: None }),
+            leads: watch::Sender::new(false),
             barriers,
+            renewals,
             unsaved,
             clock,
             confirmed_ms: AtomicU64::new(0),
         };
-        (Arc::new(leader), waiting)
+        let barriers = Barriers {
+            urgent,
+            renewals: waiting,
+        };
+        (Arc::new(leader), barriers)
     }
 
     fn now_ms(&self) -> u64 {
@@ -149,15 +178,33 @@ impl Leader {
     /// Confirms that this node leads and that the view has everything that was answered before the
     /// call.
     pub(super) async fn barrier(&self) -> Result<(), StoreError> {
-        self.serving.borrow().check()?;
+        self.confirmed(&self.barriers).await
+    }
+
+    /// As [`Self::barrier`], up to [`HEARTBEAT`] later.
+    pub(super) async fn renewal_barrier(&self) -> Result<(), StoreError> {
+        self.confirmed(&self.renewals).await
+    }
+
+    async fn confirmed(
+        &self,
+        waiting: &mpsc::UnboundedSender<Confirmed>,
+    ) -> Result<(), StoreError> {
+        let mut serving = self.serving.subscribe();
+        serving.borrow_and_update().check()?;
         if self.is_sole_voter() {
             return Ok(());
         }
-        let (done, waiting) = oneshot::channel();
-        self.barriers.send(done).ok();
-        waiting
-            .await
-            .unwrap_or_else(|_| Err(StoreError::unavailable("the store is closed")))
+        let (done, confirmed) = oneshot::channel();
+        waiting.send(done).ok();
+        let closed = || StoreError::unavailable("the store is closed");
+        tokio::select! {
+            confirmed = confirmed => confirmed.unwrap_or_else(|_| Err(closed())),
+            // No more rounds may come.
+            ceased = serving.wait_for(|now| now.check().is_err()) => {
+                ceased.map_err(|_| closed())?.check().map(drop)
+            }
+        }
     }
 
     /// Asks a quorum whether this node still leads, again if too few answered in time.
@@ -183,20 +230,41 @@ impl Leader {
         Err(StoreError::NotLeader { leader })
     }
 
-    /// Answers barriers until the store is closed. One confirmation answers all that came before
-    /// it began.
-    pub(super) async fn confirm_barriers(
-        self: Arc<Self>,
-        mut waiting: mpsc::UnboundedReceiver<oneshot::Sender<Result<(), StoreError>>>,
-    ) {
-        while let Some(first) = waiting.recv().await {
-            let mut all = vec![first];
-            while let Ok(more) = waiting.try_recv() {
-                all.push(more);
+    /// Makes rounds of confirmation until the store is closed. One answers all barriers that came
+    /// before it began.
+    pub(super) async fn confirm_barriers(self: Arc<Self>, mut barriers: Barriers) {
+        let mut leads = self.leads.subscribe();
+        let mut last_round = Instant::now();
+        let mut last_resend = last_round;
+        loop {
+            let is_leader = *leads.borrow_and_update();
+            let mut all: Vec<Confirmed> = tokio::select! {
+                urgent = barriers.urgent.recv() => match urgent {
+                    Some(urgent) => vec![urgent],
+                    None => return,
+                },
+                () = tokio::time::sleep_until(last_round + HEARTBEAT), if is_leader => Vec::new(),
+                // Whoever waits for a leader that is none any more is told.
+                changed = leads.changed() => match changed {
+                    Ok(()) => Vec::new(),
+                    Err(_) => return,
+                },
+            };
+            for queue in [&mut barriers.urgent, &mut barriers.renewals] {
+                while let Ok(more) = queue.try_recv() {
+                    all.push(more);
+                }
+            }
+            last_round = Instant::now();
+            let lacks = is_any_behind(&self.raft.metrics().borrow());
+            let resend_after = if lacks { HEARTBEAT } else { RESEND_EVERY };
+            if last_round.duration_since(last_resend) >= resend_after {
+                last_resend = last_round;
+                self.raft.trigger().heartbeat().await.ok();
             }
             let confirmed = self.confirm().await;
-            for one in all {
-                one.send(confirmed.clone()).ok();
+            for barrier in all {
+                barrier.send(confirmed.clone()).ok();
             }
         }
     }
@@ -228,6 +296,9 @@ impl Leader {
             if let Some(fatal) = failed {
                 return self.stop(&fatal.to_string());
             }
+            let leads = state == ServerState::Leader;
+            self.leads
+                .send_if_modified(|now| std::mem::replace(now, leads) != leads);
             match state {
                 ServerState::Leader => self.lead(term).await,
                 _ => self.set_serving(Serving::No { leader }),
@@ -243,10 +314,7 @@ impl Leader {
 
     async fn lead(&self, term: u64) {
         if *self.serving.borrow() == (Serving::Yes { term }) {
-            if self.is_sole_voter()
-                || self.silence() < QUORUM_PATIENCE / 3
-                || self.confirm().await.is_ok()
-            {
+            if self.silence() < QUORUM_PATIENCE / 2 || self.confirm().await.is_ok() {
                 return;
             }
             if self.silence() > QUORUM_PATIENCE {
@@ -301,10 +369,14 @@ impl Leader {
         let mut serving = self.serving.subscribe();
         let mut held = None;
         loop {
-            // Another voter hears of no renewals: all leases look ended there, and nothing is to do.
-            let wait = match serving.borrow().check() {
-                Ok(_) => self.deadlines.wait(TICK),
-                Err(_) => TICK,
+            let serves = serving.borrow_and_update().check().is_ok();
+            let next_end = async {
+                match serves {
+                    true => tokio::time::sleep(self.deadlines.wait(TICK)).await,
+                    // Another voter hears of no renewals: all leases look ended there, and nothing
+                    // is to do.
+                    false => std::future::pending().await,
+                }
             };
             let mut batch: Vec<Request> = held.take().into_iter().collect();
             if batch.is_empty() {
@@ -313,7 +385,9 @@ impl Leader {
                         Some(request) => batch.push(request),
                         None => return,
                     },
-                    () = tokio::time::sleep(wait) => {}
+                    () = next_end => {}
+                    // (An error: the store is closed, and so are the requests.)
+                    Ok(()) = serving.changed() => {}
                 }
             }
             // Meanwhile more requests come.
@@ -408,14 +482,21 @@ impl Leader {
     }
 }
 
-type CheckError = openraft::error::CheckIsLeaderError<u64, super::types::Voter>;
+type CheckError = openraft::error::CheckIsLeaderError<u64, Voter>;
+
+/// Whether a voter or a learner lacks entries of the leader's log.
+fn is_any_behind(metrics: &RaftMetrics<u64, Voter>) -> bool {
+    let known = metrics.replication.iter().flatten();
+    let mut matched = known.map(|(_, log_id)| log_id.map(|it| it.index));
+    matched.any(|index| index < metrics.last_log_index)
+}
 
 fn is_too_few(error: &openraft::error::RaftError<u64, CheckError>) -> bool {
     matches!(error.api_error(), Some(CheckError::QuorumNotEnough(_)))
 }
 
 type Written = Result<
-    Result<ClientWriteResponse<Types>, openraft::error::ClientWriteError<u64, super::types::Voter>>,
+    Result<ClientWriteResponse<Types>, openraft::error::ClientWriteError<u64, Voter>>,
     oneshot::error::RecvError,
 >;
 

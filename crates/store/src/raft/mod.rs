@@ -482,9 +482,11 @@ impl Store for RaftStore {
 
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
         async move {
+            let leader = &self.tasks.leader;
+            let asked = leader.deadlines.now();
             // A leader that was replaced must not extend leases.
-            self.tasks.leader.barrier().await?;
-            let renewed = self.tasks.leader.deadlines.renew(lease);
+            leader.renewal_barrier().await?;
+            let renewed = leader.deadlines.renew(lease, asked);
             renewed.ok_or(StoreError::NoSuchLease { lease })
         }
         .boxed()

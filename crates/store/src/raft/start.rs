@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::deadlines::Deadlines;
 use super::election::{ELECTION_MAX, ELECTION_MIN, Election};
-use super::leader::{Leader, Request};
+use super::leader::{HEARTBEAT, Leader, Request};
 use super::log::{Log, Opened};
 use super::network::{Network, Transport};
 use super::options::RaftOptions;
@@ -25,9 +25,6 @@ use crate::view::View;
 
 /// Queued changes; further callers wait for room.
 const QUEUED_MAX: usize = 4096;
-/// Interval of heartbeats, in milliseconds. `openraft` also gives up a request to a voter after one
-/// interval: on a busy computer it must not be shorter.
-const HEARTBEAT: u64 = 150;
 
 /// What the files of a voter have.
 pub(super) struct Loaded {
@@ -138,7 +135,9 @@ pub(super) async fn start(
     );
     let config = openraft::Config {
         cluster_name: "keel".into(),
-        heartbeat_interval: HEARTBEAT,
+        // See leader.rs.
+        heartbeat_interval: u64::try_from(HEARTBEAT.as_millis()).unwrap_or(u64::MAX),
+        enable_heartbeat: false,
         election_timeout_min: ELECTION_MIN,
         election_timeout_max: ELECTION_MAX,
         // See election.rs.
@@ -158,8 +157,8 @@ pub(super) async fn start(
     let election = Election::new(id, raft.clone(), log.clone(), network);
     tokio::spawn(election.clone().run(host.random));
     let (requests, queued) = mpsc::channel(QUEUED_MAX);
-    let (leader, waiting) = Leader::new(id, raft, log, view, deadlines, unsaved, host.clock);
-    tokio::spawn(leader.clone().confirm_barriers(waiting));
+    let (leader, barriers) = Leader::new(id, raft, log, view, deadlines, unsaved, host.clock);
+    tokio::spawn(leader.clone().confirm_barriers(barriers));
     tokio::spawn(leader.clone().propose(queued));
     tokio::spawn(leader.clone().follow());
     Ok(Tasks {
