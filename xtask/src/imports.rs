@@ -23,13 +23,18 @@ const LAYERED: &str = "node";
 /// Its layers, from the bottom up: modules of one layer do not import each other, unless they
 /// share one line here because they form one unit.
 const LAYERS: &[&[&str]] = &[
-    &["error", "host", "metrics", "state_dir"],
+    &["error", "host", "identity", "metrics", "state_dir"],
     &["events"],
     &["external_store", "role"],
     &["lease"],
     &["context"],
     &["records", "voters"],
-    &["cluster_info", "cluster_events", "processes"],
+    &[
+        "certificates",
+        "cluster_info",
+        "cluster_events",
+        "processes",
+    ],
     &["supervisor", "images", "logs"],
     &["compilation", "rules", "volumes"],
     // They have snapshots of volumes.

@@ -71,6 +71,7 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod authority;
 mod balance;
 mod checkpoint;
 mod client;
@@ -84,6 +85,7 @@ mod token;
 mod volume;
 
 pub use audit::{AUDIT_DEFAULT, AUDIT_MAX, AuditEntry};
+pub use authority::{AuthorityChange, AuthorityInfo, CertificateInfo, TrustedAuthority};
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,

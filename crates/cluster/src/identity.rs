@@ -1,19 +1,21 @@
 //! The cluster's certificate authority and the nodes' certificates.
 //!
 //! A node creates its own key and sends a signing request; the authority takes only the public key
-//! from it, and sets the node's name itself. Certificates do not expire in practice (no decision
-//! depends on wall clocks): a node is removed by removing its membership, see [`crate::members`].
+//! from it, and sets the node's name itself. Nodes renew their certificates long before they end
+//! ([`crate::certificates`]); they are valid since ever, so that no clock that was set back makes
+//! one invalid. A node is removed by removing its membership, see [`crate::members`].
 //!
 //! ```text
 //! STATE/identity/cluster    the cluster's id
-//!               /ca.pem     the authority's certificate
-//!               /node.pem   this node's certificate
-//!               /node.key   its private key
-//!               /ca.key     the authority's key, on voters only
+//!               /ca.pem     the certificates of the authorities that it trusts
+//!               /node.pem   this node's certificate and its private key
+//!               /node.key   the key again, for older versions
+//!               /ca.key     the authority's keys, on voters only: see [`crate::authority_keys`]
 //! ```
 
 use std::fmt;
 use std::path::Path;
+use std::time::Duration;
 
 use keel_net::tls::{NodeCredentials, node_of};
 use keel_net::{ClientTls, Fingerprint, NodeName, ServerTls, TlsError};
@@ -25,15 +27,19 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use time::OffsetDateTime;
 
+use crate::certificates::NODE_LIFETIME;
 use crate::state_file::{self, StateFileError};
 
 /// Maximum size of a signing request, in bytes.
 pub const CSR_BYTES_MAX: usize = 16 << 10;
 
-const CLUSTER_FILE: &str = "cluster";
-const CA_CERT_FILE: &str = "ca.pem";
-const CA_KEY_FILE: &str = "ca.key";
+/// How long an authority's certificate is valid: ten years.
+const AUTHORITY_LIFETIME: Duration = Duration::from_secs(3652 * 24 * 3600);
+
+pub(crate) const CLUSTER_FILE: &str = "cluster";
+pub(crate) const CA_CERT_FILE: &str = "ca.pem";
 const NODE_CERT_FILE: &str = "node.pem";
 const NODE_KEY_FILE: &str = "node.key";
 
@@ -60,7 +66,7 @@ pub enum IdentityError {
     File(#[from] StateFileError),
 }
 
-fn bad(what: &'static str, reason: impl fmt::Display) -> IdentityError {
+pub(crate) fn bad(what: &'static str, reason: impl fmt::Display) -> IdentityError {
     IdentityError::Certificate {
         what,
         reason: reason.to_string(),
@@ -119,6 +125,7 @@ impl CertificateAuthority {
         params.distinguished_name = common_name(format!("keel cluster {cluster}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.not_after = end(AUTHORITY_LIFETIME);
         let certificate = params.self_signed(&key).map_err(|e| bad(what, e))?;
         Self::from_pem(cluster, &certificate.pem(), &key.serialize_pem())
     }
@@ -158,7 +165,7 @@ impl CertificateAuthority {
         let identity = NodeIdentity::from_pem(
             self.cluster,
             node,
-            self.sign(&csr.csr_pem, &csr.node)?,
+            self.sign(&csr.csr_pem, &csr.node, Duration::from_secs(3600))?,
             csr.key_pem,
             self.certificate_pem.clone(),
         )?;
@@ -184,13 +191,18 @@ impl CertificateAuthority {
         Fingerprint::of(&self.certificate)
     }
 
-    /// Signs a certificate for `node` with the public key of a signing request
-    /// (PEM); everything else in the request is ignored.
+    /// Signs a certificate for `node`, valid from now on for `lifetime`, with the public key of a
+    /// signing request (PEM); everything else in the request is ignored.
     ///
     /// # Errors
     /// [`IdentityError::Certificate`] when the request is too long, cannot be
     /// read, or is not signed by its own key.
-    pub fn sign(&self, csr_pem: &str, node: &NodeName) -> Result<String, IdentityError> {
+    pub fn sign(
+        &self,
+        csr_pem: &str,
+        node: &NodeName,
+        lifetime: Duration,
+    ) -> Result<String, IdentityError> {
         let what = "signing a node's certificate";
         if csr_pem.len() > CSR_BYTES_MAX {
             return Err(bad(what, "the signing request is too long"));
@@ -208,56 +220,11 @@ impl CertificateAuthority {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.use_authority_key_identifier_extension = true;
+        params.not_after = end(lifetime);
         let certificate = params
             .signed_by(&csr.public_key, &self.issuer)
             .map_err(|e| bad(what, e))?;
         Ok(certificate.pem())
-    }
-
-    /// Stores the key in `directory`, beside the node's own identity.
-    ///
-    /// # Errors
-    /// [`IdentityError::File`].
-    pub fn save(&self, directory: &Path) -> Result<(), IdentityError> {
-        state_file::write(&directory.join(CA_KEY_FILE), self.key_pem().as_bytes())?;
-        state_file::write(
-            &directory.join(CA_CERT_FILE),
-            self.certificate_pem.as_bytes(),
-        )?;
-        let cluster = self.cluster.to_string();
-        state_file::write(&directory.join(CLUSTER_FILE), cluster.as_bytes())?;
-        Ok(())
-    }
-
-    /// Removes the authority's key from a node that is no longer a voter.
-    ///
-    /// # Errors
-    /// The file system's.
-    pub fn remove(directory: &Path) -> std::io::Result<()> {
-        match std::fs::remove_file(directory.join(CA_KEY_FILE)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Reads what [`CertificateAuthority::save`] wrote. `None` if this node
-    /// does not hold the authority's key.
-    ///
-    /// # Errors
-    /// [`IdentityError`].
-    pub fn load(directory: &Path) -> Result<Option<Self>, IdentityError> {
-        let key = directory.join(CA_KEY_FILE);
-        if !key.exists() {
-            return Ok(None);
-        }
-        let cluster = state_file::read(&directory.join(CLUSTER_FILE))?;
-        let certificate = state_file::read(&directory.join(CA_CERT_FILE))?;
-        let authority = Self::from_pem(
-            cluster.trim().parse()?,
-            &certificate,
-            &state_file::read(&key)?,
-        )?;
-        Ok(Some(authority))
     }
 }
 
@@ -265,6 +232,33 @@ impl fmt::Debug for CertificateAuthority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CertificateAuthority({})", self.cluster)
     }
+}
+
+/// A section of a PEM file.
+pub(crate) fn encode(section: &pem::Pem) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(section, config)
+}
+
+/// The time after `lifetime`.
+fn end(lifetime: Duration) -> OffsetDateTime {
+    // The last second that a certificate can name.
+    const LATEST_UNIX_S: i64 = 253_402_300_799;
+    let end =
+        OffsetDateTime::now_utc().checked_add(lifetime.try_into().unwrap_or(time::Duration::MAX));
+    let latest = OffsetDateTime::from_unix_timestamp(LATEST_UNIX_S);
+    end.unwrap_or_else(|| latest.unwrap_or(OffsetDateTime::UNIX_EPOCH))
+}
+
+/// When a certificate ends, in seconds since 1970-01-01 UTC.
+///
+/// # Errors
+/// [`IdentityError::Certificate`] if it cannot be read.
+pub fn ends_unix_s(certificate: &CertificateDer<'_>) -> Result<u64, IdentityError> {
+    let what = "reading the end of a certificate";
+    let (_, certificate) =
+        x509_parser::parse_x509_certificate(certificate).map_err(|e| bad(what, e))?;
+    Ok(u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0))
 }
 
 fn common_name(name: String) -> DistinguishedName {
@@ -356,7 +350,7 @@ impl NodeIdentity {
         Self::from_pem(
             authority.cluster(),
             node.clone(),
-            authority.sign(&csr.csr_pem, node)?,
+            authority.sign(&csr.csr_pem, node, NODE_LIFETIME)?,
             csr.key_pem,
             authority.certificate_pem().into(),
         )
@@ -386,17 +380,47 @@ impl NodeIdentity {
         ClientTls::node(&self.credentials()?)
     }
 
-    /// Fingerprint of the authority that it trusts (the first, while the CA is
-    /// being replaced).
+    /// Fingerprints of the authorities that it trusts.
     ///
     /// # Errors
     /// [`IdentityError`] when the stored certificates cannot be read.
-    pub fn authority(&self) -> Result<Fingerprint, IdentityError> {
+    pub fn trusted(&self) -> Result<Vec<Fingerprint>, IdentityError> {
         let credentials = self.credentials()?;
-        let first = credentials.authorities.first();
-        first
+        Ok(credentials
+            .authorities
+            .iter()
             .map(Fingerprint::of)
-            .ok_or_else(|| bad("the authorities of this node", "there is none"))
+            .collect())
+    }
+
+    /// Fingerprint of the authority that signed its certificate.
+    ///
+    /// # Errors
+    /// [`IdentityError`] when it trusts none that did, or a certificate cannot be read.
+    pub fn issuer(&self) -> Result<Fingerprint, IdentityError> {
+        let credentials = self.credentials()?;
+        let signed = |authority: &&CertificateDer<'static>| {
+            let own = std::slice::from_ref(*authority);
+            verify_signed(&credentials, own).is_ok()
+        };
+        let issuer = credentials.authorities.iter().find(signed);
+        issuer.map(Fingerprint::of).ok_or_else(|| {
+            bad(
+                "the certificate of this node",
+                "no authority that it trusts signed it",
+            )
+        })
+    }
+
+    /// When its certificate ends, in seconds since 1970-01-01 UTC.
+    ///
+    /// # Errors
+    /// [`IdentityError`] when it cannot be read.
+    pub fn ends_unix_s(&self) -> Result<u64, IdentityError> {
+        let what = "the certificate of this node";
+        let credentials = self.credentials()?;
+        let certificate = credentials.chain.first();
+        ends_unix_s(certificate.ok_or_else(|| bad(what, "there is none"))?)
     }
 
     /// Verifies the certificate against the authorities and the key against
@@ -405,35 +429,15 @@ impl NodeIdentity {
     /// # Errors
     /// [`IdentityError::Certificate`], [`IdentityError::Tls`].
     pub fn verify(&self) -> Result<(), IdentityError> {
-        let what = "verifying the node's certificate";
         let credentials = self.credentials()?;
-        let mut roots = rustls::RootCertStore::empty();
-        for authority in &credentials.authorities {
-            roots.add(authority.clone()).map_err(|e| bad(what, e))?;
-        }
-        let certificate = credentials
-            .chain
-            .first()
-            .ok_or_else(|| bad(what, "there is none"))?;
-        let certificate =
-            rustls::server::ParsedCertificate::try_from(certificate).map_err(|e| bad(what, e))?;
-        rustls::client::verify_server_cert_signed_by_trust_anchor(
-            &certificate,
-            &roots,
-            &[],
-            rustls::pki_types::UnixTime::now(),
-            rustls::crypto::ring::default_provider()
-                .signature_verification_algorithms
-                .all,
-        )
-        .map_err(|e| bad(what, format!("not signed by the cluster CA: {e}")))?;
+        verify_signed(&credentials, &credentials.authorities)?;
         // Compares the certificate's public key with the private one.
         self.server_tls()?;
         Ok(())
     }
 
-    /// Keeps the identity in `directory`, with mode 0600. The certificate
-    /// comes last: with it the identity is complete.
+    /// Keeps the identity in `directory`, with mode 0600. The certificate comes last, in one file
+    /// with its key: with it the identity is complete.
     ///
     /// # Errors
     /// [`IdentityError::File`].
@@ -442,8 +446,11 @@ impl NodeIdentity {
             |name: &str, text: &str| state_file::write(&directory.join(name), text.as_bytes());
         write(CLUSTER_FILE, &self.cluster.to_string())?;
         write(CA_CERT_FILE, &self.authorities_pem)?;
+        write(
+            NODE_CERT_FILE,
+            &format!("{}{}", self.certificate_pem, self.key_pem),
+        )?;
         write(NODE_KEY_FILE, &self.key_pem)?;
-        write(NODE_CERT_FILE, &self.certificate_pem)?;
         Ok(())
     }
 
@@ -458,20 +465,57 @@ impl NodeIdentity {
             return Ok(None);
         }
         let read = |name: &str| state_file::read(&directory.join(name));
-        let certificate_pem = state_file::read(&certificate)?;
-        let parsed = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
-            .map_err(|e| bad("reading the node's certificate", e))?;
-        let node = node_of(&parsed)
-            .ok_or_else(|| bad("reading the node's certificate", "it names no node"))?;
+        let text = state_file::read(&certificate)?;
+        let what = "reading the node's certificate";
+        let sections = pem::parse_many(&text).map_err(|e| bad(what, e))?;
+        let of = |is: fn(&str) -> bool| -> String {
+            let sections = sections.iter().filter(|section| is(section.tag()));
+            sections.map(encode).collect()
+        };
+        let certificate_pem = of(|tag| tag == "CERTIFICATE");
+        let key_pem = match of(|tag| tag.ends_with("PRIVATE KEY")) {
+            // An older version wrote it.
+            none if none.is_empty() => read(NODE_KEY_FILE)?,
+            key_pem => key_pem,
+        };
+        let parsed =
+            CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|e| bad(what, e))?;
+        let node = node_of(&parsed).ok_or_else(|| bad(what, "it names no node"))?;
         let identity = Self::from_pem(
             read(CLUSTER_FILE)?.trim().parse()?,
             node,
             certificate_pem,
-            read(NODE_KEY_FILE)?,
+            key_pem,
             read(CA_CERT_FILE)?,
         )?;
         Ok(Some(identity))
     }
+}
+
+/// Verifies that one of some authorities signed a node's certificate.
+fn verify_signed(
+    credentials: &NodeCredentials,
+    authorities: &[CertificateDer<'static>],
+) -> Result<(), IdentityError> {
+    let what = "verifying the node's certificate";
+    let mut roots = rustls::RootCertStore::empty();
+    for authority in authorities {
+        roots.add(authority.clone()).map_err(|e| bad(what, e))?;
+    }
+    let certificate = credentials.chain.first();
+    let certificate = certificate.ok_or_else(|| bad(what, "there is none"))?;
+    let certificate =
+        rustls::server::ParsedCertificate::try_from(certificate).map_err(|e| bad(what, e))?;
+    rustls::client::verify_server_cert_signed_by_trust_anchor(
+        &certificate,
+        &roots,
+        &[],
+        rustls::pki_types::UnixTime::now(),
+        rustls::crypto::ring::default_provider()
+            .signature_verification_algorithms
+            .all,
+    )
+    .map_err(|e| bad(what, format!("not signed by the cluster CA: {e}")))
 }
 
 impl fmt::Debug for NodeIdentity {

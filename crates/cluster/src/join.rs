@@ -20,9 +20,10 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use thiserror::Error;
 
+use crate::authority_keys::AuthorityKeys;
+use crate::certificates::{self, Authorities, CertificateError, NODE_LIFETIME};
 use crate::identity::{
-    CSR_BYTES_MAX, CertificateAuthority, ClusterId, IdentityError, NodeIdentity, SigningRequest,
-    make_csr,
+    CSR_BYTES_MAX, ClusterId, IdentityError, NodeIdentity, SigningRequest, make_csr,
 };
 use crate::members::{self, MemberError, Voter, check_address, member_record};
 use crate::tokens::{self, JoinToken, Secret, TokenError};
@@ -53,7 +54,7 @@ pub struct JoinResponse {
     pub cluster: ClusterId,
     /// The node's certificate, PEM.
     pub certificate_pem: String,
-    /// The certificate of the cluster CA, PEM.
+    /// The certificates of the authorities that nodes trust, PEM.
     pub authority_pem: String,
     /// The voters of the store.
     pub voters: Vec<Voter>,
@@ -70,6 +71,13 @@ pub enum JoinError {
     StoreMissing(String),
     #[error("this cluster has its store in its own nodes: join without --store")]
     StoreNotExternal,
+    #[error(
+        "this node cannot admit others at the moment: the cluster's authority is being replaced; \
+         try again, or through another node"
+    )]
+    NoAuthority,
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
     /// Another node used the same token concurrently.
     #[error("the token was used at the same moment; get a new one with `keel token`")]
     Raced,
@@ -96,7 +104,7 @@ pub enum JoinError {
     Wire(#[from] WireError),
 }
 
-/// The voter's part: checks the request, admits the node, signs. `external` is the address of a
+/// The voter's part: checks the request, admits the node, signs with one of `keys`. `external` is the address of a
 /// store outside of the cluster.
 ///
 /// # Errors
@@ -104,7 +112,7 @@ pub enum JoinError {
 pub async fn accept_join(
     store: &dyn Store,
     external: Option<&str>,
-    authority: &CertificateAuthority,
+    keys: &AuthorityKeys,
     request: &JoinRequest,
     now_unix_ms: u64,
 ) -> Result<JoinResponse, JoinError> {
@@ -132,10 +140,19 @@ pub async fn accept_join(
     )
     .await?;
     // All steps that can fail come before the token is used up.
+    let (authority, trusted) = match certificates::read(store).await? {
+        Some((record, _)) => (keys.get(record.signer), Some(record)),
+        None => (keys.first(), None),
+    };
+    let authority = authority.ok_or(JoinError::NoAuthority)?;
+    let lifetime = trusted
+        .as_ref()
+        .map_or(NODE_LIFETIME, Authorities::node_lifetime);
+    let authorities_pem = trusted.map(|it| it.trusted_pem.concat());
     let response = JoinResponse {
         cluster: authority.cluster(),
-        certificate_pem: authority.sign(&request.csr_pem, &request.node)?,
-        authority_pem: authority.certificate_pem().into(),
+        certificate_pem: authority.sign(&request.csr_pem, &request.node, lifetime)?,
+        authority_pem: authorities_pem.unwrap_or_else(|| authority.certificate_pem().into()),
         voters: members::voters(store).await?.voters,
     };
     let member = Key::Member(request.node.clone());

@@ -346,6 +346,7 @@ pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberErro
         })
         .delete(key)
         .delete(Key::Node(node.clone()))
+        .delete(Key::Certificate(node.clone()))
         .delete(Key::Alive(node.clone()));
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),

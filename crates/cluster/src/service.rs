@@ -1,7 +1,9 @@
 //! The requests that a voter serves over `keel-net`: those of other voters, the store's requests
-//! from nodes, and the join request from anyone. An agent wraps it in its own handler for the kinds that
-//! [`ClusterService::handles`] names.
+//! and those for certificates from nodes, and the join request from anyone. An agent wraps it in its
+//! own handler for the kinds that [`ClusterService::handles`] names.
 
+use crate::authority_keys::AuthorityKeys;
+use crate::certificates::{self, CertificateError, RENEW, RenewRequest};
 use crate::join::JOIN;
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +11,6 @@ use std::sync::Arc;
 use futures::FutureExt;
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 
-use crate::identity::CertificateAuthority;
 use crate::join::{JoinError, JoinRequest, accept_join};
 use keel_store::clock::unix_ms;
 use keel_store::encoding;
@@ -25,42 +26,34 @@ pub struct ClusterService {
     store: Arc<dyn Store>,
     /// The address of a store outside of the cluster.
     external: Option<String>,
-    authority: Arc<CertificateAuthority>,
+    keys: Arc<AuthorityKeys>,
 }
 
 impl ClusterService {
-    /// Serves `voter`, and admits nodes with `authority` into `store`, wherever its leader is.
-    pub fn new(
-        voter: Arc<RaftStore>,
-        store: Arc<dyn Store>,
-        authority: Arc<CertificateAuthority>,
-    ) -> Self {
+    /// Serves `voter`, and admits nodes with `keys` into `store`, wherever its leader is.
+    pub fn new(voter: Arc<RaftStore>, store: Arc<dyn Store>, keys: Arc<AuthorityKeys>) -> Self {
         let handler = StoreHandler::new(voter.clone());
         Self {
             voter: Some((voter, handler)),
             store,
             external: None,
-            authority,
+            keys,
         }
     }
 
-    /// Admits nodes with `authority` into a `store` outside of the cluster, at `address`.
-    pub fn external(
-        store: Arc<dyn Store>,
-        address: String,
-        authority: Arc<CertificateAuthority>,
-    ) -> Self {
+    /// Admits nodes with `keys` into a `store` outside of the cluster, at `address`.
+    pub fn external(store: Arc<dyn Store>, address: String, keys: Arc<AuthorityKeys>) -> Self {
         Self {
             voter: None,
             store,
             external: Some(address),
-            authority,
+            keys,
         }
     }
 
     /// Whether requests of `kind` belong here.
     pub fn handles(kind: u16) -> bool {
-        kind == JOIN || StoreHandler::handles(kind) || RaftStore::handles(kind)
+        matches!(kind, JOIN | RENEW) || StoreHandler::handles(kind) || RaftStore::handles(kind)
     }
 
     async fn join(&self, request: &[u8]) -> Result<Reply, RpcError> {
@@ -70,7 +63,7 @@ impl ClusterService {
         let joined = accept_join(
             self.store.as_ref(),
             external,
-            &self.authority,
+            &self.keys,
             &request,
             unix_ms(),
         );
@@ -89,6 +82,22 @@ impl ClusterService {
     }
 }
 
+impl ClusterService {
+    async fn renew(&self, peer: &PeerId, request: &[u8]) -> Result<Reply, RpcError> {
+        let request: RenewRequest =
+            encoding::decode("a request for a certificate", request).map_err(RpcError::refused)?;
+        let node = peer.node();
+        let node = node.ok_or_else(|| RpcError::refused("only nodes have certificates"))?;
+        let renewed = certificates::renew(&*self.store, &self.keys, node, &request).await;
+        let response = renewed.map_err(|error| match error {
+            CertificateError::Store(error) => RpcError::failed(error),
+            error => RpcError::refused(error),
+        })?;
+        let payload = encoding::payload("the answer to a request for a certificate", &response);
+        payload.map(Reply::One).map_err(RpcError::failed)
+    }
+}
+
 impl Handler for ClusterService {
     /// Nodes may send everything, anonymous peers the join request only,
     /// workers nothing.
@@ -100,10 +109,16 @@ impl Handler for ClusterService {
         }
     }
 
-    fn call(&self, _: PeerId, kind: u16, payload: Bytes) -> BoxFuture<'_, Result<Reply, RpcError>> {
+    fn call(
+        &self,
+        peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
         async move {
             match kind {
                 JOIN => self.join(&payload).await,
+                RENEW => self.renew(&peer, &payload).await,
                 kind => match &self.voter {
                     Some((voter, _)) if RaftStore::handles(kind) => {
                         voter.answer(kind, &payload).await
@@ -121,6 +136,6 @@ impl Handler for ClusterService {
 
 impl fmt::Debug for ClusterService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ClusterService({:?})", self.authority)
+        write!(f, "ClusterService({:?})", self.keys)
     }
 }

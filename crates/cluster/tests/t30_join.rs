@@ -5,6 +5,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use keel_cluster::authority_keys::{self, AuthorityKeys};
+use keel_cluster::certificates::NODE_LIFETIME;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity, make_csr};
 use keel_cluster::join::{self, JoinError, accept_join};
 use keel_cluster::members::{self, MemberError, MemberSet, Voter};
@@ -29,6 +31,7 @@ fn name(name: &str) -> NodeName {
 /// A cluster of one voter, node `a`.
 struct Cluster {
     authority: Arc<CertificateAuthority>,
+    keys: Arc<AuthorityKeys>,
     voter: Arc<RaftStore>,
     store: Arc<dyn Store>,
     _directory: TempDir,
@@ -44,8 +47,11 @@ async fn cluster() -> Result<Cluster, Box<dyn Error>> {
         address: "127.0.0.1:1".into(),
     };
     members::found(store.as_ref(), authority.cluster(), &first, NOW).await?;
+    let keys = AuthorityKeys::new(Vec::new());
+    keys.set(vec![authority.clone()]);
     Ok(Cluster {
         authority,
+        keys,
         voter: store.clone(),
         store,
         _directory: directory,
@@ -60,11 +66,8 @@ impl Cluster {
 
     async fn serve(&self) -> Result<(ServerHandle, Arc<MemberSet>), Box<dyn Error>> {
         let (set, _) = MemberSet::follow(self.store.clone()).await?;
-        let service = ClusterService::new(
-            self.voter.clone(),
-            self.store.clone(),
-            self.authority.clone(),
-        );
+        let service =
+            ClusterService::new(self.voter.clone(), self.store.clone(), self.keys.clone());
         let server = Server::serve(
             TcpListener::bind("127.0.0.1:0").await?,
             NodeIdentity::first(&self.authority, &name("a"))?.server_tls()?,
@@ -81,11 +84,12 @@ fn identities_are_kept_private_and_whole() -> Outcome {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("identity");
     assert!(NodeIdentity::load(&path)?.is_none());
-    assert!(CertificateAuthority::load(&path)?.is_none());
+    assert!(authority_keys::load(&path)?.is_empty());
     let authority = CertificateAuthority::create(ClusterId::random())?;
     let identity = NodeIdentity::first(&authority, &name("a"))?;
     identity.save(&path)?;
-    authority.save(&path)?;
+    let authority = Arc::new(authority);
+    authority_keys::save(&path, std::slice::from_ref(&authority))?;
     for file in std::fs::read_dir(&path)? {
         assert_eq!(file?.metadata()?.permissions().mode() & 0o777, 0o600);
     }
@@ -95,11 +99,12 @@ fn identities_are_kept_private_and_whole() -> Outcome {
         ("a", authority.cluster())
     );
     loaded.verify()?;
-    let again = CertificateAuthority::load(&path)?.ok_or("none")?;
+    let mut again = authority_keys::load(&path)?;
+    let again = again.pop().ok_or("none")?;
     assert_eq!(again.fingerprint(), authority.fingerprint());
     // What the reloaded authority signs is trusted by the old certificate.
     let csr = make_csr(&name("b"))?;
-    let signed = again.sign(&csr.csr_pem, &name("b"))?;
+    let signed = again.sign(&csr.csr_pem, &name("b"), NODE_LIFETIME)?;
     NodeIdentity::from_pem(
         authority.cluster(),
         name("b"),
@@ -144,7 +149,7 @@ fn what_does_not_belong_together_is_refused() -> Outcome {
     assert!(foreign.is_err_and(|e| e.contains("not signed by the cluster CA")));
     // Signing requests that are none.
     for csr in ["", "x", &a.certificate_pem, &"x".repeat(20_000)] {
-        assert!(one.sign(csr, &name("a")).is_err());
+        assert!(one.sign(csr, &name("a"), NODE_LIFETIME).is_err());
     }
     let mut tampered = make_csr(&name("a"))?.csr_pem;
     let middle = tampered.len() / 2;
@@ -154,7 +159,7 @@ fn what_does_not_belong_together_is_refused() -> Outcome {
         "A"
     };
     tampered.replace_range(middle..=middle, swapped);
-    assert!(one.sign(&tampered, &name("a")).is_err());
+    assert!(one.sign(&tampered, &name("a"), NODE_LIFETIME).is_err());
     Ok(())
 }
 
@@ -190,7 +195,7 @@ async fn a_token_admits_one_node_once() -> Outcome {
     let cluster = cluster().await?;
     let store = cluster.store.as_ref();
     let accept = async |request: &join::JoinRequest, now| {
-        accept_join(store, None, &cluster.authority, request, now)
+        accept_join(store, None, &cluster.keys, request, now)
             .await
             .map_err(|e| e.to_string())
     };
@@ -262,15 +267,9 @@ async fn a_token_admits_one_node_even_when_many_ask_at_once() -> Outcome {
             let (_, request) = join::prepare(&token, &node, "127.0.0.1:2", None)?;
             let cluster = cluster.clone();
             asking.spawn(async move {
-                accept_join(
-                    cluster.store.as_ref(),
-                    None,
-                    &cluster.authority,
-                    &request,
-                    NOW,
-                )
-                .await
-                .is_ok()
+                accept_join(cluster.store.as_ref(), None, &cluster.keys, &request, NOW)
+                    .await
+                    .is_ok()
             });
         }
         let mut admitted = 0;
@@ -465,14 +464,7 @@ async fn an_anonymous_peer_can_only_join() -> Outcome {
         let token = cluster.token().await?;
         let (_, mut request) = join::prepare(&token, &name("b"), "h:1", None)?;
         request.address = "nowhere".into();
-        accept_join(
-            cluster.store.as_ref(),
-            None,
-            &cluster.authority,
-            &request,
-            NOW,
-        )
-        .await
+        accept_join(cluster.store.as_ref(), None, &cluster.keys, &request, NOW).await
     }
     .await;
     assert!(matches!(

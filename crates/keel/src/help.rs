@@ -34,7 +34,7 @@ const GROUPS: &[(&str, &[&str])] = &[
             "events",
         ],
     ),
-    ("Users", &["token", "login", "context", "audit"]),
+    ("Users", &["token", "login", "context", "ca", "audit"]),
     (
         "Tools",
         &["demo", "wasm", "sim", "doctor", "completions", "man"],

@@ -32,6 +32,7 @@ mod output;
 mod apply;
 mod audit;
 mod balance;
+mod ca;
 mod checkpoint;
 mod cluster;
 mod contexts;
@@ -124,6 +125,11 @@ enum Command {
     Token {
         #[command(subcommand)]
         what: tokens::TokenCommand,
+    },
+    /// Shows the cluster's certificate authority and the nodes' certificates; replaces the authority.
+    Ca {
+        #[command(subcommand)]
+        what: Option<ca::CaCommand>,
     },
     /// Keeps a user's token and a server as a context for all commands.
     Login(contexts::LoginArgs),
@@ -394,6 +400,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Nodes => cluster::nodes(&reach).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,
         Command::Token { what } => tokens::run(&reach, what).await,
+        Command::Ca { what } => ca::run(&reach, what).await,
         Command::Login(args) => contexts::login(&reach, &args).await,
         Command::Context(what) => contexts::run(&reach, what),
         Command::Audit(args) => audit::run(&reach, &args).await,

@@ -26,6 +26,6 @@ pub use bulk::{BulkError, BulkStream};
 pub use bytes::Bytes;
 pub use futures::future::BoxFuture;
 pub use name::{MachineName, NameError, NodeName};
-pub use rpc::{Client, Handler, Options, Peers, Reply, RpcError, Server};
+pub use rpc::{Client, Handler, Options, Peers, Reply, RpcError, Server, ServerTlsSetter};
 pub use tls::{ClientTls, Fingerprint, PeerId, PinnedIdentity, ServerTls, TlsError};
 pub use traffic::Traffic;

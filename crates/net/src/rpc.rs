@@ -48,7 +48,7 @@ mod wire;
 pub use crate::tls::PeerId;
 pub use client::{Client, StreamReceiver};
 pub use peers::Peers;
-pub use server::{MemberCheck, Server, ServerHandle, everyone_is_member};
+pub use server::{MemberCheck, Server, ServerHandle, ServerTlsSetter, everyone_is_member};
 
 /// First of the kinds that belong to the connection itself; requests use
 /// `1..KIND_RESERVED`.

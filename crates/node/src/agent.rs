@@ -2,6 +2,7 @@
 //! public interface imports this file.
 
 use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
+use crate::certificates;
 use crate::checkpoints::{self, Checkpoints};
 use crate::compilation::{self, Code};
 use crate::context::{Context, Settings, SettingsError};
@@ -10,6 +11,7 @@ use crate::external_store::ExternalStore;
 use crate::failover;
 use crate::front::{self, Entry, Handles};
 use crate::host::{cpu_features, memory_bytes};
+use crate::identity::OwnIdentity;
 use crate::images::Images;
 use crate::lease;
 use crate::logs::Logs;
@@ -27,6 +29,7 @@ use crate::volumes::VolumeFiles;
 use crate::voters::{self, VoterError, Voters};
 use keel_api::EventKind;
 use keel_cluster::NodeName;
+use keel_cluster::authority_keys;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
 use keel_cluster::members::{self, Member, MemberError, MemberSet};
@@ -152,7 +155,7 @@ pub async fn found(options: &AgentOptions) -> Result<(), AgentError> {
     }
     let authority = CertificateAuthority::create(ClusterId::random())?;
     let identity = NodeIdentity::first(&authority, &name)?;
-    authority.save(dir.root())?;
+    authority_keys::save(dir.root(), &[Arc::new(authority)])?;
     write_settings(
         &dir,
         &Settings {
@@ -340,11 +343,16 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
         lease_term: lease.term,
         hold: lease.hold,
         started_unix_ms: unix_ms(),
-        identity,
+        identity: OwnIdentity::new(identity)?,
         events,
         metrics,
         traffic,
     });
+    tokio::spawn(certificates::keep(
+        context.clone(),
+        voters.clone(),
+        server.tls_setter(),
+    ));
     let parts = Parts::build(context, slice, ledger, recorder, voters);
     serve(parts, server, &entry).await
 }
@@ -529,6 +537,11 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     tokio::spawn(voters::spread_authority(
         at.voters.clone(),
         context.members.clone(),
+    ));
+    tokio::spawn(voters::rotate_authority(
+        at.voters.clone(),
+        context.members.clone(),
+        context.identity.record(),
     ));
     let (store, events) = (context.store.clone(), context.events.clone());
     tokio::spawn(lease::tell_of_nodes(store, events, role("node-events")));

@@ -185,10 +185,7 @@ pub(crate) async fn make_token(
     request: TokenRequest,
 ) -> Result<Token, CommandError> {
     let store = &*context.store;
-    let authority = context
-        .identity
-        .authority()
-        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let authority = context.identity.issuer();
     let bad = |error: tokens::TokenError| CommandError::Invalid(error.to_string());
     let token = match request {
         TokenRequest::Join { ttl_s } => {

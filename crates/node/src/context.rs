@@ -3,11 +3,12 @@
 
 use crate::events::Events;
 use crate::external_store::ExternalStore;
+use crate::identity::OwnIdentity;
 use crate::lease::{HoldHandle, LeaseTerm};
 use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
 use keel_cluster::NodeName;
-use keel_cluster::identity::{ClusterId, NodeIdentity};
+use keel_cluster::identity::ClusterId;
 use keel_cluster::members::MemberSet;
 use keel_machine::kind::Kinds;
 use keel_net::{Peers, Traffic};
@@ -77,7 +78,7 @@ pub(crate) struct Context {
     pub(crate) lease_term: watch::Receiver<Option<LeaseTerm>>,
     /// Keeps this node alive while its agent is restarted.
     pub(crate) hold: HoldHandle,
-    pub(crate) identity: NodeIdentity,
+    pub(crate) identity: OwnIdentity,
     /// When this agent started, in milliseconds since 1970-01-01 UTC.
     pub(crate) started_unix_ms: u64,
     /// Events of this node, for users.

@@ -17,16 +17,18 @@
 //! - `processes`: the worker processes of this node
 //! - `records`: typed views of the store
 //! - `cluster_info`, `cluster_events`: the cluster and its events in the form that users see
+//! - `certificates`: keeps this node's certificate, and whom it trusts
 //! - `voters`: this node's copy of the store, and who else has one
 //! - `context`: shared by all layers
 //! - `external_store`, `lease`, `role`: a store outside of the nodes, this node's lease, and what one
 //!   node does for all
-//! - `error`, `events`, `host`, `metrics`, `state_dir`, `supervisor`: the lowest layer
+//! - `error`, `events`, `host`, `identity`, `metrics`, `state_dir`, `supervisor`: the lowest layer
 
 #![forbid(unsafe_code)]
 
 mod agent;
 mod balancer;
+mod certificates;
 mod checkpoints;
 mod cluster_events;
 mod cluster_info;
@@ -38,6 +40,7 @@ mod external_store;
 mod failover;
 mod front;
 mod host;
+mod identity;
 mod images;
 mod lease;
 mod logs;

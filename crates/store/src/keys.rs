@@ -6,6 +6,8 @@
 //! | `epoch-base` | offset of a new machine's first epoch to the store's revision |
 //! | `voters` | the nodes that hold the store, with addresses, and which of them leads |
 //! | `voter-count` | how many voters are wanted: `auto`, 1, 3 or 5 |
+//! | `authorities` | the authorities that nodes trust, and which of them signs |
+//! | `certificate/NODE` | when the node's certificate ends, who signed it, and whom the node trusts |
 //! | `code/NODE` | programs whose compiled code the node has cached |
 //! | `member/NODE` | membership of the node, and its address |
 //! | `node/NODE` | the agent's report: labels, capacity |
@@ -45,6 +47,10 @@ pub enum Key {
     Voters,
     /// `voter-count`
     VoterCount,
+    /// `authorities`
+    Authorities,
+    /// `certificate/NODE`
+    Certificate(NodeName),
     /// `member/NODE`
     Member(NodeName),
     /// `node/NODE`
@@ -131,6 +137,8 @@ impl KeyError {
 pub const MEMBERS: &str = "member/";
 /// Prefix of the audit log.
 pub const AUDIT: &str = "audit/";
+/// Prefix of the reports of nodes about their certificates.
+pub const CERTIFICATES: &str = "certificate/";
 /// Prefix of all nodes.
 pub const NODES: &str = "node/";
 /// Prefix of the nodes whose lease runs.
@@ -190,6 +198,8 @@ impl fmt::Display for Key {
             Key::EpochBase => f.write_str("epoch-base"),
             Key::Voters => f.write_str("voters"),
             Key::VoterCount => f.write_str("voter-count"),
+            Key::Authorities => f.write_str("authorities"),
+            Key::Certificate(node) => write!(f, "{CERTIFICATES}{node}"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
             Key::Code(node) => write!(f, "{CODE}{node}"),
@@ -242,6 +252,8 @@ fn parse(text: &str) -> Option<Key> {
         ("epoch-base", None, None) => Key::EpochBase,
         ("voters", None, None) => Key::Voters,
         ("voter-count", None, None) => Key::VoterCount,
+        ("authorities", None, None) => Key::Authorities,
+        ("certificate", Some(node), None) => Key::Certificate(node.parse().ok()?),
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
         ("code", Some(node), None) => Key::Code(node.parse().ok()?),
@@ -293,6 +305,8 @@ mod tests {
             "epoch-base",
             "voters",
             "voter-count",
+            "authorities",
+            "certificate/a",
             "member/a",
             "node/a-1",
             "alive/a",

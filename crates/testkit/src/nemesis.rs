@@ -14,7 +14,10 @@ use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
 use fault::Fault;
-use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, StoreInfo, Urgency, VotersRequest};
+use keel_api::{
+    AuthorityInfo, CheckpointRequest, MachineInfo, MoveRequest, Nothing, StoreInfo, Urgency,
+    VotersRequest,
+};
 use keel_machine::failpoint::{ALL, Action, Injection};
 use keel_machine::high_availability::{Fence, HighAvailability, Protect};
 use keel_machine::moves::Ending;
@@ -44,6 +47,8 @@ const PAUSE_US: u32 = 2000;
 const DISK_MIB: u32 = 512;
 /// The failpoints that delay a commit and lose its answer.
 const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committed", "error")];
+/// Share of rounds in which the cluster's authority is to be replaced; one takes some ten seconds.
+const ROTATION_SHARE: f64 = 0.05;
 /// The longest duration of a fault: less than the time after which a worker counts as lost.
 const BROKEN_MAX: Duration = Duration::from_secs(4);
 /// Time limit of a request.
@@ -95,6 +100,8 @@ pub struct Tally {
     pub refused: AtomicU64,
     /// Checkpoints that were made.
     pub checkpoints: AtomicU64,
+    /// Replacements of the cluster's authority that were asked for.
+    pub rotations: AtomicU64,
     /// Faults, by kind, and apart those of the node that led the store.
     pub faults: BTreeMap<String, u64>,
     /// How often a machine rewound to a checkpoint after its process was killed.
@@ -111,7 +118,7 @@ impl std::fmt::Display for Tally {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         writeln!(
             f,
-            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines, {} of them failovers",
+            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} replacements of the authority; {} rewinds of killed machines, {} of them failovers",
             self.rounds,
             of(&self.moves),
             of(&self.disturbed),
@@ -119,6 +126,7 @@ impl std::fmt::Display for Tally {
             of(&self.stayed),
             of(&self.refused),
             of(&self.checkpoints),
+            of(&self.rotations),
             self.rewinds,
             self.failovers
         )?;
@@ -577,6 +585,11 @@ impl Nemesis {
                 tasks.spawn(moved(client, machine, request, self.tally.clone()));
             }
         }
+        if self.random.random_bool(ROTATION_SHARE) {
+            let via = self.some_node();
+            what.push(format!("a new authority by {via}"));
+            tasks.spawn(rotate(self.cluster.client(&via), self.tally.clone()));
+        }
         if !first {
             tokio::time::sleep(wait).await;
             self.inject(&fault).await;
@@ -660,6 +673,36 @@ impl Nemesis {
             "{fault:?}; {} (all wrote after {recovery} ms, settled after {settled})",
             what.join(", ")
         ))
+    }
+}
+
+impl Nemesis {
+    /// Waits until the cluster's authority is replaced, if it is.
+    ///
+    /// # Errors
+    /// It is not in time: what it waits for.
+    pub async fn wait_rotated(&self) -> Result<()> {
+        let client = self.cluster.client(NODES[0]);
+        let rotated = wait_for("the authority is replaced", || async {
+            client
+                .get::<AuthorityInfo>("/v1/authority")
+                .await
+                .is_ok_and(|info| !info.is_rotating)
+                .then_some(())
+        });
+        if let Err(error) = rotated.await {
+            let last = client.get::<AuthorityInfo>("/v1/authority").await;
+            return Err(error.context(format!("{last:?}")));
+        }
+        Ok(())
+    }
+}
+
+/// Asks for another authority; one may be on its way.
+async fn rotate(client: keel_api::Client, tally: Arc<Tally>) {
+    let asked = client.post::<_, Nothing>("/v1/authority/rotate", &Nothing {});
+    if asked.await.is_ok() {
+        tally.rotations.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -64,9 +64,16 @@ impl Peers {
         self.lock().remove(node);
     }
 
-    /// Uses `tls` for connections made from now on.
+    /// Uses `tls` for connections made from now on, also to nodes that are connected already: what
+    /// those are asked meanwhile is answered on the old connection, which ends with its last answer.
     pub fn set_tls(&self, tls: ClientTls) {
         *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = tls;
+        for peer in self.lock().values_mut() {
+            *peer = Arc::new(Peer {
+                address: peer.address.clone(),
+                link: tokio::sync::Mutex::new(Link::None),
+            });
+        }
     }
 
     /// The connection to `node`, created if missing.

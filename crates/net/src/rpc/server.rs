@@ -10,7 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -51,8 +51,45 @@ pub struct ServerHandle {
     task: Option<JoinHandle<()>>,
 }
 
+/// Replaces the TLS configuration of a running server.
+#[derive(Clone)]
+pub struct ServerTlsSetter {
+    shared: Arc<Shared>,
+}
+
+impl ServerTlsSetter {
+    /// Uses `tls` for connections accepted from now on.
+    pub fn set(&self, tls: ServerTls) {
+        let mut current = write(&self.shared.tls);
+        *current = (current.0 + 1, tls);
+    }
+
+    /// Closes the connections that an earlier configuration accepted.
+    pub fn close_older(&self) {
+        let current = read(&self.shared.tls).0;
+        self.shared.least.send_replace(current);
+    }
+}
+
+impl fmt::Debug for ServerTlsSetter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ServerTlsSetter")
+    }
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
 struct Shared {
-    tls: RwLock<ServerTls>,
+    /// The configuration, and how many there were before it.
+    tls: RwLock<(u64, ServerTls)>,
+    /// Connections that an earlier configuration than this one accepted are closed.
+    least: watch::Sender<u64>,
     member: MemberCheck,
     handler: Arc<dyn Handler>,
     options: Options,
@@ -75,7 +112,8 @@ impl Server {
     ) -> io::Result<ServerHandle> {
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
-            tls: RwLock::new(tls),
+            tls: RwLock::new((0, tls)),
+            least: watch::Sender::new(0),
             member,
             handler,
             connections: Arc::new(Semaphore::new(options.connections_max)),
@@ -111,13 +149,11 @@ impl ServerHandle {
         self.address
     }
 
-    /// Uses `tls` for connections accepted from now on.
-    pub fn set_tls(&self, tls: ServerTls) {
-        *self
-            .shared
-            .tls
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = tls;
+    /// Where its TLS configuration is replaced.
+    pub fn tls_setter(&self) -> ServerTlsSetter {
+        ServerTlsSetter {
+            shared: self.shared.clone(),
+        }
     }
 
     /// Stops accepting and closes every connection. Running handlers continue; their answers are
@@ -177,12 +213,23 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, mut stopped: watch::
 }
 
 async fn greet_and_serve(stream: TcpStream, address: SocketAddr, shared: Arc<Shared>) {
+    let (number, tls) = read(&shared.tls).clone();
+    let mut least = shared.least.subscribe();
+    tokio::select! {
+        _ = least.wait_for(|least| number < *least) => {
+            tracing::debug!(%address, "connection closed: its TLS configuration was replaced");
+        }
+        () = greet_and_serve_with(tls, stream, address, &shared) => {}
+    }
+}
+
+async fn greet_and_serve_with(
+    tls: ServerTls,
+    stream: TcpStream,
+    address: SocketAddr,
+    shared: &Shared,
+) {
     stream.set_nodelay(true).ok();
-    let tls = shared
-        .tls
-        .read()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
     let limit = shared.options.connect_timeout;
     let (stream, peer) = match tls.accept(stream, &address.to_string(), limit).await {
         Ok(accepted) => accepted,

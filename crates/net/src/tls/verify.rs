@@ -30,7 +30,9 @@ enum VerificationError {
         found: Fingerprint,
         expected: Fingerprint,
     },
-    #[error("the join token is for another cluster than the one that answered; check the address")]
+    #[error(
+        "the token or the context is for another cluster, or its authority was replaced since: check the address, or get a new one"
+    )]
     OtherAuthority,
     #[error("its certificate names no node")]
     NotANode,

@@ -2,21 +2,17 @@
 //! do that; here three nodes have the cluster's authority, or five of many, and the first of them
 //! that is alive replaces those that fail.
 
-use super::handle::{Authority, TAKE_AUTHORITY, VoterError, Voters};
+use super::handle::{VoterError, Voters};
 use super::manage::NodeStates;
 use keel_cluster::NodeName;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
-use keel_cluster::voters::{VoterCount, next_voters};
-use keel_machine::worker::control::pack;
-use keel_store::StoreError;
-use std::collections::BTreeSet;
+use keel_cluster::voters::{Candidate, VoterCount, next_voters};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often the nodes with the authority look at each other.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// Time for a node to take the authority.
-const TAKE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Keeps the authority of a cluster with a store outside of it at enough nodes, until the process
 /// ends.
@@ -37,34 +33,36 @@ pub(crate) async fn spread_authority(voters: Arc<Voters>, all: Arc<MemberSet>) {
     }
 }
 
-async fn look(voters: &Voters, all: &MemberSet, states: &mut NodeStates) -> Result<(), VoterError> {
+/// The nodes that admit others, and what is known of all nodes, if it is this one that cares for the
+/// authority: the first of them that is alive.
+pub(super) async fn cared_for(
+    voters: &Voters,
+    all: &MemberSet,
+    states: &mut NodeStates,
+) -> Result<Option<(VoterList, BTreeMap<NodeName, Candidate>)>, VoterError> {
     let store = voters.client();
     let candidates = states.look(&*store, all).await?;
     let list = members::voters(&*store).await?;
     let is_alive = |voter: &&Voter| candidates.get(&voter.node).is_some_and(|it| it.is_alive);
-    if list.voters.iter().find(is_alive).map(|first| &first.node) != Some(&voters.name) {
+    let first = list.voters.iter().find(is_alive).map(|first| &first.node);
+    let cares = first == Some(&voters.name);
+    Ok(cares.then_some((list, candidates)))
+}
+
+async fn look(voters: &Voters, all: &MemberSet, states: &mut NodeStates) -> Result<(), VoterError> {
+    let store = voters.client();
+    let Some((list, candidates)) = cared_for(voters, all, states).await? else {
         return Ok(());
-    }
+    };
     let now: BTreeSet<NodeName> = list.voters.iter().map(|it| it.node.clone()).collect();
     let Some(next) = next_voters(&now, &voters.name, &candidates, VoterCount::Auto) else {
         return Ok(());
     };
-    let Some(authority) = voters.authority().await? else {
-        return Ok(());
-    };
     tracing::info!(?now, ?next, "changing the nodes that admit others");
-    let authority = Authority {
-        certificate_pem: authority.certificate_pem().to_owned(),
-        key_pem: authority.key_pem(),
-    };
     for node in next.difference(&now) {
-        let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
-        let payload = pack(&authority).map_err(|error| unavailable(error.to_string()))?;
-        let asked = voters
-            .peers
-            .call(node, TAKE_AUTHORITY, payload, TAKE_PATIENCE)
-            .await;
-        asked.map_err(|error| unavailable(error.to_string()))?;
+        for authority in voters.keys.all() {
+            voters.give_key(node, &authority).await?;
+        }
     }
     let members = all.all();
     let voter = |node: &NodeName| {

@@ -5,11 +5,12 @@ use crate::context::Settings;
 use crate::state_dir::StateDir;
 use futures::FutureExt;
 use keel_cluster::NodeName;
+use keel_cluster::authority_keys::{self, AuthorityKeys};
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter};
 use keel_cluster::service::ClusterService;
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
+use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Peers, Reply, RpcError};
 use keel_store::clock::unix_ms;
 use keel_store::{EtcdStore, IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
@@ -23,10 +24,11 @@ pub(super) const BECOME_VOTER: u16 = 0x0340;
 /// The leader asks a voter for the number of its copy.
 pub(super) const COPY: u16 = 0x0341;
 
-/// The node that cares for the authority of a cluster with a store outside of it asks another one
-/// to have it, too.
+/// The node that cares for the cluster's authority asks another one to have its key, too.
 pub(super) const TAKE_AUTHORITY: u16 = 0x0342;
 
+/// Time for a node to take the authority.
+const TAKE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -39,6 +41,8 @@ pub enum VoterError {
     Members(#[from] MemberError),
     #[error(transparent)]
     Identity(#[from] keel_cluster::identity::IdentityError),
+    #[error(transparent)]
+    Certificates(#[from] keel_cluster::certificates::CertificateError),
     #[error(
         "the copy of the store in {0} is gone: `keel store restore` brings a backup back; to begin \
          another cluster, remove the whole folder"
@@ -103,7 +107,9 @@ struct Own {
 pub(crate) struct Voters {
     pub(super) dir: StateDir,
     pub(super) name: NodeName,
-    cluster: ClusterId,
+    pub(super) cluster: ClusterId,
+    /// The authorities whose keys this node has.
+    pub(super) keys: Arc<AuthorityKeys>,
     pub(super) peers: Arc<Peers>,
     pub(super) engine: Engine,
     pub(super) settings: Mutex<Settings>,
@@ -139,8 +145,10 @@ impl Voters {
                 Engine::Embedded(Arc::new(client))
             }
         };
+        let keys = AuthorityKeys::new(authority_keys::load(dir.root())?);
         let voters = Arc::new(Self {
             dir,
+            keys,
             name: identity.node.clone(),
             cluster: identity.cluster,
             peers,
@@ -150,12 +158,11 @@ impl Voters {
             changing: tokio::sync::Mutex::default(),
             asked: Mutex::default(),
         });
-        let authority = CertificateAuthority::load(voters.dir.root())?;
         if matches!(voters.engine, Engine::External(..)) {
-            voters.admit(authority);
+            voters.admit();
             return Ok(voters);
         }
-        if let Some(authority) = authority {
+        if !voters.keys.is_empty() {
             let first = voters.voter();
             let is_alone = voters
                 .settings()
@@ -172,7 +179,7 @@ impl Voters {
                 // It lost its copy: the leader asks it to become a voter again.
                 (false, false) => return Ok(voters),
             };
-            match voters.start(if_absent, authority).await {
+            match voters.start(if_absent).await {
                 // The others go on; it is tried again, or gets another copy.
                 Err(error) if !is_alone => {
                     tracing::error!(%error, "this node's copy of the store cannot be opened");
@@ -229,18 +236,18 @@ impl Voters {
         Ok(())
     }
 
-    /// Admits nodes to a cluster with a store outside of it from now on, if `authority` is there.
-    fn admit(&self, authority: Option<CertificateAuthority>) {
+    /// Admits nodes to a cluster with a store outside of it from now on, if this node has its
+    /// authority.
+    fn admit(&self) {
         let Engine::External(store, address) = &self.engine else {
             return;
         };
-        let service = authority.map(|authority| {
-            ClusterService::external(store.clone(), address.clone(), Arc::new(authority))
-        });
+        let service =
+            || ClusterService::external(store.clone(), address.clone(), self.keys.clone());
         self.own
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .service = service;
+            .service = (!self.keys.is_empty()).then(service);
     }
 
     /// The address of a store outside of the cluster's nodes.
@@ -257,13 +264,6 @@ impl Voters {
         asked.map(|at| at.elapsed())
     }
 
-    /// The cluster's authority, if this node has it.
-    pub(super) async fn authority(&self) -> Result<Option<CertificateAuthority>, VoterError> {
-        let root = self.dir.root().to_path_buf();
-        let loading = blocking(move || CertificateAuthority::load(&root)).await?;
-        Ok(loading?)
-    }
-
     fn voter(&self) -> keel_store::Voter {
         keel_store::Voter {
             node: self.name.to_string(),
@@ -271,11 +271,7 @@ impl Voters {
         }
     }
 
-    async fn start(
-        &self,
-        if_absent: IfAbsent,
-        authority: CertificateAuthority,
-    ) -> Result<(), VoterError> {
+    async fn start(&self, if_absent: IfAbsent) -> Result<(), VoterError> {
         let peers = Some(self.peers.clone());
         let folder = self.dir.store();
         let store = RaftStore::open(&folder, if_absent, peers, RaftOptions::default()).await?;
@@ -283,7 +279,7 @@ impl Voters {
         let Engine::Embedded(client) = &self.engine else {
             return Ok(());
         };
-        let service = ClusterService::new(store.clone(), client.clone(), Arc::new(authority));
+        let service = ClusterService::new(store.clone(), client.clone(), self.keys.clone());
         client.set_local(Some((self.name.clone(), store.clone())));
         *self.own.write().unwrap_or_else(PoisonError::into_inner) = Own {
             store: Some(store),
@@ -328,10 +324,11 @@ impl Voters {
         matches!(kind, BECOME_VOTER | COPY | TAKE_AUTHORITY) || ClusterService::handles(kind)
     }
 
-    /// Keeps the authority of a cluster with a store outside of it, and admits nodes. Idempotent.
+    /// Keeps the key of an authority of the cluster; with a store outside of the cluster, admits
+    /// nodes. Idempotent.
     async fn take_authority(&self, request: Authority) -> Result<(), RpcError> {
         let _changing = self.changing.lock().await;
-        if self.external().is_none() {
+        if self.external().is_none() && self.store().is_none() {
             return Err(RpcError::refused(
                 "this cluster's voters have its authority",
             ));
@@ -340,23 +337,67 @@ impl Voters {
             certificate_pem,
             key_pem,
         } = request;
-        let authority = self.keep_authority(&certificate_pem, &key_pem).await?;
-        tracing::info!("this node has the cluster's authority, and admits nodes");
-        self.admit(Some(authority));
+        self.keep_authority(&certificate_pem, &key_pem).await?;
+        tracing::info!("this node has the key of an authority of the cluster");
+        self.admit();
         Ok(())
     }
 
-    async fn keep_authority(
-        &self,
-        certificate_pem: &str,
-        key_pem: &str,
-    ) -> Result<CertificateAuthority, RpcError> {
+    async fn keep_authority(&self, certificate_pem: &str, key_pem: &str) -> Result<(), RpcError> {
         let authority = CertificateAuthority::from_pem(self.cluster, certificate_pem, key_pem);
         let authority = authority.map_err(RpcError::refused)?;
-        let root = self.dir.root().to_path_buf();
-        let saving = blocking(move || authority.save(&root).map(|()| authority)).await;
-        let saved = saving.map_err(RpcError::failed)?;
-        saved.map_err(RpcError::failed)
+        let kept = self.set_keys(self.keys.with(authority)).await;
+        kept.map_err(RpcError::failed)
+    }
+
+    /// Replaces the keys of authorities that this node has.
+    async fn set_keys(&self, keys: Vec<Arc<CertificateAuthority>>) -> Result<(), VoterError> {
+        let (root, saved) = (self.dir.root().to_path_buf(), keys.clone());
+        blocking(move || authority_keys::save(&root, &saved)).await??;
+        self.keys.set(keys);
+        Ok(())
+    }
+
+    /// Adds the key of a new authority.
+    pub(super) async fn add_key(&self, authority: CertificateAuthority) -> Result<(), VoterError> {
+        let _changing = self.changing.lock().await;
+        self.set_keys(self.keys.with(authority)).await
+    }
+
+    /// Removes the keys of authorities that nodes do not trust any more.
+    pub(crate) async fn retain_keys(&self, trusted: &[Fingerprint]) -> Result<(), VoterError> {
+        let is_trusted = |it: &Arc<CertificateAuthority>| trusted.contains(&it.fingerprint());
+        if self.keys.all().iter().all(is_trusted) {
+            return Ok(());
+        }
+        let _changing = self.changing.lock().await;
+        let mut keys = self.keys.all();
+        keys.retain(is_trusted);
+        // Without any it could not even be found out which one is missing.
+        match keys.is_empty() {
+            true => Ok(()),
+            false => self.set_keys(keys).await,
+        }
+    }
+
+    /// Lets another node have the key of an authority.
+    pub(super) async fn give_key(
+        &self,
+        node: &NodeName,
+        authority: &CertificateAuthority,
+    ) -> Result<(), VoterError> {
+        let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
+        let authority = Authority {
+            certificate_pem: authority.certificate_pem().to_owned(),
+            key_pem: authority.key_pem(),
+        };
+        let payload = pack(&authority).map_err(|error| unavailable(error.to_string()))?;
+        let asked = self
+            .peers
+            .call(node, TAKE_AUTHORITY, payload, TAKE_PATIENCE)
+            .await;
+        asked.map_err(|error| unavailable(error.to_string()))?;
+        Ok(())
     }
 
     /// Becomes the voter that the leader asks for. Idempotent.
@@ -367,13 +408,10 @@ impl Voters {
         }
         let _changing = self.changing.lock().await;
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        if self.store().is_none()
-            && self.dir.store().exists()
-            && let Ok(Some(authority)) = self.authority().await
-        {
+        if self.store().is_none() && self.dir.store().exists() && !self.keys.is_empty() {
             // It was closed because its disk could not be written. What cannot be opened is lost:
             // the leader gives the next copy another number.
-            if let Err(error) = self.start(IfAbsent::Refuse, authority).await {
+            if let Err(error) = self.start(IfAbsent::Refuse).await {
                 tracing::warn!(%error, "the old copy of the store cannot be opened");
             }
         }
@@ -393,12 +431,11 @@ impl Voters {
             drop(store);
             self.close().await.map_err(RpcError::failed)?;
         }
-        let authority = self
-            .keep_authority(&request.authority_pem, &request.authority_key_pem)
+        self.keep_authority(&request.authority_pem, &request.authority_key_pem)
             .await?;
         self.remove_copy().await.map_err(RpcError::failed)?;
         tracing::info!(id = request.id, "this node becomes a voter of the store");
-        let starting = self.start(IfAbsent::Join(request.id), authority).await;
+        let starting = self.start(IfAbsent::Join(request.id)).await;
         starting.map_err(RpcError::failed)
     }
 
@@ -406,9 +443,9 @@ impl Voters {
     pub(super) async fn reopen(&self) -> Result<(), VoterError> {
         let _changing = self.changing.lock().await;
         self.close().await?;
-        match self.authority().await? {
-            Some(authority) => self.start(IfAbsent::Refuse, authority).await,
-            None => Ok(()),
+        match self.keys.is_empty() {
+            false => self.start(IfAbsent::Refuse).await,
+            true => Ok(()),
         }
     }
 
@@ -419,7 +456,8 @@ impl Voters {
         self.close().await?;
         self.remove_copy().await?;
         let root = self.dir.root().to_path_buf();
-        let removing = blocking(move || CertificateAuthority::remove(&root)).await?;
+        let removing = blocking(move || authority_keys::remove(&root)).await?;
+        self.keys.set(Vec::new());
         removing.map_err(|source| VoterError::OldCopy {
             path: self.dir.root().display().to_string(),
             source,

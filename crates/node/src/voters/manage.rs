@@ -221,7 +221,8 @@ async fn add(
     node: &NodeName,
 ) -> Result<u64, VoterError> {
     let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
-    let authority = voters.authority().await?;
+    let authorities = voters.keys.all();
+    let authority = authorities.first();
     let authority =
         authority.ok_or_else(|| unavailable("this voter lacks the cluster's authority".into()))?;
     let id = match id_of(&status.learners, node) {
@@ -245,6 +246,10 @@ async fn add(
         .call(node, BECOME_VOTER, payload, BECOME_PATIENCE)
         .await;
     asked.map_err(|error| unavailable(error.to_string()))?;
+    // Two while the authority is replaced.
+    for authority in &authorities[1..] {
+        voters.give_key(node, authority).await?;
+    }
     let member = all.all().get(node).cloned();
     let member = member.ok_or_else(|| unavailable(format!("{node} left the cluster")))?;
     let voter = keel_store::Voter {

@@ -10,15 +10,17 @@
 //! - A cluster may have its store in an etcd outside of it; then nobody is a voter, and
 //!   `authority` keeps the cluster's authority, which admits nodes, at some of them.
 //! - A node becomes a voter by the leader's request, which also brings the cluster's authority: any
-//!   voter admits nodes. It is sent over TLS between members.
+//!   voter admits nodes. It is sent over TLS between members. `rotation` replaces the authority.
 
 mod authority;
 mod handle;
 mod manage;
 mod rebuild;
+mod rotation;
 
 pub(crate) use authority::spread_authority;
 pub use handle::VoterError;
 pub(crate) use handle::Voters;
 pub(crate) use manage::{follow, manage, reopen};
 pub use rebuild::{RebuildError, Rebuilt, recover, restore};
+pub(crate) use rotation::rotate_authority;

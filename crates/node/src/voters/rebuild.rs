@@ -4,7 +4,8 @@
 use crate::context::{Settings, SettingsError};
 use crate::state_dir::StateDir;
 use keel_cluster::NodeName;
-use keel_cluster::identity::{CertificateAuthority, IdentityError, NodeIdentity};
+use keel_cluster::authority_keys;
+use keel_cluster::identity::{IdentityError, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter, VoterList};
 use keel_store::keys::Key;
 use keel_store::{Backup, BackupError, Listing, RaftStore, Revision, Store, StoreError};
@@ -118,7 +119,7 @@ impl Node {
         }
         let dir = StateDir::open(state_dir).map_err(|_| none())?;
         let identity = NodeIdentity::load(dir.root())?.ok_or_else(none)?;
-        if CertificateAuthority::load(dir.root())?.is_none() {
+        if authority_keys::load(dir.root())?.is_empty() {
             return Err(RebuildError::NoVoter(identity.node));
         }
         let settings = Settings::load(&dir.settings())?;
@@ -139,6 +140,14 @@ impl Node {
         let others = others(&content, &name)?;
         let cluster = self.identity.cluster;
         let incarnation = members::begin_anew(&mut content.entries, cluster, &voter)?;
+        // Of the time of the backup: the authority may have been replaced since, and whom this
+        // node trusts now decides.
+        content.entries.retain(|entry| {
+            !matches!(
+                entry.key.parse(),
+                Ok(Key::Authorities | Key::Certificate(_))
+            )
+        });
         let revision = content.revision;
         let voter = keel_store::Voter {
             node: name.to_string(),

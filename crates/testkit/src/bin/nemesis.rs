@@ -80,7 +80,7 @@ async fn run(args: &Args) -> Result<()> {
         std::fs::write(&args.note, format!("{done:.3} {}\n", args.seed))?;
     }
     println!("{}", nemesis.tally);
-    Ok(())
+    nemesis.wait_rotated().await
 }
 
 fn minutes(minutes: f64) -> Duration {

@@ -1,7 +1,8 @@
-//! Requests about the cluster, its store and its tokens.
+//! Requests about the cluster, its store, its tokens and its authority.
 
 use super::openapi::RawBytes;
 use super::reply::{Failure, Reply, Shared, streamed};
+use crate::certificates;
 use crate::cluster_info;
 use crate::error::CommandError;
 use crate::failover;
@@ -9,8 +10,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use keel_api::{
-    AgentRestart, ClusterInfo, NodeInfo, NodeLoss, Nothing, StoreInfo, Token, TokenInfo,
-    TokenRequest, VotersRequest,
+    AgentRestart, AuthorityChange, AuthorityInfo, ClusterInfo, NodeInfo, NodeLoss, Nothing,
+    StoreInfo, Token, TokenInfo, TokenRequest, VotersRequest,
 };
 use keel_cluster::NodeName;
 
@@ -148,6 +149,47 @@ pub(super) async fn tokens(State(at): Shared) -> Reply<Vec<TokenInfo>> {
 )]
 pub(super) async fn remove_token(State(at): Shared, Path(id): Path<String>) -> Reply<Nothing> {
     cluster_info::remove_token(&at.context, &id).await?;
+    Ok(Json(Nothing {}))
+}
+
+/// The cluster's certificate authority, and the certificates of its nodes.
+#[utoipa::path(
+    get,
+    path = "/v1/authority",
+    operation_id = "get_authority",
+    tag = "cluster",
+    responses((status = 200, description = "Success", body = AuthorityInfo))
+)]
+pub(super) async fn authority(State(at): Shared) -> Reply<AuthorityInfo> {
+    Ok(Json(certificates::info(&at.context).await?))
+}
+
+/// Sets how long certificates of nodes are valid.
+#[utoipa::path(
+    post,
+    path = "/v1/authority",
+    operation_id = "set_authority",
+    tag = "cluster",
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn set_authority(
+    State(at): Shared,
+    Json(change): Json<AuthorityChange>,
+) -> Reply<Nothing> {
+    certificates::set_lifetime(&at.context, &change).await?;
+    Ok(Json(Nothing {}))
+}
+
+/// Begins to replace the cluster's certificate authority.
+#[utoipa::path(
+    post,
+    path = "/v1/authority/rotate",
+    operation_id = "rotate_authority",
+    tag = "cluster",
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn rotate_authority(State(at): Shared) -> Reply<Nothing> {
+    certificates::rotate(&at.context).await?;
     Ok(Json(Nothing {}))
 }
 

@@ -64,6 +64,8 @@ pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
         .add(routes!(cluster::schedule))
         .add(routes!(cluster::tokens, cluster::make_token))
         .add(routes!(cluster::remove_token))
+        .add(routes!(cluster::authority, cluster::set_authority))
+        .add(routes!(cluster::rotate_authority))
         .add(routes!(cluster::restart_agent))
         .add(routes!(audit::log))
         .add(routes!(handlers::upload).layer(images))

@@ -52,13 +52,6 @@ pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<AgentEnd> {
 }
 
 async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router) {
-    let tls = match context.identity.server_tls() {
-        Ok(tls) => tls,
-        Err(error) => {
-            tracing::error!(%error, "cannot serve the API over TLS");
-            return;
-        }
-    };
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -68,7 +61,8 @@ async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router)
                 continue;
             }
         };
-        let (context, router, tls) = (context.clone(), router.clone(), tls.clone());
+        let (context, router) = (context.clone(), router.clone());
+        let tls = context.identity.server_tls();
         tokio::spawn(async move {
             match tls
                 .accept(stream, &peer.to_string(), HANDSHAKE_PATIENCE)
