@@ -33,6 +33,7 @@ mod roam;
 mod simulation;
 mod soak;
 mod suite;
+mod upgrade;
 
 use clap::{Parser, Subcommand};
 use soak::Soak;
@@ -144,6 +145,12 @@ enum Task {
         #[arg(long, conflicts_with_all = ["seeds", "first"])]
         seed: Option<u64>,
     },
+    /// Runs a cluster of an earlier revision and this one, and upgrades it node by node.
+    Upgrade {
+        /// The earlier revision, as git names it.
+        #[arg(long)]
+        from: String,
+    },
     /// Runs guests with threads as several parts repeatedly, and compares.
     Soak {
         /// Minutes after which no run starts.
@@ -196,6 +203,7 @@ fn main() -> ExitCode {
             seed,
         } => nemesis::run(minutes, resume, seed),
         Task::SimulateVoters { seeds, first, seed } => simulation::run(seeds, first, seed),
+        Task::Upgrade { from } => upgrade::run(&from),
         Task::Soak {
             minutes,
             runs,

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Older versions wrote the key alone, and read the first one; its certificate is the first of
-//! `ca.pem` then.
+//! `ca.pem` then. It is written anew at the start.
 
 use std::fmt;
 use std::path::Path;
@@ -121,8 +121,16 @@ pub fn load(directory: &Path) -> Result<Vec<CertificateAuthority>, IdentityError
     let sections = pem::parse_many(&text).map_err(|e| bad(WHAT, e))?;
     if sections.iter().all(|section| section.tag() == KEY) {
         let certificate = state_file::read(&directory.join(CA_CERT_FILE))?;
-        let authority = CertificateAuthority::from_pem(cluster, &certificate, &text)?;
-        return Ok(vec![authority]);
+        let certificate = pem::parse(certificate).map_err(|e| bad(WHAT, e))?;
+        let authority = CertificateAuthority::from_pem(cluster, &encode(&certificate), &text);
+        return Ok(match authority {
+            Ok(authority) => vec![authority],
+            // The authority was replaced while this node was away: it is given the key again.
+            Err(error) => {
+                tracing::warn!(%error, "the key of the cluster's authority is not of use any more");
+                Vec::new()
+            }
+        });
     }
     let mut authorities = Vec::new();
     for pair in sections.chunks(2) {

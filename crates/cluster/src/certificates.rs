@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::authority_keys::AuthorityKeys;
-use crate::identity::{CSR_BYTES_MAX, IdentityError, ends_unix_s};
+use crate::identity::{CSR_BYTES_MAX, IdentityError, NodeIdentity, ends_unix_s};
 
 /// How long a node's certificate is valid if nothing else is set: a year.
 pub const NODE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -76,14 +76,18 @@ pub struct Authorities {
 }
 
 impl Authorities {
-    /// Those of a cluster whose authority was never replaced.
-    pub fn first(certificate_pem: &str) -> Result<Self, IdentityError> {
-        let trusted_pem = vec![certificate_pem.to_owned()];
+    /// The first record of a cluster, or of a store that was put back: nodes trust what `identity`
+    /// trusts, and its issuer signs. If those are two, one is being replaced.
+    ///
+    /// # Errors
+    /// [`IdentityError`] if a certificate of it cannot be read.
+    pub fn first(identity: &NodeIdentity) -> Result<Self, IdentityError> {
+        let trusted_pem = identity.trusted_pem()?;
         Ok(Self {
-            signer: fingerprint(certificate_pem)?,
+            signer: identity.issuer()?,
+            requested: u64::from(trusted_pem.len() > 1),
             trusted_pem,
             node_lifetime_s: NODE_LIFETIME.as_secs(),
-            requested: 0,
             finished: 0,
         })
     }
@@ -180,8 +184,16 @@ pub fn next_step(
         return Ok(Step::Nothing);
     }
     let trusted = record.trusted()?;
+    let silent = members.iter().filter(|(_, report)| report.is_none());
+    let silent: BTreeMap<NodeName, Missing> = silent
+        .map(|(node, _)| (node.clone(), Missing::Report))
+        .collect();
     let [_, next] = trusted[..] else {
-        return Ok(Step::Create);
+        // Nodes of older versions neither report nor follow.
+        return Ok(match silent.is_empty() {
+            true => Step::Create,
+            false => Step::Wait(silent),
+        });
     };
     let signs = record.signer == next;
     let lacks = |report: &Option<Report>| match report {
@@ -358,7 +370,7 @@ pub async fn renew(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identity::{CertificateAuthority, ClusterId};
+    use crate::identity::{CertificateAuthority, ClusterId, make_csr};
 
     fn authority() -> CertificateAuthority {
         CertificateAuthority::create(ClusterId::random()).unwrap()
@@ -368,7 +380,8 @@ mod tests {
     fn each_step_waits_for_every_member() {
         let (old, new) = (authority(), authority());
         let (a, b): (NodeName, NodeName) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let mut record = Authorities::first(old.certificate_pem()).unwrap();
+        let identity = NodeIdentity::first(&old, &a).unwrap();
+        let mut record = Authorities::first(&identity).unwrap();
         let report = |trusted: &[&CertificateAuthority], issuer: &CertificateAuthority| {
             Some(Report {
                 trusted: trusted.iter().map(|it| it.fingerprint()).collect(),
@@ -387,7 +400,8 @@ mod tests {
 
         assert_eq!(step(&record, &before, &None), Step::Nothing);
         record.requested = 1;
-        assert_eq!(step(&record, &before, &None), Step::Create);
+        assert_eq!(step(&record, &before, &None), waits(Missing::Report));
+        assert_eq!(step(&record, &before, &before), Step::Create);
         record.trusted_pem.push(new.certificate_pem().into());
         assert_eq!(step(&record, &trusts, &None), waits(Missing::Report));
         assert_eq!(step(&record, &trusts, &before), waits(Missing::Trust));
@@ -403,6 +417,34 @@ mod tests {
         record.trusted_pem.remove(0);
         record.finished = 1;
         assert_eq!(step(&record, &renewed, &renewed), Step::Nothing);
+    }
+
+    /// A certificate that has ended is not valid, and its issuer is known all the same: whoever has
+    /// the authority's key signs again.
+    #[test]
+    fn what_has_ended_is_signed_again() {
+        let authority = authority();
+        let a: NodeName = "a".parse().unwrap();
+        let csr = make_csr(&a).unwrap();
+        let ended = authority.sign(&csr.csr_pem, &a, Duration::ZERO).unwrap();
+        let ended = NodeIdentity::from_pem(
+            authority.cluster(),
+            a,
+            ended,
+            csr.key_pem,
+            authority.certificate_pem().into(),
+        )
+        .unwrap();
+        assert!(ended.verify().is_err());
+        assert_eq!(ended.issuer().unwrap(), authority.fingerprint());
+        let again = ended.signed_by(&authority, NODE_LIFETIME).unwrap();
+        again.verify().unwrap();
+        assert_ne!(again.key_pem, ended.key_pem);
+        let other = CertificateAuthority::create(authority.cluster()).unwrap();
+        assert!(
+            ended.signed_by(&other, NODE_LIFETIME).is_err(),
+            "not trusted"
+        );
     }
 
     #[test]

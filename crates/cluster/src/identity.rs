@@ -23,8 +23,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use time::OffsetDateTime;
@@ -399,9 +399,12 @@ impl NodeIdentity {
     /// [`IdentityError`] when it trusts none that did, or a certificate cannot be read.
     pub fn issuer(&self) -> Result<Fingerprint, IdentityError> {
         let credentials = self.credentials()?;
+        // When it was valid: one that has ended was signed all the same.
+        let within = Duration::from_secs(self.ends_unix_s()?.saturating_sub(1));
+        let within = UnixTime::since_unix_epoch(within);
         let signed = |authority: &&CertificateDer<'static>| {
             let own = std::slice::from_ref(*authority);
-            verify_signed(&credentials, own).is_ok()
+            verify_signed(&credentials, own, within).is_ok()
         };
         let issuer = credentials.authorities.iter().find(signed);
         issuer.map(Fingerprint::of).ok_or_else(|| {
@@ -410,6 +413,38 @@ impl NodeIdentity {
                 "no authority that it trusts signed it",
             )
         })
+    }
+
+    /// The certificates of the authorities that it trusts, each in PEM.
+    ///
+    /// # Errors
+    /// [`IdentityError`] when they cannot be read.
+    pub fn trusted_pem(&self) -> Result<Vec<String>, IdentityError> {
+        let what = "the authorities of this node";
+        let sections = pem::parse_many(&self.authorities_pem).map_err(|e| bad(what, e))?;
+        Ok(sections.iter().map(encode).collect())
+    }
+
+    /// The same with a new key and a certificate that `authority` signs, for a node that has the
+    /// authority's key itself.
+    ///
+    /// # Errors
+    /// [`IdentityError`] when it does not trust that authority.
+    pub fn signed_by(
+        &self,
+        authority: &CertificateAuthority,
+        lifetime: Duration,
+    ) -> Result<Self, IdentityError> {
+        let csr = make_csr(&self.node)?;
+        let signed = Self::from_pem(
+            self.cluster,
+            self.node.clone(),
+            authority.sign(&csr.csr_pem, &self.node, lifetime)?,
+            csr.key_pem,
+            self.authorities_pem.clone(),
+        )?;
+        signed.verify()?;
+        Ok(signed)
     }
 
     /// When its certificate ends, in seconds since 1970-01-01 UTC.
@@ -430,7 +465,7 @@ impl NodeIdentity {
     /// [`IdentityError::Certificate`], [`IdentityError::Tls`].
     pub fn verify(&self) -> Result<(), IdentityError> {
         let credentials = self.credentials()?;
-        verify_signed(&credentials, &credentials.authorities)?;
+        verify_signed(&credentials, &credentials.authorities, UnixTime::now())?;
         // Compares the certificate's public key with the private one.
         self.server_tls()?;
         Ok(())
@@ -476,7 +511,13 @@ impl NodeIdentity {
         let key_pem = match of(|tag| tag.ends_with("PRIVATE KEY")) {
             // An older version wrote it.
             none if none.is_empty() => read(NODE_KEY_FILE)?,
-            key_pem => key_pem,
+            key_pem => {
+                // For older versions, if it was not written any more.
+                if read(NODE_KEY_FILE).ok().as_ref() != Some(&key_pem) {
+                    state_file::write(&directory.join(NODE_KEY_FILE), key_pem.as_bytes())?;
+                }
+                key_pem
+            }
         };
         let parsed =
             CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|e| bad(what, e))?;
@@ -496,6 +537,7 @@ impl NodeIdentity {
 fn verify_signed(
     credentials: &NodeCredentials,
     authorities: &[CertificateDer<'static>],
+    at: UnixTime,
 ) -> Result<(), IdentityError> {
     let what = "verifying the node's certificate";
     let mut roots = rustls::RootCertStore::empty();
@@ -510,7 +552,7 @@ fn verify_signed(
         &certificate,
         &roots,
         &[],
-        rustls::pki_types::UnixTime::now(),
+        at,
         rustls::crypto::ring::default_provider()
             .signature_verification_algorithms
             .all,

@@ -21,7 +21,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::authority_keys::AuthorityKeys;
-use crate::certificates::{self, Authorities, CertificateError, NODE_LIFETIME};
+use crate::certificates::{self, CertificateError, NODE_LIFETIME};
 use crate::identity::{
     CSR_BYTES_MAX, ClusterId, IdentityError, NodeIdentity, SigningRequest, make_csr,
 };
@@ -140,19 +140,20 @@ pub async fn accept_join(
     )
     .await?;
     // All steps that can fail come before the token is used up.
-    let (authority, trusted) = match certificates::read(store).await? {
-        Some((record, _)) => (keys.get(record.signer), Some(record)),
-        None => (keys.first(), None),
+    let authorities = certificates::read(store).await?;
+    let authority = match &authorities {
+        Some((record, _)) => keys.get(record.signer),
+        None => keys.first(),
     };
     let authority = authority.ok_or(JoinError::NoAuthority)?;
-    let lifetime = trusted
-        .as_ref()
-        .map_or(NODE_LIFETIME, Authorities::node_lifetime);
-    let authorities_pem = trusted.map(|it| it.trusted_pem.concat());
+    let (lifetime, authorities_pem) = match &authorities {
+        Some((record, _)) => (record.node_lifetime(), record.trusted_pem.concat()),
+        None => (NODE_LIFETIME, authority.certificate_pem().to_owned()),
+    };
     let response = JoinResponse {
         cluster: authority.cluster(),
         certificate_pem: authority.sign(&request.csr_pem, &request.node, lifetime)?,
-        authority_pem: authorities_pem.unwrap_or_else(|| authority.certificate_pem().into()),
+        authority_pem: authorities_pem,
         voters: members::voters(store).await?.voters,
     };
     let member = Key::Member(request.node.clone());
@@ -170,13 +171,19 @@ pub async fn accept_join(
         .when_absent(member.clone())
         .put(token_use.key, token_use.record)
         .put(member, record);
+    // It trusts what it was told, so that must be what is in force when it becomes a member.
+    let txn = match authorities {
+        Some((_, revision)) => txn.when_modified_at(Key::Authorities, revision),
+        None => txn.when_absent(Key::Authorities),
+    };
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
             tracing::info!(node = %request.node, address = request.address, "node joined");
             Ok(response)
         }
         TxnOutcome::Refused { failed: 0, .. } => Err(JoinError::Raced),
-        TxnOutcome::Refused { .. } => Err(JoinError::NameTaken(request.node.clone())),
+        TxnOutcome::Refused { failed: 1, .. } => Err(JoinError::NameTaken(request.node.clone())),
+        TxnOutcome::Refused { .. } => Err(JoinError::NoAuthority),
     }
 }
 

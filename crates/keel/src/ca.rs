@@ -47,7 +47,7 @@ pub(crate) async fn run(reach: &Reach, what: Option<CaCommand>) -> Result<ExitCo
             outln!("certificates are valid for {lifetime_s} s from now on");
         }
         Some(CaCommand::Rotate { no_wait }) => {
-            let _: Nothing = client.post("/v1/authority/rotate", &Nothing {}).await?;
+            let _: Nothing = client.post("/v1/authority/rotate", &()).await?;
             if no_wait {
                 outln!("the authority is being replaced; `keel ca` shows how far it is");
                 return Ok(ExitCode::SUCCESS);

@@ -281,6 +281,11 @@ async fn use_cluster(bench: &Bench) {
         .await;
     bench.keel("audit").await;
     bench.keel("audit --since 1h --limit 10").await;
+    let known = || async { bench.try_keel(&["ca"]).await.0.then_some(()) };
+    let known = wait_for("the authority is known", known).await;
+    known.expect("in time");
+    bench.keel("ca set --lifetime 90d").await;
+    bench.keel("ca rotate").await;
     bench.keel("reload").await;
 }
 

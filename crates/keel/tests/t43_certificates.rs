@@ -207,7 +207,7 @@ async fn a_replacement_waits_for_every_node_and_survives_its_leader() {
 
     bench.cluster.stop_agent(away, true).expect("it stops");
     let client = bench.cluster.client(asked);
-    let begun = client.post::<_, Nothing>("/v1/authority/rotate", &Nothing {});
+    let begun = client.post::<_, Nothing>("/v1/authority/rotate", &());
     begun.await.expect("it begins");
     let waits = bench.reported(asked, &[], |info| {
         let waits = info.nodes.iter().filter(|node| node.missing.is_some());

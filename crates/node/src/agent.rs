@@ -295,6 +295,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
     let shown = state_dir.display().to_string();
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
+    let identity = certificates::renew_at_start(&dir, identity)?;
     let settings = read_settings(&dir.settings())?;
     let metrics = Metrics::new().map_err(AgentError::Metrics)?;
     let events = Events::open(&dir.events(), &identity.node, metrics.clone())
@@ -538,11 +539,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
         at.voters.clone(),
         context.members.clone(),
     ));
-    tokio::spawn(voters::rotate_authority(
-        at.voters.clone(),
-        context.members.clone(),
-        context.identity.record(),
-    ));
+    tokio::spawn(voters::rotate_authority(context.clone(), at.voters.clone()));
     let (store, events) = (context.store.clone(), context.events.clone());
     tokio::spawn(lease::tell_of_nodes(store, events, role("node-events")));
     let (changes, placement_changes) = unbounded_channel();

@@ -10,13 +10,15 @@
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::records;
+use crate::state_dir::StateDir;
 use crate::voters::Voters;
 use keel_api::{AuthorityChange, AuthorityInfo, CertificateInfo, TrustedAuthority};
+use keel_cluster::authority_keys;
 use keel_cluster::certificates::{
-    self, Authorities, CertificateError, Missing, RENEW, RenewRequest, RenewResponse, Report, Step,
-    is_renewal_due,
+    self, Authorities, CertificateError, Missing, NODE_LIFETIME, RENEW, RenewRequest,
+    RenewResponse, Report, Step, is_renewal_due,
 };
-use keel_cluster::identity::{NodeIdentity, make_csr};
+use keel_cluster::identity::{IdentityError, NodeIdentity, make_csr};
 use keel_cluster::members;
 use keel_net::{Bytes, Handler, PeerId, Reply, ServerTlsSetter};
 use keel_store::clock::unix_ms;
@@ -35,6 +37,35 @@ const LOOK_EVERY: Duration = Duration::from_secs(3600);
 const CLOSE_AFTER: Duration = Duration::from_secs(10);
 /// Time for a node to sign.
 const RENEW_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A node that was off for so long that its certificate has ended signs for itself if it has the
+/// authority's key, so that a cluster that was off as a whole comes back. Another node can connect to
+/// nobody then.
+///
+/// # Errors
+/// [`IdentityError`] if a file cannot be read or written.
+pub(crate) fn renew_at_start(
+    dir: &StateDir,
+    identity: NodeIdentity,
+) -> Result<NodeIdentity, IdentityError> {
+    if identity.ends_unix_s()? > unix_ms() / 1000 {
+        return Ok(identity);
+    }
+    let trusted = identity.trusted()?;
+    let keys = authority_keys::load(dir.root())?;
+    let authority = keys.iter().find(|it| trusted.contains(&it.fingerprint()));
+    let Some(authority) = authority else {
+        tracing::error!(
+            "the certificate of this node has ended, so others do not accept it: remove the node \
+             (`keel rm node`) and let it join again in another folder, or set the clock right"
+        );
+        return Ok(identity);
+    };
+    tracing::warn!("the certificate of this node had ended; it is signed again");
+    let renewed = identity.signed_by(authority, NODE_LIFETIME)?;
+    renewed.save(dir.root())?;
+    Ok(renewed)
+}
 
 /// Follows the store until the agent ends.
 pub(crate) async fn keep(context: Arc<Context>, voters: Arc<Voters>, server: ServerTlsSetter) {
@@ -137,7 +168,7 @@ impl Keeper {
             self.renew(&identity).await?;
         }
         if !record.is_rotating() && self.cleaned != Some(record.finished) {
-            let cleaned = self.voters.retain_keys(&wanted).await;
+            let cleaned = self.voters.retain_keys().await;
             cleaned.map_err(StoreError::unavailable)?;
             self.cleaned = Some(record.finished);
         }

@@ -700,7 +700,7 @@ impl Nemesis {
 
 /// Asks for another authority; one may be on its way.
 async fn rotate(client: keel_api::Client, tally: Arc<Tally>) {
-    let asked = client.post::<_, Nothing>("/v1/authority/rotate", &Nothing {});
+    let asked = client.post::<_, Nothing>("/v1/authority/rotate", &());
     if asked.await.is_ok() {
         tally.rotations.fetch_add(1, Ordering::Relaxed);
     }

@@ -203,6 +203,7 @@ fn read_threads(process: &Path, before: Option<&ProcessCounters>) -> HashMap<u32
             let thread = Thread {
                 nanos: ran,
                 waited,
+                runnable: false,
                 ..*known
             };
             threads.insert(tid, thread);

@@ -59,6 +59,7 @@ async fn look(voters: &Voters, all: &MemberSet, states: &mut NodeStates) -> Resu
         return Ok(());
     };
     tracing::info!(?now, ?next, "changing the nodes that admit others");
+    let _changing = voters.keys_changing.lock().await;
     for node in next.difference(&now) {
         for authority in voters.keys.all() {
             voters.give_key(node, &authority).await?;

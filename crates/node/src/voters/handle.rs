@@ -6,11 +6,12 @@ use crate::state_dir::StateDir;
 use futures::FutureExt;
 use keel_cluster::NodeName;
 use keel_cluster::authority_keys::{self, AuthorityKeys};
+use keel_cluster::certificates;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter};
 use keel_cluster::service::ClusterService;
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Peers, Reply, RpcError};
+use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
 use keel_store::clock::unix_ms;
 use keel_store::{EtcdStore, IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
@@ -114,6 +115,9 @@ pub(crate) struct Voters {
     pub(super) engine: Engine,
     pub(super) settings: Mutex<Settings>,
     own: RwLock<Own>,
+    /// Held while another node is given keys and begins to admit others, and while an authority is
+    /// made or begins to sign: whoever admits others has all keys.
+    pub(super) keys_changing: tokio::sync::Mutex<()>,
     /// Held while a copy is opened or removed.
     changing: tokio::sync::Mutex<()>,
     /// When the leader last asked this node to become a voter.
@@ -146,6 +150,10 @@ impl Voters {
             }
         };
         let keys = AuthorityKeys::new(authority_keys::load(dir.root())?);
+        if !keys.is_empty() {
+            // An older version wrote less.
+            authority_keys::save(dir.root(), &keys.all())?;
+        }
         let voters = Arc::new(Self {
             dir,
             keys,
@@ -155,6 +163,7 @@ impl Voters {
             engine,
             settings: Mutex::new(settings),
             own: RwLock::default(),
+            keys_changing: tokio::sync::Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             asked: Mutex::default(),
         });
@@ -326,7 +335,13 @@ impl Voters {
 
     /// Keeps the key of an authority of the cluster; with a store outside of the cluster, admits
     /// nodes. Idempotent.
-    async fn take_authority(&self, request: Authority) -> Result<(), RpcError> {
+    async fn take_authority(&self, from: &PeerId, request: Authority) -> Result<(), RpcError> {
+        let is_voter = |node: &NodeName| self.settings().voters.iter().any(|(it, _)| it == node);
+        if !from.node().is_some_and(is_voter) {
+            return Err(RpcError::refused(
+                "only nodes that admit others have its key",
+            ));
+        }
         let _changing = self.changing.lock().await;
         if self.external().is_none() && self.store().is_none() {
             return Err(RpcError::refused(
@@ -359,18 +374,36 @@ impl Voters {
     }
 
     /// Adds the key of a new authority.
-    pub(super) async fn add_key(&self, authority: CertificateAuthority) -> Result<(), VoterError> {
+    pub(super) async fn add_key(
+        &self,
+        authority: CertificateAuthority,
+    ) -> Result<Arc<CertificateAuthority>, VoterError> {
         let _changing = self.changing.lock().await;
-        self.set_keys(self.keys.with(authority)).await
+        let added = authority.fingerprint();
+        self.set_keys(self.keys.with(authority)).await?;
+        let added = self.keys.get(added);
+        added.ok_or_else(|| StoreError::unavailable("the new key was removed").into())
     }
 
-    /// Removes the keys of authorities that nodes do not trust any more.
-    pub(crate) async fn retain_keys(&self, trusted: &[Fingerprint]) -> Result<(), VoterError> {
+    /// Removes the keys of authorities that nodes do not trust any more, unless one is being
+    /// replaced.
+    pub(crate) async fn retain_keys(&self) -> Result<(), VoterError> {
+        if self.keys.is_empty() {
+            return Ok(());
+        }
+        let _changing = self.changing.lock().await;
+        // As it is now: the key of a replacement that began since must stay.
+        let Some((record, _)) = certificates::read(&*self.client()).await? else {
+            return Ok(());
+        };
+        if record.is_rotating() {
+            return Ok(());
+        }
+        let trusted = record.trusted()?;
         let is_trusted = |it: &Arc<CertificateAuthority>| trusted.contains(&it.fingerprint());
         if self.keys.all().iter().all(is_trusted) {
             return Ok(());
         }
-        let _changing = self.changing.lock().await;
         let mut keys = self.keys.all();
         keys.retain(is_trusted);
         // Without any it could not even be found out which one is missing.
@@ -533,7 +566,7 @@ impl Handler for Voters {
                 return Ok(pack(&())?.into());
             }
             if kind == TAKE_AUTHORITY {
-                self.take_authority(unpack(&payload)?).await?;
+                self.take_authority(&peer, unpack(&payload)?).await?;
                 return Ok(pack(&())?.into());
             }
             if kind == COPY {

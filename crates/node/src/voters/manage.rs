@@ -146,6 +146,7 @@ async fn look(
         return Ok(());
     };
     tracing::info!(?now, ?next, "changing the voters of the store");
+    let _changing = voters.keys_changing.lock().await;
     let mut ids = BTreeSet::new();
     for node in &next {
         ids.insert(match id_of(&status.voters, node) {
@@ -204,6 +205,7 @@ async fn renumber(
         return Ok(());
     };
     tracing::warn!(%node, old, "this voter lost its copy of the store; it gets another one");
+    let _changing = voters.keys_changing.lock().await;
     let new = add(voters, store, status, all, node).await?;
     let mut ids: BTreeSet<u64> = status.voters.keys().copied().collect();
     ids.remove(old);

@@ -7,8 +7,10 @@ use keel_cluster::NodeName;
 use keel_cluster::authority_keys;
 use keel_cluster::identity::{IdentityError, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter, VoterList};
-use keel_store::keys::Key;
-use keel_store::{Backup, BackupError, Listing, RaftStore, Revision, Store, StoreError};
+use keel_store::keys::{CERTIFICATES, Key};
+use keel_store::{
+    Backup, BackupError, KeyValue, Listing, RaftStore, Revision, Store, StoreError, Txn,
+};
 use std::path::{Path, PathBuf};
 
 /// Why the store cannot be begun anew here. Nothing was changed.
@@ -70,6 +72,11 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
     if let Some(external) = &node.settings.store {
         let store = external.connect().await?;
         let incarnation = members::raise_incarnation(&store, node.identity.cluster).await?;
+        let mut txn = Txn::new().delete(Key::Authorities);
+        for entry in store.list(CERTIFICATES).await?.entries {
+            txn = txn.delete(entry.key);
+        }
+        store.txn(txn).await?;
         return Ok(Rebuilt {
             node: node.identity.node.clone(),
             incarnation,
@@ -100,9 +107,18 @@ pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, Rebuild
     let backup = Backup::decode(backup)?;
     let content = Listing {
         revision: backup.revision,
-        entries: backup.entries,
+        entries: without_certificates(backup.entries),
     };
     node.begin(content).await
+}
+
+/// A content without what nodes trusted at its time: the authority may have been replaced since, and
+/// whom this node trusts now decides.
+fn without_certificates(mut entries: Vec<KeyValue>) -> Vec<KeyValue> {
+    let is_of_its_time =
+        |key: &str| matches!(key.parse(), Ok(Key::Authorities | Key::Certificate(_)));
+    entries.retain(|entry| !is_of_its_time(&entry.key));
+    entries
 }
 
 struct Node {
@@ -140,14 +156,6 @@ impl Node {
         let others = others(&content, &name)?;
         let cluster = self.identity.cluster;
         let incarnation = members::begin_anew(&mut content.entries, cluster, &voter)?;
-        // Of the time of the backup: the authority may have been replaced since, and whom this
-        // node trusts now decides.
-        content.entries.retain(|entry| {
-            !matches!(
-                entry.key.parse(),
-                Ok(Key::Authorities | Key::Certificate(_))
-            )
-        });
         let revision = content.revision;
         let voter = keel_store::Voter {
             node: name.to_string(),

@@ -6,27 +6,26 @@
 use super::authority::cared_for;
 use super::handle::{VoterError, Voters};
 use super::manage::NodeStates;
-use crate::identity::AuthoritiesRecord;
+use crate::context::Context;
 use keel_cluster::NodeName;
 use keel_cluster::certificates::{self, Authorities, CertificateError, Step};
 use keel_cluster::identity::CertificateAuthority;
 use keel_cluster::members::{self, MemberSet};
 use keel_net::Fingerprint;
 use keel_store::{Store, StoreError};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
 
 /// How often it is looked whether the members have followed.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Writes the first record, and replaces the authority when that is asked for, until the process
 /// ends.
-pub(crate) async fn rotate_authority(
-    voters: Arc<Voters>,
-    all: Arc<MemberSet>,
-    mut record: watch::Receiver<AuthoritiesRecord>,
-) {
+pub(crate) async fn rotate_authority(context: Arc<Context>, voters: Arc<Voters>) {
+    let all = context.members.clone();
+    let mut record = context.identity.record();
+    let mut made = None;
     loop {
         let known = record.borrow_and_update().clone();
         let to_do = match &known {
@@ -43,7 +42,7 @@ pub(crate) async fn rotate_authority(
         match cares(&voters, &all).await {
             Ok(false) => {}
             Ok(true) => {
-                if let Err(error) = look(&voters, &all).await {
+                if let Err(error) = look(&context, &voters, &mut made).await {
                     tracing::warn!(%error, "the cluster's authority cannot be replaced yet");
                 }
             }
@@ -64,19 +63,25 @@ async fn cares(voters: &Voters, all: &MemberSet) -> Result<bool, VoterError> {
     }
 }
 
+/// An authority that was made for a replacement, by its number. Others that this node has and the
+/// record does not are of earlier ones, and never used again.
+type Made = Option<(u64, Fingerprint)>;
+
 /// One step, if it is due.
-async fn look(voters: &Voters, all: &MemberSet) -> Result<(), VoterError> {
+async fn look(context: &Context, voters: &Voters, made: &mut Made) -> Result<(), VoterError> {
+    // Nobody begins to admit others meanwhile, who would lack the new key.
+    let _changing = voters.keys_changing.lock().await;
     let store = voters.client();
     let Some((mut record, revision)) = certificates::read(&*store).await? else {
-        let Some(authority) = voters.keys.first() else {
-            return Ok(());
-        };
-        let record = Authorities::first(authority.certificate_pem())?;
-        certificates::write(&*store, &record, None).await?;
+        let record = Authorities::first(&context.identity.current())?;
+        if voters.keys.get(record.signer).is_some() {
+            certificates::write(&*store, &record, None).await?;
+        }
         return Ok(());
     };
-    let members = all.all();
-    let reports = certificates::reports(&*store, members.keys().cloned()).await?;
+    let members = members::members(&*store).await?;
+    let members = members.into_iter().map(|member| member.node);
+    let reports = certificates::reports(&*store, members).await?;
     let signer = match certificates::next_step(&record, &reports)? {
         Step::Nothing => return Ok(()),
         Step::Wait(missing) => {
@@ -84,10 +89,18 @@ async fn look(voters: &Voters, all: &MemberSet) -> Result<(), VoterError> {
             return Ok(());
         }
         Step::Create => {
-            let authority = next_authority(voters, &record)?;
+            let known = made.filter(|(number, _)| *number == record.requested);
+            let authority = match known.and_then(|(_, known)| voters.keys.get(known)) {
+                Some(authority) => authority,
+                None => {
+                    voters
+                        .add_key(CertificateAuthority::create(voters.cluster)?)
+                        .await?
+                }
+            };
             let next = authority.fingerprint();
+            *made = Some((record.requested, next));
             record.trusted_pem.push(authority.certificate_pem().into());
-            voters.add_key(authority).await?;
             // Before anybody hears of it: this node may be gone then.
             give_to_all(voters, &*store, next).await?;
             tracing::info!("a new authority of the cluster is made; nodes are to trust it");
@@ -114,26 +127,6 @@ async fn look(voters: &Voters, all: &MemberSet) -> Result<(), VoterError> {
     Ok(())
 }
 
-/// The new authority: one that was made before its record was written, or another one.
-fn next_authority(
-    voters: &Voters,
-    record: &Authorities,
-) -> Result<CertificateAuthority, VoterError> {
-    let trusted = record.trusted()?;
-    let keys = voters.keys.all();
-    match keys.iter().find(|it| !trusted.contains(&it.fingerprint())) {
-        Some(made) => {
-            let (certificate, key) = (made.certificate_pem(), made.key_pem());
-            Ok(CertificateAuthority::from_pem(
-                made.cluster(),
-                certificate,
-                &key,
-            )?)
-        }
-        None => Ok(CertificateAuthority::create(voters.cluster)?),
-    }
-}
-
 /// Gives the new authority's key to all nodes that admit others.
 async fn give_to_all(
     voters: &Voters,
@@ -144,11 +137,19 @@ async fn give_to_all(
     let authority = voters.keys.get(next);
     let authority = authority
         .ok_or_else(|| unavailable("this node lacks the key of the new authority".into()))?;
-    for voter in members::voters(store).await?.voters {
-        let node: &NodeName = &voter.node;
-        if *node != voters.name {
-            voters.give_key(node, &authority).await?;
+    // The list in the store may be behind the group.
+    let nodes: BTreeSet<NodeName> = match voters.store() {
+        Some(store) => {
+            let voters = store.status().voters.into_values();
+            voters.filter_map(|voter| voter.node.parse().ok()).collect()
         }
+        None => {
+            let voters = members::voters(store).await?.voters.into_iter();
+            voters.map(|voter| voter.node).collect()
+        }
+    };
+    for node in nodes.iter().filter(|node| **node != voters.name) {
+        voters.give_key(node, &authority).await?;
     }
     Ok(())
 }

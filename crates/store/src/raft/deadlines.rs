@@ -108,9 +108,9 @@ impl Deadlines {
     /// Gives one lease its full time, in milliseconds, from when that was `asked` for; `None` if
     /// its time is over.
     pub(super) fn renew(&self, lease: LeaseId, asked: Duration) -> Option<u64> {
-        let (mut all, now) = self.look();
+        let (mut all, _) = self.look();
         let deadline = all.leases.get_mut(&lease);
-        let deadline = deadline.filter(|it| !it.is_ending && it.at > now)?;
+        let deadline = deadline.filter(|it| !it.is_ending && it.at > asked)?;
         deadline.at = deadline.at.max(asked + deadline.ttl);
         u64::try_from(deadline.ttl.as_millis()).ok()
     }

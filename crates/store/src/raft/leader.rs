@@ -262,7 +262,17 @@ impl Leader {
                 last_resend = last_round;
                 self.raft.trigger().heartbeat().await.ok();
             }
-            let confirmed = self.confirm().await;
+            let confirm = self.confirm();
+            tokio::pin!(confirm);
+            let confirmed = loop {
+                tokio::select! {
+                    confirmed = &mut confirm => break confirmed,
+                    // A quorum answered, and what it has is not applied here yet: no more is sent.
+                    () = tokio::time::sleep(HEARTBEAT) => {
+                        self.raft.trigger().heartbeat().await.ok();
+                    }
+                }
+            };
             for barrier in all {
                 barrier.send(confirmed.clone()).ok();
             }
