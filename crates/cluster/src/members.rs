@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use crate::identity::ClusterId;
 use keel_store::encoding::{self, WireError};
-use keel_store::keys::{Key, MEMBERS, schedule_of};
+use keel_store::keys::{Key, MEMBERS, reservations_of, schedule_of};
 use keel_store::{Change, Compare, KeyValue, Store, StoreError, Txn, TxnOutcome};
 
 /// Longest address, in bytes.
@@ -333,7 +333,8 @@ pub async fn set_address(
     }
 }
 
-/// Removes a node from the cluster. It must have no machines in its schedule.
+/// Removes a node from the cluster. It must have no machines in its schedule, and none may be on
+/// their way to it.
 ///
 /// # Errors
 /// [`MemberError::HasMachines`], [`MemberError::NotAMember`] and the store's.
@@ -344,8 +345,14 @@ pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberErro
         .when(Compare::NoneUnder {
             prefix: schedule_of(node),
         })
+        .when(Compare::NoneUnder {
+            prefix: reservations_of(node),
+        })
         .delete(key)
         .delete(Key::Node(node.clone()))
+        .delete(Key::NodeLabels(node.clone()))
+        .delete(Key::Code(node.clone()))
+        .delete(Key::Drain(node.clone()))
         .delete(Key::Certificate(node.clone()))
         .delete(Key::Alive(node.clone()));
     match store.txn(txn).await? {

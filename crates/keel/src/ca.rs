@@ -17,7 +17,7 @@ pub(crate) enum CaCommand {
     ///
     /// Nodes trust the new authority first, then get certificates of it, then trust the old one no
     /// more. Each step waits for all nodes: one that is away holds it up until it is back or removed
-    /// (`keel rm node`). Join tokens and contexts that were made before are of no use afterwards:
+    /// (`keel node rm`). Join tokens and contexts that were made before are of no use afterwards:
     /// make new ones.
     Rotate {
         /// Only begins it.

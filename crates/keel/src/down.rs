@@ -44,11 +44,12 @@ struct Line<'a> {
 }
 
 /// A running node.
-struct Node {
+pub(crate) struct Node {
     /// The parent, whose signal ends the agent in order; the agent itself if it has no parent.
     parent: OwnedFd,
     agent: OwnedFd,
-    service: bool,
+    /// Whether systemd started it, and would again.
+    pub(crate) service: bool,
 }
 
 pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
@@ -146,7 +147,7 @@ fn tell(format: Format, line: &Line<'_>) -> Result<()> {
 }
 
 /// The processes of the node that listens at a socket.
-async fn find(socket: &Path) -> Result<Node> {
+pub(crate) async fn find(socket: &Path) -> Result<Node> {
     let missing = || {
         let folder = socket.parent().unwrap_or(socket).display();
         format!("no node runs in {folder} (`keel up` starts one; --state-dir names another folder)")
@@ -221,7 +222,7 @@ fn variable(process: Pid, name: &str) -> Option<String> {
 }
 
 /// Signals a node to end, and waits until it has.
-async fn end(node: Node, folder: &Path) -> Result<()> {
+pub(crate) async fn end(node: Node, folder: &Path) -> Result<()> {
     // An error means that it has ended already.
     let _ = pidfd_send_signal(&node.parent, Signal::TERM);
     let ended = tokio::task::spawn_blocking(move || {

@@ -30,8 +30,8 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Cluster",
         &[
-            "up", "join", "down", "reload", "status", "nodes", "store", "recover", "schedule",
-            "events",
+            "up", "join", "down", "leave", "reload", "status", "nodes", "node", "store", "recover",
+            "schedule", "events",
         ],
     ),
     ("Users", &["token", "login", "context", "ca", "audit"]),

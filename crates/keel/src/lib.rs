@@ -46,6 +46,7 @@ mod events;
 mod help;
 mod high_availability;
 mod history;
+mod leave;
 mod machines;
 mod objects;
 mod parts;
@@ -116,6 +117,16 @@ enum Command {
     Doctor(doctor::Args),
     /// Lists the nodes.
     Nodes,
+    /// Removes the node of this computer from its cluster, and stops it.
+    ///
+    /// It must have no machines in its schedule: `keel drain` moves them away first. Its folder is put
+    /// aside, and the computer can join again.
+    Leave,
+    /// Removes nodes that are gone.
+    Node {
+        #[command(subcommand)]
+        what: leave::NodeCommand,
+    },
     /// Lists the machines in a node's schedule.
     Schedule {
         /// The node.
@@ -398,6 +409,8 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Recover(args) => store::recover(&reach, &args).await,
         Command::Doctor(args) => doctor::run(&reach, &args).await,
         Command::Nodes => cluster::nodes(&reach).await,
+        Command::Leave => leave::leave(&reach).await,
+        Command::Node { what } => leave::node(&reach, what).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,
         Command::Token { what } => tokens::run(&reach, what).await,
         Command::Ca { what } => ca::run(&reach, what).await,

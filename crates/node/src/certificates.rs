@@ -57,7 +57,7 @@ pub(crate) fn renew_at_start(
     let Some(authority) = authority else {
         tracing::error!(
             "the certificate of this node has ended, so others do not accept it: remove the node \
-             (`keel rm node`) and let it join again in another folder, or set the clock right"
+             (`keel node rm`) and let it join again in another folder, or set the clock right"
         );
         return Ok(identity);
     };

@@ -6,9 +6,10 @@ use crate::records;
 use keel_api::{
     ClusterInfo, NodeInfo, StoreInfo, Token, TokenInfo, TokenRequest, TokenUseInfo, VoterInfo,
 };
+use keel_cluster::members::{self, MemberError};
 use keel_cluster::tokens::{self, Role, TokenHolder};
 use keel_cluster::voters::VoterCount;
-use keel_cluster::{MachineName, NodeName, members};
+use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::Status;
 use keel_store::clock::unix_ms;
 use keel_store::keys::{self, Key, TokenId};
@@ -145,6 +146,45 @@ pub(crate) async fn set_voter_count(context: &Context, count: &str) -> Result<()
     let txn = Txn::new().put(Key::VoterCount, value);
     context.store.txn(txn).await?;
     Ok(())
+}
+
+/// Removes a node from the cluster: this one, or one that is gone.
+///
+/// # Errors
+/// [`CommandError::NotFound`] if it is no member; [`CommandError::Conflict`] if it is another one
+/// that is alive, has machines, or is needed for the store; [`CommandError::Unavailable`].
+pub(crate) async fn remove_node(context: &Context, node: &NodeName) -> Result<(), CommandError> {
+    let store = &*context.store;
+    let unavailable = |error: MemberError| CommandError::Unavailable(error.to_string());
+    let alive = records::alive(store).await?;
+    if *node != context.name && alive.contains(node) {
+        let what = format!("node {node} is alive: `keel leave` there removes it");
+        return Err(CommandError::Conflict(what));
+    }
+    let voters = members::voters(store).await.map_err(unavailable)?.voters;
+    if voters.iter().any(|voter| voter.node == *node) {
+        let others = voters.iter().filter(|voter| voter.node != *node);
+        let others = others.filter(|voter| alive.contains(&voter.node)).count();
+        // It is replaced only after it is gone.
+        let (needed, what) = match external(context) {
+            Some(_) => (1, "admits nodes"),
+            None => (voters.len() / 2 + 1, "holds the store"),
+        };
+        if others < needed {
+            let what = format!(
+                "node {node} {what}, and without it too few nodes do (`keel store` names them): \
+                 let others come back or join first, then wait until they do, too"
+            );
+            return Err(CommandError::Conflict(what));
+        }
+    }
+    members::remove(store, node)
+        .await
+        .map_err(|error| match error {
+            MemberError::NotAMember(_) => CommandError::NotFound(error.to_string()),
+            MemberError::HasMachines { .. } => CommandError::Conflict(error.to_string()),
+            error => unavailable(error),
+        })
 }
 
 /// The state of the cluster.

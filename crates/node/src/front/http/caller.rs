@@ -18,7 +18,7 @@ pub(super) struct Caller {
 
 /// The role that a request needs; `None` for those that need no token, as load balancers have none.
 ///
-/// Reading needs a viewer, tokens, the authority, the audit log and backups an admin, everything else an operator,
+/// Reading needs a viewer, tokens, the authority, removal of nodes, the audit log and backups an admin, everything else an operator,
 /// including the content of machines' files.
 pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
     Some(match (method, path) {
@@ -33,6 +33,7 @@ pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
         ) => Role::Admin,
         (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
         (&Method::POST, path) if path.starts_with("/v1/authority") => Role::Admin,
+        (&Method::DELETE, path) if path.starts_with("/v1/nodes/") => Role::Admin,
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
@@ -78,6 +79,7 @@ mod tests {
             (Method::GET, "/v1/tokens", Some(Role::Admin)),
             (Method::DELETE, "/v1/tokens/7", Some(Role::Admin)),
             (Method::GET, "/v1/store/backup", Some(Role::Admin)),
+            (Method::DELETE, "/v1/nodes/a", Some(Role::Admin)),
             (Method::GET, "/v1/authority", Some(Role::Viewer)),
             (Method::POST, "/v1/authority", Some(Role::Admin)),
             (Method::POST, "/v1/authority/rotate", Some(Role::Admin)),

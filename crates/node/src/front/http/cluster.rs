@@ -111,6 +111,21 @@ pub(super) async fn set_voters(
     Ok(Json(cluster_info::store(&at.context).await?))
 }
 
+/// Removes a node from the cluster: the one that is asked, or one that is gone.
+#[utoipa::path(
+    delete,
+    path = "/v1/nodes/{node}",
+    operation_id = "remove_node",
+    tag = "nodes",
+    params(("node", description = "Name of the node.")),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn remove_node(State(at): Shared, Path(node): Path<String>) -> Reply<Nothing> {
+    let node = NodeName::new(&node).map_err(|error| CommandError::Invalid(error.to_string()))?;
+    cluster_info::remove_node(&at.context, &node).await?;
+    Ok(Json(Nothing {}))
+}
+
 /// Names of the machines in the schedule of a node.
 #[utoipa::path(
     get,

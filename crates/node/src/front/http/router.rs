@@ -57,6 +57,7 @@ pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
         .add(routes!(openapi::document))
         .add(routes!(cluster::status))
         .add(routes!(cluster::nodes))
+        .add(routes!(cluster::remove_node))
         .add(routes!(cluster::losses))
         .add(routes!(cluster::store))
         .add(routes!(cluster::set_voters))

@@ -1,0 +1,144 @@
+//! Nodes leave their cluster, and are removed from it once they are gone.
+
+use keel_api::{NodeInfo, StoreInfo, Token, TokenRequest};
+use keel_machine::moves::Ending;
+use keel_testkit::{Guest, LocalCluster, guest, wait_for};
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    async fn new(names: &[&str], replicated: bool) -> Self {
+        let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+        let folder = folder.expect("a folder");
+        let program = Path::new(KEEL);
+        let cluster = match replicated {
+            true => LocalCluster::start_replicated(program, folder.path(), names, None).await,
+            false => LocalCluster::start(program, folder.path(), names).await,
+        };
+        Bench {
+            cluster: cluster.expect("a cluster"),
+            folder,
+        }
+    }
+
+    fn keel(&self, node: &str, args: &[&str]) -> (bool, String) {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(self.folder.path().join(node))
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (output.status.success(), said)
+    }
+
+    async fn nodes(&self, ask: &str) -> Vec<NodeInfo> {
+        let nodes = self.cluster.client(ask).get("/v1/nodes").await;
+        nodes.expect("nodes")
+    }
+
+    async fn leader(&self, ask: &str) -> String {
+        wait_for("a leader", || async {
+            let store: StoreInfo = self.cluster.client(ask).get("/v1/store").await.ok()?;
+            let leader = store.voters.into_iter().find(|voter| voter.leads)?;
+            Some(leader.node)
+        })
+        .await
+        .expect("a leader")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_leaves_and_joins_again() {
+    let mut bench = Bench::new(&["a", "b", "c", "d"], true).await;
+    // The one whose loss changes most.
+    let leader = bench.leader("a").await;
+    let other = ["a", "b", "c", "d"].into_iter().find(|it| *it != leader);
+    let other = other.expect("another");
+    let counter = guest("counter");
+    let machine = Guest::new("m", &leader, &counter, &["1000000", "2"]);
+    bench.cluster.run(&machine).await.expect("it starts");
+    let (ok, said) = bench.keel(&leader, &["leave"]);
+    assert!(!ok && said.contains("keel drain"), "{said}");
+    let (ok, said) = bench.keel(other, &["node", "rm", &leader]);
+    assert!(!ok && said.contains("is alive"), "{said}");
+    let moved = bench.cluster.move_machine(other, "m", other).await;
+    assert_eq!(moved.expect("an answer").ending, Ending::Moved);
+
+    let (ok, said) = bench.keel(&leader, &["leave"]);
+    assert!(ok, "{said}");
+    assert!(!bench.folder.path().join(&leader).exists());
+    let aside = bench.folder.path().join(format!("{leader}.left"));
+    assert!(aside.join("node.pem").exists(), "what it had is kept");
+    // The others go on without it, and another one holds the store.
+    bench.cluster.wait_voters(other, 3).await.expect("three");
+    let nodes = bench.nodes(other).await;
+    assert!(nodes.iter().all(|node| node.name != leader), "{nodes:?}");
+    let info = bench.cluster.inspect(other, "m").await.expect("known");
+    assert_eq!((info.status.as_str(), info.restarts), ("running", 0));
+
+    // Its name is free.
+    let request = TokenRequest::Join { ttl_s: 600 };
+    let client = bench.cluster.client(other);
+    let token: Token = client.post("/v1/tokens", &request).await.expect("a token");
+    let via = nodes.iter().find(|node| node.name == other).expect("it");
+    let folder = bench.folder.path().to_owned();
+    let joined = bench
+        .cluster
+        .join(&folder, &leader, &via.address, &token.token)
+        .await;
+    joined.expect("it joins again");
+    let moved = bench.cluster.move_machine(other, "m", &leader).await;
+    assert_eq!(moved.expect("an answer").ending, Ending::Moved);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_gone_is_removed_and_refused_when_it_comes_back() {
+    let mut bench = Bench::new(&["a", "b"], false).await;
+    let (ok, said) = bench.keel("a", &["leave"]);
+    assert!(!ok && said.contains("too few nodes"), "{said}");
+    for (node, reason) in [("c", "not a member"), ("B", "name"), ("a", "is alive")] {
+        let (ok, said) = bench.keel("b", &["node", "rm", node]);
+        assert!(!ok && said.contains(reason), "{node}: {said}");
+    }
+    bench.cluster.power_off("b");
+    let dead = || async {
+        let nodes = bench.nodes("a").await;
+        let is_dead = |node: &NodeInfo| node.name == "b" && !node.alive;
+        nodes.iter().any(is_dead).then_some(())
+    };
+    wait_for("it is noticed", dead).await.expect("in time");
+    let (ok, said) = bench.keel("a", &["node", "rm", "b"]);
+    assert!(ok && said.contains("b is removed"), "{said}");
+    assert_eq!(bench.nodes("a").await.len(), 1);
+    let (ok, said) = bench.keel("a", &["node", "rm", "b"]);
+    assert!(!ok && said.contains("not a member"), "{said}");
+
+    // What it kept of the cluster is refused.
+    let log = bench.folder.path().join("b.log");
+    let mut back = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(bench.folder.path().join("b"))
+        .args(["up", "--name", "b"])
+        .stderr(std::fs::File::create(&log).expect("a file"))
+        .spawn()
+        .expect("keel runs");
+    let refused = wait_for("it is refused", || async {
+        let said = std::fs::read_to_string(&log).unwrap_or_default();
+        said.contains("it was removed from the cluster")
+            .then_some(())
+    });
+    let refused = refused.await;
+    bench.cluster.power_off("b");
+    back.wait().expect("it ends");
+    refused.expect("in time");
+    assert_eq!(bench.nodes("a").await.len(), 1);
+}
