@@ -371,6 +371,7 @@ pub async fn renew(
 mod tests {
     use super::*;
     use crate::identity::{CertificateAuthority, ClusterId, make_csr};
+    use rustls::pki_types::UnixTime;
 
     fn authority() -> CertificateAuthority {
         CertificateAuthority::create(ClusterId::random()).unwrap()
@@ -435,7 +436,10 @@ mod tests {
             authority.certificate_pem().into(),
         )
         .unwrap();
-        assert!(ended.verify().is_err());
+        let ends = Duration::from_secs(ended.ends_unix_s().unwrap());
+        let at = |time| ended.verify_at(UnixTime::since_unix_epoch(time));
+        at(ends).unwrap();
+        assert!(at(ends + Duration::from_secs(1)).is_err());
         assert_eq!(ended.issuer().unwrap(), authority.fingerprint());
         let again = ended.signed_by(&authority, NODE_LIFETIME).unwrap();
         again.verify().unwrap();

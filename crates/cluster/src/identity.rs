@@ -464,8 +464,13 @@ impl NodeIdentity {
     /// # Errors
     /// [`IdentityError::Certificate`], [`IdentityError::Tls`].
     pub fn verify(&self) -> Result<(), IdentityError> {
+        self.verify_at(UnixTime::now())
+    }
+
+    /// As [`Self::verify`], at a given time.
+    pub(crate) fn verify_at(&self, at: UnixTime) -> Result<(), IdentityError> {
         let credentials = self.credentials()?;
-        verify_signed(&credentials, &credentials.authorities, UnixTime::now())?;
+        verify_signed(&credentials, &credentials.authorities, at)?;
         // Compares the certificate's public key with the private one.
         self.server_tls()?;
         Ok(())

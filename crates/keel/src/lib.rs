@@ -137,7 +137,7 @@ enum Command {
         #[command(subcommand)]
         what: tokens::TokenCommand,
     },
-    /// Shows the cluster's certificate authority and the nodes' certificates; replaces the authority.
+    /// Shows the certificate authority and the nodes' certificates; replaces the authority.
     Ca {
         #[command(subcommand)]
         what: Option<ca::CaCommand>,

@@ -72,6 +72,13 @@ async fn a_node_leaves_and_joins_again() {
     assert!(!ok && said.contains("is alive"), "{said}");
     let moved = bench.cluster.move_machine(other, "m", other).await;
     assert_eq!(moved.expect("an answer").ending, Ending::Moved);
+    let short = Guest::new("short", &leader, &counter, &["3", "2"]);
+    bench.cluster.run(&short).await.expect("it starts");
+    bench
+        .cluster
+        .wait_end(other, "short")
+        .await
+        .expect("it ends");
 
     let (ok, said) = bench.keel(&leader, &["leave"]);
     assert!(ok, "{said}");
@@ -85,6 +92,10 @@ async fn a_node_leaves_and_joins_again() {
     let info = bench.cluster.inspect(other, "m").await.expect("known");
     assert_eq!((info.status.as_str(), info.restarts), ("running", 0));
 
+    // What ended there can be removed by any other.
+    let (ok, said) = bench.keel(other, &["rm", "short"]);
+    assert!(ok, "{said}");
+
     // Its name is free.
     let request = TokenRequest::Join { ttl_s: 600 };
     let client = bench.cluster.client(other);
@@ -96,8 +107,13 @@ async fn a_node_leaves_and_joins_again() {
         .join(&folder, &leader, &via.address, &token.token)
         .await;
     joined.expect("it joins again");
-    let moved = bench.cluster.move_machine(other, "m", &leader).await;
-    assert_eq!(moved.expect("an answer").ending, Ending::Moved);
+    // (Those that asked it before it knew its members wait a moment before they ask again.)
+    wait_for("it takes machines", || async {
+        let moved = bench.cluster.move_machine(other, "m", &leader).await.ok()?;
+        (moved.ending == Ending::Moved).then_some(())
+    })
+    .await
+    .expect("in time");
 }
 
 #[tokio::test(flavor = "multi_thread")]

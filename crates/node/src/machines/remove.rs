@@ -42,6 +42,11 @@ impl Machines {
         self: &Arc<Self>,
         command: RemoveMachine,
     ) -> Result<(), CommandError> {
+        let found = records::get(&*self.context.store, &command.machine).await?;
+        // Nobody else can, once its node left the cluster.
+        if !self.context.members.contains(&found.record.owner) {
+            return self.remove_here(command).await;
+        }
         at_owner(&self.context, command, |it| self.remove_here(it)).await
     }
 
