@@ -28,7 +28,7 @@ const LAYERS: &[&[&str]] = &[
     &["external_store", "role"],
     &["lease"],
     &["context"],
-    &["records", "voters"],
+    &["gossip", "records", "voters"],
     &[
         "certificates",
         "cluster_info",

@@ -14,6 +14,27 @@ struct Deny {
 #[derive(Deserialize)]
 struct Licences {
     allow: Vec<String>,
+    #[serde(default)]
+    exceptions: Vec<Exception>,
+}
+
+/// What is allowed for one crate besides.
+#[derive(Deserialize)]
+struct Exception {
+    #[serde(rename = "crate")]
+    package: String,
+    allow: Vec<String>,
+}
+
+impl Licences {
+    /// What is allowed for a package: its name and version, as `cargo tree` prints them.
+    fn allowed(&self, package: &str) -> Vec<String> {
+        let name = package.split_whitespace().next();
+        let exceptions = self.exceptions.iter();
+        let exceptions = exceptions.filter(|it| name == Some(it.package.as_str()));
+        let exceptions = exceptions.flat_map(|it| &it.allow);
+        self.allow.iter().chain(exceptions).cloned().collect()
+    }
 }
 
 pub(crate) fn check() -> Result<()> {
@@ -36,7 +57,7 @@ pub(crate) fn check() -> Result<()> {
         .collect();
     let mut refused = Vec::new();
     for (package, licence) in packages.iter().filter_map(|line| line.rsplit_once('|')) {
-        if !allows(licence, &deny.licenses.allow).with_context(|| package.to_owned())? {
+        if !allows(licence, &deny.licenses.allowed(package)).with_context(|| package.to_owned())? {
             refused.push(format!("{package}: {licence}"));
         }
     }
@@ -97,6 +118,19 @@ fn one(words: &mut Vec<&str>, allowed: &[String]) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::allows;
+
+    #[test]
+    fn an_exception_is_for_one_crate() {
+        let text = r#"
+            [licenses]
+            allow = ["MIT"]
+            exceptions = [{ crate = "foca", allow = ["MPL-2.0"] }]
+        "#;
+        let deny: super::Deny = toml::from_str(text).expect("valid");
+        let of = |package: &str| deny.licenses.allowed(package);
+        assert_eq!(of("foca v2.0.0"), ["MIT", "MPL-2.0"]);
+        assert_eq!(of("focal v2.0.0"), ["MIT"]);
+    }
 
     #[test]
     fn reads_expressions() {

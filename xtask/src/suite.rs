@@ -45,6 +45,12 @@ pub(crate) const LONG: &[Group] = &[
         ],
     },
     Group {
+        name: "gossip of a thousand nodes",
+        crates: &["cluster"],
+        message_delay_ms: None,
+        tests: &["a_thousand_nodes_in_figures"],
+    },
+    Group {
         name: "another kind of machine",
         crates: &["machine", "kind-null", "node"],
         message_delay_ms: None,

@@ -56,7 +56,7 @@ pub struct NodeLoss {
 }
 
 /// A node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NodeInfo {
     /// Its name.
     pub name: String,
@@ -79,6 +79,16 @@ pub struct NodeInfo {
     pub lacks: Vec<String>,
     /// Version of its agent.
     pub version: String,
+    /// Whether it answers datagrams of gossip, as the asked node knows: `alive`, `suspected` or
+    /// `down`; none if it was never heard.
+    #[serde(default)]
+    pub answers: Option<String>,
+    /// Its load, as it told last, as a share of its capacity.
+    #[serde(default)]
+    pub load: Option<f64>,
+    /// How long ago that was heard, in seconds.
+    #[serde(default)]
+    pub load_age_s: Option<f64>,
 }
 
 /// The store.

@@ -3,6 +3,7 @@
 //! - [`authority_keys`]: the keys of the authority, on nodes that admit others.
 //! - [`certificates`]: renewal of certificates, and replacement of the authority.
 //! - [`epoch`]: the version of a machine's ownership.
+//! - [`gossip`]: who answers, and what load each node has.
 //! - [`failover`]: where checkpoints are copied to, and where machines are restarted.
 //! - [`identity`]: the cluster's certificate authority and the nodes'
 //!   certificates.
@@ -21,6 +22,7 @@ pub mod authority_keys;
 pub mod certificates;
 pub mod epoch;
 pub mod failover;
+pub mod gossip;
 pub mod identity;
 pub mod join;
 pub mod members;

@@ -354,7 +354,9 @@ pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberErro
         .delete(Key::Code(node.clone()))
         .delete(Key::Drain(node.clone()))
         .delete(Key::Certificate(node.clone()))
-        .delete(Key::Alive(node.clone()));
+        .delete(Key::Alive(node.clone()))
+        // They are replaced for that reason.
+        .put(Key::GossipKeysKnown, node.as_str());
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),
         TxnOutcome::Refused {

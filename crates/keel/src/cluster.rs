@@ -153,27 +153,38 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
         reach.format(),
         &nodes,
         &[
-            "name", "state", "address", "cpus", "memory", "machines", "lacks",
+            "name", "state", "address", "cpus", "memory", "load", "machines", "lacks",
         ],
         |node| node.name.clone(),
         |node| {
             vec![
                 node.name.clone(),
                 format!(
-                    "{}{}{}",
+                    "{}{}{}{}",
                     if node.alive { "alive" } else { "away" },
+                    silence(node),
                     if node.draining { ", drained" } else { "" },
                     if node.voter { ", store" } else { "" }
                 ),
                 node.address.clone(),
                 node.cpus.to_string(),
                 output::bytes(node.memory_bytes),
+                node.load
+                    .map_or_else(String::new, |load| format!("{load:.2}")),
                 node.machines.to_string(),
                 node.lacks.join("; "),
             ]
         },
     )?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What gossip says of a node that the store says is alive.
+fn silence(node: &NodeInfo) -> &'static str {
+    match node.answers.as_deref() {
+        Some("suspected" | "down") if node.alive => ", silent",
+        _ => "",
+    }
 }
 
 pub(crate) async fn schedule(reach: &Reach, node: &str) -> Result<ExitCode> {

@@ -10,6 +10,7 @@ use crate::events::{Events, Note};
 use crate::external_store::ExternalStore;
 use crate::failover;
 use crate::front::{self, Entry, Handles};
+use crate::gossip::{self, NodeGossip};
 use crate::host::{cpu_features, memory_bytes};
 use crate::identity::OwnIdentity;
 use crate::images::Images;
@@ -30,6 +31,7 @@ use crate::voters::{self, VoterError, Voters};
 use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_cluster::authority_keys;
+use keel_cluster::gossip::Start;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
 use keel_cluster::members::{self, Member, MemberError, MemberSet};
@@ -40,9 +42,9 @@ use keel_net::rpc::ServerHandle;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use keel_store::Store;
 use keel_store::StoreError;
-use keel_store::Txn;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
+use keel_store::{Txn, TxnOutcome};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -374,6 +376,7 @@ struct Parts {
     placements: Arc<Placements>,
     extension: Arc<LeaseExtension>,
     alive: Arc<AliveNodes>,
+    gossip: Arc<NodeGossip>,
     arrivals: Arrivals,
     inbox: Inbox,
     restarts: Restarts,
@@ -392,6 +395,7 @@ impl Parts {
         let processes = Arc::new(processes);
         let placements: Arc<Placements> = Arc::default();
         let alive = Arc::new(AliveNodes::new());
+        let gossip = Arc::new(NodeGossip::new());
         let images = Arc::new(Images::new(context.clone()));
         let code = Arc::new(Code::new());
         let rules = Arc::new(Rules::new(
@@ -424,6 +428,7 @@ impl Parts {
             moves: moves.clone(),
             placements: placements.clone(),
             alive: alive.clone(),
+            gossip: gossip.clone(),
             ledger,
             recorder,
         });
@@ -458,6 +463,7 @@ impl Parts {
             logs: Arc::new(Logs::new(context.clone(), processes.clone())),
             files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
             context,
+            gossip: gossip.clone(),
             voters,
             processes,
             images,
@@ -474,6 +480,7 @@ impl Parts {
             placements,
             extension,
             alive,
+            gossip,
             arrivals,
             inbox,
             restarts,
@@ -518,6 +525,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
         placements,
         extension,
         alive,
+        gossip,
         mut arrivals,
         inbox,
         restarts,
@@ -564,7 +572,14 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
         }
     });
     tokio::spawn(moves::withdraw_old_offers(at.moves.clone()));
-    tokio::spawn(publish(context.clone(), at.processes.clone()));
+    let published = publish(context.clone(), at.processes.clone());
+    let (taking_part, of_keys) = (gossip.clone(), role("gossip-keys"));
+    let own = context.clone();
+    tokio::spawn(async move {
+        if let Some(start) = published.await {
+            gossip::run(taking_part, own, start, of_keys).await;
+        }
+    });
     tokio::spawn(machines::follow_restarts(at.machines.clone(), restarts));
     tokio::spawn(machines::follow_schedule(at.machines.clone()));
     tokio::spawn(compilation::run(
@@ -577,6 +592,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     let orderly = async {
         server.shutdown().await;
         if end == AgentEnd::Stopped {
+            gossip.stop().await;
             let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
             context.events.record(stopped);
             at.processes.machines.slice().remove_if_empty();
@@ -624,22 +640,31 @@ async fn follow_addresses(context: Arc<Context>) {
     }
 }
 
-/// Writes this node's record into the store; retries until it succeeds.
-async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
+/// Writes this node's record into the store; retries until it succeeds. When this run of the agent
+/// began, in the cluster's order.
+async fn publish(context: Arc<Context>, processes: Arc<Processes>) -> Option<Start> {
     let record = describe(&context, &processes);
-    let Ok(value) = keel_store::encoding::encode("a node's record", &record) else {
-        return;
-    };
+    let value = keel_store::encoding::encode("a node's record", &record).ok()?;
     loop {
-        let txn = Txn::new().put(Key::Node(context.name.clone()), value.clone());
-        match context.store.txn(txn).await {
-            Ok(_) => return,
+        match write_record(&context, &value).await {
+            Ok(start) => return Some(start),
             Err(error) => {
                 tracing::warn!(%error, "cannot write this node's record yet");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
     }
+}
+
+async fn write_record(context: &Context, value: &[u8]) -> Result<Start, MemberError> {
+    let (_, incarnation) = members::cluster_of(&*context.store).await?;
+    let txn = Txn::new().put(Key::Node(context.name.clone()), value);
+    let outcome = context.store.txn(txn).await?;
+    let (TxnOutcome::Committed { revision } | TxnOutcome::Refused { revision, .. }) = outcome;
+    Ok(Start {
+        incarnation,
+        revision,
+    })
 }
 
 fn describe(context: &Context, processes: &Processes) -> NodeRecord {

@@ -2,10 +2,12 @@
 
 use crate::context::Context;
 use crate::error::CommandError;
+use crate::gossip::NodeGossip;
 use crate::records;
 use keel_api::{
     ClusterInfo, NodeInfo, StoreInfo, Token, TokenInfo, TokenRequest, TokenUseInfo, VoterInfo,
 };
+use keel_cluster::gossip::Liveness;
 use keel_cluster::members::{self, MemberError};
 use keel_cluster::tokens::{self, Role, TokenHolder};
 use keel_cluster::voters::VoterCount;
@@ -34,7 +36,11 @@ pub(crate) async fn schedule(
 ///
 /// # Errors
 /// [`CommandError`] if the store does not answer.
-pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandError> {
+pub(crate) async fn nodes(
+    context: &Context,
+    gossip: &NodeGossip,
+) -> Result<Vec<NodeInfo>, CommandError> {
+    let heard = gossip.known();
     let store = &*context.store;
     let alive = records::alive(store).await?;
     let drains = store.list(keys::DRAINS).await?.entries;
@@ -46,6 +52,7 @@ pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandErr
     for (name, member) in context.members.all().iter() {
         let record = records.iter().find(|(node, _)| node == name);
         let record = record.map(|(_, record)| record);
+        let heard = heard.get(name).copied().unwrap_or_default();
         nodes.push(NodeInfo {
             name: name.to_string(),
             address: member.address.clone(),
@@ -60,6 +67,12 @@ pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandErr
             machines: records::schedule(store, name).await?.len() as u32,
             lacks: record.map_or_else(Vec::new, |record| record.lacks.clone()),
             version: record.map_or_else(String::new, |record| record.version.clone()),
+            answers: match *name == context.name {
+                true => Some(Liveness::Alive.name().to_owned()),
+                false => heard.liveness.map(|it| it.name().to_owned()),
+            },
+            load: heard.load.map(|(load, _)| f64::from(load.load)),
+            load_age_s: heard.load.map(|(_, age)| age.as_secs_f64()),
         });
     }
     Ok(nodes)
@@ -191,8 +204,11 @@ pub(crate) async fn remove_node(context: &Context, node: &NodeName) -> Result<()
 ///
 /// # Errors
 /// [`CommandError`] if the store does not answer.
-pub(crate) async fn status(context: &Context) -> Result<ClusterInfo, CommandError> {
-    let nodes = nodes(context).await?;
+pub(crate) async fn status(
+    context: &Context,
+    gossip: &NodeGossip,
+) -> Result<ClusterInfo, CommandError> {
+    let nodes = nodes(context, gossip).await?;
     let machines = records::all(&*context.store).await?;
     Ok(ClusterInfo {
         cluster: context.cluster.to_string(),

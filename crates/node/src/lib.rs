@@ -39,6 +39,7 @@ mod events;
 mod external_store;
 mod failover;
 mod front;
+mod gossip;
 mod host;
 mod identity;
 mod images;

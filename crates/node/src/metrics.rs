@@ -27,6 +27,7 @@ pub(crate) struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     events: IntCounterVec,
+    gossip: IntCounterVec,
     lease_renewal: Histogram,
     move_downtime: Histogram,
     move_duration: Histogram,
@@ -58,8 +59,17 @@ impl Metrics {
             // A counter that is missing until its first event hides that event from `rate`.
             events.with_label_values(&[kind.name()]);
         }
+        let gossip = IntCounterVec::new(
+            Opts::new(
+                "keel_gossip_datagrams_total",
+                "Datagrams of gossip since this node's agent started.",
+            ),
+            &["outcome"],
+        )?;
+        registry.register(Box::new(gossip.clone()))?;
         Ok(Metrics(Arc::new(Inner {
             events,
+            gossip,
             lease_renewal: histogram(
                 "keel_lease_renewal_seconds",
                 "Time that renewals of this node's lease took.",
@@ -91,6 +101,11 @@ impl Metrics {
 
     pub(crate) fn event(&self, kind: EventKind) {
         self.0.events.with_label_values(&[kind.name()]).inc();
+    }
+
+    /// A datagram was `sent`, `received` or `refused`.
+    pub(crate) fn gossip(&self, outcome: &str) {
+        self.0.gossip.with_label_values(&[outcome]).inc();
     }
 
     pub(crate) fn lease_renewed(&self, took: Duration) {

@@ -7,6 +7,8 @@
 //! | `voters` | the nodes that hold the store, with addresses, and which of them leads |
 //! | `voter-count` | how many voters are wanted: `auto`, 1, 3 or 5 |
 //! | `authorities` | the authorities that nodes trust, and which of them signs |
+//! | `gossip-keys` | the keys that seal datagrams between nodes, and which of them seals |
+//! | `gossip-keys-known` | a node that knows those keys was removed from the cluster |
 //! | `certificate/NODE` | when the node's certificate ends, who signed it, and whom the node trusts |
 //! | `code/NODE` | programs whose compiled code the node has cached |
 //! | `member/NODE` | membership of the node, and its address |
@@ -49,6 +51,10 @@ pub enum Key {
     VoterCount,
     /// `authorities`
     Authorities,
+    /// `gossip-keys`
+    GossipKeys,
+    /// `gossip-keys-known`
+    GossipKeysKnown,
     /// `certificate/NODE`
     Certificate(NodeName),
     /// `member/NODE`
@@ -199,6 +205,8 @@ impl fmt::Display for Key {
             Key::Voters => f.write_str("voters"),
             Key::VoterCount => f.write_str("voter-count"),
             Key::Authorities => f.write_str("authorities"),
+            Key::GossipKeys => f.write_str("gossip-keys"),
+            Key::GossipKeysKnown => f.write_str("gossip-keys-known"),
             Key::Certificate(node) => write!(f, "{CERTIFICATES}{node}"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
@@ -253,6 +261,8 @@ fn parse(text: &str) -> Option<Key> {
         ("voters", None, None) => Key::Voters,
         ("voter-count", None, None) => Key::VoterCount,
         ("authorities", None, None) => Key::Authorities,
+        ("gossip-keys", None, None) => Key::GossipKeys,
+        ("gossip-keys-known", None, None) => Key::GossipKeysKnown,
         ("certificate", Some(node), None) => Key::Certificate(node.parse().ok()?),
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
@@ -306,6 +316,8 @@ mod tests {
             "voters",
             "voter-count",
             "authorities",
+            "gossip-keys",
+            "gossip-keys-known",
             "certificate/a",
             "member/a",
             "node/a-1",

@@ -8,6 +8,7 @@ use super::recorder::Recorder;
 use super::spreading::Spreading;
 use crate::compilation::Code;
 use crate::context::Context;
+use crate::gossip::NodeGossip;
 use crate::moves::Moves;
 use crate::processes::Processes;
 use crate::records::{AliveNodes, Placements};
@@ -47,6 +48,7 @@ pub(crate) struct NodeBalancer {
     pub(super) moves: Arc<Moves>,
     pub(super) placements: Arc<Placements>,
     pub(super) alive: Arc<AliveNodes>,
+    pub(super) gossip: Arc<NodeGossip>,
     pub(super) inputs: UnboundedSender<Input>,
     pub(super) ledger: Ledger,
     pub(super) recorder: Recorder,
@@ -73,6 +75,7 @@ pub(crate) struct Dependencies {
     pub(crate) moves: Arc<Moves>,
     pub(crate) placements: Arc<Placements>,
     pub(crate) alive: Arc<AliveNodes>,
+    pub(crate) gossip: Arc<NodeGossip>,
     pub(crate) ledger: Ledger,
     pub(crate) recorder: Recorder,
 }
@@ -96,6 +99,7 @@ impl NodeBalancer {
             moves: below.moves,
             placements: below.placements,
             alive: below.alive,
+            gossip: below.gossip,
             inputs,
             ledger: below.ledger,
             recorder: below.recorder,

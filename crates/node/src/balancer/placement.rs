@@ -1,24 +1,30 @@
-//! Places a new machine without a requested node on the least loaded of a few nodes: this one, and
-//! others drawn at random. Asking a few is nearly as good as asking all (Mitzenmacher, "The Power
-//! of Two Choices in Randomized Load Balancing", TPDS 2001), and as fast in a cluster of
-//! thousands.
+//! Places a new machine without a requested node on the least loaded of a few nodes: this one,
+//! those that are the lightest by what gossip told, and others drawn at random. Asking a few is
+//! nearly as good as asking all (Mitzenmacher, "The Power of Two Choices in Randomized Load
+//! Balancing", TPDS 2001), and as fast in a cluster of thousands. What gossip told is some seconds
+//! old, so it says whom to ask; their answers decide.
 
 use super::handle::NodeBalancer;
 use super::ledger::LedgerFilter;
 use super::peers::{LOAD, ask_node};
 use super::queries::load;
+use crate::gossip::Known;
 use keel_api::NodeLoad;
 use keel_balance::Name;
 use keel_balance::policy::Mode;
 use keel_balance::select::NodeState;
 use keel_cluster::NodeName;
+use rand::Rng;
 use rand::seq::IteratorRandom;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
 /// Number of other nodes that are asked.
 const ASKED: usize = 5;
+/// Number of them that are asked because they seem light.
+const LIGHT: usize = 3;
 /// How long a node may take to answer before it is ignored.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// The least difference in load for which another node is preferred to this one.
@@ -52,9 +58,11 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
         return here;
     }
     let others = allowed.iter().filter(|it| ***it != *here.as_str());
-    let asked = others.sample(&mut rand::rng(), ASKED);
+    let others = others.filter_map(|it| NodeName::new(it).ok()).collect();
+    let known = handle.gossip.known();
+    let asked = whom_to_ask(others, &known, memory_bytes, &mut rand::rng());
     let mut answers = JoinSet::new();
-    for node in asked.into_iter().filter_map(|it| NodeName::new(it).ok()) {
+    for node in asked {
         let handle = handle.clone();
         answers.spawn(async move {
             let all = LedgerFilter::default();
@@ -77,6 +85,28 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
         false => None,
     };
     lightest(may_stay, own.as_ref(), &sides, memory_bytes).unwrap_or(here)
+}
+
+/// The nodes to ask: the lightest by what is known of them, and others at random.
+fn whom_to_ask(
+    mut others: Vec<NodeName>,
+    known: &BTreeMap<NodeName, Known>,
+    memory_bytes: u64,
+    rng: &mut impl Rng,
+) -> Vec<NodeName> {
+    let weight = |node: &NodeName| {
+        let load = known.get(node).and_then(|known| known.load);
+        load.map(|(load, _)| (load.memory_free_bytes < memory_bytes, load.load))
+    };
+    others.sort_by(|one, other| match (weight(one), weight(other)) {
+        (Some(one), Some(other)) => one.0.cmp(&other.0).then(one.1.total_cmp(&other.1)),
+        (one, other) => one.is_none().cmp(&other.is_none()),
+    });
+    let light = others.iter().take(LIGHT);
+    let light = light.take_while(|it| weight(it).is_some()).count();
+    let rest = others.split_off(light);
+    let drawn = rest.into_iter().sample(rng, ASKED - light);
+    others.into_iter().chain(drawn).collect()
 }
 
 /// A node's reported state, with the machines that were placed there since: for each machine that
@@ -129,6 +159,7 @@ fn lightest(
 mod tests {
     use super::*;
     use keel_balance::load::Capacity;
+    use keel_cluster::gossip::Load;
 
     fn side(load: f64, free: u64) -> NodeState {
         NodeState {
@@ -143,6 +174,46 @@ mod tests {
             pressed: false,
             free: false,
         }
+    }
+
+    #[test]
+    fn those_that_seem_light_are_asked_and_some_others() {
+        let name = |number: usize| -> NodeName { format!("n{number}").parse().expect("a name") };
+        let load = |load, memory_free_bytes| Known {
+            liveness: None,
+            load: Some((
+                Load {
+                    load,
+                    memory_free_bytes,
+                    is_pressed: false,
+                },
+                Duration::ZERO,
+            )),
+        };
+        // (n9 is light and full; nothing is known of n0 to n3.)
+        let mut known: BTreeMap<_, _> = (4..9)
+            .map(|number| (name(number), load(number as f32, 100)))
+            .collect();
+        known.insert(name(9), load(0.0, 10));
+        let mut rng = rand::rng();
+        let mut seen = BTreeMap::new();
+        for _ in 0..200 {
+            let asked = whom_to_ask((0..10).map(name).collect(), &known, 50, &mut rng);
+            assert_eq!(asked.len(), ASKED);
+            assert_eq!(asked[..3], [name(4), name(5), name(6)]);
+            for node in asked {
+                *seen.entry(node).or_insert(0) += 1;
+            }
+        }
+        assert_eq!(seen.len(), 10, "the others have their turn: {seen:?}");
+        assert!(
+            seen.values().all(|times| *times <= 200),
+            "nobody is asked twice"
+        );
+        let all = whom_to_ask((0..3).map(name).collect(), &known, 50, &mut rng);
+        assert_eq!(all.len(), 3);
+        let light = whom_to_ask(vec![name(9), name(8)], &known, 50, &mut rng);
+        assert_eq!(light, [name(8), name(9)]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use keel_balance::load::NodeSample;
 use keel_balance::policy::{Mode, Policy};
 use keel_balance::round::{Balancer, Command, Event, Response};
 use keel_balance::rules::{Repair, repair};
+use keel_cluster::gossip::Load;
 use keel_cluster::{MachineName, NodeName};
 use keel_store::clock::unix_ms;
 use std::collections::HashMap;
@@ -166,12 +167,20 @@ impl Task {
                 self.peers = peers.iter().cloned().collect();
             }
             let snapshot = self.snapshot();
-            if matches!(event, Event::Sample(_)) {
+            let is_sample = matches!(event, Event::Sample(_));
+            if is_sample {
                 self.repair(&snapshot);
             }
             let now_ms = self.now_ms();
             for command in self.balancer.step(event, now_ms, &snapshot) {
                 self.carry_out(command);
+            }
+            if is_sample && let Some(state) = self.balancer.node_state() {
+                self.handle.gossip.measured(Load {
+                    load: state.load as f32,
+                    memory_free_bytes: state.memory_free_bytes,
+                    is_pressed: state.pressed,
+                });
             }
         }
     }
@@ -392,18 +401,27 @@ async fn follow_placements(
     }
 }
 
-/// Informs the balancer which other nodes are alive.
+/// Informs the balancer which other nodes are alive and answer.
 async fn follow_peers(handle: Arc<NodeBalancer>, events: UnboundedSender<Event>) {
     let mut alive = handle.alive.changes();
-    alive.mark_changed();
-    while alive.changed().await.is_ok() {
+    let mut doubted = handle.gossip.doubted();
+    loop {
         let peers: Vec<Name> = {
-            let alive = alive.borrow_and_update();
+            let (alive, doubted) = (alive.borrow_and_update(), doubted.borrow_and_update());
             let others = alive.iter().filter(|it| **it != handle.context.name);
+            let others = others.filter(|it| !doubted.contains(*it));
             others.map(|it| it.as_str().into()).collect()
         };
         if events.send(Event::Peers(peers.into())).is_err() {
             return;
+        }
+        tokio::select! {
+            changed = alive.changed() => if changed.is_err() {
+                return;
+            },
+            changed = doubted.changed() => if changed.is_err() {
+                return;
+            },
         }
     }
 }

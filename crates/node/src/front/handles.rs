@@ -5,6 +5,7 @@ use crate::checkpoints::Checkpoints;
 use crate::compilation::Code;
 use crate::context::Context;
 use crate::failover;
+use crate::gossip::NodeGossip;
 use crate::images::Images;
 use crate::logs::Logs;
 use crate::machines::Machines;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 /// A handle of each layer.
 pub(crate) struct Handles {
     pub(crate) context: Arc<Context>,
+    pub(crate) gossip: Arc<NodeGossip>,
     pub(crate) voters: Arc<Voters>,
     pub(crate) processes: Arc<Processes>,
     pub(crate) images: Arc<Images>,

@@ -24,7 +24,7 @@ use keel_cluster::NodeName;
     responses((status = 200, description = "Success", body = ClusterInfo))
 )]
 pub(super) async fn status(State(at): Shared) -> Reply<ClusterInfo> {
-    Ok(Json(cluster_info::status(&at.context).await?))
+    Ok(Json(cluster_info::status(&at.context, &at.gossip).await?))
 }
 
 /// What the loss of each node would mean for its machines with high availability.
@@ -48,7 +48,7 @@ pub(super) async fn losses(State(at): Shared) -> Reply<Vec<NodeLoss>> {
     responses((status = 200, description = "Success", body = Vec<NodeInfo>))
 )]
 pub(super) async fn nodes(State(at): Shared) -> Reply<Vec<NodeInfo>> {
-    Ok(Json(cluster_info::nodes(&at.context).await?))
+    Ok(Json(cluster_info::nodes(&at.context, &at.gossip).await?))
 }
 
 /// The store, and the nodes that hold it.
