@@ -45,10 +45,13 @@ pub(crate) const LONG: &[Group] = &[
         ],
     },
     Group {
-        name: "gossip of a thousand nodes",
+        name: "gossip",
         crates: &["cluster"],
         message_delay_ms: None,
-        tests: &["a_thousand_nodes_in_figures"],
+        tests: &[
+            "a_thousand_nodes_in_figures",
+            "a_removed_node_makes_the_keys_be_replaced",
+        ],
     },
     Group {
         name: "another kind of machine",

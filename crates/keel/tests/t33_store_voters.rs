@@ -1,11 +1,10 @@
 //! The store on several nodes: it survives the loss of any of them, also of the one that began the
 //! cluster.
 
-use keel_api::{NodeInfo, StoreInfo, Token, TokenRequest};
+use keel_api::{NodeInfo, StoreInfo};
 use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
@@ -24,45 +23,6 @@ async fn cluster(names: &[&str]) -> Bench {
         .await
         .expect("a cluster");
     Bench { cluster, folder }
-}
-
-fn keel(bench: &Bench, node: &str, args: &[&str]) -> (bool, String) {
-    let output = Command::new(KEEL)
-        .arg("--state-dir")
-        .arg(bench.folder.path().join(node))
-        .args(args)
-        .output()
-        .expect("keel runs");
-    let said = [output.stdout, output.stderr].concat();
-    (
-        output.status.success(),
-        String::from_utf8_lossy(&said).into_owned(),
-    )
-}
-
-async fn leader(cluster: &LocalCluster, ask: &str, not: &str) -> String {
-    let client = cluster.client(ask);
-    wait_for("another node leads the store", || async {
-        let store: StoreInfo = client.get("/v1/store").await.ok()?;
-        let leader = store.voters.into_iter().find(|voter| voter.leads)?;
-        (leader.node != not).then_some(leader.node)
-    })
-    .await
-    .expect("a leader")
-}
-
-/// Lets another node join through one that is a voter.
-async fn join(bench: &mut Bench, name: &str, via: &str) {
-    let client = bench.cluster.client(via);
-    let request = TokenRequest::Join { ttl_s: 60 };
-    let token: Token = client.post("/v1/tokens", &request).await.expect("a token");
-    let nodes: Vec<NodeInfo> = client.get("/v1/nodes").await.expect("nodes");
-    let node = nodes.iter().find(|node| node.name == via).expect("it");
-    bench
-        .cluster
-        .join(bench.folder.path(), name, &node.address, &token.token)
-        .await
-        .expect("it joins");
 }
 
 /// The number of a node's copy of the store.
@@ -92,7 +52,14 @@ async fn the_node_that_began_the_cluster_may_die() {
         .await
         .expect("a machine starts without a");
     println!("a machine started {:?} after the loss", begun.elapsed());
-    assert_ne!(leader(&bench.cluster, "b", "a").await, "a");
+    assert_ne!(
+        bench
+            .cluster
+            .leader("b", Some("a"))
+            .await
+            .expect("a leader"),
+        "a"
+    );
     let report = bench.cluster.move_machine("b", "one", "c").await;
     let report = report.expect("a report");
     assert_eq!(report.ending, Ending::Moved, "{}", report.line());
@@ -104,7 +71,7 @@ async fn the_node_that_began_the_cluster_may_die() {
         .await
         .expect("it goes on");
     }
-    let (stopped, said) = keel(&bench, "c", &["stop", "two"]);
+    let (stopped, said) = bench.cluster.keel("c", &["stop", "two"]);
     assert!(stopped, "{said}");
     wait_for("a is seen to be away", || async {
         let nodes: Vec<NodeInfo> = bench.cluster.client("c").get("/v1/nodes").await.ok()?;
@@ -115,9 +82,9 @@ async fn the_node_that_began_the_cluster_may_die() {
     .expect("it is noticed, and stays a voter for a while");
 
     // Another node joins through one that did not begin the cluster.
-    join(&mut bench, "d", "c").await;
+    bench.cluster.join_via("d", "c").await.expect("it joins");
     bench.cluster.power_on("a").await.expect("it comes back");
-    let (seen, said) = keel(&bench, "a", &["ps"]);
+    let (seen, said) = bench.cluster.keel("a", &["ps"]);
     assert!(seen && said.contains("three"), "{said}");
     // (The others try its address again after a pause.)
     wait_for("a takes a machine", || async {
@@ -138,7 +105,11 @@ async fn a_leader_that_stands_still_is_replaced_and_comes_back_as_a_follower() {
         .collect();
     bench.cluster.stop_agent(&first, true).expect("it stops");
     let counter = guest("counter");
-    let second = leader(&bench.cluster, others[0], &first).await;
+    let second = bench
+        .cluster
+        .leader(others[0], Some(&first))
+        .await
+        .expect("a leader");
     bench
         .cluster
         .run(&Guest::new("m", others[0], &counter, &["1000000", "2"]))
@@ -152,7 +123,7 @@ async fn a_leader_that_stands_still_is_replaced_and_comes_back_as_a_follower() {
     })
     .await
     .expect("it answers");
-    let now = leader(&bench.cluster, &first, "").await;
+    let now = bench.cluster.leader(&first, None).await.expect("a leader");
     assert_ne!(now, first, "{second} led");
     bench.cluster.wait_alive(&first).await.expect("it is alive");
 }
@@ -184,18 +155,18 @@ async fn all_nodes_lose_power_and_return_in_another_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn operators_say_how_many_voters_there_are() {
     let bench = cluster(&["a", "b", "c"]).await;
-    let (done, said) = keel(&bench, "b", &["store", "voters", "2"]);
+    let (done, said) = bench.cluster.keel("b", &["store", "voters", "2"]);
     assert!(!done && said.contains("1, 3, 5 or auto"), "{said}");
-    let (done, said) = keel(&bench, "c", &["store", "voters", "1"]);
+    let (done, said) = bench.cluster.keel("c", &["store", "voters", "1"]);
     assert!(done, "{said}");
     let only = bench.cluster.wait_voters("b", 1).await.expect("one");
-    let (done, said) = keel(&bench, "b", &["store"]);
+    let (done, said) = bench.cluster.keel("b", &["store"]);
     assert!(done && said.contains("voters (1 wanted)"), "{said}");
     assert!(
         said.contains(&format!("{only} at ")) && said.contains("may fail: none"),
         "{said}"
     );
-    let (done, said) = keel(&bench, "b", &["store", "voters", "auto"]);
+    let (done, said) = bench.cluster.keel("b", &["store", "voters", "auto"]);
     assert!(done, "{said}");
     bench
         .cluster
@@ -247,7 +218,7 @@ async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
             .await
             .expect("it starts");
     }
-    let (done, said) = keel(&bench, "c", &["recover", "--others-are-lost"]);
+    let (done, said) = bench.cluster.keel("c", &["recover", "--others-are-lost"]);
     assert!(
         !done && said.contains("another process has it open"),
         "{said}"
@@ -255,9 +226,9 @@ async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
     for node in ["a", "b", "c"] {
         bench.cluster.power_off(node);
     }
-    let (done, said) = keel(&bench, "c", &["recover"]);
+    let (done, said) = bench.cluster.keel("c", &["recover"]);
     assert!(!done && said.contains("--others-are-lost"), "{said}");
-    let (done, said) = keel(&bench, "c", &["recover", "--others-are-lost"]);
+    let (done, said) = bench.cluster.keel("c", &["recover", "--others-are-lost"]);
     assert!(done && said.contains("incarnation 2"), "{said}");
     assert!(said.contains("node a must never run again"), "{said}");
     bench.cluster.power_on("c").await.expect("it starts alone");
@@ -277,7 +248,7 @@ async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
     let info = bench.cluster.inspect("c", "new").await.expect("info");
     assert!(info.epoch.to_string().starts_with("2."), "{}", info.epoch);
     // A lost node comes back as a new one.
-    join(&mut bench, "d", "c").await;
+    bench.cluster.join_via("d", "c").await.expect("it joins");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -289,17 +260,19 @@ async fn a_backup_brings_the_store_back() {
     std::fs::create_dir_all(&place).expect("a folder");
     let place = place.to_str().expect("a path");
     let create = |name: &str| {
-        let (done, said) = keel(&bench, "a", &["volume", "create", name, "--at", place]);
+        let (done, said) = bench
+            .cluster
+            .keel("a", &["volume", "create", name, "--at", place]);
         assert!(done, "{said}");
     };
     create("before");
-    let (done, said) = keel(&bench, "b", &["store", "backup", file]);
+    let (done, said) = bench.cluster.keel("b", &["store", "backup", file]);
     assert!(done && said.contains("entries of revision"), "{said}");
-    let (done, said) = keel(&bench, "b", &["store", "backup", file]);
+    let (done, said) = bench.cluster.keel("b", &["store", "backup", file]);
     assert!(!done && said.contains("exists"), "{said}");
     create("after");
     let restore = ["store", "restore", file, "--others-are-lost"];
-    let (done, said) = keel(&bench, "b", &restore);
+    let (done, said) = bench.cluster.keel("b", &restore);
     assert!(
         !done && said.contains("another process has it open"),
         "{said}"
@@ -312,16 +285,14 @@ async fn a_backup_brings_the_store_back() {
     *bytes.last_mut().expect("a byte") ^= 1;
     std::fs::write(&damaged, &bytes).expect("a file");
     let damaged = damaged.to_str().expect("a path");
-    let (done, said) = keel(
-        &bench,
-        "b",
-        &["store", "restore", damaged, "--others-are-lost"],
-    );
+    let (done, said) = bench
+        .cluster
+        .keel("b", &["store", "restore", damaged, "--others-are-lost"]);
     assert!(!done && said.contains("damaged"), "{said}");
-    let (done, said) = keel(&bench, "b", &restore);
+    let (done, said) = bench.cluster.keel("b", &restore);
     assert!(done, "{said}");
     bench.cluster.power_on("b").await.expect("it starts");
-    let (done, said) = keel(&bench, "b", &["volume", "ls"]);
+    let (done, said) = bench.cluster.keel("b", &["volume", "ls"]);
     assert!(
         done && said.contains("before") && !said.contains("after"),
         "{said}"

@@ -1,24 +1,11 @@
 //! What those see who watch a node: `/metrics` for Prometheus, `/healthz`, `/readyz`.
 
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
-
-/// Status and body of the answer of a node's own socket.
-fn get(cluster: &LocalCluster, node: &str, path: &str) -> (u16, String) {
-    let mut stream =
-        UnixStream::connect(cluster.folder(node).join("api.socket")).expect("an agent");
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: node\r\n\r\n").expect("a request");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-    let status = head.split(' ').nth(1).expect("a status");
-    (status.parse().expect("a number"), body.to_owned())
-}
 
 /// The value of a metric with these labels, as they are printed.
 fn value(text: &str, metric: &str) -> Option<f64> {
@@ -41,7 +28,7 @@ async fn metrics_follow_what_happens_and_the_conventions() {
     let module = guest("counter");
     let machine = Guest::new("m", "a", &module, &["1000000", "2"]);
     cluster.run(&machine).await.expect("it starts");
-    let text = get(&cluster, "a", "/metrics").1;
+    let text = cluster.get_by_socket("a", "/metrics").expect("an answer").1;
     let of = |metric: &str| {
         value(&text, metric).unwrap_or_else(|| panic!("{metric} is missing in:\n{text}"))
     };
@@ -61,8 +48,8 @@ async fn metrics_follow_what_happens_and_the_conventions() {
 
     cluster.move_machine("a", "m", "b").await.expect("it moves");
     let (at_a, at_b) = (
-        get(&cluster, "a", "/metrics").1,
-        get(&cluster, "b", "/metrics").1,
+        cluster.get_by_socket("a", "/metrics").expect("an answer").1,
+        cluster.get_by_socket("b", "/metrics").expect("an answer").1,
     );
     assert_eq!(value(&at_a, "keel_machines_running"), Some(0.0));
     assert_eq!(value(&at_a, "keel_move_downtime_seconds_count"), Some(1.0));
@@ -96,22 +83,31 @@ async fn metrics_follow_what_happens_and_the_conventions() {
 async fn a_node_without_the_store_lives_and_is_not_ready() {
     let (cluster, _folder) = cluster(&["a", "b"]).await;
     for node in ["a", "b"] {
-        assert_eq!(get(&cluster, node, "/healthz"), (200, "ok\n".into()));
-        assert_eq!(get(&cluster, node, "/readyz"), (200, "ready\n".into()));
+        assert_eq!(
+            cluster.get_by_socket(node, "/healthz").expect("an answer"),
+            (200, "ok\n".into())
+        );
+        assert_eq!(
+            cluster.get_by_socket(node, "/readyz").expect("an answer"),
+            (200, "ready\n".into())
+        );
     }
     cluster.stop_agent("a", true).expect("it stops");
     wait_for("b is not ready", || async {
-        let (status, said) = get(&cluster, "b", "/readyz");
+        let (status, said) = cluster.get_by_socket("b", "/readyz").expect("an answer");
         (status == 503 && said.contains("lease")).then_some(())
     })
     .await
     .expect("it says so");
-    assert_eq!(get(&cluster, "b", "/healthz").0, 200);
-    let text = get(&cluster, "b", "/metrics").1;
+    assert_eq!(
+        cluster.get_by_socket("b", "/healthz").expect("an answer").0,
+        200
+    );
+    let text = cluster.get_by_socket("b", "/metrics").expect("an answer").1;
     assert_eq!(value(&text, "keel_node_has_lease"), Some(0.0));
     cluster.stop_agent("a", false).expect("it goes on");
     wait_for("b is ready", || async {
-        (get(&cluster, "b", "/readyz").0 == 200).then_some(())
+        (cluster.get_by_socket("b", "/readyz").expect("an answer").0 == 200).then_some(())
     })
     .await
     .expect("it is");

@@ -7,7 +7,6 @@ use keel_machine::moves::Ending;
 use keel_net::{Client, Options, RpcError};
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
@@ -30,18 +29,6 @@ impl Bench {
         };
         bench.reported("a", &NODES, |_| true).await;
         bench
-    }
-
-    fn keel(&self, node: &str, args: &[&str]) -> (bool, String) {
-        let output = Command::new(KEEL)
-            .arg("--state-dir")
-            .arg(self.folder.path().join(node))
-            .args(args)
-            .output()
-            .expect("keel runs");
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        (output.status.success(), said)
     }
 
     async fn authority(&self, node: &str) -> Option<AuthorityInfo> {
@@ -128,13 +115,13 @@ async fn the_authority_is_replaced_while_machines_run() {
     let open = Client::connect(&address, &tls, &a, Options::default()).await;
     let open = open.expect("it is trusted yet");
 
-    let (ok, said) = bench.keel("c", &["ca", "rotate"]);
+    let (ok, said) = bench.cluster.keel("c", &["ca", "rotate"]);
     assert!(ok, "{said}");
     let after = bench.replaced("d", &NODES).await;
     let new = &after.authorities[0].fingerprint;
     assert_ne!(*new, before.authorities[0].fingerprint);
     assert!(said.contains(new.as_str()), "{said}");
-    let (_, shown) = bench.keel("b", &["ca"]);
+    let (_, shown) = bench.cluster.keel("b", &["ca"]);
     assert!(shown.contains(new.as_str()), "{shown}");
 
     // The machine ran on, and moves between nodes that trust each other anew.
@@ -152,7 +139,7 @@ async fn the_authority_is_replaced_while_machines_run() {
     .await
     .expect("in time");
     let late = bench.folder.path().join("late");
-    let (ok, said) = bench.keel(
+    let (ok, said) = bench.cluster.keel(
         "late",
         &[
             "join",
@@ -181,7 +168,7 @@ async fn the_authority_is_replaced_while_machines_run() {
     for node in nodes {
         bench.cluster.wait_alive(node).await.expect("it is alive");
     }
-    let (ok, said) = bench.keel("e", &["ca", "rotate"]);
+    let (ok, said) = bench.cluster.keel("e", &["ca", "rotate"]);
     assert!(ok, "{said}");
     let again = bench.replaced("a", &nodes).await;
     assert_ne!(again.authorities[0].fingerprint, *new);
@@ -216,9 +203,9 @@ async fn a_replacement_waits_for_every_node_and_survives_its_leader() {
     });
     let waits = waits.await;
     assert!(waits.authorities[0].signs, "{waits:?}");
-    let (ok, said) = bench.keel(asked, &["ca", "rotate", "--no-wait"]);
+    let (ok, said) = bench.cluster.keel(asked, &["ca", "rotate", "--no-wait"]);
     assert!(!ok && said.contains("being replaced already"), "{said}");
-    let (_, shown) = bench.keel(asked, &["ca"]);
+    let (_, shown) = bench.cluster.keel(asked, &["ca"]);
     assert!(
         shown.contains("does not trust the new authority"),
         "{shown}"
@@ -255,12 +242,14 @@ async fn certificates_are_renewed_as_is_set() {
         ("20000d", "valid for"),
         ("long", "--lifetime"),
     ] {
-        let (ok, said) = bench.keel("a", &["ca", "set", "--lifetime", lifetime]);
+        let (ok, said) = bench
+            .cluster
+            .keel("a", &["ca", "set", "--lifetime", lifetime]);
         assert!(!ok && said.contains(reason), "{lifetime}: {said}");
     }
     let before = NodeIdentity::load(&bench.cluster.folder("d"));
     let before = before.expect("readable").expect("an identity");
-    let (ok, said) = bench.keel("b", &["ca", "set", "--lifetime", "1h"]);
+    let (ok, said) = bench.cluster.keel("b", &["ca", "set", "--lifetime", "1h"]);
     assert!(ok, "{said}");
     let soon = keel_store::clock::unix_ms() + 3_700_000;
     let ends_soon = |info: &AuthorityInfo| {

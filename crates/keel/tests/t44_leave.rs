@@ -1,6 +1,6 @@
 //! Nodes leave their cluster, and are removed from it once they are gone.
 
-use keel_api::{NodeInfo, StoreInfo, Token, TokenRequest};
+use keel_api::NodeInfo;
 use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::path::Path;
@@ -27,48 +27,21 @@ impl Bench {
             folder,
         }
     }
-
-    fn keel(&self, node: &str, args: &[&str]) -> (bool, String) {
-        let output = Command::new(KEEL)
-            .arg("--state-dir")
-            .arg(self.folder.path().join(node))
-            .args(args)
-            .output()
-            .expect("keel runs");
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        (output.status.success(), said)
-    }
-
-    async fn nodes(&self, ask: &str) -> Vec<NodeInfo> {
-        let nodes = self.cluster.client(ask).get("/v1/nodes").await;
-        nodes.expect("nodes")
-    }
-
-    async fn leader(&self, ask: &str) -> String {
-        wait_for("a leader", || async {
-            let store: StoreInfo = self.cluster.client(ask).get("/v1/store").await.ok()?;
-            let leader = store.voters.into_iter().find(|voter| voter.leads)?;
-            Some(leader.node)
-        })
-        .await
-        .expect("a leader")
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_leaves_and_joins_again() {
     let mut bench = Bench::new(&["a", "b", "c", "d"], true).await;
     // The one whose loss changes most.
-    let leader = bench.leader("a").await;
+    let leader = bench.cluster.leader("a", None).await.expect("a leader");
     let other = ["a", "b", "c", "d"].into_iter().find(|it| *it != leader);
     let other = other.expect("another");
     let counter = guest("counter");
     let machine = Guest::new("m", &leader, &counter, &["1000000", "2"]);
     bench.cluster.run(&machine).await.expect("it starts");
-    let (ok, said) = bench.keel(&leader, &["leave"]);
+    let (ok, said) = bench.cluster.keel(&leader, &["leave"]);
     assert!(!ok && said.contains("keel drain"), "{said}");
-    let (ok, said) = bench.keel(other, &["node", "rm", &leader]);
+    let (ok, said) = bench.cluster.keel(other, &["node", "rm", &leader]);
     assert!(!ok && said.contains("is alive"), "{said}");
     let moved = bench.cluster.move_machine(other, "m", other).await;
     assert_eq!(moved.expect("an answer").ending, Ending::Moved);
@@ -80,32 +53,24 @@ async fn a_node_leaves_and_joins_again() {
         .await
         .expect("it ends");
 
-    let (ok, said) = bench.keel(&leader, &["leave"]);
+    let (ok, said) = bench.cluster.keel(&leader, &["leave"]);
     assert!(ok, "{said}");
     assert!(!bench.folder.path().join(&leader).exists());
     let aside = bench.folder.path().join(format!("{leader}.left"));
     assert!(aside.join("node.pem").exists(), "what it had is kept");
     // The others go on without it, and another one holds the store.
     bench.cluster.wait_voters(other, 3).await.expect("three");
-    let nodes = bench.nodes(other).await;
+    let nodes = bench.cluster.nodes(other).await.expect("nodes");
     assert!(nodes.iter().all(|node| node.name != leader), "{nodes:?}");
     let info = bench.cluster.inspect(other, "m").await.expect("known");
     assert_eq!((info.status.as_str(), info.restarts), ("running", 0));
 
     // What ended there can be removed by any other.
-    let (ok, said) = bench.keel(other, &["rm", "short"]);
+    let (ok, said) = bench.cluster.keel(other, &["rm", "short"]);
     assert!(ok, "{said}");
 
     // Its name is free.
-    let request = TokenRequest::Join { ttl_s: 600 };
-    let client = bench.cluster.client(other);
-    let token: Token = client.post("/v1/tokens", &request).await.expect("a token");
-    let via = nodes.iter().find(|node| node.name == other).expect("it");
-    let folder = bench.folder.path().to_owned();
-    let joined = bench
-        .cluster
-        .join(&folder, &leader, &via.address, &token.token)
-        .await;
+    let joined = bench.cluster.join_via(&leader, other).await;
     joined.expect("it joins again");
     // (Those that asked it before it knew its members wait a moment before they ask again.)
     wait_for("it takes machines", || async {
@@ -119,23 +84,23 @@ async fn a_node_leaves_and_joins_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_gone_is_removed_and_refused_when_it_comes_back() {
     let mut bench = Bench::new(&["a", "b"], false).await;
-    let (ok, said) = bench.keel("a", &["leave"]);
+    let (ok, said) = bench.cluster.keel("a", &["leave"]);
     assert!(!ok && said.contains("too few nodes"), "{said}");
     for (node, reason) in [("c", "not a member"), ("B", "name"), ("a", "is alive")] {
-        let (ok, said) = bench.keel("b", &["node", "rm", node]);
+        let (ok, said) = bench.cluster.keel("b", &["node", "rm", node]);
         assert!(!ok && said.contains(reason), "{node}: {said}");
     }
     bench.cluster.power_off("b");
     let dead = || async {
-        let nodes = bench.nodes("a").await;
+        let nodes = bench.cluster.nodes("a").await.expect("nodes");
         let is_dead = |node: &NodeInfo| node.name == "b" && !node.alive;
         nodes.iter().any(is_dead).then_some(())
     };
     wait_for("it is noticed", dead).await.expect("in time");
-    let (ok, said) = bench.keel("a", &["node", "rm", "b"]);
+    let (ok, said) = bench.cluster.keel("a", &["node", "rm", "b"]);
     assert!(ok && said.contains("b is removed"), "{said}");
-    assert_eq!(bench.nodes("a").await.len(), 1);
-    let (ok, said) = bench.keel("a", &["node", "rm", "b"]);
+    assert_eq!(bench.cluster.nodes("a").await.expect("nodes").len(), 1);
+    let (ok, said) = bench.cluster.keel("a", &["node", "rm", "b"]);
     assert!(!ok && said.contains("not a member"), "{said}");
 
     // What it kept of the cluster is refused.
@@ -156,5 +121,5 @@ async fn a_node_that_is_gone_is_removed_and_refused_when_it_comes_back() {
     bench.cluster.power_off("b");
     back.wait().expect("it ends");
     refused.expect("in time");
-    assert_eq!(bench.nodes("a").await.len(), 1);
+    assert_eq!(bench.cluster.nodes("a").await.expect("nodes").len(), 1);
 }

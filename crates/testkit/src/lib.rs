@@ -10,16 +10,17 @@ use bytes::Bytes;
 pub use etcd::{ETCD_LIMITS, Etcd};
 use hyper::Method;
 use keel_api::{
-    Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, StoreInfo, Token,
-    TokenRequest, Uploaded, Urgency, VolumeRequest, VotersRequest,
+    Client, ClusterInfo, MachineInfo, RunRequest, StoreInfo, Token, TokenRequest, VolumeRequest,
+    VotersRequest,
 };
-use keel_kind_wasm::{WasmKind, WasmSpec};
-use keel_machine::kind::KindSpec;
+use keel_kind_wasm::WasmKind;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
 pub use machine::Guest;
 use network::Network;
 use quota::Quotas;
+use requests::program;
+pub use requests::{move_as, move_by};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ pub mod nemesis;
 pub mod network;
 pub mod quota;
 pub mod reader;
+mod requests;
 mod voters;
 pub mod witness;
 
@@ -732,38 +734,6 @@ fn processes() -> Vec<(Pid, Vec<String>)> {
         .collect()
 }
 
-/// Moves a machine, and waits for its report.
-///
-/// # Errors
-/// As [`LocalCluster::move_machine`].
-pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveReport> {
-    let request = MoveRequest {
-        to: to.to_owned(),
-        post_copy: false,
-        checkpoint_to: None,
-        urgency: Urgency::Normal,
-        downtime_ms: None,
-    };
-    move_as(client, machine, &request).await
-}
-
-/// Moves a machine by a request, and waits for the report.
-///
-/// # Errors
-/// As [`LocalCluster::move_machine`].
-pub async fn move_as(client: &Client, machine: &str, request: &MoveRequest) -> Result<MoveReport> {
-    let path = format!("/v1/machines/{machine}/move");
-    let mut lines = client.post_stream(&path, request).await?;
-    while let Some(line) = lines.line().await? {
-        match line {
-            MoveLine::Progress(_) => {}
-            MoveLine::Report(report) => return Ok(*report),
-            MoveLine::Error(error) => bail!(error),
-        }
-    }
-    bail!("the move of {machine} brought no report")
-}
-
 /// Checks that a text has the lines `first`, `first + 1`, … each once and in order, each beginning
 /// with its number; returns the number after the last.
 ///
@@ -781,19 +751,4 @@ pub fn check_numbered(text: &str, first: u64) -> Result<u64> {
         next += 1;
     }
     Ok(next)
-}
-
-/// Uploads the module of a WebAssembly program; returns its spec.
-async fn program(client: &Client, guest: &Guest<'_>) -> Result<KindSpec> {
-    let module = Bytes::copy_from_slice(guest.module);
-    let uploaded: Uploaded = client.call(Method::PUT, "/v1/images", module).await?;
-    let mut args = vec![guest.name.to_owned()];
-    args.extend(guest.args.iter().map(|arg| (*arg).to_owned()));
-    let own = WasmSpec {
-        module: uploaded.hash,
-        args,
-        env: Vec::new(),
-        threads_max: 64,
-    };
-    own.to_kind_spec().map_err(anyhow::Error::msg)
 }
