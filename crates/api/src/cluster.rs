@@ -91,6 +91,13 @@ pub struct NodeInfo {
     pub load_age_s: Option<f64>,
 }
 
+/// What was given up with a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GivenUp {
+    /// Machines that fail because of it.
+    pub machines: Vec<String>,
+}
+
 /// The store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct StoreInfo {

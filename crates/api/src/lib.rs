@@ -97,7 +97,7 @@ pub use checkpoint::{
 };
 pub use client::{Client, ClientError, Lines, path};
 pub use cluster::{
-    AgentRestart, ClusterInfo, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest,
+    AgentRestart, ClusterInfo, GivenUp, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest,
 };
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};

@@ -5,7 +5,7 @@ use crate::down;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{Client, ClusterInfo, Nothing, path};
+use keel_api::{Client, ClusterInfo, GivenUp, Nothing, path};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,17 +15,33 @@ pub(crate) enum NodeCommand {
     ///
     /// They have no machines in their schedules any more. What they kept of the cluster is refused from
     /// then on, should they come back. A node that is alive leaves by `keel leave`.
+    ///
+    /// Machines without high availability wait for their node: only you can know that it is dead.
+    /// With --node-is-dead they are given up, and fail. If it does run somewhere, so do they there.
     Rm {
         /// Their names.
         #[arg(required = true)]
         nodes: Vec<String>,
+        /// They are dead for good: gives up the machines that they still have.
+        #[arg(long)]
+        node_is_dead: bool,
     },
 }
 
 pub(crate) async fn node(reach: &Reach, what: NodeCommand) -> Result<ExitCode> {
-    let NodeCommand::Rm { nodes } = what;
+    let NodeCommand::Rm {
+        nodes,
+        node_is_dead,
+    } = what;
     let client = reach.client()?;
     for node in nodes {
+        if node_is_dead {
+            let path = path(["nodes", &node, "give-up"]);
+            let given_up: GivenUp = client.post(&path, &()).await?;
+            for machine in given_up.machines {
+                outln!("machine {machine} is given up");
+            }
+        }
         remove(&client, &node).await?;
         outln!("{node} is removed");
     }

@@ -283,6 +283,8 @@ async fn use_cluster(bench: &Bench) {
     bench.keel("audit --since 1h --limit 10").await;
     let (removed, said) = bench.try_keel(&["node", "rm", "b"]).await;
     assert!(!removed && said.contains("keel leave"), "{said}");
+    let (removed, said) = bench.try_keel(&["node", "rm", "b", "--node-is-dead"]).await;
+    assert!(!removed && said.contains("is alive"), "{said}");
     let known = || async { bench.try_keel(&["ca"]).await.0.then_some(()) };
     let known = wait_for("the authority is known", known).await;
     known.expect("in time");

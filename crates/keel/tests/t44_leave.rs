@@ -1,6 +1,7 @@
 //! Nodes leave their cluster, and are removed from it once they are gone.
 
 use keel_api::NodeInfo;
+use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::path::Path;
@@ -122,4 +123,57 @@ async fn a_node_that_is_gone_is_removed_and_refused_when_it_comes_back() {
     back.wait().expect("it ends");
     refused.expect("in time");
     assert_eq!(bench.cluster.nodes("a").await.expect("nodes").len(), 1);
+}
+
+/// Machines of a node that is dead for good are given up by name only; those with high availability
+/// are restarted elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machines_of_a_dead_node_are_given_up_when_somebody_says_so() {
+    let mut bench = Bench::new(&["a", "b", "c", "d"], true).await;
+    let cluster = &mut bench.cluster;
+    let counter = guest("counter");
+    let module = guest("counter");
+    let plain = Guest::new("plain", "d", &counter, &["1000000", "2"]);
+    cluster.run(&plain).await.expect("it starts");
+    let kept = Guest {
+        ha: Some(HighAvailability {
+            checkpoint_every_ms: 500,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("kept", "d", &module, &["1000000", "2"])
+    };
+    cluster.run(&kept).await.expect("it starts");
+    wait_for("its checkpoint is on another node", || async {
+        let info = cluster.inspect("a", "kept").await.ok()?;
+        (!info.in_sync.is_empty()).then_some(())
+    })
+    .await
+    .expect("in time");
+    let (ok, said) = cluster.keel("a", &["node", "rm", "d", "--node-is-dead"]);
+    assert!(!ok && said.contains("is alive"), "{said}");
+    cluster.power_off("d");
+    wait_for("it is noticed", || async {
+        let node = cluster.node("a", "d").await.ok()?;
+        (!node.alive).then_some(())
+    })
+    .await
+    .expect("in time");
+    let (ok, said) = cluster.keel("a", &["node", "rm", "d"]);
+    assert!(!ok && said.contains("--node-is-dead"), "{said}");
+    let waits = cluster.inspect("a", "plain").await.expect("known");
+    assert_eq!(waits.status, "running", "nobody knows that it is dead");
+
+    let (ok, said) = cluster.keel("a", &["node", "rm", "d", "--node-is-dead"]);
+    assert!(ok && said.contains("machine plain is given up"), "{said}");
+    assert!(!said.contains("machine kept"), "{said}");
+    let lost = cluster.inspect("b", "plain").await.expect("known");
+    assert_eq!(lost.status, "failed");
+    let kept = cluster.inspect("b", "kept").await.expect("known");
+    assert!(kept.node != "d", "{kept:?}");
+    // Both can be managed as others are, and the log says who did it.
+    let (ok, said) = cluster.keel("b", &["rm", "plain"]);
+    assert!(ok, "{said}");
+    cluster.wait_voters("b", 3).await.expect("three");
+    let (_, audit) = cluster.keel("c", &["audit"]);
+    assert!(audit.contains("/v1/nodes/d/give-up"), "{audit}");
 }

@@ -6,8 +6,8 @@ mod record;
 use keel_cluster::{Epoch, NodeName};
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
-    EndEffect, EpochBase, Failover, ResumeDecision, Settlement, Target, Transfer, VersionedRecord,
-    created_at, end, fail_over, may_resume, running,
+    EndEffect, EpochBase, Failover, GivenUp, ResumeDecision, Settlement, Target, Transfer,
+    VersionedRecord, created_at, end, fail_over, give_up, may_resume, running,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -457,6 +457,45 @@ fn a_machine_on_arrival_is_its_sources_first() {
     };
     assert_eq!(of("c"), None);
     assert!(of("d").is_some());
+}
+
+/// The machines of a node that was declared dead fail, under an epoch above all that it can send,
+/// and only as long as it has no lease.
+#[test]
+fn what_is_given_up_compares_all_that_it_depends_on() {
+    let give = |before: &VersionedRecord, members: &[&str]| {
+        let is_member = |other: &NodeName| members.contains(&other.as_str());
+        give_up(before, &node("a"), is_member, "it is dead".into(), 7).unwrap()
+    };
+    let removal = Txn::new()
+        .when_modified_at("machine/m", 60)
+        .when_absent("alive/a")
+        .delete("schedule/a/m");
+    for status in [
+        Status::Running,
+        Status::Scheduled,
+        // Its source is the node itself, or no member any more.
+        Status::Arriving { from: node("a") },
+        Status::Arriving { from: node("c") },
+    ] {
+        let before = found(record("a", EPOCH, status));
+        let GivenUp::Failed { record, txn } = give(&before, &["a", "b"]) else {
+            panic!("it stays");
+        };
+        assert!(matches!(&record.status, Status::Failed { reason } if reason == "it is dead"));
+        assert_eq!((&record.owner, record.epoch), (&node("a"), epoch(2)));
+        let expected = removal.clone().put("machine/m", record.encode().unwrap());
+        assert_eq!(txn, expected);
+    }
+    // The source of its move has a newer copy than any checkpoint.
+    let on_its_way = found(record("a", EPOCH, Status::Arriving { from: node("c") }));
+    let held = GivenUp::HeldBy(node("c"));
+    assert_eq!(give(&on_its_way, &["a", "b", "c"]), held);
+    // What is left of a machine that is another node's, or has ended.
+    let elsewhere = found(record("b", EPOCH, Status::Running));
+    assert_eq!(give(&elsewhere, &["a"]), GivenUp::NotIts(removal.clone()));
+    let ended = found(record("a", EPOCH, failed()));
+    assert_eq!(give(&ended, &["a"]), GivenUp::NotIts(removal));
 }
 
 /// A machine whose process was lost on a node that is well is restarted there.

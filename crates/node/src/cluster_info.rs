@@ -195,6 +195,12 @@ pub(crate) async fn remove_node(context: &Context, node: &NodeName) -> Result<()
         .await
         .map_err(|error| match error {
             MemberError::NotAMember(_) => CommandError::NotFound(error.to_string()),
+            MemberError::HasMachines { first, .. } if *node != context.name => {
+                CommandError::Conflict(format!(
+                    "node {node} still has machines ({first} …), which wait for it: if it is dead for good, \
+                     `keel node rm {node} --node-is-dead` gives them up"
+                ))
+            }
             MemberError::HasMachines { .. } => CommandError::Conflict(error.to_string()),
             error => unavailable(error),
         })

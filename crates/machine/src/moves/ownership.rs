@@ -498,3 +498,57 @@ pub fn fail_over(
         txn,
     }))
 }
+
+/// What is given up with a node.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GivenUp {
+    /// It is not the node's, or has ended. The transaction removes its entry of the schedule.
+    NotIts(Txn),
+    /// It fails.
+    Failed {
+        /// Its new record.
+        record: Box<Record>,
+        /// Writes the record, if nothing that it depends on has changed.
+        txn: Txn,
+    },
+    /// This other node holds a newer copy of it, and takes it back once it is there.
+    HeldBy(NodeName),
+}
+
+/// Gives up a machine in the schedule of a node that somebody declared dead: it fails under a newer
+/// epoch, so that whatever receives its output refuses what the node may still send. `is_member`
+/// says whether a node is one of the cluster's.
+///
+/// # Errors
+/// If the record cannot be encoded.
+pub fn give_up(
+    found: &VersionedRecord,
+    node: &NodeName,
+    is_member: impl FnOnce(&NodeName) -> bool,
+    reason: String,
+    now_unix_ms: u64,
+) -> Result<GivenUp, String> {
+    let mut record = found.record.clone();
+    let key = Key::Machine(record.name.clone());
+    let txn = Txn::new()
+        .when_modified_at(key.clone(), found.revision)
+        .when_absent(Key::Alive(node.clone()))
+        .delete(Key::Schedule(node.clone(), record.name.clone()));
+    if record.owner != *node || record.status.ended() {
+        return Ok(GivenUp::NotIts(txn));
+    }
+    if let Status::Arriving { from } = &record.status
+        && from != node
+        && is_member(from)
+    {
+        return Ok(GivenUp::HeldBy(from.clone()));
+    }
+    // (Not the next one, as in `fail_over`.)
+    record.epoch = record.epoch.next().next();
+    record.enter(Status::Failed { reason }, now_unix_ms);
+    let txn = txn.put(key, record.encode()?);
+    Ok(GivenUp::Failed {
+        record: Box::new(record),
+        txn,
+    })
+}

@@ -13,6 +13,7 @@
 
 mod create;
 mod diff;
+mod give_up;
 mod handle;
 mod queries;
 mod reconcile;

@@ -18,8 +18,8 @@ pub(super) struct Caller {
 
 /// The role that a request needs; `None` for those that need no token, as load balancers have none.
 ///
-/// Reading needs a viewer, tokens, the authority, removal of nodes, the audit log and backups an admin, everything else an operator,
-/// including the content of machines' files.
+/// Reading needs a viewer, tokens, the authority, removal of nodes, the audit log and backups an
+/// admin, everything else an operator, including the content of machines' files.
 pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
     Some(match (method, path) {
         (_, "/healthz" | "/readyz") => return None,
@@ -34,6 +34,9 @@ pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
         (_, path) if path.starts_with("/v1/tokens/") => Role::Admin,
         (&Method::POST, path) if path.starts_with("/v1/authority") => Role::Admin,
         (&Method::DELETE, path) if path.starts_with("/v1/nodes/") => Role::Admin,
+        (&Method::POST, path) if path.starts_with("/v1/nodes/") && path.ends_with("/give-up") => {
+            Role::Admin
+        }
         (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,

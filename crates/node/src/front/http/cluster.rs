@@ -10,8 +10,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use keel_api::{
-    AgentRestart, AuthorityChange, AuthorityInfo, ClusterInfo, NodeInfo, NodeLoss, Nothing,
-    StoreInfo, Token, TokenInfo, TokenRequest, VotersRequest,
+    AgentRestart, AuthorityChange, AuthorityInfo, ClusterInfo, GivenUp, NodeInfo, NodeLoss,
+    Nothing, StoreInfo, Token, TokenInfo, TokenRequest, VotersRequest,
 };
 use keel_cluster::NodeName;
 
@@ -124,6 +124,24 @@ pub(super) async fn remove_node(State(at): Shared, Path(node): Path<String>) -> 
     let node = NodeName::new(&node).map_err(|error| CommandError::Invalid(error.to_string()))?;
     cluster_info::remove_node(&at.context, &node).await?;
     Ok(Json(Nothing {}))
+}
+
+/// Gives up the machines of a node that is dead for good: they fail.
+///
+/// Those with high availability have some seconds to be restarted elsewhere before.
+#[utoipa::path(
+    post,
+    path = "/v1/nodes/{node}/give-up",
+    operation_id = "give_up_node",
+    tag = "nodes",
+    params(("node", description = "Name of the node.")),
+    responses((status = 200, description = "Success", body = GivenUp))
+)]
+pub(super) async fn give_up_node(State(at): Shared, Path(node): Path<String>) -> Reply<GivenUp> {
+    let node = NodeName::new(&node).map_err(|error| CommandError::Invalid(error.to_string()))?;
+    let machines = at.machines.give_up(&node).await?;
+    let machines = machines.iter().map(ToString::to_string).collect();
+    Ok(Json(GivenUp { machines }))
 }
 
 /// Names of the machines in the schedule of a node.

@@ -58,6 +58,7 @@ pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
         .add(routes!(cluster::status))
         .add(routes!(cluster::nodes))
         .add(routes!(cluster::remove_node))
+        .add(routes!(cluster::give_up_node))
         .add(routes!(cluster::losses))
         .add(routes!(cluster::store))
         .add(routes!(cluster::set_voters))
