@@ -46,7 +46,7 @@ pub(crate) const LONG: &[Group] = &[
     },
     Group {
         name: "gossip",
-        crates: &["cluster"],
+        crates: &["cluster", "node"],
         message_delay_ms: None,
         tests: &[
             "a_thousand_nodes_in_figures",

@@ -233,6 +233,11 @@ impl World {
         })
     }
 
+    /// How often nodes had to begin anew, because others took them to be down.
+    fn renewals(&self) -> u32 {
+        self.nodes.iter().flatten().map(Gossip::renewals).sum()
+    }
+
     fn form(&mut self) {
         let seed = self.seed;
         let formed = self.until(seconds(60), World::is_whole);
@@ -312,6 +317,11 @@ fn lost_datagrams_bring_nobody_down() {
             assert_eq!(world.is_down_anywhere(), None, "seed {seed}");
             suspicions += usize::from(!world.is_whole());
         }
+        assert_eq!(
+            world.renewals(),
+            0,
+            "seed {seed}: somebody was told that it is down"
+        );
     }
     println!(
         "with a tenth lost, somebody was suspected in {suspicions} of {} looks",
@@ -359,6 +369,55 @@ fn halves_that_were_apart_find_each_other() {
         world.cut = Box::new(|_, _| false);
         let whole = world.until(seconds(90), World::is_whole);
         assert!(whole.is_some(), "seed {seed}: {half} of {nodes} stay apart");
+    }
+}
+
+/// Too short for all to notice, and long enough for some: whoever is accused afterwards for what it
+/// did not hear then has to be cleared.
+#[test]
+fn nobody_stays_accused_after_a_short_isolation() {
+    for seed in 0..4 * SEEDS {
+        let nodes = 2 + (seed as usize % 10);
+        let mut world = World::new(nodes, seed);
+        world.form();
+        world.cut = Box::new(|from, to| (from == 0) != (to == 0));
+        world.run(Duration::from_millis(1000 + seed * 77 % 12_000));
+        world.cut = Box::new(|_, _| false);
+        let whole = world.until(seconds(60), World::is_whole);
+        assert!(whole.is_some(), "seed {seed}: {nodes} nodes");
+        world.run(seconds(30));
+        assert!(world.is_whole(), "seed {seed}: {nodes} nodes");
+    }
+}
+
+/// What one node knows of another by gossip alone is not undone by a node whose list is older.
+#[test]
+fn a_list_of_members_that_is_behind_accuses_nobody() {
+    for seed in 0..SEEDS {
+        let nodes = 4 + (seed as usize % 10);
+        let mut world = World::new(nodes, seed);
+        world.form();
+        let mut behind = world.members();
+        behind.remove(&name(nodes - 1));
+        // It knows the others by the store, and the last one by gossip.
+        let start = Start {
+            incarnation: 1,
+            revision: 500,
+        };
+        world.nodes[0] = Some(Gossip::new(name(0), start, seed));
+        world.step(0, Event::Members(behind.clone()));
+        world.run(seconds(20));
+        behind.remove(&name(nodes - 2));
+        world.step(0, Event::Members(behind));
+        for _ in 0..50 {
+            world.run(Duration::from_millis(100));
+            for node in 1..nodes - 2 {
+                let seen = world.sees(node, nodes - 1);
+                assert_eq!(seen, Some(Liveness::Alive), "seed {seed}");
+            }
+        }
+        let last = world.nodes[nodes - 1].as_ref().expect("it runs");
+        assert_eq!(last.renewals(), 0, "seed {seed}");
     }
 }
 

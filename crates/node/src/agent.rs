@@ -449,6 +449,7 @@ impl Parts {
             rules: rules.clone(),
             placements: placements.clone(),
             alive: alive.clone(),
+            gossip: gossip.clone(),
         };
         let extension = Arc::new(LeaseExtension::new(
             context.clone(),

@@ -2,15 +2,16 @@
 //! anything inside is decoded.
 //!
 //! ```text
-//!  0         1    2      6           10         18        26     27            27+length
-//!  ├ version ┼ 0 ─┼ key ─┼ incarnation ┼ revision ┼ number ─┼ length ┼ node ──────┼ sealed … ┤
-//!                                                                     big-endian
+//!  0         1    2      6             10         18     34       42       43         43+length
+//!  ├ version ┼ 0 ─┼ key ─┼ incarnation ┼ revision ┼ salt ┼ number ┼ length ┼ node ────┼ sealed … ┤
+//!                                                                                     big-endian
 //! ```
 //!
-//! AES-256-GCM (NIST SP 800-38D), with the envelope as associated data. Each run of an agent has a
-//! key of its own, derived from the cluster's (HKDF-SHA-256, RFC 5869), and numbers its datagrams:
-//! so no nonce is used twice. A receiver takes each number once, in a window as of RFC 4303
-//! (appendix A2), and none of an earlier run.
+//! AES-256-GCM (NIST SP 800-38D), with the envelope as associated data. Each run of an agent draws a
+//! salt, has a key of its own, derived from the cluster's by it (HKDF-SHA-256, RFC 5869), and numbers
+//! its datagrams: so no nonce is used twice. A receiver takes each number once, in a window as of RFC
+//! 4303 (appendix A2), and none of a run that it knows to be an earlier one. It forgets what only keys
+//! vouched for that are of no use any more: who knew them may have forged it.
 
 use crate::gossip::instance::Start;
 use crate::gossip::keys::{GossipKeys, SecretKey};
@@ -28,7 +29,7 @@ pub type KeyId = u32;
 /// Version of the envelope and of what it holds.
 pub const VERSION: u8 = 1;
 /// Length of the envelope without the node's name, in bytes.
-const HEADER_BYTES: usize = 27;
+const HEADER_BYTES: usize = 43;
 /// Length of the seal, in bytes.
 const SEAL_BYTES: usize = 16;
 /// The longest datagram, in bytes: it fits in an Ethernet frame also through a tunnel.
@@ -62,11 +63,15 @@ pub enum Refused {
     Seal,
 }
 
+/// Random bytes of one run of an agent.
+type RunSalt = [u8; 16];
+
 /// The envelope.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Header {
     key: KeyId,
     start: Start,
+    salt: RunSalt,
     number: u64,
     node: NodeName,
 }
@@ -80,6 +85,7 @@ impl Header {
         bytes.put_u32(self.key);
         bytes.put_u32(self.start.incarnation);
         bytes.put_u64(self.start.revision);
+        bytes.put_slice(&self.salt);
         bytes.put_u64(self.number);
         // A name has at most 63 bytes.
         bytes.put_u8(name.len() as u8);
@@ -106,6 +112,8 @@ impl Header {
         let key = bytes.try_get_u32().ok()?;
         let incarnation = bytes.try_get_u32().ok()?;
         let revision = bytes.try_get_u64().ok()?;
+        let mut salt = RunSalt::default();
+        bytes.try_copy_to_slice(&mut salt).ok()?;
         let number = bytes.try_get_u64().ok()?;
         let length = usize::from(bytes.try_get_u8().ok()?);
         let (name, rest) = bytes.split_at_checked(length)?;
@@ -117,6 +125,7 @@ impl Header {
                 incarnation,
                 revision,
             },
+            salt,
             number,
             node,
         })
@@ -124,14 +133,19 @@ impl Header {
 }
 
 /// The key of one run of a node's agent.
-fn derive(key: &SecretKey, node: &NodeName, start: Start) -> Result<LessSafeKey, Refused> {
+fn derive(
+    key: &SecretKey,
+    node: &NodeName,
+    start: Start,
+    salt: &RunSalt,
+) -> Result<LessSafeKey, Refused> {
     let context = [
         b"keel gossip 1 ".as_slice(),
         &start.incarnation.to_be_bytes(),
         &start.revision.to_be_bytes(),
         node.as_str().as_bytes(),
     ];
-    let derived = Salt::new(HKDF_SHA256, b"").extract(&key.secret);
+    let derived = Salt::new(HKDF_SHA256, salt).extract(&key.secret);
     let derived = derived.expand(&context, &AES_256_GCM);
     let unbound: UnboundKey = derived.map_err(|_| Refused::Key(key.id))?.into();
     Ok(LessSafeKey::new(unbound))
@@ -148,6 +162,7 @@ fn nonce(number: u64) -> Nonce {
 pub struct Sealer {
     node: NodeName,
     start: Start,
+    salt: RunSalt,
     number: u64,
     /// The cluster's, and the one that is derived from it.
     key: Option<(SecretKey, LessSafeKey)>,
@@ -159,6 +174,7 @@ impl Sealer {
         Sealer {
             node,
             start,
+            salt: rand::random(),
             number: 0,
             key: None,
         }
@@ -171,7 +187,7 @@ impl Sealer {
             return;
         }
         self.key = sealing.and_then(|key| {
-            let derived = derive(key, &self.node, self.start).ok()?;
+            let derived = derive(key, &self.node, self.start, &self.salt).ok()?;
             Some((key.clone(), derived))
         });
     }
@@ -187,6 +203,7 @@ impl Sealer {
         let header = Header {
             key: secret.id,
             start: self.start,
+            salt: self.salt,
             number: self.number,
             node: self.node.clone(),
         };
@@ -204,6 +221,7 @@ impl Sealer {
 #[derive(Debug)]
 struct Sender {
     start: Start,
+    salt: RunSalt,
     window: Window,
     keys: Vec<(KeyId, LessSafeKey)>,
 }
@@ -224,9 +242,10 @@ impl Opener {
                 .iter()
                 .any(|key| key.id == id && before.contains(key))
         };
-        for sender in self.senders.values_mut() {
+        self.senders.retain(|_, sender| {
             sender.keys.retain(|(id, _)| is_kept(*id));
-        }
+            !sender.keys.is_empty()
+        });
     }
 
     /// Forgets nodes that are no members.
@@ -250,7 +269,7 @@ impl Opener {
         let secret = self.keys.iter().find(|key| key.id == header.key);
         let secret = secret.ok_or(Refused::Key(header.key))?;
         let known = self.senders.get(&header.node);
-        let same_run = known.filter(|sender| sender.start == header.start);
+        let same_run = known.filter(|it| (it.start, it.salt) == (header.start, header.salt));
         if known.is_some_and(|sender| sender.start > header.start)
             || same_run.is_some_and(|sender| !sender.window.takes(header.number))
         {
@@ -259,7 +278,7 @@ impl Opener {
         let known = same_run.and_then(|it| it.keys.iter().find(|(id, _)| *id == header.key));
         let derived = match known {
             Some(_) => None,
-            None => Some(derive(secret, &header.node, header.start)?),
+            None => Some(derive(secret, &header.node, header.start, &header.salt)?),
         };
         let key = known.map(|(_, key)| key).or(derived.as_ref());
         let key = key.ok_or(Refused::Key(header.key))?;
@@ -270,6 +289,7 @@ impl Opener {
         // From here on it is a member's word.
         let new = || Sender {
             start: header.start,
+            salt: header.salt,
             window: Window::default(),
             keys: Vec::new(),
         };
@@ -277,7 +297,7 @@ impl Opener {
             .senders
             .entry(header.node.clone())
             .and_modify(|sender| {
-                if sender.start != header.start {
+                if (sender.start, sender.salt) != (header.start, header.salt) {
                     *sender = new();
                 }
             })
@@ -414,6 +434,12 @@ mod tests {
         assert_eq!(open(&mut opener, &new), Ok(b"new".to_vec()));
         let old = before.seal(b"old").expect("sealed");
         assert_eq!(open(&mut opener, &old), Err(Refused::Replayed));
+        // Two runs of one start: a store that was put back counts revisions again.
+        let mut twin = Sealer::new(name("a"), start(8));
+        twin.set_keys(&keys);
+        let first = twin.seal(b"new").expect("sealed");
+        assert_ne!(first, new, "the same nonce under another key");
+        assert_eq!(open(&mut opener, &first), Ok(b"new".to_vec()));
         opener.retain(|_| false);
         assert_eq!(open(&mut opener, &old), Ok(b"old".to_vec()));
     }
@@ -438,6 +464,21 @@ mod tests {
         }
         opener.set_keys(&keys);
         assert!(matches!(open(&mut opener, &last), Err(Refused::Key(_))));
+        // Whoever knew the old key forges what would silence the node.
+        let mut forger = Sealer::new(name("a"), start(u64::MAX));
+        forger.set_keys(&keys);
+        let forged = forger.seal(b"forged").expect("sealed");
+        assert!(open(&mut opener, &forged).is_ok());
+        sealer.set_keys(&keys);
+        let true_one = sealer.seal(b"true").expect("sealed");
+        assert_eq!(open(&mut opener, &true_one), Err(Refused::Replayed));
+        for step in 0..3 {
+            keys.step(step);
+            opener.set_keys(&keys);
+        }
+        sealer.set_keys(&keys);
+        let true_one = sealer.seal(b"true").expect("sealed");
+        assert_eq!(open(&mut opener, &true_one), Ok(b"true".to_vec()));
         // A store that was put back makes another key of the same number.
         keys.keys[0].secret = [7; 32];
         sealer.set_keys(&keys);

@@ -90,6 +90,11 @@ impl Instance {
         &self.node
     }
 
+    /// How often it was declared down since, and went on.
+    pub fn renewals(&self) -> u32 {
+        self.renewals
+    }
+
     /// When its agent began.
     pub fn start(&self) -> Start {
         self.start

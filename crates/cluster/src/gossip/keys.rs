@@ -11,6 +11,7 @@
 //! no lease, and may well count as down until it reads the store again.
 
 use crate::gossip::datagram::KeyId;
+use crate::members::{MemberError, read_voters};
 use keel_store::encoding::{self, WireError};
 use keel_store::keys::Key;
 use keel_store::{Revision, Store, StoreError, Txn};
@@ -36,6 +37,9 @@ pub enum KeysError {
     /// The record.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The list of voters.
+    #[error(transparent)]
+    Members(#[from] MemberError),
 }
 
 /// One key.
@@ -165,13 +169,38 @@ pub async fn write(
     Ok(store.txn(txn).await?.is_committed())
 }
 
-/// Whether a node that knows the newest key was removed from the cluster.
+/// Who knows the newest key, though it is no member any more.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Outsider {
+    /// Nobody.
+    #[default]
+    None,
+    /// A node that was removed, and still gets what the store gets: a newer key, too.
+    Voter,
+    /// A node that was removed.
+    Removed,
+}
+
+/// Who knows the newest key, though it is no member any more.
 ///
 /// # Errors
 /// [`KeysError`].
-pub async fn is_known_outside(store: &dyn Store) -> Result<bool, KeysError> {
-    let entry = store.get(&Key::GossipKeysKnown.to_string()).await?;
-    Ok(entry.is_some())
+pub async fn outsider(store: &dyn Store) -> Result<Outsider, KeysError> {
+    let Some(entry) = store.get(&Key::GossipKeysKnown.to_string()).await? else {
+        return Ok(Outsider::None);
+    };
+    let voters = store.get(&Key::Voters.to_string()).await?;
+    let voters = voters.map(|entry| read_voters(&entry.value)).transpose();
+    let voters = voters?;
+    let is_voter = |node: &[u8]| {
+        let all = voters.iter().flat_map(|list| &list.voters);
+        all.into_iter()
+            .any(|voter| voter.node.as_str().as_bytes() == node)
+    };
+    Ok(match is_voter(&entry.value) {
+        true => Outsider::Voter,
+        false => Outsider::Removed,
+    })
 }
 
 #[cfg(test)]

@@ -25,6 +25,9 @@ const TELL_EVERY_PER_NODE: Duration = Duration::from_millis(10);
 /// A load is told after this time even if it is the same.
 const TELL_EVERY_MAX: Duration = Duration::from_secs(30);
 
+/// Nodes whose loads are kept: more than a cluster has.
+const NODES_MAX: usize = 20_000;
+
 /// What a node tells of its load. Fields are added at the end only: older nodes ignore them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Load {
@@ -80,6 +83,8 @@ pub(super) struct Loads(Arc<Mutex<Table>>);
 
 #[derive(Debug, Default)]
 struct Table {
+    /// This node, whose load no other one tells.
+    own: Option<NodeName>,
     now: Duration,
     heard: BTreeMap<NodeName, Heard>,
 }
@@ -87,6 +92,13 @@ struct Table {
 impl Loads {
     fn table(&self) -> MutexGuard<'_, Table> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of a node that knows none yet.
+    pub(super) fn of(own: NodeName) -> Self {
+        let loads = Loads::default();
+        loads.table().own = Some(own);
+        loads
     }
 
     /// Says what time it is.
@@ -121,7 +133,7 @@ impl Loads {
         let told = Told {
             node: node.clone(),
             start,
-            number: told.map_or(0, |it| it.order.1) + 1,
+            number: told.map_or(0, |it| it.order.1).checked_add(1)?,
             load,
         };
         postcard::to_extend(&told, vec![LOAD]).ok()
@@ -142,7 +154,11 @@ impl<T> BroadcastHandler<T> for Loads {
     type Key = OfNode;
     type Error = Infallible;
 
-    fn receive_item(&mut self, data: &[u8], _: Option<&T>) -> Result<Option<OfNode>, Infallible> {
+    fn receive_item(
+        &mut self,
+        data: &[u8],
+        sender: Option<&T>,
+    ) -> Result<Option<OfNode>, Infallible> {
         let Some((&LOAD, told)) = data.split_first() else {
             return Ok(None);
         };
@@ -155,8 +171,14 @@ impl<T> BroadcastHandler<T> for Loads {
         }
         let mut table = self.table();
         let order = (told.start, told.number);
+        let is_own = table.own.as_ref() == Some(&told.node);
         let known = table.heard.get(&told.node);
-        if known.is_some_and(|known| known.order >= order) {
+        // Tells are passed on for seconds. A newer one that stays silent for longer was forged.
+        let is_newer = known.is_none_or(|known| {
+            known.order < order || table.now.saturating_sub(known.at) > 2 * TELL_EVERY_MAX
+        });
+        let is_full = known.is_none() && table.heard.len() >= NODES_MAX;
+        if !is_newer || is_full || is_own && sender.is_some() {
             return Ok(None);
         }
         let heard = Heard {
@@ -235,6 +257,39 @@ mod tests {
         assert_eq!(value(&to), 0.3);
         to.retain(|_| false);
         assert!(to.all().is_empty());
+    }
+
+    /// Whoever knows a key can tell anything of anybody, and must not silence them for long.
+    #[test]
+    fn forged_tells_do_not_last() {
+        let forged = |node: &str| {
+            let told = Told {
+                node: node.parse().expect("a name"),
+                start: Start {
+                    incarnation: u32::MAX,
+                    revision: u64::MAX,
+                },
+                number: u64::MAX,
+                load: load(9.0),
+            };
+            postcard::to_extend(&told, vec![LOAD]).expect("encoded")
+        };
+        let (own, other): (NodeName, NodeName) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let mut loads = Loads::of(own.clone());
+        let take = |loads: &mut Loads, data: &[u8]| {
+            let taken = loads.receive_item(data, Some(&()));
+            taken.is_ok_and(|taken| taken.is_some())
+        };
+        assert!(!take(&mut loads, &forged("a")) && take(&mut loads, &forged("b")));
+        assert!(loads.own(&own, Start::default(), load(0.5), 0).is_some());
+        let of_b = Loads::of(other.clone());
+        let truth = of_b
+            .own(&other, Start::default(), load(0.5), 0)
+            .expect("told");
+        assert!(!take(&mut loads, &truth));
+        loads.set_now(Duration::from_secs(61));
+        assert!(take(&mut loads, &truth));
+        assert_eq!(loads.all()[&other].load.load, 0.5);
     }
 
     #[test]

@@ -9,9 +9,9 @@ use foca::{
     State, Timer,
 };
 use keel_net::NodeName;
-use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
+use rand::{RngExt, SeedableRng};
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::num::{NonZeroU8, NonZeroU32, NonZeroUsize};
@@ -23,13 +23,11 @@ const PROBE_PERIOD: Duration = Duration::from_secs(1);
 const ANSWER_WITHIN: Duration = Duration::from_millis(300);
 /// How often a node tells three others what is new, if anything is.
 const TELL_EVERY: Duration = Duration::from_millis(500);
-/// How often a node calls members that it has not heard of.
+/// How often a node calls members that it has not heard of, and those that are down: they may be on
+/// the other side of a network that is whole again.
 const CALL_EVERY: Duration = Duration::from_secs(2);
 /// How many of them at once.
 const CALLED: usize = 3;
-/// How often a node calls some that are down, which may be on the other side of a network that is
-/// whole again.
-const CALL_DOWN_EVERY: Duration = Duration::from_secs(5);
 
 const ONE: NonZeroUsize = NonZeroUsize::MIN;
 
@@ -134,17 +132,11 @@ impl std::fmt::Debug for Gossip {
 impl Gossip {
     /// The gossip of `node`, whose agent began at `start`.
     pub fn new(node: NodeName, start: Start, seed: u64) -> Self {
-        let loads = Loads::default();
-        let swim = Foca::with_custom_broadcast(
-            Instance::new(node.clone(), start),
-            config(1),
-            StdRng::seed_from_u64(seed),
-            PostcardCodec,
-            loads.clone(),
-        );
+        let loads = Loads::of(node.clone());
+        let instance = Instance::new(node.clone(), start);
         Gossip {
+            swim: swim(instance, 1, seed, &loads),
             node,
-            swim,
             runtime: AccumulatingRuntime::new(),
             timers: BinaryHeap::new(),
             timers_made: 0,
@@ -178,6 +170,11 @@ impl Gossip {
         known
             .map(|member| (member.id().node().clone(), state(member)))
             .collect()
+    }
+
+    /// How often this node was taken to be down since its agent began, and went on.
+    pub fn renewals(&self) -> u32 {
+        self.swim.identity().renewals()
     }
 
     /// The newest load of each node that told one, this one included.
@@ -264,17 +261,28 @@ impl Gossip {
             let due = Due(now + after, self.timers_made, timer);
             self.timers.push(Reverse(due));
         }
+        let mut renewed = None;
         while let Some(notice) = self.runtime.to_notify() {
             match notice {
                 OwnedNotification::Active => self.is_heard = true,
                 OwnedNotification::Idle | OwnedNotification::Defunct => self.is_heard = false,
-                OwnedNotification::Rejoin(_) => {
-                    self.is_heard = false;
-                    self.call_at = now;
-                }
+                OwnedNotification::Rejoin(instance) => renewed = Some(instance),
                 _ => {}
             }
         }
+        if let Some(instance) = renewed {
+            self.begin_anew(instance, now);
+        }
+    }
+
+    /// Forgets what it knew, after others took this node to be down and it goes on under another
+    /// number: `foca` keeps what it suspected then, and never ends these suspicions.
+    fn begin_anew(&mut self, instance: Instance, now: Duration) {
+        let nodes = self.members.len() + 1;
+        self.swim = swim(instance, nodes, self.rng.random(), &self.loads);
+        self.timers.clear();
+        self.is_heard = false;
+        self.call_at = now;
     }
 
     fn set_members(
@@ -286,13 +294,14 @@ impl Gossip {
         if members.iter().any(|node| !self.members.contains(node)) {
             self.call_at = now;
         }
-        self.members = members;
+        let before = std::mem::replace(&mut self.members, members);
         self.loads
             .retain(|node| self.members.contains(node) || *node == self.node);
         self.swim.set_config(config(self.members.len() + 1))?;
-        // Nobody probes nodes that were removed.
+        // Nobody probes nodes that were removed. (Others may be new, and known to the store only.)
         let known = self.swim.iter_members().map(Member::id);
-        let removed = known.filter(|it| !self.members.contains(it.node()));
+        let removed =
+            known.filter(|it| before.contains(it.node()) && !self.members.contains(it.node()));
         let removed: Vec<_> = removed.cloned().map(Member::down).collect();
         self.swim
             .apply_many(removed.into_iter(), true, &mut self.runtime)
@@ -306,15 +315,15 @@ impl Gossip {
         }
     }
 
-    /// Calls members that this node has not heard of: at first all of them. If none of them answers
-    /// this node it does nothing else, as it may have had to begin anew without them knowing.
+    /// Calls members that are down, and those that this node has not heard of: at first all of them,
+    /// and also if none of them has answered it since it began.
     fn call(&mut self, now: Duration) {
         self.call_at = now + CALL_EVERY;
-        let known = self.swim.iter_membership_state();
-        let known = known.filter(|_| self.is_heard);
-        let known: BTreeSet<&NodeName> = known.map(|it| it.id().node()).collect();
-        let unknown = self.members.iter().filter(|node| !known.contains(node));
-        let called = unknown.cloned().sample(&mut self.rng, CALLED);
+        let active = self.swim.iter_members();
+        let active = active.filter(|_| self.is_heard);
+        let active: BTreeSet<&NodeName> = active.map(|it| it.id().node()).collect();
+        let others = self.members.iter().filter(|node| !active.contains(node));
+        let called = others.cloned().sample(&mut self.rng, CALLED);
         for node in called {
             // Whatever its start is: it answers with it.
             let any = Instance::new(node, Start::default());
@@ -322,6 +331,12 @@ impl Gossip {
             self.check(result);
         }
     }
+}
+
+/// The protocol's part, for `instance` in a cluster of this many nodes.
+fn swim(instance: Instance, nodes: usize, seed: u64, loads: &Loads) -> Swim {
+    let rng = StdRng::seed_from_u64(seed);
+    Foca::with_custom_broadcast(instance, config(nodes), rng, PostcardCodec, loads.clone())
 }
 
 /// The settings for a cluster of this many nodes: how often an update is passed on, and how long a
@@ -344,7 +359,8 @@ fn config(nodes: usize) -> Config {
         max_transmissions: transmissions.unwrap_or(NonZeroU8::MAX),
         max_packet_size: NonZeroUsize::new(CONTENT_BYTES_MAX).unwrap_or(ONE),
         periodic_gossip: periodic(TELL_EVERY, ONE.saturating_add(2)),
-        periodic_announce_to_down_members: periodic(CALL_DOWN_EVERY, ONE.saturating_add(1)),
+        // `call` does that, and for members only.
+        periodic_announce_to_down_members: None,
         ..Config::new_lan(nodes.unwrap_or(NonZeroU32::MIN))
     }
 }

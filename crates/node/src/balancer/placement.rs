@@ -58,7 +58,9 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
         return here;
     }
     let others = allowed.iter().filter(|it| ***it != *here.as_str());
-    let others = others.filter_map(|it| NodeName::new(it).ok()).collect();
+    let others = others.filter_map(|it| NodeName::new(it).ok());
+    let doubted = handle.gossip.doubted().borrow().clone();
+    let others = others.filter(|it| !doubted.contains(it)).collect();
     let known = handle.gossip.known();
     let asked = whom_to_ask(others, &known, memory_bytes, &mut rand::rng());
     let mut answers = JoinSet::new();

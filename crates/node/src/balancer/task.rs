@@ -116,7 +116,7 @@ struct Task {
     begun: Instant,
     replies: HashMap<u64, oneshot::Sender<Response>>,
     tickets: u64,
-    /// Other nodes that are alive.
+    /// Other nodes that are alive and answer.
     peers: Vec<Name>,
     /// Sample interval in milliseconds, by the policy.
     sample_ms: Arc<AtomicU64>,
@@ -187,7 +187,10 @@ impl Task {
 
     fn snapshot(&self) -> Snapshot {
         let own = Name::from(self.handle.context.name.as_str());
-        let nodes: Vec<Name> = self.peers.iter().cloned().chain([own]).collect();
+        // Rules count what is on a node also while it does not answer datagrams.
+        let alive = self.handle.alive.now();
+        let alive = alive.iter().map(|it| Name::from(it.as_str()));
+        let nodes: Vec<Name> = alive.filter(|it| *it != own).chain([own.clone()]).collect();
         let spanning = self.handle.spanning.marked();
         let spanning = spanning.iter().map(|it| Name::from(it.as_str())).collect();
         Snapshot::new(

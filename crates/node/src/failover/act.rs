@@ -6,6 +6,7 @@ use crate::records::{self, RecordError, Reservation};
 use crate::role::Role;
 use keel_api::EventKind;
 use keel_cluster::failover::{Homeless, Placement, place};
+use keel_cluster::gossip::Liveness;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::failpoint;
 use keel_machine::moves::ownership::{self, Failover};
@@ -13,7 +14,7 @@ use keel_machine::spec::Record;
 use keel_store::TxnOutcome;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -25,7 +26,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// failed: its copy is newer than any checkpoint. It may have dropped it.
 const TAKE_BACK_PATIENCE: Duration = Duration::from_secs(2);
 /// After a loss of power of all nodes they return one after the other: an agent that has just
-/// started takes the role late, and gives the others time before it gives their machines away.
+/// started gives those that it has not heard since this much time before it gives their machines
+/// away. (That they have a lease does not suffice: a new leader of the store gives all leases that
+/// there were their full time.)
 const AFTER_START: Duration = Duration::from_secs(5);
 
 /// Failovers of this cluster, as this node carries them out.
@@ -33,6 +36,8 @@ struct Actor {
     at: Arc<Dependencies>,
     /// Why machines wait, as was told last.
     told: BTreeMap<MachineName, Placement>,
+    /// Nodes that answered this agent, or others that told it so, after it had started.
+    heard: BTreeSet<NodeName>,
     /// Since when machines are without their node.
     lost_since: BTreeMap<MachineName, Instant>,
 }
@@ -43,6 +48,7 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
     let mut actor = Actor {
         at,
         told: BTreeMap::new(),
+        heard: BTreeSet::new(),
         lost_since: BTreeMap::new(),
     };
     let mut changes = actor.at.alive.changes();
@@ -54,15 +60,26 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
             () = role.changed() => {}
         }
         changes.mark_unchanged();
-        if begun.elapsed() >= AFTER_START && role.is_held() {
-            actor.look().await;
+        let has_just_started = begun.elapsed() < AFTER_START;
+        if has_just_started {
+            actor.hear();
+        }
+        if role.is_held() {
+            actor.look(has_just_started).await;
         }
     }
 }
 
 impl Actor {
+    /// Takes note of the nodes that answer.
+    fn hear(&mut self) {
+        let known = self.at.gossip.known().into_iter();
+        let answer = known.filter(|(_, known)| known.liveness == Some(Liveness::Alive));
+        self.heard.extend(answer.map(|(node, _)| node));
+    }
+
     /// Restarts what can be restarted elsewhere.
-    async fn look(&mut self) {
+    async fn look(&mut self, has_just_started: bool) {
         let alive = self.at.alive.now();
         if alive.is_empty() {
             // Not known yet.
@@ -72,6 +89,7 @@ impl Actor {
         let lost: Vec<MachineName> = machines
             .into_iter()
             .filter(|(_, placed)| !alive.contains(&placed.owner))
+            .filter(|(_, placed)| !has_just_started || self.heard.contains(&placed.owner))
             .map(|(machine, _)| machine)
             .collect();
         self.told.retain(|machine, _| lost.contains(machine));

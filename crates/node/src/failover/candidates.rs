@@ -1,6 +1,7 @@
 //! What failovers decide with: the machines, who has their checkpoints, and the room of the nodes.
 
 use crate::context::Context;
+use crate::gossip::NodeGossip;
 use crate::host::needed_features;
 use crate::records::{self, AliveNodes, Placements, RecordError};
 use crate::rules::Rules;
@@ -23,6 +24,7 @@ pub(crate) struct Dependencies {
     pub(crate) rules: Arc<Rules>,
     pub(crate) placements: Arc<Placements>,
     pub(crate) alive: Arc<AliveNodes>,
+    pub(crate) gossip: Arc<NodeGossip>,
 }
 
 /// Those of `machines` that have high availability, as failovers see them.

@@ -3,7 +3,7 @@
 
 use crate::context::Context;
 use crate::role::Role;
-use keel_cluster::gossip::keys::{self, GossipKeys, KeysError, SPREAD_WITHIN};
+use keel_cluster::gossip::keys::{self, GossipKeys, KeysError, Outsider, SPREAD_WITHIN};
 use keel_store::Revision;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
@@ -21,8 +21,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(3600);
 pub(super) struct Followed {
     /// The keys, and the revision of their record.
     pub(super) keys: Option<(GossipKeys, Revision)>,
-    /// Whether the newest key is known to a node that was removed.
-    is_known_outside: bool,
+    outsider: Outsider,
 }
 
 /// What the store has, from now on until the agent ends.
@@ -59,7 +58,7 @@ async fn follow_once(
 async fn read(context: &Context) -> Result<Followed, KeysError> {
     Ok(Followed {
         keys: keys::read(&*context.store).await?,
-        is_known_outside: keys::is_known_outside(&*context.store).await?,
+        outsider: keys::outsider(&*context.store).await?,
     })
 }
 
@@ -73,7 +72,15 @@ pub(super) async fn replace(
     let mut since: Option<(Revision, Instant)> = None;
     loop {
         let wait = if role.is_held() {
-            let known = followed.borrow_and_update().clone();
+            followed.mark_unchanged();
+            let known = match read(&context).await {
+                Ok(known) => known,
+                Err(error) => {
+                    tracing::debug!(%error, "the keys of gossip cannot be read");
+                    tokio::time::sleep(RETRY_AFTER).await;
+                    continue;
+                }
+            };
             let revision = known.keys.as_ref().map(|(_, revision)| *revision);
             if since.map(|(of, _)| of) != revision {
                 since = revision.map(|revision| (revision, Instant::now()));
@@ -127,8 +134,13 @@ fn next_step(known: &Followed, stood: Duration, now_unix_ms: u64) -> Step {
     if is_rotating && stood < SPREAD_WITHIN {
         return Step::Wait(SPREAD_WITHIN - stood);
     }
-    if !is_rotating && !known.is_known_outside && !keys.is_old(now_unix_ms) {
-        return Step::Wait(LOOK_EVERY);
+    if !is_rotating {
+        match known.outsider {
+            // It is replaced soon, and would get this key, too.
+            Outsider::Voter => return Step::Wait(RETRY_AFTER),
+            Outsider::None if !keys.is_old(now_unix_ms) => return Step::Wait(LOOK_EVERY),
+            Outsider::None | Outsider::Removed => {}
+        }
     }
     keys.step(now_unix_ms);
     Step::Write {
@@ -140,6 +152,12 @@ fn next_step(known: &Followed, stood: Duration, now_unix_ms: u64) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn answered(known: &mut Followed, is_answered: bool) {
+        if is_answered {
+            known.outsider = Outsider::None;
+        }
+    }
 
     /// Carries the steps out, and tells how many keys there are after each, and how long each
     /// stands.
@@ -155,14 +173,14 @@ mod tests {
                     }
                     match next_step(&known, wait, now) {
                         Step::Write { keys, is_answered } => {
-                            known.is_known_outside &= !is_answered;
+                            answered(&mut known, is_answered);
                             known.keys = Some((keys, 1));
                         }
                         Step::Wait(_) => unreachable!("it has stood long enough"),
                     }
                 }
                 Step::Write { keys, is_answered } => {
-                    known.is_known_outside &= !is_answered;
+                    answered(&mut known, is_answered);
                     known.keys = Some((keys, 1));
                 }
             }
@@ -178,12 +196,15 @@ mod tests {
         let replaced = [(2, SPREAD_WITHIN), (2, SPREAD_WITHIN), (1, LOOK_EVERY)];
         let mut known = Followed {
             keys: Some((keys.clone(), 1)),
-            is_known_outside: false,
+            outsider: Outsider::None,
         };
         assert_eq!(steps(known.clone(), 5 + day), [(1, LOOK_EVERY)]);
         assert_eq!(steps(known.clone(), 6 + day), replaced);
-        known.is_known_outside = true;
-        assert_eq!(steps(known, 5), replaced);
+        known.outsider = Outsider::Removed;
+        assert_eq!(steps(known.clone(), 5), replaced);
+        known.outsider = Outsider::Voter;
+        let step = next_step(&known, Duration::from_secs(999), 5);
+        assert_eq!(step, Step::Wait(RETRY_AFTER));
     }
 
     /// The node may know the newer key of a replacement that was under way: another one follows.
@@ -193,7 +214,7 @@ mod tests {
         keys.step(5);
         let known = Followed {
             keys: Some((keys, 1)),
-            is_known_outside: true,
+            outsider: Outsider::Removed,
         };
         let spread = (2, SPREAD_WITHIN);
         assert_eq!(

@@ -53,9 +53,12 @@ pub(super) async fn run(
     loop {
         let taken = async {
             let socket = UdpSocket::bind(context.settings.listen).await?;
+            is_reported = false;
             task.take_part(&socket, &mut stops).await
         };
         let Err(error) = taken.await else { return };
+        // Nothing new is heard of anybody.
+        gossip.doubted.send_replace(BTreeSet::new());
         if !is_reported {
             let address = context.settings.listen;
             tracing::warn!(

@@ -72,7 +72,7 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
     if let Some(external) = &node.settings.store {
         let store = external.connect().await?;
         let incarnation = members::raise_incarnation(&store, node.identity.cluster).await?;
-        let mut txn = Txn::new().delete(Key::Authorities);
+        let mut txn = Txn::new().delete(Key::Authorities).delete(Key::GossipKeys);
         for entry in store.list(CERTIFICATES).await?.entries {
             txn = txn.delete(entry.key);
         }
@@ -107,16 +107,21 @@ pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, Rebuild
     let backup = Backup::decode(backup)?;
     let content = Listing {
         revision: backup.revision,
-        entries: without_certificates(backup.entries),
+        entries: without_keys(backup.entries),
     };
     node.begin(content).await
 }
 
 /// A content without what nodes trusted at its time: the authority may have been replaced since, and
-/// whom this node trusts now decides.
-fn without_certificates(mut entries: Vec<KeyValue>) -> Vec<KeyValue> {
-    let is_of_its_time =
-        |key: &str| matches!(key.parse(), Ok(Key::Authorities | Key::Certificate(_)));
+/// whom this node trusts now decides. The keys of gossip may be known to nodes that were removed
+/// since.
+fn without_keys(mut entries: Vec<KeyValue>) -> Vec<KeyValue> {
+    let is_of_its_time = |key: &str| {
+        matches!(
+            key.parse(),
+            Ok(Key::Authorities | Key::Certificate(_) | Key::GossipKeys | Key::GossipKeysKnown)
+        )
+    };
     entries.retain(|entry| !is_of_its_time(&entry.key));
     entries
 }
