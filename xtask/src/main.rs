@@ -3,6 +3,7 @@
 //! - `ci`: checks of a change
 //! - `suite`: the tests, usual and long
 //! - `licences`: licences of dependencies
+//! - `fuzz`: all decoders under libFuzzer
 //! - `imports`: imports between files
 //! - `guests`: guest programs from their sources
 //! - `conformance`: the public WASI test-suite
@@ -22,6 +23,7 @@ mod big;
 mod ci;
 mod command;
 mod conformance;
+mod fuzz;
 mod guests;
 mod imports;
 mod licences;
@@ -104,6 +106,17 @@ enum Task {
         /// Only mutants whose name contains this.
         only: Option<String>,
     },
+    /// Fuzzes decoders, all if none is named, with coverage feedback.
+    Fuzz {
+        /// Targets.
+        names: Vec<String>,
+        /// Minutes of each.
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// Adds short inputs that cover more to the corpus, to be committed.
+        #[arg(long)]
+        keep: bool,
+    },
     /// Makes an archive for servers: binary, manual, completions, service.
     Package,
     /// Moves machines while faults are injected.
@@ -183,6 +196,11 @@ fn main() -> ExitCode {
         Task::Imports => imports::check(&command::root()),
         Task::Licences => licences::check(),
         Task::Package => package::make(),
+        Task::Fuzz {
+            names,
+            minutes,
+            keep,
+        } => fuzz::run(&names, minutes, keep),
         Task::Mutants { only } => mutants::run(only.as_deref()),
         Task::Guests { names } => guests::build(&names),
         Task::Conformance {
