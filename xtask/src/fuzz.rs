@@ -24,16 +24,12 @@ const KEPT_BYTES_MAX: u32 = 192;
 pub(crate) fn run(names: &[String], minutes: u64, keep: bool) -> Result<()> {
     let folder = root().join("target/fuzz");
     let seeds = folder.join("seeds");
-    let mut write = cargo();
-    write.args([
-        "run",
-        "--release",
-        "--package",
-        "keel-fuzz",
-        "--",
-        "--seeds",
-    ]);
-    check(write.arg(&seeds))?;
+    // Of the whole workspace: so nothing is compiled again for other features.
+    let mut plain = cargo();
+    plain.args(["build", "--release", "--workspace", "--bin", "keel-fuzz"]);
+    check(&mut plain)?;
+    let plain = root().join("target/release/keel-fuzz");
+    check(Command::new(plain).arg("--seeds").arg(&seeds))?;
     let mut build = cargo();
     build
         .args([

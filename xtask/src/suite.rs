@@ -51,6 +51,7 @@ pub(crate) const LONG: &[Group] = &[
         tests: &[
             "a_thousand_nodes_in_figures",
             "a_removed_node_makes_the_keys_be_replaced",
+            "a_node_whose_datagrams_do_not_arrive_is_alive_and_silent",
         ],
     },
     Group {

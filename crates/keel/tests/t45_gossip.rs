@@ -49,7 +49,7 @@ fn metric(cluster: &LocalCluster, node: &str, name: &str) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_know_who_answers_and_the_load_of_each() {
     let names = ["a", "b", "c"];
-    let (mut cluster, _folder) = cluster(&names).await;
+    let (cluster, _folder) = cluster(&names).await;
     wait_whole(&cluster, &names).await;
     for of in names {
         let known = wait_for("its load is known", || async {
@@ -71,13 +71,6 @@ async fn nodes_know_who_answers_and_the_load_of_each() {
     wait_whole(&cluster, &names).await;
     // It begins anew.
     cluster.kill_agent("b").expect("it is killed");
-    wait_whole(&cluster, &names).await;
-    // A computer that is switched off, and on again.
-    cluster.power_off("a");
-    for ask in ["b", "c"] {
-        wait_answers(&cluster, ask, "a", false, &["down"]).await;
-    }
-    cluster.power_on("a").await.expect("it starts");
     wait_whole(&cluster, &names).await;
 }
 
