@@ -108,7 +108,7 @@ enum Task {
     },
     /// Fuzzes decoders, all if none is named, with coverage feedback.
     Fuzz {
-        /// Targets.
+        /// Targets, as `keel-fuzz` lists them.
         names: Vec<String>,
         /// Minutes of each.
         #[arg(long, default_value_t = 10)]

@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 pub struct Start {
-    /// Of the cluster.
+    /// The cluster's, raised whenever its store is put back.
     pub incarnation: u32,
-    /// Of the store.
+    /// The store's at a write that this run of the agent made.
     pub revision: u64,
 }
 
@@ -85,7 +85,7 @@ impl Instance {
         }
     }
 
-    /// The node.
+    /// The node whose agent it is.
     pub fn node(&self) -> &NodeName {
         &self.node
     }

@@ -31,13 +31,13 @@ const RECORD: &str = "the keys of gossip";
 /// Why the keys cannot be read or changed.
 #[derive(Debug, Error)]
 pub enum KeysError {
-    /// The store.
+    /// The store does not answer, or refuses.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The record.
+    /// The record of the keys is damaged, or of another version.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The list of voters.
+    /// The list of voters cannot be read.
     #[error(transparent)]
     Members(#[from] MemberError),
 }
@@ -172,7 +172,7 @@ pub async fn write(
 /// Who knows the newest key, though it is no member any more.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Outsider {
-    /// Nobody.
+    /// All who know it are members.
     #[default]
     None,
     /// A node that was removed, and still gets what the store gets: a newer key, too.

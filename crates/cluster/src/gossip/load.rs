@@ -70,7 +70,7 @@ struct Told {
 /// A node's load, as heard last.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heard {
-    /// The load.
+    /// What the node told.
     pub load: Load,
     /// When it was heard, by this node's clock.
     pub at: Duration,

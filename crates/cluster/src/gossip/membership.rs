@@ -71,7 +71,7 @@ pub enum Event<'a> {
 /// The content of a datagram for a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outgoing {
-    /// The node.
+    /// To whom it goes.
     pub to: NodeName,
     /// At most [`CONTENT_BYTES_MAX`] bytes.
     pub content: Vec<u8>,
