@@ -80,7 +80,8 @@ pub struct Policy {
     /// Minimum decrease of the sum over nodes of power times load squared per move.
     pub gain_min: f64,
     /// Minimum decrease of the load difference, as a share, where a move would make the lighter
-    /// node the heavier one: a move that only swaps the two loads is noise.
+    /// node the heavier one: a move that only swaps the two loads is noise. Among equal machines,
+    /// whose nodes differ by one machine or by two, 0.5 admits it from 4/3 of a machine's load on.
     pub shrink_min: f64,
     /// Upper bound of the expected remaining duration of a load, in seconds.
     pub horizon_s: u64,
@@ -105,7 +106,7 @@ impl Default for Policy {
             empty_load: 0.35,
             interval_ms: 1000,
             sample_ms: 1000,
-            shrink_min: 0.3,
+            shrink_min: 0.5,
             window_samples: 8,
             hold_ms: 30_000,
             cool_down_ms: 300_000,

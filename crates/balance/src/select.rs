@@ -512,6 +512,19 @@ mod tests {
         assert_eq!(to_small[0].verdict, Verdict::Overshoots);
     }
 
+    /// Loads of three nodes with 5, 3 and 4 equal machines, as measured once. To the node with 4
+    /// nothing moves though it seems lighter by a fifth more than a machine: 4, 3 and 5 machines
+    /// can become 3, 4 and 5, which cool-downs keep.
+    #[test]
+    fn nodes_that_differ_by_one_machine_do_not_swap() {
+        let (five, three, four) = (side(1.0, 6.66), side(1.0, 3.83), side(1.0, 5.10));
+        let machine = |target: &NodeState| [burner("one", 1.28, target)];
+        let considered = decide(&five, &four, &machine(&four));
+        assert_eq!(considered[0].verdict, Verdict::SwapsImbalance);
+        let considered = decide(&five, &three, &machine(&three));
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+    }
+
     #[test]
     fn each_reason_has_its_name() {
         let (source, target) = (side(1.0, 3.0), side(1.0, 0.5));
