@@ -45,6 +45,12 @@ pub(crate) const LONG: &[Group] = &[
         ],
     },
     Group {
+        name: "ownership on many seeds",
+        crates: &["machine"],
+        message_delay_ms: None,
+        tests: &["one_copy_runs_on_many_more_seeds"],
+    },
+    Group {
         name: "gossip",
         crates: &["cluster", "node"],
         message_delay_ms: None,

@@ -11,7 +11,12 @@ pub(super) const OWNERSHIP: Subject = Subject {
         ("comparisons", &["--workspace", "--test", "ownership"]),
         (
             "simulation",
-            &["--workspace", "--test", "move_simulation", "one_copy"],
+            &[
+                "--workspace",
+                "--test",
+                "move_simulation",
+                "one_copy_runs_and_the_record_names_it",
+            ],
         ),
     ],
     seeds: "40000",
