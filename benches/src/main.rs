@@ -13,6 +13,7 @@
 //! - `checkpoints`: creating and restoring, compared with plain writing and reading
 //! - `failover`: how long a machine and the store are away when a node fails
 //! - `protect`: what protected output costs in latency and throughput
+//! - `large_cluster`: what 1,000 nodes with 20,000 machines cost the leader of the store
 //! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
 //! - `plan`: plans for whole clusters, compared with Ganeti's hbal
 //! - `threads`: downtime of a thread that moves to another part
@@ -30,6 +31,7 @@ mod cores;
 mod failover;
 mod first_move;
 mod guest;
+mod large_cluster;
 mod load;
 mod metrics;
 mod moves;
@@ -122,6 +124,7 @@ enum What {
     Failover,
     Protect,
     Rest,
+    LargeCluster,
     Store,
     Qemu,
     Plan,
@@ -186,6 +189,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Rest) {
         rest::bench(&options)?;
+    }
+    if wanted(What::LargeCluster) {
+        large_cluster::bench(&options)?;
     }
     if wanted(What::Store) {
         store::bench(&options)?;

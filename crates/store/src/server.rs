@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::FutureExt;
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Revised, Transaction};
 use crate::encoding::{WireError, decode, kind, payload};
@@ -14,17 +14,47 @@ use crate::interface::{LeaseId, Listing, Store, StoreError, Watch};
 
 /// Bytes of entries gathered for one item of a list.
 const LIST_ITEM_BYTES: usize = 1 << 20;
+/// Watches that are told of changes at once, and renewals that are answered at once. One change may
+/// concern thousands of watches, and one heartbeat confirm hundreds of renewals: all that sending
+/// would come before the answers to requests that arrive meanwhile.
+const AT_ONCE: usize = 8;
 
 /// Serves the store's requests from a [`Store`]. Only nodes are permitted.
 #[derive(Clone)]
 pub struct StoreHandler {
     store: Arc<dyn Store>,
+    watches: Turns,
+    renewals: Turns,
+}
+
+/// Lets some tasks of many send what they have, while the others wait.
+#[derive(Clone)]
+struct Turns(Arc<Semaphore>);
+
+impl Turns {
+    fn new() -> Self {
+        Self(Arc::new(Semaphore::new(AT_ONCE)))
+    }
+
+    /// Calls `send` when it is the caller's turn. Returns when other tasks had theirs: those that
+    /// write what was sent.
+    async fn take<T>(&self, send: impl FnOnce() -> T) -> T {
+        let turn = self.0.acquire().await;
+        let sent = send();
+        tokio::task::yield_now().await;
+        drop(turn);
+        sent
+    }
 }
 
 impl StoreHandler {
     /// Serves `store`.
     pub fn new(store: Arc<dyn Store>) -> Self {
-        Self { store }
+        Self {
+            store,
+            watches: Turns::new(),
+            renewals: Turns::new(),
+        }
     }
 
     /// Whether requests of `kind` are the store's.
@@ -59,7 +89,7 @@ impl StoreHandler {
                 let follow: Follow = read("a watch", request)?;
                 let watch = store.watch(&follow.prefix, follow.from).await;
                 let (items, stream) = mpsc::channel(4);
-                tokio::spawn(send_changes(watch, items));
+                tokio::spawn(send_changes(watch, items, self.watches.clone()));
                 Ok(Reply::Stream(stream))
             }
             kind::LEASE_GRANT => {
@@ -68,7 +98,8 @@ impl StoreHandler {
             }
             kind::LEASE_RENEW => {
                 let lease: u64 = read("a lease renewal", request)?;
-                one(store.lease_renew(LeaseId(lease)).await)
+                let renewed = store.lease_renew(LeaseId(lease)).await;
+                self.renewals.take(|| one(renewed)).await
             }
             kind::LEASE_REVOKE => {
                 let lease: u64 = read("the end of a lease", request)?;
@@ -146,7 +177,7 @@ async fn send_list(listing: Result<Listing, StoreError>, to: mpsc::Sender<Bytes>
     }
 }
 
-async fn send_changes(watch: Result<Watch, StoreError>, to: mpsc::Sender<Bytes>) {
+async fn send_changes(watch: Result<Watch, StoreError>, to: mpsc::Sender<Bytes>, turns: Turns) {
     let mut watch = match watch {
         Ok(watch) => watch,
         Err(error) => {
@@ -173,8 +204,10 @@ async fn send_changes(watch: Result<Watch, StoreError>, to: mpsc::Sender<Bytes>)
         let Ok(item) = item(next.map(Revised::from)) else {
             return;
         };
-        if to.send(item).await.is_err() {
+        // Nobody waits for one that reads slowly.
+        let Ok(place) = to.reserve().await else {
             return;
-        }
+        };
+        turns.take(|| place.send(item)).await;
     }
 }

@@ -75,6 +75,15 @@ async fn remote() -> Result<Engine, Box<dyn Error>> {
 
 /// `handler` on node a, and node b's way to it.
 async fn serve(handler: Arc<dyn Handler>) -> Result<(ServerHandle, StoreClient), Box<dyn Error>> {
+    let (server, mut clients) = serve_to(handler, 1).await?;
+    Ok((server, clients.remove(0)))
+}
+
+/// As `serve`, with a number of connections of node b.
+async fn serve_to(
+    handler: Arc<dyn Handler>,
+    clients: usize,
+) -> Result<(ServerHandle, Vec<StoreClient>), Box<dyn Error>> {
     let authority = CertificateAuthority::create(ClusterId::random())?;
     let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
     let server = Server::serve(
@@ -84,11 +93,15 @@ async fn serve(handler: Arc<dyn Handler>) -> Result<(ServerHandle, StoreClient),
         handler,
         Options::default(),
     )?;
-    let tls = NodeIdentity::first(&authority, &b)?.client_tls()?;
-    let peers = Peers::new(tls, Options::default());
-    peers.set_address(&a, &server.address().to_string());
-    let store = StoreClient::new(Arc::new(peers), vec![a], Duration::from_secs(10));
-    Ok((server, store))
+    let identity = NodeIdentity::first(&authority, &b)?;
+    let mut all = Vec::new();
+    for _ in 0..clients {
+        let peers = Peers::new(identity.client_tls()?, Options::default());
+        peers.set_address(&a, &server.address().to_string());
+        let timeout = Duration::from_secs(10);
+        all.push(StoreClient::new(Arc::new(peers), vec![a.clone()], timeout));
+    }
+    Ok((server, all))
 }
 
 macro_rules! conformance {
@@ -309,6 +322,57 @@ async fn a_slow_watch_is_told_that_it_missed_something() -> Outcome {
     assert_eq!(store.watch("k", 1).await.err(), Some(compacted));
     let mut good = store.watch("k", 21).await?;
     assert_eq!(good.next().await.ok_or("over")??.revision, 21);
+    Ok(())
+}
+
+/// Ten thousand watches are told of each change, however slowly one of them reads, or if it does not
+/// read at all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_thousand_watches_are_served_beside_one_that_is_not_read() -> Outcome {
+    const CONNECTIONS: usize = 50;
+    const WATCHES: usize = 200;
+    const CHANGES: u32 = 60;
+    let engine = embedded().await?;
+    let handler = Arc::new(StoreHandler::new(engine.store.clone()));
+    let (_server, clients) = serve_to(handler, CONNECTIONS).await?;
+    let mut unread = clients[0].watch("all/", 1).await?;
+    let mut watches = Vec::new();
+    for client in &clients {
+        for number in 0..WATCHES {
+            // Most of them wait for what does not change.
+            let prefix = match number {
+                0 => "all/".to_owned(),
+                _ => format!("all/{number}/"),
+            };
+            watches.push((number, client.watch(&prefix, 1).await?));
+        }
+    }
+    for change in 0..CHANGES {
+        let text = change.to_string();
+        let txn = Txn::new().put(format!("all/{}/key", change % 2), text);
+        clients[1].txn(txn).await?;
+    }
+    // One change for all.
+    let all = (2..WATCHES).fold(Txn::new(), |txn, number| {
+        txn.put(format!("all/{number}/key"), "last")
+    });
+    clients[1].txn(all).await?;
+    let told = watches.into_iter().map(|(number, mut watch)| async move {
+        let expected = match number {
+            0 => CHANGES as usize + 1,
+            1 => CHANGES as usize / 2,
+            _ => 1,
+        };
+        for _ in 0..expected {
+            watch.next().await.ok_or("over")??;
+        }
+        Ok::<_, Box<dyn Error>>(())
+    });
+    futures::future::try_join_all(told).await?;
+    // It got what came before its connection's limit, and gets the rest.
+    for revision in 1..=u64::from(CHANGES) + 1 {
+        assert_eq!(unread.next().await.ok_or("over")??.revision, revision);
+    }
     Ok(())
 }
 

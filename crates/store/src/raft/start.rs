@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicUsize;
 
 use openraft::SnapshotPolicy;
 use rand::rngs::StdRng;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
 use super::deadlines::Deadlines;
 use super::election::{ELECTION_MAX, ELECTION_MIN, Election};
@@ -97,7 +97,6 @@ pub(super) struct Tasks {
     pub(super) leader: Arc<Leader>,
     pub(super) election: Arc<Election>,
     pub(super) requests: mpsc::Sender<Request>,
-    pub(super) published: watch::Receiver<()>,
 }
 
 /// Starts the tasks of a voter on the current runtime. What the log writes is written by somebody
@@ -120,14 +119,12 @@ pub(super) async fn start(
         options.history_revisions_max,
         options.history_bytes_max,
     ));
-    let (publish, published) = watch::channel(());
     let unsaved = Arc::new(AtomicUsize::new(0));
     let machine = StateMachine::new(
         model,
         meta,
         Shared {
             view: view.clone(),
-            published: publish,
             deadlines: deadlines.clone(),
             file,
             bytes: unsaved.clone(),
@@ -165,6 +162,5 @@ pub(super) async fn start(
         leader,
         election,
         requests,
-        published,
     })
 }

@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use openraft::storage::RaftStateMachine;
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder, Snapshot};
-use tokio::sync::watch;
 
 use super::deadlines::Deadlines;
 use super::snapshot::{self, SnapshotFile};
@@ -31,8 +30,6 @@ pub(super) struct StateMachine {
     applied: Option<LogId>,
     membership: Membership,
     view: Arc<View>,
-    /// Wakes the watches; dropped with this, which ends them.
-    published: watch::Sender<()>,
     deadlines: Arc<Deadlines>,
     file: SnapshotFile,
     bytes: Arc<AtomicUsize>,
@@ -41,7 +38,6 @@ pub(super) struct StateMachine {
 /// What a [`StateMachine`] shares with the rest of the store.
 pub(super) struct Shared {
     pub(super) view: Arc<View>,
-    pub(super) published: watch::Sender<()>,
     pub(super) deadlines: Arc<Deadlines>,
     pub(super) file: SnapshotFile,
     /// Bytes of proposals applied since the newest snapshot.
@@ -56,7 +52,6 @@ impl StateMachine {
             applied: meta.last_log_id,
             membership: meta.last_membership,
             view: shared.view,
-            published: shared.published,
             deadlines: shared.deadlines,
             file: shared.file,
             bytes: shared.bytes,
@@ -103,6 +98,12 @@ impl StateMachine {
     }
 }
 
+impl Drop for StateMachine {
+    fn drop(&mut self) {
+        self.view.end_watches();
+    }
+}
+
 impl RaftStateMachine<Types> for StateMachine {
     type SnapshotBuilder = Builder;
 
@@ -130,7 +131,6 @@ impl RaftStateMachine<Types> for StateMachine {
         }
         if !changes.is_empty() {
             self.view.publish(changes);
-            self.published.send_replace(());
         }
         Ok(all)
     }
@@ -172,7 +172,6 @@ impl RaftStateMachine<Types> for StateMachine {
             .replace(leases.map(|(id, held)| (*id, held.ttl_ms)));
         self.view
             .replace(self.model.revision, self.model.entries.clone());
-        self.published.send_replace(());
         Ok(())
     }
 
