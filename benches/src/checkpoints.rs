@@ -216,6 +216,7 @@ impl Bench {
             repository: &repository,
             runtime: self.runtime.handle(),
             full: false,
+            after: None,
             give_up: &AtomicBool::new(false),
             cluster_volumes: Vec::new(),
         };

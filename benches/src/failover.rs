@@ -98,7 +98,7 @@ async fn measure(keel: &Path, module: &[u8], failures: usize) -> Result<(Figures
     let shared = folder.path().join("shared");
     std::fs::create_dir(&shared)?;
     let file = shared.join(NAME);
-    let mut cluster = LocalCluster::start_replicated(keel, folder.path(), &NODES, None).await?;
+    let mut cluster = LocalCluster::start_replicated(keel, folder.path(), &NODES).await?;
     let path = file.display().to_string();
     let args = [path.as_str(), MIB, "1000"];
     cluster

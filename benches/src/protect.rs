@@ -87,7 +87,7 @@ async fn measure(options: &Options, way: &Way) -> Result<Figures> {
     let keel = options.keel.canonicalize().context("keel")?;
     let module = std::fs::read(options.guests.join("stamp.wasm"))?;
     let folder = tempfile::tempdir()?;
-    let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES, None).await?;
+    let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES).await?;
     // A line each millisecond, and then as many as it can.
     let mut seen = Vec::new();
     for pause_us in ["1000", "0"] {

@@ -41,7 +41,7 @@ async fn measure(options: &Options) -> Result<Vec<(f64, f64)>> {
     let keel = options.keel.canonicalize().context("keel")?;
     let module = std::fs::read(options.guests.join("witness.wasm"))?;
     let folder = tempfile::tempdir()?;
-    let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES, None).await?;
+    let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES).await?;
     cluster.set_policy("mode", "automatic").await?;
     for (at, node) in NODES.into_iter().enumerate() {
         for number in 0..MACHINES {

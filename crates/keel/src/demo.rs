@@ -242,7 +242,7 @@ async fn play(
 ) -> Result<Summary> {
     let begun = Instant::now();
     headline(scene, "starting three nodes");
-    let mut cluster = LocalCluster::start_replicated(program, folder, &NODES, None).await?;
+    let mut cluster = LocalCluster::start_replicated(program, folder, &NODES).await?;
     let hot_node = hot_node::play(scene, &cluster, &NODES).await?;
     let spread = spread::play(scene, &cluster, program, folder, &NODES).await?;
     headline(

@@ -120,7 +120,7 @@ async fn an_earlier_version_works_beside_this_one() {
     let program = folder.path().join("keel");
     install_from(&older, &program);
     let nodes = ["a", "b", "c"];
-    let cluster = LocalCluster::start_replicated(&program, folder.path(), &nodes, None).await;
+    let cluster = LocalCluster::start_replicated(&program, folder.path(), &nodes).await;
     let cluster = cluster.expect("a cluster of the earlier version");
     let counter = guest("counter");
     let machine = Guest::new("m", "a", &counter, &["1000000", "2"]);

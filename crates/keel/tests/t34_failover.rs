@@ -59,7 +59,7 @@ impl Bench {
 
     async fn with(folder: tempfile::TempDir, program: &Path) -> Self {
         std::fs::create_dir(folder.path().join("shared")).expect("a folder");
-        let cluster = LocalCluster::start_replicated(program, folder.path(), &NODES, None).await;
+        let cluster = LocalCluster::start_replicated(program, folder.path(), &NODES).await;
         Bench {
             cluster: cluster.expect("a cluster"),
             folder,

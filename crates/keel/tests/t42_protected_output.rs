@@ -98,8 +98,7 @@ impl Drop for Follower {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_readers_saw_is_never_undone() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
-    let cluster =
-        LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES, None).await;
+    let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES).await;
     let cluster = cluster.expect("a cluster");
     let mut bench = Bench { cluster, folder };
     let module = guest("counter");

@@ -21,8 +21,7 @@ impl Bench {
     async fn new() -> Self {
         let folder = tempfile::Builder::new().prefix("keel-").tempdir();
         let folder = folder.expect("a folder");
-        let cluster =
-            LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES, None).await;
+        let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &NODES).await;
         let bench = Bench {
             cluster: cluster.expect("a cluster"),
             folder,

@@ -20,7 +20,7 @@ impl Bench {
         let folder = folder.expect("a folder");
         let program = Path::new(KEEL);
         let cluster = match replicated {
-            true => LocalCluster::start_replicated(program, folder.path(), names, None).await,
+            true => LocalCluster::start_replicated(program, folder.path(), names).await,
             false => LocalCluster::start(program, folder.path(), names).await,
         };
         Bench {

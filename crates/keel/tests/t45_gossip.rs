@@ -16,7 +16,7 @@ async fn cluster(names: &[&str]) -> (LocalCluster, tempfile::TempDir) {
         .prefix("keel-")
         .tempdir()
         .expect("a folder");
-    let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), names, None).await;
+    let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), names).await;
     (cluster.expect("a cluster"), folder)
 }
 

@@ -328,7 +328,7 @@ impl Worker for NullWorker {
             counter.thaw();
             frozen.map_err(RpcError::failed)?;
             Manifest {
-                id: CheckpointId::new(now),
+                id: CheckpointId::after(request.after.as_ref()),
                 machine: name.clone(),
                 parent: None,
                 generation: 0,

@@ -296,6 +296,7 @@ impl Running {
             repository: &self.repository,
             runtime: self.runtime.handle(),
             full: false,
+            after: None,
             give_up: &AtomicBool::new(false),
             cluster_volumes: Vec::new(),
         };

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 pub use voters::{Group, Member};
+use wall_clock::WallClocks;
 
 pub mod disk;
 pub mod drill;
@@ -38,6 +39,7 @@ pub mod quota;
 pub mod reader;
 mod requests;
 mod voters;
+pub mod wall_clock;
 pub mod witness;
 
 /// File in which nodes of a cluster record the failpoints that they pass.
@@ -83,6 +85,7 @@ struct Node {
 pub struct LocalCluster {
     program: PathBuf,
     network: Option<Network>,
+    clocks: Option<WallClocks>,
     quotas: Option<Quotas>,
     nodes: BTreeMap<String, Node>,
     /// How many of them shall hold the store.
@@ -132,6 +135,7 @@ impl LocalCluster {
         LocalCluster {
             program: program.to_owned(),
             network,
+            clocks: None,
             quotas: None,
             nodes: BTreeMap::new(),
             voters: "1",
@@ -160,19 +164,29 @@ impl LocalCluster {
         Ok(self)
     }
 
-    /// As [`Self::start_in`], with as many copies of the store as the cluster makes by itself.
+    /// As [`Self::start`], with as many copies of the store as the cluster makes by itself.
     /// Other clusters keep one, at their first node, so that tests know what fails with which
     /// node.
     ///
     /// # Errors
     /// The log of a node that did not start; or there are not three copies in time.
-    pub async fn start_replicated(
+    pub async fn start_replicated(program: &Path, folder: &Path, names: &[&str]) -> Result<Self> {
+        Self::start_to_be_broken(program, folder, names, None, None).await
+    }
+
+    /// As [`Self::start_replicated`], with links that can be cut, and clocks that can be set.
+    ///
+    /// # Errors
+    /// As [`Self::start_replicated`].
+    pub async fn start_to_be_broken(
         program: &Path,
         folder: &Path,
         names: &[&str],
         network: Option<Network>,
+        clocks: Option<WallClocks>,
     ) -> Result<Self> {
         let mut cluster = LocalCluster::empty(program, network);
+        cluster.clocks = clocks;
         cluster.voters = "auto";
         let cluster = cluster.begin(folder, names).await?;
         cluster.wait_voters(names[0], 3).await?;
@@ -309,6 +323,11 @@ impl LocalCluster {
         self.network.as_ref()
     }
 
+    /// The nodes' clocks, if they can be set.
+    pub fn clocks(&self) -> Option<&WallClocks> {
+        self.clocks.as_ref()
+    }
+
     fn command(&self, node: &str, state: &Path) -> Result<Command> {
         let log = std::fs::OpenOptions::new()
             .create(true)
@@ -321,6 +340,9 @@ impl LocalCluster {
                 None => Command::new(&self.program),
             },
         };
+        if let Some(clocks) = &self.clocks {
+            clocks.give(node, &mut command)?;
+        }
         command
             .env(keel_machine::failpoint::ENABLE_ENVIRONMENT, "1")
             .env("KEEL_FAILPOINT_LOG", state.join(FAILPOINT_LOG))

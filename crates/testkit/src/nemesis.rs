@@ -6,10 +6,12 @@
 //! has never rewound.
 
 mod fault;
+mod tally;
 
 use crate::disk::SmallDisk;
 use crate::network::Network;
 use crate::reader::Reader;
+use crate::wall_clock::WallClocks;
 use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
@@ -28,8 +30,9 @@ use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+pub use tally::Tally;
 
 /// The nodes; the first holds the store.
 pub const NODES: [&str; 3] = ["a", "b", "c"];
@@ -51,6 +54,8 @@ const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committe
 const ROTATION_SHARE: f64 = 0.05;
 /// The longest duration of a fault: less than the time after which a worker counts as lost.
 const BROKEN_MAX: Duration = Duration::from_secs(4);
+/// The most by which a wall clock is wrong.
+const CLOCK_MAX: Duration = Duration::from_secs(2 * 86_400);
 /// Time limit of a request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(40);
 
@@ -83,81 +88,14 @@ impl Kept {
     }
 }
 
-/// Counters of the run.
-#[derive(Debug, Default)]
-pub struct Tally {
-    /// Rounds.
-    pub rounds: u64,
-    /// Requested moves.
-    pub moves: AtomicU64,
-    /// Of these, moves during a fault.
-    pub disturbed: AtomicU64,
-    /// Of these, moves that reached the target.
-    pub moved: AtomicU64,
-    /// Moves whose machine stayed.
-    pub stayed: AtomicU64,
-    /// Moves that were refused, or whose answer was lost.
-    pub refused: AtomicU64,
-    /// Checkpoints that were made.
-    pub checkpoints: AtomicU64,
-    /// Replacements of the cluster's authority that were asked for.
-    pub rotations: AtomicU64,
-    /// Faults, by kind, and apart those of the node that led the store.
-    pub faults: BTreeMap<String, u64>,
-    /// How often a machine rewound to a checkpoint after its process was killed.
-    pub rewinds: u64,
-    /// Of these, machines with high availability whose node was away.
-    pub failovers: u64,
-    /// Milliseconds from the repair to the next line of all machines: without and with a killed
-    /// process of a machine.
-    pub recoveries_ms: [Vec<u64>; 2],
-}
-
-impl std::fmt::Display for Tally {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        writeln!(
-            f,
-            "{} rounds; {} moves requested, {} of them during a fault: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} replacements of the authority; {} rewinds of killed machines, {} of them failovers",
-            self.rounds,
-            of(&self.moves),
-            of(&self.disturbed),
-            of(&self.moved),
-            of(&self.stayed),
-            of(&self.refused),
-            of(&self.checkpoints),
-            of(&self.rotations),
-            self.rewinds,
-            self.failovers
-        )?;
-        for (kind, count) in &self.faults {
-            write!(f, "{kind} {count}, ")?;
-        }
-        let [unharmed, killed] = self.recoveries_ms.each_ref().map(|times| {
-            let mut times = times.clone();
-            times.sort_unstable();
-            let at = |share: usize| times.get(times.len() * share / 100).or(times.last());
-            let ms = |time: Option<&u64>| time.copied().unwrap_or(0);
-            format!(
-                "p50 {} p99 {} max {} ms",
-                ms(at(50)),
-                ms(at(99)),
-                ms(times.last())
-            )
-        });
-        write!(
-            f,
-            "recovery after repair: {unharmed}; with a killed machine: {killed}"
-        )
-    }
-}
-
 /// A cluster, its machines, and the faults.
 #[derive(Debug)]
 pub struct Nemesis {
     cluster: LocalCluster,
     /// Folder of each node, where a file system of its own may be mounted.
     disks: BTreeMap<&'static str, SmallDisk>,
+    /// Whether packets of the nodes' links can be lost.
+    loses: bool,
     shared: PathBuf,
     random: StdRng,
     told: Vec<Evidence>,
@@ -192,7 +130,26 @@ impl Nemesis {
                 }
             };
         }
-        let cluster = LocalCluster::start_replicated(program, folder, &NODES, network).await?;
+        let clocks = match WallClocks::new(&folder.join("clocks")) {
+            Ok(clocks) => Some(clocks),
+            Err(error) => {
+                println!("no clock is set: {error:#}");
+                None
+            }
+        };
+        let cluster =
+            LocalCluster::start_to_be_broken(program, folder, &NODES, network, clocks).await?;
+        // Nothing is lost yet, so this tries only whether it can be.
+        let loses = match cluster
+            .network()
+            .map(|network| network.lose(NODES[0], None))
+        {
+            Some(Err(error)) => {
+                println!("no packet is lost: {error:#}");
+                false
+            }
+            tried => tried.is_some(),
+        };
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
         let module = std::fs::read(witness)?;
@@ -220,6 +177,7 @@ impl Nemesis {
         let mut nemesis = Nemesis {
             cluster,
             disks,
+            loses,
             shared,
             random: StdRng::seed_from_u64(seed),
             told: vec![Evidence::default(); MACHINES.len()],
@@ -364,13 +322,20 @@ impl Nemesis {
         let machine = self.some_machine();
         let linked = self.cluster.network().is_some();
         let disks = self.disks.len() == NODES.len();
-        match self.random.random_range(0..118) {
+        match self.random.random_range(0..134) {
+            118..126 if linked && self.loses => {
+                Fault::LossyLink(node, self.random.random_range(1..40))
+            }
+            126..134 if self.cluster.clocks().is_some() => {
+                let most = CLOCK_MAX.as_secs() as i64;
+                Fault::Clock(node, self.random.random_range(-most..most))
+            }
             114..116 => {
                 let mut order = NODES;
                 order.shuffle(&mut self.random);
                 Fault::AllOff(order)
             }
-            116.. => Fault::FewerVoters,
+            116..118 => Fault::FewerVoters,
             100..106 if disks => Fault::FullDisk(node),
             106..114 if linked => Fault::SlowLink(node, self.random.random_range(2..60)),
             0..45 => {
@@ -443,6 +408,19 @@ impl Nemesis {
             Fault::SlowLink(node, mbit) => {
                 self.cut(|network| network.slow(node, Some(*mbit)));
             }
+            Fault::LossyLink(node, percent) => {
+                let share = f64::from(*percent) / 100.0;
+                self.cut(|network| network.lose(node, Some(share)));
+            }
+            Fault::Clock(node, seconds) => self.set_clock(node, *seconds),
+        }
+    }
+
+    fn set_clock(&self, node: &str, ahead_s: i64) {
+        if let Some(clocks) = self.cluster.clocks()
+            && let Err(error) = clocks.set(node, ahead_s)
+        {
+            eprintln!("the clock of {node}: {error:#}");
         }
     }
 
@@ -518,6 +496,8 @@ impl Nemesis {
             }
             Fault::FullDisk(node) => self.disk(node, SmallDisk::free),
             Fault::SlowLink(node, _) => self.cut(|network| network.slow(node, None)),
+            Fault::LossyLink(node, _) => self.cut(|network| network.lose(node, None)),
+            Fault::Clock(node, _) => self.set_clock(node, 0),
         }
         Ok(())
     }

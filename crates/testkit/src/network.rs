@@ -151,6 +151,36 @@ impl Network {
         Ok(())
     }
 
+    /// Drops a share of the packets that a node sends, and of those that it receives, or none of
+    /// them again.
+    ///
+    /// # Errors
+    /// The error of `iptables`.
+    pub fn lose(&self, node: &str, share: Option<f64>) -> Result<()> {
+        let space = self.space(node);
+        for chain in ["INPUT", "OUTPUT"] {
+            let mut arguments = vec!["netns", "exec", &space, "iptables", "-w"];
+            let probability = share.unwrap_or_default().to_string();
+            match share {
+                Some(_) => arguments.extend([
+                    "-A",
+                    chain,
+                    "-m",
+                    "statistic",
+                    "--mode",
+                    "random",
+                    "--probability",
+                    &probability,
+                    "-j",
+                    "DROP",
+                ]),
+                None => arguments.extend(["-F", chain]),
+            }
+            ip(&arguments).context("packets are dropped by iptables (apt-get install iptables)")?;
+        }
+        Ok(())
+    }
+
     /// Blocks all traffic from one node to another, or allows it again; the other direction is not
     /// affected.
     ///

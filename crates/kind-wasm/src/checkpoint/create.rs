@@ -111,6 +111,8 @@ pub struct Destination<'a> {
     pub runtime: &'a Handle,
     /// Whether a full checkpoint is made in any case.
     pub full: bool,
+    /// The checkpoint that counts for the machine now, wherever it is: ids increase from it.
+    pub after: Option<CheckpointId>,
     /// Set by others to end it early.
     pub give_up: &'a AtomicBool,
     /// Backends of the machine's cluster volumes.
@@ -247,6 +249,7 @@ impl Checkpointer {
             repository,
             runtime,
             full,
+            after,
             give_up,
             cluster_volumes,
         } = destination;
@@ -271,9 +274,9 @@ impl Checkpointer {
         let newest = newest
             .iter()
             .chain(parent.as_ref().map(|last| &last.id))
+            .chain(&after)
             .max();
-        let after = newest.map_or(0, |newest| newest.unix_ms() + 1);
-        let id = CheckpointId::new(unix_ms().max(after));
+        let id = CheckpointId::after(newest);
         let packer = |piece: fn(usize) -> PackName| {
             let name = subject.name.clone();
             Packer::new(

@@ -79,6 +79,7 @@ impl WasmWorker {
             repository: &repository,
             runtime,
             full: request.full,
+            after: request.after.clone(),
             give_up: &give_up,
             cluster_volumes: cluster_volumes.all(),
         };

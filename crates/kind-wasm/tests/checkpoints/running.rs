@@ -8,6 +8,8 @@ pub(crate) struct Running {
     pub(crate) log: Log,
     pub(crate) engine: Engine,
     pub(crate) checkpointer: Checkpointer,
+    /// The checkpoint that counts, wherever it is.
+    pub(crate) after: Option<CheckpointId>,
     pub(crate) runtime: tokio::runtime::Runtime,
     pub(crate) folder: tempfile::TempDir,
 }
@@ -95,6 +97,7 @@ impl Running {
             log: Log::open(&folder.path().join("log"), 0).unwrap(),
             engine,
             checkpointer: Checkpointer::default(),
+            after: None,
             runtime: tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(2)
                 .enable_all()
@@ -146,6 +149,7 @@ impl Running {
             repository: &repository,
             runtime: self.runtime.handle(),
             full,
+            after: self.after.clone(),
             give_up,
             cluster_volumes: Vec::new(),
         };

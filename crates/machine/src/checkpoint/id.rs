@@ -1,5 +1,6 @@
 //! The ids of checkpoints.
 
+use keel_store::clock::unix_ms;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -13,6 +14,12 @@ impl CheckpointId {
     /// A new id for this time.
     pub fn new(unix_ms: u64) -> Self {
         CheckpointId(format!("{unix_ms:013}-{:08x}", rand::random::<u32>()))
+    }
+
+    /// A new id for the present time, or above an earlier one that a clock ahead gave.
+    pub fn after(earlier: Option<&CheckpointId>) -> Self {
+        let least = earlier.map_or(0, |earlier| earlier.unix_ms() + 1);
+        CheckpointId::new(unix_ms().max(least))
     }
 
     /// Time of the checkpoint, in milliseconds since 1970-01-01 UTC.
@@ -59,5 +66,23 @@ impl FromStr for CheckpointId {
                 "{text:?} is not the name of a checkpoint (see `keel checkpoints MACHINE`)"
             ))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_increase_though_a_clock_was_ahead() {
+        let (past, future) = (
+            CheckpointId::new(5),
+            CheckpointId::new(unix_ms() + 1_000_000),
+        );
+        for earlier in [&past, &future] {
+            assert!(CheckpointId::after(Some(earlier)) > *earlier);
+        }
+        let before = unix_ms();
+        assert!(CheckpointId::after(None).unix_ms() >= before);
     }
 }

@@ -175,6 +175,10 @@ pub struct Checkpoint {
     /// Which checkpoints of the machine are kept afterwards.
     #[serde(default)]
     pub keep: Retention,
+    /// Ids increase through the machine's life, on whichever node it is and whatever clocks show: the
+    /// new one is above this.
+    #[serde(default)]
+    pub after: Option<CheckpointId>,
 }
 
 /// A checkpoint that was made.
@@ -529,6 +533,7 @@ mod tests {
         };
         let newer: Checkpoint = unpack(&pack(&older).unwrap()).unwrap();
         assert_eq!((newer.keep.newest, newer.keep.for_s), (None, None));
+        assert_eq!(newer.after, None);
         let copy = Copy {
             target: MoveEndpoint {
                 address: "127.0.0.1:1".into(),

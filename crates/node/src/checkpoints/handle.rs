@@ -159,6 +159,7 @@ impl Checkpoints {
             repository: repository.clone(),
             full: request.full,
             keep: retention,
+            after: None,
         };
         let injected = |error: failpoint::Injected| CommandError::Unavailable(error.to_string());
         failpoint::pass_async("checkpoint.agent.asked")

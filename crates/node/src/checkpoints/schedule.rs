@@ -2,7 +2,9 @@
 //! whichever node the machine is.
 //!
 //! The interval starts at the newest checkpoint in the store, so that neither a move nor a new
-//! agent adds or skips one.
+//! agent adds or skips one. From there on it is measured on CLOCK_BOOTTIME: a wall clock that was
+//! ahead for a moment would put off the next checkpoint, and with it the output that waits for it,
+//! until that time has come.
 
 use super::handle::Checkpoints;
 use super::replication::Unreplicated;
@@ -14,7 +16,7 @@ use keel_cluster::{Epoch, MachineName};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::spec::{Record, Spec, Status};
-use keel_store::clock::unix_ms;
+use keel_store::clock::{boottime, unix_ms};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +38,8 @@ impl Checkpoints {
         };
         tokio::spawn(async move {
             let mut watching = Some(watching);
-            let mut newest = None;
+            // When it was begun, on CLOCK_BOOTTIME.
+            let mut newest: Option<Duration> = None;
             let mut failed = 0;
             let mut unreplicated = None;
             let mut settings = None;
@@ -76,22 +79,19 @@ impl Checkpoints {
                 }
                 // The first checkpoint of a machine with high availability is made at once: after
                 // a start there is none, and after a move only where it was.
-                let since = match (&record.spec.ha, newest) {
-                    (_, Some(newest)) => newest,
-                    (Some(_), None) => 0,
-                    (None, None) => {
-                        let made = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
-                        // The clock of another node may have been ahead.
-                        let since = made.unwrap_or(record.started_unix_ms).min(unix_ms());
-                        *newest.insert(since)
-                    }
-                };
-                let due = due(plan.every, since, failed);
-                let now = unix_ms();
+                if newest.is_none() && record.spec.ha.is_none() {
+                    let made = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
+                    // The clock of another node may have been ahead.
+                    let since = made.unwrap_or(record.started_unix_ms);
+                    let age = Duration::from_millis(unix_ms().saturating_sub(since));
+                    newest = boottime().checked_sub(age);
+                }
+                let now = boottime();
+                let due = newest.map_or(now, |newest| due(plan.every, newest, failed));
                 let runs =
                     record.owner == checkpoints.context.name && record.status == Status::Running;
                 if !runs || due > now {
-                    let rest = Duration::from_millis(due.saturating_sub(now));
+                    let rest = due.saturating_sub(now);
                     // An arriving machine is about to run.
                     let least = Duration::from_millis(if runs { 1 } else { 500 });
                     tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
@@ -105,8 +105,8 @@ impl Checkpoints {
                         .replicate_next(&machine, ha, &mut unreplicated)
                         .await;
                     match made {
-                        Ok(made_ms) => {
-                            newest = Some(made_ms);
+                        Ok(made_at) => {
+                            newest = Some(made_at);
                             failed = 0;
                         }
                         Err(error) => {
@@ -119,7 +119,7 @@ impl Checkpoints {
                                     tracing::debug!(%machine, %error, "still no checkpoint on other nodes")
                                 }
                             }
-                            newest = Some(since.max(now.saturating_sub(ms(plan.every))));
+                            newest = newest.max(Some(now.saturating_sub(plan.every)));
                             failed += 1;
                         }
                     }
@@ -133,7 +133,7 @@ impl Checkpoints {
                 };
                 match checkpoints.create_here(&machine, request).await {
                     Ok(taken) => {
-                        newest = Some(taken.created_unix_ms);
+                        newest = Some(now);
                         failed = 0;
                         if record.spec.ha.is_some() {
                             checkpoints
@@ -143,7 +143,7 @@ impl Checkpoints {
                     }
                     Err(error) => {
                         tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
-                        newest = Some(since.max(now.saturating_sub(ms(plan.every))));
+                        newest = newest.max(Some(now.saturating_sub(plan.every)));
                         failed += 1;
                     }
                 }
@@ -226,20 +226,20 @@ impl Checkpoints {
     }
 
     /// Makes a checkpoint and has other nodes fetch it; one that they could not fetch before is
-    /// tried again first. Returns when it was made, in milliseconds since 1970-01-01 UTC.
+    /// tried again first. Returns when it was begun, on CLOCK_BOOTTIME.
     async fn replicate_next(
         &self,
         machine: &MachineName,
         ha: &HighAvailability,
         unreplicated: &mut Option<Unreplicated>,
-    ) -> Result<u64, CommandError> {
+    ) -> Result<Duration, CommandError> {
         let next = match unreplicated.take() {
             Some(next) => next,
             None => self.make_for_replication(machine).await?,
         };
-        let made_ms = next.unix_ms();
+        let made_at = next.begun();
         match self.replicate(machine, ha, &next).await {
-            Ok(()) => Ok(made_ms),
+            Ok(()) => Ok(made_at),
             // The machine has another life: its checkpoint is of no use.
             Err(error @ CommandError::Conflict(_)) => Err(error),
             Err(error) => {
@@ -275,7 +275,7 @@ impl Drop for Watching {
 
 /// When the next checkpoint is due: one interval after the newest, or a backoff after the last
 /// failed attempt.
-fn due(every: Duration, newest_ms: u64, failed: u32) -> u64 {
+fn due(every: Duration, newest: Duration, failed: u32) -> Duration {
     let pause = match failed {
         0 => Duration::ZERO,
         // Doubles, so that an unreachable store is not asked each second.
@@ -284,13 +284,7 @@ fn due(every: Duration, newest_ms: u64, failed: u32) -> u64 {
             .min(RETRY_MAX)
             .min(every),
     };
-    newest_ms
-        .saturating_add(ms(every))
-        .saturating_add(ms(pause))
-}
-
-fn ms(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+    newest.saturating_add(every).saturating_add(pause)
 }
 
 #[cfg(test)]
@@ -299,12 +293,13 @@ mod tests {
 
     #[test]
     fn one_follows_the_other_and_failures_are_spaced() {
-        assert_eq!(due(Duration::from_secs(10), 5_000, 0), 15_000);
-        assert_eq!(due(Duration::from_secs(600), 5_000, 1), 607_000);
-        assert_eq!(due(Duration::from_secs(600), 5_000, 3), 613_000);
-        assert_eq!(due(Duration::from_secs(600), 5_000, 99), 665_000);
+        let s = Duration::from_secs;
+        assert_eq!(due(s(10), s(5), 0), s(15));
+        assert_eq!(due(s(600), s(5), 1), s(607));
+        assert_eq!(due(s(600), s(5), 3), s(613));
+        assert_eq!(due(s(600), s(5), 99), s(665));
         // The backoff skips at most one checkpoint.
-        assert_eq!(due(Duration::from_secs(2), 5_000, 99), 9_000);
-        assert_eq!(due(Duration::MAX, 5_000, 0), u64::MAX);
+        assert_eq!(due(s(2), s(5), 99), s(9));
+        assert_eq!(due(Duration::MAX, s(5), 0), Duration::MAX);
     }
 }

@@ -24,6 +24,10 @@ pub(super) enum Fault {
     FullDisk(String),
     /// Limited to this rate in Mbit/s.
     SlowLink(String, u32),
+    /// Of every 100 packets, this many are lost in each direction.
+    LossyLink(String, u32),
+    /// The wall clock is this many seconds ahead, or behind if negative.
+    Clock(String, i64),
 }
 
 impl Fault {
@@ -48,6 +52,8 @@ impl Fault {
             Fault::CutOneWay(..) => "link cut one way",
             Fault::FullDisk(_) => "disk full",
             Fault::SlowLink(..) => "link slow",
+            Fault::LossyLink(..) => "link lossy",
+            Fault::Clock(..) => "clock set",
         }
     }
 
@@ -65,7 +71,9 @@ impl Fault {
             | Fault::Cut(node)
             | Fault::CutOneWay(node, _)
             | Fault::FullDisk(node)
-            | Fault::SlowLink(node, _) => Some(node),
+            | Fault::SlowLink(node, _)
+            | Fault::LossyLink(node, _)
+            | Fault::Clock(node, _) => Some(node),
         }
     }
 
@@ -88,7 +96,9 @@ impl Fault {
             | Fault::Cut(_)
             | Fault::CutOneWay(..)
             | Fault::FullDisk(_)
-            | Fault::SlowLink(..) => false,
+            | Fault::SlowLink(..)
+            | Fault::LossyLink(..)
+            | Fault::Clock(..) => false,
         }
     }
 }
@@ -104,13 +114,16 @@ impl Fault {
             | Fault::Cut(_)
             | Fault::CutOneWay(..)
             | Fault::FullDisk(_)
-            | Fault::SlowLink(..) => true,
+            | Fault::SlowLink(..)
+            | Fault::LossyLink(..) => true,
             Fault::Failpoint(_, _, order) => order.action == Action::Stop,
             Fault::Nothing
             | Fault::FewerVoters
             | Fault::KillAgent(_)
             | Fault::KillWorker(..)
-            | Fault::KillInDoubt(..) => false,
+            | Fault::KillInDoubt(..)
+            // Leases are measured by another clock.
+            | Fault::Clock(..) => false,
         }
     }
 }

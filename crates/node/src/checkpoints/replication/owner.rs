@@ -18,6 +18,7 @@ use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind, pack};
 use keel_net::{Reply, RpcError};
+use keel_store::clock::boottime;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -35,6 +36,8 @@ const DISCARD_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub(in crate::checkpoints) struct Unreplicated {
     id: CheckpointId,
+    /// When it was begun, on CLOCK_BOOTTIME.
+    begun: Duration,
     /// The life of the machine whose state it has.
     epoch: Epoch,
     created_unix_ms: u64,
@@ -46,9 +49,9 @@ pub(in crate::checkpoints) struct Unreplicated {
 }
 
 impl Unreplicated {
-    /// When it was made, in milliseconds since 1970-01-01 UTC.
-    pub(in crate::checkpoints) fn unix_ms(&self) -> u64 {
-        self.id.unix_ms()
+    /// When it was begun, on CLOCK_BOOTTIME.
+    pub(in crate::checkpoints) fn begun(&self) -> Duration {
+        self.begun
     }
 }
 
@@ -73,13 +76,16 @@ impl Checkpoints {
         let worker = self.processes.machines.get(machine);
         let worker = worker.ok_or_else(|| conflict(format!("machine {machine:?} does not run")))?;
         let before = records::get(&*self.context.store, machine).await?.record;
+        let set = records::in_sync_set(&*self.context.store, machine).await?;
+        let counts = set.map(|(set, _)| set.checkpoint);
         let question = Checkpoint {
             repository: self.context.dir.replicas().display().to_string(),
             full: false,
             keep: Retention {
-                newest: Some(self.needed(machine).await?),
+                newest: Some(self.needed(machine, counts.as_ref()).await?),
                 for_s: None,
             },
+            after: counts,
         };
         let text = |error: RpcError| match error {
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
@@ -87,6 +93,7 @@ impl Checkpoints {
             }
             other => CommandError::Unavailable(other.to_string()),
         };
+        let begun = boottime();
         let made: CheckpointReport = worker
             .ask(kind::CHECKPOINT, &question, PATIENCE)
             .await
@@ -95,6 +102,7 @@ impl Checkpoints {
         let report = worker.report().await.map_err(text)?;
         Ok(Unreplicated {
             id: made.id,
+            begun,
             epoch: before.epoch,
             created_unix_ms: before.created_unix_ms,
             log_end: made.log_end,
@@ -105,15 +113,18 @@ impl Checkpoints {
     }
 
     /// How many of a machine's checkpoints in this node's folder must be kept with the next one: down
-    /// to the one that the in-sync set names. Newer ones were made in vain.
-    async fn needed(&self, machine: &MachineName) -> Result<u32, CommandError> {
-        let set = records::in_sync_set(&*self.context.store, machine).await?;
+    /// to the one that counts, by the in-sync set. Newer ones were made in vain.
+    async fn needed(
+        &self,
+        machine: &MachineName,
+        counts: Option<&CheckpointId>,
+    ) -> Result<u32, CommandError> {
         let url = self.context.dir.replicas().display().to_string();
         let repository = opened(move || Repository::create(&url)).await?;
         let all = repository.list(machine).await;
         let all = all.map_err(|error| repository_error(&error))?;
-        let newer = match &set {
-            Some((set, _)) => all.iter().filter(|id| **id > set.checkpoint).count(),
+        let newer = match counts {
+            Some(counts) => all.iter().filter(|id| *id > counts).count(),
             None => 0,
         };
         Ok(u32::try_from(newer).unwrap_or(u32::MAX).saturating_add(2))
