@@ -254,7 +254,8 @@ pub async fn raise_incarnation(store: &dyn Store, cluster: ClusterId) -> Result<
 }
 
 /// Changes the content of a store that one voter begins anew with: a higher incarnation, so that
-/// all new epochs are above all old ones, and this voter alone. The new incarnation.
+/// all new epochs are above all old ones, and this voter alone. The new incarnation, which is also
+/// above `known`: the content may be older than another one that was begun anew.
 ///
 /// # Errors
 /// [`MemberError::OtherCluster`], [`MemberError::NoCluster`], [`MemberError::NotAMember`] if the
@@ -263,6 +264,7 @@ pub fn begin_anew(
     entries: &mut [KeyValue],
     cluster: ClusterId,
     voter: &Voter,
+    known: u32,
 ) -> Result<u32, MemberError> {
     let member = Key::Member(voter.node.clone()).to_string();
     if !entries.iter().any(|entry| entry.key == member) {
@@ -277,7 +279,7 @@ pub fn begin_anew(
                 if record.id != cluster {
                     return Err(MemberError::OtherCluster(record.id));
                 }
-                record.incarnation += 1;
+                record.incarnation = record.incarnation.max(known) + 1;
                 incarnation = Some(record.incarnation);
                 entry.value = encoding::encode("the cluster's record", &record)?;
             }
@@ -292,6 +294,17 @@ pub fn begin_anew(
         }
     }
     incarnation.ok_or(MemberError::NoCluster)
+}
+
+/// The incarnation that the content of a store says; 0 if it says none.
+pub fn incarnation_in(entries: &[KeyValue]) -> u32 {
+    let key = Key::Cluster.to_string();
+    let entry = entries.iter().find(|entry| entry.key == key);
+    let record = entry.and_then(|entry| {
+        let read = encoding::decode::<ClusterRecord>("the cluster's record", &entry.value);
+        read.ok()
+    });
+    record.map_or(0, |record| record.incarnation)
 }
 
 /// All members, by name.

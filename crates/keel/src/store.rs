@@ -2,6 +2,7 @@
 
 use crate::cluster::Reach;
 use crate::output;
+use crate::up::StoreArgs;
 use anyhow::{Context, Result, bail, ensure};
 use keel_api::{StoreInfo, VotersRequest};
 use keel_node::Rebuilt;
@@ -42,6 +43,13 @@ pub(crate) enum StoreCommand {
         #[arg(long)]
         others_are_lost: bool,
     },
+    /// Moves the store out of this computer's node into an etcd.
+    ///
+    /// First `keel store voters 1`, then `keel down` on the node that `keel store status` names,
+    /// and this there. Machines run on meanwhile. Then start each node with `keel down` and `keel up
+    /// --store ADDRESS`, within ten minutes: until then no node counts as failed. May be repeated
+    /// after an error.
+    Migrate(StoreArgs),
 }
 
 #[derive(clap::Args)]
@@ -58,6 +66,7 @@ pub(crate) async fn run(reach: &Reach, what: Option<StoreCommand>) -> Result<Exi
             file,
             others_are_lost,
         }) => return restore(reach, file, *others_are_lost).await,
+        Some(StoreCommand::Migrate(to)) => return migrate(reach, to).await,
         _ => {}
     }
     let client = reach.client()?;
@@ -137,6 +146,25 @@ async fn restore(reach: &Reach, file: &Path, others_are_lost: bool) -> Result<Ex
     Ok(ExitCode::SUCCESS)
 }
 
+async fn migrate(reach: &Reach, to: &StoreArgs) -> Result<ExitCode> {
+    check_local(reach)?;
+    let to = to.external()?;
+    let to = to.context("where to? Name an etcd: --store etcd://HOST:PORT/PREFIX")?;
+    let moved = keel_node::migrate(&reach.state_dir(), &to).await?;
+    outln!(
+        "the store is at {} now: incarnation {}, revision {}. Start this node with `keel up`, and the \
+         others with `keel down` and `keel up --store {}`",
+        to.address,
+        moved.incarnation,
+        moved.revision,
+        to.address
+    );
+    if let Some(old) = &moved.old {
+        outln!("the old copy is in {}", old.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) async fn recover(reach: &Reach, args: &RecoverArgs) -> Result<ExitCode> {
     check_confirmed(reach, args.others_are_lost)?;
     let rebuilt = keel_node::recover(&reach.state_dir()).await?;
@@ -144,11 +172,16 @@ pub(crate) async fn recover(reach: &Reach, args: &RecoverArgs) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-fn check_confirmed(reach: &Reach, others_are_lost: bool) -> Result<()> {
+fn check_local(reach: &Reach) -> Result<()> {
     ensure!(
         !reach.is_remote(),
         "this changes the node of this computer: leave --server, and name its folder with --state-dir"
     );
+    Ok(())
+}
+
+fn check_confirmed(reach: &Reach, others_are_lost: bool) -> Result<()> {
+    check_local(reach)?;
     if !others_are_lost {
         bail!(
             "two stores of one cluster would both start its machines. If the other voters can run \

@@ -56,15 +56,15 @@ struct Place {
 }
 
 /// A store outside of the cluster's nodes; the same for all of them.
-#[derive(clap::Args)]
+#[derive(Debug, clap::Args)]
 #[command(next_help_heading = "A store outside of the nodes")]
-struct StoreArgs {
+pub(crate) struct StoreArgs {
     /// An etcd for the cluster's state, e.g. etcd://h1:2379,h2:2379/site-1.
     ///
     /// For clusters that outgrow the store in their own nodes. etcd 3.4 or newer, started with
     /// --max-txn-ops 512 --max-request-bytes 4194304. The part after the slash is a prefix of all
-    /// keys, so that several clusters can use one etcd. All nodes need the option, when they are
-    /// created.
+    /// keys, so that several clusters can use one etcd. All nodes need the option when they are
+    /// created, or when the store was moved (`keel store migrate`).
     #[arg(long, value_name = "ADDRESS")]
     store: Option<String>,
     /// Authority of etcd's certificates (PEM): encrypts.
@@ -85,7 +85,7 @@ struct StoreArgs {
 }
 
 impl StoreArgs {
-    fn external(&self) -> Result<Option<ExternalStore>> {
+    pub(crate) fn external(&self) -> Result<Option<ExternalStore>> {
         let Some(address) = self.store.clone() else {
             return Ok(None);
         };
@@ -142,6 +142,19 @@ fn options(reach: &Reach, name: &str, place: &Place) -> Result<AgentOptions> {
 }
 
 pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
+    if let Some(store) = args.place.store.external()?
+        && keel_node::addresses(&reach.state_dir())?.is_some()
+    {
+        // A store that was moved meanwhile.
+        let old = keel_node::follow_store(&reach.state_dir(), &store).await?;
+        if let Some(old) = old {
+            let old = old.display();
+            eprintln!(
+                "the store is at {} now; the old copy is in {old}",
+                store.address
+            );
+        }
+    }
     if let Some(name) = &args.name {
         match keel_node::found(&options(reach, name, &args.place)?).await {
             Ok(()) => eprintln!("created a cluster with node {name}"),

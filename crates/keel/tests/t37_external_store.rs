@@ -189,3 +189,116 @@ async fn what_cannot_be_used_is_refused_before_anything_is_made() {
     cluster.power_on("a").await.expect("it starts");
     cluster.wait_alive("a").await.expect("it is a node again");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_is_moved_out_of_the_nodes_while_machines_run() {
+    let folder = folder();
+    let Some(etcd) = Etcd::start(1).expect("etcd") else {
+        return;
+    };
+    let names = ["a", "b", "c"];
+    let cluster = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &names).await;
+    let mut cluster = cluster.expect("a cluster");
+    let file = folder.path().join("written");
+    let args = [file.display().to_string(), "8".into(), "1000".into()];
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let module = guest("witness");
+    let witness = Guest {
+        volume: Some(folder.path()),
+        ha: Some(HighAvailability {
+            checkpoint_every_ms: 1000,
+            fence: Fence::Timer,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("w", "b", &module, &args)
+    };
+    cluster.run(&witness).await.expect("it starts");
+    let counter = guest("counter");
+    let lines = Guest::new("lines", "c", &counter, &["1000000", "2"]);
+    let process = cluster.run(&lines).await.expect("it starts").pid;
+    let evidence = || examine(&std::fs::read_to_string(&file).unwrap_or_default());
+    let writes_on = async || {
+        let before = evidence().expect("one copy wrote").lines;
+        wait_for("it writes on", || async {
+            let now = evidence().expect("one copy wrote").lines;
+            (now >= before + 50).then_some(())
+        })
+        .await
+        .expect("it writes");
+    };
+    writes_on().await;
+
+    let address = etcd.address("site");
+    let migrate = ["store", "migrate", "--store", &address];
+    // Not while an agent runs, nor while others hold the store.
+    let (ok, said) = keel(&cluster.folder("a"), &migrate);
+    assert!(
+        !ok && said.contains("another process has it open"),
+        "{said}"
+    );
+    let (ok, said) = keel(&cluster.folder("a"), &["down"]);
+    assert!(ok, "{said}");
+    let (ok, said) = keel(&cluster.folder("a"), &migrate);
+    assert!(!ok && said.contains("keel store voters 1"), "{said}");
+    cluster.power_on("a").await.expect("it is up again");
+
+    let (ok, said) = keel(&cluster.folder("a"), &["store", "voters", "1"]);
+    assert!(ok, "{said}");
+    let last = cluster.wait_voters("a", 1).await.expect("one voter");
+    let before = cluster.inspect("a", "w").await.expect("it runs").epoch;
+    let (ok, said) = keel(&cluster.folder(&last), &["down"]);
+    assert!(ok, "{said}");
+    let (ok, said) = keel(&cluster.folder(&last), &migrate);
+    assert!(ok && said.contains("incarnation 2"), "{said}");
+    let (ok, said) = keel(&cluster.folder(&last), &migrate);
+    assert!(!ok && said.contains("already"), "{said}");
+    cluster.power_on(&last).await.expect("it is up again");
+    for node in names.iter().filter(|node| **node != last) {
+        let state = cluster.folder(node);
+        let (ok, said) = keel(&state, &["down"]);
+        assert!(ok, "{said}");
+        // Another cluster's store is none to follow.
+        let (ok, said) = keel(&state, &["up", "--store", &etcd.address("other")]);
+        assert!(!ok && said.contains("no cluster"), "{said}");
+        let (ok, said) = keel(&state, &["up", "--detach", "--store", &address]);
+        assert!(ok, "{said}");
+    }
+    for node in names {
+        cluster.wait_alive(node).await.expect("it is a node again");
+        let info = store_of(&cluster, node).await.expect("the store answers");
+        assert_eq!(info.external.as_ref(), Some(&address));
+    }
+    writes_on().await;
+    let evidence_now = evidence().expect("one copy wrote");
+    assert_eq!(evidence_now.rewinds, 0, "it ran on");
+    let now = cluster.inspect("a", "lines").await.expect("it is known");
+    assert_eq!((now.status.as_str(), now.pid), ("running", process));
+
+    // Epochs only rise, though etcd's revisions began anew.
+    let to = if last == "b" { "c" } else { "b" };
+    let client = cluster.client("a");
+    for (machine, to) in [("w", to), ("w", "a"), ("lines", "b")] {
+        if cluster
+            .inspect("a", machine)
+            .await
+            .expect("it is known")
+            .node
+            == to
+        {
+            continue;
+        }
+        let moved = keel_testkit::move_by(&client, machine, to).await;
+        assert_eq!(moved.expect("it moves").ending, Ending::Moved);
+    }
+    writes_on().await;
+    let after = cluster.inspect("a", "w").await.expect("it is known").epoch;
+    let parts = |epoch: &str| -> (u64, u64) {
+        let (incarnation, counter) = epoch.split_once('.').expect("two numbers");
+        let number = |text: &str| text.parse().expect("a number");
+        (number(incarnation), number(counter))
+    };
+    assert!(parts(&after) > parts(&before), "{before} to {after}");
+    let new = Guest::new("new", "a", &counter, &["1000000", "2"]);
+    let created = cluster.run(&new).await.expect("it starts").epoch;
+    assert_eq!(parts(&created).0, 2, "{created}");
+}

@@ -104,12 +104,6 @@ pub enum AgentError {
     /// The folder has a node already.
     #[error("{0} belongs to node {1:?} of a cluster already; use another --state-dir")]
     Taken(String, String),
-    /// The folder has a node whose store is another one.
-    #[error(
-        "node {0:?} was created with its cluster's state {1}: --store and its options count only when a \
-         node is created; leave them out, or use another --state-dir"
-    )]
-    OtherStore(String, String),
     /// The folder has no node.
     #[error("{0} has no node yet: `keel up --name NAME` makes a cluster, `keel join` joins one")]
     NoNode(String),
@@ -218,14 +212,6 @@ fn prepare(options: &AgentOptions) -> Result<(StateDir, NodeName, SocketAddr), A
     let dir = StateDir::open(&options.state_dir).map_err(system(shown.clone()))?;
     if let Some(identity) = NodeIdentity::load(dir.root())? {
         let node = identity.node.to_string();
-        let store = read_settings(&dir.settings())?.store;
-        if options.store.is_some() && options.store != store {
-            let place = match store {
-                Some(store) => format!("in {}", store.address),
-                None => "in its nodes".to_owned(),
-            };
-            return Err(AgentError::OtherStore(node, place));
-        }
         return Err(AgentError::Taken(shown, node));
     }
     let mut listen = options.listen;

@@ -3,6 +3,7 @@
 //! | key | value |
 //! |---|---|
 //! | `cluster` | id and incarnation |
+//! | `migration` | the cluster whose store is being copied here, while there is no `cluster` yet |
 //! | `epoch-base` | offset of a new machine's first epoch to the store's revision |
 //! | `voters` | the nodes that hold the store, with addresses, and which of them leads |
 //! | `voter-count` | how many voters are wanted: `auto`, 1, 3 or 5 |
@@ -43,6 +44,8 @@ use thiserror::Error;
 pub enum Key {
     /// `cluster`
     Cluster,
+    /// `migration`
+    Migration,
     /// `epoch-base`
     EpochBase,
     /// `voters`
@@ -207,6 +210,7 @@ impl fmt::Display for Key {
             Key::Authorities => f.write_str("authorities"),
             Key::GossipKeys => f.write_str("gossip-keys"),
             Key::GossipKeysKnown => f.write_str("gossip-keys-known"),
+            Key::Migration => f.write_str("migration"),
             Key::Certificate(node) => write!(f, "{CERTIFICATES}{node}"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
@@ -263,6 +267,7 @@ fn parse(text: &str) -> Option<Key> {
         ("authorities", None, None) => Key::Authorities,
         ("gossip-keys", None, None) => Key::GossipKeys,
         ("gossip-keys-known", None, None) => Key::GossipKeysKnown,
+        ("migration", None, None) => Key::Migration,
         ("certificate", Some(node), None) => Key::Certificate(node.parse().ok()?),
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),

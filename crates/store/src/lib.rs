@@ -48,5 +48,5 @@ pub use interface::{
     LEASE_TTL_MS_MIN, LIST_BYTES_MAX, LIST_ENTRIES_MAX, LeaseId, Listing, Op, Revision, Store,
     StoreError, TXN_BYTES_MAX, TXN_PARTS_MAX, Txn, TxnOutcome, VALUE_BYTES_MAX, Watch,
 };
-pub use raft::{IfAbsent, RaftOptions, RaftStatus, RaftStore, Voter};
+pub use raft::{Copy, IfAbsent, RaftOptions, RaftStatus, RaftStore, Voter};
 pub use server::StoreHandler;

@@ -7,6 +7,7 @@
 //! - [`follow`] keeps the list of voters: for the client, and in the node's settings for its next
 //!   start. [`manage`] is the leader's: it carries out what `keel_cluster::voters` decides.
 //! - [`recover`] and [`restore`] begin the store anew, while the agent does not run.
+//! - [`migrate`] moves the store out of the nodes.
 //! - A cluster may have its store in an etcd outside of it; then nobody is a voter, and
 //!   `authority` keeps the cluster's authority, which admits nodes, at some of them.
 //! - A node becomes a voter by the leader's request, which also brings the cluster's authority: any
@@ -15,6 +16,7 @@
 mod authority;
 mod handle;
 mod manage;
+mod migrate;
 mod rebuild;
 mod rotation;
 
@@ -22,5 +24,6 @@ pub(crate) use authority::spread_authority;
 pub use handle::VoterError;
 pub(crate) use handle::Voters;
 pub(crate) use manage::{follow, manage, reopen};
+pub use migrate::{follow_store, migrate};
 pub use rebuild::{RebuildError, Rebuilt, recover, restore};
 pub(crate) use rotation::rotate_authority;

@@ -27,6 +27,26 @@ pub enum RebuildError {
         "the cluster's store is at {0}: bring it back with etcd's own snapshots, then `keel recover`"
     )]
     External(String),
+    #[error("the cluster's store is at {0} already")]
+    IsExternal(String),
+    #[error(
+        "this node is not the only one that holds the store: {0} hold it. Say `keel store voters 1`, \
+         wait until `keel store status` shows one voter, and stop that node (`keel down`)"
+    )]
+    NotAlone(String),
+    #[error(
+        "the store at {0} has cluster {1} already; use another prefix (etcd://HOST:PORT/PREFIX)"
+    )]
+    InUse(String, String),
+    #[error(
+        "the store at {0} has other entries under its prefix; use another prefix \
+         (etcd://HOST:PORT/PREFIX)"
+    )]
+    NotEmpty(String),
+    #[error("the store at {0} was changed by another `keel store migrate` meanwhile; try again")]
+    Raced(String),
+    #[error("the record of machine {0:?}: {1}")]
+    Record(String, String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error("the node's settings: {0}")]
@@ -86,8 +106,8 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
             old: None,
         });
     }
-    let content = RaftStore::content(&node.dir.store()).await?;
-    node.begin(content).await
+    let copy = RaftStore::read_copy(&node.dir.store()).await?;
+    node.begin(copy.content, 0).await
 }
 
 /// Makes the node in a folder the only voter, with the content of a backup.
@@ -100,16 +120,21 @@ pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, Rebuild
     if let Some(external) = &node.settings.store {
         return Err(RebuildError::External(external.address.clone()));
     }
+    let mut known = 0;
     if node.dir.store().exists() {
         // Refused while an agent has it.
         RaftStore::check_unused(&node.dir.store()).await?;
+        // A damaged copy is a reason for a restore. What it knew is not known then.
+        if let Ok(copy) = RaftStore::read_copy(&node.dir.store()).await {
+            known = members::incarnation_in(&copy.content.entries);
+        }
     }
     let backup = Backup::decode(backup)?;
     let content = Listing {
         revision: backup.revision,
         entries: without_keys(backup.entries),
     };
-    node.begin(content).await
+    node.begin(content, known).await
 }
 
 /// A content without what nodes trusted at its time: the authority may have been replaced since, and
@@ -126,23 +151,30 @@ fn without_keys(mut entries: Vec<KeyValue>) -> Vec<KeyValue> {
     entries
 }
 
-struct Node {
-    dir: StateDir,
-    identity: NodeIdentity,
-    settings: Settings,
+/// A node's folder, while no agent runs there.
+pub(super) struct Node {
+    pub(super) dir: StateDir,
+    pub(super) identity: NodeIdentity,
+    pub(super) settings: Settings,
 }
 
 impl Node {
-    fn open(state_dir: &Path) -> Result<Self, RebuildError> {
+    /// Opens the folder of a node that can sign for the cluster.
+    pub(super) fn open(state_dir: &Path) -> Result<Self, RebuildError> {
+        let node = Self::open_any(state_dir)?;
+        if authority_keys::load(node.dir.root())?.is_empty() {
+            return Err(RebuildError::NoVoter(node.identity.node));
+        }
+        Ok(node)
+    }
+
+    pub(super) fn open_any(state_dir: &Path) -> Result<Self, RebuildError> {
         let none = || RebuildError::NoNode(state_dir.to_path_buf());
         if !StateDir::settings_in(state_dir).exists() {
             return Err(none());
         }
         let dir = StateDir::open(state_dir).map_err(|_| none())?;
         let identity = NodeIdentity::load(dir.root())?.ok_or_else(none)?;
-        if authority_keys::load(dir.root())?.is_empty() {
-            return Err(RebuildError::NoVoter(identity.node));
-        }
         let settings = Settings::load(&dir.settings())?;
         Ok(Node {
             dir,
@@ -151,16 +183,21 @@ impl Node {
         })
     }
 
-    async fn begin(mut self, mut content: Listing) -> Result<Rebuilt, RebuildError> {
+    /// This node as a voter.
+    pub(super) fn voter(&self) -> Voter {
+        Voter {
+            node: self.identity.node.clone(),
+            address: self.settings.listen.to_string(),
+        }
+    }
+
+    async fn begin(mut self, mut content: Listing, known: u32) -> Result<Rebuilt, RebuildError> {
         let name = self.identity.node.clone();
-        let address = self.settings.listen.to_string();
-        let voter = Voter {
-            node: name.clone(),
-            address: address.clone(),
-        };
+        let voter = self.voter();
+        let address = voter.address.clone();
         let others = others(&content, &name)?;
         let cluster = self.identity.cluster;
-        let incarnation = members::begin_anew(&mut content.entries, cluster, &voter)?;
+        let incarnation = members::begin_anew(&mut content.entries, cluster, &voter, known)?;
         let revision = content.revision;
         let voter = keel_store::Voter {
             node: name.to_string(),

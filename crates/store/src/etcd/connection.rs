@@ -485,12 +485,15 @@ fn never_connected(status: &Status) -> bool {
     false
 }
 
-/// An error with its causes.
+/// An error with its causes, none of them twice.
 fn explain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
         cause = inner.source();
     }
     text

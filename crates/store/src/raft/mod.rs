@@ -58,6 +58,7 @@ use crate::interface::{
 use crate::model;
 
 pub use self::options::{IfAbsent, RaftOptions};
+pub use self::rebuild::Copy;
 pub use self::types::Voter;
 
 /// Time for a learner to catch up.
@@ -175,12 +176,21 @@ impl RaftStore {
         Self::open(folder, first, None, RaftOptions::default()).await
     }
 
-    /// All that the copy in `folder` has, but for what belongs to leases; no voter runs on it.
+    /// Reads the copy in `folder`, on which no voter runs.
     ///
     /// # Errors
     /// [`StoreError::Open`] if there is none, it is damaged, or a process has it open.
-    pub async fn content(folder: &Path) -> Result<Listing, StoreError> {
-        rebuild::content(folder, RaftOptions::default().store_bytes_max).await
+    pub async fn read_copy(folder: &Path) -> Result<Copy, StoreError> {
+        rebuild::read(folder, RaftOptions::default().store_bytes_max).await
+    }
+
+    /// Puts the copy in `folder`, on which no voter runs, aside for good; where it is then, if there
+    /// was one.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`]; then it stays.
+    pub async fn put_aside(folder: &Path) -> Result<Option<PathBuf>, StoreError> {
+        rebuild::put_aside(folder).await
     }
 
     /// Whether no voter runs on the copy in `folder`.
@@ -452,7 +462,7 @@ impl Store for RaftStore {
             self.tasks.leader.barrier().await?;
             let term = self.tasks.leader.serving.borrow().check()?;
             let view = &self.tasks.leader.view;
-            let changes = view.watch(prefix, from_revision, self.tasks.published.clone())?;
+            let changes = view.watch(prefix, from_revision)?;
             let mut serving = self.tasks.leader.serving.subscribe();
             let ceased = async move {
                 let ceased = serving.wait_for(|now| *now != Serving::Yes { term }).await;

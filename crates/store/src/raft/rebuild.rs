@@ -11,7 +11,6 @@ use std::sync::Arc;
 use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{CommittedLeaderId, Membership, RaftLogReader};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
-use tokio::sync::watch;
 
 use super::log::{IN_USE, Log};
 use super::snapshot::{self, SnapshotFile};
@@ -30,12 +29,21 @@ fn fail(folder: &Path, reason: impl ToString) -> StoreError {
     }
 }
 
-/// All that the copy in `folder` has, also what no quorum is known to have: some of it may have
-/// been answered. What belongs to leases is left out.
+/// What a copy of the store has.
+#[derive(Debug)]
+pub struct Copy {
+    /// All entries that do not belong to leases, also what no quorum is known to have: some of it
+    /// may have been answered.
+    pub content: Listing,
+    /// The nodes of the voters, as the copy knows them.
+    pub voters: Vec<Voter>,
+}
+
+/// Reads the copy in `folder`.
 ///
 /// # Errors
 /// [`StoreError::Open`].
-pub(super) async fn content(folder: &Path, bytes_max: u64) -> Result<Listing, StoreError> {
+pub(super) async fn read(folder: &Path, bytes_max: u64) -> Result<Copy, StoreError> {
     let path = folder.to_path_buf();
     let loading = tokio::task::spawn_blocking(move || load(&path, None, bytes_max)).await;
     let loaded = loading.map_err(|error| fail(folder, error))?;
@@ -52,7 +60,6 @@ pub(super) async fn content(folder: &Path, bytes_max: u64) -> Result<Listing, St
         meta,
         Shared {
             view: view.clone(),
-            published: watch::Sender::new(()),
             deadlines: Arc::default(),
             file,
             bytes: Arc::default(),
@@ -63,9 +70,33 @@ pub(super) async fn content(folder: &Path, bytes_max: u64) -> Result<Listing, St
     let entries = entries.map_err(|error| fail(folder, error))?;
     let replayed = machine.apply(entries).await;
     replayed.map_err(|error| fail(folder, error))?;
-    let mut listing = view.list("")?;
-    listing.entries.retain(|entry| entry.lease.is_none());
-    Ok(listing)
+    let mut content = view.list("")?;
+    content.entries.retain(|entry| entry.lease.is_none());
+    let (_, membership) = machine
+        .applied_state()
+        .await
+        .map_err(|error| fail(folder, error))?;
+    let voters = membership
+        .voter_ids()
+        .filter_map(|id| membership.membership().get_node(&id));
+    Ok(Copy {
+        content,
+        voters: voters.cloned().collect(),
+    })
+}
+
+/// Puts the copy in `folder` aside, for good; where it is then.
+///
+/// # Errors
+/// [`StoreError::Open`]; then it stays.
+pub(super) async fn put_aside(folder: &Path) -> Result<Option<PathBuf>, StoreError> {
+    check_unused(folder).await?;
+    let old = folder.with_extension(format!("{}.old", unix_ms()));
+    match std::fs::rename(folder, &old) {
+        Ok(()) => Ok(Some(old)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(fail(folder, error)),
+    }
 }
 
 /// Whether no process has the copy in `folder` open.
