@@ -156,6 +156,8 @@ pub async fn found(
     };
     let txn = Txn::new()
         .when_absent(Key::Cluster)
+        // Another cluster's store is being moved here.
+        .when_absent(Key::Migration)
         .put(
             Key::Cluster,
             encoding::encode("the cluster's record", &record)?,

@@ -197,30 +197,36 @@ impl View {
 
     /// Follows a prefix from a revision on that the history has.
     fn follow(&self, prefix: &str, next: Revision) -> Result<watch::Receiver<()>, StoreError> {
-        self.read()?.check(next)?;
+        // The long part is done beside others: when a new leader serves, all nodes come at once.
+        let (mut revisions, until) = {
+            let state = self.read()?;
+            state.check(next)?;
+            match state
+                .followed
+                .as_ref()
+                .is_some_and(|it| it.contains_key(prefix))
+            {
+                true => (VecDeque::new(), state.oldest() - 1),
+                false => (state.revisions_of(prefix, 0), state.revision),
+            }
+        };
         let mut state = self.write();
-        // It may have changed before the lock was taken again.
         state.check(next)?;
         let oldest = state.oldest();
-        let State {
-            history, followed, ..
-        } = &mut *state;
-        let Some(followed) = followed else {
-            return Err(StoreError::unavailable("the store was closed"));
-        };
-        if let Some(known) = followed.get(prefix) {
+        if let Some(known) = state.followed.as_ref().and_then(|it| it.get(prefix)) {
             return Ok(known.changed.subscribe());
         }
-        let concerns = |changes: &Changes| {
-            changes
-                .changes
-                .iter()
-                .any(|it| it.key().starts_with(prefix))
+        if state.failed.is_some() || until > state.revision {
+            return Err(StoreError::unavailable("the store was closed"));
+        }
+        revisions.extend(state.revisions_of(prefix, until + 1));
+        revisions.retain(|revision| *revision >= oldest);
+        let Some(followed) = &mut state.followed else {
+            return Err(StoreError::unavailable("the store was closed"));
         };
-        let revisions = history.iter().filter(|(it, _)| concerns(it));
         let new = Prefix {
             changed: watch::Sender::new(()),
-            revisions: revisions.map(|(it, _)| it.revision).collect(),
+            revisions,
             // Nobody follows it from an earlier one.
             dropped: oldest - 1,
         };
@@ -282,6 +288,17 @@ impl State {
         Ok(())
     }
 
+    /// Revisions of the history, from one on, that changed something under a prefix.
+    fn revisions_of(&self, prefix: &str, from: Revision) -> VecDeque<Revision> {
+        let skipped = from.saturating_sub(self.oldest()) as usize;
+        let concerned = self
+            .history
+            .iter()
+            .skip(skipped)
+            .filter(|(all, _)| all.changes.iter().any(|it| it.key().starts_with(prefix)));
+        concerned.map(|(all, _)| all.revision).collect()
+    }
+
     /// Calls `act` for each followed prefix under which something changed, several times if there
     /// are several changes.
     fn each_prefix_of(&mut self, changes: &Changes, mut act: impl FnMut(&mut Prefix)) {
@@ -313,7 +330,7 @@ impl State {
             }
             // Nothing is published any more.
             None if next < oldest => return Err(compacted),
-            None => (next..=self.revision).find(|it| self.concerns(*it, prefix)),
+            None => self.revisions_of(prefix, next).front().copied(),
         };
         let all = found.and_then(|found| self.history.get((found - oldest) as usize));
         let matching = all.map(|(all, _)| Changes {
@@ -324,12 +341,6 @@ impl State {
                 .collect(),
         });
         Ok(matching)
-    }
-
-    /// Whether a revision of the history changed something under a prefix.
-    fn concerns(&self, revision: Revision, prefix: &str) -> bool {
-        let changes = self.history.get((revision - self.oldest()) as usize);
-        changes.is_some_and(|(it, _)| it.changes.iter().any(|it| it.key().starts_with(prefix)))
     }
 }
 

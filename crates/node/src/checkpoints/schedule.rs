@@ -38,8 +38,9 @@ impl Checkpoints {
         };
         tokio::spawn(async move {
             let mut watching = Some(watching);
-            // When it was begun, on CLOCK_BOOTTIME.
-            let mut newest: Option<Duration> = None;
+            // When the next one is due, on CLOCK_BOOTTIME.
+            let mut next: Option<Duration> = None;
+            let mut interval: Option<Duration> = None;
             let mut failed = 0;
             let mut unreplicated = None;
             let mut settings = None;
@@ -75,19 +76,23 @@ impl Checkpoints {
                 }
                 if settings != record.spec.ha {
                     settings = record.spec.ha.clone();
-                    (newest, unreplicated) = (None, None);
+                    (next, unreplicated) = (None, None);
                 }
                 // The first checkpoint of a machine with high availability is made at once: after
                 // a start there is none, and after a move only where it was.
-                if newest.is_none() && record.spec.ha.is_none() {
+                if interval != Some(plan.every) {
+                    let before = interval.replace(plan.every).unwrap_or(plan.every);
+                    next = next.map(|at| at.saturating_sub(before).saturating_add(plan.every));
+                }
+                if next.is_none() && record.spec.ha.is_none() {
                     let made = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
                     // The clock of another node may have been ahead.
                     let since = made.unwrap_or(record.started_unix_ms);
                     let age = Duration::from_millis(unix_ms().saturating_sub(since));
-                    newest = boottime().checked_sub(age);
+                    next = Some(boottime().saturating_add(plan.every.saturating_sub(age)));
                 }
                 let now = boottime();
-                let due = newest.map_or(now, |newest| due(plan.every, newest, failed));
+                let due = next.unwrap_or(now);
                 let runs =
                     record.owner == checkpoints.context.name && record.status == Status::Running;
                 if !runs || due > now {
@@ -105,8 +110,8 @@ impl Checkpoints {
                         .replicate_next(&machine, ha, &mut unreplicated)
                         .await;
                     match made {
-                        Ok(made_at) => {
-                            newest = Some(made_at);
+                        Ok(begun) => {
+                            next = Some(begun.saturating_add(plan.every));
                             failed = 0;
                         }
                         Err(error) => {
@@ -119,8 +124,8 @@ impl Checkpoints {
                                     tracing::debug!(%machine, %error, "still no checkpoint on other nodes")
                                 }
                             }
-                            newest = newest.max(Some(now.saturating_sub(plan.every)));
                             failed += 1;
+                            next = Some(boottime() + pause(plan.every, failed));
                         }
                     }
                     continue;
@@ -133,7 +138,7 @@ impl Checkpoints {
                 };
                 match checkpoints.create_here(&machine, request).await {
                     Ok(taken) => {
-                        newest = Some(now);
+                        next = Some(boottime().saturating_add(plan.every));
                         failed = 0;
                         if record.spec.ha.is_some() {
                             checkpoints
@@ -143,8 +148,8 @@ impl Checkpoints {
                     }
                     Err(error) => {
                         tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
-                        newest = newest.max(Some(now.saturating_sub(plan.every)));
                         failed += 1;
+                        next = Some(boottime() + pause(plan.every, failed));
                     }
                 }
             }
@@ -237,9 +242,9 @@ impl Checkpoints {
             Some(next) => next,
             None => self.make_for_replication(machine).await?,
         };
-        let made_at = next.begun();
+        let begun = next.begun();
         match self.replicate(machine, ha, &next).await {
-            Ok(()) => Ok(made_at),
+            Ok(()) => Ok(begun),
             // The machine has another life: its checkpoint is of no use.
             Err(error @ CommandError::Conflict(_)) => Err(error),
             Err(error) => {
@@ -273,18 +278,13 @@ impl Drop for Watching {
     }
 }
 
-/// When the next checkpoint is due: one interval after the newest, or a backoff after the last
-/// failed attempt.
-fn due(every: Duration, newest: Duration, failed: u32) -> Duration {
-    let pause = match failed {
-        0 => Duration::ZERO,
-        // Doubles, so that an unreachable store is not asked each second.
-        _ => Duration::from_secs(1)
-            .saturating_mul(2u32.saturating_pow(failed))
-            .min(RETRY_MAX)
-            .min(every),
-    };
-    newest.saturating_add(every).saturating_add(pause)
+/// How long after a failed attempt the next one is made.
+fn pause(every: Duration, failed: u32) -> Duration {
+    // Doubles, so that an unreachable store is not asked each second.
+    Duration::from_secs(1)
+        .saturating_mul(2u32.saturating_pow(failed))
+        .min(RETRY_MAX)
+        .min(every)
 }
 
 #[cfg(test)]
@@ -292,14 +292,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_follows_the_other_and_failures_are_spaced() {
+    fn failures_are_spaced() {
         let s = Duration::from_secs;
-        assert_eq!(due(s(10), s(5), 0), s(15));
-        assert_eq!(due(s(600), s(5), 1), s(607));
-        assert_eq!(due(s(600), s(5), 3), s(613));
-        assert_eq!(due(s(600), s(5), 99), s(665));
-        // The backoff skips at most one checkpoint.
-        assert_eq!(due(s(2), s(5), 99), s(9));
-        assert_eq!(due(Duration::MAX, s(5), 0), Duration::MAX);
+        assert_eq!(pause(s(600), 1), s(2));
+        assert_eq!(pause(s(600), 3), s(8));
+        assert_eq!(pause(s(600), 99), s(60));
+        // The pause skips at most one checkpoint.
+        assert_eq!(pause(s(2), 99), s(2));
     }
 }

@@ -331,7 +331,8 @@ pub(crate) async fn reopen(voters: Arc<Voters>) {
                     "this node's copy of the store stopped; opening it again"
                 );
             }
-            None if voters.dir.store().exists() => {}
+            // A store that was moved out of the nodes may have left a copy.
+            None if voters.external().is_none() && voters.dir.store().exists() => {}
             None => continue,
         }
         if let Err(error) = voters.reopen().await {

@@ -45,6 +45,8 @@ pub enum RebuildError {
     NotEmpty(String),
     #[error("the store at {0} was changed by another `keel store migrate` meanwhile; try again")]
     Raced(String),
+    #[error("a node runs in {0}: stop it first (`keel down`)")]
+    Running(PathBuf),
     #[error("the record of machine {0:?}: {1}")]
     Record(String, String),
     #[error(transparent)]
@@ -183,6 +185,16 @@ impl Node {
         })
     }
 
+    /// Writes the settings, durably.
+    pub(super) fn save_settings(&self) -> Result<(), RebuildError> {
+        let path = self.dir.settings();
+        let saved = self.settings.save(&path).and_then(|()| {
+            std::fs::File::open(&path)?.sync_all()?;
+            std::fs::File::open(self.dir.root())?.sync_all()
+        });
+        saved.map_err(|error| RebuildError::Settings(error.to_string()))
+    }
+
     /// This node as a voter.
     pub(super) fn voter(&self) -> Voter {
         Voter {
@@ -205,8 +217,7 @@ impl Node {
         };
         let old = RaftStore::replace(&self.dir.store(), voter, content).await?;
         self.settings.voters = vec![(name.clone(), address)];
-        let saved = self.settings.save(&self.dir.settings());
-        saved.map_err(|error| RebuildError::Settings(error.to_string()))?;
+        self.save_settings()?;
         Ok(Rebuilt {
             node: name,
             incarnation,

@@ -176,21 +176,12 @@ impl RaftStore {
         Self::open(folder, first, None, RaftOptions::default()).await
     }
 
-    /// Reads the copy in `folder`, on which no voter runs.
+    /// Reads the copy in `folder`, on which no voter runs, and keeps voters from it meanwhile.
     ///
     /// # Errors
     /// [`StoreError::Open`] if there is none, it is damaged, or a process has it open.
     pub async fn read_copy(folder: &Path) -> Result<Copy, StoreError> {
         rebuild::read(folder, RaftOptions::default().store_bytes_max).await
-    }
-
-    /// Puts the copy in `folder`, on which no voter runs, aside for good; where it is then, if there
-    /// was one.
-    ///
-    /// # Errors
-    /// [`StoreError::Open`]; then it stays.
-    pub async fn put_aside(folder: &Path) -> Result<Option<PathBuf>, StoreError> {
-        rebuild::put_aside(folder).await
     }
 
     /// Whether no voter runs on the copy in `folder`.

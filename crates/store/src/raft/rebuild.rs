@@ -12,7 +12,7 @@ use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{CommittedLeaderId, Membership, RaftLogReader};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::log::{IN_USE, Log};
+use super::log::{IN_USE, Log, Opened};
 use super::snapshot::{self, SnapshotFile};
 use super::start::{Loaded, load};
 use super::state_machine::{Shared, StateMachine};
@@ -29,14 +29,48 @@ fn fail(folder: &Path, reason: impl ToString) -> StoreError {
     }
 }
 
-/// What a copy of the store has.
-#[derive(Debug)]
+/// What a copy of the store has. As long as it lives, no voter can run on the copy.
 pub struct Copy {
     /// All entries that do not belong to leases, also what no quorum is known to have: some of it
     /// may have been answered.
     pub content: Listing,
     /// The nodes of the voters, as the copy knows them.
     pub voters: Vec<Voter>,
+    folder: PathBuf,
+    opened: Opened,
+}
+
+impl Copy {
+    /// Puts the copy aside, for good; where it is then.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`]; then it stays.
+    pub async fn put_aside(self) -> Result<PathBuf, StoreError> {
+        let old = self.folder.with_extension(format!("{}.old", unix_ms()));
+        let rename = || {
+            std::fs::rename(&self.folder, &old)?;
+            sync_parent(&self.folder)
+        };
+        rename().map_err(|error| fail(&self.folder, error))?;
+        drop(self.opened);
+        Ok(old)
+    }
+}
+
+impl std::fmt::Debug for Copy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copy")
+            .field("folder", &self.folder)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes a renaming beside a path durable.
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    match path.parent() {
+        Some(parent) => std::fs::File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 /// Reads the copy in `folder`.
@@ -70,8 +104,11 @@ pub(super) async fn read(folder: &Path, bytes_max: u64) -> Result<Copy, StoreErr
     let entries = entries.map_err(|error| fail(folder, error))?;
     let replayed = machine.apply(entries).await;
     replayed.map_err(|error| fail(folder, error))?;
-    let mut content = view.list("")?;
-    content.entries.retain(|entry| entry.lease.is_none());
+    let entries = machine.entries().filter(|entry| entry.lease.is_none());
+    let content = Listing {
+        revision: view.revision()?,
+        entries: entries.cloned().collect(),
+    };
     let (_, membership) = machine
         .applied_state()
         .await
@@ -82,21 +119,9 @@ pub(super) async fn read(folder: &Path, bytes_max: u64) -> Result<Copy, StoreErr
     Ok(Copy {
         content,
         voters: voters.cloned().collect(),
+        folder: folder.to_owned(),
+        opened,
     })
-}
-
-/// Puts the copy in `folder` aside, for good; where it is then.
-///
-/// # Errors
-/// [`StoreError::Open`]; then it stays.
-pub(super) async fn put_aside(folder: &Path) -> Result<Option<PathBuf>, StoreError> {
-    check_unused(folder).await?;
-    let old = folder.with_extension(format!("{}.old", unix_ms()));
-    match std::fs::rename(folder, &old) {
-        Ok(()) => Ok(Some(old)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(fail(folder, error)),
-    }
 }
 
 /// Whether no process has the copy in `folder` open.
@@ -139,9 +164,7 @@ pub(super) async fn replace(
         } else {
             std::fs::rename(&new, folder)?;
         }
-        if let Some(parent) = folder.parent() {
-            std::fs::File::open(parent)?.sync_all()?;
-        }
+        sync_parent(folder)?;
         Ok::<_, std::io::Error>(had_one.then_some(old))
     };
     swap().map_err(|error| fail(folder, error))

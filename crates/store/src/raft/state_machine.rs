@@ -20,7 +20,7 @@ use super::types::{
     Applied, Command, CommandOutcome, LogId, Membership, Proposal, SnapshotMeta, StorageError,
     StorageIoError, Types, disk_error,
 };
-use crate::interface::{Changes, LeaseId, TxnOutcome};
+use crate::interface::{Changes, KeyValue, LeaseId, TxnOutcome};
 use crate::model::{Model, Verdict};
 use crate::view::View;
 use crate::wire::{Failure, Outcome};
@@ -56,6 +56,11 @@ impl StateMachine {
             file: shared.file,
             bytes: shared.bytes,
         }
+    }
+
+    /// All entries.
+    pub(super) fn entries(&self) -> impl Iterator<Item = &KeyValue> {
+        self.model.entries.values().map(AsRef::as_ref)
     }
 
     fn run(
