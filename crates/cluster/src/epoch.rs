@@ -13,7 +13,7 @@ use thiserror::Error;
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 pub struct Epoch {
-    /// Raised when the cluster was recovered without a quorum.
+    /// Raised whenever the store begins anew from a copy or a backup.
     pub incarnation: u32,
     /// Raised by each change within the incarnation.
     pub counter: u64,
@@ -35,7 +35,8 @@ impl Epoch {
         u64::from(self.incarnation) << 40 | self.counter & ((1 << 40) - 1)
     }
 
-    /// The first epoch of a later incarnation that follows this one.
+    /// The epoch after this one in a cluster of this incarnation: the first one of that, if it is a
+    /// later one.
     #[must_use]
     pub fn in_incarnation(self, incarnation: u32) -> Self {
         match incarnation > self.incarnation {
@@ -45,6 +46,12 @@ impl Epoch {
             },
             false => self.next(),
         }
+    }
+
+    /// Whether it is the epoch after `before`, whatever the cluster's incarnation was when it was
+    /// given.
+    pub fn follows(self, before: Epoch) -> bool {
+        self == before.in_incarnation(self.incarnation)
     }
 }
 
@@ -85,6 +92,28 @@ mod tests {
         assert!(epoch(1, 1) < epoch(1, 1).next());
         assert_eq!(epoch(1, 900).in_incarnation(3), epoch(3, 1));
         assert_eq!(epoch(3, 900).in_incarnation(3), epoch(3, 901));
+        assert_eq!(epoch(3, 900).in_incarnation(2), epoch(3, 901));
+    }
+
+    #[test]
+    fn one_epoch_follows_another_in_each_incarnation() {
+        let epoch = |incarnation, counter| Epoch {
+            incarnation,
+            counter,
+        };
+        for next in [epoch(2, 8), epoch(3, 1), epoch(5, 1)] {
+            assert!(next.follows(epoch(2, 7)), "{next}");
+        }
+        for other in [
+            epoch(2, 7),
+            epoch(2, 9),
+            epoch(3, 2),
+            epoch(3, 8),
+            epoch(1, 8),
+            epoch(1, 1),
+        ] {
+            assert!(!other.follows(epoch(2, 7)), "{other}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use keel_api::{NodeInfo, StoreInfo};
 use keel_machine::moves::Ending;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
 use std::time::Instant;
@@ -212,11 +213,9 @@ async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
     let mut bench = cluster(&["a", "b", "c"]).await;
     let counter = guest("counter");
     for (name, node) in [("kept", "c"), ("lost", "b")] {
-        bench
-            .cluster
-            .run(&Guest::new(name, node, &counter, &["1000000", "2"]))
-            .await
-            .expect("it starts");
+        let mut machine = Guest::new(name, node, &counter, &["1000000", "2"]);
+        machine.restart = Restart::Always;
+        bench.cluster.run(&machine).await.expect("it starts");
     }
     let (done, said) = bench.cluster.keel("c", &["recover", "--others-are-lost"]);
     assert!(
@@ -247,8 +246,22 @@ async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
         .expect("it starts");
     let info = bench.cluster.inspect("c", "new").await.expect("info");
     assert!(info.epoch.to_string().starts_with("2."), "{}", info.epoch);
+    // So has one that was there before, from its next life on.
+    epoch_in_incarnation(&bench.cluster, ("c", "kept"), 2).await;
     // A lost node comes back as a new one.
     bench.cluster.join_via("d", "c").await.expect("it joins");
+}
+
+/// Waits until a machine runs under an epoch of an incarnation.
+async fn epoch_in_incarnation(cluster: &LocalCluster, at: (&str, &str), incarnation: u32) {
+    let (node, machine) = at;
+    let is_so = async || {
+        let info = cluster.inspect(node, machine).await.ok()?;
+        let starts = info.epoch.starts_with(&format!("{incarnation}."));
+        (info.status == "running" && starts).then_some(())
+    };
+    let found = wait_for("its epoch is of the new incarnation", is_so).await;
+    found.expect("it is");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -266,11 +279,20 @@ async fn a_backup_brings_the_store_back() {
         assert!(done, "{said}");
     };
     create("before");
+    let counter = guest("counter");
+    let mut m = Guest::new("m", "b", &counter, &["1000000", "2"]);
+    m.restart = Restart::Always;
+    bench.cluster.run(&m).await.expect("it starts");
     let (done, said) = bench.cluster.keel("b", &["store", "backup", file]);
     assert!(done && said.contains("entries of revision"), "{said}");
     let (done, said) = bench.cluster.keel("b", &["store", "backup", file]);
     assert!(!done && said.contains("exists"), "{said}");
     create("after");
+    // Epochs that the backup does not know.
+    for to in ["a", "b"] {
+        let moved = bench.cluster.move_machine("a", "m", to).await;
+        moved.expect("it moves");
+    }
     let restore = ["store", "restore", file, "--others-are-lost"];
     let (done, said) = bench.cluster.keel("b", &restore);
     assert!(
@@ -297,9 +319,12 @@ async fn a_backup_brings_the_store_back() {
         done && said.contains("before") && !said.contains("after"),
         "{said}"
     );
+    epoch_in_incarnation(&bench.cluster, ("b", "m"), 2).await;
     // Once more: epochs of the time since must be below the new ones, too.
     assert!(restored.contains("incarnation 2"), "{restored}");
     bench.cluster.power_off("b");
     let (done, again) = bench.cluster.keel("b", &restore);
     assert!(done && again.contains("incarnation 3"), "{again}");
+    bench.cluster.power_on("b").await.expect("it starts");
+    epoch_in_incarnation(&bench.cluster, ("b", "m"), 3).await;
 }

@@ -330,6 +330,10 @@ pub struct Record {
     pub owner: NodeName,
     /// Incremented by each change of owner.
     pub epoch: Epoch,
+    /// The cluster's incarnation when its store began anew with this record: the next epoch is in
+    /// it, above all that were given since the content of the store was copied.
+    #[serde(default)]
+    pub incarnation: u32,
     pub status: Status,
     /// Time of the last status change, in milliseconds since 1970-01-01 UTC.
     pub since_unix_ms: u64,
@@ -373,6 +377,11 @@ impl Spec {
 }
 
 impl Record {
+    /// The epoch that the next change of its owner, or its next life, has.
+    pub fn next_epoch(&self) -> Epoch {
+        self.epoch.in_incarnation(self.incarnation)
+    }
+
     /// One word for tables.
     pub fn word(&self) -> String {
         match (&self.status, &self.paused) {

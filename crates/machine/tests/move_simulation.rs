@@ -1,7 +1,7 @@
 //! Deterministic simulation of both sides of a move, their agents, users and the store:
 //! messages are lost, late and repeated; transactions whose answer was lost are applied
-//! at once, later or never; workers and agents die and restart; users change, remove and
-//! recreate the machine.
+//! at once, later or never; workers and agents die and restart; the store begins anew, from a
+//! copy that has all or from a backup; users change, remove and recreate the machine.
 //!
 //! The state machines of both sides and the commit rule
 //! ([`keel_machine::moves::ownership`]) are the real ones. The store, the workers'

@@ -7,7 +7,7 @@ use keel_cluster::{Epoch, NodeName};
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
     EndEffect, EpochBase, Failover, GivenUp, ResumeDecision, Settlement, Target, Transfer,
-    VersionedRecord, created_at, end, fail_over, give_up, may_resume, running,
+    VersionedRecord, created_at, end, enter_incarnation, fail_over, give_up, may_resume, running,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -28,6 +28,7 @@ fn transfer() -> Transfer {
         source: node("a"),
         target: node("b"),
         epoch: EPOCH,
+        committed: EPOCH.next(),
         revision: 50,
     }
 }
@@ -76,7 +77,7 @@ fn restarting() -> Status {
 fn word(settlement: Settlement) -> &'static str {
     match settlement {
         Settlement::Write { .. } => "write",
-        Settlement::Kept => "kept",
+        Settlement::Kept(_) => "kept",
         Settlement::Won => "won",
         Settlement::Superseded {
             output_stays: true, ..
@@ -595,4 +596,143 @@ fn a_failed_start_after_a_failover_is_repeated_as_such() {
             ..
         }
     ));
+}
+
+/// The record of a machine at node a under `EPOCH`, in a store that began anew in an incarnation.
+fn entered(incarnation: u32) -> VersionedRecord {
+    let mut entry = KeyValue {
+        key: "machine/m".into(),
+        value: record("a", EPOCH, Status::Running).encode().unwrap(),
+        created: 5,
+        modified: 50,
+        lease: None,
+    };
+    enter_incarnation([&mut entry], incarnation, 1000);
+    assert_eq!((entry.created, entry.modified), (5, 1000));
+    VersionedRecord::read(&entry).unwrap()
+}
+
+/// The next epoch of a machine in a store that began anew.
+fn first(incarnation: u32) -> Epoch {
+    Epoch {
+        incarnation,
+        counter: 1,
+    }
+}
+
+#[test]
+fn machines_of_a_new_store_keep_their_epochs_until_the_next() {
+    let found = entered(3);
+    assert_eq!(found.record.epoch, EPOCH);
+    assert_eq!(found.record.next_epoch(), first(3));
+    let mut ended = found.record;
+    ended.spec.restart = Restart::Always;
+    for effect in [EndEffect::Changed, EndEffect::RestartsAlready] {
+        assert_eq!(end(&mut ended, &node("a"), EPOCH, &failed(), 1), effect);
+    }
+    assert_eq!(ended.epoch, first(3));
+    assert_eq!(ended.next_epoch(), first(3).next());
+}
+
+/// A record that was never changed has its epoch from its revision, which is another one then.
+#[test]
+fn a_new_record_of_a_former_store_keeps_its_epoch() {
+    let mut entry = KeyValue {
+        key: "machine/m".into(),
+        value: record("a", epoch(0), Status::Scheduled).encode().unwrap(),
+        created: 70,
+        modified: 70,
+        lease: None,
+    };
+    let before = VersionedRecord::read(&entry).unwrap().record.epoch;
+    enter_incarnation([&mut entry], 2, 1000);
+    let after = VersionedRecord::read(&entry).unwrap().record;
+    assert_eq!((after.epoch, after.next_epoch()), (before, first(2)));
+    // What is no record of a machine, or a damaged one, stays.
+    for key in ["machine/m", "label/m"] {
+        let mut other = KeyValue {
+            key: key.into(),
+            value: b"nonsense".to_vec(),
+            ..entry.clone()
+        };
+        let same = other.clone();
+        enter_incarnation([&mut other], 2, 2000);
+        assert_eq!(other, same);
+    }
+}
+
+/// An outcome that is unknown when the store begins anew, also twice, is settled as before.
+#[test]
+fn doubt_outlives_the_store() {
+    let written = |settlement: Settlement| match settlement {
+        Settlement::Write { record, .. } => *record,
+        other => panic!("{other:?}"),
+    };
+    let now = |record: Record| Some(found(record));
+    // Its commit was not applied.
+    let kept = written(transfer().settle(Some(&entered(2))).unwrap());
+    assert_eq!(kept.epoch, first(2));
+    // The answer to that was lost, and the store begins anew once more.
+    let again = Record {
+        incarnation: 3,
+        ..kept
+    };
+    assert_eq!(
+        transfer().settle(now(again).as_ref()).unwrap(),
+        Settlement::Kept(first(2))
+    );
+    // Its commit was applied, and the target does not run it.
+    let mut won = record("b", transfer().committed, arriving());
+    won.incarnation = 2;
+    assert!(transfer().has_won(&won));
+    assert_eq!(
+        may_resume(&node("b"), EPOCH, Some(&won)),
+        ResumeDecision::Resume(transfer().committed)
+    );
+    let take_back = |record: Record| {
+        let found = now(record);
+        let target = Target::Without;
+        transfer().take_back(found.as_ref(), target, 7).unwrap()
+    };
+    let back = written(take_back(won));
+    assert_eq!((back.epoch, back.owner.as_str()), (first(2), "a"));
+    let again = Record {
+        incarnation: 3,
+        ..back
+    };
+    assert_eq!(take_back(again), Settlement::Kept(first(2)));
+}
+
+/// A move that begins in a new store arrives under the first epoch of its incarnation.
+#[test]
+fn a_move_enters_the_incarnation() {
+    let record = entered(2).record;
+    let transfer = Transfer {
+        committed: record.next_epoch(),
+        ..transfer()
+    };
+    let txn = transfer.commit(&record, 1).unwrap();
+    let put = txn.then.iter().find_map(|op| match op {
+        Op::Put { key, value, .. } if key == "machine/m" => Some(value.clone()),
+        _ => None,
+    });
+    let entry = KeyValue {
+        key: "machine/m".into(),
+        value: put.expect("a record"),
+        created: 5,
+        modified: 1001,
+        lease: None,
+    };
+    let won = VersionedRecord::read(&entry).unwrap().record;
+    assert_eq!(won.epoch, first(2));
+    assert!(transfer.has_won(&won));
+    let verdict = may_resume(&node("b"), EPOCH, Some(&won));
+    assert_eq!(verdict, ResumeDecision::Resume(first(2)));
+    // Given away by a failover, it is not taken for that move.
+    let mut other = entered(2);
+    other.record.spec.ha = Some(HighAvailability::default());
+    let given = fail_over(&other, &node("b"), |_| false, 1)
+        .unwrap()
+        .unwrap();
+    assert!(!given.record.epoch.follows(EPOCH));
 }

@@ -15,6 +15,10 @@
 //!   revision that created the record, and each increment takes a transaction, so it
 //!   never exceeds the store's revision, and a later machine of the same name begins
 //!   above it ([`EpochBase`]). An equal epoch therefore means the same creation.
+//! - A store that begins anew from a copy may have forgotten epochs that were given. So each
+//!   record names the incarnation of its store, and the next epoch is the first one of that
+//!   ([`enter_incarnation`]). "E+1" above is the epoch that follows E in this sense; a
+//!   machine that runs keeps its epoch until then.
 //! - Any write of the record invalidates a commit in flight, because the commit compares
 //!   the record's revision. A read decides nothing unless it finds such a write.
 //! - The commit was applied only if the record says so: the target owns the machine under
@@ -74,6 +78,36 @@ pub fn created_at(written: Epoch, revision: Revision) -> Epoch {
     }
 }
 
+/// Lets the machines of a store that begins anew go on in the cluster's new incarnation: their next
+/// epochs are above all that were given after its content was copied. `revision` is the store's
+/// first one, above all that the content names: a transaction that compares the record of the former
+/// store is refused. A damaged record stays as it is.
+pub fn enter_incarnation<'a>(
+    entries: impl IntoIterator<Item = &'a mut KeyValue>,
+    incarnation: u32,
+    revision: Revision,
+) {
+    for entry in entries {
+        if !matches!(entry.key.parse(), Ok(Key::Machine(_))) {
+            continue;
+        }
+        let entered = VersionedRecord::read(entry).and_then(|found| {
+            let record = Record {
+                incarnation,
+                ..found.record
+            };
+            record.encode()
+        });
+        match entered {
+            Ok(value) => {
+                entry.value = value;
+                entry.modified = revision;
+            }
+            Err(error) => tracing::error!(key = entry.key, error, "its epochs may be given twice"),
+        }
+    }
+}
+
 /// The epoch of new records, stored at `epoch-base`: the cluster's incarnation, and an
 /// offset to the store's revision. Both are raised when a machine is restored from a
 /// checkpoint of another cluster, whose epochs were ahead of this store's.
@@ -120,6 +154,8 @@ pub struct Transfer {
     pub target: NodeName,
     /// The epoch at the start.
     pub epoch: Epoch,
+    /// The epoch of the machine at its target ([`Record::next_epoch`] at the start).
+    pub committed: Epoch,
     /// The record's revision at the start.
     pub revision: Revision,
 }
@@ -133,8 +169,8 @@ pub enum Settlement {
         /// The record that it puts.
         record: Box<Record>,
     },
-    /// An earlier attempt of that write was applied: the source owns the machine.
-    Kept,
+    /// An earlier attempt of that write was applied: the source owns the machine, under this epoch.
+    Kept(Epoch),
     /// The commit was applied.
     Won,
     /// Neither: the machine ended, was removed, or has another owner.
@@ -155,11 +191,6 @@ impl Transfer {
         Key::Schedule(node.clone(), self.machine.clone())
     }
 
-    /// The epoch of the machine at its target.
-    pub fn committed_epoch(&self) -> Epoch {
-        self.epoch.next()
-    }
-
     /// The transaction that makes the target the owner of `record`, without conditions of
     /// placement rules. Its conditions, in this order: the record is unchanged since the
     /// start of the move; the source is scheduled to run the machine; the target has
@@ -173,7 +204,7 @@ impl Transfer {
         };
         let mut record = record.clone();
         record.owner = self.target.clone();
-        record.epoch = self.committed_epoch();
+        record.epoch = self.committed;
         let from = self.source.clone();
         record.enter(Status::Arriving { from }, now_unix_ms);
         let reservation = Key::Reservation(self.target.clone(), self.machine.clone());
@@ -199,19 +230,18 @@ impl Transfer {
         let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
-        let kept = self.epoch.next();
         let is_ours = record.owner == self.source && !record.status.ended();
         if is_ours && record.epoch == self.epoch {
             let mut record = record.clone();
-            record.epoch = kept;
+            record.epoch = record.next_epoch();
             let txn = Txn::new()
                 .when_modified_at(self.record_key(), *revision)
                 .put(self.record_key(), record.encode()?);
             let record = Box::new(record);
             return Ok(Settlement::Write { txn, record });
         }
-        if is_ours && record.epoch == kept && record.status == Status::Running {
-            return Ok(Settlement::Kept);
+        if is_ours && record.epoch.follows(self.epoch) && record.status == Status::Running {
+            return Ok(Settlement::Kept(record.epoch));
         }
         if self.has_won(record) {
             return Ok(Settlement::Won);
@@ -222,9 +252,7 @@ impl Transfer {
     /// Whether a record is the result of this move's commit, or of the target's changes
     /// after it, and the machine has not ended.
     pub fn has_won(&self, record: &Record) -> bool {
-        record.owner == self.target
-            && record.epoch == self.committed_epoch()
-            && !record.status.ended()
+        record.owner == self.target && record.epoch == self.committed && !record.status.ended()
     }
 
     /// The next step of a source whose target reports that the machine does not run there
@@ -242,9 +270,9 @@ impl Transfer {
         let Some(VersionedRecord { record, revision }) = found else {
             return Ok(self.superseded(None));
         };
-        let back = self.committed_epoch().next();
-        if record.owner == self.source && record.epoch == back && record.status == Status::Running {
-            return Ok(Settlement::Kept);
+        let is_back = record.owner == self.source && record.epoch.follows(self.committed);
+        if is_back && record.status == Status::Running {
+            return Ok(Settlement::Kept(record.epoch));
         }
         let from = self.source.clone();
         if !(self.has_won(record) && record.status == Status::Arriving { from }) {
@@ -252,7 +280,7 @@ impl Transfer {
         }
         let mut record = record.clone();
         record.owner = self.source.clone();
-        record.epoch = back;
+        record.epoch = record.next_epoch();
         record.enter(Status::Running, now_unix_ms);
         let mut txn = Txn::new().when_modified_at(self.record_key(), *revision);
         if target == Target::Fenced {
@@ -315,7 +343,7 @@ pub fn may_resume(node: &NodeName, offered: Epoch, found: Option<&Record>) -> Re
         return ResumeDecision::Drop;
     };
     let arrives = matches!(record.status, Status::Arriving { .. });
-    if record.owner == *node && record.epoch == offered.next() && arrives {
+    if record.owner == *node && record.epoch.follows(offered) && arrives {
         return ResumeDecision::Resume(record.epoch);
     }
     match record.epoch == offered && !record.status.ended() {
@@ -366,7 +394,7 @@ pub fn end(
         return EndEffect::None;
     }
     let restarting = matches!(record.status, Status::Restarting { .. });
-    if restarting && record.epoch == epoch.next() {
+    if restarting && record.epoch.follows(epoch) {
         return EndEffect::RestartsAlready;
     }
     if record.epoch != epoch {
@@ -399,7 +427,7 @@ pub fn end(
         record.enter(status, now_unix_ms);
         return EndEffect::Changed;
     };
-    record.epoch = record.epoch.next();
+    record.epoch = record.next_epoch();
     record.restarts = plan.restarts;
     let at_unix_ms = now_unix_ms.saturating_add(plan.delay.as_millis() as u64);
     // A failed attempt leaves it as it was: what this node has of it is of an earlier time.
@@ -456,7 +484,7 @@ pub fn fail_over(
     let failed = std::mem::replace(&mut record.owner, target.clone());
     // Not the next one: with that and the same target it would look like the commit of a move, whose
     // source would let the copy there resume.
-    record.epoch = found.record.epoch.next().next();
+    record.epoch = found.record.next_epoch().next();
     record.failovers = record.failovers.saturating_add(1);
     // One that ended by itself begins anew.
     let from_checkpoint = !matches!(
@@ -544,7 +572,7 @@ pub fn give_up(
         return Ok(GivenUp::HeldBy(from.clone()));
     }
     // (Not the next one, as in `fail_over`.)
-    record.epoch = record.epoch.next().next();
+    record.epoch = record.next_epoch().next();
     record.enter(Status::Failed { reason }, now_unix_ms);
     let txn = txn.put(key, record.encode()?);
     Ok(GivenUp::Failed {

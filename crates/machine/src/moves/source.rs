@@ -91,9 +91,9 @@ pub enum SourceEvent {
     CommitRefused(String),
     /// The answer of the transaction was lost.
     CommitUnknown,
-    /// The source's own write was applied: the commit in flight cannot be applied any
-    /// more.
-    OwnWriteWon,
+    /// The source's own write was applied, and the machine has this epoch: the commit in
+    /// flight cannot be applied any more.
+    OwnWriteWon { epoch: Epoch },
     /// The machine ended, was removed, or has another owner according to the record:
     /// neither the own write nor the commit was applied.
     Superseded {
@@ -126,18 +126,18 @@ pub enum SourceCommand {
     FreezeAndSend,
     /// Run the transaction that changes the owner to the target, under `epoch`.
     Commit { epoch: Epoch },
-    /// Write owner = source under `epoch`, on the condition that nothing changed since
-    /// the start of the move. Repeat until answered.
-    SettleByWrite { epoch: Epoch },
+    /// Write owner = source under a new epoch, on the condition that the machine's epoch is
+    /// that of the start of the move. Repeat until answered.
+    SettleByWrite,
     /// Tell the target to resume under `epoch`. Repeat until it answers, through its
     /// agent if necessary.
     TellTarget {
         /// The committed epoch.
         epoch: Epoch,
     },
-    /// Write owner = source under `epoch`, on the condition that the target still is the
+    /// Write owner = source under a new epoch, on the condition that the target still is the
     /// owner. Repeat until answered.
-    TakeBack { epoch: Epoch },
+    TakeBack,
     /// Resume the machine here under `epoch`; dirty pages are still tracked.
     Thaw { epoch: Epoch },
     /// Tell the target to drop what it received and its reservation.
@@ -156,6 +156,8 @@ pub struct SourceMove {
     state: SourceState,
     /// The epoch under which the machine runs here.
     epoch: Epoch,
+    /// The epoch under which it would run at the target.
+    committed: Epoch,
     /// Whether the machine is frozen.
     frozen: bool,
     /// Whether this is a post-copy move.
@@ -163,27 +165,30 @@ pub struct SourceMove {
 }
 
 impl SourceMove {
-    /// A move that was offered; the machine runs here under `epoch`.
-    pub fn new(epoch: Epoch, post_copy: bool) -> Self {
+    /// A move that was offered; the machine runs here under `epoch`, and would run at the
+    /// target under `committed`.
+    pub fn new(epoch: Epoch, committed: Epoch, post_copy: bool) -> Self {
         SourceMove {
             state: SourceState::Offered,
             epoch,
+            committed,
             frozen: false,
             post_copy,
         }
     }
 
     /// A move whose commit was applied, continued by another agent: the machine ran here
-    /// under `epoch` and is frozen. Returns the first commands, too.
-    pub fn handed(epoch: Epoch, post_copy: bool) -> (Self, Vec<SourceCommand>) {
+    /// under `epoch` and is frozen, and is the target's under `committed`. Returns the first
+    /// commands, too.
+    pub fn handed(epoch: Epoch, committed: Epoch, post_copy: bool) -> (Self, Vec<SourceCommand>) {
         let source = SourceMove {
             state: SourceState::Handed,
             epoch,
+            committed,
             frozen: true,
             post_copy,
         };
-        let epoch = epoch.next();
-        (source, vec![SourceCommand::TellTarget { epoch }])
+        (source, vec![SourceCommand::TellTarget { epoch: committed }])
     }
 
     pub fn state(&self) -> &SourceState {
@@ -224,28 +229,24 @@ impl SourceMove {
             (S::Freezing, E::Prepared) => {
                 self.state = S::Committing;
                 vec![C::Commit {
-                    epoch: self.epoch.next(),
+                    epoch: self.committed,
                 }]
             }
             (S::Committing | S::InDoubt, E::CommitWon) => {
                 self.state = S::Handed;
                 vec![C::TellTarget {
-                    epoch: self.epoch.next(),
+                    epoch: self.committed,
                 }]
             }
             // While the transaction is in flight, a lost peer or a cancellation has no
             // effect: the transaction's outcome decides.
             (S::Committing, E::CommitUnknown) => {
                 self.state = S::InDoubt;
-                vec![C::SettleByWrite {
-                    epoch: self.epoch.next(),
-                }]
+                vec![C::SettleByWrite]
             }
-            (S::InDoubt, E::OwnWriteUnknown) => vec![C::SettleByWrite {
-                epoch: self.epoch.next(),
-            }],
-            (S::InDoubt, E::OwnWriteWon) => {
-                self.epoch = self.epoch.next();
+            (S::InDoubt, E::OwnWriteUnknown) => vec![C::SettleByWrite],
+            (S::InDoubt, E::OwnWriteWon { epoch }) => {
+                self.epoch = epoch;
                 self.stay("the store's answer to the commit was lost".into())
             }
             (S::Handed, E::TargetResumed) if self.post_copy => {
@@ -254,24 +255,20 @@ impl SourceMove {
             }
             (S::Handed, E::TargetResumed) | (S::Serving, E::Served) => {
                 self.state = S::Gone {
-                    epoch: self.epoch.next(),
+                    epoch: self.committed,
                 };
                 vec![C::Forget]
             }
             (S::Handed, E::PeerLost(_)) => vec![C::TellTarget {
-                epoch: self.epoch.next(),
+                epoch: self.committed,
             }],
             (S::Handed, E::TargetNotRunning) => {
                 self.state = S::TakingBack;
-                vec![C::TakeBack {
-                    epoch: self.epoch.next().next(),
-                }]
+                vec![C::TakeBack]
             }
-            (S::TakingBack, E::OwnWriteUnknown) => vec![C::TakeBack {
-                epoch: self.epoch.next().next(),
-            }],
-            (S::TakingBack, E::OwnWriteWon) => {
-                self.epoch = self.epoch.next().next();
+            (S::TakingBack, E::OwnWriteUnknown) => vec![C::TakeBack],
+            (S::TakingBack, E::OwnWriteWon { epoch }) => {
+                self.epoch = epoch;
                 self.stay("the target was lost before the machine resumed there".into())
             }
             (
@@ -346,7 +343,7 @@ mod tests {
     };
 
     fn after(events: &[SourceEvent]) -> (SourceMove, Vec<SourceCommand>) {
-        let mut source = SourceMove::new(EPOCH, false);
+        let mut source = SourceMove::new(EPOCH, EPOCH.next(), false);
         let mut last = Vec::new();
         for event in events {
             last = source.step(event.clone());
@@ -376,7 +373,7 @@ mod tests {
 
     #[test]
     fn post_copy_follows_the_resumption() {
-        let mut source = SourceMove::new(EPOCH, true);
+        let mut source = SourceMove::new(EPOCH, EPOCH.next(), true);
         for event in to_commit(&[E::CommitWon]) {
             source.step(event);
         }
@@ -385,7 +382,9 @@ mod tests {
         for late in [
             E::TargetNotRunning,
             E::PeerLost("gone".into()),
-            E::OwnWriteWon,
+            E::OwnWriteWon {
+                epoch: EPOCH.next().next(),
+            },
         ] {
             assert_eq!(source.step(late), []);
         }
@@ -433,19 +432,16 @@ mod tests {
     #[test]
     fn doubt_is_settled_by_a_write_only() {
         let (mut source, last) = after(&to_commit(&[E::CommitUnknown]));
-        let write = SourceCommand::SettleByWrite {
-            epoch: EPOCH.next(),
-        };
+        let write = SourceCommand::SettleByWrite;
         assert_eq!(last, std::slice::from_ref(&write));
         assert_eq!(source.step(E::StoreAnswered), []);
         assert_eq!(source.step(E::TargetResumed), []);
         assert_eq!(source.step(E::OwnWriteUnknown), [write]);
         let (mut won, mut superseded) = (source.clone(), source.clone());
+        let epoch = EPOCH.next();
         assert_eq!(
-            source.step(E::OwnWriteWon)[0],
-            SourceCommand::Thaw {
-                epoch: EPOCH.next()
-            }
+            source.step(E::OwnWriteWon { epoch })[0],
+            SourceCommand::Thaw { epoch }
         );
         assert!(matches!(
             won.step(E::CommitWon)[0],
@@ -481,7 +477,12 @@ mod tests {
                 let reason = "it was removed".to_owned();
                 assert_eq!(commands, [SourceCommand::AbortTarget { reason }, end]);
                 assert_eq!(source.step(E::CommitWon), []);
-                assert_eq!(source.step(E::OwnWriteWon), []);
+                assert_eq!(
+                    source.step(E::OwnWriteWon {
+                        epoch: EPOCH.next()
+                    }),
+                    []
+                );
             }
         }
     }
@@ -490,9 +491,9 @@ mod tests {
     fn a_target_without_the_machine_gives_it_back_under_a_new_epoch() {
         let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetNotRunning]));
         let epoch = EPOCH.next().next();
-        assert_eq!(last, [SourceCommand::TakeBack { epoch }]);
+        assert_eq!(last, [SourceCommand::TakeBack]);
         assert_eq!(
-            source.step(E::OwnWriteWon)[0],
+            source.step(E::OwnWriteWon { epoch })[0],
             SourceCommand::Thaw { epoch }
         );
     }
@@ -515,7 +516,8 @@ mod tests {
             9 => E::CommitWon,
             10 => E::CommitRefused(String::new()),
             11 => E::CommitUnknown,
-            12 => E::OwnWriteWon,
+            // What an own write settles in this random sequence: see below.
+            12 => E::OwnWriteWon { epoch: EPOCH },
             13 => superseded_event(random.random_range(0..2) == 0),
             14 => E::OwnWriteUnknown,
             15 => E::TargetResumed,
@@ -525,23 +527,27 @@ mod tests {
         };
         for seed in 0..20_000 {
             let mut random = StdRng::seed_from_u64(seed);
-            let mut source = SourceMove::new(EPOCH, seed % 2 == 0);
-            let (mut committed, mut settled, mut told) = (false, false, false);
+            let mut source = SourceMove::new(EPOCH, EPOCH.next(), seed % 2 == 0);
+            let (mut committed, mut told) = (false, false);
+            // The epoch of the own write that was commanded last.
+            let mut own = None;
             for _ in 0..40 {
-                let event = all(&mut random);
+                let mut event = all(&mut random);
                 // The store answers only requests that were made.
                 match event {
                     E::CommitWon | E::CommitRefused(_) | E::CommitUnknown if !committed => continue,
-                    E::OwnWriteWon | E::Superseded { .. } if !settled => continue,
+                    E::OwnWriteWon { .. } | E::Superseded { .. } if own.is_none() => continue,
                     _ => {}
+                }
+                if let (E::OwnWriteWon { epoch }, Some(own)) = (&mut event, own) {
+                    *epoch = own;
                 }
                 let refused = matches!(event, E::CommitRefused(_));
                 for command in source.step(event) {
                     match command {
                         SourceCommand::Commit { .. } => committed = true,
-                        SourceCommand::SettleByWrite { .. } | SourceCommand::TakeBack { .. } => {
-                            settled = true;
-                        }
+                        SourceCommand::SettleByWrite => own = Some(EPOCH.next()),
+                        SourceCommand::TakeBack => own = Some(EPOCH.next().next()),
                         SourceCommand::TellTarget { .. } => told = true,
                         SourceCommand::Thaw { epoch } => {
                             if committed && !refused {

@@ -343,7 +343,7 @@ pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> 
             return Err(RpcError::unknown("the target is being told"));
         }
         // Only this node can have used its own epoch and the one after it.
-        let is_taken_back = epoch > moves.epoch.next();
+        let is_taken_back = !epoch.follows(moves.epoch);
         moves.epoch = epoch;
         Ok((moves.outgoing.take(), is_taken_back))
     })?;

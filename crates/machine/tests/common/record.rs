@@ -30,6 +30,7 @@ pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Recor
             incarnation: 1,
             counter: 0,
         },
+        incarnation: 0,
         status: Status::Scheduled,
         since_unix_ms: 0,
         started_unix_ms: 0,

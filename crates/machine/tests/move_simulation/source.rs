@@ -11,12 +11,13 @@ use keel_machine::spec::Status;
 use keel_store::Txn;
 
 impl World {
-    pub(super) fn transfer(&self, epoch: Epoch, revision: u64) -> Transfer {
+    pub(super) fn transfer(&self, epoch: Epoch, committed: Epoch, revision: u64) -> Transfer {
         Transfer {
             machine: self.machine.clone(),
             source: A.name(),
             target: B.name(),
             epoch,
+            committed,
             revision,
         }
     }
@@ -24,10 +25,10 @@ impl World {
     pub(super) fn begin_move(&mut self) {
         let found = self.found().unwrap();
         assert_eq!(found.record.status, Status::Running);
-        let epoch = found.record.epoch;
+        let (epoch, committed) = (found.record.epoch, found.record.next_epoch());
         let reserve = Txn::new().put(self.reservation_key(), Vec::new());
         assert!(self.store.apply(&reserve));
-        let mut source = SourceMove::new(epoch, self.post_copy);
+        let mut source = SourceMove::new(epoch, committed, self.post_copy);
         let commands = source.step(SourceEvent::Accepted).into();
         let mut process = self.new_process(Copy::Arrival(TargetMove::new(epoch)));
         process.missing = if self.post_copy { PIECES } else { 0 };
@@ -37,7 +38,7 @@ impl World {
         self.driver = Some(Driver {
             source,
             commands,
-            transfer: self.transfer(epoch, found.revision),
+            transfer: self.transfer(epoch, committed, found.revision),
             record: found.record,
             process: self.processes[A as usize].as_ref().unwrap().id,
             decided: None,
@@ -51,8 +52,8 @@ impl World {
         let Some(driver) = &mut self.driver else {
             return;
         };
-        if let Some(txn) = driver.decided.take() {
-            let event = self.own_write(&txn);
+        if let Some((txn, epoch)) = driver.decided.take() {
+            let event = self.own_write(&txn, epoch);
             self.feed(event);
             return;
         }
@@ -102,9 +103,9 @@ impl World {
             SourceCommand::AskStore => SourceEvent::StoreAnswered,
             SourceCommand::FreezeAndSend => self.freeze_and_send(),
             SourceCommand::Commit { .. } => self.commit(),
-            SourceCommand::SettleByWrite { .. } => return self.settle(),
+            SourceCommand::SettleByWrite => return self.settle(),
             SourceCommand::TellTarget { epoch } => self.tell_target(*epoch),
-            SourceCommand::TakeBack { .. } => return self.take_back(),
+            SourceCommand::TakeBack => return self.take_back(),
             SourceCommand::Thaw { epoch } => {
                 let id = self.driver.as_ref()?.process;
                 self.thaw(id, *epoch);
@@ -210,7 +211,7 @@ impl World {
             && let Settlement::Write { txn, .. } = &mut settlement
         {
             let mut old = driver.record.clone();
-            old.epoch = old.epoch.next();
+            old.epoch = old.next_epoch();
             *txn = self.change(&old);
         }
         let refused = matches!(settlement, Settlement::Superseded { .. });
@@ -233,14 +234,14 @@ impl World {
     /// A write is sent in this step or, because its sender may be slow, in a later one.
     pub(super) fn decide(&mut self, settlement: Settlement) -> Option<SourceEvent> {
         match settlement {
-            Settlement::Write { txn, .. } => {
+            Settlement::Write { txn, record } => {
                 if self.fault(2) {
-                    self.driver.as_mut()?.decided = Some(txn);
+                    self.driver.as_mut()?.decided = Some((txn, record.epoch));
                     return None;
                 }
-                Some(self.own_write(&txn))
+                Some(self.own_write(&txn, record.epoch))
             }
-            Settlement::Kept => Some(SourceEvent::OwnWriteWon),
+            Settlement::Kept(epoch) => Some(SourceEvent::OwnWriteWon { epoch }),
             Settlement::Won => Some(SourceEvent::CommitWon),
             Settlement::Superseded {
                 reason,
@@ -252,9 +253,9 @@ impl World {
         }
     }
 
-    pub(super) fn own_write(&mut self, txn: &Txn) -> SourceEvent {
+    pub(super) fn own_write(&mut self, txn: &Txn, epoch: Epoch) -> SourceEvent {
         match self.send(txn) {
-            Some(true) => SourceEvent::OwnWriteWon,
+            Some(true) => SourceEvent::OwnWriteWon { epoch },
             Some(false) | None => SourceEvent::OwnWriteUnknown,
         }
     }

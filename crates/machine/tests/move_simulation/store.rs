@@ -1,19 +1,46 @@
 //! A store for the simulation: one map, serialised transactions, and transactions whose
 //! sender received no answer.
 
+use keel_cluster::Epoch;
 use keel_store::{Compare, KeyValue, Op, Revision, Txn};
 use std::collections::BTreeMap;
 
+/// Revisions of one incarnation of the cluster: more than a run has transactions.
+pub(crate) const REVISIONS: Revision = 10_000;
+
+pub(crate) type Entries = BTreeMap<String, KeyValue>;
+
 /// Entries by key.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Store {
+    /// The cluster's.
+    pub(crate) incarnation: u32,
     pub(crate) revision: Revision,
-    entries: BTreeMap<String, KeyValue>,
+    pub(crate) entries: Entries,
     /// Transactions that may still be applied.
     pub(crate) in_flight: Vec<Txn>,
 }
 
+impl Default for Store {
+    fn default() -> Self {
+        Store {
+            incarnation: 1,
+            revision: 0,
+            entries: Entries::new(),
+            in_flight: Vec::new(),
+        }
+    }
+}
+
 impl Store {
+    /// An epoch not lower than any that the machine has had.
+    pub(crate) fn epochs_so_far(&self) -> Epoch {
+        Epoch {
+            incarnation: self.incarnation,
+            counter: self.revision,
+        }
+    }
+
     pub(crate) fn get(&self, key: &str) -> Option<&KeyValue> {
         self.entries.get(key)
     }

@@ -2,6 +2,8 @@
 
 #[path = "leases.rs"]
 mod leases;
+#[path = "new_store.rs"]
+mod new_store;
 #[path = "source.rs"]
 mod source;
 
@@ -16,6 +18,7 @@ use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
 use keel_store::keys::Key;
 use keel_store::{KeyValue, Txn};
+use new_store::Backup;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::VecDeque;
@@ -54,10 +57,14 @@ pub(crate) enum Defect {
     TakesFromTheLiving,
     /// A source takes its machine back from a node that may have a lease again.
     TakesBackUncompared,
+    /// The machines of a store that begins anew go on in their old incarnation.
+    KeepsIncarnation,
+    /// A store that begins anew uses revisions again that the former one used.
+    RepeatsRevisions,
 }
 
 impl Defect {
-    pub(crate) const ALL: [Defect; 10] = [
+    pub(crate) const ALL: [Defect; 12] = [
         Defect::OldRule,
         Defect::ReadSettles,
         Defect::ForgetsEarly,
@@ -68,6 +75,8 @@ impl Defect {
         Defect::HoldsLate,
         Defect::TakesFromTheLiving,
         Defect::TakesBackUncompared,
+        Defect::KeepsIncarnation,
+        Defect::RepeatsRevisions,
     ];
 }
 
@@ -173,8 +182,8 @@ struct Driver {
     record: Record,
     /// The process that it moves.
     process: u32,
-    /// A write that was decided and is not sent yet.
-    decided: Option<Txn>,
+    /// A write that was decided and is not sent yet, with the epoch that it gives.
+    decided: Option<(Txn, Epoch)>,
     /// Whether the target was told of the commit directly, with or without success.
     is_told: bool,
     /// The revision that a write compared which takes the machine back, and whose answer was lost.
@@ -191,6 +200,8 @@ pub(crate) struct World {
     random: StdRng,
     /// Whether the machine has high availability.
     ha: bool,
+    /// Whether the store may begin anew.
+    renews_store: bool,
     /// Whether the worker of each node has a deadline that has not passed: without one a machine
     /// with high availability is held.
     armed: [bool; 2],
@@ -200,9 +211,9 @@ pub(crate) struct World {
     store: Store,
     processes: [Option<Process>; 2],
     endings: [Option<Ending>; 2],
-    /// The store's revision when each agent started: epochs above it were assigned later,
-    /// so no earlier agent started the machine under them.
-    agent_since: [u64; 2],
+    /// The newest epoch that a machine could have when each agent started: those above it were
+    /// assigned later, so no earlier agent started the machine under them.
+    agent_since: [Epoch; 2],
     /// The epoch that each agent assigned to the machine's next life on its node.
     given: [Option<Epoch>; 2],
     driver: Option<Driver>,
@@ -218,6 +229,10 @@ pub(crate) struct World {
     source_killed: bool,
     /// The last acknowledged limit of memory, of the record's creation.
     acknowledged: u64,
+    /// The first epoch of the record's creation.
+    first: Epoch,
+    /// What a backup of the store has.
+    backup: Option<Backup>,
     began: Epoch,
     creations: u32,
 }
@@ -258,13 +273,14 @@ impl World {
         let mut world = World {
             random,
             ha: seed % 4 >= 2,
+            renews_store: seed % 8 >= 4,
             armed: [true, true],
             defect,
             trace,
             store: Store::default(),
             processes: [None, None],
             endings: [None, None],
-            agent_since: [0, 0],
+            agent_since: [Epoch::default(); 2],
             given: [None, None],
             driver: None,
             link: true,
@@ -275,6 +291,8 @@ impl World {
             deaths: 0,
             source_killed: false,
             acknowledged: crate::record::MEMORY_BYTES,
+            first: Epoch::default(),
+            backup: None,
             began: Epoch::default(),
             creations: 0,
             machine,
@@ -378,8 +396,7 @@ impl World {
             let named = record.owner == node.name() && !record.status.ended();
             assert!(named, "the record does not name what runs: {self:?}");
             assert!(*epoch <= record.epoch, "older than what runs: {self:?}");
-            let created = self.record_entry().map_or(0, |it| it.created);
-            assert!(epoch.counter >= created, "of another creation: {self:?}");
+            assert!(*epoch >= self.first, "of another creation: {self:?}");
         }
         if let Some(record) = self.found().map(|it| it.record) {
             let kept = record.spec.memory_bytes >= self.acknowledged;
@@ -451,13 +468,15 @@ impl World {
 
     /// `run` or `restore`, if no machine has the name.
     fn create(&mut self, node: Node, restart: Restart) {
-        let record = new_record(&self.machine, node, restart, self.ha);
+        let mut record = new_record(&self.machine, node, restart, self.ha);
+        record.epoch.incarnation = self.store.incarnation;
         let txn = Txn::new()
             .when_absent(self.record_key())
             .put(self.record_key(), record.encode().unwrap())
             .put(self.entry_key(node), Vec::new());
         if self.store.apply(&txn) {
             self.creations += 1;
+            self.first = self.found().map(|it| it.record.epoch).unwrap_or_default();
             self.acknowledged = crate::record::MEMORY_BYTES;
             self.deaths = 0;
             self.say("created");
@@ -633,13 +652,15 @@ impl World {
         let epoch = record.epoch;
         match record.status {
             Status::Scheduled | Status::Restarting { .. }
-                if epoch.counter <= self.agent_since[node as usize]
+                if epoch <= self.agent_since[node as usize]
                     && self.given[node as usize] != Some(epoch)
                     && self.defect != Defect::StartsAgainUnderItsEpoch =>
             {
-                record.epoch = epoch.next();
+                record.epoch = record.next_epoch();
                 let txn = self.change(&record);
-                self.send(&txn);
+                if self.send(&txn) == Some(true) {
+                    self.given[node as usize] = Some(record.epoch);
+                }
             }
             Status::Scheduled | Status::Restarting { .. } if !moving => {
                 let frozen = false;
@@ -824,7 +845,7 @@ impl World {
         );
         if record.owner == A.name() && !record.status.ended() {
             // A write under a new epoch, then the thaw.
-            record.epoch = record.epoch.next();
+            record.epoch = record.next_epoch();
             let txn = self.change(&record);
             if self.send(&txn) == Some(true) {
                 self.thaw(id, record.epoch);
@@ -835,15 +856,16 @@ impl World {
             self.processes[A as usize] = None;
             return;
         }
+        let committed = record.epoch;
         let epoch = Epoch {
-            counter: record.epoch.counter - 1,
-            ..record.epoch
+            counter: committed.counter - 1,
+            ..committed
         };
-        let (source, commands) = SourceMove::handed(epoch, self.post_copy);
+        let (source, commands) = SourceMove::handed(epoch, committed, self.post_copy);
         self.driver = Some(Driver {
             source,
             commands: commands.into(),
-            transfer: self.transfer(epoch, 0),
+            transfer: self.transfer(epoch, committed, 0),
             record,
             process: id,
             decided: None,
@@ -880,7 +902,9 @@ impl World {
         if !self.faults {
             return;
         }
-        match self.random.random_range(0..18) {
+        match self.random.random_range(0..20) {
+            18 if self.renews_store => self.begin_store_anew(),
+            19 if self.renews_store => self.back_up_or_restore(),
             0 => {
                 self.break_link();
                 self.say("the link breaks");
@@ -916,7 +940,7 @@ impl World {
             A
         };
         self.endings[node as usize] = None;
-        self.agent_since[node as usize] = self.store.revision;
+        self.agent_since[node as usize] = self.store.epochs_so_far();
         self.given[node as usize] = None;
         self.say(&format!("the agent at {node:?} dies"));
         let Some(driver) = self.driver.take_if(|_| node == A) else {
@@ -927,6 +951,6 @@ impl World {
             let txn = driver.transfer.commit(&driver.record, NOW_UNIX_MS).unwrap();
             self.store.in_flight.push(txn);
         }
-        self.store.in_flight.extend(driver.decided);
+        self.store.in_flight.extend(driver.decided.map(|it| it.0));
     }
 }

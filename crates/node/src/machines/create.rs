@@ -57,6 +57,7 @@ pub(crate) async fn run(
         spec,
         owner: node.clone(),
         epoch: Epoch::default(),
+        incarnation: 0,
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
         started_unix_ms: 0,

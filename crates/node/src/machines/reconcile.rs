@@ -301,7 +301,7 @@ async fn under_next_epoch(machines: &Arc<Machines>, found: &Record) -> Result<Re
             && record.epoch == found.epoch
             && starts(&record.status);
         if same {
-            record.epoch = record.epoch.next();
+            record.epoch = record.next_epoch();
         }
         same
     };

@@ -119,6 +119,7 @@ pub(crate) async fn restore(
         spec: manifest.spec,
         owner: node,
         epoch: Epoch::default(),
+        incarnation: 0,
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
         started_unix_ms: 0,

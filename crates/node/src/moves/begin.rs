@@ -112,8 +112,9 @@ pub(crate) async fn begin(
     let mut driver = Driver {
         moves: moves.clone(),
         report: new_report(&record, target),
-        source: SourceMove::new(record.epoch, post_copy),
+        source: SourceMove::new(record.epoch, record.next_epoch(), post_copy),
         post_copy,
+        committed: record.next_epoch(),
         record,
         revision: found.revision,
         target: target.clone(),
@@ -162,6 +163,8 @@ pub(crate) async fn take_over(
     post_copy: bool,
 ) {
     let target = record.owner.clone();
+    let committed = record.epoch;
+    // Some epoch that it follows.
     let epoch = Epoch {
         counter: record.epoch.counter.saturating_sub(1),
         ..record.epoch
@@ -179,7 +182,7 @@ pub(crate) async fn take_over(
         .exclusion
         .moves()
         .insert(machine.clone(), handle);
-    let (source, commands) = SourceMove::handed(epoch, post_copy);
+    let (source, commands) = SourceMove::handed(epoch, committed, post_copy);
     let (lines, _) = mpsc::channel(1);
     let mut driver = Driver {
         moves: moves.clone(),
@@ -187,6 +190,7 @@ pub(crate) async fn take_over(
         source,
         post_copy,
         record,
+        committed,
         revision: 0,
         target,
         worker,

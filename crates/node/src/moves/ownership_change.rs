@@ -59,6 +59,7 @@ impl Driver {
             source: self.moves.context.name.clone(),
             target: self.target.clone(),
             epoch: self.record.epoch,
+            committed: self.committed,
             revision: self.revision,
         }
     }
@@ -172,7 +173,7 @@ impl Driver {
             {
                 Some(SourceEvent::TargetResumed)
             }
-            Settlement::Kept | Settlement::Won | Settlement::Superseded { .. } => {
+            Settlement::Kept(_) | Settlement::Won | Settlement::Superseded { .. } => {
                 Some(SourceEvent::TargetNotRunning)
             }
         }
@@ -206,12 +207,16 @@ impl Driver {
     /// record is read again.
     pub(super) async fn own_write(&self, next: Result<Settlement, String>) -> SourceEvent {
         match next {
-            Ok(Settlement::Write { txn, .. }) => match self.moves.context.store.txn(txn).await {
-                Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon,
-                Ok(TxnOutcome::Refused { .. }) => SourceEvent::OwnWriteUnknown,
-                Err(error) => self.later(&error.to_string()).await,
-            },
-            Ok(Settlement::Kept) => SourceEvent::OwnWriteWon,
+            Ok(Settlement::Write { txn, record }) => {
+                match self.moves.context.store.txn(txn).await {
+                    Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon {
+                        epoch: record.epoch,
+                    },
+                    Ok(TxnOutcome::Refused { .. }) => SourceEvent::OwnWriteUnknown,
+                    Err(error) => self.later(&error.to_string()).await,
+                }
+            }
+            Ok(Settlement::Kept(epoch)) => SourceEvent::OwnWriteWon { epoch },
             Ok(Settlement::Won) => SourceEvent::CommitWon,
             Ok(Settlement::Superseded {
                 reason,

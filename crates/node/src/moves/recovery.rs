@@ -54,7 +54,7 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
             // Raised only once, also if the answer was lost.
             let raises = mine && raised != Some(record.epoch);
             if raises {
-                record.epoch = record.epoch.next();
+                record.epoch = record.next_epoch();
                 raised = Some(record.epoch);
             }
             raises

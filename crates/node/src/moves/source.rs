@@ -45,6 +45,8 @@ const WATCHER_PATIENCE: Duration = Duration::from_secs(1);
 pub(super) struct Driver {
     pub(super) moves: Arc<Moves>,
     pub(super) record: Record,
+    /// The machine's epoch at the target.
+    pub(super) committed: Epoch,
     pub(super) revision: u64,
     pub(super) target: NodeName,
     pub(super) worker: WorkerHandle,
@@ -127,9 +129,9 @@ impl Driver {
             SourceCommand::AskStore => Some(self.ask_store().await),
             SourceCommand::FreezeAndSend => Some(self.freeze().await),
             SourceCommand::Commit { .. } => Some(self.commit().await),
-            SourceCommand::SettleByWrite { .. } => Some(self.settle().await),
+            SourceCommand::SettleByWrite => Some(self.settle().await),
             SourceCommand::TellTarget { epoch } => Some(self.tell_target(epoch).await),
-            SourceCommand::TakeBack { .. } => Some(self.take_back().await),
+            SourceCommand::TakeBack => Some(self.take_back().await),
             SourceCommand::Thaw { epoch } => {
                 self.thaw(epoch).await;
                 None

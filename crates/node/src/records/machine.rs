@@ -280,6 +280,7 @@ pub(crate) mod tests {
                 balancing: Balancing::default(),
             },
             epoch: Epoch::default(),
+            incarnation: 0,
             status: Status::Running,
             since_unix_ms: 0,
             started_unix_ms: 0,

@@ -18,7 +18,7 @@ use super::rebuild::{Node, RebuildError, Rebuilt};
 use crate::external_store::ExternalStore;
 use keel_cluster::identity::ClusterId;
 use keel_cluster::members::{self, MemberError};
-use keel_machine::moves::ownership::VersionedRecord;
+use keel_machine::moves::ownership::{self, VersionedRecord};
 use keel_store::keys::Key;
 use keel_store::{KeyValue, RaftStore, Revision, Store, StoreError, Txn, TxnOutcome};
 use std::path::{Path, PathBuf};
@@ -51,6 +51,8 @@ pub async fn migrate(state_dir: &Path, to: &ExternalStore) -> Result<Rebuilt, Re
     let cluster = node.identity.cluster;
     let mut entries = copy.content.entries.clone();
     let incarnation = members::begin_anew(&mut entries, cluster, &node.voter(), 0)?;
+    let next = copy.content.revision + 1;
+    ownership::enter_incarnation(&mut entries, incarnation, next);
     match members::cluster_of(&store).await {
         Err(MemberError::NoCluster) => {
             let copied = copy_to(&store, cluster, entries, to).await?;

@@ -7,7 +7,8 @@ use keel_cluster::NodeName;
 use keel_cluster::authority_keys;
 use keel_cluster::identity::{IdentityError, NodeIdentity};
 use keel_cluster::members::{self, MemberError, Voter, VoterList};
-use keel_store::keys::{CERTIFICATES, Key};
+use keel_machine::moves::ownership;
+use keel_store::keys::{self, CERTIFICATES, Key};
 use keel_store::{
     Backup, BackupError, KeyValue, Listing, RaftStore, Revision, Store, StoreError, Txn,
 };
@@ -67,6 +68,11 @@ impl From<SettingsError> for RebuildError {
     }
 }
 
+/// Revisions of one incarnation of the cluster. A store that begins anew uses none that a former one
+/// may have used since its content was copied: what was decided by those is refused, and watches begin
+/// anew.
+const REVISIONS: Revision = 1 << 28;
+
 /// What came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rebuilt {
@@ -94,6 +100,7 @@ pub async fn recover(state_dir: &Path) -> Result<Rebuilt, RebuildError> {
     if let Some(external) = &node.settings.store {
         let store = external.connect().await?;
         let incarnation = members::raise_incarnation(&store, node.identity.cluster).await?;
+        enter_incarnation(&store, incarnation).await?;
         let mut txn = Txn::new().delete(Key::Authorities).delete(Key::GossipKeys);
         for entry in store.list(CERTIFICATES).await?.entries {
             txn = txn.delete(entry.key);
@@ -137,6 +144,26 @@ pub async fn restore(state_dir: &Path, backup: &[u8]) -> Result<Rebuilt, Rebuild
         entries: without_keys(backup.entries),
     };
     node.begin(content, known).await
+}
+
+/// Lets the machines of a store outside of the nodes go on in the cluster's new incarnation, while
+/// agents may run.
+async fn enter_incarnation(store: &dyn Store, incarnation: u32) -> Result<(), RebuildError> {
+    for entry in store.list(keys::MACHINES).await?.entries {
+        let mut found = Some(entry);
+        while let Some(entry) = found {
+            let mut entered = entry.clone();
+            ownership::enter_incarnation([&mut entered], incarnation, entry.modified);
+            let txn = Txn::new().when_modified_at(entry.key.clone(), entry.modified);
+            let written = store.txn(txn.put(entry.key.clone(), entered.value)).await?;
+            // It was changed by its node meanwhile, or removed.
+            found = match written.is_committed() {
+                true => None,
+                false => store.get(&entry.key).await?,
+            };
+        }
+    }
+    Ok(())
 }
 
 /// A content without what nodes trusted at its time: the authority may have been replaced since, and
@@ -203,6 +230,7 @@ impl Node {
         }
     }
 
+    /// Begins the store anew, with one voter. `known` is an incarnation that the cluster had.
     async fn begin(mut self, mut content: Listing, known: u32) -> Result<Rebuilt, RebuildError> {
         let name = self.identity.node.clone();
         let voter = self.voter();
@@ -211,6 +239,9 @@ impl Node {
         let cluster = self.identity.cluster;
         let incarnation = members::begin_anew(&mut content.entries, cluster, &voter, known)?;
         let revision = content.revision;
+        let first = (revision + REVISIONS).max(u64::from(incarnation) * REVISIONS);
+        content.revision = first;
+        ownership::enter_incarnation(&mut content.entries, incarnation, first);
         let voter = keel_store::Voter {
             node: name.to_string(),
             address: address.clone(),
