@@ -385,6 +385,14 @@ impl fmt::Display for Decision {
                         chosen.gain.core_s.mid,
                         chosen.cost.core_s.mid
                     )?;
+                    if chosen.link.is_far() {
+                        write!(
+                            f,
+                            ", over a link of {:.0} ms and {:.1} MB/s",
+                            chosen.link.round_trip_ms,
+                            chosen.link.bytes_per_s / 1e6
+                        )?;
+                    }
                 }
                 Ok(())
             }

@@ -21,7 +21,7 @@
 //! occurs twice, and rounds terminate here too.
 
 use crate::Name;
-use crate::cost::{Cost, CostModel, Gain, gain};
+use crate::cost::{Cost, CostModel, Gain, Link, gain};
 use crate::load::{Capacity, Factors};
 use crate::policy::{Policy, Strategy};
 use serde::{Deserialize, Serialize};
@@ -195,6 +195,9 @@ pub struct Considered {
     /// Compilation of its program at the target, in core-seconds; included in `cost`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub compile_core_s: f64,
+    /// The network to the target, if that is far.
+    #[serde(default, skip_serializing_if = "Link::is_near")]
+    pub link: Link,
     /// Set if the machine may get parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spreadable: Option<Spreadable>,
@@ -210,6 +213,7 @@ impl Considered {
             there: self.there,
             lasted_ms: self.lasted_ms,
             compile_core_s: self.compile_core_s,
+            link: self.link,
             spreadable: self.spreadable,
             constraint: match &self.verdict {
                 Verdict::Constrained(constraint) => Some(constraint.clone()),
@@ -231,6 +235,8 @@ pub struct Candidate {
     /// Compilation of its program at the target, in core-seconds; 0 if compiled code is cached
     /// there.
     pub compile_core_s: f64,
+    /// The network to the target.
+    pub link: Link,
     /// Set if the machine may get parts.
     pub spreadable: Option<Spreadable>,
     pub constraint: Option<Constraint>,
@@ -305,7 +311,7 @@ fn evaluate(
     let there = candidate.there;
     let lowers = lowers(source, target, here, there);
     let cost = model
-        .predict(&candidate.factors)
+        .predict(&candidate.factors, &candidate.link)
         .after_compilation(candidate.compile_core_s);
     // The gain of packing is the freed capacity, not the levelling.
     let worth = match objective {
@@ -314,7 +320,13 @@ fn evaluate(
         Objective::Empty => source.capacity.power(),
         Objective::Level | Objective::Relieve => lowers,
     };
-    let gain = gain(worth, candidate.lasted_ms, policy.horizon_s);
+    let gain = gain(
+        worth,
+        candidate.lasted_ms,
+        policy.horizon_s,
+        &candidate.factors,
+        &candidate.link,
+    );
     let distance = match objective {
         Objective::Level => ((here + there) / 2.0 - wanted).abs(),
         Objective::Empty | Objective::Relieve => (here - wanted).abs(),
@@ -366,6 +378,7 @@ fn evaluate(
         cost,
         gain,
         compile_core_s: candidate.compile_core_s,
+        link: candidate.link,
         spreadable: candidate.spreadable,
         verdict,
     }
@@ -450,6 +463,7 @@ mod tests {
             factors,
             lasted_ms: 60_000,
             compile_core_s: 0.0,
+            link: Link::NEAR,
             spreadable: None,
             constraint: None,
         }

@@ -1,14 +1,12 @@
 //! A node's load while machines leave it.
 
 use keel_balance::Name;
-use keel_balance::cost::CostModel;
+use keel_balance::cost::{CostModel, Link};
 use keel_balance::ledger::Outcome;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_balance::policy::{Mode, Policy};
-use keel_balance::round::{
-    Balancer, Command, Event, Peers, Request, Response, Unconstrained, View,
-};
-use keel_balance::select::NodeState;
+use keel_balance::round::{Balancer, Command, Constraints, Event, Peers, Request, Response, View};
+use keel_balance::select::{Constraint, NodeState};
 
 const CAPACITY: Capacity = Capacity {
     cores: 1.0,
@@ -17,11 +15,30 @@ const CAPACITY: Capacity = Capacity {
     io_bytes_per_s: 1e9,
 };
 
+/// Peers at another site.
+struct Far(&'static [&'static str]);
+
+impl Constraints for Far {
+    fn constraint(&self, _: &Name, _: &Name) -> Option<Constraint> {
+        None
+    }
+
+    fn link(&self, peer: &Name) -> Link {
+        match self.0.contains(&&**peer) {
+            true => Link::measured(100.0, None),
+            false => Link::NEAR,
+        }
+    }
+}
+
 /// A node with a number of CPU-bound machines, and its commands.
 struct Node {
     balancer: Balancer,
     now_ms: u64,
     machines: Vec<Name>,
+    far: &'static [&'static str],
+    /// Memory of each machine.
+    memory_bytes: u64,
     /// Commands not carried out yet.
     commands: Vec<Command>,
 }
@@ -32,6 +49,8 @@ impl Node {
             balancer: Balancer::new(Policy::default(), 1, CostModel::default(), 7),
             now_ms: 1_000,
             machines: (0..machines).map(|it| format!("m{it}").into()).collect(),
+            far: &[],
+            memory_bytes: 1 << 20,
             commands: Vec::new(),
         };
         let peers: Vec<Name> = peers.iter().map(|peer| (*peer).into()).collect();
@@ -40,7 +59,7 @@ impl Node {
     }
 
     fn step(&mut self, event: Event) {
-        let commands = self.balancer.step(event, self.now_ms, &Unconstrained);
+        let commands = self.balancer.step(event, self.now_ms, &Far(self.far));
         self.commands.extend(commands);
     }
 
@@ -60,7 +79,7 @@ impl Node {
         let factors = Factors {
             cpu_cores: 1.0,
             cpu_bound_cores: 1.0,
-            memory_bytes: 1 << 20,
+            memory_bytes: self.memory_bytes,
             ..Factors::default()
         };
         let machines = self.machines.iter().map(|name| MachineSample {
@@ -289,4 +308,59 @@ fn what_went_by_itself_is_not_confirmed_any_more() {
         !others.contains(&first) && !others.contains(&second),
         "{others:?}"
     );
+}
+
+/// Lets a node begin rounds that end with a response; how often each of two peers was asked.
+fn asked(node: &mut Node, response: &Response) -> (usize, usize) {
+    let (mut near, mut far) = (0, 0);
+    while near + far < 1000 {
+        node.sample();
+        for command in std::mem::take(&mut node.commands) {
+            let Command::SendRequest { round, peer, .. } = command else {
+                continue;
+            };
+            match node.far.contains(&&*peer) {
+                true => far += 1,
+                false => near += 1,
+            }
+            let response = Some(response.clone());
+            node.step(Event::ResponseReceived { round, response });
+        }
+    }
+    (near, far)
+}
+
+#[test]
+fn far_peers_are_asked_seldom_until_near_ones_could_not_help() {
+    let mut node = Node::new(6, &["near", "far"]);
+    node.far = &["far"];
+    let (near, far) = asked(&mut node, &Response::Busy);
+    assert!(near > 10 * far && far > 0, "{near} near, {far} far");
+    // As loaded as this node.
+    let Response::View(mut view) = response(&Request::View) else {
+        panic!("another response");
+    };
+    view.loads = vec![6.0; 8];
+    view.state.load = 6.0;
+    let (near, far) = asked(&mut node, &Response::View(view));
+    assert!(near < 2 * far, "{near} near, {far} far");
+}
+
+/// A machine of 4 GiB would take minutes over 100 Mbit/s: its load must have lasted for longer.
+#[test]
+fn a_far_move_must_be_worth_its_time() {
+    for (far, moves) in [(&["b"][..], false), (&[], true)] {
+        let mut node = Node::new(6, &["b"]);
+        node.far = far;
+        node.memory_bytes = 4 << 30;
+        let mut moved = false;
+        while node.now_ms < 60_000 {
+            moved |= matches!(node.go_on(), Some(Command::Move { .. }));
+        }
+        assert_eq!(moved, moves, "far: {far:?}");
+        while !moved && node.now_ms < 3_000_000 {
+            moved |= matches!(node.go_on(), Some(Command::Move { .. }));
+        }
+        assert!(moved);
+    }
 }

@@ -42,6 +42,7 @@ use crate::traffic::Traffic;
 mod client;
 mod connection;
 mod peers;
+mod round_trip;
 mod server;
 mod wire;
 
@@ -191,6 +192,9 @@ pub struct Options {
     /// After a failed attempt, the time in which [`Peers`] answers with the
     /// same error without another attempt. Default 200 ms.
     pub retry_after: Duration,
+    /// How long a connection of [`Peers`] for bulk data stays when nobody uses it: once to twice this
+    /// time. Default 30 s.
+    pub bulk_idle: Duration,
     /// Where bytes to and from nodes are counted.
     pub traffic: Traffic,
 }
@@ -210,6 +214,7 @@ impl Default for Options {
             dead_after: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             retry_after: Duration::from_millis(200),
+            bulk_idle: Duration::from_secs(30),
             traffic: Traffic::default(),
         }
     }

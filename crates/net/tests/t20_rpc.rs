@@ -544,6 +544,57 @@ async fn the_pool_reconnects() -> Outcome {
     Ok(())
 }
 
+/// What is copied delays no request, and its connection does not stay.
+#[tokio::test]
+async fn bulk_data_has_a_connection_of_its_own() -> Outcome {
+    let ca = Authority::new()?;
+    let handler = Arc::new(TestHandler::default());
+    let limited = Options {
+        connections_max: 2,
+        ..Options::default()
+    };
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let server = serve(tls, everyone_is_member(), handler.clone(), limited).await?;
+    let address = server.address().to_string();
+    let options = Options {
+        in_flight_max: 1,
+        bulk_idle: Duration::from_millis(50),
+        ..Options::default()
+    };
+    let tls = ClientTls::node(&ca.node("b")?)?;
+    let peers = Arc::new(Peers::new(tls.clone(), options.clone()));
+    let a = name("a");
+    peers.set_address(&a, &address);
+    let bulk = {
+        let (peers, a) = (peers.clone(), a.clone());
+        tokio::spawn(async move { peers.bulk_call(&a, HANG, "1".into(), LONG).await })
+    };
+    let hangs = || handler.hanging.load(Ordering::SeqCst) == 1;
+    eventually("it hangs", hangs).await?;
+    for _ in 0..3 {
+        assert_eq!(peers.call(&a, ECHO, "2".into(), LONG).await?, "2");
+    }
+    eventually("it is measured", || peers.round_trip(&a).is_some()).await?;
+    // Both are open as long as they are used: there is no room for a third one.
+    tokio::time::sleep(4 * options.bulk_idle).await;
+    let third = async || Client::connect(&address, &tls, &a, options.clone()).await;
+    assert!(third().await.is_err());
+    handler.release.notify_one();
+    assert_eq!(bulk.await??, "1");
+    let begun = std::time::Instant::now();
+    while third().await.is_err() {
+        assert!(begun.elapsed() < LONG, "the connection stays");
+        tokio::time::sleep(options.bulk_idle).await;
+    }
+    // It is made again when it is needed, once the third one has ended.
+    let again = async || peers.bulk_call(&a, ECHO, "3".into(), LONG).await;
+    while again().await.is_err() {
+        assert!(begun.elapsed() < LONG, "it is not made again");
+        tokio::time::sleep(options.bulk_idle).await;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn pinned_workers_can_speak_rpc_too() -> Outcome {
     let (source, target) = (PinnedIdentity::generate()?, PinnedIdentity::generate()?);

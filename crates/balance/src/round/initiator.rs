@@ -6,6 +6,7 @@ use super::{
     SETTLE_SAMPLES, State, WEIGHED_MAX, check_offer, record_invalid_report,
 };
 use crate::Name;
+use crate::cost::Link;
 use crate::ledger::{Decision, NoMoveReason, Outcome};
 use crate::load::{Factors, LOAD_MAX, NodeSample, ValidationError};
 use crate::policy::{Mode, Strategy};
@@ -39,6 +40,8 @@ const WAKE_ROUNDS: usize = 6;
 /// of further picks in its place.
 const FREE_ROUNDS: u64 = 60;
 const PICKS_MAX: usize = 16;
+/// A far peer that was drawn is asked once in this many times.
+const FAR_EACH: u32 = 16;
 /// Maximum number of remembered free nodes.
 const FREE_MAX: usize = 4096;
 /// Maximum number of remembered reasons, one per peer.
@@ -54,7 +57,12 @@ impl Balancer {
         self.due_ms = now_ms + jittered;
     }
 
-    pub(super) fn begin_round(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
+    pub(super) fn begin_round(
+        &mut self,
+        now_ms: u64,
+        constraints: &dyn Constraints,
+        commands: &mut Vec<Command>,
+    ) {
         self.round += 1;
         let reason = if self.policy.mode == Mode::Off {
             Some(NoMoveReason::Off)
@@ -81,7 +89,7 @@ impl Balancer {
             self.offer(target, machine, Err(until_ms), now_ms, commands);
             return;
         }
-        let Some(peer) = self.pick_peer(now_ms) else {
+        let Some(peer) = self.pick_peer(now_ms, constraints) else {
             self.schedule_round(now_ms);
             return;
         };
@@ -102,10 +110,12 @@ impl Balancer {
     }
 
     /// A random peer without an outgoing move to it. Under `pack` most nodes are free and get
-    /// nothing: known free ones are picked last.
-    fn pick_peer(&mut self, now_ms: u64) -> Option<Name> {
-        let packs = self.policy.strategy == Strategy::Pack && self.fruitless_rounds < WAKE_ROUNDS;
-        let mut free_one = None;
+    /// nothing: known free ones are picked last. Far ones are asked seldom, until near ones could not
+    /// help for some rounds.
+    fn pick_peer(&mut self, now_ms: u64, constraints: &dyn Constraints) -> Option<Name> {
+        let has_helped = self.fruitless_rounds < WAKE_ROUNDS;
+        let packs = self.policy.strategy == Strategy::Pack && has_helped;
+        let mut later_one = None;
         for _ in 0..PICKS_MAX {
             let number = self.rng.random_range(0..self.peers.len());
             let peer = self.peers.get(number)?;
@@ -113,12 +123,15 @@ impl Balancer {
                 continue;
             }
             let free = packs && self.free_peers.get(peer).is_some_and(|it| *it > now_ms);
-            if !free {
+            let passed_over = has_helped
+                && constraints.link(peer).is_far()
+                && self.rng.random_range(0..FAR_EACH) != 0;
+            if !free && !passed_over {
                 return Some(peer.clone());
             }
-            free_one = Some(peer.clone());
+            later_one = Some(peer.clone());
         }
-        free_one
+        later_one
     }
 
     fn send_request(&self, peer: &Name, request: Request, commands: &mut Vec<Command>) {
@@ -238,7 +251,10 @@ impl Balancer {
                     ..
                 },
                 Some(Response::Granted),
-            ) => self.grant_received(peer, machine, decision, now_ms, commands),
+            ) => {
+                let link = constraints.link(&peer);
+                self.grant_received((peer, link), machine, decision, now_ms, commands);
+            }
             (
                 State::AwaitingGrant {
                     peer,
@@ -415,6 +431,7 @@ impl Balancer {
                     there,
                     lasted_ms,
                     compile_core_s: constraints.compile_core_s(machine, peer),
+                    link: constraints.link(peer),
                     spreadable: spreadable.filter(|it| it.is_decided || is_new),
                     constraint: self.constraint(machine, peer, now_ms, constraints),
                 })
@@ -580,7 +597,7 @@ impl Balancer {
 
     fn grant_received(
         &mut self,
-        peer: Name,
+        (peer, link): (Name, Link),
         machine: Name,
         decision: Option<Box<Decision>>,
         now_ms: u64,
@@ -614,6 +631,7 @@ impl Balancer {
             machine,
             here,
             factors,
+            link,
             left: false,
         });
         // The next round may follow immediately: both sides account for this move.
@@ -636,6 +654,7 @@ impl Balancer {
             machine,
             here,
             factors,
+            link,
             left,
         } = self.outgoing.swap_remove(number);
         if let Outcome::Moved {
@@ -644,7 +663,7 @@ impl Balancer {
             ..
         } = outcome
         {
-            self.model.learn(&factors, duration_ms, downtime_ms);
+            self.model.learn(&factors, &link, duration_ms, downtime_ms);
             self.peer_backoffs.remove(&peer);
             self.machine_backoffs.remove(&machine);
             self.tracked.remove(&machine);

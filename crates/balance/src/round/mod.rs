@@ -32,7 +32,7 @@ mod responder;
 pub use messages::{Peers, Request, Response, View};
 
 use crate::Name;
-use crate::cost::CostModel;
+use crate::cost::{CostModel, Link};
 use crate::ledger::{Decision, NoMoveReason, Outcome};
 use crate::load::{Factors, NodeSample, ValidationError};
 use crate::policy::{Policy, Strategy};
@@ -152,6 +152,11 @@ pub trait Constraints {
     fn compile_core_s(&self, _machine: &Name, _target: &Name) -> f64 {
         0.0
     }
+
+    /// The network to a peer.
+    fn link(&self, _peer: &Name) -> Link {
+        Link::NEAR
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -204,6 +209,7 @@ struct OutgoingMove {
     /// Its load here, which is subtracted from the window.
     here: f64,
     factors: Factors,
+    link: Link,
     /// Whether the store has already reported the departure.
     left: bool,
 }
@@ -455,7 +461,7 @@ impl Balancer {
             Event::ArrivalFailed { machine } => self.release(&machine),
             Event::Confirmed { machine } => self.confirmed(&machine, now_ms),
         }
-        self.expire_deadlines(now_ms, &mut commands);
+        self.expire_deadlines(now_ms, constraints, &mut commands);
         commands
     }
 
@@ -496,7 +502,12 @@ impl Balancer {
 
     // ── time ────────────────────────────────────────────────────────────
 
-    fn expire_deadlines(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
+    fn expire_deadlines(
+        &mut self,
+        now_ms: u64,
+        constraints: &dyn Constraints,
+        commands: &mut Vec<Command>,
+    ) {
         if let Some(incoming) = &self.incoming
             && incoming.until_ms <= now_ms
         {
@@ -520,7 +531,7 @@ impl Balancer {
         }
         let resting = matches!(self.state, State::Idle);
         if resting && self.due_ms <= now_ms && self.outgoing.len() < OUTGOING_MAX {
-            self.begin_round(now_ms, commands);
+            self.begin_round(now_ms, constraints, commands);
         }
     }
 }

@@ -180,6 +180,10 @@ async fn a_killed_agent_finds_its_machines_running() {
         .await
         .expect("it moves");
     }
+    // A move waits for a target whose agent begins again, and until that has a lease.
+    cluster.kill_agent("b").expect("an agent to kill");
+    let report = cluster.move_machine("a", "on-b", "b").await;
+    moved(&report.expect("a report"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

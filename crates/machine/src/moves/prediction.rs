@@ -164,7 +164,8 @@ pub fn predict(known: &PredictionInput<'_>, post_copy: bool) -> Option<Predictio
         .rev()
         .take(HISTORY_MAX)
         .collect();
-    let link = link_rate(&history).or(known.trial_bytes_per_s.map(|rate| rate as f64))?;
+    let link =
+        link_rate(history.iter().copied()).or(known.trial_bytes_per_s.map(|rate| rate as f64))?;
     let link = link.max(1.0);
     let simulate_copying = simulate_copying(known, link, post_copy);
     let stand = median(
@@ -278,8 +279,8 @@ fn simulate_copying(known: &PredictionInput<'_>, link: f64, post_copy: bool) -> 
 }
 
 /// Rate of the largest rounds of earlier moves, in bytes per second.
-fn link_rate(history: &[&MoveReport]) -> Option<f64> {
-    median(history.iter().filter_map(|report| {
+pub fn link_rate<'a>(history: impl IntoIterator<Item = &'a MoveReport>) -> Option<f64> {
+    median(history.into_iter().filter_map(|report| {
         let largest = report.rounds.iter().max_by_key(|round| round.bytes)?;
         // Short rounds mainly reflect the overhead.
         (largest.bytes >= 1 << 20)

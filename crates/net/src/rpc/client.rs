@@ -18,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::connection::Outgoing;
+use super::round_trip::RoundTrips;
 use super::{ConnectError, KIND_RESERVED, Options, RpcError, wire};
 use crate::frame::{Frame, FrameError, FrameReader};
 use crate::name::NodeName;
@@ -44,6 +45,7 @@ struct Shared {
     /// Unbounded, but at most one cancel per stream and one credit per
     /// received item ever go in.
     signals: mpsc::UnboundedSender<Frame>,
+    round_trips: Arc<RoundTrips>,
 }
 
 #[derive(Default)]
@@ -143,11 +145,12 @@ impl Client {
             peer: format!("{peer} at {address}"),
             state: Mutex::default(),
             signals,
+            round_trips: Arc::default(),
         });
         let outgoing = Outgoing {
             signals: signals_rx,
             queue: queue_rx,
-            keepalive: Some(options.keepalive),
+            keepalive: Some((options.keepalive, shared.round_trips.clone())),
             write_timeout: options.dead_after,
             class: options.class(),
         };
@@ -178,6 +181,17 @@ impl Client {
     /// Whether the connection is lost; a lost one never recovers.
     pub fn is_lost(&self) -> bool {
         self.inner.shared.lock().lost.is_some()
+    }
+
+    /// Clones of this handle and open streams, with this one: 1 if there is no other.
+    pub(super) fn handles(&self) -> usize {
+        Arc::strong_count(&self.inner)
+    }
+
+    /// The round-trip time of the connection, from its pings: the least of the last few. `None` until
+    /// the first was answered.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.inner.shared.round_trips.least()
     }
 
     /// Sends a request and waits for its answer, at most `timeout` in all.
@@ -554,6 +568,7 @@ fn io_text(error: &FrameError) -> String {
 /// Hands one received frame to whom it belongs; an error is a broken protocol.
 fn dispatch(shared: &Shared, frame: Frame, options: &Options) -> Result<(), String> {
     if frame.kind == wire::PONG {
+        shared.round_trips.answered();
         return Ok(());
     }
     let mut state = shared.lock();

@@ -1,13 +1,15 @@
 //! The writing half that client and server share: one loop that batches
 //! queued frames into few writes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, interval_at, timeout};
+use tokio::time::{interval, timeout};
 
+use super::round_trip::RoundTrips;
 use super::wire;
 use crate::frame::{Class, Frame, FrameError};
 
@@ -19,8 +21,8 @@ pub(super) struct Outgoing {
     pub(super) signals: mpsc::UnboundedReceiver<Frame>,
     /// Everything else; waiting for room here is what slows producers.
     pub(super) queue: mpsc::Receiver<Frame>,
-    /// Interval of pings, if this side sends them.
-    pub(super) keepalive: Option<Duration>,
+    /// Interval of pings, and what measures them, if this side sends them.
+    pub(super) keepalive: Option<(Duration, Arc<RoundTrips>)>,
     /// A write that takes longer is a lost connection.
     pub(super) write_timeout: Duration,
     pub(super) class: Class,
@@ -35,8 +37,11 @@ impl Outgoing {
         mut stream: W,
         mut take: impl FnMut(&Frame) -> bool,
     ) -> Result<(), FrameError> {
-        let period = self.keepalive.unwrap_or(Duration::from_secs(3600));
-        let mut pings = interval_at(Instant::now() + period, period);
+        let period = match &self.keepalive {
+            Some((period, _)) => *period,
+            None => Duration::from_secs(3600),
+        };
+        let mut pings = interval(period);
         pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut batch = BytesMut::with_capacity(BATCH_BYTES);
         loop {
@@ -48,7 +53,12 @@ impl Outgoing {
                     Some(_) => continue,
                     None => break,
                 },
-                _ = pings.tick(), if self.keepalive.is_some() => wire::signal(wire::PING, 0),
+                _ = pings.tick(), if self.keepalive.is_some() => {
+                    if let Some((_, round_trips)) = &self.keepalive {
+                        round_trips.sent();
+                    }
+                    wire::signal(wire::PING, 0)
+                }
             };
             frame.encode(&self.class, &mut batch)?;
             while batch.len() < BATCH_BYTES {

@@ -1,4 +1,6 @@
-//! A pool with one connection per node, created on first use and again after a loss.
+//! A pool with two connections per node, created on first use and again after a loss: one for control
+//! and one for bulk data, so that a request never waits behind what is copied. The one for bulk data is
+//! closed when it was not used for some time.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,8 +23,56 @@ pub struct Peers {
 
 struct Peer {
     address: String,
-    /// Held while connecting, so that callers share one attempt.
-    link: tokio::sync::Mutex<Link>,
+    control: Way,
+    bulk: Way,
+}
+
+/// What a connection carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sort {
+    Control,
+    Bulk,
+}
+
+/// Held while connecting, so that callers share one attempt.
+type Way = tokio::sync::Mutex<Link>;
+
+impl Peer {
+    fn new(address: &str) -> Arc<Self> {
+        Arc::new(Peer {
+            address: address.into(),
+            control: Way::new(Link::None),
+            bulk: Way::new(Link::None),
+        })
+    }
+
+    fn way(&self, sort: Sort) -> &Way {
+        match sort {
+            Sort::Control => &self.control,
+            Sort::Bulk => &self.bulk,
+        }
+    }
+
+    /// Closes the connection for bulk data once nobody has used it for a time.
+    async fn close_when_idle(self: Arc<Self>, client: Client, after: Duration) {
+        let mut idle = false;
+        loop {
+            tokio::time::sleep(after).await;
+            if client.is_lost() {
+                return;
+            }
+            // Held by nobody but the pool and this task, twice in turn.
+            let rests = client.handles() == 2;
+            if rests && idle {
+                let mut link = self.bulk.lock().await;
+                if client.handles() == 2 {
+                    *link = Link::None;
+                    return;
+                }
+            }
+            idle = rests;
+        }
+    }
 }
 
 enum Link {
@@ -47,11 +97,7 @@ impl Peers {
         if peers.get(node).is_some_and(|peer| peer.address == address) {
             return;
         }
-        let peer = Peer {
-            address: address.into(),
-            link: tokio::sync::Mutex::new(Link::None),
-        };
-        peers.insert(node.clone(), Arc::new(peer));
+        peers.insert(node.clone(), Peer::new(address));
     }
 
     /// The address of `node`, if known.
@@ -69,10 +115,7 @@ impl Peers {
     pub fn set_tls(&self, tls: ClientTls) {
         *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = tls;
         for peer in self.lock().values_mut() {
-            *peer = Arc::new(Peer {
-                address: peer.address.clone(),
-                link: tokio::sync::Mutex::new(Link::None),
-            });
+            *peer = Peer::new(&peer.address);
         }
     }
 
@@ -83,6 +126,10 @@ impl Peers {
     /// reached; for [`Options::retry_after`] the same error without a new
     /// attempt.
     pub async fn client(&self, node: &NodeName) -> Result<Client, RpcError> {
+        self.client_for(node, Sort::Control).await
+    }
+
+    async fn client_for(&self, node: &NodeName, sort: Sort) -> Result<Client, RpcError> {
         let Some(peer) = self.lock().get(node).cloned() else {
             return Err(RpcError::NotSent {
                 peer: format!("node {node}"),
@@ -93,7 +140,7 @@ impl Peers {
             peer: format!("node {node} at {}", peer.address),
             reason,
         };
-        let mut link = peer.link.lock().await;
+        let mut link = peer.way(sort).lock().await;
         match &*link {
             Link::Up(client) if !client.is_lost() => return Ok(client.clone()),
             Link::Failed { at, reason } if at.elapsed() < self.options.retry_after => {
@@ -109,6 +156,10 @@ impl Peers {
         match Client::connect(&peer.address, &tls, node, self.options.clone()).await {
             Ok(client) => {
                 *link = Link::Up(client.clone());
+                if sort == Sort::Bulk {
+                    let idle = self.options.bulk_idle;
+                    tokio::spawn(peer.clone().close_when_idle(client.clone(), idle));
+                }
                 Ok(client)
             }
             Err(error) => {
@@ -119,6 +170,17 @@ impl Peers {
                 };
                 Err(not_sent(reason))
             }
+        }
+    }
+
+    /// The round-trip time to `node`, if there is a connection that has measured it.
+    pub fn round_trip(&self, node: &NodeName) -> Option<Duration> {
+        let peer = self.lock().get(node).cloned()?;
+        // (It is held while connecting.)
+        let link = peer.control.try_lock().ok()?;
+        match &*link {
+            Link::Up(client) if !client.is_lost() => client.round_trip(),
+            Link::Up(_) | Link::Failed { .. } | Link::None => None,
         }
     }
 
@@ -133,8 +195,33 @@ impl Peers {
         payload: Bytes,
         timeout: Duration,
     ) -> Result<Bytes, RpcError> {
+        self.call_over(Sort::Control, (node, kind, payload), timeout)
+            .await
+    }
+
+    /// As [`call`](Self::call), for a request or an answer with much data.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub async fn bulk_call(
+        &self,
+        node: &NodeName,
+        kind: u16,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, RpcError> {
+        self.call_over(Sort::Bulk, (node, kind, payload), timeout)
+            .await
+    }
+
+    async fn call_over(
+        &self,
+        sort: Sort,
+        (node, kind, payload): (&NodeName, u16, Bytes),
+        timeout: Duration,
+    ) -> Result<Bytes, RpcError> {
         let started = Instant::now();
-        let client = match tokio::time::timeout(timeout, self.client(node)).await {
+        let client = match tokio::time::timeout(timeout, self.client_for(node, sort)).await {
             Ok(client) => client?,
             Err(_) => {
                 return Err(RpcError::NotSent {
@@ -158,6 +245,20 @@ impl Peers {
         payload: Bytes,
     ) -> Result<StreamReceiver, RpcError> {
         self.client(node).await?.stream(kind, payload).await
+    }
+
+    /// As [`stream`](Self::stream), for one with much data.
+    ///
+    /// # Errors
+    /// As [`stream`](Self::stream).
+    pub async fn bulk_stream(
+        &self,
+        node: &NodeName,
+        kind: u16,
+        payload: Bytes,
+    ) -> Result<StreamReceiver, RpcError> {
+        let client = self.client_for(node, Sort::Bulk).await?;
+        client.stream(kind, payload).await
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeName, Arc<Peer>>> {

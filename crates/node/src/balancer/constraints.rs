@@ -1,11 +1,13 @@
 //! Constraints of a balancing round: rules, machines that opted out, spanning machines, and the
 //! cost of compiling a program at a target. Read from local caches, never by a request.
 
+use super::links::Links;
 use super::spreading::Spreading;
 use crate::compilation::Code;
 use crate::records::Placements;
 use crate::rules::RuleSnapshot;
 use keel_balance::Name;
+use keel_balance::cost::Link;
 use keel_balance::round::Constraints;
 use keel_balance::rules::Violation;
 use keel_balance::select::{Constraint, Spreadable};
@@ -23,6 +25,7 @@ pub(super) struct Snapshot {
     /// Minute of the day, UTC.
     minute: u32,
     code: Arc<Code>,
+    links: Links,
 }
 
 impl Snapshot {
@@ -30,7 +33,7 @@ impl Snapshot {
         rules: RuleSnapshot,
         placements: &Placements,
         (spanning, spreading): (BTreeSet<Name>, &Spreading),
-        code: Arc<Code>,
+        (code, links): (Arc<Code>, Links),
         now_unix_ms: u64,
     ) -> Self {
         let mut spreadable = placements.spreadable();
@@ -45,6 +48,7 @@ impl Snapshot {
             spreadable,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
             code,
+            links,
         }
     }
 
@@ -91,5 +95,9 @@ impl Constraints for Snapshot {
 
     fn compile_core_s(&self, machine: &Name, target: &Name) -> f64 {
         self.code.compile_core_s(machine, target)
+    }
+
+    fn link(&self, peer: &Name) -> Link {
+        self.links.to(peer)
     }
 }

@@ -4,6 +4,7 @@ use super::constraints::Snapshot;
 use super::dirty_rate::DirtyRates;
 use super::drain_progress::Progress;
 use super::ledger::Ledger;
+use super::links::Links;
 use super::recorder::Recorder;
 use super::spreading::Spreading;
 use crate::compilation::Code;
@@ -46,6 +47,7 @@ pub(crate) struct NodeBalancer {
     pub(super) rules: Arc<Rules>,
     pub(super) spanning: Arc<Spanning>,
     pub(super) moves: Arc<Moves>,
+    pub(super) links: Links,
     pub(super) placements: Arc<Placements>,
     pub(super) alive: Arc<AliveNodes>,
     pub(super) gossip: Arc<NodeGossip>,
@@ -90,12 +92,14 @@ impl NodeBalancer {
             inputs: receiver,
             ended_moves: below.moves.ended(),
         };
+        let links = Links::new(below.context.clone(), below.moves.clone());
         let balancer = NodeBalancer {
             context: below.context,
             processes: below.processes,
             code: below.code,
             rules: below.rules,
             spanning: below.spanning,
+            links,
             moves: below.moves,
             placements: below.placements,
             alive: below.alive,

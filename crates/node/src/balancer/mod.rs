@@ -12,7 +12,7 @@
 //! - `task`: events in, commands out
 //! - `actions`, `move_tokens`: its moves, and the limit of concurrent ones
 //! - `meter`, `process_counters`, `speed`, `dirty_rate`, `dirty_rate_sampler`: measure this node
-//! - `constraints`: constraints from rules and specs
+//! - `constraints`, `links`: constraints from rules and specs, and the networks to other nodes
 //! - `declared_load`: machines whose target load counts
 //! - `policy`: the policy in the store
 //! - `ledger`, `ledger_transfer`, `recorder`, `database`: records of decisions and loads
@@ -39,6 +39,7 @@ mod fine_grained;
 mod handle;
 mod ledger;
 mod ledger_transfer;
+mod links;
 mod meter;
 mod move_tokens;
 mod peers;

@@ -14,7 +14,7 @@ use keel_api::{
     Silence, Urgency,
 };
 use keel_balance::Name;
-use keel_balance::cost::CostModel;
+use keel_balance::cost::{CostModel, Link};
 use keel_balance::ledger::{Decision, Outcome};
 use keel_balance::load::{Factors, MachineSample, Weights};
 use keel_balance::plan::{Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan};
@@ -104,7 +104,7 @@ impl View {
             };
             let is_fixed = why.is_some();
             fixed.extend(why.map(|why| (loads.len(), why)));
-            let bytes = model.predict(&used).bytes;
+            let bytes = model.predict(&used, &Link::NEAR).bytes;
             loads.push(Workload {
                 name,
                 labels: thing.labels,
@@ -196,7 +196,8 @@ impl View {
             .steps
             .iter()
             .map(|step| {
-                let cost = self.model.predict(&self.factors[step.load]);
+                // (This node knows no links between others.)
+                let cost = self.model.predict(&self.factors[step.load], &Link::NEAR);
                 PlanStep {
                     machine: self.problem.loads[step.load].name.to_string(),
                     from: name(step.from),

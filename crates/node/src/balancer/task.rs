@@ -197,7 +197,7 @@ impl Task {
             self.handle.rules.cache.snapshot_of(nodes),
             &self.handle.placements,
             (spanning, &self.handle.spreading),
-            self.handle.code.clone(),
+            (self.handle.code.clone(), self.handle.links.clone()),
             unix_ms(),
         )
     }

@@ -122,7 +122,7 @@ impl Images {
         let mut stream = self
             .context
             .peers
-            .stream(node, FETCH, question)
+            .bulk_stream(node, FETCH, question)
             .await
             .map_err(|error| error.to_string())?;
         let mut bytes = Vec::new();

@@ -242,7 +242,7 @@ impl Logs {
             let question =
                 pack(&(record.name.clone(), *at, follow)).map_err(|it| it.to_string())?;
             let kind = if whole { WHOLE_LOG } else { LOG };
-            let stream = self.context.peers.stream(owner, kind, question).await;
+            let stream = self.context.peers.bulk_stream(owner, kind, question).await;
             remote = Some(stream.map_err(|error| away(&error))?);
         }
         loop {

@@ -16,6 +16,10 @@ use keel_net::RpcError;
 use keel_store::keys::Key;
 use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long an offer waits for this node's lease.
+const LEASE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Answers an offer. A failure undoes every completed step.
 pub(crate) async fn accept(
@@ -218,8 +222,11 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
 /// Reserves room in the store. The commit compares the reservation, so that deleting it makes the
 /// commit impossible.
 async fn reserve(moves: &Arc<Moves>, source: &NodeName, offer: &Offer) -> Result<(), String> {
-    let lease = (*moves.context.lease.borrow())
-        .ok_or("this node has no lease in the store at present; try again")?;
+    // An agent that has just begun gets one in a moment.
+    let mut lease = moves.context.lease.clone();
+    let held = tokio::time::timeout(LEASE_PATIENCE, lease.wait_for(Option::is_some)).await;
+    let lease = held.ok().and_then(|held| *held.ok()?);
+    let lease = lease.ok_or("this node has no lease in the store at present; try again")?;
     let reservation = Reservation {
         source: source.clone(),
         bytes: offer.memory_pages.iter().sum::<u64>() << 16,

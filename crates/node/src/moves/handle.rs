@@ -98,6 +98,11 @@ impl Moves {
         let _ = self.ended.send(Arc::new(report.clone()));
     }
 
+    /// Rate of a copy to a node by the last moves there, in bytes per second, if it is known.
+    pub(crate) fn rate_to(&self, target: &NodeName) -> Option<f64> {
+        self.history().rate_to(target)
+    }
+
     /// Earlier moves away from here.
     pub(super) fn history(&self) -> MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)

@@ -22,7 +22,7 @@ use keel_machine::moves::{
 };
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Copy, CopyEvent, MoveEndpoint, State, kind, pack, unpack};
-use keel_net::{Fingerprint, RpcError};
+use keel_net::{Bytes, Fingerprint, RpcError};
 use keel_store::Revision;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,6 +31,10 @@ use tokio::sync::{mpsc, watch};
 
 /// How long the store may take before a move is aborted.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long the target's agent may be away before a machine is offered to it: it may be restarted.
+const RESTART_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between attempts to reach it.
+const REACH_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Pause between checks of the progress of compiling.
 const CODE_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// Pause between checks whether the target has recorded that it has all memory.
@@ -260,17 +264,36 @@ impl Driver {
 
     async fn code_there(&self, kind: &KindName, program: Fingerprint) -> Result<CodeState, String> {
         let payload = pack(&(kind, program)).map_err(|error| error.to_string())?;
-        let answer = self
-            .moves
-            .context
-            .peers
-            .call(&self.target, CODE, payload, PROMPT)
-            .await;
-        match answer {
+        match self.ask_agent((CODE, true), payload, PROMPT).await {
             // An agent of the previous version compiles while it handles the offer.
             Err(error) if is_older(&error.to_string()) => Ok(CodeState::Ready),
             Err(error) => Err(error.to_string()),
             Ok(answer) => unpack(&answer).map_err(|error: RpcError| error.to_string()),
+        }
+    }
+
+    /// Asks the target's agent, and repeats for [`RESTART_PATIENCE`] what may be repeated: what was
+    /// certainly not sent, and a mere question also if its answer was lost.
+    async fn ask_agent(
+        &self,
+        (kind, is_question): (u16, bool),
+        payload: Bytes,
+        patience: Duration,
+    ) -> Result<Bytes, RpcError> {
+        let begun = Instant::now();
+        loop {
+            let peers = &self.moves.context.peers;
+            let asked = peers.call(&self.target, kind, payload.clone(), patience);
+            let answer = asked.await;
+            let may_repeat = match &answer {
+                Err(RpcError::NotSent { .. }) => true,
+                Err(RpcError::Unknown { .. }) => is_question,
+                Err(_) | Ok(_) => false,
+            };
+            if !may_repeat || begun.elapsed() > RESTART_PATIENCE {
+                return answer;
+            }
+            tokio::time::sleep(REACH_AGAIN_AFTER).await;
         }
     }
 
@@ -343,10 +366,7 @@ impl Driver {
         let offer = offer_of(record, self.revision, &report, worker, proofs, post_copy)?;
         let payload = pack(&offer).map_err(text)?;
         let answer = self
-            .moves
-            .context
-            .peers
-            .call(&self.target, offer::OFFER, payload, COMPILE_PATIENCE)
+            .ask_agent((offer::OFFER, false), payload, COMPILE_PATIENCE)
             .await
             .map_err(text)?;
         unpack(&answer).map_err(text)

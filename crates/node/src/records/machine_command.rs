@@ -23,6 +23,8 @@ pub(crate) trait MachineCommand: Serialize + DeserializeOwned + Send {
     const KIND: u16;
     /// Time limit of the owner's answer.
     const PATIENCE: Duration = PATIENCE;
+    /// Whether the command or its answer has much data.
+    const IS_BULK: bool = false;
     /// The owner's answer.
     type Answer: Serialize + DeserializeOwned + Send;
 
@@ -51,10 +53,11 @@ where
     let invalid = |error: String| CommandError::Invalid(error);
     let unavailable = |error: String| CommandError::Unavailable(error);
     let payload = pack(&command).map_err(|error| invalid(error.to_string()))?;
-    let answer = context
-        .peers
-        .call(&owner, C::KIND, payload, C::PATIENCE)
-        .await
-        .map_err(|error| unavailable(error.to_string()))?;
+    let peers = &context.peers;
+    let answer = match C::IS_BULK {
+        true => peers.bulk_call(&owner, C::KIND, payload, C::PATIENCE).await,
+        false => peers.call(&owner, C::KIND, payload, C::PATIENCE).await,
+    };
+    let answer = answer.map_err(|error| unavailable(error.to_string()))?;
     unpack(&answer).map_err(|error| unavailable(error.to_string()))?
 }

@@ -34,6 +34,7 @@ pub(crate) struct FileCommand {
 
 impl MachineCommand for FileCommand {
     const KIND: u16 = 0x0328;
+    const IS_BULK: bool = true;
     type Answer = FileDone;
 
     fn machine(&self) -> &MachineName {

@@ -2,6 +2,7 @@
 
 use super::{CompletedMove, RecordedDecision, World};
 use keel_balance::Name;
+use keel_balance::cost::Link;
 use keel_balance::load::Capacity;
 use keel_balance::policy::Policy;
 use keel_balance::round::{Constraints, check_offer};
@@ -174,6 +175,7 @@ impl World {
                     there: on.weigh(&there.capacity, &policy.weights),
                     lasted_ms: self.now_ms - machine.since_ms,
                     compile_core_s: 0.0,
+                    link: Link::NEAR,
                     spreadable: None,
                     constraint: self.rule_set.constraint(&machine.spec.name, target),
                 }

@@ -73,7 +73,12 @@ impl Transport for AgentConnections {
             self.peers.set_address(&node, &voter.address);
         }
         let peers = self.peers.clone();
-        let calling = async move { peers.call(&node, kind, request, patience).await };
+        let calling = async move {
+            match kind {
+                kind::RAFT_SNAPSHOT => peers.bulk_call(&node, kind, request, patience).await,
+                _ => peers.call(&node, kind, request, patience).await,
+            }
+        };
         let calling = self.runtime.spawn(calling);
         Box::pin(async move {
             let answer = calling.await;

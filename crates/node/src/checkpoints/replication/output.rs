@@ -107,7 +107,7 @@ impl Checkpoints {
         log: Arc<Log>,
         end: u64,
     ) -> Result<(), String> {
-        let stream = self.context.peers.stream(from, kind, question).await;
+        let stream = self.context.peers.bulk_stream(from, kind, question).await;
         let mut stream = stream.map_err(|error| error.to_string())?;
         let (send, pieces) = mpsc::channel(4);
         let writing = tokio::task::spawn_blocking(move || write(&log, end, pieces));

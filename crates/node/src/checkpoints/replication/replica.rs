@@ -137,7 +137,7 @@ impl Checkpoints {
     ) -> Result<(), String> {
         let question = pack(&(machine, object)).map_err(|error| error.to_string())?;
         let peers = &self.context.peers;
-        let stream = peers.stream(from, OBJECT, question).await;
+        let stream = peers.bulk_stream(from, OBJECT, question).await;
         let mut stream = stream.map_err(|error| error.to_string())?;
         let (send, mut pieces) = mpsc::channel::<Bytes>(4);
         let path = object.path(&self.context.dir.replicas(), machine);
