@@ -211,8 +211,7 @@ impl CostModel {
         }
     }
 
-    /// How much later a machine arrives over a link than over one of [`Link::NEAR`], in
-    /// milliseconds.
+    /// Milliseconds by which a machine arrives later over a link than over [`Link::NEAR`].
     fn later_ms(factors: &Factors, link: &Link) -> f64 {
         match link.is_far() {
             true => {

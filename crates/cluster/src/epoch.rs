@@ -48,8 +48,7 @@ impl Epoch {
         }
     }
 
-    /// Whether it is the epoch after `before`, whatever the cluster's incarnation was when it was
-    /// given.
+    /// Whether it is the epoch after `before`, given in any incarnation of the cluster.
     pub fn follows(self, before: Epoch) -> bool {
         self == before.in_incarnation(self.incarnation)
     }

@@ -69,8 +69,8 @@ impl From<SettingsError> for RebuildError {
 }
 
 /// Revisions of one incarnation of the cluster. A store that begins anew uses none that a former one
-/// may have used since its content was copied: what was decided by those is refused, and watches begin
-/// anew.
+/// may have used since its content was copied: what was decided by those is refused, and watches list
+/// everything again.
 const REVISIONS: Revision = 1 << 28;
 
 /// What came of it.
