@@ -23,7 +23,14 @@ const LAYERED: &str = "node";
 /// Its layers, from the bottom up: modules of one layer do not import each other, unless they
 /// share one line here because they form one unit.
 const LAYERS: &[&[&str]] = &[
-    &["error", "host", "identity", "metrics", "state_dir"],
+    &[
+        "error",
+        "host",
+        "identity",
+        "metrics",
+        "state_dir",
+        "traces",
+    ],
     &["events"],
     &["external_store", "role"],
     &["lease"],

@@ -34,6 +34,8 @@ use keel_store::{Store, StoreError, Txn, TxnOutcome};
 /// Become a member: the only request for anonymous peers. (`0x0200..0x0300` are this crate's
 /// kinds of request.)
 pub const JOIN: u16 = 0x0200;
+/// How often an admission is begun anew because the authorities changed meanwhile.
+const ATTEMPTS_MAX: u32 = 4;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinRequest {
@@ -104,8 +106,8 @@ pub enum JoinError {
     Wire(#[from] WireError),
 }
 
-/// The voter's part: checks the request, admits the node, signs with one of `keys`. `external` is the address of a
-/// store outside of the cluster.
+/// The voter's part: checks the request, admits the node, signs with one of `keys`. `external` is
+/// the address of a store outside of the cluster.
 ///
 /// # Errors
 /// [`JoinError`]; but for [`StoreError::Unknown`], the token is not used up.
@@ -130,6 +132,21 @@ pub async fn accept_join(
         }
         .into());
     }
+    for _ in 0..ATTEMPTS_MAX {
+        if let Some(response) = admit(store, keys, request, now_unix_ms).await? {
+            return Ok(response);
+        }
+    }
+    Err(JoinError::NoAuthority)
+}
+
+/// One attempt to admit the node; `None` if the cluster's authorities changed meanwhile.
+async fn admit(
+    store: &dyn Store,
+    keys: &AuthorityKeys,
+    request: &JoinRequest,
+    now_unix_ms: u64,
+) -> Result<Option<JoinResponse>, JoinError> {
     let redemption = tokens::redeem(
         store,
         TokenId(request.token),
@@ -161,7 +178,7 @@ pub async fn accept_join(
         // Admitted before; unless the node was removed since.
         let still = store.get(&member.to_string()).await?;
         return match still {
-            Some(_) => Ok(response),
+            Some(_) => Ok(Some(response)),
             None => Err(TokenError::Used(request.node.clone()).into()),
         };
     };
@@ -179,11 +196,11 @@ pub async fn accept_join(
     match store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
             tracing::info!(node = %request.node, address = request.address, "node joined");
-            Ok(response)
+            Ok(Some(response))
         }
         TxnOutcome::Refused { failed: 0, .. } => Err(JoinError::Raced),
         TxnOutcome::Refused { failed: 1, .. } => Err(JoinError::NameTaken(request.node.clone())),
-        TxnOutcome::Refused { .. } => Err(JoinError::NoAuthority),
+        TxnOutcome::Refused { .. } => Ok(None),
     }
 }
 

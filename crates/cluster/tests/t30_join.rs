@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keel_cluster::authority_keys::{self, AuthorityKeys};
-use keel_cluster::certificates::NODE_LIFETIME;
+use keel_cluster::certificates::{self, Authorities, NODE_LIFETIME};
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity, make_csr};
 use keel_cluster::join::{self, JoinError, accept_join};
 use keel_cluster::members::{self, MemberError, MemberSet, Voter};
@@ -279,6 +279,31 @@ async fn a_token_admits_one_node_even_when_many_ask_at_once() -> Outcome {
         assert_eq!(admitted, 1);
     }
     assert_eq!(members::members(cluster.store.as_ref()).await?.len(), 6);
+    Ok(())
+}
+
+/// The cluster's first node writes its authority to the store when others may be joining already. A
+/// regression test: those were refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_join_while_the_authority_is_written() -> Outcome {
+    let cluster = Arc::new(cluster().await?);
+    let record = Authorities::first(&NodeIdentity::first(&cluster.authority, &name("a"))?)?;
+    let mut asking = tokio::task::JoinSet::new();
+    for number in 0..8 {
+        let token = cluster.token().await?;
+        let node = name(&format!("n-{number}"));
+        let (_, request) = join::prepare(&token, &node, "127.0.0.1:2", None)?;
+        let cluster = cluster.clone();
+        asking.spawn(async move {
+            let store = cluster.store.as_ref();
+            accept_join(store, None, &cluster.keys, &request, NOW).await
+        });
+    }
+    certificates::write(cluster.store.as_ref(), &record, None).await?;
+    while let Some(admitted) = asking.join_next().await {
+        admitted??;
+    }
+    assert_eq!(members::members(cluster.store.as_ref()).await?.len(), 9);
     Ok(())
 }
 

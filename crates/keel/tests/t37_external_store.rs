@@ -107,7 +107,15 @@ async fn machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_
     writes_on(50).await;
     assert_eq!(evidence().expect("one copy wrote").rewinds, 1);
 
-    // The node that began the cluster fails for good; another one admits a new node.
+    // The node that began the cluster fails for good, perhaps with the machine; another one admits
+    // a new node.
+    wait_for("a third node has its checkpoint", || async {
+        let machine = cluster.inspect("d", "w").await.ok()?;
+        let mut has = machine.in_sync.iter();
+        has.any(|node| node == "c" || node == "d").then_some(())
+    })
+    .await
+    .expect("it is copied");
     cluster.power_off("a");
     let admits = wait_for("another node admits", || async {
         let info = store_of(&cluster, "d").await?;
@@ -134,6 +142,13 @@ async fn machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_
         .await;
     joined.expect("it joins");
     cluster.wait_alive("e").await.expect("it is a node");
+    wait_for("it runs on a node that is left", || async {
+        let machine = cluster.inspect("d", "w").await.ok()?;
+        let is_left = machine.node != "a" && machine.node != "b";
+        (is_left && machine.status == "running").then_some(())
+    })
+    .await
+    .expect("it is restarted");
     let client = cluster.client("d");
     let moved = keel_testkit::move_by(&client, "w", "e")
         .await

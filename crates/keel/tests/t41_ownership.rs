@@ -147,6 +147,60 @@ async fn a_worker_that_dies_in_doubt_leaves_one_copy() {
     }
 }
 
+/// A machine was kept under a new epoch after the death of its agent, and its move failed by itself
+/// before the worker was told so. A regression test: it ran on under its former epoch, and could not
+/// be moved any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_kept_is_told_its_epoch() {
+    let bench = bench().await;
+    let cluster = &bench.cluster;
+    let module = counter();
+    let guest = Guest::new("m", "a", &module, &["1000000", "2"]);
+    let begun = epoch(&cluster.run(&guest).await.expect("it starts"));
+    let copied = Duration::from_millis(1500);
+    let delay = format!("delay({})", copied.as_millis());
+    for (failpoint, order) in [("source.round", &*delay), ("source.thaw", "error*")] {
+        let ordered = cluster.failpoint("a", failpoint, Some(order)).await;
+        ordered.expect("the failpoint");
+    }
+    let client = cluster.client("calm");
+    let moves = tokio::spawn(async move {
+        let _ = keel_testkit::move_by(&client, "m", "b").await;
+    });
+    wait_for("it is copied", || async {
+        let names = cluster.failpoints_passed("a");
+        names.iter().any(|it| it == "source.round").then_some(())
+    })
+    .await
+    .expect("a copy");
+    for _ in 0..2 {
+        cluster.kill_agent("a").expect("its agent");
+        cluster.wait_alive("a").await.expect("another one");
+        wait_for("it is kept", || async {
+            let info = cluster.inspect("calm", "m").await.ok()?;
+            (epoch(&info) > begun).then_some(())
+        })
+        .await
+        .expect("a new epoch");
+        // The copy fails between the two agents; nothing tells when.
+        let _ = cluster.kill_worker("b", "m");
+        tokio::time::sleep(copied).await;
+    }
+    let _ = moves.await;
+    let cleared = cluster.failpoint("a", "source.thaw", None).await;
+    cleared.expect("no failpoint");
+    wait_for("it can be moved", || async {
+        let moved = cluster.move_machine("calm", "m", "b").await;
+        moved.is_ok().then_some(())
+    })
+    .await
+    .expect("it moves");
+    bench.runs_where_the_store_says("m").await;
+    // Each agent keeps it once at most.
+    let now = epoch(&bench.inspect("m").await);
+    assert!(now <= begun.next().next(), "{now}, after {begun}");
+}
+
 /// A fencing token never decreases, whatever is removed, restored or restarted under a name.
 #[tokio::test(flavor = "multi_thread")]
 async fn epochs_of_a_name_never_fall() {

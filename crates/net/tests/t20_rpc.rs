@@ -595,6 +595,38 @@ async fn bulk_data_has_a_connection_of_its_own() -> Outcome {
     Ok(())
 }
 
+/// However long it would have stayed idle.
+#[tokio::test]
+async fn a_removed_node_keeps_no_connection_for_bulk_data() -> Outcome {
+    let ca = Authority::new()?;
+    let limited = Options {
+        connections_max: 1,
+        ..Options::default()
+    };
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let handler = Arc::new(TestHandler::default());
+    let server = serve(tls, everyone_is_member(), handler, limited).await?;
+    let address = server.address().to_string();
+    let options = Options {
+        bulk_idle: 100 * LONG,
+        ..Options::default()
+    };
+    let tls = ClientTls::node(&ca.node("b")?)?;
+    let peers = Peers::new(tls.clone(), options.clone());
+    let a = name("a");
+    peers.set_address(&a, &address);
+    assert_eq!(peers.bulk_call(&a, ECHO, "1".into(), LONG).await?, "1");
+    let another = async || Client::connect(&address, &tls, &a, options.clone()).await;
+    assert!(another().await.is_err());
+    peers.remove(&a);
+    let begun = std::time::Instant::now();
+    while another().await.is_err() {
+        assert!(begun.elapsed() < LONG, "the connection stays");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn pinned_workers_can_speak_rpc_too() -> Outcome {
     let (source, target) = (PinnedIdentity::generate()?, PinnedIdentity::generate()?);

@@ -26,6 +26,7 @@ use crate::rules::Rules;
 use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
 use crate::supervisor::AgentEnd;
+use crate::traces::Traces;
 use crate::volumes::VolumeFiles;
 use crate::voters::{self, VoterError, Voters};
 use keel_api::EventKind;
@@ -319,6 +320,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
     let lease = lease::keep(store.clone(), node, events.clone(), metrics.clone())
         .map_err(system("the thread that renews the lease"))?;
     let slice = make_slice(&dir);
+    let traces = Traces::from_environment(&identity.node, identity.cluster);
     let context = Arc::new(Context {
         name: identity.node.clone(),
         cluster: identity.cluster,
@@ -335,6 +337,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
         identity: OwnIdentity::new(identity)?,
         events,
         metrics,
+        traces,
         traffic,
     });
     tokio::spawn(certificates::keep(

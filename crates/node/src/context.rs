@@ -7,6 +7,7 @@ use crate::identity::OwnIdentity;
 use crate::lease::{HoldHandle, LeaseTerm};
 use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
+use crate::traces::Traces;
 use keel_cluster::NodeName;
 use keel_cluster::identity::ClusterId;
 use keel_cluster::members::MemberSet;
@@ -85,6 +86,8 @@ pub(crate) struct Context {
     pub(crate) events: Events,
     /// What this agent counts, for Prometheus.
     pub(crate) metrics: Metrics,
+    /// What this agent tells a collector of traces.
+    pub(crate) traces: Traces,
     /// Bytes sent to and received from other nodes.
     pub(crate) traffic: Traffic,
 }

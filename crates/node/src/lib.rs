@@ -22,7 +22,8 @@
 //! - `context`: shared by all layers
 //! - `external_store`, `lease`, `role`: a store outside of the nodes, this node's lease, and what one
 //!   node does for all
-//! - `error`, `events`, `host`, `identity`, `metrics`, `state_dir`, `supervisor`: the lowest layer
+//! - `error`, `events`, `host`, `identity`, `metrics`, `state_dir`, `supervisor`, `traces`: the
+//!   lowest layer
 
 #![forbid(unsafe_code)]
 
@@ -55,6 +56,7 @@ mod rules;
 mod spanning;
 mod state_dir;
 mod supervisor;
+mod traces;
 mod volumes;
 mod voters;
 

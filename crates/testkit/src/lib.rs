@@ -94,6 +94,8 @@ pub struct LocalCluster {
     store: Option<String>,
     /// Address of the first node's API for users over TLS.
     api: Option<String>,
+    /// Variables of all nodes.
+    environment: Vec<(String, String)>,
 }
 
 impl std::fmt::Debug for LocalCluster {
@@ -141,6 +143,7 @@ impl LocalCluster {
             voters: "1",
             store: None,
             api: None,
+            environment: Vec::new(),
         }
     }
 
@@ -205,6 +208,22 @@ impl LocalCluster {
     ) -> Result<Self> {
         let mut cluster = LocalCluster::empty(program, None);
         cluster.api = Some(api.to_owned());
+        cluster.begin(folder, names).await
+    }
+
+    /// As [`Self::start`], with these variables in the environment of all nodes.
+    ///
+    /// # Errors
+    /// The log of a node that did not start.
+    pub async fn start_with_environment(
+        program: &Path,
+        folder: &Path,
+        names: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
+        let mut cluster = LocalCluster::empty(program, None);
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        cluster.environment = environment.iter().map(owned).collect();
         cluster.begin(folder, names).await
     }
 
@@ -346,6 +365,7 @@ impl LocalCluster {
         command
             .env(keel_machine::failpoint::ENABLE_ENVIRONMENT, "1")
             .env("KEEL_FAILPOINT_LOG", state.join(FAILPOINT_LOG))
+            .envs(self.environment.iter().cloned())
             .arg("--state-dir")
             .arg(state)
             .stdin(Stdio::null())

@@ -333,19 +333,22 @@ pub(super) fn serve<W: Worker>(worker: &Arc<W>) -> Result<(), RpcError> {
         .map_err(RpcError::failed)
 }
 
-/// The machine stays at its source, under an epoch that the agent got from the store.
+/// The machine stays at its source, under an epoch that the agent got from the store. Asked again,
+/// it changes nothing.
 pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> {
     failpoint::pass("source.thaw").map_err(RpcError::unknown)?;
     give_up(worker);
     let _freezing = worker.process().freezing();
-    let (outgoing, is_taken_back) = worker.moves(|moves| {
+    let (outgoing, is_stopped, is_taken_back) = worker.moves(|moves| {
         if moves.going {
             return Err(RpcError::unknown("the target is being told"));
         }
         // Only this node can have used its own epoch and the one after it.
-        let is_taken_back = !epoch.follows(moves.epoch);
+        let is_taken_back = epoch != moves.epoch && !epoch.follows(moves.epoch);
         moves.epoch = epoch;
-        Ok((moves.outgoing.take(), is_taken_back))
+        // While it is copied it runs, and whoever stops its threads for a moment resumes them.
+        let is_stopped = moves.moving_away && !moves.copying;
+        Ok((moves.outgoing.take(), is_stopped, is_taken_back))
     })?;
     if is_taken_back {
         worker.process().notice(&format!(
@@ -362,7 +365,9 @@ pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> 
         worker.moves(|moves| moves.moving_away = false);
         return Err(RpcError::failed(error));
     }
-    worker.thaw()?;
+    if is_stopped {
+        worker.thaw()?;
+    }
     worker.moves(|moves| moves.moving_away = moves.copying);
     let log = worker.process().log();
     let state = State::Running { epoch };

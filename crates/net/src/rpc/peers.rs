@@ -4,7 +4,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,6 +26,8 @@ struct Peer {
     address: String,
     control: Way,
     bulk: Way,
+    /// Whether something closes `bulk` when it is idle; changed under its lock.
+    is_watched: AtomicBool,
 }
 
 /// What a connection carries.
@@ -43,6 +46,7 @@ impl Peer {
             address: address.into(),
             control: Way::new(Link::None),
             bulk: Way::new(Link::None),
+            is_watched: AtomicBool::new(false),
         })
     }
 
@@ -53,22 +57,26 @@ impl Peer {
         }
     }
 
-    /// Closes the connection for bulk data once nobody has used it for a time.
-    async fn close_when_idle(self: Arc<Self>, client: Client, after: Duration) {
+    /// Closes the connection for bulk data once nobody has used it for a time. Ends with that, or
+    /// once the connection is lost; a peer that was replaced or removed goes with its connections.
+    async fn close_when_idle(peer: Weak<Self>, after: Duration) {
         let mut idle = false;
         loop {
             tokio::time::sleep(after).await;
-            if client.is_lost() {
-                return;
-            }
-            // Held by nobody but the pool and this task, twice in turn.
-            let rests = client.handles() == 2;
-            if rests && idle {
-                let mut link = self.bulk.lock().await;
-                if client.handles() == 2 {
-                    *link = Link::None;
+            let Some(peer) = peer.upgrade() else { return };
+            let mut link = peer.bulk.lock().await;
+            // Held by nobody but the pool, twice in turn.
+            let rests = match &*link {
+                Link::Up(client) if !client.is_lost() => client.handles() == 1,
+                Link::Up(_) | Link::Failed { .. } | Link::None => {
+                    peer.is_watched.store(false, Ordering::Relaxed);
                     return;
                 }
+            };
+            if rests && idle {
+                *link = Link::None;
+                peer.is_watched.store(false, Ordering::Relaxed);
+                return;
             }
             idle = rests;
         }
@@ -156,9 +164,9 @@ impl Peers {
         match Client::connect(&peer.address, &tls, node, self.options.clone()).await {
             Ok(client) => {
                 *link = Link::Up(client.clone());
-                if sort == Sort::Bulk {
+                if sort == Sort::Bulk && !peer.is_watched.swap(true, Ordering::Relaxed) {
                     let idle = self.options.bulk_idle;
-                    tokio::spawn(peer.clone().close_when_idle(client.clone(), idle));
+                    tokio::spawn(Peer::close_when_idle(Arc::downgrade(&peer), idle));
                 }
                 Ok(client)
             }

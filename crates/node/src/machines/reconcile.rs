@@ -12,7 +12,7 @@ use super::start::start;
 use super::termination::{named_end, record_end, sweep_ended};
 use super::worker_monitor::watch_worker;
 use crate::events::Note;
-use crate::moves::settle;
+use crate::moves::{is_behind, settle, settle_after_move};
 use crate::processes::PROMPT;
 use crate::records::{self, RecordError};
 use keel_api::EventKind;
@@ -186,6 +186,14 @@ async fn ensure_guarded(
                 if record.owner == machines.context.name && record.epoch == epoch =>
             {
                 apply_record(machines, machine, &worker).await;
+                return Ok(RestartDecision::No);
+            }
+            // An earlier agent kept it here, and died before its worker was told.
+            Ok(State::Running { epoch })
+                if record.owner == machines.context.name && is_behind(epoch, record) && !moving =>
+            {
+                let (moves, machine) = (machines.moves.clone(), machine.clone());
+                tokio::spawn(async move { settle_after_move(&moves, &machine).await });
                 return Ok(RestartDecision::No);
             }
             // The machine was given away, and given back for its next life: this one is over.

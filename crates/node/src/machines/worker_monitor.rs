@@ -36,11 +36,13 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                 let state: Result<State, _> = item.and_then(|bytes| unpack(&bytes));
                 match state {
                     Ok(State::Ended { epoch, status }) => {
+                        machines.moves.end_arrival_trace(&machine, Ok(()));
                         ended(&machines, &machine, &worker, epoch, status).await;
                         return;
                     }
                     Ok(State::Dropped { reason }) => {
                         tracing::info!(%machine, reason, "an arriving machine was dropped");
+                        machines.moves.end_arrival_trace(&machine, Err(&reason));
                         let text = format!("its incomplete copy was dropped: {reason}");
                         let dropped = Note::machine(EventKind::ArrivalDropped, &machine, text);
                         machines.context.events.record(dropped);
@@ -54,6 +56,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                         if let Err(error) = is_running(&machines, &machine, epoch).await {
                             tracing::warn!(%machine, %error, "cannot record that the machine runs");
                         }
+                        machines.moves.end_arrival_trace(&machine, Ok(()));
                         let (machines, machine) = (machines.clone(), machine.clone());
                         let worker = worker.clone();
                         tokio::spawn(async move {
@@ -64,6 +67,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
                         if let Err(error) = runs(&machines, &machine, epoch, true).await {
                             tracing::warn!(%machine, %error, "cannot record that the machine runs");
                         }
+                        machines.moves.end_arrival_trace(&machine, Ok(()));
                         if source_lost {
                             let (machines, machine) = (machines.clone(), machine.clone());
                             let worker = worker.clone();

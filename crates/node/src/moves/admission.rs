@@ -27,6 +27,27 @@ pub(crate) async fn accept(
     source: NodeName,
     offer: Offer,
 ) -> Result<MoveEndpoint, String> {
+    let traces = &moves.context.traces;
+    let trace = traces.follow("arrive", offer.traceparent.as_deref());
+    trace.set("keel.machine", offer.machine.to_string());
+    let machine = offer.machine.clone();
+    let accepted = {
+        let _accept = trace.child("accept");
+        accept_alone(moves, source, offer).await
+    };
+    match &accepted {
+        Ok(_) => moves.trace_arrival(&machine, trace),
+        Err(reason) => trace.fail(reason.as_str()),
+    }
+    accepted
+}
+
+/// The same, unless the machine is arriving already.
+async fn accept_alone(
+    moves: &Arc<Moves>,
+    source: NodeName,
+    offer: Offer,
+) -> Result<MoveEndpoint, String> {
     let machine = offer.machine.clone();
     check(moves, &offer).await?;
     passed("offer.checked").await?;

@@ -109,7 +109,9 @@ pub(crate) async fn begin(
     let begun = begun.under(record.epoch).with("target", target);
     moves.context.events.record(begun);
     let (lines, receiver) = mpsc::channel(64);
+    let trace = moves.context.traces.begin("move");
     let mut driver = Driver {
+        trace,
         moves: moves.clone(),
         report: new_report(&record, target),
         source: SourceMove::new(record.epoch, record.next_epoch(), post_copy),
@@ -184,7 +186,10 @@ pub(crate) async fn take_over(
         .insert(machine.clone(), handle);
     let (source, commands) = SourceMove::handed(epoch, committed, post_copy);
     let (lines, _) = mpsc::channel(1);
+    // The trace of the agent that began the move ended with it.
+    let trace = moves.context.traces.begin("move");
     let mut driver = Driver {
+        trace,
         moves: moves.clone(),
         report: new_report(&record, &target),
         source,

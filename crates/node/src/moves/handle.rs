@@ -9,11 +9,13 @@ use crate::images::Images;
 use crate::processes::Processes;
 use crate::rules::Rules;
 use crate::spanning::Spanning;
+use crate::traces::Span;
 use keel_api::Urgency;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::MoveReport;
 use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::broadcast;
@@ -56,6 +58,8 @@ pub(crate) struct Moves {
     /// Held during the check and reservation of room for an arriving machine.
     pub(super) reserving: tokio::sync::Mutex<()>,
     history: Mutex<History>,
+    /// Traces of the machines that are arriving.
+    arrivals: Mutex<HashMap<MachineName, Span>>,
     ended: broadcast::Sender<Arc<MoveReport>>,
 }
 
@@ -83,6 +87,7 @@ impl Moves {
             queue: Arc::default(),
             reserving: tokio::sync::Mutex::default(),
             history: Mutex::default(),
+            arrivals: Mutex::default(),
             ended: broadcast::Sender::new(BEHIND_MAX),
         }
     }
@@ -96,6 +101,23 @@ impl Moves {
     pub(super) fn announce_end(&self, report: &MoveReport) {
         // There may be no subscriber.
         let _ = self.ended.send(Arc::new(report.clone()));
+    }
+
+    /// Keeps the trace of an arriving machine until it runs here, or does not.
+    pub(super) fn trace_arrival(&self, machine: &MachineName, trace: Span) {
+        self.arrivals().insert(machine.clone(), trace);
+    }
+
+    /// Ends the trace of an arriving machine; nothing if it has none.
+    pub(crate) fn end_arrival_trace(&self, machine: &MachineName, outcome: Result<(), &str>) {
+        let trace = self.arrivals().remove(machine);
+        if let (Some(trace), Err(reason)) = (trace, outcome) {
+            trace.fail(reason);
+        }
+    }
+
+    fn arrivals(&self) -> MutexGuard<'_, HashMap<MachineName, Span>> {
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Rate of a copy to a node by the last moves there, in bytes per second, if it is known.

@@ -11,6 +11,7 @@
 //! - `recovery`: moves whose agent has died
 //! - `directory_proofs`: that both nodes see the same directories
 //! - `dry_run`, `dry_run_history`: predictions of moves
+//! - `trace`: what a trace says of a move
 
 mod admission;
 mod begin;
@@ -25,6 +26,7 @@ mod queue;
 mod recovery;
 mod settle_arrival;
 mod source;
+mod trace;
 
 pub(crate) use admission::{accept, drop_reservation, would_accept};
 pub(crate) use begin::begin;
@@ -32,5 +34,5 @@ pub(crate) use commands::{CancelMove, DryRunCommand};
 pub(crate) use handle::{Dependencies, MoveOrder, Moves};
 pub(crate) use offer::{ARRIVAL, HELD, MOVE, OFFER, Offer, TRIAL, WITHDRAW, WOULD_ACCEPT};
 pub(crate) use ownership_change::RACED;
-pub(crate) use recovery::{resume_after_move, withdraw_old_offers};
+pub(crate) use recovery::{is_behind, resume_after_move, settle_after_move, withdraw_old_offers};
 pub(crate) use settle_arrival::{arrival, holds_copy, settle};

@@ -52,6 +52,9 @@ pub(crate) struct Offer {
     /// Up to where readers may see its output.
     #[serde(default)]
     pub(crate) shown_output: u64,
+    /// The source's trace of the move, if there is one.
+    #[serde(default)]
+    pub(crate) traceparent: Option<String>,
 }
 
 /// State of a machine that was handed over to this node.
@@ -89,6 +92,7 @@ pub(super) fn offer_of(
         proofs: proofs.list(),
         post_copy,
         shown_output: report.log.1,
+        traceparent: None,
     })
 }
 

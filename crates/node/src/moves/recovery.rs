@@ -8,9 +8,9 @@ use crate::events::Note;
 use crate::processes::{MoveHandle, PROMPT, Processes};
 use crate::records::{self, RecordError, Reservation};
 use keel_api::EventKind;
-use keel_cluster::MachineName;
-use keel_machine::spec::Record;
-use keel_machine::worker::control::{kind, pack};
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{State, kind, pack};
 use keel_net::RpcError;
 use keel_store::keys::{self, Key};
 use std::sync::Arc;
@@ -28,31 +28,47 @@ pub(crate) async fn resume_after_move(moves: &Arc<Moves>, machine: &MachineName)
     let Some(worker) = moves.processes.machines.get(machine) else {
         return;
     };
-    // Moves, stops and restarts of the machine wait: its epoch is about to be raised.
-    if worker.report().await.is_ok_and(|report| report.moving_away)
-        && let Some(held) = hold(&moves.processes, machine)
-    {
+    if worker.report().await.is_ok_and(|report| report.moving_away) {
         settle_after_move(moves, machine).await;
+    }
+}
+
+/// Settles the last move of a machine whose worker moves it away, or runs it under the epoch before
+/// that of its record: the move failed by itself after an earlier agent had kept the machine here,
+/// and before the worker was told so.
+pub(crate) async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
+    // Moves, stops and restarts of the machine wait: its epoch is about to be raised.
+    if let Some(held) = hold(&moves.processes, machine) {
+        settle_held(moves, machine).await;
         held.release(&moves.processes, machine);
     }
 }
 
-async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
+async fn settle_held(moves: &Arc<Moves>, machine: &MachineName) {
+    // Raised only once, also if an answer was lost or the worker fails to resume.
+    let mut raised = None;
     loop {
         // Checked each time: another machine of its name may have arrived, and be moving.
         let Some(worker) = moves.processes.machines.get(machine) else {
             return;
         };
-        match worker.report().await {
-            Ok(report) if report.moving_away => {}
-            _ => return,
-        }
+        let runs_under = match worker.report().await {
+            Ok(report) if report.moving_away => None,
+            Ok(report) => match report.state {
+                State::Running { epoch } => Some(epoch),
+                _ => return,
+            },
+            Err(_) => return,
+        };
+        let before = raised;
         let mut mine = false;
-        let mut raised = None;
         let claim = |record: &mut Record| {
-            mine = record.owner == moves.context.name && !record.status.ended();
-            // Raised only once, also if the answer was lost.
-            let raises = mine && raised != Some(record.epoch);
+            mine = record.owner == moves.context.name
+                && match runs_under {
+                    None => !record.status.ended(),
+                    Some(epoch) => is_behind(epoch, record),
+                };
+            let raises = mine && runs_under.is_none() && raised != Some(record.epoch);
             if raises {
                 record.epoch = record.next_epoch();
                 raised = Some(record.epoch);
@@ -61,25 +77,24 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
         };
         match records::update(&*moves.context.store, machine, claim, |txn, _| txn).await {
             Ok(record) if mine => {
-                tracing::warn!(%machine, "a move was interrupted by the agent's end; the machine continues here");
-                let text = "its move was interrupted by the agent's end; it continues here";
-                let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
-                moves.context.events.record(taken_up.under(record.epoch));
+                if raised != before {
+                    tracing::warn!(%machine, "a move was interrupted by the agent's end; the machine continues here");
+                    let text = "its move was interrupted by the agent's end; it continues here";
+                    let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
+                    moves.context.events.record(taken_up.under(record.epoch));
+                }
                 let thawed: Result<(), RpcError> =
                     worker.ask(kind::THAW, &record.epoch, PROMPT).await;
                 match thawed {
                     Ok(()) => return,
-                    // It ended, or its worker is lost: the watch handles that.
-                    Err(error) if !worker.report().await.is_ok_and(|it| it.moving_away) => {
-                        tracing::warn!(%machine, %error, "cannot resume the machine");
-                        return;
-                    }
+                    // If it ended, or its worker is lost, the watch handles that.
                     Err(error) => {
                         tracing::error!(%machine, %error, "cannot resume the machine yet");
                         tokio::time::sleep(RETRY_AFTER).await;
                     }
                 }
             }
+            Ok(_) | Err(RecordError::NoMachine(_)) if runs_under.is_some() => return,
             // The commit had won, and the target may be gone before it resumes the machine.
             Ok(record) if needs_copy(&moves.context.name, &record.status) => {
                 let text = "its move was committed when the agent ended; it is resumed";
@@ -104,6 +119,13 @@ async fn settle_after_move(moves: &Arc<Moves>, machine: &MachineName) {
             }
         }
     }
+}
+
+/// Whether a machine runs here under the epoch before that of its record, which is this node's.
+/// Only an earlier agent of this node can have given it that epoch, and only by keeping it: a
+/// restart passes through other states, and its worker is a new one.
+pub(crate) fn is_behind(runs_under: Epoch, record: &Record) -> bool {
+    matches!(record.status, Status::Running) && record.epoch.follows(runs_under)
 }
 
 /// Keeps a machine from being moved, ended or restarted until it is released.

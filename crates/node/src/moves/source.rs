@@ -6,12 +6,14 @@ use super::dry_run;
 use super::handle::Moves;
 use super::offer::{self, Arrival, needs_copy, offer_of, passed};
 use super::queue::QueuePlace;
+use super::trace;
 use crate::compilation::{CODE, CodeState};
 use crate::events::Note;
 use crate::processes::{COMPILE_PATIENCE, PROMPT, WorkerHandle, is_older};
 use crate::records::{self, RecordError};
 use crate::rules::{ClaimError, Claims};
 use crate::spanning::{Placement, Successor, successor};
+use crate::traces::Span;
 use keel_api::{MoveLine, Urgency};
 use keel_cluster::{Epoch, NodeName};
 use keel_kind_wasm::control::{CopyHome, kind::COPY_HOME};
@@ -73,6 +75,7 @@ pub(super) struct Driver {
     pub(super) spans: bool,
     /// Where its parts were before its home moved.
     pub(super) placement: Option<Placement>,
+    pub(super) trace: Span,
 }
 
 pub(super) fn micros(since: Instant) -> u64 {
@@ -81,10 +84,13 @@ pub(super) fn micros(since: Instant) -> u64 {
 
 impl Driver {
     pub(super) async fn drive(&mut self, urgency: Urgency) {
-        let interrupted = match self.compile().await {
-            None => self.wait_for_turn(urgency).await,
-            interrupted => interrupted,
-        };
+        let step = self.trace.child("compile");
+        let mut interrupted = self.compile().await;
+        drop(step);
+        if interrupted.is_none() {
+            let _step = self.trace.child("wait");
+            interrupted = self.wait_for_turn(urgency).await;
+        }
         let offered = match interrupted {
             None => {
                 // Predicted in the meantime: the target has to compile anyway.
@@ -120,7 +126,9 @@ impl Driver {
     pub(super) async fn run_commands(&mut self, mut commands: VecDeque<SourceCommand>) {
         while let Some(command) = commands.pop_front() {
             tracing::debug!(machine = %self.record.name, ?command, "move");
+            let step = self.trace.child(trace::step_name(&command));
             if let Some(event) = self.carry_out(command).await {
+                trace::mark(&step, &event);
                 commands.extend(self.source.step(event));
             }
         }
@@ -331,8 +339,9 @@ impl Driver {
             Ok(proofs) => proofs,
             Err(reason) => return SourceEvent::Refused(reason),
         };
+        let step = self.trace.child("offer");
         let result = match passed("move.offer").await {
-            Ok(()) => self.ask_target(&proofs).await,
+            Ok(()) => self.ask_target(&proofs, &step).await,
             Err(reason) => Err(reason),
         };
         proofs.remove().await;
@@ -346,11 +355,14 @@ impl Driver {
                 self.receiving = Some(receiving);
                 SourceEvent::Accepted
             }
-            Err(reason) => SourceEvent::Refused(format!("{} refuses it: {reason}", self.target)),
+            Err(reason) => {
+                step.fail(reason.as_str());
+                SourceEvent::Refused(format!("{} refuses it: {reason}", self.target))
+            }
         }
     }
 
-    async fn ask_target(&mut self, proofs: &Proofs) -> Result<MoveEndpoint, String> {
+    async fn ask_target(&mut self, proofs: &Proofs, step: &Span) -> Result<MoveEndpoint, String> {
         let text = |error: RpcError| match error {
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
             other => other.to_string(),
@@ -363,7 +375,8 @@ impl Driver {
             .await
             .map_err(text)?;
         let (record, post_copy) = (&self.record, self.post_copy);
-        let offer = offer_of(record, self.revision, &report, worker, proofs, post_copy)?;
+        let mut offer = offer_of(record, self.revision, &report, worker, proofs, post_copy)?;
+        offer.traceparent = step.traceparent();
         let payload = pack(&offer).map_err(text)?;
         let answer = self
             .ask_agent((offer::OFFER, false), payload, COMPILE_PATIENCE)
@@ -706,6 +719,9 @@ impl Driver {
             },
         };
         tracing::info!("{}", self.report.line());
+        trace::describe(&self.trace, &self.report);
+        // It ends here: what follows is not the move.
+        self.trace = Span::default();
         self.moves.history().add(&self.report);
         if self.report.ending == Ending::Moved {
             let report = &self.report;
