@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const NODES: [&str; 3] = ["a", "b", "c"];
+pub(crate) const NODES: [&str; 3] = ["a", "b", "c"];
 const NAME: &str = "witness";
 /// Of the witness's memory.
 const MIB: &str = "64";
@@ -75,7 +75,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn evidence(file: &Path) -> Result<Evidence> {
+pub(crate) fn evidence(file: &Path) -> Result<Evidence> {
     examine(&std::fs::read_to_string(file).unwrap_or_default())
 }
 
@@ -168,7 +168,7 @@ async fn settled(cluster: &LocalCluster, ask: &str) -> Result<MachineInfo> {
     .await
 }
 
-async fn leader(cluster: &LocalCluster, ask: &str) -> Result<String> {
+pub(crate) async fn leader(cluster: &LocalCluster, ask: &str) -> Result<String> {
     let store: StoreInfo = cluster.client(ask).get("/v1/store").await?;
     let leader = store.voters.into_iter().find(|voter| voter.leads);
     Ok(leader.context("the store has no leader")?.node)

@@ -11,6 +11,7 @@
 //! - `moves`: downtime and throughput of moves, compared with a plain TLS stream
 //! - `postcopy`: post-copy moves
 //! - `checkpoints`: creating and restoring, compared with plain writing and reading
+//! - `far_apart`: moves and commits between sites far apart
 //! - `failover`: how long a machine and the store are away when a node fails
 //! - `protect`: what protected output costs in latency and throughput
 //! - `large_cluster`: what 1,000 nodes with 20,000 machines cost the leader of the store
@@ -29,6 +30,7 @@ mod capture;
 mod checkpoints;
 mod cores;
 mod failover;
+mod far_apart;
 mod first_move;
 mod guest;
 mod large_cluster;
@@ -127,6 +129,7 @@ enum What {
     LargeCluster,
     Store,
     Qemu,
+    FarApart,
     Plan,
     Spanning,
     Threads,
@@ -198,6 +201,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Qemu) {
         qemu::bench(&options.keel, &options.guests, options.moves)?;
+    }
+    if wanted(What::FarApart) {
+        far_apart::bench(&options)?;
     }
     Ok(())
 }

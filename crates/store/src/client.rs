@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use keel_net::rpc::StreamReceiver;
 use keel_net::{BoxFuture, Bytes, NodeName, Peers, RpcError};
@@ -42,9 +43,10 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// open.
 const VOTER_PATIENCE: Duration = Duration::from_millis(1500);
 
-/// Time for one voter to answer a renewal, and for all of them together: a quarter and two thirds
-/// of the shortest lease that nodes depend on. A leader answers with its next heartbeat, which
-/// other sites may confirm after 100 ms.
+/// Time for one voter to answer a renewal before the next one is asked too, and for all of them
+/// together: a quarter and two thirds of the shortest lease that nodes depend on. A leader answers
+/// with its next heartbeat, which other sites may confirm after 100 ms; much later if what is copied
+/// fills the links between them.
 const RENEWAL_VOTER_PATIENCE: Duration = Duration::from_millis(400);
 const RENEWAL_PATIENCE: Duration = Duration::from_millis(1000);
 
@@ -177,6 +179,8 @@ impl StoreClient {
         };
         let deadline = Instant::now() + timeout;
         let mut missing = Vec::new();
+        // Renewals whose voters have not answered in time; they may still.
+        let mut late = FuturesUnordered::new();
         loop {
             if let Some(store) = self.leading() {
                 match locally(store).await {
@@ -199,7 +203,23 @@ impl StoreClient {
                     Effect::Renewal if voters.len() > 1 => rest.min(RENEWAL_VOTER_PATIENCE),
                     _ => rest,
                 };
-                match attempt(voter.clone(), patience).await {
+                let (asked, answer) = match effect {
+                    Effect::Renewal => {
+                        let asked = turn;
+                        let answer = attempt(voter.clone(), rest);
+                        late.push(answer.map(move |answer| (asked, answer)));
+                        let first = tokio::time::timeout(patience, late.next()).await;
+                        first.ok().flatten().unwrap_or_else(|| {
+                            let reason = format!("no answer within {} ms", patience.as_millis());
+                            let peer = format!("node {voter}");
+                            (turn, Err(RpcError::NotSent { peer, reason }))
+                        })
+                    }
+                    Effect::Repeatable | Effect::Changes => {
+                        (turn, attempt(voter.clone(), patience).await)
+                    }
+                };
+                match answer {
                     Ok(Err(StoreError::NotLeader { leader })) => {
                         let known = leader.as_ref().and_then(|leader| {
                             voters.iter().position(|voter| voter.as_str() == leader)
@@ -208,7 +228,7 @@ impl StoreClient {
                         turn = known.unwrap_or(turn + 1);
                     }
                     Ok(answer) => {
-                        self.current.store(turn % voters.len(), Ordering::Relaxed);
+                        self.current.store(asked % voters.len(), Ordering::Relaxed);
                         return answer;
                     }
                     Err(error) if effect == Effect::Changes && !error.certainly_not_executed() => {

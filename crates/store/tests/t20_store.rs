@@ -474,6 +474,41 @@ async fn a_lost_voter_is_unknown_for_changes_and_unavailable_for_reads() -> Outc
     Ok(())
 }
 
+/// A leader whose voters are far away, behind links that are full.
+struct SlowVoter(StoreHandler);
+
+impl Handler for SlowVoter {
+    fn call(
+        &self,
+        _: PeerId,
+        asked: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        Box::pin(async move {
+            if asked == kind::LEASE_RENEW {
+                // Longer than one voter is waited for, shorter than all.
+                tokio::time::sleep(Duration::from_millis(550)).await;
+            }
+            self.0.answer(asked, &payload).await
+        })
+    }
+}
+
+/// A regression test: it was given up when the next voter was asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_renewal_counts() -> Outcome {
+    let engine = embedded().await?;
+    let handler = StoreHandler::new(engine.store.clone());
+    let (_server, remote) = serve(Arc::new(SlowVoter(handler))).await?;
+    let (a, gone) = (NodeName::new("a")?, NodeName::new("gone")?);
+    let lease = remote.lease_grant(60_000).await?;
+    for voters in [vec![a.clone(), gone.clone()], vec![gone, a]] {
+        remote.set_voters(voters);
+        remote.lease_renew(lease).await?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_next_voter_is_asked_when_one_is_down() -> Outcome {
     let engine = embedded().await?;

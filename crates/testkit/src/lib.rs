@@ -32,6 +32,7 @@ use wall_clock::WallClocks;
 pub mod disk;
 pub mod drill;
 mod etcd;
+pub mod far_link;
 mod machine;
 pub mod nemesis;
 pub mod network;

@@ -9,8 +9,9 @@
 //! Created by `ip`, which needs root; [`Network::new`] reports a missing privilege or tool. The
 //! namespaces are isolated from the host, and are removed on drop.
 
+use crate::far_link::{self, Distance};
 use anyhow::{Context, Result, bail, ensure};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
@@ -25,6 +26,8 @@ pub struct Network {
     prefix: String,
     /// Numbers of the nodes, from 1.
     nodes: BTreeMap<String, u8>,
+    /// Nodes whose links pass through this process.
+    far: BTreeSet<String>,
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
@@ -54,6 +57,7 @@ impl Network {
         let mut network = Network {
             prefix: format!("keel-{:06x}", rand::random::<u32>() & 0xff_ffff),
             nodes: BTreeMap::new(),
+            far: BTreeSet::new(),
         };
         let switch = network.switch();
         ip(&["netns", "add", &switch])?;
@@ -151,6 +155,23 @@ impl Network {
         Ok(())
     }
 
+    /// Replaces the link of a node, which must not run yet, by one with a delay and a rate.
+    ///
+    /// # Errors
+    /// The error of `ip`, or no `/dev/net/tun`.
+    pub fn distance(&mut self, node: &str, distance: Distance) -> Result<()> {
+        let port = format!("port{}", self.number(node)?);
+        let (space, switch) = (self.space(node), self.switch());
+        ip(&["-n", &space, "link", "del", "eth0"])?;
+        far_link::connect([(&space, "eth0"), (&switch, &port)], distance)?;
+        self.far.insert(node.to_owned());
+        ip(&["-n", &switch, "link", "set", &port, "master", "bridge"])?;
+        ip(&["-n", &switch, "link", "set", &port, "up"])?;
+        let address = format!("{}/24", self.host(node)?);
+        ip(&["-n", &space, "addr", "add", &address, "dev", "eth0"])?;
+        ip(&["-n", &space, "link", "set", "eth0", "up"])
+    }
+
     /// Drops a share of the packets that a node sends, and of those that it receives, or none of
     /// them again.
     ///
@@ -209,6 +230,15 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
+        // A device that this process holds would keep its namespace. The other end goes with it,
+        // sooner or later.
+        for node in &self.far {
+            if let Err(error) = ip(&["-n", &self.space(node), "link", "del", "eth0"]) {
+                eprintln!("{error}");
+            }
+            let port = format!("port{}", self.nodes[node]);
+            let _ = ip(&["-n", &self.switch(), "link", "del", &port]);
+        }
         let spaces: Vec<String> = self.nodes.keys().map(|node| self.space(node)).collect();
         for space in spaces.iter().chain([&self.switch()]) {
             if let Err(error) = ip(&["netns", "del", space]) {
