@@ -36,10 +36,7 @@ struct Figures {
 }
 
 pub(crate) fn bench(options: &Options) -> Result<()> {
-    let keel = options.keel.canonicalize().with_context(|| {
-        let keel = options.keel.display();
-        format!("{keel} (build it: cargo build --release)")
-    })?;
+    let keel = options.program()?;
     let module = std::fs::read(options.guests.join("witness.wasm"))?;
     let runtime = tokio::runtime::Runtime::new()?;
     let (led, others) =

@@ -9,7 +9,7 @@ use crate::failover::{NODES, evidence, leader};
 use crate::metrics::Metrics;
 use crate::signals;
 use crate::table::{Table, percentile};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_testkit::far_link::Distance;
@@ -37,10 +37,7 @@ struct Figures {
 }
 
 pub(crate) fn bench(options: &Options) -> Result<()> {
-    let keel = options.keel.canonicalize().with_context(|| {
-        let keel = options.keel.display();
-        format!("{keel} (build it: cargo build --release)")
-    })?;
+    let keel = options.program()?;
     let module = std::fs::read(options.guests.join("witness.wasm"))?;
     let mut network = match Network::new(&NODES) {
         Ok(network) => network,

@@ -87,10 +87,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
         eprintln!("first-move: skipped, it needs --python with --python-root, or --php");
         return Ok(());
     }
-    let keel = options.keel.canonicalize().with_context(|| {
-        let keel = options.keel.display();
-        format!("{keel} (build it: cargo build --release)")
-    })?;
+    let keel = options.program()?;
     let mut table = Table::new(&[
         "program",
         "plain compiles s",

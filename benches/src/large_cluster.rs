@@ -70,7 +70,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
 }
 
 async fn measure(options: &Options) -> Result<()> {
-    let keel = options.keel.canonicalize().context("keel")?;
+    let keel = options.program()?;
     let folder = tempfile::tempdir()?;
     let mut cluster = LocalCluster::start_replicated(&keel, folder.path(), &VOTERS).await?;
     let module = std::fs::read(options.guests.join("witness.wasm"))?;

@@ -113,6 +113,20 @@ pub(crate) struct Options {
     captures: usize,
 }
 
+impl Options {
+    /// The `keel` binary, by a path that holds in any folder.
+    ///
+    /// # Errors
+    /// If there is none.
+    fn program(&self) -> Result<PathBuf> {
+        let keel = self.keel.canonicalize();
+        keel.with_context(|| {
+            let keel = self.keel.display();
+            format!("{keel} (build it: cargo build --release)")
+        })
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
     Overhead,
@@ -170,13 +184,13 @@ fn main() -> Result<()> {
     }
     signals::listen()?;
     if wanted(What::Moves) {
-        moves::bench(&options.keel, &options.guests, options.moves)?;
+        moves::bench(&options.program()?, &options.guests, options.moves)?;
     }
     if wanted(What::FirstMove) {
         first_move::bench(&options)?;
     }
     if wanted(What::PostCopy) {
-        postcopy::bench(&options.keel, &options.guests, options.moves)?;
+        postcopy::bench(&options.program()?, &options.guests, options.moves)?;
     }
     if wanted(What::Spread) {
         spread::bench(&options)?;
@@ -200,7 +214,7 @@ fn main() -> Result<()> {
         store::bench(&options)?;
     }
     if wanted(What::Qemu) {
-        qemu::bench(&options.keel, &options.guests, options.moves)?;
+        qemu::bench(&options.program()?, &options.guests, options.moves)?;
     }
     if wanted(What::FarApart) {
         far_apart::bench(&options)?;

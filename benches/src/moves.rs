@@ -25,11 +25,8 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
 
 async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let writer = std::fs::read(guests.join("writer.wasm")).context("the guest `writer`")?;
-    let keel = keel
-        .canonicalize()
-        .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
     let folder = tempfile::tempdir()?;
-    let cluster = LocalCluster::start(&keel, folder.path(), &["a", "b"]).await?;
+    let cluster = LocalCluster::start(keel, folder.path(), &["a", "b"]).await?;
     cluster
         .run(&Guest::new("busy", "a", &writer, &["1024", "200"]))
         .await?;
@@ -64,7 +61,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         percentile(&mut idle, 0.5),
         percentile(&mut idle, 0.99),
     );
-    let cold = cold_move(&keel, &writer).await?;
+    let cold = cold_move(keel, &writer).await?;
     println!(
         "the same with a target that has neither the module nor its code: {:.0} ms, {:.0} ms of them until it accepts",
         ms(cold.total_micros),

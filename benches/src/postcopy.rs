@@ -39,12 +39,9 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         let path = guests.join(name).with_extension("wasm");
         std::fs::read(path).with_context(|| format!("the guest `{name}`"))
     };
-    let keel = keel
-        .canonicalize()
-        .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
     let folder = tempfile::tempdir()?;
     let place = folder.path().join("kept");
-    let cluster = LocalCluster::start(&keel, folder.path(), &["a", "b"]).await?;
+    let cluster = LocalCluster::start(keel, folder.path(), &["a", "b"]).await?;
     let client = cluster.client("a");
     let writer = module("writer")?;
     cluster
@@ -74,7 +71,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         .post::<_, serde_json::Value>("/v1/machines/busy/kill", &())
         .await?;
     print(&after, &before);
-    speed(&keel, folder.path(), &cluster, &module("hot")?, moves).await
+    speed(keel, folder.path(), &cluster, &module("hot")?, moves).await
 }
 
 fn print(after: &[MoveReport], before: &[MoveReport]) {

@@ -84,7 +84,7 @@ struct Figures {
 }
 
 async fn measure(options: &Options, way: &Way) -> Result<Figures> {
-    let keel = options.keel.canonicalize().context("keel")?;
+    let keel = options.program()?;
     let module = std::fs::read(options.guests.join("stamp.wasm"))?;
     let folder = tempfile::tempdir()?;
     let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES).await?;

@@ -81,9 +81,6 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     let folder = tempfile::tempdir()?;
     let payload = assemble(folder.path())?;
-    let keel = keel
-        .canonicalize()
-        .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
     let module = std::fs::read(guests.join("hot.wasm")).context("the guest `hot`")?;
     let (mut theirs, mut ours) = (Vec::new(), Vec::new());
     // Alternately, so that other load of the host affects both.
@@ -94,7 +91,7 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
             signals::check()?;
             theirs.push(qemu_move(&place, &payload)?);
         }
-        let moves = signals::until(our_moves(&keel, &place, &module, 4));
+        let moves = signals::until(our_moves(keel, &place, &module, 4));
         ours.extend(runtime.block_on(moves)?);
     }
     print(&theirs, &ours);

@@ -5,7 +5,7 @@ use crate::Options;
 use crate::metrics::Metrics;
 use crate::signals;
 use crate::table::{Table, percentile};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use keel_testkit::{Guest, LocalCluster};
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
 
 /// Cores and MiB of each agent.
 async fn measure(options: &Options) -> Result<Vec<(f64, f64)>> {
-    let keel = options.keel.canonicalize().context("keel")?;
+    let keel = options.program()?;
     let module = std::fs::read(options.guests.join("witness.wasm"))?;
     let folder = tempfile::tempdir()?;
     let cluster = LocalCluster::start_replicated(&keel, folder.path(), &NODES).await?;

@@ -43,10 +43,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
 }
 
 async fn measure(options: &Options) -> Result<()> {
-    let (keel, rounds) = (&options.keel, options.rounds);
-    let keel = keel
-        .canonicalize()
-        .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
+    let (keel, rounds) = (options.program()?, options.rounds);
     let folder = tempfile::tempdir()?;
     let names = NODES.map(|(name, _)| name);
     let cluster = LocalCluster::start(&keel, folder.path(), &names).await?;

@@ -30,8 +30,8 @@ pub struct Distance {
     pub rate: u64,
 }
 
-/// Creates the two devices, each in its namespace, and carries frames between them until they are
-/// deleted.
+/// Creates the two devices, each in its namespace, and carries frames between them as long as both
+/// of them exist.
 ///
 /// # Errors
 /// Missing privileges, or no `/dev/net/tun`.
