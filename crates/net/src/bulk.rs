@@ -8,6 +8,7 @@
 //!
 //! Calls block: not for async tasks. Protocols on top are elsewhere.
 
+use crate::pace::Pace;
 use crate::{ClientTls, ServerTls};
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
@@ -61,6 +62,7 @@ enum Next {
 pub struct BulkStream {
     connection: Connection,
     socket: TcpStream,
+    pace: Pace,
     input: Vec<u8>,
     /// The part of `input` that is not decrypted yet.
     filled: Range<usize>,
@@ -110,6 +112,7 @@ impl BulkStream {
         BulkStream {
             connection,
             socket,
+            pace: Pace::default(),
             input: vec![0; INPUT_BYTES],
             filled: 0..0,
             output: Output::default(),
@@ -232,6 +235,7 @@ impl BulkStream {
     fn send_output(&mut self) -> Result<(), BulkError> {
         let output = &self.output.bytes[..self.output.used];
         self.output.used = 0;
+        self.pace.adjust(&self.socket, output.len());
         (&self.socket)
             .write_all(output)
             .map_err(|error| self.io(error))

@@ -5,6 +5,7 @@
 //! - [`frame`]: the envelope of every message and its pure decoder.
 //! - [`tls`]: server and client configurations, authenticated by the cluster
 //!   CA, by a pinned fingerprint, or (to join) by the hash of the CA.
+//! - [`pace`]: keeps bulk data from filling the links between sites.
 //! - [`rpc`]: multiplexed requests, answers and pushed streams on one
 //!   connection; a pool of connections by node name.
 //! - [`traffic`]: bytes to and from each node.
@@ -12,12 +13,13 @@
 //! Invariant: a request whose outcome is not known is never reported as
 //! failed. [`rpc::RpcError::NotSent`] and [`rpc::RpcError::Refused`] mean
 //! "certainly not executed"; [`rpc::RpcError::Unknown`] means "may have been".
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod bulk;
 pub mod delay;
 pub mod frame;
 pub mod name;
+pub mod pace;
 pub mod rpc;
 pub mod tls;
 pub mod traffic;

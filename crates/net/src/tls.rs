@@ -31,6 +31,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use crate::name::NodeName;
+use crate::pace::PacedStream;
 
 mod verify;
 
@@ -460,7 +461,7 @@ impl ClientTls {
         address: &str,
         expected: Option<&NodeName>,
         limit: Duration,
-    ) -> Result<ClientStream<TcpStream>, TlsError> {
+    ) -> Result<ClientStream<PacedStream>, TlsError> {
         let peer = peer_label(expected);
         let connecting = async {
             let stream = TcpStream::connect(address)
@@ -471,7 +472,7 @@ impl ClientTls {
                     source,
                 })?;
             stream.set_nodelay(true).ok();
-            self.over(stream, address, expected).await
+            self.over(stream.into(), address, expected).await
         };
         match tokio::time::timeout(limit, connecting).await {
             Ok(result) => result,

@@ -25,6 +25,7 @@ use super::connection::Outgoing;
 use super::{Handler, KIND_RESERVED, Options, PeerId, Reply, RpcError, STREAM_CREDIT_MAX, wire};
 use crate::frame::{Frame, FrameReader};
 use crate::name::NodeName;
+use crate::pace::PacedStream;
 use crate::tls::ServerTls;
 
 /// Whether a node is currently a member of the cluster. Called often: it must be fast and must not
@@ -231,6 +232,7 @@ async fn greet_and_serve_with(
 ) {
     stream.set_nodelay(true).ok();
     let limit = shared.options.connect_timeout;
+    let stream = PacedStream::from(stream);
     let (stream, peer) = match tls.accept(stream, &address.to_string(), limit).await {
         Ok(accepted) => accepted,
         Err(error) => {
