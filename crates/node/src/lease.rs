@@ -22,6 +22,8 @@
 use crate::events::{Events, Note};
 use crate::metrics::Metrics;
 use crate::role::Role;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use keel_api::EventKind;
 use keel_cluster::NodeName;
 use keel_store::Store;
@@ -35,8 +37,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
-/// Renewals in the time of a lease.
+/// Renewals in the time of a lease, and so at most under way.
 const RENEWALS: u32 = 5;
 /// Pause after a failed renewal: the store may have a new leader any moment.
 const RENEW_AGAIN_AFTER: Duration = Duration::from_millis(50);
@@ -256,40 +259,94 @@ struct Keeper {
     is_late: bool,
 }
 
+/// A renewal that was sent, and its answer.
+struct Renewal {
+    lease: LeaseId,
+    /// On CLOCK_BOOTTIME.
+    sent: Duration,
+    took: Duration,
+    answer: Result<(), StoreError>,
+}
+
+async fn renew(store: Arc<dyn Store>, lease: LeaseId) -> Renewal {
+    let (sent, begun) = (boottime(), Instant::now());
+    let answer = store.lease_renew(lease).await;
+    Renewal {
+        lease,
+        sent,
+        took: begun.elapsed(),
+        answer: answer.map(drop),
+    }
+}
+
 impl Keeper {
+    /// Sends a renewal when it is time, whether the last one was answered or not: the answer of another
+    /// site may take longer than the time between two.
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Request>) {
+        let mut renewals = FuturesUnordered::new();
+        let mut due = Instant::now();
         loop {
-            let begun = tokio::time::Instant::now();
-            let rest = match self.renew().await {
-                Ok(()) => {
-                    self.told.metrics.lease_renewed(begun.elapsed());
-                    if self.is_late {
-                        self.is_late = false;
-                        let text = "the lease is renewed again".into();
-                        self.told.event(EventKind::LeaseRenewed, text);
+            let has_room = renewals.len() < RENEWALS as usize;
+            let soon = tokio::select! {
+                () = tokio::time::sleep_until(due), if has_room => {
+                    due = Instant::now() + self.ttl / RENEWALS;
+                    let known = *self.told.current.borrow();
+                    match known {
+                        Some(lease) => {
+                            renewals.push(renew(self.store.clone(), lease));
+                            None
+                        }
+                        None => {
+                            // Of a lease that ended.
+                            renewals.clear();
+                            let begun = Instant::now();
+                            let taken = self.take().await;
+                            self.tell(taken, begun.elapsed())
+                        }
                     }
-                    (self.ttl / RENEWALS).saturating_sub(begun.elapsed())
                 }
-                Err(StoreError::NoSuchLease { .. }) => {
-                    self.forget();
-                    let text = "the lease ended: this node counted as dead";
-                    self.told.event(EventKind::LeaseLost, text.into());
-                    continue;
+                Some(renewal) = renewals.next() => {
+                    let took = renewal.took;
+                    let renewed = self.renewed(renewal).await;
+                    self.tell(renewed, took)
                 }
-                Err(error) => {
-                    if !self.is_late {
-                        self.is_late = true;
-                        let text = format!("the lease was not renewed: {error}");
-                        self.told.event(EventKind::LeaseLate, text);
-                        tracing::warn!(%error, "this node's lease was not renewed");
-                    }
-                    RENEW_AGAIN_AFTER
+                Some(request) = requests.recv() => {
+                    self.answer(request).await;
+                    None
                 }
             };
-            let next = tokio::time::Instant::now() + rest;
-            tokio::select! {
-                () = tokio::time::sleep_until(next) => {}
-                Some(request) = requests.recv() => self.answer(request).await,
+            if let Some(soon) = soon {
+                due = due.min(Instant::now() + soon);
+            }
+        }
+    }
+
+    /// Tells how the lease was renewed or taken; when to try again if it was not.
+    fn tell(&mut self, outcome: Result<(), StoreError>, took: Duration) -> Option<Duration> {
+        match outcome {
+            Ok(()) => {
+                self.told.metrics.lease_renewed(took);
+                if self.is_late {
+                    self.is_late = false;
+                    let text = "the lease is renewed again".into();
+                    self.told.event(EventKind::LeaseRenewed, text);
+                }
+                None
+            }
+            Err(StoreError::NoSuchLease { .. }) => {
+                self.forget();
+                let text = "the lease ended: this node counted as dead";
+                self.told.event(EventKind::LeaseLost, text.into());
+                Some(Duration::ZERO)
+            }
+            Err(error) => {
+                if !self.is_late {
+                    self.is_late = true;
+                    let text = format!("the lease was not renewed: {error}");
+                    self.told.event(EventKind::LeaseLate, text);
+                    tracing::warn!(%error, "this node's lease was not renewed");
+                }
+                Some(RENEW_AGAIN_AFTER)
             }
         }
     }
@@ -323,45 +380,49 @@ impl Keeper {
         Key::Alive(self.node.clone()).to_string()
     }
 
-    /// Renews the present lease, or takes one, and says until when it holds.
-    async fn renew(&mut self) -> Result<(), StoreError> {
-        let sent = boottime();
-        let known = *self.told.current.borrow();
-        let lease = match known {
-            Some(lease) => {
-                self.store.lease_renew(lease).await?;
-                if self.hold.is_some() {
-                    self.check_hold().await?;
-                }
-                lease
-            }
-            None => self.take().await?,
-        };
+    /// A renewal was answered.
+    async fn renewed(&mut self, renewal: Renewal) -> Result<(), StoreError> {
+        // One of a lease that is no longer the present one says nothing.
+        if *self.told.current.borrow() != Some(renewal.lease) {
+            return Ok(());
+        }
+        renewal.answer?;
+        if self.hold.is_some() {
+            self.check_hold().await?;
+        }
+        self.set_term(renewal.lease, renewal.sent);
+        Ok(())
+    }
+
+    /// Says until when a lease holds that was asked for at `sent`.
+    fn set_term(&self, lease: LeaseId, sent: Duration) {
         let mut deadline = end_of(sent, self.ttl);
         if let Some(hold) = self.hold {
             // Until then the node is alive whatever becomes of its lease, and no longer.
             deadline = deadline.min(hold.deadline);
         }
-        self.told.term.send_replace(Some(LeaseTerm {
+        let term = LeaseTerm {
             lease,
             sent,
             deadline,
-        }));
-        if known.is_none() {
-            self.told.current.send_replace(Some(lease));
-            self.is_late = false;
-            let text = "this node counts as alive".into();
-            self.told.event(EventKind::LeaseTaken, text);
-        }
-        Ok(())
+        };
+        self.told.term.send_if_modified(|known| {
+            // Answers may come in another order than their requests were sent.
+            let is_newer = known.is_none_or(|known| known.lease != lease || known.sent < sent);
+            if is_newer {
+                *known = Some(term);
+            }
+            is_newer
+        });
     }
 
     /// Takes a lease, and attaches `alive/NODE` to it unless workers rely on a hold. The key is
     /// written in either case: a change whose answer was lost cannot be made any more then.
-    async fn take(&mut self) -> Result<LeaseId, StoreError> {
-        let lease = self.store.lease_grant(self.store.node_lease_ms()).await?;
+    async fn take(&mut self) -> Result<(), StoreError> {
         let key = self.key();
         let found = self.store.get(&key).await?;
+        let sent = boottime();
+        let lease = self.store.lease_grant(self.store.node_lease_ms()).await?;
         let hold = found
             .as_ref()
             .and_then(|entry| Hold::of(entry, boottime(), &boot_id()));
@@ -376,7 +437,12 @@ impl Keeper {
         match self.store.txn(txn).await? {
             TxnOutcome::Committed { revision } => {
                 self.set_hold(hold.map(|hold| Hold { revision, ..hold }));
-                Ok(lease)
+                self.set_term(lease, sent);
+                self.told.current.send_replace(Some(lease));
+                self.is_late = false;
+                let text = "this node counts as alive".into();
+                self.told.event(EventKind::LeaseTaken, text);
+                Ok(())
             }
             TxnOutcome::Refused { .. } => Err(StoreError::unavailable(format!("{key} changed"))),
         }

@@ -33,8 +33,9 @@ use super::log::Log;
 use super::network::Network;
 use super::types::{LogId, Raft, Voter};
 
-/// `openraft`'s bounds, in milliseconds: `ELECTION_MIN` is the time for a vote's answer.
-pub(super) const ELECTION_MIN: u64 = 200;
+/// `openraft`'s bounds, in milliseconds: `ELECTION_MIN` is the time for a vote's answer, and has to be
+/// the shorter one.
+pub(super) const ELECTION_MIN: u64 = 349;
 pub(super) const ELECTION_MAX: u64 = 350;
 /// A voter that heard its leader within this time votes for nobody else (`openraft`'s lease).
 pub(super) const LEASE: Duration = Duration::from_millis(ELECTION_MAX);
@@ -45,8 +46,10 @@ const AFTER_LEADER_MS: std::ops::Range<u64> = 50..350;
 const AFTER_ELECTION_MS: std::ops::Range<u64> = 200..500;
 /// Bounds of the pause after a pre-vote that failed, or was given to another.
 const AFTER_PRE_VOTE_MS: std::ops::Range<u64> = 100..350;
-/// Time for the answers to a pre-vote.
+/// Time for the answers to a pre-vote; twice as long after each that failed, as the voters may be
+/// farther away, up to `PRE_VOTE_PATIENCE_MAX`.
 const PRE_VOTE_PATIENCE: Duration = Duration::from_millis(250);
+const PRE_VOTE_PATIENCE_MAX: Duration = Duration::from_millis(1000);
 
 /// What a voter knows of its group's leader.
 #[derive(Debug, Clone)]
@@ -145,7 +148,11 @@ impl Election {
     pub(super) async fn run(self: Arc<Self>, random: StdRng) {
         let mut timer = Timer::new(random);
         let begun = Instant::now();
+        let mut patience = PRE_VOTE_PATIENCE;
         while let Some(seen) = self.look(begun).await {
+            if seen.has_leader && seen.heard.elapsed() < LEASE {
+                patience = PRE_VOTE_PATIENCE;
+            }
             let due = match seen.is_electable {
                 true => timer.due(&seen),
                 false => Instant::now() + LEASE,
@@ -157,11 +164,22 @@ impl Election {
                 }
                 continue;
             }
-            if self.would_win(&seen).await {
+            let would_win = self.would_win(&seen, patience).await;
+            // Meanwhile a leader may have been heard, or this voter's last candidacy was won.
+            let has_changed = match self.look(begun).await {
+                Some(now) => now.heard != seen.heard || !now.is_electable,
+                None => return,
+            };
+            if has_changed {
+                continue;
+            }
+            if would_win {
                 tracing::info!("no leader of the store is heard; this voter asks to be elected");
                 if self.raft.trigger().elect().await.is_err() {
                     return;
                 }
+            } else {
+                patience = (patience * 2).min(PRE_VOTE_PATIENCE_MAX);
             }
             timer.put_off(Instant::now());
         }
@@ -192,7 +210,7 @@ impl Election {
     }
 
     /// Whether a quorum would vote for this voter now.
-    async fn would_win(&self, seen: &Seen) -> bool {
+    async fn would_win(&self, seen: &Seen, patience: Duration) -> bool {
         self.pre_votes.fetch_add(1, Ordering::Relaxed);
         let mut agreed = BTreeSet::from([self.id]);
         let last = self.log.last_id();
@@ -200,9 +218,7 @@ impl Election {
             .others
             .iter()
             .map(|(other, voter)| async move {
-                let asked = self
-                    .network
-                    .pre_vote(*other, voter, last, PRE_VOTE_PATIENCE);
+                let asked = self.network.pre_vote(*other, voter, last, patience);
                 (*other, asked.await)
             })
             .collect();

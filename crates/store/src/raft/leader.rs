@@ -14,8 +14,9 @@
 //!   this node still leads (Raft thesis, section 6.4). One round answers all that wait. Reads
 //!   begin one, renewals wait for it. A sole voter needs none.
 //! - *Heartbeats*: a round tells the voters that this node leads, so rounds take the place of
-//!   `openraft`'s heartbeats, which would be as many messages again. One is made at the latest
-//!   [`HEARTBEAT`] after the last.
+//!   `openraft`'s heartbeats, which would be as many messages again. One begins at the latest
+//!   [`HEARTBEAT`] after the last, answered or not: what voters hear does not depend on how far away
+//!   they are.
 //! - *Leases*: an ended lease is proposed with the next entry, before the commands that come
 //!   after its end.
 
@@ -23,6 +24,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use openraft::raft::ClientWriteResponse;
 use openraft::{RaftMetrics, ServerState};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -47,10 +50,12 @@ const PROPOSALS_MAX: usize = 2;
 pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often leadership, the quorum and the clock are looked at.
 const TICK: Duration = Duration::from_millis(200);
-/// Longest time between two rounds of confirmation, and so the time that a renewal may wait: half of
-/// the time between two renewals of a node. `openraft` also gives up a request to a voter
-/// after it: on a busy computer it must not be shorter.
+/// Longest time between the beginnings of two rounds of confirmation, and so the time that a renewal
+/// may wait for one: half of the time between two renewals of a node.
 pub(super) const HEARTBEAT: Duration = Duration::from_millis(150);
+/// Shortest time between the beginnings of two rounds while one is under way: reads from far away
+/// come in fewer rounds.
+const ROUND_EVERY: Duration = Duration::from_millis(20);
 /// How often `openraft` is asked for heartbeats while no voter lacks anything: it sends them to
 /// learners too, and sends again what was lost.
 const RESEND_EVERY: Duration = Duration::from_secs(2);
@@ -58,7 +63,7 @@ const RESEND_EVERY: Duration = Duration::from_secs(2);
 const QUORUM_PATIENCE: Duration = Duration::from_millis(1000);
 /// Time for one confirmation by a quorum.
 const BARRIER_PATIENCE: Duration = Duration::from_millis(800);
-/// Pause before a quorum is asked again.
+/// Pause before a quorum is asked again; twice as long after each time, up to [`HEARTBEAT`].
 const RETRY_AFTER: Duration = Duration::from_millis(10);
 /// Bytes of proposals after which a snapshot is made.
 const SNAPSHOT_BYTES: usize = 32 << 20;
@@ -210,11 +215,13 @@ impl Leader {
     /// Asks a quorum whether this node still leads, again if too few answered in time.
     async fn confirm(&self) -> Result<(), StoreError> {
         let asking = async {
+            let mut pause = RETRY_AFTER;
             loop {
                 match self.raft.ensure_linearizable().await {
-                    Err(error) if is_too_few(&error) => tokio::time::sleep(RETRY_AFTER).await,
+                    Err(error) if is_too_few(&error) => tokio::time::sleep(pause).await,
                     answered => return answered,
                 }
+                pause = (pause * 2).min(HEARTBEAT);
             }
         };
         let leader = match tokio::time::timeout(BARRIER_PATIENCE, asking).await {
@@ -234,12 +241,22 @@ impl Leader {
     /// before it began.
     pub(super) async fn confirm_barriers(self: Arc<Self>, mut barriers: Barriers) {
         let mut leads = self.leads.subscribe();
+        let mut rounds = FuturesUnordered::new();
         let mut last_round = Instant::now();
         let mut last_resend = last_round;
         loop {
             let is_leader = *leads.borrow_and_update();
+            let free_at = match rounds.is_empty() {
+                true => last_round,
+                false => last_round + ROUND_EVERY,
+            };
+            let urgent = async {
+                tokio::time::sleep_until(free_at).await;
+                barriers.urgent.recv().await
+            };
             let mut all: Vec<Confirmed> = tokio::select! {
-                urgent = barriers.urgent.recv() => match urgent {
+                Some(()) = rounds.next() => continue,
+                urgent = urgent => match urgent {
                     Some(urgent) => vec![urgent],
                     None => return,
                 },
@@ -262,20 +279,13 @@ impl Leader {
                 last_resend = last_round;
                 self.raft.trigger().heartbeat().await.ok();
             }
-            let confirm = self.confirm();
-            tokio::pin!(confirm);
-            let confirmed = loop {
-                tokio::select! {
-                    confirmed = &mut confirm => break confirmed,
-                    // A quorum answered, and what it has is not applied here yet: no more is sent.
-                    () = tokio::time::sleep(HEARTBEAT) => {
-                        self.raft.trigger().heartbeat().await.ok();
-                    }
+            let leader = self.clone();
+            rounds.push(async move {
+                let confirmed = leader.confirm().await;
+                for barrier in all {
+                    barrier.send(confirmed.clone()).ok();
                 }
-            };
-            for barrier in all {
-                barrier.send(confirmed.clone()).ok();
-            }
+            });
         }
     }
 

@@ -21,6 +21,7 @@
 //! Which nodes are voters is decided elsewhere; [`RaftStore::add_learner`] and
 //! [`RaftStore::set_voters`] carry it out.
 
+mod answer_times;
 mod deadlines;
 mod election;
 mod leader;

@@ -1,7 +1,8 @@
 //! The voters' requests to each other, over the agents' connections: TLS, both sides
 //! authenticated, members only. What carries them is a [`Transport`].
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use keel_net::{BoxFuture, Bytes, NodeName, Peers, Reply, RpcError};
@@ -16,7 +17,9 @@ use openraft::raft::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 
+use super::answer_times::AnswerTimes;
 use super::types::{LogId, Raft, Types, Voter};
 use crate::encoding::{decode, kind, payload};
 
@@ -92,18 +95,25 @@ impl Transport for AgentConnections {
 #[derive(Clone)]
 pub(super) struct Network {
     transport: Option<Arc<dyn Transport>>,
+    /// Of each voter.
+    times: Arc<Mutex<HashMap<u64, Arc<Mutex<AnswerTimes>>>>>,
 }
 
 impl Network {
     pub(super) fn new(transport: Option<Arc<dyn Transport>>) -> Self {
-        Self { transport }
+        Self {
+            transport,
+            times: Arc::default(),
+        }
     }
 
     fn to(&self, target: u64, voter: &Voter) -> Connection {
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         Connection {
             transport: self.transport.clone(),
             target,
             voter: voter.clone(),
+            times: times.entry(target).or_default().clone(),
         }
     }
 
@@ -128,6 +138,7 @@ pub(super) struct Connection {
     transport: Option<Arc<dyn Transport>>,
     target: u64,
     voter: Voter,
+    times: Arc<Mutex<AnswerTimes>>,
 }
 
 impl RaftNetworkFactory<Types> for Network {
@@ -139,6 +150,10 @@ impl RaftNetworkFactory<Types> for Network {
 }
 
 impl Connection {
+    fn times(&self) -> MutexGuard<'_, AnswerTimes> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks for what `openraft` of the other voter answers.
     async fn ask<Q: Serialize, A: DeserializeOwned, E>(
         &self,
@@ -182,8 +197,16 @@ impl RaftNetwork<Types> for Connection {
         request: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, Failed<RaftError<u64>>> {
-        self.ask(kind::RAFT_APPEND, &request, option.hard_ttl())
-            .await
+        let patience = self.times().patience().min(option.hard_ttl());
+        let asked = Instant::now();
+        let answer = self.ask(kind::RAFT_APPEND, &request, patience).await;
+        let took = asked.elapsed();
+        match &answer {
+            Ok(_) | Err(Failed::RemoteError(_)) => self.times().answered(took),
+            Err(_) if took >= patience => self.times().timed_out(),
+            Err(_) => {}
+        }
+        answer
     }
 
     async fn install_snapshot(

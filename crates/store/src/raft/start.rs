@@ -10,9 +10,10 @@ use openraft::SnapshotPolicy;
 use rand::rngs::StdRng;
 use tokio::sync::mpsc;
 
+use super::answer_times::ANSWER_MAX;
 use super::deadlines::Deadlines;
 use super::election::{ELECTION_MAX, ELECTION_MIN, Election};
-use super::leader::{HEARTBEAT, Leader, Request};
+use super::leader::{Leader, Request};
 use super::log::{Log, Opened};
 use super::network::{Network, Transport};
 use super::options::RaftOptions;
@@ -133,7 +134,6 @@ pub(super) async fn start(
     let config = openraft::Config {
         cluster_name: "keel".into(),
         // See leader.rs.
-        heartbeat_interval: u64::try_from(HEARTBEAT.as_millis()).unwrap_or(u64::MAX),
         enable_heartbeat: false,
         election_timeout_min: ELECTION_MIN,
         election_timeout_max: ELECTION_MAX,
@@ -147,7 +147,11 @@ pub(super) async fn start(
         purge_batch_size: 64,
         ..openraft::Config::default()
     };
-    let config = Arc::new(config.validate().map_err(|error| error.to_string())?);
+    let mut config = config.validate().map_err(|error| error.to_string())?;
+    // `openraft` gives up entries and confirmations after it. It would have it shorter than an election
+    // takes, because it is also the time between its heartbeats, which are off.
+    config.heartbeat_interval = u64::try_from(ANSWER_MAX.as_millis()).unwrap_or(u64::MAX);
+    let config = Arc::new(config);
     let network = Network::new(host.transport);
     let raft = Raft::new(id, config, network.clone(), log.clone(), machine).await;
     let raft = raft.map_err(|error| error.to_string())?;

@@ -21,6 +21,7 @@
 
 mod clients;
 mod disk;
+mod far_apart;
 #[path = "../../../tests/linearizability/mod.rs"]
 mod linearizability;
 mod owners;
@@ -42,15 +43,21 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// Runs one seed on a clock of its own.
-fn simulate(seed: u64, prints: bool) -> Result<Run, String> {
+fn on_own_clock<T>(seed: u64, run: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_time().start_paused(true);
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()));
+    #[cfg(not(tokio_unstable))]
+    let _ = seed;
     let runtime = builder.build().map_err(|error| error.to_string())?;
-    let running = AssertUnwindSafe(|| runtime.block_on(run(seed, prints)));
+    let running = AssertUnwindSafe(|| runtime.block_on(run));
     let done = std::panic::catch_unwind(running);
     done.unwrap_or_else(|_| Err("it panicked".into()))
+}
+
+fn simulate(seed: u64, prints: bool) -> Result<Run, String> {
+    on_own_clock(seed, run(seed, prints))
 }
 
 #[test]

@@ -95,7 +95,7 @@ impl Run {
     }
 }
 
-struct Scenario {
+pub(super) struct Scenario {
     world: Arc<World>,
     options: RaftOptions,
     run: Run,
@@ -122,11 +122,8 @@ async fn run_in(world: &Arc<World>) -> Result<Run, String> {
         ..RaftOptions::default()
     };
     let mut scenario = Scenario {
-        world: world.clone(),
         options,
-        run: Run::default(),
-        served: BTreeMap::new(),
-        next_name: 0,
+        ..Scenario::new(world)
     };
     scenario.begin().await?;
     let stop = Arc::new(AtomicBool::new(false));
@@ -182,6 +179,16 @@ fn voter(name: &str) -> Voter {
 }
 
 impl Scenario {
+    pub(super) fn new(world: &Arc<World>) -> Self {
+        Self {
+            world: world.clone(),
+            options: RaftOptions::default(),
+            run: Run::default(),
+            served: BTreeMap::new(),
+            next_name: 0,
+        }
+    }
+
     fn new_computer(&mut self) -> String {
         let name = format!("n{}", self.next_name);
         self.next_name += 1;
@@ -189,14 +196,14 @@ impl Scenario {
         name
     }
 
-    async fn begin(&mut self) -> Result<(), String> {
+    pub(super) async fn begin(&mut self) -> Result<(), String> {
         let first = self.new_computer();
         let found = IfAbsent::Found(voter(&first));
         self.world.boot(&first, found, self.options.clone()).await
     }
 
     /// The voter that serves, if one does.
-    fn leader(&self) -> Option<Process> {
+    pub(super) fn leader(&self) -> Option<Process> {
         let mut all = self.world.processes();
         all.retain(|process| process.store.is_serving());
         // A leader that was cut off may not know yet that it leads no more.
@@ -204,11 +211,11 @@ impl Scenario {
     }
 
     /// Notes which voters serve; at most one in a term.
-    fn look(&mut self) -> Result<(), String> {
+    pub(super) fn look(&mut self) -> Result<(), String> {
         for process in self.world.processes() {
             let status = process.store.status();
             if let Some(reason) = process.store.stopped() {
-                let name = process.store.folder.display().to_string();
+                let name = process.name();
                 if !self.world.was_full(&name) {
                     return Err(format!("{name} stopped: {reason}"));
                 }
@@ -216,7 +223,7 @@ impl Scenario {
             if !process.store.is_serving() || status.leader != Some(status.id) {
                 continue;
             }
-            let name = format!("{} voter {}", process.store.folder.display(), status.id);
+            let name = format!("{} voter {}", process.name(), status.id);
             self.world
                 .detail(|| format!("{name} serves in term {}", status.term));
             let served = self
@@ -231,7 +238,7 @@ impl Scenario {
     }
 
     /// Adds voters until there are so many, each at a new computer, while everything works.
-    async fn grow(&mut self, voters: usize) -> Result<(), String> {
+    pub(super) async fn grow(&mut self, voters: usize) -> Result<(), String> {
         let mut group = BTreeSet::from([1]);
         while group.len() < voters {
             let id = self.add_learner().await?;
@@ -326,7 +333,7 @@ impl Scenario {
         let leader = self.leader();
         // Every second time the voter that matters most.
         let voter = match leader {
-            Some(leader) if world.chance(0.5) => leader.store.folder.display().to_string(),
+            Some(leader) if world.chance(0.5) => leader.name(),
             _ => self.any_voter(),
         };
         // What stands still or is cut off may also be a node that runs the machine.

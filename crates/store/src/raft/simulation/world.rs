@@ -50,6 +50,11 @@ pub(super) struct Process {
 }
 
 impl Process {
+    /// Of its computer.
+    pub(super) fn name(&self) -> String {
+        self.store.folder.display().to_string()
+    }
+
     pub(super) fn runs(&self) -> bool {
         self.disk.is_open()
     }
