@@ -7,7 +7,8 @@ use keel_cluster::{Epoch, NodeName};
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
     EndEffect, EpochBase, Failover, GivenUp, ResumeDecision, Settlement, Target, Transfer,
-    VersionedRecord, created_at, end, enter_incarnation, fail_over, give_up, may_resume, running,
+    VersionedRecord, announced, created_at, end, enter_incarnation, fail_over, give_up, may_resume,
+    running,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -30,6 +31,7 @@ fn transfer() -> Transfer {
         epoch: EPOCH,
         committed: EPOCH.next(),
         revision: 50,
+        is_complete: true,
     }
 }
 
@@ -199,7 +201,32 @@ fn taking_back_changes_owner_epoch_and_schedules() {
 #[test]
 fn the_commit_compares_all_conditions() {
     let mut now = record("a", EPOCH, Status::Running);
-    let txn = transfer().commit(&now, 7).unwrap();
+    let entry_of = |transfer: Transfer| {
+        let txn = transfer.commit(&now, 7).unwrap();
+        let put = txn.then.iter().find_map(|op| match op {
+            Op::Put { key, value, .. } if key == "schedule/b/m" => Some(value.clone()),
+            _ => None,
+        });
+        (txn, put.unwrap())
+    };
+    let is_complete = false;
+    let (_, silent) = entry_of(Transfer {
+        is_complete,
+        ..transfer()
+    });
+    assert!(silent.is_empty());
+    let (txn, entry) = entry_of(transfer());
+    // What the target's node may conclude from it.
+    assert_eq!(announced(EPOCH, &entry), Some(epoch(1)));
+    for (offered, value) in [
+        (epoch(1), &entry[..]),
+        (epoch(2), &entry),
+        (EPOCH, &silent),
+        (EPOCH, &entry[..entry.len() - 1]),
+        (EPOCH, b"x"),
+    ] {
+        assert_eq!(announced(offered, value), None);
+    }
     now.owner = node("b");
     now.epoch = epoch(1);
     now.enter(arriving(), 7);
@@ -211,7 +238,7 @@ fn the_commit_compares_all_conditions() {
         .when(exists("alive/a"))
         .when(exists("alive/b"))
         .delete("schedule/a/m")
-        .put("schedule/b/m", Vec::new())
+        .put("schedule/b/m", entry)
         .put("machine/m", now.encode().unwrap())
         .delete("reservation/b/m");
     assert_eq!(txn, expected);

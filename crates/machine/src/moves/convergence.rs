@@ -12,6 +12,8 @@ pub const LAST_PAGES_BUDGET: Duration = Duration::from_millis(2);
 /// The number of bytes that may always be left (a round costs more than sending them),
 /// and the most that may be left with the default limit, however fast the link.
 const LAST_BYTES_MIN: u64 = 1 << 20;
+/// A slow link sends fewer: the time that sending what is left may always take.
+const LAST_TIME_MIN: Duration = Duration::from_millis(10);
 const LAST_BYTES_MAX: u64 = 4 << 20;
 /// The first round from which a guest that writes faster than the link is throttled.
 const SLOW_FROM_ROUND: usize = 4;
@@ -31,11 +33,13 @@ pub enum CopyDecision {
 /// at the freeze may take `budget` to send.
 pub fn next(rounds: &[Round], left: u64, budget: Duration) -> CopyDecision {
     let bytes = rounds.last().map_or(u64::MAX, |round| round.bytes);
-    let within = (best_rate(rounds) * budget.as_secs_f64()) as u64;
+    let rate = best_rate(rounds);
+    let within = (rate * budget.as_secs_f64()) as u64;
+    let least = LAST_BYTES_MIN.min((rate * LAST_TIME_MIN.as_secs_f64()) as u64);
     let more = budget.as_secs_f64() / LAST_PAGES_BUDGET.as_secs_f64();
     let most = (LAST_BYTES_MAX as f64 * more.max(1.0)) as u64;
     let shrinks = left.saturating_mul(10) < bytes.saturating_mul(7);
-    let small = left <= within.clamp(LAST_BYTES_MIN, most)
+    let small = left <= within.clamp(least, most)
         // More rounds of this size would not help.
         || left <= LAST_BYTES_MAX && !shrinks;
     if small || rounds.len() >= ROUNDS_MAX {
@@ -80,6 +84,26 @@ mod tests {
         let long = Duration::from_millis(20);
         assert_eq!(next(&once, 20 << 20, long), CopyDecision::Freeze);
         assert_eq!(next(&once, 30 << 20, long), CopyDecision::Round);
+    }
+
+    /// Over 100 Mbit/s a megabyte takes as long as a round trip around half of the world.
+    #[test]
+    fn little_is_sent_over_a_slow_link_too() {
+        let slow = rounds(&[(64 << 20, 5_600_000), (5 << 20, 420_000)]);
+        assert_eq!(
+            next(&slow, 400 << 10, LAST_PAGES_BUDGET),
+            CopyDecision::Round
+        );
+        assert_eq!(
+            next(&slow, 100 << 10, LAST_PAGES_BUDGET),
+            CopyDecision::Freeze
+        );
+        // No longer than it pays.
+        let again = rounds(&[(64 << 20, 5_600_000), (200 << 10, 20_000)]);
+        assert_eq!(
+            next(&again, 180 << 10, LAST_PAGES_BUDGET),
+            CopyDecision::Freeze
+        );
     }
 
     #[test]

@@ -32,9 +32,13 @@
 use crate::restart_policy::{self, Restart};
 use crate::spec::{Record, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_store::encoding;
 use keel_store::keys::Key;
 use keel_store::{Compare, KeyValue, Revision, Txn};
 use serde::{Deserialize, Serialize};
+
+/// Name of the value of a schedule entry in errors.
+const ANNOUNCED: &str = "the epoch in an entry of a schedule";
 
 /// A machine's record with the revision of its last change.
 #[derive(Debug, Clone, PartialEq)]
@@ -158,6 +162,9 @@ pub struct Transfer {
     pub committed: Epoch,
     /// The record's revision at the start.
     pub revision: Revision,
+    /// Whether the target has everything at the commit, and may resume the machine as soon as its node
+    /// sees the commit ([`announced`]).
+    pub is_complete: bool,
 }
 
 /// The next step of a source whose commit has an unknown outcome.
@@ -208,6 +215,11 @@ impl Transfer {
         let from = self.source.clone();
         record.enter(Status::Arriving { from }, now_unix_ms);
         let reservation = Key::Reservation(self.target.clone(), self.machine.clone());
+        let entry = match self.is_complete {
+            true => encoding::encode(ANNOUNCED, &self.committed),
+            false => Ok(Vec::new()),
+        };
+        let entry = entry.map_err(|error| error.to_string())?;
         Ok(Txn::new()
             .when_modified_at(self.record_key(), self.revision)
             .when(exists(self.entry(&self.source)))
@@ -215,7 +227,7 @@ impl Transfer {
             .when(exists(Key::Alive(self.source.clone())))
             .when(exists(Key::Alive(self.target.clone())))
             .delete(self.entry(&self.source))
-            .put(self.entry(&self.target), Vec::new())
+            .put(self.entry(&self.target), entry)
             .put(self.record_key(), record.encode()?)
             .delete(reservation))
     }
@@ -350,6 +362,18 @@ pub fn may_resume(node: &NodeName, offered: Epoch, found: Option<&Record>) -> Re
         true => ResumeDecision::Undecided,
         false => ResumeDecision::Drop,
     }
+}
+
+/// The epoch under which the commit of a move gave a machine to a node, from the entry of that node's
+/// schedule, for a copy that arrived there under the epoch `offered`. `None` if the entry is of
+/// something else. It proves what the source's word proves, that the commit was applied, and comes
+/// sooner where the source is farther away from the store than its target.
+pub fn announced(offered: Epoch, entry: &[u8]) -> Option<Epoch> {
+    if entry.is_empty() {
+        return None;
+    }
+    let epoch: Epoch = encoding::decode(ANNOUNCED, entry).ok()?;
+    epoch.follows(offered).then_some(epoch)
 }
 
 /// The status of a machine that runs on `node` under `epoch`; `None` if the record

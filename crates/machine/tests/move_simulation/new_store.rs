@@ -54,6 +54,7 @@ impl World {
             self.store.in_flight.extend(driver.decided.map(|it| it.0));
         }
         self.link = false;
+        self.store.unseen.clear();
         self.source_killed = true;
         self.deaths = backup.deaths + 1;
         self.acknowledged = backup.acknowledged;

@@ -19,6 +19,7 @@ impl World {
             epoch,
             committed,
             revision,
+            is_complete: !self.post_copy,
         }
     }
 

@@ -2,8 +2,9 @@
 //! sender received no answer.
 
 use keel_cluster::Epoch;
+use keel_store::keys::SCHEDULES;
 use keel_store::{Compare, KeyValue, Op, Revision, Txn};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Revisions of one incarnation of the cluster: more than a run has transactions.
 pub(crate) const REVISIONS: Revision = 10_000;
@@ -19,6 +20,8 @@ pub(crate) struct Store {
     pub(crate) entries: Entries,
     /// Transactions that may still be applied.
     pub(crate) in_flight: Vec<Txn>,
+    /// Values of schedule entries that the watch of their node has not seen yet.
+    pub(crate) unseen: VecDeque<Vec<u8>>,
 }
 
 impl Default for Store {
@@ -28,6 +31,7 @@ impl Default for Store {
             revision: 0,
             entries: Entries::new(),
             in_flight: Vec::new(),
+            unseen: VecDeque::new(),
         }
     }
 }
@@ -77,6 +81,9 @@ impl Store {
             lease: None,
         };
         self.entries.insert(key.to_owned(), entry);
+        if key.starts_with(SCHEDULES) && !value.is_empty() {
+            self.unseen.push_back(value.to_vec());
+        }
     }
 
     fn holds(&self, compare: &Compare) -> bool {

@@ -612,6 +612,9 @@ impl World {
             return;
         }
         // The offer of a dead agent is withdrawn by its successor.
+        if node == B && self.sees_commit() {
+            return;
+        }
         let reserved = self.store.has(&self.reservation_key());
         let b_is_empty = self.processes[B as usize].is_none();
         if node == A && self.driver.is_none() && reserved && !b_is_empty {
@@ -790,6 +793,25 @@ impl World {
         }
     }
 
+    /// The watch of B's agent shows a commit, which resumes what is prepared. It may do so late.
+    fn sees_commit(&mut self) -> bool {
+        if self.random.random_range(0..2) == 0 {
+            return false;
+        }
+        let Some(entry) = self.store.unseen.pop_front() else {
+            return false;
+        };
+        let state = self.processes[B as usize]
+            .as_ref()
+            .and_then(Process::arrival);
+        let epoch = ownership::announced(self.offered(), &entry);
+        if let (Some(TargetState::Prepared), Some(epoch)) = (state, epoch) {
+            self.go(epoch);
+            self.say("the agent at B sees the commit");
+        }
+        true
+    }
+
     fn offered(&self) -> Epoch {
         self.began
     }
@@ -942,6 +964,10 @@ impl World {
         self.endings[node as usize] = None;
         self.agent_since[node as usize] = self.store.epochs_so_far();
         self.given[node as usize] = None;
+        if node == B {
+            // With its watch.
+            self.store.unseen.clear();
+        }
         self.say(&format!("the agent at {node:?} dies"));
         let Some(driver) = self.driver.take_if(|_| node == A) else {
             return;

@@ -87,7 +87,13 @@ async fn follow_once(machines: &Arc<Machines>) -> Result<(), RecordError> {
                 continue;
             };
             match change {
-                keel_store::Change::Put(_) => spawn_ensure(machines, machine, None),
+                keel_store::Change::Put(entry) => {
+                    let machines = machines.clone();
+                    tokio::spawn(async move {
+                        resume_announced(&machines, &machine, &entry.value).await;
+                        spawn_ensure(&machines, machine, None);
+                    });
+                }
                 keel_store::Change::Delete { .. } => {
                     let machines = machines.clone();
                     tokio::spawn(async move { settle_unscheduled(&machines, &machine).await });
@@ -96,6 +102,22 @@ async fn follow_once(machines: &Arc<Machines>) -> Result<(), RecordError> {
         }
     }
     Ok(())
+}
+
+/// Resumes a machine whose copy is ready here as soon as the commit of its move is seen: the word of
+/// its source may take half a round trip more.
+async fn resume_announced(machines: &Machines, machine: &MachineName, entry: &[u8]) {
+    let Some(worker) = machines.processes.machines.get(machine) else {
+        return;
+    };
+    if let Ok(State::Prepared { offered, .. }) = worker.state().await
+        && let Some(epoch) = ownership::announced(offered, entry)
+    {
+        let go: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
+        if let Err(error) = go {
+            tracing::info!(%machine, %error, "a committed machine is not resumed yet");
+        }
+    }
 }
 
 /// Makes a scheduled machine run. `given` is the epoch that this agent assigned to its next life,

@@ -61,6 +61,7 @@ impl Driver {
             epoch: self.record.epoch,
             committed: self.committed,
             revision: self.revision,
+            is_complete: !self.post_copy && !self.spans,
         }
     }
 
