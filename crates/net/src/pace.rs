@@ -182,8 +182,7 @@ fn sample(socket: &impl AsFd) -> io::Result<Option<Sample>> {
 
 /// Bytes per second.
 fn set_pacing_rate(socket: &impl AsFd, rate: u32) -> io::Result<()> {
-    // SAFETY: the socket is open as long as it is borrowed, and the kernel reads the four bytes of
-    // `rate`.
+    // SAFETY: the socket is open as long as it is borrowed, and the kernel reads four bytes: `rate`.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
