@@ -356,8 +356,7 @@ mod tests {
         }
     }
 
-    /// The longest queue in milliseconds, and the used part of the link, after the first ten
-    /// seconds.
+    /// The longest queue in milliseconds and the used part of the link, from ten seconds on.
     fn settled(link: &mut Link, flows: &mut [Flow]) -> (f64, f64) {
         let (mut longest, mut used) = (0f64, 0.0);
         let (begin, end) = (10_000, 40_000);

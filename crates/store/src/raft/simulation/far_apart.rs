@@ -27,8 +27,8 @@ fn one_way_us(round_trip_ms: u64) -> std::ops::Range<u64> {
 }
 
 /// Renews a lease from the node of a voter until the end, every [`RENEW_EVERY`] whether the last
-/// renewal was answered or not. The longest time from when a renewal was sent until the next one was
-/// answered.
+/// renewal was answered or not. The result is the longest time from when a renewal was sent until the
+/// answer to the next one.
 async fn renew(
     world: Arc<World>,
     node: String,
