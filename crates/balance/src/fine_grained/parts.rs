@@ -168,11 +168,16 @@ pub(super) fn leave_forbidden_nodes(observation: &Observation) -> Option<Choice>
 
 /// Gathers a machine whose throughput is below that of its home alone, as its threads wait for
 /// remote pages.
+///
+/// The waits must be a good part of what its threads would use. Otherwise it is slow because its
+/// nodes are busy, which moves of single threads mend, or nothing does: nodes that share a host
+/// with each other have fewer cores than each of them counts.
 pub fn gather_if_slower(observation: &Observation, policy: &Policy) -> Option<Choice> {
     if observation.from_beginning || observation.part_memory_bytes.is_some() {
         return None;
     }
-    if observation.waited_cores < CORES_MIN {
+    let waited = observation.waited_cores;
+    if waited < CORES_MIN || waited < demand(observation) * (1.0 - BENEFIT_MIN) {
         return None;
     }
     let runs = throughput(observation);
@@ -181,8 +186,7 @@ pub fn gather_if_slower(observation: &Observation, policy: &Policy) -> Option<Ch
         return None;
     }
     let why = format!(
-        "its threads stall on remote pages for {:.2} cores and run {runs:.2} cores in total; at its home alone they would run {alone:.2}",
-        observation.waited_cores
+        "its threads stall on remote pages for {waited:.2} cores and run {runs:.2} cores in total; at its home alone they would run {alone:.2}"
     );
     Some(observation.choice(Action::Gather, why, Vec::new()))
 }
@@ -198,13 +202,18 @@ fn throughput(observation: &Observation) -> f64 {
     ran_cores.sum()
 }
 
+/// CPU demand of all threads if none waited for remote pages, in cores.
+fn demand(observation: &Observation) -> f64 {
+    let demand: f64 = observation.threads.iter().map(|it| it.cores).sum();
+    demand + observation.waited_cores
+}
+
 /// Throughput at the home alone, in cores of speed 1, where no thread waits for remote pages: the
 /// total demand, or the machine's share of a node with less capacity.
 fn throughput_at_home(observation: &Observation, policy: &Policy) -> Option<f64> {
     let home = &observation.nodes.first()?.state;
     let (cores, speed) = (home.capacity.cores, home.capacity.speed);
-    let all: f64 = observation.threads.iter().map(|it| it.cores).sum();
-    let wants = (all + observation.waited_cores).min(observation.threads.len() as f64);
+    let wants = demand(observation).min(observation.threads.len() as f64);
     let here = observation.threads.iter().filter(|it| it.part == 0);
     let here: f64 = here.map(|it| it.cores).sum();
     let others = (home.load * cores / policy.weights.cpu - here).max(0.0);

@@ -271,6 +271,28 @@ fn a_home_that_is_pressed_is_no_reason_to_come_back_to_it() {
 }
 
 #[test]
+fn few_waits_for_pages_are_no_reason_to_come_home() {
+    // As observed on three nodes of one host, which have its two cores together: six busy threads,
+    // three of them remote, that wait for pages for an eighth of a core in total.
+    let mut spans = observation(&["a", "b"]);
+    spans.nodes[0] = node("a", 1.7);
+    spans.nodes[1] = node("b", 1.7);
+    for thread in &mut spans.threads {
+        thread.ran_cores = 0.24;
+        thread.held = true;
+    }
+    for tid in 3..6 {
+        spans.threads[tid].part = 1;
+    }
+    spans.waited_cores = 0.12;
+    assert_eq!(decide(&spans, &Policy::default()), []);
+    // Where the waits cost that much, it is.
+    spans.waited_cores = 1.2;
+    let choices = decide(&spans, &Policy::default());
+    assert_eq!(choices[0].action, Action::Gather);
+}
+
+#[test]
 fn more_parts_are_made_where_those_that_it_has_are_pressed_and_none_goes_back() {
     let policy = Policy::default();
     let mut two = observation(&["a", "b"]);
