@@ -528,9 +528,10 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     tell_start(&at);
     entry.open(front::Service::new(at.clone()));
     tokio::spawn(voters::follow(at.voters.clone()));
+    let started = tokio::time::Instant::now();
     let role = |name| {
         let (store, node) = (context.store.clone(), context.name.clone());
-        Role::seek(name, store, node, context.lease.clone())
+        Role::seek(name, store, node, context.lease.clone(), started)
     };
     tokio::spawn(voters::manage(at.voters.clone(), context.members.clone()));
     tokio::spawn(voters::spread_authority(

@@ -2,6 +2,9 @@
 //! lease: if the holder fails, the role is free at the instant at which its machines need another
 //! node to act. The others wait for that without asking the store meanwhile.
 //!
+//! An agent that has just started lets others go first when a role becomes free: it knows less of the
+//! other nodes than they do, and what its role does may have to wait for that.
+//!
 //! Two nodes may believe for a moment that they hold a role, so what is done in it must be safe in
 //! any case.
 
@@ -11,7 +14,12 @@ use keel_store::{Change, Compare, LeaseId, Store, StoreError, Txn};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
+/// How long an agent has just started.
+pub(crate) const JUST_STARTED: Duration = Duration::from_secs(5);
+/// How long others have to take a role before an agent that has just started does.
+const OTHERS_FIRST: Duration = Duration::from_millis(300);
 /// Pause after a failed store access.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
@@ -22,15 +30,17 @@ pub(crate) struct Role {
 }
 
 impl Role {
-    /// Seeks the role `name`, a valid name, until the process ends. `lease` is this node's.
+    /// Seeks the role `name`, a valid name, until the process ends. `lease` is this node's,
+    /// `started` the time at which its agent started.
     pub(crate) fn seek(
         name: &'static str,
         store: Arc<dyn Store>,
         node: NodeName,
         lease: watch::Receiver<Option<LeaseId>>,
+        started: Instant,
     ) -> Self {
         let (held, is_held) = watch::channel(false);
-        tokio::spawn(seek(name, store, node, lease, held));
+        tokio::spawn(seek(name, store, node, lease, started, held));
         Self { held: is_held }
     }
 
@@ -52,6 +62,7 @@ async fn seek(
     store: Arc<dyn Store>,
     node: NodeName,
     mut lease: watch::Receiver<Option<LeaseId>>,
+    started: Instant,
     held: watch::Sender<bool>,
 ) {
     let Ok(role) = MachineName::new(name) else {
@@ -71,7 +82,13 @@ async fn seek(
                     held.send_replace(true);
                     std::future::pending().await
                 }
-                Ok(false) => until_free(&*store, &key.to_string()).await,
+                Ok(false) => {
+                    let freed = until_free(&*store, &key.to_string()).await;
+                    if started.elapsed() < JUST_STARTED {
+                        tokio::time::sleep(OTHERS_FIRST).await;
+                    }
+                    freed
+                }
                 Err(error) => Err(error),
             }
         };
@@ -145,18 +162,55 @@ mod tests {
         tokio::time::timeout(limit, waiting).await.expect("in time");
     }
 
+    /// Seeks the role `care` with a lease of its own, by an agent that started then.
+    async fn seek_since(
+        store: &Arc<dyn Store>,
+        name: &str,
+        started: Instant,
+    ) -> (LeaseId, watch::Sender<Option<LeaseId>>, Role) {
+        let lease = store.lease_grant(60_000).await.unwrap();
+        let (own, of_node) = watch::channel(Some(lease));
+        let node = NodeName::new(name).unwrap();
+        let role = Role::seek("care", store.clone(), node, of_node, started);
+        (lease, own, role)
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_has_just_started_lets_others_go_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = RaftStore::open_alone(folder.path()).await.unwrap();
+        let store: Arc<dyn Store> = Arc::new(store);
+        let now = Instant::now();
+        let long_ago = now.checked_sub(JUST_STARTED).expect("the host runs longer");
+        // Nobody has the role: it takes it at once, as there may be no others.
+        let (mut holder, _own, mut role) = seek_since(&store, "n0", now).await;
+        until(&mut role, true).await;
+        // Later its lease ends while one that has just started waits, and then an older one.
+        for round in 1..=8 {
+            let young = seek_since(&store, &format!("young{round}"), Instant::now()).await;
+            let (lease, own, mut role) = seek_since(&store, &format!("old{round}"), long_ago).await;
+            // (Both have begun to follow the key.)
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            store.lease_revoke(holder).await.unwrap();
+            until(&mut role, true).await;
+            assert!(!young.2.is_held());
+            store.lease_revoke(young.0).await.unwrap();
+            young.1.send_replace(None);
+            holder = lease;
+            std::mem::forget(own);
+        }
+        // Where there is none, the young one has it a moment later.
+        let (_, _own, mut young) = seek_since(&store, "last", Instant::now()).await;
+        store.lease_revoke(holder).await.unwrap();
+        until(&mut young, true).await;
+    }
+
     #[tokio::test]
     async fn one_node_has_a_role_and_the_next_one_takes_it_when_it_is_free() {
         let folder = tempfile::tempdir().unwrap();
         let store = RaftStore::open_alone(folder.path()).await.unwrap();
         let store: Arc<dyn Store> = Arc::new(store);
-        let seek = async |name: &str| {
-            let lease = store.lease_grant(60_000).await.unwrap();
-            let (own, of_node) = watch::channel(Some(lease));
-            let node = NodeName::new(name).unwrap();
-            let role = Role::seek("care", store.clone(), node, of_node);
-            (lease, own, role)
-        };
+        let seek = async |name: &str| seek_since(&store, name, Instant::now()).await;
         let (first_lease, first_own, mut first) = seek("a").await;
         until(&mut first, true).await;
         let (second_lease, second_own, mut second) = seek("b").await;

@@ -277,6 +277,9 @@ fn few_waits_for_pages_are_no_reason_to_come_home() {
     let mut spans = observation(&["a", "b"]);
     spans.nodes[0] = node("a", 1.7);
     spans.nodes[1] = node("b", 1.7);
+    for node in &mut spans.nodes {
+        node.state.capacity.cores = 2.0;
+    }
     for thread in &mut spans.threads {
         thread.ran_cores = 0.24;
         thread.held = true;

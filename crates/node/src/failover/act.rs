@@ -3,7 +3,7 @@
 use super::candidates::{Dependencies, free_memory, homeless};
 use crate::events::Note;
 use crate::records::{self, RecordError, Reservation};
-use crate::role::Role;
+use crate::role::{JUST_STARTED, Role};
 use keel_api::EventKind;
 use keel_cluster::failover::{Homeless, Placement, place};
 use keel_cluster::gossip::Liveness;
@@ -25,12 +25,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the source of a move has to take a machine back that was arriving at a node that
 /// failed: its copy is newer than any checkpoint. It may have dropped it.
 const TAKE_BACK_PATIENCE: Duration = Duration::from_secs(2);
-/// After a loss of power of all nodes they return one after the other: an agent that has just
-/// started gives those that it has not heard since this much time before it gives their machines
-/// away. (That they have a lease does not suffice: a new leader of the store gives all leases that
-/// there were their full time.)
-const AFTER_START: Duration = Duration::from_secs(5);
-
 /// Failovers of this cluster, as this node carries them out.
 struct Actor {
     at: Arc<Dependencies>,
@@ -43,6 +37,11 @@ struct Actor {
 }
 
 /// Carries out failovers until the agent ends.
+///
+/// After a loss of power of all nodes they return one after the other: an agent that has just
+/// started gives those that it has not heard that time before it gives their machines away. (That
+/// they have a lease does not suffice: a new leader of the store gives all leases that there were
+/// their full time.)
 pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
     let begun = Instant::now();
     let mut actor = Actor {
@@ -60,7 +59,7 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
             () = role.changed() => {}
         }
         changes.mark_unchanged();
-        let has_just_started = begun.elapsed() < AFTER_START;
+        let has_just_started = begun.elapsed() < JUST_STARTED;
         if has_just_started {
             actor.hear();
         }
