@@ -183,7 +183,7 @@ mod tests {
         let now = Instant::now();
         let long_ago = now.checked_sub(JUST_STARTED).expect("the host runs longer");
         // Nobody has the role: it takes it at once, as there may be no others.
-        let (mut holder, _own, mut role) = seek_since(&store, "n0", now).await;
+        let (mut holder, mut _own, mut role) = seek_since(&store, "n0", now).await;
         until(&mut role, true).await;
         // Later its lease ends while one that has just started waits, and then an older one.
         for round in 1..=8 {
@@ -196,11 +196,10 @@ mod tests {
             assert!(!young.2.is_held());
             store.lease_revoke(young.0).await.unwrap();
             young.1.send_replace(None);
-            holder = lease;
-            std::mem::forget(own);
+            (holder, _own) = (lease, own);
         }
         // Where there is none, the young one has it a moment later.
-        let (_, _own, mut young) = seek_since(&store, "last", Instant::now()).await;
+        let (_, _its_own, mut young) = seek_since(&store, "last", Instant::now()).await;
         store.lease_revoke(holder).await.unwrap();
         until(&mut young, true).await;
     }

@@ -25,6 +25,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the source of a move has to take a machine back that was arriving at a node that
 /// failed: its copy is newer than any checkpoint. It may have dropped it.
 const TAKE_BACK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Failovers of this cluster, as this node carries them out.
 struct Actor {
     at: Arc<Dependencies>,
