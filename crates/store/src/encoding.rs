@@ -9,6 +9,7 @@
 //!
 //! The kinds of request that this crate answers are numbered here.
 
+use crate::frozen_messages;
 use keel_net::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -69,6 +70,7 @@ pub fn to_cbor<T: Serialize>(value: &T, into: Vec<u8>) -> Result<Vec<u8>, String
 /// # Errors
 /// A sentence, for bytes that are no such value.
 pub fn from_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    frozen_messages::observe::<T>(bytes);
     let mut rest = bytes;
     let value = ciborium::from_reader(&mut rest).map_err(|error| match error {
         ciborium::de::Error::Io(_) => "it is cut off".to_owned(),

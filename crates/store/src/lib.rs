@@ -19,6 +19,7 @@
 //! - `interface`: [`Store`], and what it is asked and answers
 //! - [`keys`]: all keys
 //! - [`encoding`]: the envelope of records and requests
+//! - [`frozen_messages`]: messages of an earlier version, read by this one in tests
 //! - [`clock`]: the clock that leases are measured by
 //! - `raft`, `model`, `view`: the embedded engine
 //! - `etcd`: the external engine
@@ -32,6 +33,7 @@ mod client;
 pub mod clock;
 pub mod encoding;
 mod etcd;
+pub mod frozen_messages;
 mod interface;
 pub mod keys;
 mod model;
