@@ -33,14 +33,26 @@ const MUTANTS: &[Mutant] = &[
     mutant!(
         "serve unconfirmed",
         "leader.rs",
-        "self.confirm().await.is_ok() && self.commit_own_entry().await",
-        "self.commit_own_entry().await || true"
+        "if self.confirm().await.is_ok() {\n            self.deadlines",
+        "if self.confirm().await.is_ok() || true {\n            self.deadlines"
     ),
     mutant!(
-        "serve without an entry",
-        "leader.rs",
-        " && self.commit_own_entry().await",
-        ""
+        "committed before its own disk",
+        "network.rs",
+        "self.flushes.reached(last).await.map_err(unreachable)?;",
+        "let _ = last;"
+    ),
+    mutant!(
+        "alone and before its disk",
+        "log.rs",
+        "leads && !groups.iter().all(is_enough)",
+        "leads || groups.iter().all(is_enough)"
+    ),
+    mutant!(
+        "restarted and leads on",
+        "log.rs",
+        "vote.committed &= vote.leader_id.node_id != id;",
+        "let _ = id;\n    vote.committed &= true;"
     ),
     mutant!(
         "leases from an older term",
@@ -51,7 +63,7 @@ const MUTANTS: &[Mutant] = &[
     mutant!(
         "renewal without a quorum",
         "mod.rs",
-        "            // A leader that was replaced must not extend leases.\n            self.tasks.leader.barrier().await?;",
+        "            // A leader that was replaced must not extend leases.\n            leader.renewal_barrier().await?;",
         ""
     ),
     mutant!(

@@ -1,7 +1,7 @@
 //! The leader's part: when it serves, what it proposes, and when leases end.
 //!
 //! ```text
-//!         elected, barrier passed, own entry applied, every lease its full time
+//!         elected, own entry applied, barrier passed, every lease its full time
 //!   Follower ───────────────────────────────────────────────────▶ Serving(term)
 //!      ▲                                                               │
 //!      └── another is elected, or no quorum answered for QUORUM_PATIENCE ◀┘
@@ -316,6 +316,12 @@ impl Leader {
             if let Some(fatal) = failed {
                 return self.stop(&fatal.to_string());
             }
+            if let Some(reason) = self.log.flushes.failed() {
+                // `openraft` may not have heard of it.
+                self.stop(&reason);
+                self.raft.shutdown().await.ok();
+                return;
+            }
             let leads = state == ServerState::Leader;
             self.leads
                 .send_if_modified(|now| std::mem::replace(now, leads) != leads);
@@ -347,27 +353,11 @@ impl Leader {
             return;
         }
         // Everything that was ever answered is applied when these pass.
-        if self.confirm().await.is_ok() && self.commit_own_entry().await {
+        if self.confirm().await.is_ok() {
             self.deadlines.begin_term();
             tracing::info!(term, "this node leads the store");
             self.set_serving(Serving::Yes { term });
         }
-    }
-
-    /// Commits an entry without commands; whether that succeeded.
-    ///
-    /// `openraft` lets a leader that is restarted lead on in its old term. What was committed it
-    /// does not know then, and its confirmation waits for the first entry of the term only, not
-    /// for all that it answered in that term before the restart.
-    async fn commit_own_entry(&self) -> bool {
-        let Ok(nothing) = Proposal::new(&[]) else {
-            return false;
-        };
-        let written = self.raft.client_write(nothing);
-        matches!(
-            tokio::time::timeout(BARRIER_PATIENCE, written).await,
-            Ok(Ok(_))
-        )
     }
 
     fn set_serving(&self, serving: Serving) {

@@ -9,13 +9,15 @@
 //! Async workers never wait for the disk. All entries since the newest snapshot are in memory too:
 //! a follower that is behind is served without the disk. If a commit fails, the content of the
 //! disk is unknown; every request after it fails until the store is reopened.
+//!
+//! A leader's entries are sent while they are written, see [`flushes`](super::flushes).
 
 #![expect(
     clippy::result_large_err,
     reason = "openraft's traits return its errors"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::panic::AssertUnwindSafe;
@@ -32,8 +34,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::flushes::{Flush, Flushes};
 use super::snapshot::SavedSnapshot;
-use super::types::{LogId, StorageError, StorageIoError, Types, Vote};
+use super::types::{LogId, Membership, StorageError, StorageIoError, Types, Vote};
 use crate::encoding;
 
 const ENTRIES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
@@ -63,10 +66,22 @@ fn size(entry: &Entry) -> usize {
     }
 }
 
+/// The membership in an entry, if there is one.
+fn membership_of(entry: &Entry) -> Option<Membership> {
+    match &entry.payload {
+        EntryPayload::Membership(group) => Some(Membership::new(Some(entry.log_id), group.clone())),
+        EntryPayload::Blank | EntryPayload::Normal(_) => None,
+    }
+}
+
 /// The log, as `openraft` uses it. Clones share it.
 #[derive(Clone)]
 pub(super) struct Log {
+    /// The voter's number in the group.
+    id: u64,
     state: Arc<Mutex<State>>,
+    /// What is on disk.
+    pub(super) flushes: Flushes,
     writes: mpsc::UnboundedSender<Write>,
     /// What the snapshot's file has.
     saved: watch::Receiver<SavedSnapshot>,
@@ -78,11 +93,18 @@ pub(super) struct State {
     bytes: usize,
     purged: Option<LogId>,
     vote: Option<Vote>,
+    /// The newest in the entries, or in those that were purged.
+    membership: Membership,
     /// How often entries of a former leader were removed in favour of another's.
     truncations: u64,
 }
 
 impl State {
+    /// The newest membership in the entries, if there is one.
+    fn membership_of_entries(&self) -> Option<Membership> {
+        self.entries.values().rev().find_map(membership_of)
+    }
+
     /// Entries from `start` to before `end`, as many as are sent at once: always from `start` on.
     fn entries_to_send(&self, start: u64, end: u64) -> Vec<Entry> {
         let mut found = Vec::new();
@@ -113,7 +135,7 @@ pub(super) struct LogReader {
 }
 
 pub(super) enum Write {
-    Append(Vec<(u64, Vec<u8>)>, LogFlushed<Types>),
+    Append(Vec<(u64, Vec<u8>)>, Flush),
     Meta(&'static str, Vec<u8>, Done),
     Truncate(u64, Done),
     /// Removes entries to an index, inclusive, and records that.
@@ -173,9 +195,13 @@ impl Log {
         saved: watch::Receiver<SavedSnapshot>,
     ) -> Opened {
         let (sender, writes) = mpsc::unbounded_channel();
+        let last = state.entries.last_key_value().map(|(index, _)| *index);
+        let last = last.or(state.purged.map(|purged| purged.index));
         Opened {
             purged: state.purged,
             log: Log {
+                id,
+                flushes: Flushes::new(last),
                 state: Arc::new(Mutex::new(state)),
                 writes: sender,
                 saved,
@@ -207,6 +233,21 @@ impl Log {
         let state = self.lock();
         let last = state.entries.last_key_value();
         last.map(|(_, entry)| *entry.get_log_id()).or(state.purged)
+    }
+
+    /// Whether this voter leads a group in which nothing is committed without another voter.
+    fn needs_others(&self, state: &State) -> bool {
+        let leads = state
+            .vote
+            .is_some_and(|vote| vote.committed && vote.leader_id.node_id == self.id);
+        let saved = self.saved.borrow();
+        let newest = match saved.membership.log_id() > state.membership.log_id() {
+            true => &saved.membership,
+            false => &state.membership,
+        };
+        let groups = newest.membership().get_joint_config();
+        let is_enough = |group: &BTreeSet<u64>| group.len() == 1 && group.contains(&self.id);
+        leads && !groups.iter().all(is_enough)
     }
 
     async fn write(&self, write: impl FnOnce(Done) -> Write) -> Result<(), StorageError> {
@@ -300,22 +341,30 @@ impl RaftLogStorage<Types> for Log {
         I::IntoIter: OptionalSend,
     {
         let mut records = Vec::new();
-        {
+        let is_sent_early = {
             let mut state = self.lock();
             for entry in entries {
                 let index = entry.get_log_id().index;
                 records.push((index, encoded(&entry)?));
                 state.bytes += size(&entry);
+                if let Some(membership) = membership_of(&entry) {
+                    state.membership = membership;
+                }
                 if let Some(old) = state.entries.insert(index, entry) {
                     state.bytes -= size(&old);
                 }
             }
+            self.needs_others(&state)
+        };
+        let last = records.last().map(|(index, _)| *index);
+        let mut flush = self.flushes.begin(last, Some(callback));
+        if is_sent_early {
+            flush.tell_early();
         }
-        if let Err(mpsc::error::SendError(Write::Append(_, callback))) =
-            self.writes.send(Write::Append(records, callback))
+        if let Err(mpsc::error::SendError(Write::Append(_, flush))) =
+            self.writes.send(Write::Append(records, flush))
         {
-            let gone = std::io::Error::other("the thread of the store's log ended");
-            callback.log_io_completed(Err(gone));
+            flush.finish(Err("the thread of the store's log ended".into()));
         }
         Ok(())
     }
@@ -326,8 +375,15 @@ impl RaftLogStorage<Types> for Log {
             state.truncations += 1;
             let removed = state.entries.split_off(&log_id.index);
             state.bytes -= removed.values().map(size).sum::<usize>();
+            if state.membership.log_id().is_some_and(|it| it >= log_id) {
+                // Otherwise it is that of the snapshot.
+                state.membership = state.membership_of_entries().unwrap_or_default();
+            }
         }
-        self.write(|done| Write::Truncate(log_id.index, done)).await
+        self.write(|done| Write::Truncate(log_id.index, done))
+            .await?;
+        self.flushes.truncated(log_id.index);
+        Ok(())
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
@@ -348,7 +404,9 @@ impl RaftLogStorage<Types> for Log {
             state.bytes -= removed.values().map(size).sum::<usize>();
         }
         self.write(|done| Write::Purge(log_id.index, bytes, done))
-            .await
+            .await?;
+        self.flushes.purged(log_id.index);
+        Ok(())
     }
 }
 
@@ -432,7 +490,7 @@ impl Disk {
         let meta = read.open_table(META)?;
         let mut state = State {
             purged: value(&meta, "purged")?,
-            vote: value(&meta, "vote")?,
+            vote: value(&meta, "vote")?.map(|vote| as_follower(vote, id)),
             ..State::default()
         };
         let entries = read.open_table(ENTRIES)?;
@@ -447,6 +505,7 @@ impl Disk {
             state.bytes += size(&entry);
             state.entries.insert(index.value(), entry);
         }
+        state.membership = state.membership_of_entries().unwrap_or_default();
         Ok((id, state))
     }
 
@@ -532,10 +591,10 @@ impl Written {
         }
         let mut goes_on = self.result.is_ok();
         for write in self.batch {
-            let result = self.result.clone().map_err(std::io::Error::other);
             match write {
-                Write::Append(_, callback) => callback.log_io_completed(result),
+                Write::Append(_, flush) => flush.finish(self.result.clone()),
                 Write::Meta(_, _, done) | Write::Truncate(_, done) | Write::Purge(_, _, done) => {
+                    let result = self.result.clone().map_err(std::io::Error::other);
                     drop(done.send(result));
                 }
                 Write::Stop => goes_on = false,
@@ -543,6 +602,13 @@ impl Written {
         }
         goes_on
     }
+}
+
+/// The vote of a voter that is restarted: a leader is one no more. `openraft` would let it lead on
+/// in its term, and give entries the numbers of others that it sent in that term and lost.
+fn as_follower(mut vote: Vote, id: u64) -> Vote {
+    vote.committed &= vote.leader_id.node_id != id;
+    vote
 }
 
 /// Says that the log in this file was damaged, and may lack its end.
@@ -582,6 +648,7 @@ fn explain(error: DatabaseError) -> String {
 mod tests {
     use openraft::CommittedLeaderId;
 
+    use super::super::types::Voter;
     use super::*;
 
     /// A log in memory; what it writes gets lost.
@@ -598,11 +665,83 @@ mod tests {
             ..State::default()
         };
         let log = Log {
+            id: 1,
+            flushes: Flushes::new(None),
             state: Arc::new(Mutex::new(state)),
             writes,
             saved: watch::channel(SavedSnapshot::default()).1,
         };
         (log, written)
+    }
+
+    fn group(index: u64, groups: &[&[u64]]) -> Entry {
+        let groups = groups.iter().map(|group| group.iter().copied().collect());
+        let nodes: BTreeMap<u64, Voter> = BTreeMap::new();
+        let group = openraft::Membership::new(groups.collect(), nodes);
+        Entry {
+            log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
+            payload: EntryPayload::Membership(group),
+        }
+    }
+
+    /// Entries are sent early only where another voter is needed, or one voter could lose what it
+    /// answered.
+    #[tokio::test]
+    async fn a_voter_that_is_enough_waits_for_its_disk() {
+        let (mut log, written) = log_of(1..2);
+        let needs_others = |log: &Log| log.needs_others(&log.lock());
+        let lead = Vote::new_committed(1, 1);
+        let cases: [(&[&[u64]], bool); 5] = [
+            (&[&[1]], false),
+            (&[&[1], &[1, 2, 3]], true),
+            (&[&[1, 2, 3]], true),
+            (&[&[1, 2, 3], &[1]], true),
+            (&[&[2]], true),
+        ];
+        assert!(!needs_others(&log));
+        for (groups, needed) in cases {
+            let membership = membership_of(&group(2, groups)).unwrap();
+            log.lock().membership = membership.clone();
+            log.lock().vote = Some(lead);
+            assert_eq!(needs_others(&log), needed, "{groups:?}");
+            for other in [
+                Vote::new(1, 1),
+                Vote::new_committed(1, 2),
+                as_follower(lead, 1),
+            ] {
+                log.lock().vote = Some(other);
+                assert!(!needs_others(&log), "{other}");
+            }
+            // The same group, known by a snapshot.
+            let (snapshot, saved) = watch::channel(SavedSnapshot::default());
+            snapshot.send_modify(|saved| saved.membership = membership.clone());
+            log.saved = saved;
+            log.lock().vote = Some(lead);
+            log.lock().membership = membership_of(&group(1, &[&[1]])).unwrap();
+            assert_eq!(needs_others(&log), needed, "{groups:?} in a snapshot");
+            log.saved = watch::channel(SavedSnapshot::default()).1;
+        }
+        // What is removed from the log does not count.
+        {
+            let mut state = log.lock();
+            state.vote = Some(lead);
+            for entry in [group(2, &[&[1]]), group(3, &[&[1], &[1, 2]])] {
+                state.membership = membership_of(&entry).unwrap();
+                state.entries.insert(entry.log_id.index, entry);
+            }
+        }
+        assert!(needs_others(&log));
+        drop(written);
+        let from = LogId::new(CommittedLeaderId::new(1, 1), 3);
+        assert!(log.truncate(from).await.is_err());
+        assert!(!needs_others(&log));
+    }
+
+    #[test]
+    fn a_leader_that_is_restarted_follows() {
+        let lead = Vote::new_committed(7, 2);
+        assert_eq!(as_follower(lead, 2), Vote::new(7, 2));
+        assert_eq!(as_follower(lead, 3), lead);
     }
 
     async fn indexes(reader: &mut LogReader, start: u64, end: u64) -> Vec<u64> {

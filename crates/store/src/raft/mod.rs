@@ -4,7 +4,7 @@
 //! ```text
 //!  requests ──▶ leader.rs: one entry per group of commands, barriers, leases
 //!                  │ openraft ◀── election.rs: when to ask for votes
-//!                  ├──▶ log.rs: memory + redb, fsync        ─▶ network.rs ─▶ other voters
+//!                  ├──▶ log.rs: memory + redb, fsync ─ flushes.rs ─▶ network.rs ─▶ other voters
 //!                  └──▶ state_machine.rs: model ─▶ view ─▶ readers, watches
 //!                          └──▶ snapshot.rs: a file, replaced as a whole
 //! ```
@@ -24,6 +24,7 @@
 mod answer_times;
 mod deadlines;
 mod election;
+mod flushes;
 mod leader;
 mod log;
 mod network;

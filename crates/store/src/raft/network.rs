@@ -20,6 +20,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::answer_times::AnswerTimes;
+use super::flushes::Flushes;
 use super::types::{LogId, Raft, Types, Voter};
 use crate::encoding::{decode, kind, payload};
 
@@ -95,14 +96,17 @@ impl Transport for AgentConnections {
 #[derive(Clone)]
 pub(super) struct Network {
     transport: Option<Arc<dyn Transport>>,
+    /// What is on this voter's disk.
+    flushes: Flushes,
     /// Of each voter.
     times: Arc<Mutex<HashMap<u64, Arc<Mutex<AnswerTimes>>>>>,
 }
 
 impl Network {
-    pub(super) fn new(transport: Option<Arc<dyn Transport>>) -> Self {
+    pub(super) fn new(transport: Option<Arc<dyn Transport>>, flushes: Flushes) -> Self {
         Self {
             transport,
+            flushes,
             times: Arc::default(),
         }
     }
@@ -111,6 +115,7 @@ impl Network {
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         Connection {
             transport: self.transport.clone(),
+            flushes: self.flushes.clone(),
             target,
             voter: voter.clone(),
             times: times.entry(target).or_default().clone(),
@@ -136,6 +141,7 @@ impl Network {
 /// The way to one voter.
 pub(super) struct Connection {
     transport: Option<Arc<dyn Transport>>,
+    flushes: Flushes,
     target: u64,
     voter: Voter,
     times: Arc<Mutex<AnswerTimes>>,
@@ -176,7 +182,7 @@ impl Connection {
     ) -> Result<A, Failed<E>> {
         let Some(transport) = &self.transport else {
             let error = std::io::Error::other("this store has one voter");
-            return Err(Failed::Unreachable(Unreachable::new(&error)));
+            return Err(unreachable(error));
         };
         let request = payload("a voter's request", &(self.target, request))
             .map_err(|error| Failed::<E>::Network(NetworkError::new(&error)))?;
@@ -197,6 +203,9 @@ impl RaftNetwork<Types> for Connection {
         request: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, Failed<RaftError<u64>>> {
+        self.flushes.prompt().await.map_err(unreachable)?;
+        let last = request.entries.last().map(|entry| entry.log_id);
+        let last = last.or(request.prev_log_id).map(|it| it.index);
         let patience = self.times().patience().min(option.hard_ttl());
         let asked = Instant::now();
         let answer = self.ask(kind::RAFT_APPEND, &request, patience).await;
@@ -205,6 +214,10 @@ impl RaftNetwork<Types> for Connection {
             Ok(_) | Err(Failed::RemoteError(_)) => self.times().answered(took),
             Err(_) if took >= patience => self.times().timed_out(),
             Err(_) => {}
+        }
+        if answer.is_ok() {
+            // What the other voter has counts once this one has it, too.
+            self.flushes.reached(last).await.map_err(unreachable)?;
         }
         answer
     }
@@ -225,6 +238,11 @@ impl RaftNetwork<Types> for Connection {
     ) -> Result<VoteResponse<u64>, Failed<RaftError<u64>>> {
         self.ask(kind::RAFT_VOTE, &request, option.hard_ttl()).await
     }
+}
+
+/// The error after which `openraft` pauses.
+fn unreachable<E: std::error::Error>(error: std::io::Error) -> Failed<E> {
+    Failed::Unreachable(Unreachable::new(&error))
 }
 
 /// Answers another voter's request at the voter `id`.

@@ -13,7 +13,7 @@ use keel_net::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
-use super::types::{LogId, SnapshotMeta};
+use super::types::{LogId, Membership, SnapshotMeta};
 use crate::encoding::{self, WireError};
 use crate::interface::{KeyValue, LeaseId};
 use crate::model::{Lease, Model};
@@ -82,8 +82,17 @@ pub(super) struct Saved {
 pub(super) struct SavedSnapshot {
     /// The last entry in it.
     pub(super) last: Option<LogId>,
+    /// The group as of that entry.
+    pub(super) membership: Membership,
     /// A newer one could not be written.
     pub(super) has_failed: bool,
+}
+
+impl SavedSnapshot {
+    fn contains(&mut self, meta: &SnapshotMeta) {
+        self.last = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+    }
 }
 
 /// Where a snapshot is kept.
@@ -168,7 +177,7 @@ impl SnapshotFile {
         }
         let written = self.write(meta, state);
         self.saved.send_modify(|saved| match written {
-            Ok(()) => saved.last = last,
+            Ok(()) => saved.contains(meta),
             Err(_) => saved.has_failed = true,
         });
         written
@@ -223,7 +232,9 @@ impl SnapshotFile {
             encoding::decode("the head of a snapshot", meta).map_err(|e| e.to_string())?;
         self.saved.send_if_modified(|saved| {
             let is_newer = saved.last < meta.last_log_id;
-            saved.last = saved.last.max(meta.last_log_id);
+            if is_newer {
+                saved.contains(&meta);
+            }
             is_newer
         });
         let state = Cursor::new(state.to_vec());

@@ -152,7 +152,7 @@ pub(super) async fn start(
     // takes, because it is also the time between its heartbeats, which are off.
     config.heartbeat_interval = u64::try_from(ANSWER_MAX.as_millis()).unwrap_or(u64::MAX);
     let config = Arc::new(config);
-    let network = Network::new(host.transport);
+    let network = Network::new(host.transport, log.flushes.clone());
     let raft = Raft::new(id, config, network.clone(), log.clone(), machine).await;
     let raft = raft.map_err(|error| error.to_string())?;
     let election = Election::new(id, raft.clone(), log.clone(), network);
