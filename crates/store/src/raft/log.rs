@@ -93,7 +93,7 @@ pub(super) struct State {
     bytes: usize,
     purged: Option<LogId>,
     vote: Option<Vote>,
-    /// The newest in the entries, or in those that were purged.
+    /// The newest in the entries. Without any, that of the snapshot counts.
     membership: Membership,
     /// How often entries of a former leader were removed in favour of another's.
     truncations: u64,
@@ -322,7 +322,8 @@ impl RaftLogStorage<Types> for Log {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), StorageError> {
-        let bytes = encoded(vote)?;
+        // See `as_follower`.
+        let bytes = encoded(&as_follower(*vote, self.id))?;
         self.lock().vote = Some(*vote);
         self.write(|done| Write::Meta("vote", bytes, done)).await
     }
@@ -376,7 +377,6 @@ impl RaftLogStorage<Types> for Log {
             let removed = state.entries.split_off(&log_id.index);
             state.bytes -= removed.values().map(size).sum::<usize>();
             if state.membership.log_id().is_some_and(|it| it >= log_id) {
-                // Otherwise it is that of the snapshot.
                 state.membership = state.membership_of_entries().unwrap_or_default();
             }
         }
@@ -399,6 +399,14 @@ impl RaftLogStorage<Types> for Log {
         {
             let mut state = self.lock();
             state.purged = Some(log_id);
+            if state
+                .membership
+                .log_id()
+                .is_some_and(|it| it.index <= log_id.index)
+            {
+                // The snapshot's group counts, also where another leader's was in these entries.
+                state.membership = Membership::default();
+            }
             let kept = state.entries.split_off(&(log_id.index + 1));
             let removed = std::mem::replace(&mut state.entries, kept);
             state.bytes -= removed.values().map(size).sum::<usize>();
@@ -604,8 +612,9 @@ impl Written {
     }
 }
 
-/// The vote of a voter that is restarted: a leader is one no more. `openraft` would let it lead on
-/// in its term, and give entries the numbers of others that it sent in that term and lost.
+/// The vote of a voter as it is on disk: a leader that is restarted is one no more. `openraft`
+/// would let it lead on in its term, and give entries the numbers of others that it sent in that term
+/// and lost. (Versions before this one wrote it as it was.)
 fn as_follower(mut vote: Vote, id: u64) -> Vote {
     vote.committed &= vote.leader_id.node_id != id;
     vote

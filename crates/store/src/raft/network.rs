@@ -215,7 +215,9 @@ impl RaftNetwork<Types> for Connection {
             Err(_) if took >= patience => self.times().timed_out(),
             Err(_) => {}
         }
-        if answer.is_ok() {
+        if let Ok(AppendEntriesResponse::Success | AppendEntriesResponse::PartialSuccess(_)) =
+            answer
+        {
             // What the other voter has counts once this one has it, too.
             self.flushes.reached(last).await.map_err(unreachable)?;
         }
