@@ -13,6 +13,7 @@
 //! - `checkpoints`: creating and restoring, compared with plain writing and reading
 //! - `far_apart`: moves and commits between sites far apart
 //! - `failover`: how long a machine and the store are away when a node fails
+//! - `busy`: failovers while all cores are busy and agents are killed
 //! - `protect`: what protected output costs in latency and throughput
 //! - `large_cluster`: what 1,000 nodes with 20,000 machines cost the leader of the store
 //! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
@@ -26,6 +27,7 @@
 
 #![forbid(unsafe_code)]
 
+mod busy;
 mod capture;
 mod checkpoints;
 mod cores;
@@ -108,6 +110,9 @@ pub(crate) struct Options {
     /// Failures of nodes.
     #[arg(long, default_value_t = 50)]
     failures: usize,
+    /// Minutes of `busy`.
+    #[arg(long, default_value_t = 60)]
+    minutes: u64,
     /// Captures of each guest.
     #[arg(long, default_value_t = 2000)]
     captures: usize,
@@ -138,6 +143,7 @@ enum What {
     PostCopy,
     Checkpoints,
     Failover,
+    Busy,
     Protect,
     Rest,
     LargeCluster,
@@ -200,6 +206,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Failover) {
         failover::bench(&options)?;
+    }
+    if wanted(What::Busy) {
+        busy::bench(&options)?;
     }
     if wanted(What::Protect) {
         protect::bench(&options)?;
