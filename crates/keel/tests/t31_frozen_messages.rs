@@ -13,6 +13,10 @@ use std::path::{Path, PathBuf};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 const NODES: [&str; 3] = ["a", "b", "c"];
+/// Folder of what the processes write, beside those of the nodes.
+const RESULTS: &str = "results";
+/// What a balancer answers another node's; nodes ask each other once they have measured for a while.
+const BALANCERS_ANSWER: &str = "messages::Response";
 
 fn file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frozen_messages.txt")
@@ -29,6 +33,11 @@ impl Bench {
         let (success, said) = self.cluster.keel(node, args);
         assert!(success, "{args:?}: {said}");
         said
+    }
+
+    /// The folder in which processes write what they read.
+    fn results(&self) -> PathBuf {
+        self.folder.path().join(RESULTS)
     }
 
     fn path(&self, name: &str) -> String {
@@ -109,7 +118,13 @@ impl Bench {
             .set_policy("sample_ms", "500")
             .await
             .expect("it is set");
-        tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+        wait_for("balancers asked each other", || async {
+            let found = found(&self.results());
+            let answered = found.iter().any(|it| it.contains(BALANCERS_ANSWER));
+            answered.then_some(())
+        })
+        .await
+        .expect("in time");
         self.cluster
             .set_policy("mode", "off")
             .await
@@ -146,7 +161,7 @@ fn found(folder: &Path) -> BTreeSet<String> {
 async fn messages_of_an_earlier_version_are_read() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir();
     let folder = folder.expect("a folder");
-    let results = folder.path().join("results");
+    let results = folder.path().join(RESULTS);
     std::fs::create_dir(&results).expect("a folder");
     let freezes = std::env::var_os("KEEL_FREEZE").is_some();
     let (results_text, frozen_text) = (results.display().to_string(), file().display().to_string());

@@ -10,8 +10,7 @@ use keel_machine::spec::Status;
 use keel_store::Txn;
 
 impl World {
-    /// One action of a node's agent, according to its schedule, its process and the
-    /// record.
+    /// One action of a node's agent, as its schedule, its process and the record have it.
     pub(super) fn agent(&mut self, node: Node) {
         if let Some(ending) = self.endings[node as usize] {
             self.write_end(node, ending);

@@ -693,8 +693,8 @@ mod tests {
         }
     }
 
-    /// Entries are sent early only where another voter is needed, or one voter could lose what it
-    /// answered.
+    /// Entries are sent early only where another voter is needed: a sole one could lose what it has
+    /// answered to its clients.
     #[tokio::test]
     async fn a_voter_that_is_enough_waits_for_its_disk() {
         let (mut log, written) = log_of(1..2);
