@@ -25,6 +25,7 @@
 //! - `etcd`: the external engine
 //! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
+//! - `turns`: who is told first where thousands follow one change
 
 #![forbid(unsafe_code)]
 
@@ -39,6 +40,7 @@ pub mod keys;
 mod model;
 mod raft;
 mod server;
+mod turns;
 mod view;
 mod wire;
 
