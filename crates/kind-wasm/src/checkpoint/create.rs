@@ -64,6 +64,8 @@ pub enum CreateError {
     /// It cannot be frozen.
     #[error(transparent)]
     Program(#[from] ProgramError),
+    #[error(transparent)]
+    Buffer(PackError),
     /// A move or another operation takes precedence.
     #[error("the checkpoint was given up: the machine is to move, or to be reduced to one part")]
     GivenUp,
@@ -78,6 +80,7 @@ impl From<PackError> for CreateError {
     fn from(error: PackError) -> Self {
         match error {
             PackError::Repository(error) => CreateError::Repository(error),
+            PackError::Memory(_) => CreateError::Buffer(error),
             PackError::GivenUp => CreateError::GivenUp,
             PackError::Interrupted => CreateError::Interrupted,
         }

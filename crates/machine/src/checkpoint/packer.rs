@@ -25,6 +25,8 @@ const LAST_ROOM_BYTES: usize = 16 << 20;
 pub enum PackError {
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+    #[error("there is no memory for a checkpoint's bytes: {0}")]
+    Memory(std::io::Error),
     /// Another operation takes precedence.
     #[error("storing was given up")]
     GivenUp,
@@ -65,14 +67,15 @@ struct Buffer {
 
 impl Buffer {
     /// Space for this many further bytes.
-    fn room(&mut self, count: usize) -> &mut [u8] {
+    fn room(&mut self, count: usize) -> Result<&mut [u8], PackError> {
         let end = self.used + count;
         // A large pack grows in large steps.
         if self.bytes.len() < end {
             let length = end.max(PACK_BYTES).next_multiple_of(PACK_BYTES);
-            self.bytes.grow(length, self.used);
+            let grown = self.bytes.grow(length, self.used);
+            grown.map_err(PackError::Memory)?;
         }
-        &mut self.bytes[self.used..end]
+        Ok(&mut self.bytes[self.used..end])
     }
 
     /// Hashes full blocks, which are still in the processor's cache.
@@ -213,7 +216,7 @@ impl Packer {
         if self.buffer.bytes.is_empty() {
             self.buffer.bytes = self.spare_buffer();
         }
-        let added = read(self.buffer.room(count))?;
+        let added = read(self.buffer.room(count)?)?;
         self.buffer.used += added;
         if give_up.is_some() {
             self.buffer.hash_full();
@@ -239,7 +242,8 @@ impl Packer {
         self.store_pack();
         self.wait_below(1)?;
         self.buffer.bytes = self.spare_buffer();
-        self.buffer.bytes.grow(LAST_ROOM_BYTES, 0);
+        let grown = self.buffer.bytes.grow(LAST_ROOM_BYTES, 0);
+        grown.map_err(PackError::Memory)?;
         // The kernel allocates memory only when it is written.
         self.buffer.bytes[..LAST_ROOM_BYTES].fill(0);
         Ok(())
