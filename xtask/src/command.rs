@@ -125,3 +125,25 @@ fn wait(child: &mut Child, deadline: Instant) -> Result<Option<std::process::Exi
         std::thread::sleep(Duration::from_millis(1));
     }
 }
+
+/// Installs the packages of programs that are missing, or says which they are.
+pub(crate) fn provide(needed: &[(&str, &str)]) -> Result<()> {
+    let packages: Vec<&str> = needed
+        .iter()
+        .filter(|(program, _)| !has(program))
+        .map(|(_, package)| *package)
+        .collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let id = Command::new("id").arg("-u").output()?;
+    let is_root = id.stdout.trim_ascii() == b"0";
+    if !(is_root && has("apt-get")) {
+        bail!("missing: {0} (apt-get install {0})", packages.join(" "));
+    }
+    check(
+        Command::new("apt-get")
+            .args(["install", "--yes", "--no-install-recommends"])
+            .args(packages),
+    )
+}

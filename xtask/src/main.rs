@@ -130,6 +130,9 @@ enum Task {
         /// Seed of the random choices; printed in any case.
         #[arg(long)]
         seed: Option<u64>,
+        /// Faults that are left out where what they need is missing: links, disks, clocks, losses.
+        #[arg(long, value_delimiter = ',')]
+        without: Vec<String>,
     },
     /// Moves CPython, other programs and zstd among three nodes, and compares.
     Roam {
@@ -219,7 +222,8 @@ fn main() -> ExitCode {
             minutes,
             resume,
             seed,
-        } => nemesis::run(minutes, resume, seed),
+            without,
+        } => nemesis::run(minutes, resume, seed, &without),
         Task::SimulateVoters { seeds, first, seed } => simulation::run(seeds, first, seed),
         Task::Upgrade { from } => upgrade::run(&from),
         Task::Soak {

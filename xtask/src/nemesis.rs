@@ -1,11 +1,21 @@
 //! Runs the nemesis for some minutes; see `keel_testkit::nemesis`. `--resume` continues an
 //! interrupted run.
 
-use crate::command::{cargo, check, root};
+use crate::command::{cargo, check, provide, root};
 use anyhow::{Context, Result};
 use std::process::Command;
 
-pub(crate) fn run(minutes: u64, resume: bool, seed: Option<u64>) -> Result<()> {
+/// What the faults need, with their Debian packages.
+const NEEDED: [(&str, &str); 3] = [
+    ("ip", "iproute2"),
+    ("iptables", "iptables"),
+    ("faketime", "faketime"),
+];
+
+pub(crate) fn run(minutes: u64, resume: bool, seed: Option<u64>, without: &[String]) -> Result<()> {
+    if without.is_empty() {
+        provide(&NEEDED)?;
+    }
     check(cargo().args(["build", "--release", "--workspace"]))?;
     let built = root().join("target/release");
     let note = root().join("target/nemesis");
@@ -25,7 +35,8 @@ pub(crate) fn run(minutes: u64, resume: bool, seed: Option<u64>) -> Result<()> {
             .arg(&note)
             .args(["--minutes", &minutes.to_string()])
             .args(["--done", &done.to_string()])
-            .args(["--seed", &seed.to_string()]),
+            .args(["--seed", &seed.to_string()])
+            .args(without.iter().flat_map(|it| ["--without", it])),
     )
 }
 

@@ -1,14 +1,18 @@
 //! The test-suite in two parts: the usual one, which takes some minutes, and groups of long tests,
 //! each about one subject. `all` runs both, followed by the soak and nemesis.
 
-use crate::command::{cargo, check, has};
+use crate::command::{cargo, check, has, provide};
 use crate::nemesis;
 use crate::soak::{self, Soak};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::process::Command;
 
 /// Programs that tests or builds need, with their Debian packages.
-const NEEDED: [(&str, &str); 2] = [("cc", "gcc"), ("etcd", "etcd-server")];
+const NEEDED: [(&str, &str); 3] = [
+    ("cc", "gcc"),
+    ("etcd", "etcd-server"),
+    ("promtool", "prometheus"),
+];
 
 /// Runs of the soak, and minutes of nemesis, after all tests.
 const SOAK_RUNS: u64 = 60;
@@ -176,7 +180,7 @@ pub(crate) const LONG: &[Group] = &[
 /// Runs the tests that `args` select; by default the usual suite, and with `all` everything else
 /// too.
 pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
-    provide()?;
+    provide(&NEEDED)?;
     if !args.is_empty() {
         return check(runner(None).args(args));
     }
@@ -193,7 +197,7 @@ pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
             keel: None,
             seed: 1,
         })?;
-        nemesis::run(NEMESIS_MINUTES, false, None)?;
+        nemesis::run(NEMESIS_MINUTES, false, None, &[])?;
     }
     Ok(())
 }
@@ -246,27 +250,6 @@ fn runner(message_delay_ms: Option<&str>) -> Command {
 }
 
 /// Installs missing programs, or reports them.
-fn provide() -> Result<()> {
-    let packages: Vec<&str> = NEEDED
-        .iter()
-        .filter(|(program, _)| !has(program))
-        .map(|(_, package)| *package)
-        .collect();
-    if packages.is_empty() {
-        return Ok(());
-    }
-    let id = Command::new("id").arg("-u").output()?;
-    let is_root = id.stdout.trim_ascii() == b"0";
-    if !(is_root && has("apt-get")) {
-        bail!("missing: {0} (apt-get install {0})", packages.join(" "));
-    }
-    check(
-        Command::new("apt-get")
-            .args(["install", "--yes", "--no-install-recommends"])
-            .args(packages),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

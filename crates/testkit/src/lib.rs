@@ -9,10 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 pub use etcd::{ETCD_LIMITS, Etcd};
 use hyper::Method;
-use keel_api::{
-    Client, ClusterInfo, MachineInfo, RunRequest, StoreInfo, Token, TokenRequest, VolumeRequest,
-    VotersRequest,
-};
+use keel_api::{Client, ClusterInfo, MachineInfo, StoreInfo, Token, TokenRequest, VotersRequest};
 use keel_kind_wasm::WasmKind;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
@@ -36,6 +33,7 @@ pub mod far_link;
 mod machine;
 pub mod nemesis;
 pub mod network;
+mod power;
 pub mod quota;
 pub mod reader;
 mod requests;
@@ -447,34 +445,7 @@ impl LocalCluster {
             Some(kind) => kind.clone(),
             None => (WasmKind::kind_name(), program(&client, guest).await?),
         };
-        let request = RunRequest {
-            name: Some(guest.name.to_owned()),
-            on: Some(guest.node.to_owned()),
-            kind,
-            kind_spec,
-            volumes: guest
-                .volume
-                .iter()
-                .map(|volume| VolumeRequest::Host {
-                    host: volume.display().to_string(),
-                    guest: volume.display().to_string(),
-                    read_only: false,
-                })
-                .chain(guest.tmp_bytes.map(|bytes| VolumeRequest::Tmp {
-                    bytes,
-                    inodes: None,
-                    guest: "/tmp".into(),
-                }))
-                .collect(),
-            memory_bytes: guest.memory_bytes,
-            cpu_limit_millis: None,
-            output_bytes_per_s: 16 << 20,
-            remove_at_end: false,
-            restart: guest.restart,
-            checkpoints: guest.checkpoints.clone(),
-            ha: guest.ha.clone(),
-            balancing: guest.balancing,
-        };
+        let request = guest.request((kind, kind_spec));
         let _: MachineInfo = client.post("/v1/machines", &request).await?;
         wait_for(&format!("machine {} starts", guest.name), || async {
             let info = self.inspect(guest.node, guest.name).await.ok()?;
@@ -501,6 +472,15 @@ impl LocalCluster {
         let path = format!("/v1/machines/{machine}");
         let _: serde::de::IgnoredAny = client.post(&format!("{path}/stop"), &()).await?;
         self.wait_end(node, machine).await?;
+        self.remove(node, machine).await
+    }
+
+    /// Removes a machine that has ended.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn remove(&self, node: &str, machine: &str) -> Result<()> {
+        let (client, path) = (self.client(node), format!("/v1/machines/{machine}"));
         let gone = client.call(Method::DELETE, &path, Bytes::new());
         let _: serde::de::IgnoredAny = gone.await?;
         Ok(())
@@ -679,50 +659,6 @@ impl LocalCluster {
         let is_part = |line: &Vec<String>| line.iter().any(|word| word.starts_with(&folder));
         let parts = processes().into_iter().filter(|(_, line)| is_part(line));
         parts.map(|(pid, _)| pid.as_raw_nonzero().get()).collect()
-    }
-
-    /// Kills all processes of a node at once, as if its computer were switched off.
-    pub fn power_off(&mut self, name: &str) {
-        // Processes may start others during the loop.
-        for _ in 0..5 {
-            if self.signal(name, Signal::KILL, &|_| true) == 0 {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        if let Some(node) = self.nodes.get_mut(name)
-            && let Some(mut parent) = node.parent.take()
-        {
-            // Reaps the process.
-            let _ = parent.wait();
-        }
-    }
-
-    /// Restarts a node that was switched off.
-    ///
-    /// # Errors
-    /// The log of a node that did not start.
-    pub async fn power_on(&mut self, name: &str) -> Result<()> {
-        self.power_on_all(&[name]).await
-    }
-
-    /// Restarts nodes that were switched off, in this order; none waits for another one.
-    ///
-    /// # Errors
-    /// The log of a node that did not start.
-    pub async fn power_on_all(&mut self, names: &[&str]) -> Result<()> {
-        for name in names {
-            let folder = self.folder(name);
-            // The socket of the dead agent would be mistaken for an answer.
-            let _ = std::fs::remove_file(folder.join("api.socket"));
-            let mut command = self.command(name, &folder)?;
-            command.arg("up");
-            self.launch(name, folder, command)?;
-        }
-        for name in names {
-            self.wait_answers(name).await?;
-        }
-        Ok(())
     }
 
     /// Signals the processes of a node whose command line matches; returns their number.

@@ -1,5 +1,6 @@
 //! What a test starts as a machine.
 
+use keel_api::{RunRequest, VolumeRequest};
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::restart_policy::Restart;
@@ -52,6 +53,38 @@ impl<'a> Guest<'a> {
             balancing: Balancing::default(),
             tmp_bytes: None,
             kind: None,
+        }
+    }
+
+    /// The request that starts it, with its kind and the kind's spec.
+    pub(crate) fn request(&self, (kind, kind_spec): (KindName, KindSpec)) -> RunRequest {
+        RunRequest {
+            name: Some(self.name.to_owned()),
+            on: Some(self.node.to_owned()),
+            kind,
+            kind_spec,
+            volumes: self
+                .volume
+                .iter()
+                .map(|volume| VolumeRequest::Host {
+                    host: volume.display().to_string(),
+                    guest: volume.display().to_string(),
+                    read_only: false,
+                })
+                .chain(self.tmp_bytes.map(|bytes| VolumeRequest::Tmp {
+                    bytes,
+                    inodes: None,
+                    guest: "/tmp".into(),
+                }))
+                .collect(),
+            memory_bytes: self.memory_bytes,
+            cpu_limit_millis: None,
+            output_bytes_per_s: 16 << 20,
+            remove_at_end: false,
+            restart: self.restart,
+            checkpoints: self.checkpoints.clone(),
+            ha: self.ha.clone(),
+            balancing: self.balancing,
         }
     }
 }

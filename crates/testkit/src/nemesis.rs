@@ -3,9 +3,12 @@
 //! continue to write; its file must be what one copy would have written. It may have rewound to a
 //! checkpoint only if its own process was killed, or, with high availability, if its node could not
 //! renew its lease: a killed agent is no reason. What a reader saw of a machine with protected output
-//! has never rewound.
+//! has never rewound. Meanwhile users start other machines and change these ([`commands`]), and how
+//! long all stands still is measured ([`outages`]).
 
+mod commands;
 mod fault;
+mod outages;
 mod tally;
 
 use crate::disk::SmallDisk;
@@ -15,6 +18,7 @@ use crate::wall_clock::WallClocks;
 use crate::witness::{Evidence, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
+use commands::Commands;
 use fault::Fault;
 use keel_api::{
     AuthorityInfo, CheckpointRequest, MachineInfo, MoveRequest, Nothing, StoreInfo, Urgency,
@@ -24,6 +28,7 @@ use keel_machine::failpoint::{ALL, Action, Injection};
 use keel_machine::high_availability::{Fence, HighAvailability, Protect};
 use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
+use outages::Outages;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
@@ -34,8 +39,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 pub use tally::Tally;
 
-/// The nodes; the first holds the store.
-pub const NODES: [&str; 3] = ["a", "b", "c"];
+/// The nodes; three of them hold the store.
+pub const NODES: [&str; 4] = ["a", "b", "c", "d"];
+/// Words for faults that may be left out: those of links, full disks, wrong clocks, lost packets.
+pub const WITHOUT: [&str; 4] = ["links", "disks", "clocks", "losses"];
 /// Name and memory in MiB of each machine, and how it is kept.
 const MACHINES: [(&str, u32, Kept); 5] = [
     ("small", 2, Kept::Here),
@@ -50,6 +57,12 @@ const PAUSE_US: u32 = 2000;
 const DISK_MIB: u32 = 512;
 /// The failpoints that delay a commit and lose its answer.
 const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committed", "error")];
+/// Share of rounds in which a user starts another machine, and of those in which one changes a
+/// machine.
+const COMMAND_SHARE: f64 = 0.3;
+/// The longest time for which the last node stays off after all lost power: longer than the others
+/// wait for it before its machines begin elsewhere.
+const LAST_OFF_MAX: Duration = Duration::from_secs(15);
 /// Share of rounds in which the cluster's authority is to be replaced; one takes some ten seconds.
 const ROTATION_SHARE: f64 = 0.05;
 /// The longest duration of a fault: less than the time after which a worker counts as lost.
@@ -94,9 +107,12 @@ pub struct Nemesis {
     cluster: LocalCluster,
     /// Folder of each node, where a file system of its own may be mounted.
     disks: BTreeMap<&'static str, SmallDisk>,
-    /// Whether packets of the nodes' links can be lost.
-    loses: bool,
+    /// Faults that cannot be injected here, by the word of [`WITHOUT`].
+    without: Vec<String>,
     shared: PathBuf,
+    module: Arc<[u8]>,
+    commands: Commands,
+    outages: Outages,
     random: StdRng,
     told: Vec<Evidence>,
     /// Last known node of each machine.
@@ -108,51 +124,48 @@ pub struct Nemesis {
 }
 
 impl Nemesis {
-    /// Starts nodes and machines below a folder. With `network` every node gets a namespace of its
-    /// own; without, links are not cut.
+    /// Starts nodes and machines below a folder, every node in a network namespace of its own.
+    /// `without` names the faults that are left out, by words of [`WITHOUT`].
     ///
     /// # Errors
-    /// The log of a node that did not start.
+    /// A fault that is not left out cannot be injected here: what it needs. The log of a node that
+    /// did not start.
     pub async fn start(
         program: &Path,
         witness: &Path,
         folder: &Path,
-        network: Option<Network>,
+        without: Vec<String>,
         seed: u64,
     ) -> Result<Self> {
+        let has = |fault: &str| !without.iter().any(|it| it == fault);
+        let leave_out =
+            |fault: &str| format!("this needs what is missing here (--without {fault})");
+        let network = match has(WITHOUT[0]) {
+            true => Some(Network::new(&NODES).with_context(|| leave_out(WITHOUT[0]))?),
+            false => None,
+        };
         let mut disks = BTreeMap::new();
-        for node in NODES {
-            match SmallDisk::mount(&folder.join(node), DISK_MIB) {
-                Ok(disk) => disks.insert(node, disk),
-                Err(error) => {
-                    println!("no disk can be filled: {error:#}");
-                    break;
-                }
-            };
+        for node in NODES.into_iter().filter(|_| has(WITHOUT[1])) {
+            let disk = SmallDisk::mount(&folder.join(node), DISK_MIB);
+            disks.insert(node, disk.with_context(|| leave_out(WITHOUT[1]))?);
         }
-        let clocks = match WallClocks::new(&folder.join("clocks")) {
-            Ok(clocks) => Some(clocks),
-            Err(error) => {
-                println!("no clock is set: {error:#}");
-                None
+        let clocks = match has(WITHOUT[2]) {
+            true => {
+                let clocks = WallClocks::new(&folder.join("clocks"));
+                Some(clocks.with_context(|| leave_out(WITHOUT[2]))?)
             }
+            false => None,
         };
         let cluster =
             LocalCluster::start_to_be_broken(program, folder, &NODES, network, clocks).await?;
         // Nothing is lost yet, so this tries only whether it can be.
-        let loses = match cluster
-            .network()
-            .map(|network| network.lose(NODES[0], None))
-        {
-            Some(Err(error)) => {
-                println!("no packet is lost: {error:#}");
-                false
-            }
-            tried => tried.is_some(),
-        };
+        if let Some(network) = cluster.network().filter(|_| has(WITHOUT[3])) {
+            let tried = network.lose(NODES[0], None);
+            tried.with_context(|| leave_out(WITHOUT[3]))?;
+        }
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
-        let module = std::fs::read(witness)?;
+        let module: Arc<[u8]> = std::fs::read(witness)?.into();
         let mut readers = Vec::new();
         for (number, (name, mib, kept)) in MACHINES.iter().enumerate() {
             let file = shared.join(format!("{name}.lines"));
@@ -174,11 +187,17 @@ impl Nemesis {
                 readers.push(Reader::begin(clients, name, &file)?);
             }
         }
+        let kept = MACHINES.iter().filter(|(_, _, kept)| *kept != Kept::Here);
+        let files = kept.map(|(name, ..)| shared.join(format!("{name}.lines")));
+        let outages = Outages::begin(&cluster, &NODES, files.collect());
         let mut nemesis = Nemesis {
             cluster,
             disks,
-            loses,
+            without,
             shared,
+            module,
+            commands: Commands::default(),
+            outages,
             random: StdRng::seed_from_u64(seed),
             told: vec![Evidence::default(); MACHINES.len()],
             owners: vec![String::new(); MACHINES.len()],
@@ -192,6 +211,7 @@ impl Nemesis {
                 Kept::Here => nemesis.checkpoint(name).await?,
             }
         }
+        nemesis.outages.take();
         Ok(nemesis)
     }
 
@@ -314,6 +334,10 @@ impl Nemesis {
         ask(NODES[0]).await
     }
 
+    fn has(&self, fault: &str) -> bool {
+        !self.without.iter().any(|it| it == fault)
+    }
+
     fn some_fault(&mut self, leader: Option<&str>) -> Fault {
         let node = match leader {
             Some(leader) if self.random.random_bool(0.3) => leader.to_owned(),
@@ -323,7 +347,7 @@ impl Nemesis {
         let linked = self.cluster.network().is_some();
         let disks = self.disks.len() == NODES.len();
         match self.random.random_range(0..134) {
-            118..126 if linked && self.loses => {
+            118..126 if linked && self.has(WITHOUT[3]) => {
                 Fault::LossyLink(node, self.random.random_range(1..40))
             }
             126..134 if self.cluster.clocks().is_some() => {
@@ -335,7 +359,7 @@ impl Nemesis {
                 order.shuffle(&mut self.random);
                 Fault::AllOff(order)
             }
-            116..118 => Fault::FewerVoters,
+            116..118 => Fault::FewerVoters(node),
             100..106 if disks => Fault::FullDisk(node),
             106..114 if linked => Fault::SlowLink(node, self.random.random_range(2..60)),
             0..45 => {
@@ -399,7 +423,11 @@ impl Nemesis {
                     self.cluster.power_off(node);
                 }
             }
-            Fault::FewerVoters => self.set_voters("1").await,
+            Fault::FewerVoters(node) => {
+                self.set_voters("1").await;
+                // In the middle of it.
+                self.cluster.power_off(node);
+            }
             Fault::Cut(node) => self.cut(|network| network.cut(node, true)),
             Fault::CutOneWay(from, to) => {
                 self.cut(|network| network.cut_one_way(from, to, true));
@@ -480,14 +508,19 @@ impl Nemesis {
             }
             Fault::StopAgent(node) | Fault::StopWorker(node, _) => self.cluster.wake(node),
             Fault::PowerOff(node) => self.cluster.power_on(node).await?,
-            Fault::AllOff([first, second, last]) => {
-                self.cluster.power_on_all(&[first, second]).await?;
-                let ms = self.random.random_range(0..3000);
+            Fault::AllOff([others @ .., last]) => {
+                self.cluster.power_on_all(others).await?;
+                let most = LAST_OFF_MAX.as_millis() as u64;
+                let ms = self.random.random_range(0..most);
                 tokio::time::sleep(Duration::from_millis(ms)).await;
                 self.cluster.power_on(last).await?;
             }
-            Fault::FewerVoters => {
+            Fault::FewerVoters(node) => {
+                self.cluster.power_on(node).await?;
                 self.set_voters("auto").await;
+                // While new voters get their copies.
+                let killed = self.some_node();
+                drop(self.cluster.kill_agent(&killed));
                 self.cluster.wait_voters(NODES[0], 3).await?;
             }
             Fault::Cut(node) => self.cut(|network| network.cut(node, false)),
@@ -565,6 +598,18 @@ impl Nemesis {
                 tasks.spawn(moved(client, machine, request, self.tally.clone()));
             }
         }
+        if self.random.random_bool(COMMAND_SHARE) {
+            let (via, on) = (self.some_node(), self.some_node());
+            what.push(format!("a short machine on {on} by {via}"));
+            let (client, module) = (self.cluster.client(&via), self.module.clone());
+            tasks.spawn(self.commands.clone().run(client, on, module));
+        }
+        if self.random.random_bool(COMMAND_SHARE) {
+            let (via, machine) = (self.some_node(), self.some_machine());
+            what.push(format!("a change of {machine} by {via}"));
+            let client = self.cluster.client(&via);
+            tasks.spawn(self.commands.clone().set(client, machine));
+        }
         if self.random.random_bool(ROTATION_SHARE) {
             let via = self.some_node();
             what.push(format!("a new authority by {via}"));
@@ -601,10 +646,12 @@ impl Nemesis {
         );
         let recovery = running.into_iter().max().unwrap_or_default();
         let recovery = recovery.as_millis() as u64;
-        if answered.is_err() {
-            what.push("some requests hang".into());
-        }
         tasks.abort_all();
+        ensure!(
+            answered.is_ok(),
+            "a request has no answer {REQUEST_PATIENCE:?} after {fault:?} was repaired: {}",
+            what.join(", ")
+        );
         let before = self.told.clone();
         for (number, (name, ..)) in MACHINES.iter().enumerate() {
             // An incomplete last line is read again below.
@@ -616,7 +663,12 @@ impl Nemesis {
             .await
             .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
         let settled = mended.elapsed().as_millis() as u64;
-        let (mut rewinds, mut failovers) = (0, 0);
+        self.commands
+            .settle(&self.cluster, NODES[0])
+            .await
+            .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
+        let (machine_ms, store_ms) = self.outages.take();
+        let (mut rewinds, mut failovers, mut most_repeated) = (0, 0, 0);
         for (number, (name, _, kept)) in MACHINES.iter().enumerate() {
             let told = self.evidence(name)?;
             let back = told.rewinds - before[number].rewinds;
@@ -632,6 +684,9 @@ impl Nemesis {
                 what.join(", ")
             );
             rewinds += back;
+            if *kept == Kept::Available {
+                most_repeated = most_repeated.max(told.repeated - before[number].repeated);
+            }
             if is_safe && fault.ends_leases() {
                 failovers += back;
             }
@@ -646,11 +701,15 @@ impl Nemesis {
                 _ => "",
             };
             let kind = format!("{}{whose}", fault.kind());
-            *tally.faults.entry(kind).or_default() += 1;
+            let of = tally.faults.entry(kind).or_default();
+            of.count += 1;
+            of.machine_ms = of.machine_ms.max(machine_ms);
+            of.store_ms = of.store_ms.max(store_ms);
+            tally.most_repeated = tally.most_repeated.max(most_repeated);
             tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
         }
         Ok(format!(
-            "{fault:?}; {} (all wrote after {recovery} ms, settled after {settled})",
+            "{fault:?}; {} (all wrote after {recovery} ms, settled after {settled}; longest outage: a machine {machine_ms}, the store {store_ms})",
             what.join(", ")
         ))
     }

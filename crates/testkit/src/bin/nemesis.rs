@@ -5,8 +5,7 @@
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use keel_testkit::nemesis::{NODES, Nemesis};
-use keel_testkit::network::Network;
+use keel_testkit::nemesis::{Nemesis, WITHOUT};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -29,6 +28,9 @@ struct Args {
     /// Seed of the random choices.
     #[arg(long)]
     seed: u64,
+    /// Faults that are left out, because what they need is missing here.
+    #[arg(long, value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(WITHOUT))]
+    without: Vec<String>,
     /// File that records the elapsed minutes after each round.
     #[arg(long)]
     note: PathBuf,
@@ -53,18 +55,12 @@ fn main() -> ExitCode {
 }
 
 async fn run(args: &Args) -> Result<()> {
-    let network = match Network::new(&NODES) {
-        Ok(network) => Some(network),
-        Err(error) => {
-            println!("no network namespaces, so no link is cut: {error:#}");
-            None
-        }
-    };
     let folder = tempfile::Builder::new().prefix("keel-nemesis-").tempdir()?;
     let begun = Instant::now();
     let end = Duration::from_secs(args.minutes * 60).saturating_sub(minutes(args.done));
+    let without = args.without.clone();
     let mut nemesis =
-        Nemesis::start(&args.keel, &args.witness, folder.path(), network, args.seed).await?;
+        Nemesis::start(&args.keel, &args.witness, folder.path(), without, args.seed).await?;
     while begun.elapsed() < end {
         match nemesis.round().await {
             Ok(what) => println!("{:>6.1} s  {what}", begun.elapsed().as_secs_f64()),

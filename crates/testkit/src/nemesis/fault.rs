@@ -1,5 +1,6 @@
 //! The faults of the nemesis, and what each may do to machines.
 
+use super::NODES;
 use keel_machine::failpoint::{Action, Injection};
 
 /// A temporary fault.
@@ -16,9 +17,10 @@ pub(super) enum Fault {
     StopWorker(String, &'static str),
     PowerOff(String),
     /// All nodes lose power at once; they return in this order, the last one later.
-    AllOff([&'static str; 3]),
-    /// The store goes back to one voter, and to three after that.
-    FewerVoters,
+    AllOff([&'static str; NODES.len()]),
+    /// The store goes back to one voter, while a node loses power, and to three after that, while
+    /// an agent is killed.
+    FewerVoters(String),
     Cut(String),
     CutOneWay(String, String),
     FullDisk(String),
@@ -47,7 +49,7 @@ impl Fault {
             Fault::StopWorker(..) => "worker stopped",
             Fault::PowerOff(_) => "node off",
             Fault::AllOff(_) => "all nodes off",
-            Fault::FewerVoters => "voters replaced",
+            Fault::FewerVoters(_) => "voters replaced",
             Fault::Cut(_) => "link cut",
             Fault::CutOneWay(..) => "link cut one way",
             Fault::FullDisk(_) => "disk full",
@@ -60,7 +62,7 @@ impl Fault {
     /// The node whose part it is, if it is one node's.
     pub(super) fn node(&self) -> Option<&str> {
         match self {
-            Fault::Nothing | Fault::AllOff(_) | Fault::FewerVoters => None,
+            Fault::Nothing | Fault::AllOff(_) | Fault::FewerVoters(_) => None,
             Fault::Failpoint(node, ..)
             | Fault::KillAgent(node)
             | Fault::KillWorker(node, _)
@@ -83,13 +85,13 @@ impl Fault {
             Fault::KillWorker(..)
             | Fault::KillInDoubt(..)
             | Fault::PowerOff(_)
+            | Fault::FewerVoters(_)
             | Fault::AllOff(_) => true,
             Fault::Failpoint(_, name, order) => {
                 order.action == Action::Kill
                     && keel_machine::failpoint::find(name).is_some_and(|it| it.site.is_worker())
             }
             Fault::Nothing
-            | Fault::FewerVoters
             | Fault::KillAgent(_)
             | Fault::StopAgent(_)
             | Fault::StopWorker(..)
@@ -109,6 +111,7 @@ impl Fault {
         match self {
             Fault::PowerOff(_)
             | Fault::AllOff(_)
+            | Fault::FewerVoters(_)
             | Fault::StopAgent(_)
             | Fault::StopWorker(..)
             | Fault::Cut(_)
@@ -118,7 +121,6 @@ impl Fault {
             | Fault::LossyLink(..) => true,
             Fault::Failpoint(_, _, order) => order.action == Action::Stop,
             Fault::Nothing
-            | Fault::FewerVoters
             | Fault::KillAgent(_)
             | Fault::KillWorker(..)
             | Fault::KillInDoubt(..)

@@ -23,14 +23,26 @@ pub struct Tally {
     /// Replacements of the cluster's authority that were asked for.
     pub rotations: AtomicU64,
     /// Faults, by kind, and apart those of the node that led the store.
-    pub faults: BTreeMap<String, u64>,
+    pub faults: BTreeMap<String, FaultTally>,
     /// How often a machine rewound to a checkpoint after its process was killed.
     pub rewinds: u64,
     /// Of these, machines with high availability whose node was away.
     pub failovers: u64,
+    /// The most lines that one failure let a machine with high availability repeat.
+    pub most_repeated: u64,
     /// Milliseconds from the repair to the next line of all machines: without and with a killed
     /// process of a machine.
     pub recoveries_ms: [Vec<u64>; 2],
+}
+
+/// What came of the faults of a kind.
+#[derive(Debug, Default)]
+pub struct FaultTally {
+    pub count: u64,
+    /// The longest time in which a machine with high availability wrote nothing, and in which no
+    /// node got an answer from the store, in milliseconds. It contains the fault.
+    pub machine_ms: u64,
+    pub store_ms: u64,
 }
 
 impl std::fmt::Display for Tally {
@@ -50,9 +62,18 @@ impl std::fmt::Display for Tally {
             self.rewinds,
             self.failovers
         )?;
-        for (kind, count) in &self.faults {
-            write!(f, "{kind} {count}, ")?;
+        for (kind, of) in &self.faults {
+            let (count, machine_ms, store_ms) = (of.count, of.machine_ms, of.store_ms);
+            writeln!(
+                f,
+                "{kind}: {count} times, longest outage of a machine {machine_ms} ms, of the store {store_ms} ms"
+            )?;
         }
+        writeln!(
+            f,
+            "most lines repeated after a failure: {}",
+            self.most_repeated
+        )?;
         let [unharmed, killed] = self.recoveries_ms.each_ref().map(|times| {
             let mut times = times.clone();
             times.sort_unstable();
