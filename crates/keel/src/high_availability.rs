@@ -1,22 +1,46 @@
 //! `--ha` and the key `ha` of machine files: how a machine is kept available when its node fails.
 
 use keel_machine::high_availability::{Fence, HighAvailability, Protect};
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, MapAccess, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer};
+use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
 /// The settings of a machine file: `"off"`, `"on"`, or a table.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[derive(Debug)]
 pub(crate) enum FileSettings {
-    Word(Word),
+    Off,
+    On,
     Table(Table),
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Word {
-    Off,
-    On,
+/// By hand, because an untagged enum would forget which setting is wrong.
+impl<'de> Deserialize<'de> for FileSettings {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Settings;
+        impl<'de> Visitor<'de> for Settings {
+            type Value = FileSettings;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"on\", \"off\", or a table of settings")
+            }
+
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<FileSettings, E> {
+                match word {
+                    "on" => Ok(FileSettings::On),
+                    "off" => Ok(FileSettings::Off),
+                    _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FileSettings, A::Error> {
+                Table::deserialize(MapAccessDeserializer::new(map)).map(FileSettings::Table)
+            }
+        }
+        from.deserialize_any(Settings)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,8 +74,8 @@ impl FileSettings {
     /// A message for the user.
     pub(crate) fn settings(&self) -> Result<Option<HighAvailability>, String> {
         let table = match self {
-            FileSettings::Word(Word::Off) => return Ok(None),
-            FileSettings::Word(Word::On) => return Ok(Some(HighAvailability::default())),
+            FileSettings::Off => return Ok(None),
+            FileSettings::On => return Ok(Some(HighAvailability::default())),
             FileSettings::Table(table) => table,
         };
         if matches!(table.restart, Restart::Never) {
@@ -80,10 +104,14 @@ impl FileSettings {
 pub(crate) fn parse(text: &str) -> Result<HighAvailability, String> {
     let mut settings = HighAvailability::default();
     let mut checkpoint_every_ms = None;
+    let mut seen = BTreeSet::new();
     for setting in text.split(',').filter(|setting| !setting.is_empty()) {
         let Some((name, value)) = setting.split_once('=') else {
             return Err(format!("{setting:?} is not NAME=VALUE"));
         };
+        if !seen.insert(name) {
+            return Err(format!("{name} is given twice"));
+        }
         let number = || {
             let number = value.parse::<u32>();
             number.map_err(|_| format!("{name}={value:?} is not a number"))
@@ -98,7 +126,8 @@ pub(crate) fn parse(text: &str) -> Result<HighAvailability, String> {
             "protect" => return Err(format!("protect={value:?}: output or none")),
             "fence" if value == "timer" => settings.fence = Fence::Timer,
             "fence" if value == "none" => settings.fence = Fence::None,
-            "fence" => return Err(format!("fence={value:?}: timer or none")),
+            "fence" if value == "hook" => settings.fence = Fence::Hook,
+            "fence" => return Err(format!("fence={value:?}: timer, hook or none")),
             _ => {
                 return Err(format!(
                     "there is no setting {name:?}; known are checkpoint, priority, replicas, to, protect, fence"
@@ -153,10 +182,14 @@ mod tests {
             ("priority", "NAME=VALUE"),
             ("priority=high", "not a number"),
             ("colour=red", "no setting \"colour\""),
-            ("fence=wall", "timer or none"),
+            ("fence=wall", "timer, hook or none"),
             ("checkpoint=0s", "0"),
             ("checkpoint=1500us", "whole milliseconds"),
             ("checkpoint=5ms", "5ms"),
+            (
+                "priority=1,fence=timer,priority=9",
+                "priority is given twice",
+            ),
             ("protect=memory", "output or none"),
             ("protect=output,to=/kept", "does not go with"),
             ("to=/kept,replicas=2", "not to both"),
@@ -183,9 +216,24 @@ mod tests {
         let table = "ha = { protect = \"output\", checkpoint = \"50ms\" }";
         let read_table = read(table).unwrap().unwrap();
         assert_eq!(Ok(read_table), parse("protect=output,checkpoint=50ms"));
-        assert!(read("ha = { protect = \"memory\" }").is_err());
-        assert!(read("ha = { restart = \"never\" }").is_err());
-        assert!(read("ha = { priority = 500 }").is_err());
-        assert!(read("ha = { colour = 1 }").is_err());
+        for (wrong, named) in [
+            ("{ protect = \"memory\" }", "`memory`"),
+            ("{ restart = \"never\" }", "contradicts itself"),
+            ("{ priority = 500 }", "500"),
+            ("{ priority = \"high\" }", "\"high\""),
+            ("{ priority = 1, priority = 2 }", "duplicate key"),
+            ("{ colour = 1 }", "`colour`"),
+            ("{ checkpoint = \"soon\" }", "soon"),
+            (
+                "{ protect = \"output\", to = \"/kept\" }",
+                "does not go with",
+            ),
+            ("{ to = \"/kept\", replicas = 2 }", "not to both"),
+            ("\"maybe\"", "\"maybe\""),
+            ("7", "expected \"on\", \"off\""),
+        ] {
+            let error = read(&format!("ha = {wrong}")).unwrap_err();
+            assert!(error.contains(named), "{wrong}: {error}");
+        }
     }
 }

@@ -198,7 +198,7 @@ pub(crate) struct RunArgs {
     /// Restarts it elsewhere from its newest checkpoint when its node fails. Settings (defaults):
     /// checkpoint=10s, priority=5 (0 to 100, higher first), replicas=1 (other nodes with its
     /// checkpoint) or to=PLACE (that all nodes see), protect=none (output: nothing that was read
-    /// of its output is undone; checkpoint=100ms then), fence=none (timer: for `--dir`).
+    /// of its output is undone; checkpoint=100ms then), fence=none (timer, hook: for `--dir`).
     #[arg(long, value_name = "SETTINGS", num_args = 0..=1, require_equals = true,
           default_missing_value = "", value_parser = crate::high_availability::parse,
           conflicts_with = "checkpoint_every")]

@@ -76,6 +76,10 @@ impl Bench {
 
     /// Starts a witness with high availability, and waits until another node has its checkpoint.
     async fn witness(&self, name: &str, node: &str) {
+        self.witness_fenced(name, node, Fence::Timer).await;
+    }
+
+    async fn witness_fenced(&self, name: &str, node: &str, fence: Fence) {
         let file = self.shared().join(name).display().to_string();
         let (module, shared) = (guest("witness"), self.shared());
         let args = [file.as_str(), MIB, "1000"];
@@ -83,7 +87,7 @@ impl Bench {
             volume: Some(&shared),
             ha: Some(HighAvailability {
                 checkpoint_every_ms: 1000,
-                fence: Fence::Timer,
+                fence,
                 ..HighAvailability::default()
             }),
             ..Guest::new(name, node, &module, &args)
@@ -546,4 +550,43 @@ async fn only_machines_that_ask_for_it_are_restarted_elsewhere() {
         assert_eq!(machine.node, "c", "{name}");
     }
     assert_eq!(bench.evidence("w").epochs, 1);
+}
+
+/// What no receiver refuses needs more than a lease that has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_waits_until_the_operators_program_switched_its_node_off() {
+    let mut bench = Bench::new().await;
+    let (asked, is_off) = (bench.shared().join("asked"), bench.shared().join("off"));
+    for node in NODES {
+        let program = bench.cluster.folder(node).join("fence-node");
+        let text = format!(
+            "#!/bin/sh\necho $1 >> {}\necho no answer >&2\ntest -e {}\n",
+            asked.display(),
+            is_off.display()
+        );
+        std::fs::write(&program, text).expect("a program");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&program, mode).expect("its mode");
+    }
+    bench.witness_fenced("fenced", "c", Fence::Hook).await;
+    bench.witness("timed", "c").await;
+    let (fenced, timed) = (bench.evidence("fenced"), bench.evidence("timed"));
+    bench.cluster.power_off("c");
+    bench.fails_over("timed", timed.epochs).await;
+    // Tried again, and nothing is done meanwhile.
+    wait_for("the program was started twice", || async {
+        let text = std::fs::read_to_string(&asked).ok()?;
+        assert!(text.lines().all(|line| line == "c"), "{text}");
+        (text.lines().count() >= 2).then_some(())
+    })
+    .await
+    .expect("it is tried again");
+    assert_eq!(bench.machine("a", "fenced").await.node, "c");
+    assert_eq!(bench.evidence("fenced").epochs, fenced.epochs);
+    let said = bench.keel("a", &["events", "fenced"]);
+    let says =
+        said.contains("it is not certain that nothing runs there") && said.contains("no answer");
+    assert!(says, "{said}");
+    std::fs::write(&is_off, "").expect("a switch");
+    bench.fails_over("fenced", fenced.epochs).await;
 }

@@ -108,6 +108,9 @@ pub enum Fence {
     /// The kernel's timer, which kills the machine's process at the end of its node's lease. It
     /// does not help against a kernel that stands still and goes on later.
     Timer,
+    /// A program of the operator on each node, which makes certain that a node that failed is off.
+    /// Until it says so the machine waits.
+    Hook,
 }
 
 fn priority_default() -> u32 {
@@ -187,6 +190,7 @@ impl HighAvailability {
         let fence = match self.fence {
             Fence::None => "",
             Fence::Timer => ", fenced by timer",
+            Fence::Hook => ", fenced by the operator's program",
         };
         let protect = match self.protect {
             Protect::None => "",

@@ -1,6 +1,7 @@
 //! Carries out failovers, while this node has the role.
 
 use super::candidates::{Dependencies, free_memory, homeless};
+use super::fence::{Fenced, Fences, program};
 use crate::events::Note;
 use crate::records::{self, RecordError, Reservation};
 use crate::role::{JUST_STARTED, Role};
@@ -9,6 +10,7 @@ use keel_cluster::failover::{Homeless, Placement, place};
 use keel_cluster::gossip::Liveness;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::failpoint;
+use keel_machine::high_availability::Fence;
 use keel_machine::moves::ownership::{self, Failover};
 use keel_machine::spec::Record;
 use keel_store::TxnOutcome;
@@ -30,11 +32,36 @@ const TAKE_BACK_PATIENCE: Duration = Duration::from_secs(2);
 struct Actor {
     at: Arc<Dependencies>,
     /// Why machines wait, as was told last.
-    told: BTreeMap<MachineName, Placement>,
+    told: BTreeMap<MachineName, Waits>,
+    /// What the operator's program did to nodes that failed.
+    fences: Fences,
     /// Nodes that answered this agent, or others that told it so, after it had started.
     heard: BTreeSet<NodeName>,
     /// Since when machines are without their node.
     lost_since: BTreeMap<MachineName, Instant>,
+}
+
+/// Why a machine of a node that failed waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Waits {
+    /// For a node that has its checkpoint.
+    NoMember,
+    /// For memory: this is the most that a node has.
+    NoRoom { most_bytes: u64 },
+    /// For the fencing program, which failed.
+    NotFenced { node: NodeName, reason: String },
+}
+
+/// What became of a machine that a node was chosen for.
+enum Given {
+    To {
+        failed: NodeName,
+        record: Box<Record>,
+    },
+    /// That is not needed any more.
+    NotNeeded,
+    /// Its node may still run.
+    Waits(Option<Waits>),
 }
 
 /// Carries out failovers until the agent ends.
@@ -48,6 +75,7 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
     let mut actor = Actor {
         at,
         told: BTreeMap::new(),
+        fences: Fences::default(),
         heard: BTreeSet::new(),
         lost_since: BTreeMap::new(),
     };
@@ -85,6 +113,7 @@ impl Actor {
             // Not known yet.
             return;
         }
+        self.fences.forget(&alive);
         let machines = self.at.placements.highly_available();
         let lost: Vec<MachineName> = machines
             .into_iter()
@@ -122,40 +151,57 @@ impl Actor {
                 Placement::On(target) | Placement::Fetched(target) => {
                     let bytes = needs.get(&machine).copied().unwrap_or(0);
                     match self.give(&machine, target, bytes).await {
-                        Ok(Some((failed, record))) => self.tell_given(&failed, &record, &placement),
-                        Ok(None) => {}
+                        Ok(Given::To { failed, record }) => {
+                            self.tell_given(&failed, &record, &placement);
+                        }
+                        Ok(Given::NotNeeded | Given::Waits(None)) => {}
+                        Ok(Given::Waits(Some(why))) => self.tell_waits(machine, why),
                         Err(reason) => {
                             tracing::warn!(%machine, %target, reason, "a failover is tried again");
                         }
                     }
                 }
-                Placement::NoMember | Placement::NoRoom { .. } => {
-                    self.tell_waits(machine, placement)
+                Placement::NoMember => self.tell_waits(machine, Waits::NoMember),
+                Placement::NoRoom { most_bytes } => {
+                    let most_bytes = *most_bytes;
+                    self.tell_waits(machine, Waits::NoRoom { most_bytes });
                 }
             }
         }
     }
 
-    /// Gives a machine of a node without a lease to another node. Returns the node that failed and
-    /// the new record; `None` if that is not needed any more.
+    /// Gives a machine of a node without a lease to another node.
     async fn give(
-        &self,
+        &mut self,
         machine: &MachineName,
         target: &NodeName,
         memory_bytes: u64,
-    ) -> Result<Option<(NodeName, Record)>, String> {
+    ) -> Result<Given, String> {
         let text = |error: RecordError| error.to_string();
-        let context = &self.at.context;
+        let context = self.at.context.clone();
         let found = records::get(&*context.store, machine).await.map_err(text)?;
         let alive = self.at.alive.now();
         if alive.contains(&found.record.owner) {
-            return Ok(None);
+            return Ok(Given::NotNeeded);
+        }
+        let ha = found.record.spec.ha.as_ref();
+        if ha.is_some_and(|ha| ha.fence == Fence::Hook) {
+            let node = &found.record.owner;
+            let program = program(context.dir.root());
+            match self.fences.fence(&program, node).await {
+                Fenced::Yes => {}
+                Fenced::Pending => return Ok(Given::Waits(None)),
+                Fenced::Failed(reason) => {
+                    let node = node.clone();
+                    return Ok(Given::Waits(Some(Waits::NotFenced { node, reason })));
+                }
+            }
         }
         let lost = self.lost_since.get(machine);
         let waits = lost.is_some_and(|since| since.elapsed() < TAKE_BACK_PATIENCE);
         let holds_copy = |node: &NodeName| waits && alive.contains(node);
         let Some(given) = ownership::fail_over(&found, target, holds_copy, unix_ms())? else {
-            return Ok(None);
+            return Ok(Given::NotNeeded);
         };
         let claims = self.at.rules.claim(machine, target).await;
         let claims = claims.map_err(|error| error.to_string())?;
@@ -178,9 +224,12 @@ impl Actor {
             false => txn.put(Key::Reservation(target.clone(), machine.clone()), reserved),
         };
         match context.store.txn(claims.add_to(txn)).await {
-            Ok(TxnOutcome::Committed { .. }) => Ok(Some((failed, record))),
+            Ok(TxnOutcome::Committed { .. }) => Ok(Given::To {
+                failed,
+                record: Box::new(record),
+            }),
             // The node is back, or another node did it.
-            Ok(TxnOutcome::Refused { failed: 0 | 1, .. }) => Ok(None),
+            Ok(TxnOutcome::Refused { failed: 0 | 1, .. }) => Ok(Given::NotNeeded),
             Ok(TxnOutcome::Refused { .. }) => {
                 Err("the target, or a rule, changed meanwhile".into())
             }
@@ -206,20 +255,25 @@ impl Actor {
         self.at.context.events.record(told.under(record.epoch));
     }
 
-    fn tell_waits(&mut self, machine: MachineName, placement: Placement) {
-        if self.told.get(&machine) == Some(&placement) {
+    fn tell_waits(&mut self, machine: MachineName, why: Waits) {
+        if self.told.get(&machine) == Some(&why) {
             return;
         }
-        let text = match &placement {
-            Placement::NoRoom { most_bytes } => format!(
+        let text = match &why {
+            Waits::NotFenced { node, reason } => format!(
+                "its node {node} failed, and it is not certain that nothing runs there: {reason}"
+            ),
+            Waits::NoRoom { most_bytes } => format!(
                 "its node failed, and no node that it may run on has room for it ({} MiB are the most that one has)",
                 most_bytes >> 20
             ),
-            _ => "its node failed, and of the nodes that have its checkpoint none is there"
-                .to_owned(),
+            Waits::NoMember => {
+                "its node failed, and of the nodes that have its checkpoint none is there"
+                    .to_owned()
+            }
         };
         let told = Note::machine(EventKind::FailoverWaits, &machine, text);
         self.at.context.events.record(told);
-        self.told.insert(machine, placement);
+        self.told.insert(machine, why);
     }
 }

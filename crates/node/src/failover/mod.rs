@@ -12,6 +12,7 @@
 //! - One node acts for all, the holder of the role `failover`.
 //! - `candidates`: the machines, their checkpoints, and the room of the nodes
 //! - `headroom`: what the loss of each node would mean
+//! - `fence`: the operator's program that makes certain that a node is off
 //! - `act`: carries out what `keel_cluster::failover` decides
 //!
 //! Two nodes that both believe that they hold the role do no harm: each action is a transaction
@@ -23,6 +24,7 @@
 
 mod act;
 mod candidates;
+mod fence;
 mod headroom;
 
 pub(crate) use act::run;

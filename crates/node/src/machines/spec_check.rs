@@ -111,7 +111,7 @@ pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
         && ha.fence == Fence::None
     {
         return Err(CommandError::Invalid(format!(
-            "it writes to a directory of hosts at {}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", or make the volume read-only",
+            "it writes to a directory of hosts at {}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", let a program of yours switch the node off (fence = \"hook\"), or make the volume read-only",
             volume.guest
         )));
     }
