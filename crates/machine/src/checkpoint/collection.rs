@@ -28,6 +28,8 @@ const READ_MS: u64 = 3_600_000;
 pub struct Pruned {
     /// Complete checkpoints, oldest first.
     pub checkpoints: Vec<CheckpointId>,
+    /// Checkpoints that were never completed: volumes may still have their snapshots.
+    pub unfinished: Vec<CheckpointId>,
     /// Objects in all, with those of checkpoints that were never completed.
     pub objects: u64,
     /// Their size in bytes.
@@ -38,6 +40,7 @@ pub struct Pruned {
 #[derive(Default)]
 struct Superfluous {
     checkpoints: Vec<CheckpointId>,
+    unfinished: BTreeSet<CheckpointId>,
     objects: Vec<ObjectMeta>,
 }
 
@@ -45,6 +48,7 @@ impl Superfluous {
     fn pruned(&self) -> Pruned {
         Pruned {
             checkpoints: self.checkpoints.clone(),
+            unfinished: self.unfinished.iter().cloned().collect(),
             objects: self.objects.len() as u64,
             bytes: self.objects.iter().map(|object| object.size).sum(),
         }
@@ -100,8 +104,8 @@ impl Repository {
         let named: BTreeSet<Path> = named.iter().map(|it| self.program_place(it)).collect();
         unnamed.retain(|object| !named.contains(&object.location));
         let found = Superfluous {
-            checkpoints: Vec::new(),
             objects: unnamed,
+            ..Superfluous::default()
         };
         let pruned = found.pruned();
         if !dry_run {
@@ -132,7 +136,8 @@ impl Repository {
     /// Applies a retention policy: deletes a machine's checkpoints except those to keep
     /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
     /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
-    /// deleted checkpoints. Blocking, outside of the runtime.
+    /// deleted checkpoints, also those that were never completed. Blocking, outside of the
+    /// runtime.
     ///
     /// # Errors
     /// [`PackError`], also if the required objects cannot be determined; none of them
@@ -160,7 +165,8 @@ impl Repository {
         }
         let found = self.superfluous(machine, &all, &wanted, now_unix_ms);
         let found = runtime.block_on(found)?;
-        let deleted = found.checkpoints.clone();
+        let deleted = found.checkpoints.iter().chain(&found.unfinished);
+        let deleted = deleted.cloned().collect();
         runtime.block_on(self.delete(found))?;
         Ok(deleted)
     }
@@ -214,7 +220,8 @@ impl Repository {
             }
         }
         let newest = all.first();
-        let mut gone = BTreeSet::new();
+        let complete: BTreeSet<&CheckpointId> = all.iter().collect();
+        let (mut gone, mut unfinished) = (BTreeSet::new(), BTreeSet::new());
         let (mut manifests, mut packs) = (Vec::new(), Vec::new());
         for object in objects {
             let place = &object.location;
@@ -231,6 +238,7 @@ impl Repository {
             if newest.is_none_or(|newest| id > *newest) {
                 let last = written.get(&id).copied().unwrap_or(now_unix_ms);
                 if now_unix_ms.saturating_sub(last) >= UNFINISHED_MS {
+                    unfinished.insert(id);
                     packs.push(object);
                 }
                 continue;
@@ -245,12 +253,18 @@ impl Repository {
                     gone.insert(id);
                     manifests.push(object);
                 }
-                None => packs.push(object),
+                None => {
+                    if !complete.contains(&id) {
+                        unfinished.insert(id);
+                    }
+                    packs.push(object);
+                }
             }
         }
         // Manifests first: a checkpoint never lacks a part while its manifest exists.
         Ok(Superfluous {
             checkpoints: gone.into_iter().collect(),
+            unfinished,
             objects: [manifests, packs, marks].concat(),
         })
     }
@@ -377,6 +391,9 @@ mod tests {
                 let pruned = repository.prune(&name(), all, now, false).await.unwrap();
                 assert_eq!(pruned.objects, expected, "{has_checkpoint}, {now}");
                 assert_eq!(pruned.checkpoints, []);
+                // Its snapshots of volumes would keep their chunks for ever.
+                let of = (expected > 0).then(|| killed.clone());
+                assert_eq!(pruned.unfinished, Vec::from_iter(of));
             }
             let kept = if has_checkpoint { 2 } else { 0 };
             assert_eq!(left(&folder, "machines"), kept);

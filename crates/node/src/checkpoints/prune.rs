@@ -86,8 +86,8 @@ impl Checkpoints {
     ) -> Result<Option<PrunedMachine>, CommandError> {
         let pruned = repository.prune(machine, retention, unix_ms(), dry_run);
         let pruned = pruned.await.map_err(|error| repository_error(&error))?;
-        if !dry_run && !pruned.checkpoints.is_empty() {
-            let ids = pruned.checkpoints.iter();
+        let ids = pruned.checkpoints.iter().chain(&pruned.unfinished);
+        if !dry_run && ids.clone().next().is_some() {
             let snapshots: Vec<String> = ids.map(|id| snapshot_name(machine, id)).collect();
             delete_snapshots(&self.context, &snapshots).await?;
         }
