@@ -5,7 +5,7 @@ use crate::Options;
 use crate::failover::{NODES, evidence, leader};
 use crate::signals;
 use crate::table::{Table, percentile};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_testkit::witness::Evidence;
 use keel_testkit::{Guest, LocalCluster, wait_for};
@@ -56,19 +56,24 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
     let failovers = machines.iter().map(|it| it.after.epochs - it.before.epochs);
     let rewinds = machines.iter().map(|it| it.after.rewinds);
     let pause = machines.iter().map(|it| it.pause).fold(0.0, f64::max);
+    let (failovers, rewinds): (u64, u64) = (failovers.sum(), rewinds.sum());
     table.row(vec![
         figures.agents.len().to_string(),
         format!("{:.2}", percentile(&mut figures.agents, 0.5)),
         format!("{:.2}", percentile(&mut figures.agents, 1.0)),
         figures.leaders.to_string(),
-        failovers.sum::<u64>().to_string(),
-        rewinds.sum::<u64>().to_string(),
+        failovers.to_string(),
+        rewinds.to_string(),
         format!("{pause:.2}"),
     ]);
     table.print(&format!(
         "All cores busy for {} minutes, and an agent killed in each",
         options.minutes
     ));
+    ensure!(
+        failovers == 0 && rewinds == 0,
+        "a machine was begun elsewhere, although nothing failed that it needs"
+    );
     Ok(())
 }
 

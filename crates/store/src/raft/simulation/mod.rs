@@ -63,7 +63,9 @@ fn simulate(seed: u64, prints: bool) -> Result<Run, String> {
 #[test]
 fn whatever_fails_the_store_keeps_its_promises() {
     if let Some(seed) = setting("KEEL_SIM_SEED") {
-        println!("{:?}", simulate(seed, true));
+        let done = simulate(seed, true);
+        println!("{done:?}");
+        assert!(done.is_ok(), "seed {seed} fails");
         return;
     }
     let first = setting("KEEL_SIM_FIRST").unwrap_or(0);
