@@ -142,7 +142,38 @@ pub fn next_voters(
         next.remove(&lost);
         next.insert(joining(&next, voters, members)?);
     }
-    (next != *voters).then_some(next)
+    if next == *voters {
+        return spread(voters, leader, members);
+    }
+    Some(next)
+}
+
+/// The group with one more zone, if there is a node of a zone without a voter, and a zone with more
+/// than one. Only while all voters are alive: the change must not wait for one.
+fn spread(
+    voters: &BTreeSet<NodeName>,
+    leader: &NodeName,
+    members: &BTreeMap<NodeName, Candidate>,
+) -> Option<BTreeSet<NodeName>> {
+    let zone = |node: &NodeName| members.get(node).and_then(|it| it.zone.as_deref());
+    let is_alive = |node: &NodeName| members.get(node).is_some_and(|it| it.is_alive);
+    if !voters.iter().all(is_alive) {
+        return None;
+    }
+    let shares = |node: &&NodeName| {
+        zone(node).is_some() && voters.iter().filter(|it| zone(it) == zone(node)).count() > 1
+    };
+    let leaves = voters
+        .iter()
+        .rev()
+        .filter(|node| *node != leader)
+        .find(shares)?;
+    let mut next = voters.clone();
+    next.remove(leaves);
+    let joins = joining(&next, voters, members)?;
+    let is_new = zone(&joins).is_some_and(|new| next.iter().all(|it| zone(it) != Some(new)));
+    next.insert(joins);
+    is_new.then_some(next)
 }
 
 /// The voter that a group can do without: one that was removed, else one that is away, else one
@@ -295,22 +326,50 @@ mod tests {
     }
 
     #[test]
+    fn a_group_spreads_over_zones_that_come_later() {
+        use VoterCount::{Auto, Three};
+        let next = |voters: &str, of: &str| next(voters, of, Auto);
+        let two_zones = next("a b c", "a@1 b@1 c@1 d@2 e@2");
+        assert_eq!(two_zones.as_deref(), Some("a b d"));
+        assert_eq!(
+            next("a b d", "a@1 b@1 c@1 d@2 e@2"),
+            None,
+            "there are no more"
+        );
+        let third = next("a b d", "a@1 b@1 d@2 e@3");
+        assert_eq!(third.as_deref(), Some("a d e"));
+        // Whoever leads stays; a node without a zone may be anywhere.
+        assert_eq!(next("a b c", "a@1 b@2 c@3 d@4"), None);
+        assert_eq!(next("a b c", "a@1 b c d@2"), None);
+        assert_eq!(next("a b c", "a@1 b@1 c@1 d"), None);
+        // Not while one is away, and not with one that has just come.
+        assert_eq!(next("a b c", "a@1 b@1 -c@1 d@2"), None);
+        assert_eq!(next("a b c", "a@1 b@1 c@1 +d@2"), None);
+        let of = "a@1 b@1 c@1 d@2 e@3";
+        assert_eq!(super::tests::next("a", of, Three).as_deref(), Some("a d e"));
+    }
+
+    #[test]
     fn steps_end_and_lose_no_quorum() {
         // Whatever the state, repeated steps come to rest, and each keeps a quorum of the group
         // before it unless an operator asked for a smaller one.
         let states = ["", "-", "--", "+"];
-        for code in 0..4usize.pow(6) {
-            let mut text = "a".to_owned();
-            let mut rest = code;
-            for node in ["b", "c", "d", "e", "f", "g"] {
-                text += &format!(" {}{node}", states[rest % 4]);
+        for code in 0..2 * 4usize.pow(6) {
+            let (zoned, mut rest) = (code % 2 == 1, code / 2);
+            let zone = |at: usize| match zoned {
+                true => format!("@{}", at % 4),
+                false => String::new(),
+            };
+            let mut text = format!("a{}", zone(0));
+            for (at, node) in ["b", "c", "d", "e", "f", "g"].into_iter().enumerate() {
+                text += &format!(" {}{node}{}", states[rest % 4], zone(at / 2));
                 rest /= 4;
             }
             let of = members(&text);
             for begin in ["a", "a b c", "a b c d e"] {
                 let mut voters = names(begin);
                 for step in 0.. {
-                    assert!(step < 8, "{text}: no end");
+                    assert!(step < 12, "{text}: no end");
                     let next = next_voters(&voters, &name("a"), &of, VoterCount::Auto);
                     let Some(next) = next else { break };
                     assert!(next.len() >= voters.len(), "{text}: {voters:?} {next:?}");

@@ -54,8 +54,8 @@ pub(crate) struct LabelArgs {
     #[arg(long)]
     node: bool,
     /// Labels to set; KEY= removes one. Without, they are shown.
-    #[arg(value_name = "KEY=VALUE")]
-    labels: Vec<String>,
+    #[arg(value_name = "KEY=VALUE", value_parser = parse_label)]
+    labels: Vec<(String, String)>,
 }
 
 #[derive(Deserialize)]
@@ -137,14 +137,16 @@ fn held(info: &RulesInfo, rule: &Rule) -> String {
     places.collect::<Vec<_>>().join("; ")
 }
 
-pub(crate) async fn label(reach: &Reach, args: &LabelArgs) -> Result<ExitCode> {
-    let mut labels = Labels::new();
-    for label in &args.labels {
-        let (key, value) = label
-            .split_once('=')
-            .with_context(|| format!("{label:?} is no KEY=VALUE (KEY= removes one)"))?;
-        labels.insert(key.to_owned(), value.to_owned());
+/// Reads `KEY=VALUE`.
+pub(crate) fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err("write KEY=VALUE (KEY= removes one)".into()),
     }
+}
+
+pub(crate) async fn label(reach: &Reach, args: &LabelArgs) -> Result<ExitCode> {
+    let labels = args.labels.iter().cloned().collect();
     let request = LabelRequest {
         node: args.node,
         name: args.name.clone(),

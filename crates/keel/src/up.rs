@@ -2,9 +2,10 @@
 //! the agent and the workers are processes of their own.
 
 use crate::cluster::Reach;
+use crate::rule;
 use anyhow::{Context, Result, bail};
 use keel_machine::kind::{KindName, Kinds, WorkerFolders};
-use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore};
+use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore, NodeChange};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -42,12 +43,17 @@ pub(crate) struct JoinArgs {
 
 #[derive(clap::Args)]
 struct Place {
-    /// Address for other nodes; port 0 selects a free one.
-    #[arg(long, default_value = DEFAULT_LISTEN, value_name = "ADDRESS:PORT")]
-    listen: SocketAddr,
+    /// Address for other nodes; port 0 selects a free one [default for a new node: 127.0.0.1:7070].
+    ///
+    /// A node that exists gets another address by it, and tells the others.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
     /// Address for users over TLS (default: only the local socket).
     #[arg(long, value_name = "ADDRESS:PORT")]
     api: Option<SocketAddr>,
+    /// A label of the node, e.g. zone=a: its failure domain. Can be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = rule::parse_label)]
+    labels: Vec<(String, String)>,
     /// Returns once the node answers, and leaves it in the background.
     #[arg(short, long)]
     detach: bool,
@@ -135,9 +141,13 @@ fn options(reach: &Reach, name: &str, place: &Place) -> Result<AgentOptions> {
     Ok(AgentOptions {
         state_dir: reach.state_dir(),
         name: name.to_owned(),
-        listen: place.listen,
+        listen: match place.listen {
+            Some(listen) => listen,
+            None => DEFAULT_LISTEN.parse()?,
+        },
         api: place.api,
         store: place.store.external()?,
+        labels: place.labels.iter().cloned().collect(),
     })
 }
 
@@ -163,7 +173,20 @@ pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
             Err(error) => return Err(error.into()),
         }
     }
-    start(&reach.state_dir(), args.place.detach).await
+    let folder = reach.state_dir();
+    let change = NodeChange {
+        listen: args.place.listen,
+        api: args.place.api,
+        labels: args.place.labels.iter().cloned().collect(),
+    };
+    let old = keel_node::addresses(&folder)?;
+    if old.is_some() && keel_node::change_node(&folder, &change)? {
+        let now = keel_node::addresses(&folder)?;
+        if let Some(now) = now.filter(|now| old.as_ref() != Some(now)) {
+            eprintln!("the node listens at {} now", now.listen);
+        }
+    }
+    start(&folder, args.place.detach).await
 }
 
 pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {

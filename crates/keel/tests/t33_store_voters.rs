@@ -209,6 +209,97 @@ async fn a_voter_that_lost_its_copy_gets_another_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_zone_that_comes_later_gets_a_voter() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    for node in ["a", "b", "c"] {
+        let (ok, said) = bench
+            .cluster
+            .keel("a", &["label", "--node", node, "zone=one"]);
+        assert!(ok, "{said}");
+    }
+    bench.cluster.join_via("d", "a").await.expect("it joins");
+    bench.cluster.power_off("d");
+    for (label, named) in [("zone", "KEY=VALUE"), ("zone=a/b", "label zone=a/b")] {
+        let (ok, said) = bench.cluster.keel("d", &["up", "--label", label]);
+        assert!(!ok && said.contains(named), "{said}");
+    }
+    let options = ["--label", "zone=two"];
+    let started = bench.cluster.power_on_with(&["d"], &options).await;
+    started.expect("it starts");
+    wait_for("d is a voter", || async {
+        let store: StoreInfo = bench.cluster.client("b").get("/v1/store").await.ok()?;
+        let nodes: Vec<&str> = store.voters.iter().map(|it| &*it.node).collect();
+        (nodes.len() == 3 && nodes.contains(&"d")).then_some(())
+    })
+    .await
+    .expect("a voter of another zone");
+}
+
+/// Damages the log in a copy of the store; what it is then.
+fn damage(copy: &Path) -> Vec<u8> {
+    let log = copy.join("log.redb");
+    let mut bytes = std::fs::read(&log).expect("a log");
+    // As a disk that lost a block.
+    bytes[..4096].fill(0x55);
+    std::fs::write(&log, &bytes).expect("a damaged log");
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_whose_copy_is_damaged_gets_another_one() {
+    let mut bench = cluster(&["a", "b", "c"]).await;
+    let first = wait_for("c has a number", || number(&bench.cluster, "a", "c"))
+        .await
+        .expect("a number");
+    bench.cluster.power_off("c");
+    let folder = bench.folder.path().join("c");
+    let damaged = damage(&folder.join("store"));
+    bench.cluster.power_on("c").await.expect("it comes back");
+    wait_for("it has another copy", || async {
+        let now = number(&bench.cluster, "a", "c").await?;
+        (now != first).then_some(())
+    })
+    .await
+    .expect("another number");
+    // What it had is kept.
+    let entries = std::fs::read_dir(&folder).expect("its folder").flatten();
+    let aside = entries.map(|it| it.path());
+    let aside = aside.filter(|it| it.extension().is_some_and(|it| it == "damaged"));
+    let aside: Vec<_> = aside.collect();
+    assert_eq!(aside.len(), 1, "{aside:?}");
+    let kept = std::fs::read(aside[0].join("log.redb")).expect("the log");
+    assert!(kept == damaged, "the damaged log was changed");
+    // It counts: without a, b and c are a quorum.
+    bench.cluster.power_off("a");
+    let counter = guest("counter");
+    bench
+        .cluster
+        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_voter_refuses_a_damaged_copy() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    let folder = folder.expect("a folder");
+    let started = LocalCluster::start(Path::new(KEEL), folder.path(), &["a"]).await;
+    let mut cluster = started.expect("a cluster");
+    cluster.power_off("a");
+    let store = folder.path().join("a").join("store");
+    let damaged = damage(&store);
+    for _ in 0..2 {
+        let (ok, said) = cluster.keel("a", &["up"]);
+        let says = said.contains("is damaged") && said.contains("keel store restore");
+        assert!(!ok && says, "{said}");
+        let (ok, said) = cluster.keel("a", &["recover", "--others-are-lost"]);
+        assert!(!ok && said.contains("is damaged"), "{said}");
+        let now = std::fs::read(store.join("log.redb")).expect("the log");
+        assert!(now == damaged, "the damaged log was changed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_last_voter_recovers_the_store_when_the_others_are_lost() {
     let mut bench = cluster(&["a", "b", "c"]).await;
     let counter = guest("counter");

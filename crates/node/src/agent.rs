@@ -22,14 +22,15 @@ use crate::moves::{self, Moves};
 use crate::processes::{Arrivals, LeaseExtension, PlannedRestart, Processes};
 use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
 use crate::role::Role;
-use crate::rules::Rules;
+use crate::rules::{Rules, check_label};
 use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
 use crate::supervisor::AgentEnd;
 use crate::traces::Traces;
 use crate::volumes::VolumeFiles;
 use crate::voters::{self, VoterError, Voters};
-use keel_api::EventKind;
+use keel_api::{EventKind, LabelRequest};
+use keel_balance::rules::Labels;
 use keel_cluster::NodeName;
 use keel_cluster::authority_keys;
 use keel_cluster::gossip::Start;
@@ -68,6 +69,19 @@ pub struct AgentOptions {
     pub api: Option<SocketAddr>,
     /// A store outside of the cluster's nodes, if it is not to be in them.
     pub store: Option<ExternalStore>,
+    /// Its first labels.
+    pub labels: Labels,
+}
+
+/// What is to be different at the next start of a node.
+#[derive(Debug, Clone, Default)]
+pub struct NodeChange {
+    /// Its address for other nodes. Port 0 keeps the port at an IP address that stays.
+    pub listen: Option<SocketAddr>,
+    /// Its address for users over TLS.
+    pub api: Option<SocketAddr>,
+    /// Labels that it gets, beside those that it has.
+    pub labels: Labels,
 }
 
 /// Why a node cannot be created, or its agent cannot start.
@@ -108,6 +122,9 @@ pub enum AgentError {
     /// The folder has no node.
     #[error("{0} has no node yet: `keel up --name NAME` makes a cluster, `keel join` joins one")]
     NoNode(String),
+    /// The node's agent runs.
+    #[error("a node runs in {0} already; end it with `keel down` first")]
+    Runs(String),
     /// The settings file.
     #[error("{0} is damaged: {1}")]
     Settings(String, String),
@@ -123,6 +140,9 @@ pub enum AgentError {
          (etcd://HOST:PORT/PREFIX)"
     )]
     StoreInUse(String, String),
+    /// A label that no node can have.
+    #[error("{0}")]
+    Label(String),
     /// A token.
     #[error("the join token is not valid: {0}")]
     Token(String),
@@ -160,6 +180,8 @@ pub async fn found(options: &AgentOptions) -> Result<(), AgentError> {
             api: options.api,
             voters: vec![(name, listen.to_string())],
             store: options.store.clone(),
+            address_is_new: false,
+            labels: options.labels.clone(),
         },
     )?;
     // Last, because this write turns the folder into a node's.
@@ -201,6 +223,8 @@ pub async fn join(options: &AgentOptions, via: &str, token: &str) -> Result<(), 
                 .map(|voter| (voter.node, voter.address))
                 .collect(),
             store: options.store.clone(),
+            address_is_new: false,
+            labels: options.labels.clone(),
         },
     )?;
     identity.save(dir.root())?;
@@ -209,20 +233,26 @@ pub async fn join(options: &AgentOptions, via: &str, token: &str) -> Result<(), 
 
 fn prepare(options: &AgentOptions) -> Result<(StateDir, NodeName, SocketAddr), AgentError> {
     let name = NodeName::new(&options.name)?;
+    check_labels(&options.labels)?;
     let shown = options.state_dir.display().to_string();
     let dir = StateDir::open(&options.state_dir).map_err(system(shown.clone()))?;
     if let Some(identity) = NodeIdentity::load(dir.root())? {
         let node = identity.node.to_string();
         return Err(AgentError::Taken(shown, node));
     }
-    let mut listen = options.listen;
+    let listen = with_port(options.listen)?;
+    Ok((dir, name, listen))
+}
+
+/// The address, with a free port where it has none.
+fn with_port(mut listen: SocketAddr) -> Result<SocketAddr, AgentError> {
     if listen.port() == 0 {
         let probe = std::net::TcpListener::bind(listen)
             .and_then(|listener| listener.local_addr())
             .map_err(system(listen.to_string()))?;
         listen.set_port(probe.port());
     }
-    Ok((dir, name, listen))
+    Ok(listen)
 }
 
 fn write_settings(dir: &StateDir, settings: &Settings) -> Result<(), AgentError> {
@@ -275,6 +305,52 @@ pub fn addresses(state_dir: &Path) -> Result<Option<Addresses>, AgentError> {
     }
 }
 
+fn check_labels(labels: &Labels) -> Result<(), AgentError> {
+    for (label, value) in labels {
+        check_label(label, value).map_err(|error| AgentError::Label(error.to_string()))?;
+    }
+    Ok(())
+}
+
+/// Changes the node in a folder, from its next start on. True if something is different.
+///
+/// # Errors
+/// [`AgentError::Runs`] if its agent runs, [`AgentError::Label`], and those of its settings.
+pub fn change_node(state_dir: &Path, change: &NodeChange) -> Result<bool, AgentError> {
+    let NodeChange {
+        listen,
+        api,
+        labels,
+    } = change;
+    check_labels(labels)?;
+    let dir = StateDir::open(state_dir).map_err(system(state_dir.display().to_string()))?;
+    let old = read_settings(&dir.settings())?;
+    let stays =
+        |new: SocketAddr, old: SocketAddr| new == old || new.port() == 0 && new.ip() == old.ip();
+    let mut settings = old.clone();
+    settings.labels.extend(labels.clone());
+    if let Some(listen) = listen.filter(|new| !stays(*new, old.listen)) {
+        settings.listen = with_port(listen)?;
+        settings.address_is_new = true;
+        let before = old.listen.to_string();
+        for (_, address) in &mut settings.voters {
+            if *address == before {
+                *address = settings.listen.to_string();
+            }
+        }
+    }
+    settings.api = api.or(old.api);
+    if settings == old {
+        return Ok(false);
+    }
+    // It would write its own settings again.
+    if std::os::unix::net::UnixStream::connect(dir.api_socket()).is_ok() {
+        return Err(AgentError::Runs(dir.root().display().to_string()));
+    }
+    write_settings(&dir, &settings)?;
+    Ok(true)
+}
+
 /// Runs the agent of the node in a folder until it gets a signal to stop, or is asked to restart.
 /// `kinds` are the kinds of machines that it runs.
 ///
@@ -301,7 +377,14 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
         .await
         .map_err(system(format!("listening on {}", settings.listen)))?;
     let members = MemberSet::new(known_members(&dir));
-    let voters = Voters::open(dir.clone(), &identity, settings.clone(), peers.clone()).await?;
+    let voters = Voters::open(
+        dir.clone(),
+        &identity,
+        settings.clone(),
+        peers.clone(),
+        members.clone(),
+    )
+    .await?;
     // Before the store answers: other voters may wait for this one.
     let entry = Arc::new(Entry::new(voters.clone()));
     let server = Server::serve(
@@ -314,8 +397,11 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
     .map_err(system(format!("listening on {}", settings.listen)))?;
     tokio::spawn(voters::reopen(voters.clone()));
     voters.begin_cluster().await?;
+    tokio::spawn(voters::tell_address(voters.clone()));
     let store = voters.client();
+    let search = tokio::spawn(voters::find_voters(voters.clone()));
     follow_members(&store, &members).await;
+    search.abort();
     let node = identity.node.clone();
     let lease = lease::keep(store.clone(), node, events.clone(), metrics.clone())
         .map_err(system("the thread that renews the lease"))?;
@@ -566,8 +652,11 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     let published = publish(context.clone(), at.processes.clone());
     let (taking_part, of_keys) = (gossip.clone(), role("gossip-keys"));
     let own = context.clone();
+    let (rules, voters) = (at.rules.clone(), at.voters.clone());
     tokio::spawn(async move {
-        if let Some(start) = published.await {
+        let start = published.await;
+        tokio::spawn(give_labels(own.name.clone(), rules, voters));
+        if let Some(start) = start {
             gossip::run(taking_part, own, start, of_keys).await;
         }
     });
@@ -645,6 +734,25 @@ async fn publish(context: Arc<Context>, processes: Arc<Processes>) -> Option<Sta
             }
         }
     }
+}
+
+/// Gives this node the labels that it was started with; retries until it has them.
+async fn give_labels(node: NodeName, rules: Arc<Rules>, voters: Arc<Voters>) {
+    let labels = voters.settings().labels;
+    if labels.is_empty() {
+        return;
+    }
+    let request = LabelRequest {
+        node: true,
+        name: node.to_string(),
+        labels: labels.clone(),
+    };
+    while let Err(error) = rules.label(&request).await {
+        tracing::warn!(%error, "this node does not have the labels yet that it was started with");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let given = |settings: &mut Settings| settings.labels.retain(|it, _| !labels.contains_key(it));
+    voters.change_settings(given).await;
 }
 
 async fn write_record(context: &Context, value: &[u8]) -> Result<Start, MemberError> {

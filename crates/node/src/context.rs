@@ -8,6 +8,7 @@ use crate::lease::{HoldHandle, LeaseTerm};
 use crate::metrics::Metrics;
 use crate::state_dir::{StateDir, write_whole};
 use crate::traces::Traces;
+use keel_balance::rules::Labels;
 use keel_cluster::NodeName;
 use keel_cluster::identity::ClusterId;
 use keel_cluster::members::MemberSet;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 /// The settings of a node, in its folder.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Settings {
     pub(crate) listen: SocketAddr,
     pub(crate) api: Option<SocketAddr>,
@@ -32,6 +33,12 @@ pub(crate) struct Settings {
     /// A store outside of the cluster's nodes.
     #[serde(default)]
     pub(crate) store: Option<ExternalStore>,
+    /// This node was given another address, and some of the others may not know it yet.
+    #[serde(default)]
+    pub(crate) address_is_new: bool,
+    /// Labels that it is given when it starts.
+    #[serde(default)]
+    pub(crate) labels: Labels,
 }
 
 /// Why the settings cannot be read.

@@ -60,7 +60,9 @@ mod traces;
 mod volumes;
 mod voters;
 
-pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
+pub use agent::{
+    Addresses, AgentError, AgentOptions, NodeChange, addresses, change_node, found, join, run,
+};
 pub use external_store::ExternalStore;
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;

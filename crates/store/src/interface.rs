@@ -269,6 +269,11 @@ pub enum StoreError {
     /// The store's file cannot be used.
     #[error("the store in {path} cannot be opened: {reason}")]
     Open { path: String, reason: String },
+    /// The store's file is no store any more.
+    #[error(
+        "the store in {path} is damaged: {reason}; `keel store restore` begins it anew with a backup"
+    )]
+    Damaged { path: String, reason: String },
 }
 
 fn other_leader(leader: &Option<String>) -> String {

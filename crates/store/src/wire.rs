@@ -239,7 +239,9 @@ impl From<StoreError> for Failure {
             StoreError::NoSuchLease { lease } => Failure::NoSuchLease(lease.0),
             StoreError::Invalid { reason } => Failure::Invalid(reason),
             StoreError::NotLeader { leader } => Failure::NotLeader(leader),
-            error @ StoreError::Open { .. } => Failure::Unavailable(error.to_string()),
+            error @ (StoreError::Open { .. } | StoreError::Damaged { .. }) => {
+                Failure::Unavailable(error.to_string())
+            }
         }
     }
 }

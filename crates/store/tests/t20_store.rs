@@ -292,7 +292,7 @@ async fn damage_is_found() -> Outcome {
         match open(directory.path()).await {
             Ok(store) => assert_eq!(store.list("").await?, good, "byte {at}"),
             Err(error) => {
-                assert!(matches!(error, StoreError::Open { .. }));
+                assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
                 refused += 1;
             }
         }

@@ -18,5 +18,5 @@ mod rule_set;
 
 pub(crate) use cache::RuleSnapshot;
 pub(crate) use claims::{ClaimError, Claims};
-pub(crate) use handle::Rules;
+pub(crate) use handle::{Rules, check_label};
 pub(crate) use rule_set::{Drain, RuleSet};

@@ -1,6 +1,7 @@
 //! The handle: this node's copy of the store, the way to the cluster's store, and the requests of
 //! other voters.
 
+use super::addresses::{ADDRESS, WHO_VOTES};
 use crate::context::Settings;
 use crate::state_dir::StateDir;
 use futures::FutureExt;
@@ -8,7 +9,7 @@ use keel_cluster::NodeName;
 use keel_cluster::authority_keys::{self, AuthorityKeys};
 use keel_cluster::certificates;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, NodeIdentity};
-use keel_cluster::members::{self, MemberError, Voter};
+use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
@@ -16,6 +17,7 @@ use keel_store::clock::unix_ms;
 use keel_store::{EtcdStore, IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -112,8 +114,12 @@ pub(crate) struct Voters {
     /// The authorities whose keys this node has.
     pub(super) keys: Arc<AuthorityKeys>,
     pub(super) peers: Arc<Peers>,
+    /// As this node knows them.
+    pub(super) members: Arc<MemberSet>,
     pub(super) engine: Engine,
-    pub(super) settings: Mutex<Settings>,
+    settings: Mutex<Settings>,
+    /// Held while the settings are changed and written.
+    saving: tokio::sync::Mutex<()>,
     own: RwLock<Own>,
     /// Held while another node is given keys and begins to admit others, and while an authority is
     /// made or begins to sign: whoever admits others has all keys.
@@ -122,6 +128,8 @@ pub(crate) struct Voters {
     changing: tokio::sync::Mutex<()>,
     /// When the leader last asked this node to become a voter.
     asked: Mutex<Option<Instant>>,
+    /// This node's copy is damaged: the leader gives it another one.
+    is_damaged: AtomicBool,
 }
 
 impl Voters {
@@ -134,6 +142,7 @@ impl Voters {
         identity: &NodeIdentity,
         settings: Settings,
         peers: Arc<Peers>,
+        members: Arc<MemberSet>,
     ) -> Result<Arc<Self>, VoterError> {
         for (voter, address) in &settings.voters {
             peers.set_address(voter, address);
@@ -160,12 +169,15 @@ impl Voters {
             name: identity.node.clone(),
             cluster: identity.cluster,
             peers,
+            members,
             engine,
             settings: Mutex::new(settings),
+            saving: tokio::sync::Mutex::default(),
             own: RwLock::default(),
             keys_changing: tokio::sync::Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             asked: Mutex::default(),
+            is_damaged: AtomicBool::new(false),
         });
         if matches!(voters.engine, Engine::External(..)) {
             voters.admit();
@@ -190,9 +202,7 @@ impl Voters {
             };
             match voters.start(if_absent).await {
                 // The others go on; it is tried again, or gets another copy.
-                Err(error) if !is_alone => {
-                    tracing::error!(%error, "this node's copy of the store cannot be opened");
-                }
+                Err(error) if !is_alone => voters.tell_closed(&error),
                 started => started?,
             }
         }
@@ -283,8 +293,10 @@ impl Voters {
     async fn start(&self, if_absent: IfAbsent) -> Result<(), VoterError> {
         let peers = Some(self.peers.clone());
         let folder = self.dir.store();
-        let store = RaftStore::open(&folder, if_absent, peers, RaftOptions::default()).await?;
-        let store = Arc::new(store);
+        let opened = RaftStore::open(&folder, if_absent, peers, RaftOptions::default()).await;
+        let is_damaged = matches!(opened, Err(StoreError::Damaged { .. }));
+        self.is_damaged.store(is_damaged, Ordering::Relaxed);
+        let store = Arc::new(opened?);
         let Engine::Embedded(client) = &self.engine else {
             return Ok(());
         };
@@ -295,6 +307,22 @@ impl Voters {
             service: Some(service),
         };
         Ok(())
+    }
+
+    /// Says why this voter of several has no copy of the store.
+    pub(super) fn tell_closed(&self, error: &VoterError) {
+        match error {
+            VoterError::Store(StoreError::Damaged { path, reason }) => tracing::error!(
+                reason,
+                "this node's copy of the store in {path} is damaged: it waits for another one"
+            ),
+            error => tracing::error!(%error, "this node's copy of the store cannot be opened yet"),
+        }
+    }
+
+    /// Whether this node's copy of the store is damaged, so that it can never be opened.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.is_damaged.load(Ordering::Relaxed)
     }
 
     /// The cluster's store.
@@ -323,14 +351,37 @@ impl Voters {
         self.service().is_some()
     }
 
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         let settings = self.settings.lock();
         settings.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Changes the settings, and writes them for the next start.
+    pub(crate) async fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
+        let _saving = self.saving.lock().await;
+        let (old, new) = {
+            let settings = self.settings.lock();
+            let mut settings = settings.unwrap_or_else(PoisonError::into_inner);
+            let old = settings.clone();
+            change(&mut settings);
+            (old, settings.clone())
+        };
+        if old == new {
+            return;
+        }
+        let path = self.dir.settings();
+        let saving = tokio::task::spawn_blocking(move || new.save(&path)).await;
+        if let Ok(Err(error)) = saving {
+            tracing::warn!(%error, "this node's settings are not kept for its next start");
+        }
+    }
+
     /// Whether requests of `kind` belong here.
     pub(crate) fn handles(kind: u16) -> bool {
-        matches!(kind, BECOME_VOTER | COPY | TAKE_AUTHORITY) || ClusterService::handles(kind)
+        matches!(
+            kind,
+            BECOME_VOTER | COPY | TAKE_AUTHORITY | ADDRESS | WHO_VOTES
+        ) || ClusterService::handles(kind)
     }
 
     /// Keeps the key of an authority of the cluster; with a store outside of the cluster, admits
@@ -441,11 +492,12 @@ impl Voters {
         }
         let _changing = self.changing.lock().await;
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        if self.store().is_none() && self.dir.store().exists() && !self.keys.is_empty() {
+        let may_open = self.dir.store().exists() && !self.is_damaged();
+        if self.store().is_none() && may_open && !self.keys.is_empty() {
             // It was closed because its disk could not be written. What cannot be opened is lost:
             // the leader gives the next copy another number.
             if let Err(error) = self.start(IfAbsent::Refuse).await {
-                tracing::warn!(%error, "the old copy of the store cannot be opened");
+                self.tell_closed(&error);
             }
         }
         if let Some(store) = self.store() {
@@ -524,9 +576,17 @@ impl Voters {
         Err(StoreError::unavailable("this node's copy of the store is still in use").into())
     }
 
+    /// Removes this node's copy. A damaged one is kept beside it, for who wants to know why.
     async fn remove_copy(&self) -> Result<(), VoterError> {
         let folder = self.dir.store();
-        match tokio::fs::remove_dir_all(&folder).await {
+        let removed = match self.is_damaged() {
+            true => {
+                let aside = folder.with_extension(format!("{}.damaged", unix_ms()));
+                tokio::fs::rename(&folder, &aside).await
+            }
+            false => tokio::fs::remove_dir_all(&folder).await,
+        };
+        match removed {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(VoterError::OldCopy {
                     path: folder.display().to_string(),
@@ -569,9 +629,16 @@ impl Handler for Voters {
                 self.take_authority(&peer, unpack(&payload)?).await?;
                 return Ok(pack(&())?.into());
             }
+            if kind == ADDRESS {
+                self.learn_address(&peer, unpack(&payload)?).await?;
+                return Ok(pack(&())?.into());
+            }
+            if kind == WHO_VOTES {
+                return Ok(pack(&self.settings().voters)?.into());
+            }
             if kind == COPY {
                 let id = self.store().map(|store| store.id());
-                if id.is_none() && self.dir.store().exists() {
+                if id.is_none() && self.dir.store().exists() && !self.is_damaged() {
                     // It is being opened again.
                     return Err(RpcError::refused("this node's copy is closed"));
                 }

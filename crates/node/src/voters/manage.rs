@@ -1,7 +1,6 @@
 //! The leader's care for the group of voters, and every node's view of it.
 
 use super::handle::{BECOME_VOTER, BecomeVoter, COPY, Engine, VoterError, Voters};
-use crate::context::Settings;
 use keel_cluster::NodeName;
 use keel_cluster::failover::zone_of;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
@@ -130,6 +129,12 @@ async fn look(
         store.set_voters(ids).await?;
         return publish(store).await;
     }
+    let moved = with_new_address(&status, all);
+    if !moved.is_empty() {
+        tracing::info!(?moved, "voters have other addresses");
+        store.set_addresses(moved).await?;
+        return publish(store).await;
+    }
     let without = match states.copies_are_due() {
         true => without_copy(voters, &status, &candidates).await?,
         false => BTreeMap::new(),
@@ -156,6 +161,21 @@ async fn look(
     }
     store.set_voters(ids).await?;
     publish(store).await
+}
+
+/// Nodes of the group that listen elsewhere than it says.
+fn with_new_address(status: &RaftStatus, all: &MemberSet) -> BTreeMap<u64, keel_store::Voter> {
+    let members = all.all();
+    let group = status.voters.iter().chain(&status.learners);
+    let moved = group.filter_map(|(id, voter)| {
+        let member = members.get(&voter.node.parse::<NodeName>().ok()?)?;
+        let now = keel_store::Voter {
+            node: voter.node.clone(),
+            address: member.address.clone(),
+        };
+        (now != *voter).then_some((*id, now))
+    });
+    moved.collect()
 }
 
 /// Voters that are alive but lost the copy that their number stands for.
@@ -332,11 +352,13 @@ pub(crate) async fn reopen(voters: Arc<Voters>) {
                 );
             }
             // A store that was moved out of the nodes may have left a copy.
-            None if voters.external().is_none() && voters.dir.store().exists() => {}
+            None if voters.external().is_none()
+                && voters.dir.store().exists()
+                && !voters.is_damaged() => {}
             None => continue,
         }
         if let Err(error) = voters.reopen().await {
-            tracing::warn!(%error, "this node's copy of the store cannot be opened yet");
+            voters.tell_closed(&error);
         }
     }
 }
@@ -347,6 +369,7 @@ pub(crate) async fn follow(voters: Arc<Voters>) {
     loop {
         if let Err(error) = follow_once(&voters, &mut absent_since).await {
             tracing::warn!(%error, "the list of voters cannot be followed, trying again");
+            voters.ask_who_votes().await;
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -378,32 +401,28 @@ async fn adopt(
     list: &VoterList,
     absent_since: &mut Option<Instant>,
 ) -> Result<(), VoterError> {
+    let members = voters.members.all();
     for voter in &list.voters {
+        // The leader may not have noted a new address yet.
+        let address = match members.get(&voter.node) {
+            Some(member) => &member.address,
+            None => &voter.address,
+        };
         if voter.node != voters.name {
-            voters.peers.set_address(&voter.node, &voter.address);
+            voters.peers.set_address(&voter.node, address);
         }
     }
     let names = list.voters.iter().map(|voter| voter.node.clone());
     if let Engine::Embedded(client) = &voters.engine {
         client.set_voters(names.collect());
     }
-    let settings = {
-        let mut settings = voters.settings.lock();
-        let settings = match &mut settings {
-            Ok(settings) => settings,
-            Err(poisoned) => poisoned.get_mut(),
-        };
-        let now = list.voters.iter();
-        let now: Vec<_> = now
-            .map(|it| (it.node.clone(), it.address.clone()))
-            .collect();
-        let changed = settings.voters != now;
-        settings.voters = now;
-        changed.then(|| settings.clone())
-    };
-    if let Some(settings) = settings {
-        save(voters, settings).await;
-    }
+    let now = list.voters.iter();
+    let now: Vec<_> = now
+        .map(|it| (it.node.clone(), it.address.clone()))
+        .collect();
+    voters
+        .change_settings(|settings| settings.voters = now)
+        .await;
     let is_voter = list.voters.iter().any(|voter| voter.node == voters.name);
     if is_voter || !voters.serves() {
         *absent_since = None;
@@ -417,12 +436,4 @@ async fn adopt(
         *absent_since = None;
     }
     Ok(())
-}
-
-async fn save(voters: &Voters, settings: Settings) {
-    let path = voters.dir.settings();
-    let saving = tokio::task::spawn_blocking(move || settings.save(&path)).await;
-    if let Ok(Err(error)) = saving {
-        tracing::warn!(%error, "the list of voters is not kept for the next start");
-    }
 }

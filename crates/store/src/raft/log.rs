@@ -35,6 +35,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::flushes::{Flush, Flushes};
+use super::open_error::OpenError;
 use super::snapshot::SavedSnapshot;
 use super::types::{LogId, Membership, StorageError, StorageIoError, Types, Vote};
 use crate::encoding;
@@ -45,13 +46,8 @@ const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 /// Version of the tables. Version 1 had the entries of the store, without a log.
 const FORMAT: u64 = 2;
 
-/// Said of a file that another process has open.
-pub(super) const IN_USE: &str =
-    "another process has it open; is a second `keel up` running with this state directory?";
-
 /// Said of a file that redb repaired.
-const REPAIRED: &str = "the file was damaged and is repaired, but its last changes may be lost: \
-     remove the folder, so that the other voters give this node another copy, or restore a backup";
+const REPAIRED: &str = "its log was damaged, and lacks its last changes now that it is repaired";
 
 /// Bytes of entries that are sent to a follower at once.
 const READ_BYTES_MAX: usize = 1 << 20;
@@ -181,11 +177,11 @@ impl Log {
         path: &Path,
         new: Option<u64>,
         saved: watch::Receiver<SavedSnapshot>,
-    ) -> Result<Opened, String> {
+    ) -> Result<Opened, OpenError> {
         // redb panics on some forms of corruption.
         let opening = AssertUnwindSafe(|| Disk::open(path, new));
         let loaded = std::panic::catch_unwind(opening)
-            .unwrap_or_else(|_| Err("the file is damaged; restore a backup".into()))?;
+            .unwrap_or_else(|_| Err(OpenError::damaged("its log cannot be read")))?;
         Ok(Self::of(loaded, saved))
     }
 
@@ -424,33 +420,36 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    fn open(path: &Path, new: Option<u64>) -> Result<(Self, u64, State), String> {
+    fn open(path: &Path, new: Option<u64>) -> Result<(Self, u64, State), OpenError> {
         if new.is_none() && !path.exists() {
-            return Err("there is no store".into());
+            return Err(match path.parent().is_some_and(Path::exists) {
+                true => OpenError::damaged("its log is missing"),
+                false => OpenError::unusable("there is no store"),
+            });
         }
         let mark = mark_of(path);
         if mark.exists() {
-            return Err(REPAIRED.into());
+            return Err(OpenError::damaged(REPAIRED));
         }
         let opened = Self::check(Database::create(path), new)?;
         if opened.is_none() {
             // A voter that forgot its last vote could vote twice: whoever opens it again must know.
-            std::fs::write(&mark, REPAIRED).map_err(|error| error.to_string())?;
+            std::fs::write(&mark, REPAIRED).map_err(OpenError::unusable)?;
         }
-        opened.ok_or_else(|| REPAIRED.into())
+        opened.ok_or_else(|| OpenError::damaged(REPAIRED))
     }
 
     /// What a file has; `None` if redb had to repair it.
     pub(super) fn check(
         opened: Result<Database, DatabaseError>,
         new: Option<u64>,
-    ) -> Result<Option<(Self, u64, State)>, String> {
-        let mut database = opened.map_err(explain)?;
-        if !database.check_integrity().map_err(explain)? {
+    ) -> Result<Option<(Self, u64, State)>, OpenError> {
+        let mut database = opened?;
+        if !database.check_integrity()? {
             return Ok(None);
         }
         let disk = Self { database };
-        let (id, state) = disk.load(new).map_err(|error| error.to_string())?;
+        let (id, state) = disk.load(new).map_err(OpenError::of_tables)?;
         Ok(Some((disk, id, state)))
     }
 
@@ -482,7 +481,7 @@ impl Disk {
                     }
                 }
                 None => {
-                    let new = new.ok_or("there is no store")?;
+                    let new = new.ok_or_else(|| OpenError::damaged("its log is empty"))?;
                     meta.insert(
                         "format",
                         encoding::encode("the format", &FORMAT)?.as_slice(),
@@ -490,7 +489,8 @@ impl Disk {
                     meta.insert("id", encoding::encode("an id", &new)?.as_slice())?;
                 }
             }
-            let record = meta.get("id")?.ok_or("it has no number of its voter")?;
+            let record = meta.get("id")?;
+            let record = record.ok_or_else(|| OpenError::damaged("it has no number"))?;
             id = encoding::decode("an id", record.value())?;
         }
         write.commit()?;
@@ -507,7 +507,8 @@ impl Disk {
         for (expected, item) in (first..).zip(entries.iter()?) {
             let (index, record) = item?;
             if index.value() != expected {
-                return Err(format!("entry {expected} of its log is missing").into());
+                let missing = format!("entry {expected} of its log is missing");
+                return Err(OpenError::damaged(missing).into());
             }
             let entry: Entry = encoding::decode("an entry of the log", record.value())?;
             state.bytes += size(&entry);
@@ -636,21 +637,6 @@ fn value<T: DeserializeOwned>(
         "an entry of the log",
         record.value(),
     )?))
-}
-
-fn explain(error: DatabaseError) -> String {
-    match error {
-        DatabaseError::DatabaseAlreadyOpen => IN_USE.into(),
-        DatabaseError::Storage(redb::StorageError::Io(error))
-            if error.kind() == std::io::ErrorKind::InvalidData =>
-        {
-            "it is not a store, or its beginning is damaged; restore a backup".into()
-        }
-        DatabaseError::Storage(redb::StorageError::Corrupted(what)) => {
-            format!("it is damaged ({what}); restore a backup")
-        }
-        other => other.to_string(),
-    }
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ mod flushes;
 mod leader;
 mod log;
 mod network;
+mod open_error;
 mod options;
 mod rebuild;
 #[cfg(test)]
@@ -51,6 +52,7 @@ use tokio::sync::oneshot;
 use self::leader::{CHANGE_PATIENCE, Request, Serving, txn_outcome};
 use self::log::{Opened, Writer};
 use self::network::AgentConnections;
+use self::open_error::OpenError;
 use self::start::{Host, Loaded, Tasks, load, start};
 use self::types::{Command, CommandOutcome};
 use crate::clock::Clock;
@@ -101,8 +103,8 @@ impl RaftStore {
     /// Opens the voter's copy in `folder`. Without `peers` it has no other voters.
     ///
     /// # Errors
-    /// [`StoreError::Open`] if the files are damaged, not a store, of another version, open
-    /// already, or absent and to be refused then.
+    /// [`StoreError::Damaged`] if the files are no store any more; [`StoreError::Open`] if they are
+    /// of another version, open already, or absent and to be refused then.
     pub async fn open(
         folder: &Path,
         if_absent: IfAbsent,
@@ -121,13 +123,13 @@ impl RaftStore {
         };
         let (path, bytes_max) = (folder.to_path_buf(), options.store_bytes_max);
         let loading = tokio::task::spawn_blocking(move || load(&path, new, bytes_max)).await;
-        let loaded = loading.unwrap_or_else(|_| Err("it panicked".into()));
+        let loaded = loading.unwrap_or_else(|_| Err(OpenError::unusable("it panicked")));
         let Loaded {
             opened,
             file,
             model,
             meta,
-        } = loaded.map_err(&fail)?;
+        } = loaded.map_err(|error| error.at(folder))?;
         let Opened {
             log,
             disk,
@@ -181,7 +183,7 @@ impl RaftStore {
     /// Reads the copy in `folder`, on which no voter runs, and keeps voters from it meanwhile.
     ///
     /// # Errors
-    /// [`StoreError::Open`] if there is none, it is damaged, or a process has it open.
+    /// [`StoreError::Damaged`]; [`StoreError::Open`] if there is none, or a process has it open.
     pub async fn read_copy(folder: &Path) -> Result<Copy, StoreError> {
         rebuild::read(folder, RaftOptions::default().store_bytes_max).await
     }
@@ -322,6 +324,15 @@ impl RaftStore {
         self.tasks.leader.serving.borrow().check()?;
         self.change_group(ChangeMembers::ReplaceAllVoters(voters))
             .await
+    }
+
+    /// Says at which addresses nodes of the group are now.
+    ///
+    /// # Errors
+    /// As [`RaftStore::set_voters`].
+    pub async fn set_addresses(&self, nodes: BTreeMap<u64, Voter>) -> Result<(), StoreError> {
+        self.tasks.leader.serving.borrow().check()?;
+        self.change_group(ChangeMembers::SetNodes(nodes)).await
     }
 
     async fn change_group(&self, changes: ChangeMembers<u64, Voter>) -> Result<(), StoreError> {

@@ -12,7 +12,8 @@ use openraft::storage::{RaftLogStorage, RaftStateMachine};
 use openraft::{CommittedLeaderId, Membership, RaftLogReader};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::log::{IN_USE, Log, Opened};
+use super::log::{Log, Opened};
+use super::open_error::IN_USE;
 use super::snapshot::{self, SnapshotFile};
 use super::start::{Loaded, load};
 use super::state_machine::{Shared, StateMachine};
@@ -76,7 +77,7 @@ fn sync_parent(path: &Path) -> std::io::Result<()> {
 /// Reads the copy in `folder`.
 ///
 /// # Errors
-/// [`StoreError::Open`].
+/// [`StoreError::Damaged`] and [`StoreError::Open`].
 pub(super) async fn read(folder: &Path, bytes_max: u64) -> Result<Copy, StoreError> {
     let path = folder.to_path_buf();
     let loading = tokio::task::spawn_blocking(move || load(&path, None, bytes_max)).await;
@@ -86,7 +87,7 @@ pub(super) async fn read(folder: &Path, bytes_max: u64) -> Result<Copy, StoreErr
         file,
         model,
         meta,
-    } = loaded.map_err(|error| fail(folder, error))?;
+    } = loaded.map_err(|error| error.at(folder))?;
     let view = Arc::new(View::new(model.revision, model.entries.clone(), 0, 0));
     let applied = meta.as_ref().and_then(|meta| meta.last_log_id);
     let mut machine = StateMachine::new(

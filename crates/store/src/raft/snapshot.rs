@@ -13,6 +13,7 @@ use keel_net::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
+use super::open_error::OpenError;
 use super::types::{LogId, Membership, SnapshotMeta};
 use crate::encoding::{self, WireError};
 use crate::interface::{KeyValue, LeaseId};
@@ -213,13 +214,13 @@ impl SnapshotFile {
     /// The snapshot, if there is one.
     ///
     /// # Errors
-    /// A sentence that says what is wrong with the file.
-    pub(super) fn load(&self) -> Result<Option<Saved>, String> {
-        let read = self.place.read().map_err(|error| error.to_string())?;
+    /// What is wrong with the file.
+    pub(super) fn load(&self) -> Result<Option<Saved>, OpenError> {
+        let read = self.place.read().map_err(OpenError::unusable)?;
         let Some(bytes) = read else {
             return Ok(None);
         };
-        let damaged = || "its snapshot is damaged; restore a backup".to_owned();
+        let damaged = || OpenError::damaged("its snapshot is damaged");
         let rest = bytes.strip_prefix(MAGIC).ok_or_else(damaged)?;
         let (hash, rest) = rest.split_at_checked(32).ok_or_else(damaged)?;
         if blake3::hash(rest).as_bytes() != hash {
@@ -228,8 +229,7 @@ impl SnapshotFile {
         let (meta_bytes, rest) = rest.split_first_chunk::<8>().ok_or_else(damaged)?;
         let meta_bytes = usize::try_from(u64::from_le_bytes(*meta_bytes)).map_err(|_| damaged())?;
         let (meta, state) = rest.split_at_checked(meta_bytes).ok_or_else(damaged)?;
-        let meta: SnapshotMeta =
-            encoding::decode("the head of a snapshot", meta).map_err(|e| e.to_string())?;
+        let meta: SnapshotMeta = encoding::decode("the head of a snapshot", meta)?;
         self.saved.send_if_modified(|saved| {
             let is_newer = saved.last < meta.last_log_id;
             if is_newer {

@@ -16,6 +16,7 @@ use super::election::{ELECTION_MAX, ELECTION_MIN, Election};
 use super::leader::{Leader, Request};
 use super::log::{Log, Opened};
 use super::network::{Network, Transport};
+use super::open_error::OpenError;
 use super::options::RaftOptions;
 use super::snapshot::{self, Saved, SnapshotFile};
 use super::state_machine::{Shared, StateMachine};
@@ -37,9 +38,9 @@ pub(super) struct Loaded {
 }
 
 /// Reads the files of a voter.
-pub(super) fn load(folder: &Path, new: Option<u64>, bytes_max: u64) -> Result<Loaded, String> {
+pub(super) fn load(folder: &Path, new: Option<u64>, bytes_max: u64) -> Result<Loaded, OpenError> {
     if new.is_some() {
-        std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
+        std::fs::create_dir_all(folder).map_err(OpenError::unusable)?;
     }
     let file = SnapshotFile::new(folder.join("snapshot"));
     let saved = file.load()?;
@@ -51,17 +52,17 @@ impl Loaded {
     /// A log and a snapshot of one voter.
     ///
     /// # Errors
-    /// A sentence that says why they do not fit.
+    /// Why they do not fit.
     pub(super) fn new(
         opened: Opened,
         file: SnapshotFile,
         saved: Option<Saved>,
         bytes_max: u64,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, OpenError> {
         let (model, meta) = match saved {
             Some(saved) => {
                 let model = snapshot::decode(saved.state.get_ref(), bytes_max);
-                (model.map_err(|error| error.to_string())?, Some(saved.meta))
+                (model?, Some(saved.meta))
             }
             None => {
                 let model = Model {
@@ -73,7 +74,7 @@ impl Loaded {
         };
         let saved = meta.as_ref().and_then(|meta| meta.last_log_id);
         if opened.purged > saved {
-            return Err("its snapshot is missing or too old; restore a backup".into());
+            return Err(OpenError::damaged("its snapshot is missing or too old"));
         }
         Ok(Self {
             opened,

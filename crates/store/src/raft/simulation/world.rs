@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::super::log::{Disk, Log, Opened};
 use super::super::network::Transport;
+use super::super::open_error::OpenError;
 use super::super::snapshot::{SnapshotFile, SnapshotPlace};
 use super::super::start::{Host, Loaded, start};
 use super::super::{IfAbsent, RaftOptions, RaftStore, Voter};
@@ -223,15 +224,17 @@ impl World {
             IfAbsent::Join(id) => Some(*id),
         };
         let database = Database::builder().create_with_backend(disk.clone());
-        let log = Disk::check(database, new)?.ok_or("redb found the file of the log damaged")?;
+        let text = |error: OpenError| error.to_string();
+        let log = Disk::check(database, new).map_err(text)?;
+        let log = log.ok_or("redb found the file of the log damaged")?;
         let file = SnapshotFile::at(Arc::new(Place {
             world: self.clone(),
             computer: name.into(),
             disk: disk.clone(),
         }));
-        let saved = file.load()?;
+        let saved = file.load().map_err(text)?;
         let opened = Log::of(log, file.saved());
-        let loaded = Loaded::new(opened, file, saved, options.store_bytes_max)?;
+        let loaded = Loaded::new(opened, file, saved, options.store_bytes_max).map_err(text)?;
         let Opened {
             log,
             disk: writer,
