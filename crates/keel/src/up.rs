@@ -5,7 +5,7 @@ use crate::cluster::Reach;
 use crate::rule;
 use anyhow::{Context, Result, bail};
 use keel_machine::kind::{KindName, Kinds, WorkerFolders};
-use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore, NodeChange};
+use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore, NodeChange, REFUSED_CODE};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -274,7 +274,13 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
 }
 
 pub(crate) async fn agent(args: &AgentArgs, kinds: Kinds) -> Result<ExitCode> {
-    let end = keel_node::run(&args.folder, kinds).await?;
+    let end = match keel_node::run(&args.folder, kinds).await {
+        Err(error) if error.is_final() => {
+            eprintln!("keel: {error}");
+            return Ok(ExitCode::from(REFUSED_CODE));
+        }
+        end => end?,
+    };
     if end == AgentEnd::Restart {
         // Without waiting for tasks that block: the next agent's time is limited.
         std::process::exit(end.exit_code().into());

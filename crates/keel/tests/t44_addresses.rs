@@ -122,5 +122,8 @@ async fn the_only_voter_gets_another_address() {
         .power_on_with(&["a"], &options)
         .await
         .expect("it starts");
-    assert_eq!(address_of(&cluster, "b", "a").await, Some(new));
+    wait_for("it is alive", || address_of(&cluster, "b", "a"))
+        .await
+        .map(|address| assert_eq!(address, new))
+        .expect("an address");
 }

@@ -148,6 +148,22 @@ pub enum AgentError {
     Token(String),
 }
 
+impl AgentError {
+    /// Whether another start would fail in the same way, until somebody changes something.
+    pub fn is_final(&self) -> bool {
+        match self {
+            AgentError::Voter(error) => matches!(
+                error,
+                VoterError::Store(StoreError::Damaged { .. })
+                    | VoterError::Lost(_)
+                    | VoterError::Forgotten(_)
+            ),
+            AgentError::NoNode(_) | AgentError::Settings(..) => true,
+            _ => false,
+        }
+    }
+}
+
 fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
     let what = what.into();
     move |source| AgentError::System { what, source }

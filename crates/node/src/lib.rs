@@ -66,5 +66,5 @@ pub use agent::{
 pub use external_store::ExternalStore;
 pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
-pub use supervisor::{AgentEnd, PARENT_ENVIRONMENT, ParentError, Restart, supervise};
+pub use supervisor::{AgentEnd, PARENT_ENVIRONMENT, ParentError, REFUSED_CODE, Restart, supervise};
 pub use voters::{RebuildError, Rebuilt, VoterError, follow_store, migrate, recover, restore};

@@ -16,6 +16,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Exit code of an agent that is to be started again at once: EX_TEMPFAIL of sysexits.h.
 const RESTART_CODE: u8 = 75;
+/// Exit code of an agent that another start would not help: EX_CONFIG of sysexits.h.
+pub const REFUSED_CODE: u8 = 78;
 
 /// Why an agent ended in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +43,8 @@ impl AgentEnd {
 pub enum Restart {
     /// It ended on purpose.
     No,
+    /// It cannot run, and has said why.
+    Never,
     /// It did not.
     After(Duration),
 }
@@ -50,6 +54,8 @@ fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
     let is_wanted = status.code() == Some(RESTART_CODE.into());
     if status.success() {
         Restart::No
+    } else if status.code() == Some(REFUSED_CODE.into()) {
+        Restart::Never
     } else if is_wanted || life >= GOOD_LIFE {
         Restart::After(Duration::ZERO)
     } else {
@@ -72,6 +78,9 @@ pub enum ParentError {
         /// The error of the kernel.
         error: std::io::Error,
     },
+    /// The agent cannot run as it is.
+    #[error("the node is not started, for the reason above")]
+    Refused,
     /// Signals cannot be caught, or the agent's end cannot be seen.
     #[error("the agent cannot be watched: {0}")]
     Watch(#[from] std::io::Error),
@@ -82,7 +91,7 @@ pub enum ParentError {
 /// process's own image if that fails.
 ///
 /// # Errors
-/// If the agent cannot be started, or signals cannot be caught.
+/// If the agent cannot be started or run, or signals cannot be caught.
 pub async fn supervise(
     installed: &Path,
     mut agent: impl FnMut(&Path) -> Command,
@@ -106,6 +115,7 @@ pub async fn supervise(
         }
         match decide(status, begun.elapsed(), failures) {
             Restart::No => return Ok(()),
+            Restart::Never => return Err(ParentError::Refused),
             Restart::After(pause) => {
                 tracing::warn!(%status, "the agent ended, restarting it");
                 failures += 1;
@@ -162,6 +172,8 @@ mod tests {
     fn only_a_purposeful_end_is_final() {
         let killed = ExitStatus::from_raw(9);
         assert_eq!(decide(ExitStatus::from_raw(0), GOOD_LIFE, 0), Restart::No);
+        let refused = ExitStatus::from_raw(i32::from(REFUSED_CODE) << 8);
+        assert_eq!(decide(refused, GOOD_LIFE, 0), Restart::Never);
         assert_eq!(decide(killed, GOOD_LIFE, 7), Restart::After(Duration::ZERO));
         let Restart::After(first) = decide(killed, Duration::ZERO, 0) else {
             panic!("not restarted");

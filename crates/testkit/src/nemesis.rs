@@ -3,8 +3,8 @@
 //! continue to write; its file must be what one copy would have written. It may have rewound to a
 //! checkpoint only if its own process was killed, or, with high availability, if its node could not
 //! renew its lease: a killed agent is no reason. What a reader saw of a machine with protected output
-//! has never rewound. Meanwhile users start other machines and change these ([`commands`]), and how
-//! long all stands still is measured ([`outages`]).
+//! has never rewound. Meanwhile users start other machines and change these (`commands`), and how
+//! long all stands still is measured (`outages`).
 
 mod commands;
 mod fault;

@@ -110,7 +110,6 @@ async fn run(program: PathBuf, node: NodeName) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     async fn until_settled(fences: &mut Fences, program: &Path, node: &NodeName) -> Fenced {
         loop {
@@ -132,8 +131,12 @@ mod tests {
         };
         assert!(reason.contains("cannot be started"), "{reason}");
         let script = "#!/bin/sh\necho \"$1 answers no switch\" >&2\ntest -e \"$0.off\"\n";
-        std::fs::write(&path, script).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        let written = folder.path().join("script");
+        std::fs::write(&written, script).unwrap();
+        // By another process: what this one has open for writing, or a fork of it, cannot be run.
+        let mut install = std::process::Command::new("install");
+        install.args(["-m", "755"]).args([&written, &path]);
+        assert!(install.status().unwrap().success());
         let other: NodeName = "b".parse().unwrap();
         let Fenced::Failed(reason) = until_settled(&mut fences, &path, &other).await else {
             panic!("it ends with 1");

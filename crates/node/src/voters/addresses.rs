@@ -8,7 +8,7 @@
 //! What is learned so only says where to connect: that the node there is who it should be is proven
 //! by its certificate, and what the voters are is read from the store afterwards.
 
-use super::handle::{Engine, Voters};
+use super::handle::{ADDRESS, Engine, Voters, WHO_VOTES};
 use futures::StreamExt;
 use keel_cluster::NodeName;
 use keel_cluster::members::{self, MemberError};
@@ -19,12 +19,6 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// A node tells another one where it listens.
-pub(super) const ADDRESS: u16 = 0x0343;
-
-/// A node asks another one who the voters are.
-pub(super) const WHO_VOTES: u16 = 0x0344;
 
 /// Time for a node to answer.
 const PATIENCE: Duration = Duration::from_secs(2);

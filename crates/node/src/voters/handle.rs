@@ -1,7 +1,6 @@
 //! The handle: this node's copy of the store, the way to the cluster's store, and the requests of
 //! other voters.
 
-use super::addresses::{ADDRESS, WHO_VOTES};
 use crate::context::Settings;
 use crate::state_dir::StateDir;
 use futures::FutureExt;
@@ -29,6 +28,12 @@ pub(super) const COPY: u16 = 0x0341;
 
 /// The node that cares for the cluster's authority asks another one to have its key, too.
 pub(super) const TAKE_AUTHORITY: u16 = 0x0342;
+
+/// A node tells another one where it listens.
+pub(super) const ADDRESS: u16 = 0x0343;
+
+/// A node asks another one who the voters are.
+pub(super) const WHO_VOTES: u16 = 0x0344;
 
 /// Time for a node to take the authority.
 const TAKE_PATIENCE: Duration = Duration::from_secs(5);
