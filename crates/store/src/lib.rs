@@ -25,7 +25,6 @@
 //! - `etcd`: the external engine
 //! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
-//! - `turns`: who is told first where thousands follow one change
 
 #![forbid(unsafe_code)]
 
@@ -40,7 +39,6 @@ pub mod keys;
 mod model;
 mod raft;
 mod server;
-mod turns;
 mod view;
 mod wire;
 

@@ -2,32 +2,23 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::FutureExt;
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
-use super::turns::Turns;
 use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Revised, Transaction};
 use crate::encoding::{WireError, decode, kind, payload};
-use crate::interface::{Changes, LeaseId, Listing, Store, StoreError, Watch};
+use crate::interface::{LeaseId, Listing, Store, StoreError, Watch};
 
 /// Bytes of entries gathered for one item of a list.
 const LIST_ITEM_BYTES: usize = 1 << 20;
-/// Watches that are told of changes at once, and the time that this takes at least: where there are
-/// no more watches than that nobody waits, and thousand watches are told within some 50 ms. One
-/// change may concern thousands of them; told as fast as possible they would take all cores from
-/// what commits the next change, here and on other nodes. A watch that has its turn is told of all
-/// that it has not read, so more changes do not make the delay longer.
-const WATCHES_AT_ONCE: usize = 32;
-const WATCH_TURN: Duration = Duration::from_millis(1);
-/// Renewals that are answered at once. A heartbeat may confirm hundreds, and all that sending would
-/// come before the answers to requests that arrive meanwhile.
-const RENEWALS_AT_ONCE: usize = 8;
-/// Changes of a watch that may wait to be sent.
-const CHANGES_QUEUED: usize = 4;
+/// Watches that are told of changes at once, and renewals that are answered at once. One change may
+/// concern thousands of watches, and one heartbeat confirm hundreds of renewals: all that sending
+/// would come before the answers to requests that arrive meanwhile.
+const AT_ONCE: usize = 8;
+
 /// Serves the store's requests from a [`Store`]. Only nodes are permitted.
 #[derive(Clone)]
 pub struct StoreHandler {
@@ -36,13 +27,33 @@ pub struct StoreHandler {
     renewals: Turns,
 }
 
+/// Lets some tasks of many send what they have, while the others wait.
+#[derive(Clone)]
+struct Turns(Arc<Semaphore>);
+
+impl Turns {
+    fn new() -> Self {
+        Self(Arc::new(Semaphore::new(AT_ONCE)))
+    }
+
+    /// Calls `send` when it is the caller's turn. Returns when other tasks had theirs: those that
+    /// write what was sent.
+    async fn take<T>(&self, send: impl FnOnce() -> T) -> T {
+        let turn = self.0.acquire().await;
+        let sent = send();
+        tokio::task::yield_now().await;
+        drop(turn);
+        sent
+    }
+}
+
 impl StoreHandler {
     /// Serves `store`.
     pub fn new(store: Arc<dyn Store>) -> Self {
         Self {
             store,
-            watches: Turns::new(WATCHES_AT_ONCE, Some(WATCH_TURN)),
-            renewals: Turns::new(RENEWALS_AT_ONCE, None),
+            watches: Turns::new(),
+            renewals: Turns::new(),
         }
     }
 
@@ -77,7 +88,7 @@ impl StoreHandler {
             kind::WATCH => {
                 let follow: Follow = read("a watch", request)?;
                 let watch = store.watch(&follow.prefix, follow.from).await;
-                let (items, stream) = mpsc::channel(CHANGES_QUEUED);
+                let (items, stream) = mpsc::channel(4);
                 tokio::spawn(send_changes(watch, items, self.watches.clone()));
                 Ok(Reply::Stream(stream))
             }
@@ -190,67 +201,13 @@ async fn send_changes(watch: Result<Watch, StoreError>, to: mpsc::Sender<Bytes>,
             next = watch.next() => next,
         };
         let Some(next) = next else { return };
+        let Ok(item) = item(next.map(Revised::from)) else {
+            return;
+        };
         // Nobody waits for one that reads slowly.
         let Ok(place) = to.reserve().await else {
             return;
         };
-        let sent = turns.take(|| send_all(next, place, &mut watch, &to)).await;
-        if sent.is_none() {
-            return;
-        }
-    }
-}
-
-/// Sends a change and those after it that are known, as far as there are places. `None` when there
-/// is nothing more to send.
-fn send_all<'a>(
-    mut next: Result<Changes, StoreError>,
-    mut place: mpsc::Permit<'a, Bytes>,
-    watch: &mut Watch,
-    to: &'a mpsc::Sender<Bytes>,
-) -> Option<()> {
-    loop {
-        place.send(item(next.map(Revised::from)).ok()?);
-        let Ok(another) = to.try_reserve() else {
-            return Some(());
-        };
-        place = another;
-        let Some(known) = watch.next().now_or_never() else {
-            return Some(());
-        };
-        next = known?;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use futures::StreamExt;
-    use tokio::time::Instant;
-
-    use super::*;
-
-    /// More changes must not make the others wait for longer.
-    #[tokio::test(start_paused = true)]
-    async fn a_watch_is_told_in_one_turn_of_all_that_it_has_not_read() {
-        let changes = (1..4).map(|revision| {
-            let changes = Vec::new();
-            Ok(Changes { revision, changes })
-        });
-        let changes = futures::stream::iter(changes).chain(futures::stream::pending());
-        let (items, mut told) = mpsc::channel(CHANGES_QUEUED);
-        let turns = Turns::new(1, Some(WATCH_TURN));
-        let watch = Ok(Watch::new(changes.boxed()));
-        let task = tokio::spawn(send_changes(watch, items, turns));
-        let begun = Instant::now();
-        let mut revisions = Vec::new();
-        for _ in 0..4 {
-            let item = told.recv().await.unwrap();
-            let answer: Answer<Revised> = decode("changes", &item).unwrap();
-            revisions.push(answer.unwrap().revision);
-        }
-        assert_eq!(revisions, [0, 1, 2, 3]);
-        assert_eq!(begun.elapsed(), Duration::ZERO);
-        drop(told);
-        task.await.unwrap();
+        turns.take(|| place.send(item)).await;
     }
 }
