@@ -219,7 +219,7 @@ fn freeze(found: &BTreeSet<String>) {
     }
     let mut text = String::from(
         "# Messages and records of the version before, one for each shape of each type.\n\
-         # t32_frozen_messages.rs says how this file is made.\n",
+         # t31_frozen_messages.rs says how this file is made.\n",
     );
     for (name, messages) in of_type {
         for message in messages.into_iter().take(frozen_messages::SHAPES_MAX) {

@@ -182,6 +182,17 @@ async fn operators_say_how_many_voters_there_are() {
         .expect("it starts");
 }
 
+/// Node c has a copy that counts: without a, b and c are a quorum.
+async fn is_needed_and_counts(bench: &mut Bench) {
+    bench.cluster.power_off("a");
+    let counter = guest("counter");
+    bench
+        .cluster
+        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_voter_that_lost_its_copy_gets_another_one() {
     let mut bench = cluster(&["a", "b", "c"]).await;
@@ -198,14 +209,7 @@ async fn a_voter_that_lost_its_copy_gets_another_one() {
     })
     .await
     .expect("another number");
-    // It counts: without a, b and c are a quorum.
-    bench.cluster.power_off("a");
-    let counter = guest("counter");
-    bench
-        .cluster
-        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
-        .await
-        .expect("it starts");
+    is_needed_and_counts(&mut bench).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -269,14 +273,7 @@ async fn a_voter_whose_copy_is_damaged_gets_another_one() {
     assert_eq!(aside.len(), 1, "{aside:?}");
     let kept = std::fs::read(aside[0].join("log.redb")).expect("the log");
     assert!(kept == damaged, "the damaged log was changed");
-    // It counts: without a, b and c are a quorum.
-    bench.cluster.power_off("a");
-    let counter = guest("counter");
-    bench
-        .cluster
-        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
-        .await
-        .expect("it starts");
+    is_needed_and_counts(&mut bench).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

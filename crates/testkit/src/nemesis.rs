@@ -57,8 +57,7 @@ const PAUSE_US: u32 = 2000;
 const DISK_MIB: u32 = 512;
 /// The failpoints that delay a commit and lose its answer.
 const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committed", "error")];
-/// Share of rounds in which a user starts another machine, and of those in which one changes a
-/// machine.
+/// Share of rounds in which a user starts another machine, and of those with a change of one.
 const COMMAND_SHARE: f64 = 0.3;
 /// The longest time for which the last node stays off after all lost power: longer than the others
 /// wait for it before its machines begin elsewhere.

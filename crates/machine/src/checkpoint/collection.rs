@@ -135,9 +135,8 @@ impl Repository {
 
     /// Applies a retention policy: deletes a machine's checkpoints except those to keep
     /// and their ancestors, and parts of unfinished checkpoints. If the ancestors are
-    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the
-    /// deleted checkpoints, also those that were never completed. Blocking, outside of the
-    /// runtime.
+    /// mostly superseded, the oldest checkpoint to keep is compacted first. Returns the deleted
+    /// checkpoints, also those that were never completed. Blocking, outside of the runtime.
     ///
     /// # Errors
     /// [`PackError`], also if the required objects cannot be determined; none of them

@@ -34,7 +34,7 @@ const ASKED: usize = 3;
 /// Where a node listens.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ListensAt {
-    /// `host:port`
+    /// Where connections to it go, `host:port`.
     address: String,
 }
 
