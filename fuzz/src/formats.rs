@@ -1,12 +1,16 @@
 //! What files and the store have.
 
+use crate::types::frozen_of;
 use crate::{Target, choice};
+use keel_cluster::Epoch;
 use keel_cluster::gossip::keys::{self, GossipKeys};
 use keel_cluster::tokens::{JoinToken, UserToken};
 use keel_cluster::{certificates, members};
 use keel_machine::log::split_records;
 use keel_machine::moves::ownership::VersionedRecord;
+use keel_machine::spec::Spec;
 use keel_machine::{checkpoint, cluster_volume};
+use keel_net::Fingerprint;
 use keel_store::keys::Key;
 use keel_store::{Backup, KeyValue, encoding};
 use serde::Serialize;
@@ -29,8 +33,35 @@ pub(crate) const MANIFEST: Target = Target {
         Err(checkpoint::FormatError::Version(version)) => panic!("it is {version} now"),
         Err(_) => checkpoint::Manifest::decode(data).is_ok(),
     },
-    seeds: Vec::new,
+    seeds: || {
+        let specs = frozen_of("spec::Spec").into_iter();
+        let specs = specs.filter_map(|spec| encoding::from_cbor(&spec).ok());
+        specs.filter_map(manifest).collect()
+    },
 };
+
+/// The body of a manifest.
+fn manifest(spec: Spec) -> Option<Vec<u8>> {
+    let manifest = checkpoint::Manifest {
+        id: checkpoint::CheckpointId::new(1),
+        machine: "m".parse().ok()?,
+        parent: None,
+        generation: 0,
+        epoch: Epoch::default(),
+        created_unix_ms: 1,
+        spec,
+        program: Some([7; 32]),
+        log_end: 9,
+        memory_pages: vec![2],
+        runs: Vec::new(),
+        packs: Vec::new(),
+        block_runs: Vec::new(),
+        block_packs: Vec::new(),
+        image: vec![1, 2, 3],
+    };
+    let bytes = manifest.encode().ok()?;
+    Some(bytes.get(16..bytes.len().checked_sub(32)?)?.to_vec())
+}
 
 pub(crate) const SEGMENT: Target = Target {
     name: "segment",
@@ -139,7 +170,20 @@ pub(crate) const TOKENS: Target = Target {
         };
         text.parse::<JoinToken>().is_ok() | text.parse::<UserToken>().is_ok()
     },
-    seeds: Vec::new,
+    seeds: || {
+        let id = "00000000000000ff".parse();
+        let secret = serde_json::from_value(vec![7; 16].into());
+        let Some((id, secret)) = id.ok().zip(secret.ok()) else {
+            return Vec::new();
+        };
+        let join = JoinToken {
+            id,
+            secret,
+            authority: Fingerprint([7; 32]),
+        };
+        let tokens = [join.to_string(), UserToken { id, secret }.to_string()];
+        tokens.map(String::into_bytes).to_vec()
+    },
 };
 
 /// A machine's output, as it is on disk and between nodes.

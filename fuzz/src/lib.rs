@@ -12,6 +12,7 @@
 mod formats;
 mod messages;
 mod modules;
+mod types;
 
 /// One decoder, or several alike.
 #[derive(Clone, Copy)]
@@ -49,6 +50,12 @@ pub const TARGETS: &[Target] = &[
     modules::MODULE,
     modules::METADATA,
     modules::THREAD,
+    types::CLUSTER_TYPES,
+    types::NODE_TYPES,
+    types::PART_CONNECTION,
+    types::RPC_FRAMES,
+    types::STORE_TYPES,
+    types::USER_FILES,
 ];
 
 /// The target of a name.

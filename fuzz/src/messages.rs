@@ -4,10 +4,14 @@ use crate::formats::{cbor, with};
 use crate::{Target, choice};
 use bytes::{Bytes, BytesMut};
 use keel_api::{
-    CheckpointRequest, MoveRequest, PlanRequest, RestoreRequest, RunRequest, SetRequest,
+    AuthorityChange, CheckpointRequest, DrainRequest, LabelRequest, MoveRequest, PlanGoal,
+    PlanRequest, PolicyRequest, PruneRequest, QuotaRequest, RenameRequest, RestoreRequest,
+    RunRequest, SetRequest, SpanRequest, ThreadMove, TokenRequest, VolumeCreateRequest,
+    VotersRequest,
 };
 use keel_balance::policy::Policy;
 use keel_balance::round::{Request, Response};
+use keel_balance::rules::Rule;
 use keel_cluster::NodeName;
 use keel_cluster::gossip::datagram::{Opener, Sealer};
 use keel_cluster::gossip::keys::{GossipKeys, SecretKey};
@@ -119,26 +123,45 @@ pub(crate) const PARTS: Target = Target {
     seeds: || vec![Order::Leave { tid: 7 }.encode()],
 };
 
+fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> bool {
+    serde_json::from_slice::<T>(body).is_ok()
+}
+
 /// Bodies of requests by HTTP, and the policy, which is one.
 pub(crate) const API: Target = Target {
     name: "api",
     run: |data| {
-        let Some((which, body)) = choice(data, 7) else {
+        let Some((which, body)) = choice(data, 21) else {
             return false;
         };
         match which {
-            0 => serde_json::from_slice::<RunRequest>(body).is_ok(),
-            1 => serde_json::from_slice::<SetRequest>(body).is_ok(),
-            2 => serde_json::from_slice::<MoveRequest>(body).is_ok(),
-            3 => serde_json::from_slice::<CheckpointRequest>(body).is_ok(),
-            4 => serde_json::from_slice::<RestoreRequest>(body).is_ok(),
-            5 => serde_json::from_slice::<PlanRequest>(body).is_ok(),
-            _ => serde_json::from_slice::<Policy>(body).is_ok_and(|it| it.check().is_ok()),
+            0 => json::<RunRequest>(body),
+            1 => json::<SetRequest>(body),
+            2 => json::<MoveRequest>(body),
+            3 => json::<CheckpointRequest>(body),
+            4 => json::<RestoreRequest>(body),
+            5 => json::<PlanRequest>(body),
+            6 => serde_json::from_slice::<Policy>(body).is_ok_and(|it| it.check().is_ok()),
+            7 => json::<PolicyRequest>(body),
+            8 => json::<PlanGoal>(body),
+            9 => json::<DrainRequest>(body),
+            10 => serde_json::from_slice::<Rule>(body).is_ok_and(|it| it.check().is_ok()),
+            11 => json::<LabelRequest>(body),
+            12 => json::<VotersRequest>(body),
+            13 => json::<AuthorityChange>(body),
+            14 => json::<TokenRequest>(body),
+            15 => json::<RenameRequest>(body),
+            16 => json::<SpanRequest>(body),
+            17 => json::<ThreadMove>(body),
+            18 => json::<PruneRequest>(body),
+            19 => json::<QuotaRequest>(body),
+            _ => json::<VolumeCreateRequest>(body),
         }
     },
     seeds: || {
         let policy = serde_json::to_vec(&Policy::default()).unwrap_or_default();
-        vec![with(6, policy)]
+        let labels = br#"{"node":true,"name":"a","labels":{"zone":"b"}}"#;
+        vec![with(6, policy), with(11, labels.to_vec())]
     },
 };
 

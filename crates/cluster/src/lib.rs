@@ -20,6 +20,8 @@
 
 pub mod authority_keys;
 pub mod certificates;
+#[doc(hidden)]
+pub mod decoders;
 pub mod epoch;
 pub mod failover;
 pub mod gossip;

@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 use crate::identity::ClusterId;
+use keel_store::decoders::Decoder;
 use keel_store::encoding::{self, WireError};
 use keel_store::keys::{Key, MEMBERS, reservations_of, schedule_of};
 use keel_store::{Change, Compare, KeyValue, Store, StoreError, Txn, TxnOutcome};
@@ -70,6 +71,14 @@ struct MemberRecord {
 struct ClusterRecord {
     id: ClusterId,
     incarnation: u32,
+}
+
+/// Decoders of the records here, for fuzzing.
+pub(crate) fn decoders() -> Vec<Decoder> {
+    vec![
+        Decoder::of::<MemberRecord>(),
+        Decoder::of::<ClusterRecord>(),
+    ]
 }
 
 /// Why membership cannot be read or changed.

@@ -17,6 +17,7 @@ use keel_net::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use keel_store::decoders::Decoder;
 use keel_store::encoding::{self, WireError};
 use keel_store::keys::{Key, TOKENS, TokenId, USER_TOKENS};
 use keel_store::{Compare, Revision, Store, StoreError, Txn, TxnOutcome};
@@ -107,6 +108,11 @@ struct JoinRecord {
 struct Used {
     node: NodeName,
     csr_hash: [u8; 32],
+}
+
+/// Decoders of the records here, for fuzzing.
+pub(crate) fn decoders() -> Vec<Decoder> {
+    vec![Decoder::of::<JoinRecord>(), Decoder::of::<UserRecord>()]
 }
 
 /// Creates a join token that is valid for `ttl_ms` (up to [`JOIN_TOKEN_TTL_MS_MAX`]), and removes

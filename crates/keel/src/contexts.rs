@@ -30,7 +30,7 @@ pub(crate) struct Context {
 /// The content of the file.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Contexts {
+pub(crate) struct Contexts {
     /// The one that is meant where nothing is said; the node of this computer if there is none.
     current: Option<String>,
     #[serde(default)]
@@ -55,7 +55,11 @@ impl Contexts {
             }
             Err(error) => return Err(error).with_context(|| path.display().to_string()),
         };
-        toml::from_str(&text).with_context(|| path.display().to_string())
+        Self::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        Ok(toml::from_str(text)?)
     }
 
     fn save(&self) -> Result<()> {

@@ -37,6 +37,8 @@ mod checkpoint;
 mod cluster;
 mod contexts;
 mod cp;
+#[doc(hidden)]
+pub mod decoders;
 mod demo;
 mod describe;
 mod doctor;

@@ -138,11 +138,15 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
+pub(crate) fn parse(text: &[u8]) -> Result<PlanInfo> {
+    Ok(serde_json::from_slice(text)?)
+}
+
 /// A plan in a file.
 fn read(file: &Path) -> Result<PlanInfo> {
     let name = file.display();
     let text = std::fs::read(file).with_context(|| format!("cannot read plan {name}"))?;
-    serde_json::from_slice(&text)
+    parse(&text)
         .with_context(|| format!("{name} is not a plan as `keel -o json balance --plan` prints it"))
 }
 

@@ -2,7 +2,7 @@
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use hyper::Method;
 use keel_api::{LabelRequest, RulesInfo};
 use keel_balance::rules::{Labels, Rule};
@@ -64,6 +64,16 @@ struct RuleFile {
     rule: Vec<Rule>,
 }
 
+/// The rules in a file: all, or none if one is invalid by itself.
+pub(crate) fn parse(text: &str) -> Result<Vec<Rule>> {
+    let RuleFile { rule: rules } = toml::from_str(text)?;
+    ensure!(!rules.is_empty(), "it has no [[rule]]");
+    for rule in &rules {
+        rule.check().map_err(anyhow::Error::msg)?;
+    }
+    Ok(rules)
+}
+
 pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode> {
     let client = reach.client()?;
     match command {
@@ -97,16 +107,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
         RuleCommand::Set { file } => {
             let shown = file.display();
             let text = std::fs::read_to_string(&file).with_context(|| shown.to_string())?;
-            let rules: RuleFile = toml::from_str(&text).with_context(|| shown.to_string())?;
-            if rules.rule.is_empty() {
-                bail!("{shown} has no [[rule]]");
-            }
-            // All or none, as far as they are invalid by themselves.
-            for rule in &rules.rule {
-                rule.check()
-                    .map_err(|error| anyhow::anyhow!("{shown}: {error}"))?;
-            }
-            for rule in &rules.rule {
+            for rule in &parse(&text).with_context(|| shown.to_string())? {
                 let _: serde_json::Value = client.post("/v1/rules", rule).await?;
                 outln!("{}", rule.name);
             }

@@ -46,6 +46,12 @@ mod round_trip;
 mod server;
 mod wire;
 
+/// Whether the payload of one of the connection's own frames can be read, for fuzzing.
+#[doc(hidden)]
+pub fn is_own_payload(payload: &[u8]) -> bool {
+    wire::is_own(payload)
+}
+
 pub use crate::tls::PeerId;
 pub use client::{Client, StreamReceiver};
 pub use peers::Peers;

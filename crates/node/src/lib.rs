@@ -68,3 +68,9 @@ pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;
 pub use supervisor::{AgentEnd, PARENT_ENVIRONMENT, ParentError, REFUSED_CODE, Restart, supervise};
 pub use voters::{RebuildError, Rebuilt, VoterError, follow_store, migrate, recover, restore};
+
+/// Decoders of what other nodes send, and of the records in the store, for fuzzing.
+#[doc(hidden)]
+pub fn decoders() -> Vec<keel_store::decoders::Decoder> {
+    front::decoders()
+}

@@ -25,12 +25,15 @@
 //! - `etcd`: the external engine
 //! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
+//! - [`decoders`]: all that bytes from elsewhere are decoded by, for fuzzing
 
 #![forbid(unsafe_code)]
 
 mod backup;
 mod client;
 pub mod clock;
+#[doc(hidden)]
+pub mod decoders;
 pub mod encoding;
 mod etcd;
 pub mod frozen_messages;

@@ -24,6 +24,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// Whether a text is that of a machine file, for fuzzing.
+pub(crate) fn is_file(text: &str) -> bool {
+    file::read(std::path::Path::new("machines.toml"), text).is_ok()
+}
+
 /// How long the removal of a replaced machine may take.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 

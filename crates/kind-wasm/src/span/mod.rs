@@ -56,3 +56,20 @@ pub use pages::{
     SpanError,
 };
 pub use peer::{Hello, PeerConnections, PeerError};
+
+/// Reads the bytes of a connection between parts, a greeting and what follows, for fuzzing; whether
+/// anything of it is a message.
+#[doc(hidden)]
+pub fn is_connection(bytes: &[u8]) -> bool {
+    let mut messages = Vec::new();
+    let mut reader = wire::FrameReader::default();
+    if matches!(reader.feed_hello(bytes), Ok(Some(_))) {
+        return reader.feed(&[], &mut messages).is_ok();
+    }
+    let mut reader = wire::FrameReader::default();
+    let (first, second) = bytes.split_at(bytes.len() / 2);
+    let fed = reader.feed(first, &mut messages);
+    fed.and_then(|()| reader.feed(second, &mut messages))
+        .is_ok()
+        && !messages.is_empty()
+}

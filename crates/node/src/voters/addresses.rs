@@ -8,14 +8,13 @@
 //! What is learned so only says where to connect: that the node there is who it should be is proven
 //! by its certificate, and what the voters are is read from the store afterwards.
 
-use super::handle::{ADDRESS, Engine, Voters, WHO_VOTES};
+use super::handle::{ADDRESS, Engine, ListensAt, Voters, WHO_VOTES};
 use futures::StreamExt;
 use keel_cluster::NodeName;
 use keel_cluster::members::{self, MemberError};
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{Bytes, PeerId, RpcError};
 use rand::seq::SliceRandom;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,13 +29,6 @@ const TOLD_AT_ONCE: usize = 8;
 const ASK_EVERY: Duration = Duration::from_secs(5);
 /// Nodes that are asked then.
 const ASKED: usize = 3;
-
-/// Where a node listens.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ListensAt {
-    /// Where connections to it go, `host:port`.
-    address: String,
-}
 
 /// Tells all members, and the store, where this node listens, if that is new; returns when all know.
 pub(crate) async fn tell_address(voters: Arc<Voters>) {

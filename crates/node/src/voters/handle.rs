@@ -13,6 +13,7 @@ use keel_cluster::service::ClusterService;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{BoxFuture, Bytes, Handler, PeerId, Peers, Reply, RpcError};
 use keel_store::clock::unix_ms;
+use keel_store::decoders::Decoder;
 use keel_store::{EtcdStore, IfAbsent, RaftOptions, RaftStore, Store, StoreClient, StoreError};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -83,6 +84,24 @@ pub(super) struct BecomeVoter {
 pub(super) struct Authority {
     pub(super) certificate_pem: String,
     pub(super) key_pem: String,
+}
+
+/// Where a node listens.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ListensAt {
+    /// `host:port`
+    pub(super) address: String,
+}
+
+/// Decoders of what voters are sent, for fuzzing.
+pub(crate) fn decoders() -> Vec<Decoder> {
+    vec![
+        Decoder::of::<BecomeVoter>(),
+        Decoder::of::<Authority>(),
+        Decoder::of::<ListensAt>(),
+        Decoder::of::<Vec<(NodeName, String)>>(),
+        Decoder::of::<Option<u64>>(),
+    ]
 }
 
 /// The way to the cluster's store.

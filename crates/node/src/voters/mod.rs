@@ -25,7 +25,7 @@ mod rotation;
 pub(crate) use addresses::{find_voters, tell_address};
 pub(crate) use authority::spread_authority;
 pub use handle::VoterError;
-pub(crate) use handle::Voters;
+pub(crate) use handle::{Voters, decoders};
 pub(crate) use manage::{follow, manage, reopen};
 pub use migrate::{follow_store, migrate};
 pub use rebuild::{RebuildError, Rebuilt, recover, restore};

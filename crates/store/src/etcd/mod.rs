@@ -11,6 +11,7 @@
 //! Two of etcd's limits are below ours; [`EtcdStore::connect`] checks them.
 
 mod connection;
+mod decoders;
 mod messages;
 mod watch;
 
@@ -19,6 +20,8 @@ use std::sync::Arc;
 
 use futures::FutureExt;
 use keel_net::BoxFuture;
+
+pub(crate) use self::decoders::decoders;
 
 use self::connection::{Connections, Effect, Failure};
 use self::messages as pb;

@@ -23,6 +23,7 @@
 
 mod answer_times;
 mod deadlines;
+mod decoders;
 mod election;
 mod flushes;
 mod leader;
@@ -61,6 +62,7 @@ use crate::interface::{
 };
 use crate::model;
 
+pub(crate) use self::decoders::decoders;
 pub use self::options::{IfAbsent, RaftOptions};
 pub use self::rebuild::Copy;
 pub use self::types::Voter;

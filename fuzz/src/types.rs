@@ -1,0 +1,107 @@
+//! What is decoded as a whole into one type: messages between nodes, records, and files of users.
+//! Each crate lists its own, and the fuzzer begins with the frozen messages of their names.
+
+use crate::formats::with;
+use crate::{Target, choice};
+use keel_store::decoders::Decoder;
+use keel_store::frozen_messages;
+use std::sync::LazyLock;
+
+const FROZEN: &str = include_str!("../../crates/keel/tests/frozen_messages.txt");
+
+static STORE: LazyLock<Vec<Decoder>> = LazyLock::new(keel_store::decoders::decoders);
+static CLUSTER: LazyLock<Vec<Decoder>> = LazyLock::new(keel_cluster::decoders::decoders);
+static NODE: LazyLock<Vec<Decoder>> = LazyLock::new(keel_node::decoders);
+static FILES: LazyLock<Vec<Decoder>> = LazyLock::new(keel::decoders::decoders);
+
+/// Tries bytes by the decoder that the first one chooses.
+fn run(decoders: &[Decoder], data: &[u8]) -> bool {
+    let count = u8::try_from(decoders.len()).unwrap_or(u8::MAX);
+    choice(data, count).is_some_and(|(which, bytes)| (decoders[usize::from(which)].decode)(bytes))
+}
+
+/// The frozen messages of a type.
+pub(crate) fn frozen_of(name: &str) -> Vec<Vec<u8>> {
+    let all = frozen_messages::parse(FROZEN).unwrap_or_default();
+    all.get(name).cloned().unwrap_or_default()
+}
+
+fn frozen(decoders: &[Decoder]) -> Vec<Vec<u8>> {
+    let mut seeds = Vec::new();
+    for (which, decoder) in (0..).zip(decoders) {
+        let messages = frozen_of(&decoder.name).into_iter();
+        seeds.extend(messages.map(|message| with(which, message)));
+    }
+    // Some are of another type of that name.
+    seeds.retain(|seed| run(decoders, seed));
+    seeds
+}
+
+/// Of the store: requests, answers, what voters send each other, their files; an etcd's answers.
+pub(crate) const STORE_TYPES: Target = Target {
+    name: "store",
+    run: |data| run(&STORE, data),
+    seeds: || frozen(&STORE),
+};
+
+/// Of the cluster: requests to join, certificates, records.
+pub(crate) const CLUSTER_TYPES: Target = Target {
+    name: "cluster",
+    run: |data| run(&CLUSTER, data),
+    seeds: || frozen(&CLUSTER),
+};
+
+/// Of nodes: requests of other nodes, and their answers.
+pub(crate) const NODE_TYPES: Target = Target {
+    name: "node",
+    run: |data| run(&NODE, data),
+    seeds: || frozen(&NODE),
+};
+
+/// Files of users, and what they write on the command line.
+pub(crate) const USER_FILES: Target = Target {
+    name: "files",
+    run: |data| run(&FILES, data),
+    seeds: || {
+        let texts = [
+            "[machine.a]\nmodule = \"a.wasm\"\nha = { priority = 5 }\n",
+            "[[rule]]\nname = \"apart\"\nkind = \"apart\"\nmachines = [\"a\", \"b\"]\n",
+            "current = \"a\"\n",
+            "[cluster]\nnodes = 3\n",
+            "{}",
+            "checkpoint=2s,priority=9",
+            "10s",
+            "64M",
+        ];
+        let seeds = (0..)
+            .zip(texts)
+            .map(|(which, text)| with(which, text.into()));
+        seeds.filter(|seed| run(&FILES, seed)).collect()
+    },
+};
+
+/// The connection's own frames: greetings, errors, credits.
+pub(crate) const RPC_FRAMES: Target = Target {
+    name: "rpc-frames",
+    run: keel_net::rpc::is_own_payload,
+    seeds: || vec![vec![1, 2, b'o', b'k'], vec![7]],
+};
+
+/// The bytes of a connection between the parts of a machine.
+pub(crate) const PART_CONNECTION: Target = Target {
+    name: "part-connection",
+    run: keel_kind_wasm::span::is_connection,
+    seeds: || {
+        let frame = |kind: u16, payload: &[u8]| {
+            let mut bytes = b"KSPN".to_vec();
+            bytes.extend(1_u16.to_le_bytes());
+            bytes.extend(kind.to_le_bytes());
+            bytes.extend(0_u64.to_le_bytes());
+            bytes.extend((payload.len() as u32).to_le_bytes());
+            bytes.extend(payload);
+            bytes
+        };
+        // The time, a part that is gone, and that a home has a successor.
+        vec![frame(9, &[7; 8]), frame(12, &[1]), frame(13, &[])]
+    },
+};
