@@ -126,6 +126,9 @@ pub struct VoterInfo {
     pub address: String,
     /// Whether it renews its lease.
     pub alive: bool,
+    /// Whether its copy is closed although it is alive, as when its disk is full.
+    #[serde(default)]
+    pub closed: bool,
     /// Whether it answers for all.
     pub leads: bool,
 }

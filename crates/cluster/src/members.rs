@@ -58,6 +58,9 @@ pub struct VoterList {
     /// one.
     #[serde(default)]
     pub numbers: Vec<u64>,
+    /// Those that are alive and do not have their copies open: a disk may be full.
+    #[serde(default)]
+    pub closed: Vec<NodeName>,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -85,7 +85,11 @@ pub(crate) async fn run(reach: &Reach, what: Option<StoreCommand>) -> Result<Exi
                 voter.node,
                 voter.address,
                 if voter.leads { ", leads" } else { "" },
-                if voter.alive { "" } else { ", away" },
+                match (voter.alive, voter.closed) {
+                    (false, _) => ", away",
+                    (true, true) => ", its copy is closed",
+                    (true, false) => "",
+                },
             )
         });
         let voters: Vec<String> = voters.collect();

@@ -102,17 +102,18 @@ pub(crate) async fn store(context: &Context) -> Result<StoreInfo, CommandError> 
             number: list.numbers.get(at).copied(),
             address: voter.address.clone(),
             alive: alive.contains(&voter.node),
+            closed: list.closed.contains(&voter.node),
             leads: list.leader.as_ref() == Some(&voter.node),
         })
         .collect();
     let quorum = voters.len() / 2 + 1;
-    let answering = voters.iter().filter(|voter| voter.alive).count();
+    let answering = voters.iter().filter(|voter| voter.alive && !voter.closed);
     Ok(StoreInfo {
         revision: store.revision().await?,
         external: external(context),
         term: list.term,
         wanted: wanted.to_string(),
-        spare: u32::try_from(answering.saturating_sub(quorum)).unwrap_or(0),
+        spare: u32::try_from(answering.count().saturating_sub(quorum)).unwrap_or(0),
         voters,
     })
 }

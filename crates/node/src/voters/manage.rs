@@ -6,6 +6,7 @@ use keel_cluster::failover::zone_of;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
 use keel_machine::worker::control::{pack, unpack};
+use keel_net::RpcError;
 use keel_store::keys::{ALIVE, Key, NODE_LABELS};
 use keel_store::{RaftStatus, RaftStore, Store, StoreError, encoding};
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +51,8 @@ pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
 pub(super) struct NodeStates {
     nodes: BTreeMap<NodeName, (bool, Instant)>,
     copies_seen: Option<Instant>,
+    /// Voters that said so when they were asked for their copies.
+    closed: BTreeSet<NodeName>,
 }
 
 impl NodeStates {
@@ -119,7 +122,7 @@ async fn look(
         async { Ok(states.look(store, all).await?) },
         wanted_count(store)
     )?;
-    let list = voter_list(&status);
+    let list = voter_list(&status, &states.closed);
     if published != list {
         members::set_voters(store, &list).await?;
     }
@@ -127,20 +130,25 @@ async fn look(
         // An earlier leader died in the middle of it.
         let ids: BTreeSet<u64> = status.voters.keys().copied().collect();
         store.set_voters(ids).await?;
-        return publish(store).await;
+        return publish(store, states).await;
     }
     let moved = with_new_address(&status, all);
     if !moved.is_empty() {
         tracing::info!(?moved, "voters have other addresses");
         store.set_addresses(moved).await?;
-        return publish(store).await;
+        return publish(store, states).await;
     }
     let without = match states.copies_are_due() {
-        true => without_copy(voters, &status, &candidates).await?,
+        true => {
+            let found = copies(voters, &status, &candidates).await;
+            states.closed = found.closed;
+            found.lost
+        }
         false => BTreeMap::new(),
     };
     if !without.is_empty() {
-        return renumber(voters, store, &status, all, &without).await;
+        renumber(voters, store, &status, all, &without).await?;
+        return publish(store, states).await;
     }
     let now = names(&status);
     let Some(next) = next_voters(&now, &voters.name, &candidates, wanted) else {
@@ -160,7 +168,7 @@ async fn look(
         });
     }
     store.set_voters(ids).await?;
-    publish(store).await
+    publish(store, states).await
 }
 
 /// Nodes of the group that listen elsewhere than it says.
@@ -178,13 +186,22 @@ fn with_new_address(status: &RaftStatus, all: &MemberSet) -> BTreeMap<u64, keel_
     moved.collect()
 }
 
-/// Voters that are alive but lost the copy that their number stands for.
-async fn without_copy(
+/// Voters that are alive, and do not have the copies that their numbers stand for.
+#[derive(Default)]
+struct Copies {
+    /// For good.
+    lost: BTreeMap<u64, NodeName>,
+    /// Open: they may have them.
+    closed: BTreeSet<NodeName>,
+}
+
+/// Asks the voters for their copies.
+async fn copies(
     voters: &Voters,
     status: &RaftStatus,
     candidates: &BTreeMap<NodeName, Candidate>,
-) -> Result<BTreeMap<u64, NodeName>, VoterError> {
-    let mut without = BTreeMap::new();
+) -> Copies {
+    let mut found = Copies::default();
     for (id, voter) in &status.voters {
         let Ok(node) = voter.node.parse::<NodeName>() else {
             continue;
@@ -193,23 +210,42 @@ async fn without_copy(
         if *id == status.id || !is_alive {
             continue;
         }
-        // Whoever does not answer may have it.
-        if let Ok(held) = copy_of(voters, &node).await
-            && held != Some(*id)
-        {
-            without.insert(*id, node);
+        match copy_of(voters, &node).await {
+            Ok(held) if held != Some(*id) => drop(found.lost.insert(*id, node)),
+            Ok(_) => {}
+            Err(CopyError::Closed) => drop(found.closed.insert(node)),
+            // Whoever does not answer may have it.
+            Err(CopyError::NoAnswer(_)) => {}
         }
     }
-    Ok(without)
+    found
+}
+
+/// Why the number of a node's copy is not known.
+enum CopyError {
+    /// It says that its copy is closed.
+    Closed,
+    NoAnswer(String),
+}
+
+impl From<CopyError> for VoterError {
+    fn from(error: CopyError) -> Self {
+        VoterError::Store(StoreError::unavailable(match error {
+            CopyError::Closed => "its copy of the store is closed".to_owned(),
+            CopyError::NoAnswer(reason) => reason,
+        }))
+    }
 }
 
 /// The number of the copy that a node has.
-async fn copy_of(voters: &Voters, node: &NodeName) -> Result<Option<u64>, VoterError> {
-    let unavailable = |reason: String| VoterError::Store(StoreError::unavailable(reason));
-    let question = pack(&()).map_err(|error| unavailable(error.to_string()))?;
-    let asked = voters.peers.call(node, COPY, question, COPY_PATIENCE).await;
-    let answer = asked.map_err(|error| unavailable(error.to_string()))?;
-    unpack(&answer).map_err(|error| unavailable(error.to_string()))
+async fn copy_of(voters: &Voters, node: &NodeName) -> Result<Option<u64>, CopyError> {
+    let none = |error: RpcError| CopyError::NoAnswer(error.to_string());
+    let question = pack(&()).map_err(none)?;
+    match voters.peers.call(node, COPY, question, COPY_PATIENCE).await {
+        Ok(answer) => unpack(&answer).map_err(none),
+        Err(RpcError::Refused { .. }) => Err(CopyError::Closed),
+        Err(error) => Err(none(error)),
+    }
 }
 
 /// Gives voters without their copies new ones, under new numbers: what they voted for is forgotten.
@@ -230,8 +266,7 @@ async fn renumber(
     let mut ids: BTreeSet<u64> = status.voters.keys().copied().collect();
     ids.remove(old);
     ids.insert(new);
-    store.set_voters(ids).await?;
-    publish(store).await
+    Ok(store.set_voters(ids).await?)
 }
 
 /// Makes `node` a learner that has everything; its number.
@@ -301,11 +336,12 @@ async fn wanted_count(store: &RaftStore) -> Result<VoterCount, VoterError> {
 }
 
 /// Writes who the voters are, for nodes and for people.
-async fn publish(store: &RaftStore) -> Result<(), VoterError> {
-    Ok(members::set_voters(store, &voter_list(&store.status())).await?)
+async fn publish(store: &RaftStore, states: &NodeStates) -> Result<(), VoterError> {
+    let list = voter_list(&store.status(), &states.closed);
+    Ok(members::set_voters(store, &list).await?)
 }
 
-fn voter_list(status: &RaftStatus) -> VoterList {
+fn voter_list(status: &RaftStatus, closed: &BTreeSet<NodeName>) -> VoterList {
     let voter = |it: &keel_store::Voter| {
         Some(Voter {
             node: it.node.parse().ok()?,
@@ -318,6 +354,7 @@ fn voter_list(status: &RaftStatus) -> VoterList {
         leader: leader.and_then(|it| it.node.parse().ok()),
         term: status.term,
         numbers: status.voters.keys().copied().collect(),
+        closed: closed.iter().cloned().collect(),
     }
 }
 
