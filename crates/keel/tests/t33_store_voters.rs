@@ -4,6 +4,7 @@
 use keel_api::{NodeInfo, StoreInfo};
 use keel_machine::moves::Ending;
 use keel_machine::restart_policy::Restart;
+use keel_testkit::disk::SmallDisk;
 use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
 use std::time::Instant;
@@ -274,6 +275,59 @@ async fn a_voter_whose_copy_is_damaged_gets_another_one() {
     let kept = std::fs::read(aside[0].join("log.redb")).expect("the log");
     assert!(kept == damaged, "the damaged log was changed");
     is_needed_and_counts(&mut bench).await;
+}
+
+/// Whether one of the voters may fail, and whether the copy of `node` is closed.
+async fn spare(cluster: &LocalCluster, node: &str) -> Option<(u32, bool)> {
+    let store: StoreInfo = cluster.client("a").get("/v1/store").await.ok()?;
+    let voter = store.voters.iter().find(|it| it.node == node)?;
+    Some((store.spare, voter.closed))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_whose_disk_is_full_is_none_to_spare() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    let folder = folder.expect("a folder");
+    let disk = match SmallDisk::mount(&folder.path().join("c"), 256) {
+        Ok(disk) => disk,
+        Err(error) => {
+            println!("skipped: no disk can be filled here: {error:#}");
+            return;
+        }
+    };
+    let names = ["a", "b", "c"];
+    let started = LocalCluster::start_replicated(Path::new(KEEL), folder.path(), &names).await;
+    let cluster = started.expect("a cluster");
+    wait_for("one may fail", || async {
+        (spare(&cluster, "c").await? == (1, false)).then_some(())
+    })
+    .await
+    .expect("three copies");
+    disk.fill().expect("a full disk");
+    let mut count = 0;
+    wait_for("none may fail", || {
+        // Something to write.
+        count += 1;
+        let (_, said) = cluster.keel("b", &["label", "--node", "b", &format!("count={count}")]);
+        let cluster = &cluster;
+        async move {
+            assert!(!said.contains("error"), "{said}");
+            (spare(cluster, "c").await? == (0, true)).then_some(())
+        }
+    })
+    .await
+    .expect("it is seen");
+    let (_, said) = cluster.keel("a", &["store"]);
+    assert!(
+        said.contains("its copy is closed") && said.contains("may fail: none"),
+        "{said}"
+    );
+    disk.free().expect("room");
+    wait_for("one may fail again", || async {
+        (spare(&cluster, "c").await? == (1, false)).then_some(())
+    })
+    .await
+    .expect("its copy is open");
 }
 
 #[tokio::test(flavor = "multi_thread")]
