@@ -11,6 +11,7 @@
 //!   these has room, to another one, which has to fetch the checkpoint.
 
 use keel_net::{MachineName, NodeName};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The label of nodes that names their failure domain.
@@ -116,6 +117,53 @@ pub fn place(
             (it.machine, placement)
         })
         .collect()
+}
+
+/// Memory in bytes that a node keeps free for machines that the loss of another node would bring
+/// there, by the node that is lost. What arrives otherwise does not get it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Headroom(pub BTreeMap<NodeName, u64>);
+
+impl Headroom {
+    /// What is kept from a machine of this memory that comes from a node: the most that the loss of
+    /// any node would bring. The loss of its source would not bring the machine, once it is here.
+    pub fn kept_from(&self, source: Option<&NodeName>, memory_bytes: u64) -> u64 {
+        let kept = self
+            .0
+            .iter()
+            .map(|(lost, bytes)| match Some(lost) == source {
+                true => bytes.saturating_sub(memory_bytes),
+                false => *bytes,
+            });
+        kept.max().unwrap_or(0)
+    }
+
+    /// Whether it says about the same as another one: within a twentieth, or 16 MiB.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let nodes: BTreeSet<&NodeName> = self.0.keys().chain(other.0.keys()).collect();
+        nodes.into_iter().all(|node| {
+            let of = |it: &Self| it.0.get(node).copied().unwrap_or(0);
+            let (one, two) = (of(self), of(other));
+            one.abs_diff(two) <= (one.max(two) / 20).max(16 << 20)
+        })
+    }
+}
+
+/// The headroom of each node for the loss of any one other: where the machines of a lost node would
+/// be placed, with their memory in bytes.
+pub fn headroom<'a>(
+    losses: impl IntoIterator<Item = (&'a NodeName, &'a [(u64, Placement)])>,
+) -> BTreeMap<NodeName, Headroom> {
+    let mut all: BTreeMap<NodeName, Headroom> = BTreeMap::new();
+    for (lost, machines) in losses {
+        for (bytes, placement) in machines {
+            if let Placement::On(target) | Placement::Fetched(target) = placement {
+                let of = all.entry(target.clone()).or_default();
+                *of.0.entry(lost.clone()).or_default() += bytes;
+            }
+        }
+    }
+    all
 }
 
 fn place_one(machine: &Homeless, free: &mut BTreeMap<NodeName, u64>) -> Placement {
@@ -298,6 +346,31 @@ mod tests {
         assert_eq!(placed(free(&[("a", 90), ("b", 0), ("c", 20)])), fetched);
         let no_room = Placement::NoRoom { most_bytes: 5 };
         assert_eq!(placed(free(&[("a", 90), ("b", 5)])), no_room);
+    }
+
+    #[test]
+    fn a_node_keeps_the_most_that_one_loss_would_bring() {
+        let on = |bytes, target: &str| (bytes, Placement::On(node(target)));
+        let fetched = (7, Placement::Fetched(node("c")));
+        let (a, b) = (node("a"), node("b"));
+        let of_a = [on(10, "c"), on(20, "c"), on(5, "b"), fetched];
+        let of_b = [on(30, "c"), (9, Placement::NoMember)];
+        let all = headroom([(&a, &of_a[..]), (&b, &of_b[..])]);
+        let kept = |node: &NodeName, source, bytes| {
+            all.get(node).map_or(0, |it| it.kept_from(source, bytes))
+        };
+        assert_eq!(kept(&node("c"), None, 0), 37);
+        assert_eq!(kept(&b, None, 0), 5);
+        assert_eq!(kept(&a, None, 0), 0);
+        // One of those 37 comes: the loss of b counts then.
+        assert_eq!(kept(&node("c"), Some(&a), 10), 30);
+        assert_eq!(kept(&node("c"), Some(&a), 3), 34);
+        assert_eq!(kept(&node("c"), Some(&b), 30), 37);
+        let of = |bytes| Headroom(BTreeMap::from([(node("a"), bytes)]));
+        assert!(of(0).is_like(&Headroom::default()));
+        assert!(of(1 << 30).is_like(&of((1 << 30) + (50 << 20))));
+        assert!(!of(1 << 30).is_like(&of((1 << 30) + (60 << 20))));
+        assert!(!of(17 << 20).is_like(&Headroom::default()));
     }
 
     /// What one takes is not there for the next.

@@ -380,6 +380,7 @@ pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberErro
         .delete(Key::NodeLabels(node.clone()))
         .delete(Key::Code(node.clone()))
         .delete(Key::Drain(node.clone()))
+        .delete(Key::Headroom(node.clone()))
         .delete(Key::Certificate(node.clone()))
         .delete(Key::Alive(node.clone()))
         // They are replaced for that reason.

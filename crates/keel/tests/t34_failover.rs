@@ -5,6 +5,7 @@
 use keel_api::{MachineInfo, NodeInfo};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
+use keel_store::Backup;
 use keel_testkit::witness::{Evidence, examine};
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
 use std::path::{Path, PathBuf};
@@ -589,4 +590,40 @@ async fn a_machine_waits_until_the_operators_program_switched_its_node_off() {
     assert!(says, "{said}");
     std::fs::write(&is_off, "").expect("a switch");
     bench.fails_over("fenced", fenced.epochs).await;
+}
+
+/// The node that acts tells each other one what the loss of a third would bring.
+#[tokio::test(flavor = "multi_thread")]
+async fn room_is_kept_for_the_loss_of_a_node() {
+    let bench = Bench::new().await;
+    bench.witness("large", "c").await;
+    let (module, shared) = (guest("witness"), bench.shared());
+    let file = shared.join("promises").display().to_string();
+    let args = [file.as_str(), MIB, "1000"];
+    let mut promises = Guest {
+        volume: Some(&shared),
+        ha: Some(HighAvailability {
+            fence: Fence::Timer,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("promises", "a", &module, &args)
+    };
+    // More than any computer has.
+    promises.balancing.memory_target_bytes = Some(1 << 60);
+    let refused = bench.cluster.run(&promises).await;
+    let refused = refused.expect_err("it has no room").to_string();
+    let names = refused.contains("no node would have room for machine \"promises\"");
+    assert!(names && refused.contains("memory.target"), "{refused}");
+    promises.balancing.memory_target_bytes = Some(64 << 20);
+    bench.cluster.run(&promises).await.expect("it starts");
+    let backup = bench.folder.path().join("backup");
+    wait_for("another node keeps room for it", || async {
+        let _ = std::fs::remove_file(&backup);
+        bench.keel("b", &["store", "backup", backup.to_str()?]);
+        let read = Backup::decode(&std::fs::read(&backup).ok()?).ok()?;
+        let mut keys = read.entries.iter().map(|it| &it.key);
+        keys.any(|it| it.starts_with("headroom/")).then_some(())
+    })
+    .await
+    .expect("it is in the store");
 }

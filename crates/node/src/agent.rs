@@ -524,6 +524,13 @@ impl Parts {
             recorder,
         });
         let balancer = Arc::new(balancer);
+        let failover = Arc::new(failover::Dependencies {
+            context: context.clone(),
+            rules: rules.clone(),
+            placements: placements.clone(),
+            alive: alive.clone(),
+            gossip: gossip.clone(),
+        });
         let (machines, restarts) = Machines::new(machines::Dependencies {
             context: context.clone(),
             processes: processes.clone(),
@@ -534,21 +541,15 @@ impl Parts {
             spanning: spanning.clone(),
             moves: moves.clone(),
             balancer: balancer.clone(),
+            failover: failover.clone(),
         });
-        let failover = failover::Dependencies {
-            context: context.clone(),
-            rules: rules.clone(),
-            placements: placements.clone(),
-            alive: alive.clone(),
-            gossip: gossip.clone(),
-        };
         let extension = Arc::new(LeaseExtension::new(
             context.clone(),
             processes.clone(),
             placements.clone(),
         ));
         let handles = Handles {
-            failover: Arc::new(failover),
+            failover,
             restart: Arc::new(PlannedRestart::new(extension.clone(), || {
                 parent().is_some()
             })),

@@ -80,6 +80,8 @@ pub enum Key {
     Schedule(NodeName, MachineName),
     /// `reservation/NODE/MACHINE`
     Reservation(NodeName, MachineName),
+    /// `headroom/NODE`: memory that it keeps for failovers.
+    Headroom(NodeName),
     /// `lease/NAME`; the role has the form of a name.
     Lease(MachineName),
     /// `policy`
@@ -166,6 +168,8 @@ pub const VOLUMES: &str = "volume/";
 pub const SCHEDULES: &str = "schedule/";
 /// Prefix of all nodes' reservations.
 pub const RESERVATIONS: &str = "reservation/";
+/// Prefix of the memory that nodes keep for failovers.
+pub const HEADROOM: &str = "headroom/";
 /// Prefix of all roles.
 pub const LEASES: &str = "lease/";
 /// Prefix of all tokens for moves.
@@ -222,6 +226,7 @@ impl fmt::Display for Key {
             Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
+            Key::Headroom(node) => write!(f, "{HEADROOM}{node}"),
             Key::Lease(role) => write!(f, "{LEASES}{role}"),
             Key::Policy => f.write_str("policy"),
             Key::MoveSlot(number) => write!(f, "{MOVE_SLOTS}{number}"),
@@ -283,6 +288,7 @@ fn parse(text: &str) -> Option<Key> {
         ("reservation", Some(node), Some(machine)) => {
             Key::Reservation(node.parse().ok()?, machine.parse().ok()?)
         }
+        ("headroom", Some(node), None) => Key::Headroom(node.parse().ok()?),
         ("lease", Some(role), None) => Key::Lease(role.parse().ok()?),
         ("policy", None, None) => Key::Policy,
         ("move-slot", Some(number), None) => Key::MoveSlot(number.parse().ok()?),
@@ -334,6 +340,7 @@ mod tests {
             "volume/data",
             "schedule/a/web-3",
             "reservation/a/web-3",
+            "headroom/a",
             "lease/balancer",
             "policy",
             "move-slot/17",

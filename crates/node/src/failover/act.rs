@@ -2,6 +2,7 @@
 
 use super::candidates::{Dependencies, free_memory, homeless};
 use super::fence::{Fenced, Fences, program};
+use super::headroom::Keeper;
 use crate::events::Note;
 use crate::records::{self, RecordError, Reservation};
 use crate::role::{JUST_STARTED, Role};
@@ -79,6 +80,7 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
         heard: BTreeSet::new(),
         lost_since: BTreeMap::new(),
     };
+    let mut headroom = Keeper::new();
     let mut changes = actor.at.alive.changes();
     loop {
         tokio::select! {
@@ -92,9 +94,12 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
         if has_just_started {
             actor.hear();
         }
-        if role.is_held() {
-            actor.look(has_just_started).await;
+        if !role.is_held() {
+            headroom.forget();
+            continue;
         }
+        actor.look(has_just_started).await;
+        headroom.keep(&actor.at).await;
     }
 }
 

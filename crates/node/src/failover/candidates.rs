@@ -77,7 +77,7 @@ pub(super) async fn homeless(
 }
 
 /// The nodes on which rules do not allow a machine.
-fn forbidden(at: &Dependencies, machine: &MachineName) -> BTreeSet<NodeName> {
+pub(super) fn forbidden(at: &Dependencies, machine: &MachineName) -> BTreeSet<NodeName> {
     let nodes = at.alive.now().into_iter();
     let forbids = |node: &NodeName| at.rules.cache.forbids(machine.as_str(), node.as_str());
     nodes.filter(|node| forbids(node).is_some()).collect()

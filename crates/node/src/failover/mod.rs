@@ -11,7 +11,7 @@
 //!
 //! - One node acts for all, the holder of the role `failover`.
 //! - `candidates`: the machines, their checkpoints, and the room of the nodes
-//! - `headroom`: what the loss of each node would mean
+//! - `headroom`: what the loss of each node would mean, and memory that is kept for it
 //! - `fence`: the operator's program that makes certain that a node is off
 //! - `act`: carries out what `keel_cluster::failover` decides
 //!
@@ -29,4 +29,4 @@ mod headroom;
 
 pub(crate) use act::run;
 pub(crate) use candidates::Dependencies;
-pub(crate) use headroom::losses;
+pub(crate) use headroom::{check_new, losses};

@@ -204,7 +204,7 @@ impl Service {
             TRIAL => Ok(pack(&())?.into()),
             WOULD_ACCEPT => {
                 let request: Offer = unpack(payload)?;
-                reply(moves::would_accept(&at.moves, &request).await)
+                reply(moves::would_accept(&at.moves, &source, &request).await)
             }
             BALANCE => reply(at.balancer.answer(&source, unpack(payload)?).await),
             balancer::LOAD

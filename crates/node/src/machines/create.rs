@@ -5,6 +5,7 @@ use super::queries::info;
 use super::spec_check::spec;
 use crate::error::CommandError;
 use crate::events::Note;
+use crate::failover;
 use crate::records;
 use crate::volumes;
 use keel_api::{MachineInfo, RunRequest};
@@ -51,6 +52,10 @@ pub(crate) async fn run(
     if let Some(image) = kind.image(&spec) {
         let found = machines.images.find_image(&image).await;
         found.map_err(CommandError::NotFound)?;
+    }
+    // What it will need is known only if it promises to keep to that.
+    if let (Some(ha), Some(bytes)) = (&spec.ha, request.balancing.memory_target_bytes) {
+        failover::check_new(&machines.failover, &name, &node, ha, bytes).await?;
     }
     let record = Record {
         name: name.clone(),

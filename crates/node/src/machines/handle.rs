@@ -4,6 +4,7 @@ use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
 use crate::compilation::Code;
 use crate::context::Context;
+use crate::failover;
 use crate::images::Images;
 use crate::moves::Moves;
 use crate::processes::Processes;
@@ -29,6 +30,7 @@ pub(crate) struct Machines {
     pub(super) spanning: Arc<Spanning>,
     pub(super) moves: Arc<Moves>,
     pub(super) balancer: Arc<NodeBalancer>,
+    pub(super) failover: Arc<failover::Dependencies>,
     /// No epoch was above this one when this agent began to follow its schedule. A machine to be
     /// started under an older epoch may already have been started by an earlier agent.
     pub(super) epochs_before: OnceLock<Epoch>,
@@ -46,6 +48,7 @@ pub(crate) struct Dependencies {
     pub(crate) spanning: Arc<Spanning>,
     pub(crate) moves: Arc<Moves>,
     pub(crate) balancer: Arc<NodeBalancer>,
+    pub(crate) failover: Arc<failover::Dependencies>,
 }
 
 impl Machines {
@@ -61,6 +64,7 @@ impl Machines {
             spanning: below.spanning,
             moves: below.moves,
             balancer: below.balancer,
+            failover: below.failover,
             epochs_before: OnceLock::new(),
             restarts,
         };

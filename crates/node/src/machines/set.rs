@@ -372,7 +372,7 @@ async fn check_room(
         .await
         .map_err(|error| CommandError::Unavailable(error.to_string()))?;
     let pages = vec![more; report.memory_pages.len()];
-    records::check_free_memory(&machines.context, machine, &pages)
+    records::check_free_memory(&machines.context, machine, &pages, None)
         .await
         .map_err(|reason| {
             CommandError::Conflict(format!(

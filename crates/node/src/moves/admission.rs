@@ -63,9 +63,14 @@ async fn accept_alone(
 }
 
 /// Whether an offer would be accepted, by the checks that change nothing.
-pub(crate) async fn would_accept(moves: &Moves, offer: &Offer) -> Result<(), String> {
+pub(crate) async fn would_accept(
+    moves: &Moves,
+    source: &NodeName,
+    offer: &Offer,
+) -> Result<(), String> {
     check(moves, offer).await?;
-    check_free_memory(&moves.context, &offer.machine, &offer.memory_pages).await
+    let source = Some(source);
+    check_free_memory(&moves.context, &offer.machine, &offer.memory_pages, source).await
 }
 
 async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
@@ -164,7 +169,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     {
         // Serialised: two machines that each fit may not fit together.
         let _reserving = moves.reserving.lock().await;
-        check_free_memory(&moves.context, machine, &offer.memory_pages).await?;
+        check_free_memory(&moves.context, machine, &offer.memory_pages, Some(&source)).await?;
         reserve(moves, &source, &offer).await?;
     }
     passed("offer.reserved").await?;

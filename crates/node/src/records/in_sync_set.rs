@@ -11,10 +11,10 @@ use crate::context::Context;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::CheckpointId;
 use keel_store::encoding;
-use keel_store::keys::Key;
+use keel_store::keys::{IN_SYNC, Key};
 use keel_store::{Compare, Revision, Store, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Attempts at a change that loses against changes of the machine's record.
 const ATTEMPTS_MAX: u32 = 8;
@@ -77,6 +77,25 @@ pub(crate) async fn in_sync_set(
     let set = encoding::decode("an in-sync set", &entry.value)
         .map_err(|error| RecordError::Damaged(error.to_string()))?;
     Ok(Some((set, entry.modified)))
+}
+
+/// The sets of all machines; those that cannot be read are left out.
+///
+/// # Errors
+/// [`RecordError`] if the store does not answer.
+pub(crate) async fn in_sync_sets(
+    store: &dyn Store,
+) -> Result<BTreeMap<MachineName, InSyncSet>, RecordError> {
+    let entries = store.list(IN_SYNC).await?.entries.into_iter();
+    let sets = entries.filter_map(|entry| {
+        let Ok(Key::InSync(machine)) = entry.key.parse() else {
+            return None;
+        };
+        let set = encoding::decode("an in-sync set", &entry.value);
+        let set = set.inspect_err(|error| tracing::error!(%machine, %error, "it counts as none"));
+        Some((machine, set.ok()?))
+    });
+    Ok(sets.collect())
 }
 
 /// Replaces the set that was written at `before`, for the life of a machine that runs here under

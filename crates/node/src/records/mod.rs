@@ -22,7 +22,8 @@ pub(crate) use alive::AliveNodes;
 pub(crate) use audit::{AuditRecord, audit_log, begin_audit, end_audit};
 pub(crate) use free_memory::{check_free_memory, free_bytes, free_bytes_for};
 pub(crate) use in_sync_set::{
-    HeldOutput, InSyncSet, encode as encode_in_sync_set, in_sync_set, replace_in_sync_set,
+    HeldOutput, InSyncSet, encode as encode_in_sync_set, in_sync_set, in_sync_sets,
+    replace_in_sync_set,
 };
 #[cfg(test)]
 pub(crate) use machine::tests;

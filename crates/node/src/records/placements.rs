@@ -39,6 +39,8 @@ pub(crate) struct Placed {
     pub(crate) balancing: Balancing,
     /// How it is kept available when its node fails.
     pub(crate) ha: Option<HighAvailability>,
+    /// Whether it began from a checkpoint, perhaps one that only its node has.
+    pub(crate) was_restored: bool,
 }
 
 impl Placed {
@@ -59,6 +61,7 @@ impl Placed {
                 .map(|millis| f64::from(millis) / 1e3),
             balancing: record.spec.balancing,
             ha: record.spec.ha.clone(),
+            was_restored: record.origin.is_some(),
         }
     }
 }
