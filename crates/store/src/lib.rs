@@ -25,7 +25,8 @@
 //! - `etcd`: the external engine
 //! - `backup`: the file of a backup
 //! - `client`, `server`, `wire`: the way to the leader, over the network or here
-//! - [`decoders`]: all that bytes from elsewhere are decoded by, for fuzzing
+//! - `watches`: how the leader tells thousands of watches of one change
+//! - `decoder`, [`decoders`]: all that bytes from elsewhere are decoded by, for fuzzing
 
 #![forbid(unsafe_code)]
 
@@ -33,6 +34,7 @@ mod backup;
 mod client;
 pub mod clock;
 #[doc(hidden)]
+mod decoder;
 pub mod decoders;
 pub mod encoding;
 mod etcd;
@@ -43,6 +45,7 @@ mod model;
 mod raft;
 mod server;
 mod view;
+mod watches;
 mod wire;
 
 pub use backup::{Backup, BackupError};

@@ -8,14 +8,14 @@ use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc};
 
-use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Revised, Transaction};
+use super::watches::Watches;
+use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Transaction};
 use crate::encoding::{WireError, decode, kind, payload};
-use crate::interface::{LeaseId, Listing, Store, StoreError, Watch};
+use crate::interface::{LeaseId, Listing, Store, StoreError};
 
 /// Bytes of entries gathered for one item of a list.
 const LIST_ITEM_BYTES: usize = 1 << 20;
-/// Watches that are told of changes at once, and renewals that are answered at once. One change may
-/// concern thousands of watches, and one heartbeat confirm hundreds of renewals: all that sending
+/// Renewals that are answered at once. One heartbeat may confirm hundreds of them: all that sending
 /// would come before the answers to requests that arrive meanwhile.
 const AT_ONCE: usize = 8;
 
@@ -23,7 +23,7 @@ const AT_ONCE: usize = 8;
 #[derive(Clone)]
 pub struct StoreHandler {
     store: Arc<dyn Store>,
-    watches: Turns,
+    watches: Watches,
     renewals: Turns,
 }
 
@@ -51,9 +51,9 @@ impl StoreHandler {
     /// Serves `store`.
     pub fn new(store: Arc<dyn Store>) -> Self {
         Self {
-            store,
-            watches: Turns::new(),
+            watches: Watches::new(&store),
             renewals: Turns::new(),
+            store,
         }
     }
 
@@ -87,9 +87,9 @@ impl StoreHandler {
             }
             kind::WATCH => {
                 let follow: Follow = read("a watch", request)?;
-                let watch = store.watch(&follow.prefix, follow.from).await;
                 let (items, stream) = mpsc::channel(4);
-                tokio::spawn(send_changes(watch, items, self.watches.clone()));
+                let watches = self.watches.clone();
+                tokio::spawn(watches.send(follow.prefix, follow.from, items));
                 Ok(Reply::Stream(stream))
             }
             kind::LEASE_GRANT => {
@@ -174,40 +174,5 @@ async fn send_list(listing: Result<Listing, StoreError>, to: mpsc::Sender<Bytes>
         if to.send(item).await.is_err() {
             return;
         }
-    }
-}
-
-async fn send_changes(watch: Result<Watch, StoreError>, to: mpsc::Sender<Bytes>, turns: Turns) {
-    let mut watch = match watch {
-        Ok(watch) => watch,
-        Err(error) => {
-            if let Ok(item) = item::<Revised>(Err(error)) {
-                to.send(item).await.ok();
-            }
-            return;
-        }
-    };
-    let begun = Revised {
-        revision: 0,
-        changes: Vec::new(),
-    };
-    let Ok(begun) = item(Ok(begun)) else { return };
-    if to.send(begun).await.is_err() {
-        return;
-    }
-    loop {
-        let next = tokio::select! {
-            () = to.closed() => return,
-            next = watch.next() => next,
-        };
-        let Some(next) = next else { return };
-        let Ok(item) = item(next.map(Revised::from)) else {
-            return;
-        };
-        // Nobody waits for one that reads slowly.
-        let Ok(place) = to.reserve().await else {
-            return;
-        };
-        turns.take(|| place.send(item)).await;
     }
 }

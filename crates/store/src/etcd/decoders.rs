@@ -3,7 +3,7 @@
 use prost::Message;
 
 use super::messages as pb;
-use crate::decoders::Decoder;
+use crate::decoder::Decoder;
 
 fn of<T: Message + Default>(name: &str) -> Decoder {
     Decoder {

@@ -8,7 +8,7 @@ use openraft::raft::{
 
 use super::snapshot;
 use super::types::{Command, LogId, SnapshotMeta, Types, Vote};
-use crate::decoders::Decoder;
+use crate::decoder::Decoder;
 
 type Answer<T, E = RaftError<u64>> = Result<T, E>;
 
