@@ -7,6 +7,7 @@ use keel_machine::restart_policy::Restart;
 use keel_testkit::disk::SmallDisk;
 use keel_testkit::{Guest, LocalCluster, check_numbered, guest, wait_for};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
@@ -304,16 +305,15 @@ async fn a_voter_whose_disk_is_full_is_none_to_spare() {
     .await
     .expect("three copies");
     disk.fill().expect("a full disk");
-    let mut count = 0;
-    wait_for("none may fail", || {
-        // Something to write.
-        count += 1;
-        let (_, said) = cluster.keel("b", &["label", "--node", "b", &format!("count={count}")]);
-        let cluster = &cluster;
-        async move {
-            assert!(!said.contains("error"), "{said}");
-            (spare(cluster, "c").await? == (0, true)).then_some(())
-        }
+    // More than its file has room for.
+    let (counter, large) = (guest("counter"), "1".repeat(200_000));
+    let count = AtomicUsize::new(0);
+    wait_for("none may fail", || async {
+        let name = format!("large{}", count.fetch_add(1, Ordering::Relaxed));
+        let args = ["1000000", "2", &large];
+        let run = cluster.run(&Guest::new(&name, "b", &counter, &args)).await;
+        run.expect("the others are a quorum");
+        (spare(&cluster, "c").await? == (0, true)).then_some(())
     })
     .await
     .expect("it is seen");

@@ -40,6 +40,9 @@ pub(super) const WHO_VOTES: u16 = 0x0344;
 const TAKE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a copy counts as closed after it stopped: longer than the leader's interval of asking,
+/// and than it takes a full disk to refuse the next write.
+const STOP_COUNTS: Duration = Duration::from_secs(12);
 
 /// Why this node's copy of the store cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +157,8 @@ pub(crate) struct Voters {
     asked: Mutex<Option<Instant>>,
     /// This node's copy is damaged: the leader gives it another one.
     is_damaged: AtomicBool,
+    /// When this node's copy last stopped.
+    stopped_at: Mutex<Option<Instant>>,
 }
 
 impl Voters {
@@ -202,6 +207,7 @@ impl Voters {
             changing: tokio::sync::Mutex::default(),
             asked: Mutex::default(),
             is_damaged: AtomicBool::new(false),
+            stopped_at: Mutex::default(),
         });
         if matches!(voters.engine, Engine::External(..)) {
             voters.admit();
@@ -347,6 +353,32 @@ impl Voters {
     /// Whether this node's copy of the store is damaged, so that it can never be opened.
     pub(super) fn is_damaged(&self) -> bool {
         self.is_damaged.load(Ordering::Relaxed)
+    }
+
+    /// Says that this node's copy stopped, and is to be opened again.
+    pub(super) fn tell_stopped(&self, reason: &str) {
+        tracing::warn!(
+            reason,
+            "this node's copy of the store stopped; opening it again"
+        );
+        let mut stopped_at = self
+            .stopped_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *stopped_at = Some(Instant::now());
+    }
+
+    /// Whether this node has a copy of the store that cannot be relied on now, and is to be opened
+    /// again: also one that stopped a moment ago, since a full disk can be read.
+    fn is_closed(&self) -> bool {
+        let Some(store) = self.store() else {
+            return self.dir.store().exists() && !self.is_damaged();
+        };
+        let stopped_at = *self
+            .stopped_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        store.stopped().is_some() || stopped_at.is_some_and(|at| at.elapsed() < STOP_COUNTS)
     }
 
     /// The cluster's store.
@@ -661,11 +693,10 @@ impl Handler for Voters {
                 return Ok(pack(&self.settings().voters)?.into());
             }
             if kind == COPY {
-                let id = self.store().map(|store| store.id());
-                if id.is_none() && self.dir.store().exists() && !self.is_damaged() {
-                    // It is being opened again.
+                if self.is_closed() {
                     return Err(RpcError::refused("this node's copy is closed"));
                 }
+                let id = self.store().map(|store| store.id());
                 return Ok(pack(&id)?.into());
             }
             match self.service() {

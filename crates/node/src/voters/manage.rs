@@ -383,10 +383,7 @@ pub(crate) async fn reopen(voters: Arc<Voters>) {
                 let Some(reason) = store.stopped() else {
                     continue;
                 };
-                tracing::warn!(
-                    reason,
-                    "this node's copy of the store stopped; opening it again"
-                );
+                voters.tell_stopped(&reason);
             }
             // A store that was moved out of the nodes may have left a copy.
             None if voters.external().is_none()
