@@ -53,6 +53,11 @@ const MACHINES: [(&str, u32, Kept); 5] = [
 ];
 /// Time between the lines of a machine, in microseconds.
 const PAUSE_US: u32 = 2000;
+/// The interval of checkpoints of machines with high availability.
+const INTERVAL_MS: u64 = 1000;
+/// Lines that the loss of a node alone may undo: those of two intervals, since none is made while a
+/// machine moves, and the first after a move has everything.
+const UNDONE_MAX: u64 = 2 * INTERVAL_MS * 1000 / PAUSE_US as u64;
 /// Size of the disk of each node, in MiB.
 const DISK_MIB: u32 = 512;
 /// The failpoints that delay a commit and lose its answer.
@@ -94,7 +99,7 @@ impl Kept {
         };
         match self {
             Kept::Here => None,
-            Kept::Available => of(1000, Fence::Timer, Protect::None),
+            Kept::Available => of(INTERVAL_MS, Fence::Timer, Protect::None),
             Kept::Protected => of(100, Fence::None, Protect::Output),
         }
     }
@@ -684,7 +689,12 @@ impl Nemesis {
             );
             rewinds += back;
             if *kept == Kept::Available {
-                most_repeated = most_repeated.max(told.repeated - before[number].repeated);
+                let undone = told.repeated - before[number].repeated;
+                ensure!(
+                    undone <= back * UNDONE_MAX || !matches!(fault, Fault::PowerOff(_)),
+                    "{back} failures of {name} undid {undone} lines, after {fault:?}, {what:?}"
+                );
+                most_repeated = most_repeated.max(undone);
             }
             if is_safe && fault.ends_leases() {
                 failovers += back;
@@ -704,7 +714,7 @@ impl Nemesis {
             of.count += 1;
             of.machine_ms = of.machine_ms.max(machine_ms);
             of.store_ms = of.store_ms.max(store_ms);
-            tally.most_repeated = tally.most_repeated.max(most_repeated);
+            of.most_repeated = of.most_repeated.max(most_repeated);
             tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
         }
         Ok(format!(

@@ -5,6 +5,9 @@
 //! agent adds or skips one. From there on it is measured on CLOCK_BOOTTIME: a wall clock that was
 //! ahead for a moment would put off the next checkpoint, and with it the output that waits for it,
 //! until that time has come.
+//!
+//! With high availability an interval is what a failure may undo, so that a checkpoint has to be
+//! safe when it is over: it begins earlier by as long as the last ones took.
 
 use super::handle::Checkpoints;
 use super::replication::Unreplicated;
@@ -41,6 +44,7 @@ impl Checkpoints {
             // When the next one is due, on CLOCK_BOOTTIME.
             let mut next: Option<Duration> = None;
             let mut interval: Option<Duration> = None;
+            let mut lead = Lead::default();
             let mut failed = 0;
             let mut unreplicated = None;
             let mut settings = None;
@@ -111,7 +115,12 @@ impl Checkpoints {
                         .await;
                     match made {
                         Ok(begun) => {
-                            next = Some(begun.saturating_add(plan.every));
+                            let took = boottime().saturating_sub(begun);
+                            next = Some(begun.saturating_add(match ha.protects_output() {
+                                // Nothing that was seen is undone.
+                                true => plan.every,
+                                false => lead.pause(plan.every, took),
+                            }));
                             failed = 0;
                         }
                         Err(error) => {
@@ -138,13 +147,18 @@ impl Checkpoints {
                 };
                 match checkpoints.create_here(&machine, request).await {
                     Ok(taken) => {
-                        next = Some(boottime().saturating_add(plan.every));
                         failed = 0;
-                        if record.spec.ha.is_some() {
-                            checkpoints
-                                .note_shared(&machine, record.epoch, &taken.id)
-                                .await;
-                        }
+                        let pause = match record.spec.ha {
+                            Some(_) => {
+                                checkpoints
+                                    .note_shared(&machine, record.epoch, &taken.id)
+                                    .await;
+                                let took = boottime().saturating_sub(now);
+                                lead.pause(plan.every, took).saturating_sub(took)
+                            }
+                            None => plan.every,
+                        };
+                        next = Some(boottime().saturating_add(pause));
                     }
                     Err(error) => {
                         tracing::warn!(%machine, %error, "cannot create a scheduled checkpoint");
@@ -154,6 +168,20 @@ impl Checkpoints {
                 }
             }
         });
+    }
+}
+
+/// By how much the checkpoints of a machine with high availability begin earlier.
+#[derive(Default)]
+struct Lead(Duration);
+
+impl Lead {
+    /// Time from the beginning of a checkpoint, which took so long until it was safe, to that of
+    /// the next one. Older times count for less and less.
+    fn pause(&mut self, every: Duration, took: Duration) -> Duration {
+        self.0 = took.max(self.0 * 3 / 4);
+        // Where it takes that long, the machine would do nothing else.
+        every - self.0.min(every / 2)
     }
 }
 
@@ -290,6 +318,23 @@ fn pause(every: Duration, failed: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What a failure undoes is the time since the newest checkpoint that is safe began.
+    #[test]
+    fn no_more_than_an_interval_is_undone() {
+        let ms = Duration::from_millis;
+        let (every, mut lead) = (ms(1000), Lead::default());
+        let mut pause = lead.pause(every, ms(100));
+        for took in [100, 80, 100, 20, 74, 10, 10, 10, 300, 200] {
+            // It fails just before the next one is safe.
+            let undone = pause + ms(took);
+            assert!(undone <= every || took == 300, "{undone:?}");
+            assert!(undone >= ms(300));
+            pause = lead.pause(every, ms(took));
+        }
+        assert_eq!(lead.pause(every, ms(5000)), ms(500));
+        assert_eq!(Lead::default().pause(every, ms(0)), every);
+    }
 
     #[test]
     fn failures_are_spaced() {

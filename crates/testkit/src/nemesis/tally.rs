@@ -28,8 +28,6 @@ pub struct Tally {
     pub rewinds: u64,
     /// Of these, machines with high availability whose node was away.
     pub failovers: u64,
-    /// The most lines that one failure let a machine with high availability repeat.
-    pub most_repeated: u64,
     /// Milliseconds from the repair to the next line of all machines: without and with a killed
     /// process of a machine.
     pub recoveries_ms: [Vec<u64>; 2],
@@ -43,6 +41,8 @@ pub struct FaultTally {
     /// node got an answer from the store, in milliseconds. It contains the fault.
     pub machine_ms: u64,
     pub store_ms: u64,
+    /// The most lines of a machine with high availability that were undone at once.
+    pub most_repeated: u64,
 }
 
 impl std::fmt::Display for Tally {
@@ -64,16 +64,12 @@ impl std::fmt::Display for Tally {
         )?;
         for (kind, of) in &self.faults {
             let (count, machine_ms, store_ms) = (of.count, of.machine_ms, of.store_ms);
+            let undone = of.most_repeated;
             writeln!(
                 f,
-                "{kind}: {count} times, longest outage of a machine {machine_ms} ms, of the store {store_ms} ms"
+                "{kind}: {count} times, longest outage of a machine {machine_ms} ms, of the store {store_ms} ms; at most {undone} lines undone"
             )?;
         }
-        writeln!(
-            f,
-            "most lines repeated after a failure: {}",
-            self.most_repeated
-        )?;
         let [unharmed, killed] = self.recoveries_ms.each_ref().map(|times| {
             let mut times = times.clone();
             times.sort_unstable();
