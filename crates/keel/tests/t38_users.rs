@@ -157,6 +157,15 @@ async fn the_audit_log_says_who_asked_for_what() {
     assert!(!bench.keel(&["move", "nothing", "--to", "b"]).0);
     assert!(bench.keel(&["ps"]).0);
     assert!(bench.keel(&["stop", "m"]).0);
+    let backup = bench.folder.path().join("backup").display().to_string();
+    bench.at_node(&["store", "backup", &backup]);
+    // What is refused, once.
+    let eve = bench.token(&["eve", "--role", "viewer"]);
+    assert!(bench.login("look", &eve).0);
+    for _ in 0..3 {
+        let (ok, said) = bench.keel(&["move", "m", "--to", "a"]);
+        assert!(!ok && said.contains("role operator"), "{said}");
+    }
     let log: Vec<AuditEntry> = bench
         .cluster
         .client("b")
@@ -174,10 +183,16 @@ async fn the_audit_log_says_who_asked_for_what() {
         ("ada", "POST /v1/machines/m/move", "to b"),
         ("ada", "POST /v1/machines/nothing/move", "to b"),
         ("ada", "POST /v1/machines/m/stop", ""),
+        ("local", "GET /v1/store/backup", ""),
+        ("eve", "POST /v1/machines/m/move", "to a"),
     ] {
         assert!(told.contains(&expected), "{expected:?} of {told:#?}");
     }
-    assert!(!told.iter().any(|(_, request, _)| request.contains("GET")));
+    let looks = told.iter().filter(|it| it.1.starts_with("GET"));
+    assert_eq!(looks.count(), 1);
+    let refused: Vec<_> = log.iter().filter(|it| it.user == "eve").collect();
+    assert_eq!(refused.len(), 1);
+    assert_eq!(refused[0].status, Some(403));
     let status = |request: &str| {
         let entry = log.iter().find(|it| it.request == request);
         entry.and_then(|it| it.status)

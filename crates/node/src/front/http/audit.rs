@@ -1,7 +1,8 @@
-//! Enters requests that change something in the audit log, before they are carried out.
+//! Enters requests that change something in the audit log, before they are carried out; and
+//! requests that are refused because their user lacks the role.
 
 use super::super::handles::Handles;
-use super::caller::Caller;
+use super::caller::{Caller, needed_role};
 use super::reply::{Failure, Reply, problem};
 use crate::error::CommandError;
 use crate::records::{AuditRecord, audit_log, begin_audit, end_audit};
@@ -14,7 +15,9 @@ use axum::response::Response;
 use keel_api::{AUDIT_DEFAULT, AUDIT_MAX, AuditEntry};
 use keel_store::clock::unix_ms;
 use serde::Deserialize;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use utoipa::IntoParams;
 
 /// Requests of that many bytes are looked into for what they name.
@@ -26,11 +29,41 @@ const NAMING: [&str; 9] = [
 /// The most bytes of an entry's text about that.
 const ABOUT_BYTES_MAX: usize = 300;
 
-/// Whether a request changes something that is to be found later.
+/// Of the refused requests of a user, one in this time is entered: many must not drive out what was
+/// done.
+const REFUSAL_EVERY: Duration = Duration::from_secs(10);
+
+/// What it needs to keep the audit log.
+pub(super) struct Audit {
+    handles: Arc<Handles>,
+    /// When a refused request of a user was last entered.
+    refused: Mutex<HashMap<Arc<str>, Instant>>,
+}
+
+impl Audit {
+    pub(super) fn new(handles: Arc<Handles>) -> Self {
+        let refused = Mutex::default();
+        Audit { handles, refused }
+    }
+}
+
+/// Whether a refused request of this user is to be entered at this time.
+fn enters_refusal(
+    refused: &Mutex<HashMap<Arc<str>, Instant>>,
+    user: &Arc<str>,
+    now: Instant,
+) -> bool {
+    let mut refused = refused.lock().unwrap_or_else(PoisonError::into_inner);
+    refused.retain(|_, at| now.saturating_duration_since(*at) < REFUSAL_EVERY);
+    !refused.contains_key(user) && refused.insert(user.clone(), now).is_none()
+}
+
+/// Whether a request changes something that is to be found later, or tells everything.
 fn is_audited(method: &Method, path: &str) -> bool {
     let only_looks = ["/dry-run", "/diff", "/plan"];
     match *method {
-        Method::GET | Method::HEAD | Method::OPTIONS => false,
+        Method::GET => path == "/v1/store/backup",
+        Method::HEAD | Method::OPTIONS => false,
         // The pieces of a file; what begins and ends it is there.
         Method::PUT => !path.ends_with("/files"),
         _ => !only_looks.iter().any(|end| path.ends_with(end)) && path != "/v1/debug/failpoint",
@@ -38,12 +71,23 @@ fn is_audited(method: &Method, path: &str) -> bool {
 }
 
 /// Keeps the audit log.
-pub(super) async fn keep(State(at): State<Arc<Handles>>, request: Request, next: Next) -> Response {
+pub(super) async fn keep(
+    State(audit): State<Arc<Audit>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let at = &audit.handles;
     let path = request.uri().path().to_owned();
     let Some(caller) = request.extensions().get::<Caller>().cloned() else {
         return next.run(request).await;
     };
-    if !is_audited(request.method(), &path) {
+    let needed = needed_role(request.method(), &path);
+    let is_refused = needed.is_some_and(|needed| !caller.role.includes(needed));
+    let is_entered = match is_refused {
+        true => enters_refusal(&audit.refused, &caller.user, Instant::now()),
+        false => is_audited(request.method(), &path),
+    };
+    if !is_entered {
         return next.run(request).await;
     }
     let asked = format!("{} {path}", request.method());
@@ -62,6 +106,7 @@ pub(super) async fn keep(State(at): State<Arc<Handles>>, request: Request, next:
     let store = at.context.store.clone();
     let key = match begin_audit(&*store, unix_ms(), &record).await {
         Ok(key) => key,
+        Err(_) if is_refused => return next.run(request).await,
         Err(error) => {
             let text = format!("{error}; nothing is changed that the audit log does not have");
             return problem(StatusCode::SERVICE_UNAVAILABLE, text);
@@ -153,6 +198,7 @@ mod tests {
     fn changes_are_entered_and_looks_are_not() {
         for (method, path, expected) in [
             (Method::GET, "/v1/machines", false),
+            (Method::GET, "/v1/store/backup", true),
             (Method::POST, "/v1/machines", true),
             (Method::POST, "/v1/machines/m/move", true),
             (Method::POST, "/v1/machines/m/dry-run", false),
@@ -166,6 +212,21 @@ mod tests {
         ] {
             assert_eq!(is_audited(&method, path), expected, "{method} {path}");
         }
+    }
+
+    #[test]
+    fn of_many_refusals_a_few_are_entered() {
+        let refused = Mutex::default();
+        let (ada, bob): (Arc<str>, Arc<str>) = ("ada".into(), "bob".into());
+        let begun = Instant::now();
+        let entered = |user, after_s| {
+            let now = begun + Duration::from_secs(after_s);
+            enters_refusal(&refused, user, now)
+        };
+        assert!(entered(&ada, 0) && entered(&bob, 5));
+        assert!(!entered(&ada, 9) && !entered(&bob, 9));
+        assert!(entered(&ada, 10));
+        assert!(!entered(&ada, 19));
     }
 
     #[test]

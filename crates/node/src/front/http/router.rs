@@ -26,6 +26,7 @@ const PROBLEM_BYTES_MAX: usize = 64 << 10;
 pub(super) fn router(handles: Arc<Handles>) -> Result<Router, serde_json::Error> {
     let (router, description) = described(handles.context.kinds.image_bytes_max()).split();
     let document = Document::new(&description)?;
+    let audit = Arc::new(audit::Audit::new(handles.clone()));
     // Tests alone use it.
     let router = match failpoint::is_enabled() {
         true => router.route("/v1/debug/failpoint", post(handlers::failpoint)),
@@ -39,10 +40,10 @@ pub(super) fn router(handles: Arc<Handles>) -> Result<Router, serde_json::Error>
             )
         })
         .layer(Extension(document))
-        .layer(middleware::from_fn_with_state(handles.clone(), audit::keep))
+        .layer(middleware::from_fn(check_role))
+        .layer(middleware::from_fn_with_state(audit, audit::keep))
         .layer(middleware::from_fn(in_full))
         .layer(middleware::map_response(in_json))
-        .layer(middleware::from_fn(check_role))
         .with_state(handles))
 }
 
