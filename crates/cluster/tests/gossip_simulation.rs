@@ -16,6 +16,45 @@ use std::collections::{BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 const SEEDS: u64 = 40;
+/// Names the only seed that is to run.
+const SEED: &str = "KEEL_SIM_SEED";
+
+/// The seeds of a test. When one fails, it says how to run that one again.
+struct Seeds {
+    left: std::ops::Range<u64>,
+    last: u64,
+}
+
+impl Seeds {
+    fn first(count: u64) -> Self {
+        let only = std::env::var(SEED).ok();
+        let only = only.map(|it| it.parse::<u64>().expect("a seed"));
+        let left = only.map_or(0..count, |seed| seed..seed + 1);
+        Seeds { left, last: 0 }
+    }
+}
+
+impl Iterator for Seeds {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        self.last = self.left.next()?;
+        Some(self.last)
+    }
+}
+
+impl Drop for Seeds {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let thread = std::thread::current();
+            println!(
+                "again: {SEED}={} cargo test -p keel-cluster --test gossip_simulation {}",
+                self.last,
+                thread.name().unwrap_or_default()
+            );
+        }
+    }
+}
 
 /// Which datagrams between two nodes are lost, besides those lost by chance.
 type Cut = Box<dyn Fn(usize, usize) -> bool>;
@@ -258,7 +297,7 @@ fn detection_max(nodes: usize) -> Duration {
 
 #[test]
 fn a_cluster_without_faults_suspects_nobody() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let mut world = World::new(3 + (seed as usize % 20), seed);
         world.delay_ms = 0..1 + seed * 4 % 120;
         world.form();
@@ -271,7 +310,7 @@ fn a_cluster_without_faults_suspects_nobody() {
 
 #[test]
 fn whoever_does_not_answer_is_down_for_all_and_comes_back() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 3 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.loss = seed as f64 % 4.0 * 0.02;
@@ -308,7 +347,7 @@ fn whoever_does_not_answer_is_down_for_all_and_comes_back() {
 #[test]
 fn lost_datagrams_bring_nobody_down() {
     let mut suspicions = 0;
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let mut world = World::new(4 + (seed as usize % 20), seed);
         world.form();
         world.loss = 0.1;
@@ -332,7 +371,7 @@ fn lost_datagrams_bring_nobody_down() {
 /// One node hears another no more, and the others do: they tell it.
 #[test]
 fn a_broken_path_between_two_nodes_brings_none_of_them_down() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 4 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -348,7 +387,7 @@ fn a_broken_path_between_two_nodes_brings_none_of_them_down() {
 
 #[test]
 fn halves_that_were_apart_find_each_other() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 4 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -376,7 +415,7 @@ fn halves_that_were_apart_find_each_other() {
 /// did not hear then has to be cleared.
 #[test]
 fn nobody_stays_accused_after_a_short_isolation() {
-    for seed in 0..4 * SEEDS {
+    for seed in Seeds::first(4 * SEEDS) {
         let nodes = 2 + (seed as usize % 10);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -393,7 +432,7 @@ fn nobody_stays_accused_after_a_short_isolation() {
 /// What one node knows of another by gossip alone is not undone by a node whose list is older.
 #[test]
 fn a_list_of_members_that_is_behind_accuses_nobody() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 4 + (seed as usize % 10);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -423,7 +462,7 @@ fn a_list_of_members_that_is_behind_accuses_nobody() {
 
 #[test]
 fn whoever_stops_in_order_is_down_at_once() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 3 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -436,7 +475,7 @@ fn whoever_stops_in_order_is_down_at_once() {
 
 #[test]
 fn nodes_that_were_removed_are_forgotten_and_those_that_were_added_found() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 4 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.form();
@@ -466,7 +505,7 @@ fn nodes_that_were_removed_are_forgotten_and_those_that_were_added_found() {
 
 #[test]
 fn all_know_the_newest_load_of_each() {
-    for seed in 0..SEEDS {
+    for seed in Seeds::first(SEEDS) {
         let nodes = 3 + (seed as usize % 20);
         let mut world = World::new(nodes, seed);
         world.loss = seed as f64 % 4.0 * 0.02;
