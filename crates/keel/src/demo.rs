@@ -37,6 +37,8 @@ const NODES: [&str; 3] = ["a", "b", "c"];
 const FIRST_NODE: &str = "a";
 /// The node that is asked.
 const ASKED_NODE: &str = "b";
+/// The machine that starts when the first node is off.
+const LATE: &str = "late";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -289,6 +291,19 @@ async fn play(
     cluster.power_off(FIRST_NODE);
     let before = lines_of_all(&cluster).await?;
     settle(scene, &cluster, &before).await?;
+    headline(scene, "moving a machine, and starting another, without it");
+    let moved = &PARTS[0];
+    let at = cluster.inspect(ASKED_NODE, moved.name).await?.node;
+    let target = NODES.iter().find(|it| **it != FIRST_NODE && **it != at);
+    let target = target.context("three nodes less one are two")?;
+    moves.push(move_one(scene, &cluster, ASKED_NODE, moved.name, target).await?);
+    let late = Guest::new(LATE, ASKED_NODE, moved.module, moved.args);
+    cluster.run(&late).await?;
+    keel_testkit::wait_for("it prints", || async {
+        let output = cluster.output(ASKED_NODE, LATE).await.ok()?;
+        (!output.is_empty()).then_some(())
+    })
+    .await?;
     let summary = sum_up(&cluster, (hot_node, spread), moves, &before, begun).await;
     look(scene, &cluster).await;
     headline(scene, "done");
