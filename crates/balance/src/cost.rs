@@ -61,6 +61,12 @@ impl Link {
         bytes_per_s: RATE_BYTES_PER_S,
     };
 
+    /// Between sites, before anything was measured.
+    pub const FAR: Link = Link {
+        round_trip_ms: FAR_MS,
+        bytes_per_s: FAR_BYTES_PER_S,
+    };
+
     /// A link as it was measured: its round-trip time in milliseconds, and the rate of earlier moves
     /// in bytes per second. One with a short round trip is [`Link::NEAR`]: the cost model learns how
     /// fast it is.

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The label of nodes that names their failure domain.
-const ZONE: &str = "zone";
+pub const ZONE: &str = "zone";
 
 /// The failure domain in a node's labels, as the store has them (a JSON object); `None` if they
 /// name none, or cannot be read.

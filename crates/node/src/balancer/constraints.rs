@@ -98,6 +98,6 @@ impl Constraints for Snapshot {
     }
 
     fn link(&self, peer: &Name) -> Link {
-        self.links.to(peer)
+        self.links.to(peer, &self.rules)
     }
 }

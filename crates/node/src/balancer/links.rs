@@ -3,6 +3,7 @@
 
 use crate::context::Context;
 use crate::moves::Moves;
+use crate::rules::RuleSnapshot;
 use keel_balance::cost::Link;
 use keel_cluster::NodeName;
 use std::sync::Arc;
@@ -19,14 +20,16 @@ impl Links {
         Links { context, moves }
     }
 
-    /// The network to a node; [`Link::NEAR`] if nothing was measured yet.
-    pub(super) fn to(&self, peer: &str) -> Link {
-        let Ok(peer) = NodeName::new(peer) else {
-            return Link::NEAR;
-        };
-        match self.context.peers.round_trip(&peer) {
-            Some(time) => Link::measured(time.as_secs_f64() * 1e3, self.moves.rate_to(&peer)),
-            None => Link::NEAR,
-        }
+    /// The network to a node. Where nothing was measured yet, it is as far as their labels say.
+    pub(super) fn to(&self, peer: &str, rules: &RuleSnapshot) -> Link {
+        let measured = NodeName::new(peer).ok().and_then(|peer| {
+            let time = self.context.peers.round_trip(&peer)?;
+            let rate = self.moves.rate_to(&peer);
+            Some(Link::measured(time.as_secs_f64() * 1e3, rate))
+        });
+        measured.unwrap_or_else(|| match rules.are_apart(self.context.name.as_str(), peer) {
+            true => Link::FAR,
+            false => Link::NEAR,
+        })
     }
 }

@@ -105,6 +105,7 @@ impl RuleCache {
         let listing = store.list(prefix).await?;
         {
             let mut set = self.locked();
+            set.forget(prefix, &listing.entries);
             for entry in &listing.entries {
                 set.take(&entry.key, Some(entry));
             }
@@ -170,6 +171,11 @@ impl RuleSnapshot {
     /// Nodes that are alive.
     pub(crate) fn nodes(&self) -> &[Name] {
         &self.alive
+    }
+
+    /// Whether two nodes are labelled to be in different failure domains.
+    pub(crate) fn are_apart(&self, one: &str, other: &str) -> bool {
+        self.set.are_apart(one, other)
     }
 
     /// The rule that forbids moving a machine in this minute of the day, UTC.

@@ -2,6 +2,8 @@
 
 use keel_balance::Name;
 use keel_balance::rules::{Labels, Rule, Subject};
+use keel_cluster::failover::ZONE;
+use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::Record;
 use keel_store::Store;
 use keel_store::StoreError;
@@ -9,7 +11,7 @@ use keel_store::keys::{self, Key};
 use keel_store::{Compare, KeyValue, Revision};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Rules, and the labels that they select by, at one instant of the store.
 #[derive(Debug, Clone, Default)]
@@ -79,6 +81,36 @@ impl RuleSet {
         }
     }
 
+    /// Forgets what a list of all entries under a prefix does not have: its deletion was not seen.
+    pub(super) fn forget(&mut self, prefix: &str, listed: &[KeyValue]) {
+        let listed: BTreeSet<&str> = listed.iter().map(|entry| entry.key.as_str()).collect();
+        let is_gone = |key: Key| {
+            let key = key.to_string();
+            key.starts_with(prefix) && !listed.contains(key.as_str())
+        };
+        let node = |name: &Name| NodeName::new(name).ok();
+        self.node_labels
+            .retain(|it, _| !node(it).is_some_and(|it| is_gone(Key::NodeLabels(it))));
+        self.drains
+            .retain(|it, _| !node(it).is_some_and(|it| is_gone(Key::Drain(it))));
+        self.machine_labels.retain(|it, _| {
+            let machine = MachineName::new(it).ok();
+            !machine.is_some_and(|it| is_gone(Key::MachineLabels(it)))
+        });
+        if is_gone(Key::Rules) {
+            (self.rules, self.revision) = (Vec::new(), None);
+        }
+    }
+
+    /// Whether two nodes are labelled to be in different failure domains.
+    pub(super) fn are_apart(&self, one: &str, other: &str) -> bool {
+        let zone = |node: &str| self.node_labels.get(node)?.get(ZONE);
+        match (zone(one), zone(other)) {
+            (Some(one), Some(other)) => one != other,
+            _ => false,
+        }
+    }
+
     pub(crate) fn node(&self, name: &str) -> Subject {
         thing(name, &self.node_labels)
     }
@@ -134,4 +166,70 @@ pub(super) fn placed(set: &RuleSet, records: &[Record]) -> Vec<(Subject, Name)> 
             (machine, record.owner.as_str().into())
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(key: Key, value: &str) -> KeyValue {
+        KeyValue {
+            key: key.to_string(),
+            value: value.into(),
+            created: 1,
+            modified: 1,
+            lease: None,
+        }
+    }
+
+    fn set(entries: &[KeyValue]) -> RuleSet {
+        let mut set = RuleSet::default();
+        for entry in entries {
+            set.take(&entry.key, Some(entry));
+        }
+        set
+    }
+
+    fn node(name: &str) -> NodeName {
+        name.parse().unwrap()
+    }
+
+    /// A watch that began again did not see what was deleted meanwhile.
+    #[test]
+    fn what_a_list_lacks_is_forgotten() {
+        let m = Key::MachineLabels("m".parse().unwrap());
+        let rules = r#"[{"name":"r","machines":"m","rule":"stay"}]"#;
+        let entries = [
+            entry(Key::NodeLabels(node("a")), r#"{"zone":"x"}"#),
+            entry(Key::NodeLabels(node("b")), r#"{"zone":"y"}"#),
+            entry(m, r#"{"app":"web"}"#),
+            entry(Key::Drain(node("a")), "unreadable"),
+            entry(Key::Rules, rules),
+        ];
+        let mut set = set(&entries);
+        assert_eq!((set.rules.len(), set.drains.len()), (1, 1));
+        set.forget(keys::NODE_LABELS, &entries[..1]);
+        assert!(set.node("b").labels.is_empty() && !set.node("a").labels.is_empty());
+        assert!(!set.machine("m").labels.is_empty());
+        set.forget(keys::DRAINS, &[]);
+        assert!(set.drains.is_empty());
+        set.forget(&Key::Rules.to_string(), &entries[4..]);
+        assert_eq!(set.rules.len(), 1);
+        set.forget(&Key::Rules.to_string(), &[]);
+        assert!(set.rules.is_empty() && !set.machine("m").labels.is_empty());
+        set.forget(keys::MACHINE_LABELS, &[]);
+        assert!(set.machine("m").labels.is_empty());
+    }
+
+    #[test]
+    fn nodes_are_apart_if_their_labels_say_so() {
+        let set = set(&[
+            entry(Key::NodeLabels(node("a")), r#"{"zone":"x"}"#),
+            entry(Key::NodeLabels(node("b")), r#"{"zone":"y"}"#),
+            entry(Key::NodeLabels(node("c")), r#"{"zone":"x"}"#),
+            entry(Key::NodeLabels(node("d")), "{}"),
+        ]);
+        assert!(set.are_apart("a", "b"));
+        assert!(!set.are_apart("a", "c") && !set.are_apart("a", "d") && !set.are_apart("d", "e"));
+    }
 }
