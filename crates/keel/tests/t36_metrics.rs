@@ -1,7 +1,8 @@
 //! What those see who watch a node: `/metrics` for Prometheus, `/healthz`, `/readyz`.
 
 use keel_testkit::{Guest, LocalCluster, guest, wait_for};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -111,4 +112,49 @@ async fn a_node_without_the_store_lives_and_is_not_ready() {
     })
     .await
     .expect("it is");
+}
+
+/// Whoever asks for all output of a machine and then hardly reads costs its node no memory, and
+/// others nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_that_hardly_reads_costs_nothing() {
+    const READ_BYTES: usize = 96 << 20;
+    const GROWN_MAX: f64 = (READ_BYTES / 4) as f64;
+    let (cluster, folder) = cluster(&["a"]).await;
+    let module = guest("hostile");
+    let machine = Guest::new("m", "a", &module, &["flood"]);
+    cluster.run(&machine).await.expect("it starts");
+    let follow = "/v1/machines/m/logs?follow=true";
+    let mut slow: Vec<UnixStream> = (0..20)
+        .map(|_| {
+            let socket = folder.path().join("a").join("api.socket");
+            let mut slow = UnixStream::connect(socket).expect("a node");
+            let request = format!("GET {follow} HTTP/1.1\r\nhost: keel\r\n\r\n");
+            slow.write_all(request.as_bytes()).expect("it listens");
+            let mut first = [0];
+            slow.read_exact(&mut first).expect("an answer");
+            slow
+        })
+        .collect();
+    let resident = || {
+        let text = cluster.get_by_socket("a", "/metrics").expect("an answer").1;
+        value(&text, "keel_agent_resident_memory_bytes").expect("a figure")
+    };
+    let before = resident();
+    let mut quick = cluster
+        .client("a")
+        .get_stream(follow)
+        .await
+        .expect("output");
+    let mut read = 0;
+    while read < READ_BYTES {
+        let some = quick.chunk().await.expect("it goes on");
+        read += some.expect("it does not end").len();
+    }
+    let after = resident();
+    assert!(after - before < GROWN_MAX, "{before} and {after}");
+    // They get what follows, whenever they read on.
+    for slow in &mut slow {
+        slow.read_exact(&mut vec![0; 64 << 10]).expect("more of it");
+    }
 }
