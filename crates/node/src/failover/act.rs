@@ -2,7 +2,7 @@
 
 use super::candidates::{Dependencies, free_memory, homeless};
 use super::fence::{Fenced, Fences, program};
-use super::headroom::Keeper;
+use super::headroom;
 use crate::events::Note;
 use crate::records::{self, RecordError, Reservation};
 use crate::role::{JUST_STARTED, Role};
@@ -80,7 +80,8 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
         heard: BTreeSet::new(),
         lost_since: BTreeMap::new(),
     };
-    let mut headroom = Keeper::new();
+    // By itself: nodes that do not answer must not delay failovers.
+    tokio::spawn(headroom::keep(actor.at.clone(), role.clone()));
     let mut changes = actor.at.alive.changes();
     loop {
         tokio::select! {
@@ -95,11 +96,9 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
             actor.hear();
         }
         if !role.is_held() {
-            headroom.forget();
             continue;
         }
         actor.look(has_just_started).await;
-        headroom.keep(&actor.at).await;
     }
 }
 

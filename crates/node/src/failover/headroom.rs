@@ -6,6 +6,7 @@
 use super::candidates::{Dependencies, forbidden, free_memory};
 use crate::error::CommandError;
 use crate::records::{self, RecordError};
+use crate::role::Role;
 use keel_api::NodeLoss;
 use keel_cluster::failover::{Headroom, Homeless, Placement, headroom, place};
 use keel_cluster::{MachineName, NodeName};
@@ -14,8 +15,8 @@ use keel_store::encoding;
 use keel_store::keys::{HEADROOM, Key};
 use keel_store::{StoreError, Txn};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::Instant;
 
 /// How often the headroom of all nodes is determined.
 const KEEP_EVERY: Duration = Duration::from_secs(10);
@@ -153,38 +154,34 @@ pub(crate) async fn check_new(
     }
 }
 
-/// Tells nodes how much memory to keep free.
-pub(super) struct Keeper {
+/// Tells nodes how much memory to keep free, while this node has the role, until the agent ends.
+pub(super) async fn keep(at: Arc<Dependencies>, mut role: Role) {
+    let mut keeper = Keeper::default();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(KEEP_EVERY) => {}
+            () = role.changed() => {}
+        }
+        if !role.is_held() {
+            // Another node acts for all.
+            keeper.told = None;
+            continue;
+        }
+        if let Err(error) = keeper.write(&at).await {
+            tracing::warn!(%error, "nodes are not told how much memory to keep for failovers");
+            keeper.told = None;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Keeper {
     /// What the store has; `None` until it is read.
     told: Option<BTreeMap<NodeName, Headroom>>,
-    next: Instant,
 }
 
 impl Keeper {
-    pub(super) fn new() -> Self {
-        Keeper {
-            told: None,
-            next: Instant::now(),
-        }
-    }
-
-    /// Another node may act for all meanwhile.
-    pub(super) fn forget(&mut self) {
-        self.told = None;
-    }
-
-    /// Writes what has changed, now and then.
-    pub(super) async fn keep(&mut self, at: &Dependencies) {
-        if Instant::now() < self.next {
-            return;
-        }
-        self.next = Instant::now() + KEEP_EVERY;
-        if let Err(error) = self.write(at).await {
-            tracing::warn!(%error, "nodes are not told how much memory to keep for failovers");
-            self.told = None;
-        }
-    }
-
+    /// Writes what has changed.
     async fn write(&mut self, at: &Dependencies) -> Result<(), RecordError> {
         let store = &*at.context.store;
         let told = match &mut self.told {
