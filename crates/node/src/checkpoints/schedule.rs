@@ -177,9 +177,9 @@ struct Lead(Duration);
 
 impl Lead {
     /// Time from the beginning of a checkpoint, which took so long until it was safe, to that of
-    /// the next one. Older times count for less and less.
+    /// the next one: a quarter more than the longest, of which older ones count for less and less.
     fn pause(&mut self, every: Duration, took: Duration) -> Duration {
-        self.0 = took.max(self.0 * 3 / 4);
+        self.0 = (took * 5 / 4).max(self.0 * 7 / 8);
         // Where it takes that long, the machine would do nothing else.
         every - self.0.min(every / 2)
     }

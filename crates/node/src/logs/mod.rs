@@ -164,7 +164,8 @@ impl Logs {
         follow: bool,
     ) -> Result<mpsc::Receiver<Result<Bytes, String>>, CommandError> {
         records::get(&*self.context.store, machine).await?;
-        let (send, bytes) = mpsc::channel(16);
+        // Of those who follow there may be many, and some hardly read.
+        let (send, bytes) = mpsc::channel(2);
         let (logs, machine) = (self.clone(), machine.clone());
         tokio::spawn(async move {
             let mut at = from;

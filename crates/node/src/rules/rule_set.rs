@@ -171,6 +171,7 @@ pub(super) fn placed(set: &RuleSet, records: &[Record]) -> Vec<(Subject, Name)> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use keel_balance::rules::{Requirement, Selector};
 
     fn entry(key: Key, value: &str) -> KeyValue {
         KeyValue {
@@ -198,13 +199,17 @@ mod tests {
     #[test]
     fn what_a_list_lacks_is_forgotten() {
         let m = Key::MachineLabels("m".parse().unwrap());
-        let rules = r#"[{"name":"r","machines":"m","rule":"stay"}]"#;
+        let rules = serde_json::to_string(&[Rule {
+            name: "r".into(),
+            machines: Selector::default(),
+            requirement: Requirement::Stay,
+        }]);
         let entries = [
             entry(Key::NodeLabels(node("a")), r#"{"zone":"x"}"#),
             entry(Key::NodeLabels(node("b")), r#"{"zone":"y"}"#),
             entry(m, r#"{"app":"web"}"#),
             entry(Key::Drain(node("a")), "unreadable"),
-            entry(Key::Rules, rules),
+            entry(Key::Rules, &rules.unwrap()),
         ];
         let mut set = set(&entries);
         assert_eq!((set.rules.len(), set.drains.len()), (1, 1));
