@@ -17,6 +17,15 @@ struct Bench {
     folder: tempfile::TempDir,
 }
 
+impl Bench {
+    /// Starts a machine that counts.
+    async fn count(&self, name: &str, node: &str) {
+        let counter = guest("counter");
+        let machine = Guest::new(name, node, &counter, &["1000000", "2"]);
+        self.cluster.run(&machine).await.expect("it starts");
+    }
+}
+
 async fn cluster(names: &[&str]) -> Bench {
     let folder = tempfile::Builder::new()
         .prefix("keel-")
@@ -134,12 +143,7 @@ async fn a_leader_that_stands_still_is_replaced_and_comes_back_as_a_follower() {
 #[tokio::test(flavor = "multi_thread")]
 async fn all_nodes_lose_power_and_return_in_another_order() {
     let mut bench = cluster(&["a", "b", "c"]).await;
-    let counter = guest("counter");
-    bench
-        .cluster
-        .run(&Guest::new("m", "b", &counter, &["1000000", "2"]))
-        .await
-        .expect("it starts");
+    bench.count("m", "b").await;
     for node in ["b", "a", "c"] {
         bench.cluster.power_off(node);
     }
@@ -176,23 +180,13 @@ async fn operators_say_how_many_voters_there_are() {
         .wait_voters("b", 3)
         .await
         .expect("three again");
-    let counter = guest("counter");
-    bench
-        .cluster
-        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
-        .await
-        .expect("it starts");
+    bench.count("m", "c").await;
 }
 
 /// Node c has a copy that counts: without a, b and c are a quorum.
 async fn is_needed_and_counts(bench: &mut Bench) {
     bench.cluster.power_off("a");
-    let counter = guest("counter");
-    bench
-        .cluster
-        .run(&Guest::new("m", "c", &counter, &["1000000", "2"]))
-        .await
-        .expect("it starts");
+    bench.count("m", "c").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -92,7 +92,7 @@ pub(super) struct Authority {
 /// Where a node listens.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ListensAt {
-    /// `host:port`
+    /// Where connections to it go, `host:port`.
     pub(super) address: String,
 }
 

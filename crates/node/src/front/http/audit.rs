@@ -29,8 +29,8 @@ const NAMING: [&str; 9] = [
 /// The most bytes of an entry's text about that.
 const ABOUT_BYTES_MAX: usize = 300;
 
-/// Of the refused requests of a user, one in this time is entered: many must not drive out what was
-/// done.
+/// Of the refused requests of a user, one in this time is entered: many must not drive out those
+/// that were carried out.
 const REFUSAL_EVERY: Duration = Duration::from_secs(10);
 
 /// What it needs to keep the audit log.
