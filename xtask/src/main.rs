@@ -160,6 +160,9 @@ enum Task {
         /// Only this seed, with everything that happens.
         #[arg(long, conflicts_with_all = ["seeds", "first"])]
         seed: Option<u64>,
+        /// Only this kind of fault, e.g. one-way-partition.
+        #[arg(long, requires = "seed")]
+        fault: Option<String>,
     },
     /// Runs a cluster of an earlier revision and this one, and upgrades it node by node.
     Upgrade {
@@ -224,7 +227,12 @@ fn main() -> ExitCode {
             seed,
             without,
         } => nemesis::run(minutes, resume, seed, &without),
-        Task::SimulateVoters { seeds, first, seed } => simulation::run(seeds, first, seed),
+        Task::SimulateVoters {
+            seeds,
+            first,
+            seed,
+            fault,
+        } => simulation::run(seeds, first, seed, fault),
         Task::Upgrade { from } => upgrade::run(&from),
         Task::Soak {
             minutes,

@@ -6,8 +6,8 @@
 use crate::command::{cargo, check, root};
 use anyhow::Result;
 
-/// Runs `seeds` seeds from `first`, or shows the seed `only`.
-pub(crate) fn run(seeds: u64, first: u64, only: Option<u64>) -> Result<()> {
+/// Runs `seeds` seeds from `first`, or shows the seed `only`, perhaps with a single kind of fault.
+pub(crate) fn run(seeds: u64, first: u64, only: Option<u64>, fault: Option<String>) -> Result<()> {
     let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let mut test = cargo();
     test.args(["test", "--release", "--package", "keel-store", "--lib"])
@@ -19,6 +19,9 @@ pub(crate) fn run(seeds: u64, first: u64, only: Option<u64>) -> Result<()> {
         .env("KEEL_SIM_JOBS", jobs.to_string());
     if let Some(seed) = only {
         test.env("KEEL_SIM_SEED", seed.to_string());
+    }
+    if let Some(fault) = fault {
+        test.env("KEEL_SIM_FAULT", fault);
     }
     check(&mut test)
 }

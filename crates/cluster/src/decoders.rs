@@ -4,6 +4,7 @@
 use keel_store::decoders::Decoder;
 
 use crate::certificates::{Authorities, RenewRequest, RenewResponse, Report};
+use crate::failover::Headroom;
 use crate::gossip::keys::GossipKeys;
 use crate::join::{JoinRequest, JoinResponse};
 use crate::members::{self, VoterList};
@@ -22,6 +23,7 @@ pub fn decoders() -> Vec<Decoder> {
         Decoder::of::<GossipKeys>(),
         Decoder::of::<VoterList>(),
         Decoder::of::<VoterCount>(),
+        Decoder::of::<Headroom>(),
     ];
     all.extend(members::decoders());
     all.extend(tokens::decoders());

@@ -592,6 +592,62 @@ async fn a_machine_waits_until_the_operators_program_switched_its_node_off() {
     bench.fails_over("fenced", fenced.epochs).await;
 }
 
+/// A machine with parts on all nodes loses one, then its home: it goes on whole, from its newest
+/// checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_with_parts_goes_on_whole_from_its_checkpoint() {
+    let mut bench = Bench::new().await;
+    let module = guest("threads");
+    let args = ["4", "2000000000"];
+    let machine = Guest {
+        ha: Some(HighAvailability {
+            checkpoint_every_ms: 1000,
+            ..HighAvailability::default()
+        }),
+        ..Guest::new("spread", "b", &module, &args)
+    };
+    bench.cluster.run(&machine).await.expect("it starts");
+    for is_home_lost in [false, true] {
+        let home = bench.machine("a", "spread").await.node;
+        let said = bench.keel("a", &["span", "spread", "--nodes", "a,b,c"]);
+        assert!(said.contains("downtime"), "{said}");
+        for (thread, node) in (1..).zip(NODES) {
+            let thread = format!("spread/thread/{thread}");
+            let said = bench.keel("a", &["move", &thread, "--to", node]);
+            assert!(said.contains(&format!("runs on {node}")), "{said}");
+        }
+        bench.in_sync(&home, "spread").await;
+        let before = bench.machine("a", "spread").await;
+        let lost = match is_home_lost {
+            true => home.as_str(),
+            false => other(&["a", &home]),
+        };
+        bench.cluster.power_off(lost);
+        wait_for("it runs on", || async {
+            let now = bench.cluster.inspect("a", "spread").await.ok()?;
+            (now.status == "running" && now.epoch != before.epoch).then_some(())
+        })
+        .await
+        .expect("it is restarted");
+        let log = bench.keel("a", &["logs", "spread"]);
+        let why = match is_home_lost {
+            true => format!("its node {lost} failed"),
+            false => format!("(node {lost})"),
+        };
+        let says = log.contains(&why) && (is_home_lost || log.contains("is lost: "));
+        assert!(says, "{log}");
+        let restored = log.matches("restored from checkpoint").count();
+        assert_eq!(restored, 1 + usize::from(is_home_lost), "{log}");
+        wait_for("no part is left", || async {
+            let left = NODES.iter().map(|node| bench.cluster.parts_of(node));
+            (left.sum::<usize>() == 0).then_some(())
+        })
+        .await
+        .expect("none");
+        bench.cluster.power_on(lost).await.expect("it comes back");
+    }
+}
+
 /// The node that acts tells each other one what the loss of a third would bring.
 #[tokio::test(flavor = "multi_thread")]
 async fn room_is_kept_for_the_loss_of_a_node() {

@@ -5,7 +5,7 @@ use keel_api::{StoreInfo, Token, TokenRequest};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
 use keel_testkit::witness::examine;
-use keel_testkit::{Etcd, Guest, LocalCluster, guest, wait_for};
+use keel_testkit::{Certificates, Etcd, Guest, LocalCluster, guest, wait_for};
 use std::path::Path;
 use std::process::Command;
 
@@ -41,8 +41,13 @@ async fn machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_
     };
     let names = ["a", "b", "c", "d"];
     let address = etcd.address("site-1");
-    let cluster =
-        LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &names, &address).await;
+    let cluster = LocalCluster::start_with_store(
+        Path::new(KEEL),
+        folder.path(),
+        &names,
+        &["--store", &address],
+    )
+    .await;
     let mut cluster = cluster.expect("a cluster");
     let (_, status) = keel(&cluster.folder("b"), &["status"]);
     assert!(status.contains(&format!("store at {address}")), "{status}");
@@ -168,8 +173,13 @@ async fn what_cannot_be_used_is_refused_before_anything_is_made() {
         let place = ["up", "--name", "x", "--listen", "127.0.0.1:0", "--detach"];
         keel(state, &[&place[..], store].concat())
     };
-    let cluster =
-        LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &["a"], &address).await;
+    let cluster = LocalCluster::start_with_store(
+        Path::new(KEEL),
+        folder.path(),
+        &["a"],
+        &["--store", &address],
+    )
+    .await;
     let mut cluster = cluster.expect("a cluster");
     let other = folder.path().join("x");
     let nobody = "etcd://127.0.0.1:1";
@@ -203,6 +213,105 @@ async fn what_cannot_be_used_is_refused_before_anything_is_made() {
     assert!(ok && said.contains("incarnation 2"), "{said}");
     cluster.power_on("a").await.expect("it starts");
     cluster.wait_alive("a").await.expect("it is a node again");
+}
+
+/// What nodes were given to reach their etcd they keep: they move machines, and are restarted.
+async fn nodes_use(options: &[&str]) {
+    let folder = folder();
+    let names = ["a", "b"];
+    let cluster =
+        LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &names, options).await;
+    let mut cluster = cluster.expect("a cluster");
+    let counter = guest("counter");
+    let machine = Guest::new("m", "a", &counter, &["1000000", "2"]);
+    cluster.run(&machine).await.expect("it starts");
+    for node in names {
+        cluster.power_off(node);
+        cluster.power_on(node).await.expect("it starts");
+        cluster.wait_alive(node).await.expect("it is a node again");
+    }
+    wait_for("the machine runs", || async {
+        let machine = cluster.inspect("b", "m").await.ok()?;
+        (machine.status == "running").then_some(())
+    })
+    .await
+    .expect("it is restarted");
+    let moved = keel_testkit::move_by(&cluster.client("b"), "m", "b").await;
+    assert_eq!(moved.expect("it moves").ending, Ending::Moved);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_asks_for_a_user_is_used_by_nodes_that_have_one() {
+    let folder = folder();
+    let Some(etcd) = Etcd::start(1).expect("etcd") else {
+        return;
+    };
+    etcd.ask_for_user("keel", "secret", "site")
+        .expect("it asks for a user");
+    let address = etcd.address("site");
+    let password = |name: &str, text: &str| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, text).expect("it is written");
+        file.display().to_string()
+    };
+    // A file that an editor wrote ends with a line end.
+    let (right, wrong) = (password("right", "secret\n"), password("wrong", "Secret"));
+    let user = |password| ["--store-user", "keel", "--store-password-file", password];
+    let state = folder.path().join("x");
+    for (options, said) in [
+        (&[][..], "asks for a user"),
+        (&user(&wrong)[..], "authentication failed"),
+        (&user("absent")[..], "absent"),
+    ] {
+        let up = [
+            "up",
+            "--listen",
+            "127.0.0.1:0",
+            "--detach",
+            "--store",
+            &address,
+        ];
+        let (ok, text) = keel(&state, &[&up[..], options].concat());
+        assert!(!ok && text.contains(said), "{options:?}: {text}");
+        assert!(!state.join("node.json").exists(), "{options:?}");
+    }
+    nodes_use(&[&["--store", &address][..], &user(&right)].concat()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_asks_for_a_certificate_is_used_by_nodes_that_have_one() {
+    let folder = folder();
+    let certificates = Certificates::new().expect("certificates");
+    let Some(etcd) = Etcd::start_encrypted(&certificates).expect("etcd") else {
+        return;
+    };
+    let address = etcd.address("site");
+    let file = |name: &str| certificates.file(name).display().to_string();
+    let (ca, foreign) = (file("ca.pem"), file("foreign-ca.pem"));
+    let (certificate, key) = (file("client.pem"), file("client.key"));
+    let client = ["--store-cert", &certificate, "--store-key", &key];
+    let state = folder.path().join("x");
+    for options in [
+        vec![],
+        vec!["--store-ca", &ca],
+        [&["--store-ca", &foreign][..], &client].concat(),
+    ] {
+        let up = [
+            "up",
+            "--listen",
+            "127.0.0.1:0",
+            "--detach",
+            "--store",
+            &address,
+        ];
+        let (ok, text) = keel(&state, &[&up[..], &options].concat());
+        let member = address
+            .trim_start_matches("etcd://")
+            .trim_end_matches("/site");
+        assert!(!ok && text.contains(member), "{options:?}: {text}");
+        assert!(!state.join("node.json").exists(), "{options:?}");
+    }
+    nodes_use(&[&["--store", &address, "--store-ca", &ca][..], &client].concat()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

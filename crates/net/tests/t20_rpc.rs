@@ -442,6 +442,61 @@ async fn what_was_still_queued_is_not_sent() -> Outcome {
     Ok(())
 }
 
+/// It sends pings and asks for more, but takes only some bytes a second.
+#[tokio::test]
+async fn a_peer_that_hardly_reads_is_given_up() -> Outcome {
+    const PING: u16 = 0xff09;
+    const CREDIT: u16 = 0xff07;
+    let handler = Arc::new(TestHandler::default());
+    let (near, far) = tokio::io::duplex(256);
+    let options = Options {
+        dead_after: Duration::from_millis(1500),
+        ..Options::default()
+    };
+    let serving = tokio::spawn(Server::serve_connection(
+        far,
+        PeerId::Node(name("b")),
+        everyone_is_member(),
+        handler.clone(),
+        options,
+    ));
+    let (mut reader, mut writer) = tokio::io::split(near);
+    let frame = |kind, payload: Vec<u8>| keel_net::frame::Frame {
+        kind,
+        request: 1,
+        payload: payload.into(),
+    };
+    let sending = tokio::spawn(async move {
+        let mut bytes = bytes_of(&frame(FOREVER, Vec::new())).unwrap_or_default();
+        // Until nobody reads it.
+        while tokio::io::AsyncWriteExt::write_all(&mut writer, &bytes)
+            .await
+            .is_ok()
+        {
+            let credit = postcard::to_stdvec(&10u32).unwrap_or_default();
+            bytes = [frame(PING, Vec::new()), frame(CREDIT, credit)]
+                .iter()
+                .flat_map(|frame| bytes_of(frame).unwrap_or_default())
+                .collect();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let mut byte = [0];
+    let reading = async {
+        while !serving.is_finished() {
+            tokio::io::AsyncReadExt::read(&mut reader, &mut byte)
+                .await
+                .ok();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(LONG, reading).await?;
+    sending.await?;
+    let pushed = Arc::clone(&handler.pushed);
+    eventually("its stream ended", || Arc::strong_count(&pushed) == 2).await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_server_survives_garbage() -> Outcome {
     let handler = Arc::new(TestHandler::default());

@@ -8,7 +8,7 @@ use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc};
 
-use super::watches::Watches;
+use super::watches::{BATCH_REVISIONS, Watches};
 use super::wire::{Answer, Entry, Failure, Follow, Listed, Outcome, Transaction};
 use crate::encoding::{WireError, decode, kind, payload};
 use crate::interface::{LeaseId, Listing, Store, StoreError};
@@ -87,7 +87,7 @@ impl StoreHandler {
             }
             kind::WATCH => {
                 let follow: Follow = read("a watch", request)?;
-                let (items, stream) = mpsc::channel(4);
+                let (items, stream) = mpsc::channel(BATCH_REVISIONS);
                 let watches = self.watches.clone();
                 tokio::spawn(watches.send(follow.prefix, follow.from, items));
                 Ok(Reply::Stream(stream))

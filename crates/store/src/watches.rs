@@ -3,13 +3,16 @@
 //!
 //! The watches of a prefix that have read everything form a group. One task follows the store for
 //! it, encodes each change once, and hands it to a few members at a time, between which all other
-//! tasks run. A watch that begins earlier, or has no room for a change because its node reads
-//! slowly, reads the history by itself until it has caught up. (So do etcd's synced and unsynced
-//! watchers, `mvcc/watchable_store.go`.)
+//! tasks run. Then it rests for about as long as that many messages cost, and tells what changed
+//! meanwhile at once: a write to each connection, not one for each change. A watch that begins
+//! earlier, or has no room for a change because its node reads slowly, reads the history by itself
+//! until it has caught up. (So do etcd's synced and unsynced watchers, `mvcc/watchable_store.go`.)
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
+use futures::FutureExt;
 use keel_net::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
@@ -20,6 +23,12 @@ use crate::interface::{Changes, Revision, Store, StoreError, Watch};
 
 /// Members of a group that are told before other tasks run.
 const AT_ONCE: usize = 4;
+/// Revisions that a watch is told at once.
+pub(super) const BATCH_REVISIONS: usize = 8;
+/// How long a group rests after each time, for each of its members: about twice what a message costs
+/// (benches/README.md, a large cluster). Groups of fewer than 20 members do not rest.
+const REST_FOR_EACH: Duration = Duration::from_micros(50);
+const REST_MIN: Duration = Duration::from_millis(1);
 
 /// All watches of other nodes.
 #[derive(Clone)]
@@ -180,22 +189,27 @@ impl Watches {
 
     /// Tells a group of all changes that its watch reads.
     async fn tell(self, prefix: String, number: u64, mut watch: Watch) {
-        while let Some(Ok(changes)) = watch.next().await {
-            let revision = changes.revision;
-            let Ok(item) = item(Ok(changes)) else { break };
+        while let Some(items) = batch(&mut watch).await {
+            let Some((last, _)) = items.last() else {
+                break;
+            };
             let members: Vec<u64> = match self.lock().group(&prefix, number) {
                 Some(group) => {
-                    group.told = revision;
+                    group.told = *last;
                     group.members.keys().copied().collect()
                 }
                 None => return,
             };
             for some in members.chunks(AT_ONCE) {
                 match self.lock().group(&prefix, number) {
-                    Some(group) => group.tell(some, revision, &item),
+                    Some(group) => group.tell(some, &items),
                     None => return,
                 }
                 tokio::task::yield_now().await;
+            }
+            let rest = REST_FOR_EACH * u32::try_from(members.len()).unwrap_or(u32::MAX);
+            if rest >= REST_MIN && items.len() < BATCH_REVISIONS {
+                tokio::time::sleep(rest).await;
             }
         }
         // Each member finds out by itself why.
@@ -223,22 +237,23 @@ impl Groups {
 }
 
 impl Group {
-    /// Tells some members of a change, unless they know it.
-    fn tell(&mut self, some: &[u64], revision: Revision, item: &Bytes) {
+    /// Tells some members of changes, as far as they do not know them.
+    fn tell(&mut self, some: &[u64], items: &[(Revision, Bytes)]) {
         for number in some {
             let Some(member) = self.members.get_mut(number) else {
                 continue;
             };
-            if member.read >= revision {
-                continue;
-            }
-            match member.to.try_send(item.clone()) {
-                Ok(()) => member.read = revision,
-                Err(_) => {
-                    if let Some(member) = self.members.remove(number) {
-                        member.left.send(member.read).ok();
-                    }
+            let read = member.read;
+            let mut unknown = items.iter().filter(|(revision, _)| *revision > read);
+            let has_room = unknown.all(|(revision, item)| {
+                let told = member.to.try_send(item.clone()).is_ok();
+                if told {
+                    member.read = *revision;
                 }
+                told
+            });
+            if !has_room && let Some(member) = self.members.remove(number) {
+                member.left.send(member.read).ok();
             }
         }
     }
@@ -258,6 +273,24 @@ impl Drop for Place<'_> {
     }
 }
 
+/// The next changes, and others that are there already; `None` if the watch ended.
+async fn batch(watch: &mut Watch) -> Option<Vec<(Revision, Bytes)>> {
+    let mut items = Vec::new();
+    let mut next = watch.next().await;
+    while let Some(Ok(changes)) = next {
+        let revision = changes.revision;
+        items.push((revision, item(Ok(changes)).ok()?));
+        if items.len() == BATCH_REVISIONS {
+            break;
+        }
+        match watch.next().now_or_never() {
+            Some(more) => next = more,
+            None => break,
+        }
+    }
+    (!items.is_empty()).then_some(items)
+}
+
 fn item(changes: Result<Changes, StoreError>) -> Result<Bytes, WireError> {
     let answer: Answer<Revised> = changes.map(Revised::from).map_err(Failure::from);
     payload("an answer of the store", &answer)
@@ -265,8 +298,6 @@ fn item(changes: Result<Changes, StoreError>) -> Result<Bytes, WireError> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use keel_store::{Changes, EtcdOptions, EtcdStore, EtcdTls, Store, StoreError, Txn, Watch};
-use keel_testkit::{ETCD_LIMITS as LIMITS, Etcd};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use recorder::{check_all, is_pause, record, wait_answers, wait_until};
+use keel_testkit::network::Network;
+use keel_testkit::{Certificates, ETCD_LIMITS as LIMITS, Etcd};
+use recorder::{Recorder, check_all, is_pause, record, wait_answers, wait_until};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -80,36 +80,106 @@ async fn clusters_with_other_prefixes_do_not_see_each_other() -> Outcome {
     Ok(())
 }
 
+/// Clients whose calls are recorded.
+struct Clients {
+    recorders: Vec<Recorder>,
+    answers: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Clients {
+    async fn start(etcd: &Etcd) -> Result<Self, Box<dyn Error + Send + Sync>> {
+        let mut clients = Clients {
+            recorders: Vec::new(),
+            answers: Arc::default(),
+            stop: Arc::default(),
+        };
+        let begun = Instant::now();
+        for seed in 0..6 {
+            let store: Arc<dyn Store> = Arc::new(client(etcd).await?);
+            let (stop, answers) = (clients.stop.clone(), clients.answers.clone());
+            let recorder = tokio::spawn(record(store, seed, begun, stop, answers));
+            clients.recorders.push(recorder);
+        }
+        Ok(clients)
+    }
+
+    /// Waits until they have more answers.
+    async fn go_on(&self) -> Outcome {
+        wait_answers(&self.answers, 60).await
+    }
+
+    async fn check(self) -> Outcome {
+        self.go_on().await?;
+        self.stop.store(true, Relaxed);
+        check_all(self.recorders).await
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn histories_are_linearizable_while_members_fail() -> Outcome {
     let Some(mut etcd) = Etcd::start(3)? else {
         return Ok(());
     };
-    let stop = Arc::new(AtomicBool::new(false));
-    let begun = Instant::now();
-    let answers = Arc::new(AtomicU64::new(0));
-    let mut clients = Vec::new();
-    for seed in 0..6 {
-        let store: Arc<dyn Store> = Arc::new(client(&etcd).await?);
-        let (stop, answers) = (stop.clone(), answers.clone());
-        clients.push(tokio::spawn(record(store, seed, begun, stop, answers)));
-    }
+    let clients = Clients::start(&etcd).await?;
     for (turn, member) in [0, 1, 2, 0, 1, 2].into_iter().enumerate() {
-        wait_answers(&answers, 60).await?;
+        clients.go_on().await?;
         // Each of them both ways.
         if turn % 2 == 0 {
             etcd.kill(member)?;
-            wait_answers(&answers, 60).await?;
+            clients.go_on().await?;
             etcd.run(member)?;
         } else {
             etcd.pause(member, true)?;
-            wait_answers(&answers, 60).await?;
+            clients.go_on().await?;
             etcd.pause(member, false)?;
         }
     }
-    wait_answers(&answers, 60).await?;
-    stop.store(true, Relaxed);
-    check_all(clients).await
+    clients.check().await
+}
+
+/// Each member is cut off from everybody, then only from the other two: one that led goes on
+/// answering its clients until it learns that it does not lead any more.
+#[test]
+fn histories_are_linearizable_while_members_are_cut_off() -> Outcome {
+    const MEMBERS: [&str; 3] = ["m0", "m1", "m2"];
+    let network = match Network::new(&["m0", "m1", "m2", "client"]) {
+        Ok(network) => Arc::new(network),
+        Err(error) => {
+            eprintln!("skipped: no networks can be made here ({error:#})");
+            return Ok(());
+        }
+    };
+    let here = network.clone();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .on_thread_start(move || here.enter("client").expect("a name space"))
+        .build()?;
+    let test = async move {
+        let Some(etcd) = Etcd::start_in(&network, &MEMBERS)? else {
+            return Ok(());
+        };
+        let clients = Clients::start(&etcd).await?;
+        for (turn, member) in [0, 1, 2, 0, 1, 2].into_iter().enumerate() {
+            let member = MEMBERS[member];
+            clients.go_on().await?;
+            let cut = |cut: bool| -> Outcome {
+                if turn % 2 == 0 {
+                    return Ok(network.cut(member, cut)?);
+                }
+                for other in MEMBERS.into_iter().filter(|it| *it != member) {
+                    network.cut_one_way(member, other, cut)?;
+                }
+                Ok(())
+            };
+            cut(true)?;
+            clients.go_on().await?;
+            cut(false)?;
+        }
+        clients.check().await
+    };
+    runtime.block_on(async { tokio::spawn(test).await? })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,21 +226,7 @@ async fn a_user_logs_in_and_again_when_its_log_in_is_forgotten() -> Outcome {
     let Some(mut etcd) = Etcd::start(1)? else {
         return Ok(());
     };
-    let user = |name: &str, role: &str| -> Outcome {
-        let add = format!(r#"{{"name":"{name}","password":"secret"}}"#);
-        etcd.post("/v3/auth/user/add", &add)?;
-        etcd.post("/v3/auth/role/add", &format!(r#"{{"name":"{role}"}}"#))?;
-        let grant = format!(r#"{{"user":"{name}","role":"{role}"}}"#);
-        etcd.post("/v3/auth/user/grant", &grant)?;
-        Ok(())
-    };
-    user("root", "root")?;
-    user("keel", "cluster")?;
-    // All keys from `test/` to `test0`, in base 64.
-    let permission =
-        r#"{"name":"cluster","perm":{"permType":2,"key":"dGVzdC8=","range_end":"dGVzdDA="}}"#;
-    etcd.post("/v3/auth/role/grant", permission)?;
-    etcd.post("/v3/auth/enable", "{}")?;
+    etcd.ask_for_user("keel", "secret", "test")?;
     let with = |user: Option<(&str, &str)>, prefix: &str| {
         let mut options = options(&etcd, prefix);
         options.user = user.map(|(name, password)| (name.to_owned(), password.to_owned()));
@@ -205,29 +261,9 @@ async fn a_user_logs_in_and_again_when_its_log_in_is_forgotten() -> Outcome {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_encrypted_and_both_sides_are_checked() -> Outcome {
-    let files = tempfile::tempdir()?;
-    let file = |name: &str| files.path().join(name);
-    let authority = |name: &str| -> Result<_, Box<dyn Error + Send + Sync>> {
-        let mut params = CertificateParams::new(Vec::new())?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-        std::fs::write(file(name), issuer.pem())?;
-        Ok(issuer)
-    };
-    let (ours, _) = (authority("ca.pem")?, authority("foreign-ca.pem")?);
-    for name in ["server", "client"] {
-        let key = KeyPair::generate()?;
-        let names = vec!["127.0.0.1".to_owned()];
-        let certificate = CertificateParams::new(names)?.signed_by(&key, &ours)?;
-        std::fs::write(file(&format!("{name}.pem")), certificate.pem())?;
-        std::fs::write(file(&format!("{name}.key")), key.serialize_pem())?;
-    }
-    let path = |name: &str| file(name).display().to_string();
-    let (certificate, key, ca) = (path("server.pem"), path("server.key"), path("ca.pem"));
-    let mut arguments = LIMITS.to_vec();
-    arguments.extend(["--cert-file", &certificate, "--key-file", &key]);
-    arguments.extend(["--client-cert-auth", "--trusted-ca-file", &ca]);
-    let Some(etcd) = Etcd::start_with(1, &arguments, "https")? else {
+    let certificates = Certificates::new()?;
+    let file = |name: &str| certificates.file(name);
+    let Some(etcd) = Etcd::start_encrypted(&certificates)? else {
         return Ok(());
     };
     let with = |authority: &str, client: bool| {

@@ -6,9 +6,8 @@
 //!   eth0 (tap) ── read ─▶ queue: serialized at the rate, due after the delay ─▶ write ── port (tap)
 //! ```
 
+use crate::network::enter;
 use anyhow::{Context, Result};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
@@ -44,14 +43,12 @@ pub(crate) fn connect(ends: [(&str, &str); 2], distance: Distance) -> Result<()>
 
 /// A tap device in a namespace. Only the thread that creates it has to be there.
 fn open(space: &str, device: &str) -> Result<SyncDevice> {
-    let (file, name) = (format!("/run/netns/{space}"), device.to_owned());
+    let (space, name) = (space.to_owned(), device.to_owned());
     let created = std::thread::spawn(move || -> Result<SyncDevice> {
-        let space = std::fs::File::open(&file).with_context(|| file.clone())?;
-        move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))
-            .with_context(|| format!("entering {file}"))?;
+        enter(&space)?;
         let builder = DeviceBuilder::new().name(&name).layer(Layer::L2);
         let built = builder.packet_information(false).build_sync();
-        built.with_context(|| format!("a tap device {name} in {file}"))
+        built.with_context(|| format!("a tap device {name} in {space}"))
     });
     let created = created.join();
     created.unwrap_or_else(|_| anyhow::bail!("the thread for device {device} panicked"))

@@ -7,7 +7,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-pub use etcd::{ETCD_LIMITS, Etcd};
+pub use etcd::{Certificates, ETCD_LIMITS, Etcd};
 use hyper::Method;
 use keel_api::{Client, ClusterInfo, MachineInfo, StoreInfo, Token, TokenRequest, VotersRequest};
 use keel_kind_wasm::WasmKind;
@@ -89,8 +89,8 @@ pub struct LocalCluster {
     nodes: BTreeMap<String, Node>,
     /// How many of them shall hold the store.
     voters: &'static str,
-    /// A store outside of the nodes.
-    store: Option<String>,
+    /// Options that say where the store is, if it is outside of the nodes.
+    store: Vec<String>,
     /// Address of the first node's API for users over TLS.
     api: Option<String>,
     /// Variables of all nodes.
@@ -140,7 +140,7 @@ impl LocalCluster {
             quotas: None,
             nodes: BTreeMap::new(),
             voters: "1",
-            store: None,
+            store: Vec::new(),
             api: None,
             environment: Vec::new(),
         }
@@ -226,7 +226,8 @@ impl LocalCluster {
         cluster.begin(folder, names).await
     }
 
-    /// As [`Self::start`], with the store in an etcd at `address`.
+    /// As [`Self::start`], with the store outside of the nodes: these are the options of `keel up`
+    /// and `keel join` that say where.
     ///
     /// # Errors
     /// The log of a node that did not start.
@@ -234,11 +235,11 @@ impl LocalCluster {
         program: &Path,
         folder: &Path,
         names: &[&str],
-        address: &str,
+        store: &[&str],
     ) -> Result<Self> {
         let mut cluster = LocalCluster::empty(program, None);
         cluster.voters = "auto";
-        cluster.store = Some(address.to_owned());
+        cluster.store = store.iter().map(|it| (*it).to_owned()).collect();
         cluster.begin(folder, names).await
     }
 
@@ -261,10 +262,7 @@ impl LocalCluster {
             Some(network) => network.address(name)?,
             None => local.to_owned(),
         };
-        command.args(["--listen", &listen]);
-        if let Some(store) = &self.store {
-            command.args(["--store", store]);
-        }
+        command.args(["--listen", &listen]).args(&self.store);
         Ok(())
     }
 

@@ -11,7 +11,9 @@
 
 use crate::far_link::{self, Distance};
 use anyhow::{Context, Result, bail, ensure};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 
@@ -46,6 +48,14 @@ fn run(program: &str, arguments: &[&str]) -> Result<()> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())
+}
+
+/// Moves the calling thread into a network namespace.
+pub(crate) fn enter(space: &str) -> Result<()> {
+    let file = format!("/run/netns/{space}");
+    let space = std::fs::File::open(&file).with_context(|| file.clone())?;
+    move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))
+        .with_context(|| format!("entering {file}"))
 }
 
 impl Network {
@@ -96,7 +106,8 @@ impl Network {
         }
     }
 
-    fn host(&self, node: &str) -> Result<String> {
+    /// The IP address of a node.
+    pub(crate) fn host(&self, node: &str) -> Result<String> {
         Ok(format!("10.214.0.{}", self.number(node)?))
     }
 
@@ -115,6 +126,15 @@ impl Network {
             .args(["netns", "exec", &self.space(node)])
             .arg(program);
         command
+    }
+
+    /// Makes the calling thread a part of this node: connections that it opens or accepts from now
+    /// on are the node's.
+    ///
+    /// # Errors
+    /// Missing privileges.
+    pub fn enter(&self, node: &str) -> Result<()> {
+        enter(&self.space(node))
     }
 
     /// Disconnects a node, or reconnects it.

@@ -12,7 +12,7 @@ pub struct RaftOptions {
     /// Bytes of keys and values in the store, which are all in memory too. The same at every
     /// voter. Default 1 GiB.
     pub store_bytes_max: u64,
-    /// Entries of the log after which a snapshot is made. Default 5,000.
+    /// Entries of the log after which a snapshot is made, and up to half as many more. Default 5,000.
     pub snapshot_entries: u64,
 }
 

@@ -4,6 +4,10 @@
 //! The file has a magic number, the BLAKE3 hash of the rest, the metadata and the state. It is
 //! replaced as a whole, so after a crash it is the older one or the newer one. A file that does
 //! not match its hash is refused, never overwritten.
+//!
+//! To make one must not hold up the log: it is encoded at a low priority, and written in pieces that
+//! are flushed one by one, so that no flush of the log waits behind all of it. Voters make theirs at
+//! different times (start.rs).
 
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
@@ -21,6 +25,11 @@ use crate::model::{Lease, Model};
 use crate::wire::Entry;
 
 const MAGIC: &[u8; 8] = b"keelsnp1";
+/// Bytes of a file that are flushed at once.
+const FLUSH_BYTES: usize = 1 << 20;
+/// Nice value of the thread that makes a snapshot, and of those that somebody waits for.
+const NICE: i32 = 10;
+const NICE_AWAITED: i32 = 0;
 
 /// The state machine's content.
 #[derive(Serialize, Deserialize)]
@@ -104,8 +113,9 @@ pub(super) trait SnapshotPlace: std::fmt::Debug + Send + Sync {
     /// What is there, if anything.
     fn read(&self) -> std::io::Result<Option<Vec<u8>>>;
 
-    /// Does what reads or writes there, without holding up an async worker.
-    fn run(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()>;
+    /// Does what reads or writes there, without holding up an async worker; at a low priority where
+    /// nobody waits for it.
+    fn run(&self, is_awaited: bool, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()>;
 }
 
 /// A file, next to which there is room for its successor.
@@ -117,8 +127,11 @@ impl SnapshotPlace for FilePlace {
         let folder = self.0.parent().unwrap_or(Path::new("."));
         let new = self.0.with_extension("new");
         let mut file = std::fs::File::create(&new)?;
-        for piece in pieces {
+        for piece in pieces.iter().flat_map(|piece| piece.chunks(FLUSH_BYTES)) {
             file.write_all(piece)?;
+            if piece.len() == FLUSH_BYTES {
+                file.sync_data()?;
+            }
         }
         file.sync_all()?;
         std::fs::rename(&new, &self.0)?;
@@ -133,9 +146,21 @@ impl SnapshotPlace for FilePlace {
         }
     }
 
-    fn run(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
-        let done = tokio::task::spawn_blocking(work);
-        Box::pin(async { drop(done.await) })
+    fn run(&self, is_awaited: bool, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
+        let nice = if is_awaited { NICE_AWAITED } else { NICE };
+        let thread = std::thread::Builder::new().name("snapshot".into());
+        let started = thread.spawn(move || {
+            // It has the priority of the thread that starts it, which is high.
+            if let Err(error) = rustix::process::setpriority_process(None, nice) {
+                tracing::warn!(%error, "cannot set the priority of a thread for a snapshot");
+            }
+            work();
+        });
+        if let Err(error) = started {
+            tracing::error!(%error, "no thread for a snapshot");
+        }
+        // The work says when it is done.
+        Box::pin(std::future::ready(()))
     }
 }
 
@@ -195,20 +220,22 @@ impl SnapshotFile {
             .replace(&[MAGIC, hash.as_bytes(), &meta_bytes, &meta, state])
     }
 
-    /// Does what reads or writes the file, without holding up an async worker.
+    /// Does what reads or writes the file, without holding up an async worker; at a low priority
+    /// where nobody waits for it.
     ///
     /// # Errors
-    /// That of `work`.
+    /// That of `work`, or that there is no thread for it.
     pub(super) async fn run<T: Send + 'static>(
         &self,
+        is_awaited: bool,
         work: impl FnOnce(&Self) -> std::io::Result<T> + Send + 'static,
     ) -> std::io::Result<T> {
         let (done, result) = oneshot::channel();
         let file = self.clone();
         let work = move || drop(done.send(work(&file)));
-        self.place.run(Box::new(work)).await;
-        let panicked = |_| Err(std::io::Error::other("it panicked"));
-        result.await.unwrap_or_else(panicked)
+        self.place.run(is_awaited, Box::new(work)).await;
+        let gone = |_| Err(std::io::Error::other("its thread is gone; see the log"));
+        result.await.unwrap_or_else(gone)
     }
 
     /// The snapshot, if there is one.

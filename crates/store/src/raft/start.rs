@@ -101,6 +101,12 @@ pub(super) struct Tasks {
     pub(super) requests: mpsc::Sender<Request>,
 }
 
+/// Entries after which a voter makes a snapshot: voters of successive numbers differ, so that not all
+/// processors and disks of a group are busy with it at once.
+fn snapshot_after(id: u64, options: &RaftOptions) -> u64 {
+    options.snapshot_entries + options.snapshot_entries * (id % 8) / 16
+}
+
 /// Starts the tasks of a voter on the current runtime. What the log writes is written by somebody
 /// else.
 ///
@@ -142,7 +148,7 @@ pub(super) async fn start(
         enable_elect: false,
         install_snapshot_timeout: 2000,
         max_payload_entries: 64,
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(options.snapshot_entries),
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(snapshot_after(id, &options)),
         snapshot_max_chunk_size: 1 << 20,
         max_in_snapshot_log_to_keep: options.snapshot_entries / 5,
         purge_batch_size: 64,

@@ -167,7 +167,7 @@ impl RaftStateMachine<Types> for StateMachine {
             file.save(&saved, &state)?;
             Ok(model)
         };
-        let model = self.file.run(install).await.map_err(failed)?;
+        let model = self.file.run(true, install).await.map_err(failed)?;
         self.model = model;
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
@@ -182,7 +182,7 @@ impl RaftStateMachine<Types> for StateMachine {
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, StorageError> {
         let load = |file: &SnapshotFile| file.load().map_err(std::io::Error::other);
-        let found = self.file.run(load).await.map_err(failed)?;
+        let found = self.file.run(true, load).await.map_err(failed)?;
         Ok(found.map(|saved| Snapshot {
             meta: saved.meta,
             snapshot: Box::new(saved.state),
@@ -214,7 +214,7 @@ impl RaftSnapshotBuilder<Types> for Builder {
             file.save(&saved, &state)?;
             Ok(state)
         };
-        let state = self.file.run(build).await.map_err(failed)?;
+        let state = self.file.run(false, build).await.map_err(failed)?;
         Ok(Snapshot {
             meta,
             snapshot: Box::new(Cursor::new(state)),

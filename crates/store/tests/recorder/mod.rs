@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use keel_store::{Compare, Store, StoreError, Txn};
+use keel_store::{Compare, KeyValue, Store, StoreError, Txn};
 
 use tokio::task::JoinHandle;
 
-use crate::linearizability::{Call, Op, check};
+use crate::linearizability::{Call, Op, Values, check};
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -43,6 +43,32 @@ pub(crate) fn is_pause(error: &StoreError) -> bool {
     )
 }
 
+/// The keys that all clients read and change.
+const PREFIX: &str = "r/";
+const KEYS: [&str; 2] = ["r/0", "r/1"];
+
+fn bytes(value: u64) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+fn number(entry: KeyValue) -> Result<u64, &'static str> {
+    let bytes = entry.value.try_into().map_err(|_| "not a number")?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Reads one key, or both at once.
+async fn read(store: &dyn Store, keys: &[&str]) -> Result<Values, Box<dyn Error + Send + Sync>> {
+    let mut found: Values = keys.iter().map(|key| (key.to_string(), None)).collect();
+    let entries = match keys {
+        [key] => store.get(key).await?.into_iter().collect(),
+        _ => store.list(PREFIX).await?.entries,
+    };
+    for entry in entries {
+        found.insert(entry.key.clone(), Some(number(entry)?));
+    }
+    Ok(found)
+}
+
 /// One client's calls to two keys, recorded until `stop`.
 pub(crate) async fn record(
     store: Arc<dyn Store>,
@@ -59,66 +85,61 @@ pub(crate) async fn record(
         random >> 33
     };
     let mut history = Vec::new();
-    let mut last: Option<u64> = None;
+    let mut last = Values::new();
     let mut number = seed << 32;
     while !stop.load(Relaxed) {
-        let key = format!("r/{}", next() % 2);
+        let keys = match next() % 3 {
+            0 => &KEYS[..1],
+            1 => &KEYS[1..],
+            _ => &KEYS[..],
+        };
         let begin = begun.elapsed();
         number += 1;
-        let bytes = |value: u64| value.to_le_bytes().to_vec();
         // Clients of even numbers only read: a write at a leader that is cut off takes long.
-        let kind = if seed.is_multiple_of(2) {
-            0
-        } else {
-            next() % 3
-        };
-        let (op, known) = match kind {
-            0 => match store.get(&key).await {
+        let (op, known) = if seed.is_multiple_of(2) || next() % 3 == 0 {
+            match read(&*store, keys).await {
                 Ok(found) => {
-                    let found = found.map(|entry| entry.value.try_into()).transpose();
-                    last = found.map_err(|_| "not a number")?.map(u64::from_le_bytes);
-                    (Op::Read(last), true)
+                    last.extend(found.clone());
+                    (Op::Read(found), true)
                 }
-                Err(error) if is_pause(&error) => continue,
-                Err(error) => return Err(error.into()),
-            },
-            1 => match store.txn(Txn::new().put(key.clone(), bytes(number))).await {
-                Ok(_) => (Op::Write(number), true),
-                Err(StoreError::Unknown { .. }) => (Op::Write(number), false),
-                Err(error) if is_pause(&error) => continue,
-                Err(error) => return Err(error.into()),
-            },
-            _ => {
-                let from = last;
-                let compare = match from {
-                    Some(value) => Compare::Value {
-                        key: key.clone(),
-                        value: bytes(value),
-                    },
-                    None => Compare::Absent { key: key.clone() },
-                };
-                let txn = Txn::new().when(compare).put(key.clone(), bytes(number));
-                let swap = |done| Op::Swap {
-                    from,
-                    to: number,
-                    done,
-                };
-                match store.txn(txn).await {
-                    Ok(outcome) => (swap(Some(outcome.is_committed())), true),
-                    Err(StoreError::Unknown { .. }) => (swap(None), false),
-                    Err(error) if is_pause(&error) => continue,
-                    Err(error) => return Err(error.into()),
-                }
+                Err(error) if error.downcast_ref().is_some_and(is_pause) => continue,
+                Err(error) => return Err(error),
             }
+        } else {
+            // Half of the writes have conditions, of one key or both, whatever they write.
+            let compared = match next() % 4 {
+                0 => &KEYS[..1],
+                1 => &KEYS[..],
+                _ => &[],
+            };
+            let of = |key: &&str| (key.to_string(), last.get(*key).copied().flatten());
+            let when: Values = compared.iter().map(of).collect();
+            let mut txn = Txn::new();
+            for (key, value) in &when {
+                let key = key.clone();
+                txn = txn.when(match value {
+                    Some(value) => Compare::Value {
+                        key,
+                        value: bytes(*value),
+                    },
+                    None => Compare::Absent { key },
+                });
+            }
+            for key in keys {
+                txn = txn.put(*key, bytes(number));
+            }
+            let done = match store.txn(txn).await {
+                Ok(outcome) => Some(outcome.is_committed()),
+                Err(StoreError::Unknown { .. }) => None,
+                Err(error) if is_pause(&error) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let put = keys.iter().map(|key| (key.to_string(), number)).collect();
+            (Op::Txn { when, put, done }, done.is_some())
         };
         let end = known.then(|| begun.elapsed());
         answers.fetch_add(1, Relaxed);
-        history.push(Call {
-            key,
-            op,
-            begin,
-            end,
-        });
+        history.push(Call { op, begin, end });
         // Few calls at once, or the search takes too long.
         tokio::time::sleep(Duration::from_millis(next() % 8)).await;
     }

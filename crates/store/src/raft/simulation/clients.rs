@@ -7,12 +7,16 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use super::linearizability::{Call, Op};
+use super::linearizability::{Call, Op, Values};
 use super::world::{Process, World};
-use crate::interface::{Change, Compare, Revision, Store, StoreError, Txn, TxnOutcome};
+use crate::interface::{Change, Compare, KeyValue, Revision, Store, StoreError, Txn, TxnOutcome};
 
 /// Where the recorded clients are: no fault reaches it.
 const OUTSIDE: &str = "outside";
+
+/// The keys that the recorded clients use.
+const PREFIX: &str = "k/";
+pub(super) const KEYS: [&str; 2] = ["k/0", "k/1"];
 
 /// A client gives up a call after it. It does not know then whether the call had an effect.
 const PATIENCE: Duration = Duration::from_millis(2_500);
@@ -72,8 +76,8 @@ pub(super) fn is_pause(error: &StoreError) -> bool {
 #[derive(Default)]
 pub(super) struct Recorded {
     pub(super) calls: Vec<Call>,
-    /// Changes that were acknowledged: the key and value of each revision.
-    pub(super) acknowledged: BTreeMap<Revision, (String, u64)>,
+    /// Changes that were acknowledged: what each revision put.
+    pub(super) acknowledged: BTreeMap<Revision, BTreeMap<String, u64>>,
 }
 
 fn number(value: &[u8]) -> Result<u64, String> {
@@ -82,7 +86,18 @@ fn number(value: &[u8]) -> Result<u64, String> {
         .map_err(|_| format!("{text:?} was never written"))
 }
 
-/// Calls of client `client` to two keys, until `stop`.
+/// What these keys hold, of entries that were read at once.
+pub(super) fn values(keys: &[&str], entries: &[KeyValue]) -> Result<Values, String> {
+    let mut found: Values = keys.iter().map(|key| (key.to_string(), None)).collect();
+    for entry in entries {
+        if let Some(value) = found.get_mut(&entry.key) {
+            *value = Some(number(&entry.value)?);
+        }
+    }
+    Ok(found)
+}
+
+/// Calls of client `client` to two keys, or to both at once, until `stop`.
 pub(super) async fn record(
     world: Arc<World>,
     client: u64,
@@ -90,87 +105,87 @@ pub(super) async fn record(
     stop: Arc<AtomicBool>,
 ) -> Result<Recorded, String> {
     let mut recorded = Recorded::default();
-    let mut last = None;
+    let mut last = Values::new();
     let mut value = client << 32;
+    let subsets = [&KEYS[..1], &KEYS[1..], &KEYS[..]];
     while !stop.load(Relaxed) && recorded.calls.len() < calls_max {
-        let key = format!("k/{}", world.draw(0..2));
+        let keys = world.pick(&subsets).unwrap_or(&KEYS);
         let begin = world.begun.elapsed();
         value += 1;
-        let (op, known) = match world.draw(0..3) {
-            0 => {
-                let get = async |to: &Process| to.store.get(&key).await;
-                match call(&world, OUTSIDE, get).await {
-                    Ok(found) => {
-                        let found = found.map(|entry| number(&entry.value)).transpose()?;
-                        last = found;
-                        (Op::Read(found), true)
-                    }
-                    Err(error) if is_pause(&error) => {
-                        world.sleep_ms(5..60).await;
-                        continue;
-                    }
-                    Err(error) => return Err(error.to_string()),
+        let done = if world.chance(0.33) {
+            let read = async |to: &Process| match keys {
+                [key] => Ok(to.store.get(key).await?.into_iter().collect()),
+                _ => Ok(to.store.list(PREFIX).await?.entries),
+            };
+            let found: Result<Vec<KeyValue>, _> = call(&world, OUTSIDE, read).await;
+            match found {
+                Ok(entries) => {
+                    let found = values(keys, &entries)?;
+                    last.extend(found.clone());
+                    Ok((Op::Read(found), true))
                 }
+                Err(error) => Err(error),
             }
-            kind => {
-                let (txn, op) = if kind == 1 {
-                    (Txn::new(), Op::Write(value))
-                } else {
-                    let compare = match last {
-                        None => Compare::Absent { key: key.clone() },
-                        Some(last) => Compare::Value {
-                            key: key.clone(),
-                            value: last.to_string().into(),
-                        },
-                    };
-                    let swap = Op::Swap {
-                        from: last,
-                        to: value,
-                        done: None,
-                    };
-                    (Txn::new().when(compare), swap)
-                };
-                let txn = txn.put(key.clone(), value.to_string());
-                let outcome = call(&world, OUTSIDE, async move |to: &Process| {
-                    to.store.txn(txn).await
-                })
-                .await;
-                match outcome {
-                    Ok(outcome) => {
-                        if let TxnOutcome::Committed { revision } = outcome {
-                            let change = (key.clone(), value);
-                            recorded.acknowledged.insert(revision, change);
-                        }
-                        let op = match op {
-                            Op::Swap { from, to, .. } => Op::Swap {
-                                from,
-                                to,
-                                done: Some(outcome.is_committed()),
-                            },
-                            other => other,
-                        };
-                        (op, true)
-                    }
-                    Err(StoreError::Unknown { .. }) => (op, false),
-                    Err(error) if is_pause(&error) => {
-                        world.sleep_ms(5..60).await;
-                        continue;
-                    }
-                    Err(error) => return Err(error.to_string()),
-                }
+        } else {
+            // Half of the writes have conditions, whatever they write.
+            let compared = match world.chance(0.5) {
+                true => world.pick(&subsets).unwrap_or(&KEYS),
+                false => &[],
+            };
+            let of = |key: &&str| (key.to_string(), last.get(*key).copied().flatten());
+            let when: Values = compared.iter().map(of).collect();
+            let put: BTreeMap<_, _> = keys.iter().map(|key| (key.to_string(), value)).collect();
+            write(&world, &mut recorded, when, put).await
+        };
+        let (op, known) = match done {
+            Ok(done) => done,
+            Err(error) if is_pause(&error) => {
+                world.sleep_ms(5..60).await;
+                continue;
             }
+            Err(error) => return Err(error.to_string()),
         };
         let end = known.then(|| world.begun.elapsed());
-        world.detail(|| format!("client {client}: {key}, {op:?} since {begin:?}, {end:?}"));
-        recorded.calls.push(Call {
-            key,
-            op,
-            begin,
-            end,
-        });
+        world.detail(|| format!("client {client}: {op:?} since {begin:?}, {end:?}"));
+        recorded.calls.push(Call { op, begin, end });
         world.sleep_ms(10..150).await;
     }
     Ok(recorded)
+}
+
+/// Makes a transaction. Its outcome may stay unknown; the second value says whether it is known.
+async fn write(
+    world: &World,
+    recorded: &mut Recorded,
+    when: Values,
+    put: BTreeMap<String, u64>,
+) -> Result<(Op, bool), StoreError> {
+    let mut txn = Txn::new();
+    for (key, value) in &when {
+        let key = key.clone();
+        txn = txn.when(match value {
+            None => Compare::Absent { key },
+            Some(value) => Compare::Value {
+                key,
+                value: value.to_string().into(),
+            },
+        });
+    }
+    for (key, value) in &put {
+        txn = txn.put(key.clone(), value.to_string());
+    }
+    let transact = async move |to: &Process| to.store.txn(txn).await;
+    let done = match call(world, OUTSIDE, transact).await {
+        Ok(outcome) => {
+            if let TxnOutcome::Committed { revision } = outcome {
+                recorded.acknowledged.insert(revision, put.clone());
+            }
+            Some(outcome.is_committed())
+        }
+        Err(StoreError::Unknown { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    Ok((Op::Txn { when, put, done }, done.is_some()))
 }
 
 /// What a reader of a watch saw: the changes of each revision, and the revisions that it could not

@@ -165,7 +165,7 @@ fn no_delay_is_taken_for_a_failure() {
                 Ok(holds) => held.extend(holds.then_some(seed)),
                 Err(reason) => panic!(
                     "seed {seed}, {round_trip_ms} ms and {queue_ms} ms of queue: {reason}\n{}",
-                    super::repeat(seed)
+                    super::repeat(seed, None)
                 ),
             }
             runs += 1;

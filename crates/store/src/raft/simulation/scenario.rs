@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::clients::{Recorded, Seen, record, watch};
+use super::clients::{KEYS, Recorded, Seen, record, values, watch};
+use super::faults::{FAULTS, Fault};
 use super::linearizability;
 use super::owners::{self, Line, own};
 use super::world::{Process, World};
@@ -19,33 +20,25 @@ use crate::raft::{IfAbsent, RaftOptions, Voter};
 /// Time for the store to answer, and for all voters to have everything, once the faults stopped.
 const SETTLE: Duration = Duration::from_secs(30);
 /// Time for a change of the voters, while everything works.
-const CHANGE: Duration = Duration::from_secs(20);
+pub(super) const CHANGE: Duration = Duration::from_secs(20);
 const CLIENTS: u64 = 3;
 const CALLS_MAX: usize = 80;
 const WATCHES: u64 = 2;
 /// Computers of the nodes that run the machine by turns.
-const OWNERS: [&str; 3] = ["a", "b", "c"];
+pub(super) const OWNERS: [&str; 3] = ["a", "b", "c"];
 
 /// What happened under a seed, or under many.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Run {
-    calls: usize,
-    unanswered: usize,
+    pub(super) calls: usize,
+    pub(super) unanswered: usize,
     changes_watched: usize,
-    terms: u64,
+    pub(super) terms: u64,
     snapshots_received: usize,
-    take_overs: u64,
+    pub(super) take_overs: u64,
     lines: usize,
-    processes_ended: u64,
-    power_lost: u64,
-    all_lost_power: u64,
-    stood_still: u64,
-    isolated: u64,
-    cut_one_way: u64,
-    lossy: u64,
-    slow: u64,
-    disks_full: u64,
-    voters_replaced: u64,
+    /// How often each fault occurred.
+    pub(super) faults: BTreeMap<Fault, u64>,
     /// Everything that happened, of one seed.
     pub(super) trace: Vec<String>,
 }
@@ -59,31 +52,14 @@ impl Run {
         self.snapshots_received += other.snapshots_received;
         self.take_overs += other.take_overs;
         self.lines += other.lines;
-        self.processes_ended += other.processes_ended;
-        self.power_lost += other.power_lost;
-        self.all_lost_power += other.all_lost_power;
-        self.stood_still += other.stood_still;
-        self.isolated += other.isolated;
-        self.cut_one_way += other.cut_one_way;
-        self.lossy += other.lossy;
-        self.slow += other.slow;
-        self.disks_full += other.disks_full;
-        self.voters_replaced += other.voters_replaced;
+        for (fault, times) in &other.faults {
+            *self.faults.entry(*fault).or_default() += times;
+        }
     }
 
     /// Whether each kind of fault and of event occurred.
     pub(super) fn has_everything(&self) -> bool {
         let counts = [
-            self.processes_ended,
-            self.power_lost,
-            self.all_lost_power,
-            self.stood_still,
-            self.isolated,
-            self.cut_one_way,
-            self.lossy,
-            self.slow,
-            self.disks_full,
-            self.voters_replaced,
             self.take_overs,
             self.terms,
             self.calls as u64,
@@ -91,31 +67,31 @@ impl Run {
             self.changes_watched as u64,
             self.snapshots_received as u64,
         ];
-        counts.iter().all(|count| *count > 0)
+        self.faults.len() == FAULTS.len() && counts.iter().all(|count| *count > 0)
     }
 }
 
 pub(super) struct Scenario {
-    world: Arc<World>,
+    pub(super) world: Arc<World>,
     options: RaftOptions,
-    run: Run,
+    pub(super) run: Run,
     /// Which voter served in which term, and where.
     served: BTreeMap<u64, String>,
     next_name: u64,
 }
 
-/// Runs one seed.
+/// Runs one seed with some of these faults.
 ///
 /// # Errors
 /// The first promise that was not kept.
-pub(super) async fn run(seed: u64, prints: bool) -> Result<Run, String> {
+pub(super) async fn run(seed: u64, faults: &[Fault], prints: bool) -> Result<Run, String> {
     let world = World::new(seed, prints);
-    let done = run_in(&world).await;
+    let done = run_in(&world, faults).await;
     world.end();
     done
 }
 
-async fn run_in(world: &Arc<World>) -> Result<Run, String> {
+async fn run_in(world: &Arc<World>, faults: &[Fault]) -> Result<Run, String> {
     let options = RaftOptions {
         history_revisions_max: usize::try_from(world.draw(20..2_000)).unwrap_or(20),
         snapshot_entries: world.draw(5..150),
@@ -145,7 +121,8 @@ async fn run_in(world: &Arc<World>) -> Result<Run, String> {
     scenario.grow(voters).await?;
     for _ in 0..world.draw(3..8) {
         world.sleep_ms(100..900).await;
-        scenario.fault(voters).await?;
+        let fault = world.pick(faults).ok_or("no fault")?;
+        scenario.fault(fault, voters).await?;
         scenario.look()?;
     }
     scenario.settle().await?;
@@ -248,7 +225,7 @@ impl Scenario {
     }
 
     /// Adds a computer with a copy without a vote; its number.
-    async fn add_learner(&mut self) -> Result<u64, String> {
+    pub(super) async fn add_learner(&mut self) -> Result<u64, String> {
         let name = self.new_computer();
         let begun = Instant::now();
         let mut id = None;
@@ -294,29 +271,12 @@ impl Scenario {
     }
 
     /// A random computer that has a voter or had one.
-    fn any_voter(&self) -> String {
+    pub(super) fn any_voter(&self) -> String {
         let names = self.world.voter_names();
         self.world.pick(&names).unwrap_or_default()
     }
 
-    /// Ends a process; what was full has room when it begins again.
-    async fn end(&mut self, name: &str, loses_power: bool) {
-        self.world.note(|| {
-            let how = if loses_power {
-                "loses power"
-            } else {
-                "is killed"
-            };
-            format!("{name} {how}")
-        });
-        self.world.end_process(name, loses_power);
-        match loses_power {
-            true => self.run.power_lost += 1,
-            false => self.run.processes_ended += 1,
-        }
-    }
-
-    async fn boot(&self, name: &str) -> Result<(), String> {
+    pub(super) async fn boot(&self, name: &str) -> Result<(), String> {
         if self.world.process(name).is_some() {
             return Ok(());
         }
@@ -325,145 +285,6 @@ impl Scenario {
             .boot(name, IfAbsent::Refuse, self.options.clone())
             .await;
         booting.map_err(|error| format!("{name} cannot start: {error}"))
-    }
-
-    /// One fault, and for most its end.
-    async fn fault(&mut self, voters: usize) -> Result<(), String> {
-        let world = self.world.clone();
-        let leader = self.leader();
-        // Every second time the voter that matters most.
-        let voter = match leader {
-            Some(leader) if world.chance(0.5) => leader.name(),
-            _ => self.any_voter(),
-        };
-        // What stands still or is cut off may also be a node that runs the machine.
-        let any = match world.chance(0.4) {
-            true => world.pick(&OWNERS).unwrap_or("").to_owned(),
-            false => voter.clone(),
-        };
-        match world.draw(0..10) {
-            0 | 1 => {
-                let loses_power = world.chance(0.5);
-                self.end(&voter, loses_power).await;
-                world.sleep_ms(1..2_500).await;
-                self.boot(&voter).await?;
-            }
-            2 => {
-                let names = world.voter_names();
-                for name in &names {
-                    self.end(name, true).await;
-                }
-                self.run.all_lost_power += 1;
-                for name in names {
-                    world.sleep_ms(1..400).await;
-                    // One may stay away for a while.
-                    if world.chance(0.8) {
-                        self.boot(&name).await?;
-                    }
-                }
-            }
-            3 => {
-                let time = Duration::from_millis(world.draw(50..4_000));
-                world.note(|| format!("{any} stands still for {time:?}"));
-                world.stand_still(&any, time);
-                self.run.stood_still += 1;
-                world.sleep_ms(1..2_000).await;
-            }
-            4 | 5 => {
-                world.note(|| format!("{any} is cut off"));
-                for other in world.names() {
-                    world.cut(&any, &other);
-                    world.cut(&other, &any);
-                }
-                self.run.isolated += 1;
-                world.sleep_ms(50..3_000).await;
-                world.restore_links();
-                world.note(|| "all links work".into());
-            }
-            6 => {
-                let sends = world.chance(0.5);
-                let what = if sends { "sends" } else { "gets" };
-                world.note(|| format!("{any} {what} nothing"));
-                for other in world.names() {
-                    match sends {
-                        true => world.cut(&any, &other),
-                        false => world.cut(&other, &any),
-                    }
-                }
-                self.run.cut_one_way += 1;
-                world.sleep_ms(50..3_000).await;
-                world.restore_links();
-                world.note(|| "all links work".into());
-            }
-            7 => {
-                if world.chance(0.5) {
-                    world.note(|| "messages are lost".into());
-                    world.set_loss(0.2);
-                    self.run.lossy += 1;
-                } else {
-                    world.note(|| "everything is slow".into());
-                    world.set_times(5_000..60_000, 5_000..80_000);
-                    self.run.slow += 1;
-                }
-                world.sleep_ms(500..3_000).await;
-                world.heal();
-            }
-            8 => {
-                world.note(|| format!("the disk of {voter} is full"));
-                world.set_full(&voter, true);
-                self.run.disks_full += 1;
-                world.sleep_ms(50..1_500).await;
-                self.look()?;
-                let stopped = |it: Process| it.store.stopped().is_some();
-                if world.process(&voter).is_some_and(stopped) {
-                    self.end(&voter, false).await;
-                }
-                world.set_full(&voter, false);
-                self.boot(&voter).await?;
-            }
-            _ => self.replace_voter(voters).await?,
-        }
-        Ok(())
-    }
-
-    /// Replaces a random voter by one at a new computer, as far as it goes in a while.
-    async fn replace_voter(&mut self, voters: usize) -> Result<(), String> {
-        let begun = Instant::now();
-        let world = self.world.clone();
-        while begun.elapsed() < CHANGE / 4 {
-            world.sleep_ms(20..100).await;
-            let Some(leader) = self.leader() else {
-                continue;
-            };
-            let status = leader.store.status();
-            let is_ready = status.voters.len() == voters && !status.is_changing;
-            if !is_ready || !status.learners.is_empty() {
-                continue;
-            }
-            let Ok(id) = self.add_learner().await else {
-                return Ok(());
-            };
-            let mut group: Vec<u64> = status.voters.keys().copied().collect();
-            let Some(old) = world.pick(&group) else {
-                return Ok(());
-            };
-            group.retain(|id| *id != old);
-            group.push(id);
-            world.note(|| format!("voter {id} for voter {old}"));
-            let Some(leader) = self.leader() else {
-                return Ok(());
-            };
-            // In the middle of it something may happen.
-            if world.chance(0.3) {
-                let name = self.any_voter();
-                self.end(&name, true).await;
-            }
-            let setting = leader.store.set_voters(group.into_iter().collect());
-            tokio::time::timeout(CHANGE / 4, setting).await.ok();
-            self.run.voters_replaced += 1;
-            return Ok(());
-        }
-        Ok(())
     }
 
     /// Starts what does not run, and what found its disk full.
@@ -565,17 +386,11 @@ impl Scenario {
         }
         // The end is a call too: nothing acknowledged is lost.
         let end = self.world.begun.elapsed();
-        for key in ["k/0", "k/1"] {
-            let found = contents.entries.iter().find(|entry| entry.key == key);
-            let found = found.map(|entry| String::from_utf8_lossy(&entry.value).parse());
-            let found = found.transpose().map_err(|error| format!("{error}"))?;
-            calls.push(linearizability::Call {
-                key: key.into(),
-                op: linearizability::Op::Read(found),
-                begin: end,
-                end: Some(end),
-            });
-        }
+        calls.push(linearizability::Call {
+            op: linearizability::Op::Read(values(&KEYS, &contents.entries)?),
+            begin: end,
+            end: Some(end),
+        });
         self.run.calls = calls.len();
         self.run.unanswered = calls.iter().filter(|call| call.end.is_none()).count();
         linearizability::check(&calls)?;
@@ -583,17 +398,19 @@ impl Scenario {
         for watch in watches {
             self.run.changes_watched += watch.changes.len();
             let complete = watch.complete_after + 1..=watch.last;
-            for (revision, (key, value)) in acknowledged.range(complete) {
+            for (revision, put) in acknowledged.range(complete) {
                 let changes = watch.changes.get(revision).map_or(&[][..], Vec::as_slice);
-                let is_it = |change: &Change| match change {
-                    Change::Put(entry) => {
-                        entry.key == *key && entry.value == value.to_string().as_bytes()
-                    }
-                    Change::Delete { .. } => false,
+                let has = |key: &str, value: u64| {
+                    changes.iter().any(|change| match change {
+                        Change::Put(entry) => {
+                            entry.key == key && entry.value == value.to_string().as_bytes()
+                        }
+                        Change::Delete { .. } => false,
+                    })
                 };
-                if !changes.iter().any(is_it) {
+                if !put.iter().all(|(key, value)| has(key, *value)) {
                     return Err(format!(
-                        "a watch saw {changes:?} in revision {revision}, not {key} = {value}"
+                        "a watch saw {changes:?} in revision {revision}, not {put:?}"
                     ));
                 }
             }

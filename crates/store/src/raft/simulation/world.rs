@@ -411,7 +411,7 @@ impl SnapshotPlace for Place {
         self.disk.snapshot()
     }
 
-    fn run(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
+    fn run(&self, _is_awaited: bool, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
         let (world, computer) = (self.world.clone(), self.computer.clone());
         Box::pin(async move {
             tokio::time::sleep(world.disk_time(&computer).await).await;
