@@ -54,6 +54,7 @@ use self::leader::{CHANGE_PATIENCE, Request, Serving, txn_outcome};
 use self::log::{Opened, Writer};
 use self::network::AgentConnections;
 use self::open_error::OpenError;
+use self::snapshot::SnapshotFile;
 use self::start::{Host, Loaded, Tasks, load, start};
 use self::types::{Command, CommandOutcome};
 use crate::clock::Clock;
@@ -96,6 +97,7 @@ pub struct RaftStatus {
 pub struct RaftStore {
     tasks: Tasks,
     folder: PathBuf,
+    file: SnapshotFile,
     // In this order: tasks, then the thread of the log.
     runtime: Option<tokio::runtime::Runtime>,
     writer: Option<Writer>,
@@ -157,15 +159,16 @@ impl RaftStore {
             clock: Clock::Boottime,
             random: rand::make_rng(),
         };
-        let starting = start(log, id, (file, model, meta), host, options);
+        let starting = start(log, id, (file.clone(), model, meta), host, options);
         let tasks = match runtime.spawn(starting).await {
             Ok(Ok(tasks)) => tasks,
-            Ok(Err(error)) => return Err(close(runtime, writer, fail(error))),
-            Err(_) => return Err(close(runtime, writer, fail("it panicked".into()))),
+            Ok(Err(error)) => return Err(close(runtime, &file, writer, fail(error))),
+            Err(_) => return Err(close(runtime, &file, writer, fail("it panicked".into()))),
         };
         let store = Self {
             tasks,
             folder: folder.into(),
+            file,
             runtime: Some(runtime),
             writer: Some(writer),
         };
@@ -402,7 +405,14 @@ impl RaftStore {
     }
 }
 
-fn close(runtime: tokio::runtime::Runtime, writer: Writer, error: StoreError) -> StoreError {
+fn close(
+    runtime: tokio::runtime::Runtime,
+    file: &SnapshotFile,
+    writer: Writer,
+    error: StoreError,
+) -> StoreError {
+    file.close();
+    // With it the log can be opened by another.
     drop(writer);
     runtime.shutdown_background();
     error
@@ -421,6 +431,7 @@ impl Drop for RaftStore {
         });
         wait.recv_timeout(Duration::from_secs(5)).ok();
         self.tasks.leader.view.fail("the store was closed");
+        self.file.close();
         drop(self.writer.take());
         runtime.shutdown_background();
     }

@@ -113,6 +113,9 @@ pub(super) trait SnapshotPlace: std::fmt::Debug + Send + Sync {
     /// What is there, if anything.
     fn read(&self) -> std::io::Result<Option<Vec<u8>>>;
 
+    /// From now on nothing is replaced, also by work that goes on: another may own what is there.
+    fn close(&self) {}
+
     /// Does what reads or writes there, without holding up an async worker; at a low priority where
     /// nobody waits for it.
     fn run(&self, is_awaited: bool, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()>;
@@ -120,13 +123,22 @@ pub(super) trait SnapshotPlace: std::fmt::Debug + Send + Sync {
 
 /// A file, next to which there is room for its successor.
 #[derive(Debug)]
-struct FilePlace(PathBuf);
+struct FilePlace {
+    path: PathBuf,
+    /// Held while the file is replaced by one that is complete.
+    is_closed: Mutex<bool>,
+}
 
 impl SnapshotPlace for FilePlace {
     fn replace(&self, pieces: &[&[u8]]) -> std::io::Result<()> {
-        let folder = self.0.parent().unwrap_or(Path::new("."));
-        let new = self.0.with_extension("new");
-        let mut file = std::fs::File::create(&new)?;
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        let new = self.path.with_extension("new");
+        // One that somebody still writes, who was closed, is not the same file then.
+        match std::fs::remove_file(&new) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = std::fs::File::create_new(&new)?;
         for piece in pieces.iter().flat_map(|piece| piece.chunks(FLUSH_BYTES)) {
             file.write_all(piece)?;
             if piece.len() == FLUSH_BYTES {
@@ -134,16 +146,25 @@ impl SnapshotPlace for FilePlace {
             }
         }
         file.sync_all()?;
-        std::fs::rename(&new, &self.0)?;
+        let is_closed = self.is_closed.lock();
+        if *is_closed.unwrap_or_else(PoisonError::into_inner) {
+            return Err(std::io::Error::other("the store was closed"));
+        }
+        std::fs::rename(&new, &self.path)?;
         std::fs::File::open(folder)?.sync_all()
     }
 
     fn read(&self) -> std::io::Result<Option<Vec<u8>>> {
-        match std::fs::read(&self.0) {
+        match std::fs::read(&self.path) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    fn close(&self) {
+        let is_closed = self.is_closed.lock();
+        *is_closed.unwrap_or_else(PoisonError::into_inner) = true;
     }
 
     fn run(&self, is_awaited: bool, work: Box<dyn FnOnce() + Send>) -> BoxFuture<'static, ()> {
@@ -175,7 +196,10 @@ pub(super) struct SnapshotFile {
 
 impl SnapshotFile {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self::at(Arc::new(FilePlace(path)))
+        Self::at(Arc::new(FilePlace {
+            path,
+            is_closed: Mutex::default(),
+        }))
     }
 
     pub(super) fn at(place: Arc<dyn SnapshotPlace>) -> Self {
@@ -184,6 +208,11 @@ impl SnapshotFile {
             saved: Arc::default(),
             writing: Arc::default(),
         }
+    }
+
+    /// From now on the file is another's: what is still being made is not put there.
+    pub(super) fn close(&self) {
+        self.place.close();
     }
 
     /// What the file has: earlier entries may leave the log.
@@ -266,5 +295,49 @@ impl SnapshotFile {
         });
         let state = Cursor::new(state.to_vec());
         Ok(Some(Saved { meta, state }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta(index: u64) -> SnapshotMeta {
+        SnapshotMeta {
+            last_log_id: Some(LogId::new(openraft::CommittedLeaderId::new(1, 1), index)),
+            ..SnapshotMeta::default()
+        }
+    }
+
+    /// A store is closed and opened again while a snapshot of its earlier life is still written.
+    #[test]
+    fn a_file_that_was_closed_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("snapshot");
+        let (earlier, later) = (SnapshotFile::new(path.clone()), SnapshotFile::new(path));
+        let state = encode(&Model::default()).unwrap();
+        earlier.save(&meta(5), &state).unwrap();
+        earlier.close();
+        later.save(&meta(9), &state).unwrap();
+        let refused = earlier.save(&meta(7), &state).unwrap_err();
+        assert_eq!(refused.to_string(), "the store was closed");
+        let found = later.load().unwrap().unwrap();
+        assert_eq!(found.meta.last_log_id, meta(9).last_log_id);
+    }
+
+    #[test]
+    fn what_is_longer_than_a_flush_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(folder.path().join("snapshot"));
+        for bytes in [
+            FLUSH_BYTES - 1,
+            FLUSH_BYTES,
+            2 * FLUSH_BYTES,
+            2 * FLUSH_BYTES + 1,
+        ] {
+            let state: Vec<u8> = (0..bytes).map(|at| at as u8 ^ (at >> 8) as u8).collect();
+            file.save(&meta(bytes as u64), &state).unwrap();
+            assert_eq!(file.load().unwrap().unwrap().state.into_inner(), state);
+        }
     }
 }

@@ -254,11 +254,13 @@ impl World {
             clock,
             random,
         };
-        let content = (loaded.file, loaded.model, loaded.meta);
+        let file = loaded.file;
+        let content = (file.clone(), loaded.model, loaded.meta);
         let tasks = start(log, id, content, host, options).await?;
         let store = RaftStore {
             tasks,
             folder: PathBuf::from(name),
+            file,
             runtime: None,
             writer: None,
         };
