@@ -4,6 +4,7 @@
 use keel_api::{StoreInfo, Token, TokenRequest};
 use keel_machine::high_availability::{Fence, HighAvailability};
 use keel_machine::moves::Ending;
+use keel_machine::restart_policy::Restart;
 use keel_testkit::witness::examine;
 use keel_testkit::{Certificates, Etcd, Guest, LocalCluster, guest, wait_for};
 use std::path::Path;
@@ -223,7 +224,8 @@ async fn nodes_use(options: &[&str]) {
         LocalCluster::start_with_store(Path::new(KEEL), folder.path(), &names, options).await;
     let mut cluster = cluster.expect("a cluster");
     let counter = guest("counter");
-    let machine = Guest::new("m", "a", &counter, &["1000000", "2"]);
+    let mut machine = Guest::new("m", "a", &counter, &["1000000", "2"]);
+    machine.restart = Restart::Always;
     cluster.run(&machine).await.expect("it starts");
     for node in names {
         cluster.power_off(node);
@@ -265,6 +267,8 @@ async fn an_etcd_that_asks_for_a_user_is_used_by_nodes_that_have_one() {
     ] {
         let up = [
             "up",
+            "--name",
+            "x",
             "--listen",
             "127.0.0.1:0",
             "--detach",
@@ -298,6 +302,8 @@ async fn an_etcd_that_asks_for_a_certificate_is_used_by_nodes_that_have_one() {
     ] {
         let up = [
             "up",
+            "--name",
+            "x",
             "--listen",
             "127.0.0.1:0",
             "--detach",
