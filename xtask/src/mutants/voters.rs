@@ -57,7 +57,7 @@ const MUTANTS: &[Mutant] = &[
     mutant!(
         "leases from an older term",
         "leader.rs",
-        "self.deadlines.begin_term();",
+        "self.deadlines.begin_to_serve(term);",
         ""
     ),
     mutant!(
@@ -75,14 +75,20 @@ const MUTANTS: &[Mutant] = &[
     mutant!(
         "renewal of what ends",
         "deadlines.rs",
-        "filter(|it| !it.is_ending && it.at > now)?",
-        "filter(|it| it.at > now || it.is_ending)?"
+        "filter(|it| !it.is_ending && it.at > asked)?",
+        "filter(|it| it.at > asked || it.is_ending)?"
     ),
     mutant!(
         "renewal of what ended",
         "deadlines.rs",
-        "let deadline = deadline.filter(|it| !it.is_ending && it.at > now)?;",
+        "let deadline = deadline.filter(|it| !it.is_ending && it.at > asked)?;",
         "let deadline = deadline?;"
+    ),
+    mutant!(
+        "end in the log forgotten",
+        "deadlines.rs",
+        "deadline.is_ending &= !is_new;",
+        "deadline.is_ending = false;\n            let _ = is_new;"
     ),
     mutant!(
         "pause not given to leases",

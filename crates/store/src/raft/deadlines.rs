@@ -25,6 +25,8 @@ struct All {
     leases: HashMap<LeaseId, Deadline>,
     /// When somebody looked last.
     looked: Duration,
+    /// The last term in which this voter began to serve.
+    term: u64,
 }
 
 #[derive(Debug)]
@@ -91,13 +93,16 @@ impl Deadlines {
         self.look().0.leases.remove(&lease);
     }
 
-    /// A term begins, and all earlier entries are applied: gives every lease its full time, also
-    /// those whose end was proposed in vain.
-    pub(super) fn begin_term(&self) {
+    /// This voter begins to serve in a term, or serves once more in it after a time without a quorum:
+    /// gives every lease its full time. In a new term that includes those whose end was proposed in
+    /// vain: all earlier entries are applied. Ends that were proposed in the same term are still in the
+    /// log and will be applied, so these leases can not be renewed any more.
+    pub(super) fn begin_to_serve(&self, term: u64) {
         let (mut all, now) = self.look();
+        let is_new = std::mem::replace(&mut all.term, term) != term;
         for deadline in all.leases.values_mut() {
             deadline.at = now + deadline.ttl;
-            deadline.is_ending = false;
+            deadline.is_ending &= !is_new;
         }
     }
 
@@ -157,18 +162,22 @@ mod tests {
         assert_eq!(deadlines.take_ended(), []);
         assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
         deadlines.remove(LEASE);
-        deadlines.begin_term();
+        deadlines.begin_to_serve(2);
         assert_eq!(deadlines.take_ended(), []);
     }
 
-    /// The entry that ends it was lost with a term: the lease lives on under the next one.
+    /// The entry that ends it was lost with a term: the lease lives on under the next one. In the same
+    /// term the entry is still to come: whoever was told that the lease goes on would lose it at once.
     #[test]
     fn an_end_proposed_in_vain_is_forgotten_with_the_term() {
         let deadlines = Deadlines::default();
+        deadlines.begin_to_serve(1);
         deadlines.add(LEASE, 60_000);
         deadlines.look().0.leases.get_mut(&LEASE).unwrap().is_ending = true;
         assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
-        deadlines.begin_term();
+        deadlines.begin_to_serve(1);
+        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
+        deadlines.begin_to_serve(2);
         assert_eq!(deadlines.renew(LEASE, deadlines.now()), Some(60_000));
     }
 

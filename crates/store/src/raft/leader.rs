@@ -354,7 +354,7 @@ impl Leader {
         }
         // Everything that was ever answered is applied when these pass.
         if self.confirm().await.is_ok() {
-            self.deadlines.begin_term();
+            self.deadlines.begin_to_serve(term);
             tracing::info!(term, "this node leads the store");
             self.set_serving(Serving::Yes { term });
         }
