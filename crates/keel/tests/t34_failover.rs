@@ -592,8 +592,7 @@ async fn a_machine_waits_until_the_operators_program_switched_its_node_off() {
     bench.fails_over("fenced", fenced.epochs).await;
 }
 
-/// A machine with parts on all nodes loses one, then its home: it goes on whole, from its newest
-/// checkpoint.
+/// A machine with parts on all nodes loses one, then its home: it goes on whole each time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_with_parts_goes_on_whole_from_its_checkpoint() {
     let mut bench = Bench::new().await;

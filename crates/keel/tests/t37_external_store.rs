@@ -216,6 +216,14 @@ async fn what_cannot_be_used_is_refused_before_anything_is_made() {
     cluster.wait_alive("a").await.expect("it is a node again");
 }
 
+/// With these options for a store at an address no node is made, and what is said has a reason.
+fn is_refused(state: &Path, address: &str, options: &[&str], reason: &str) {
+    let up = ["up", "--name", "x", "--listen", "127.0.0.1:0", "--detach"];
+    let (ok, said) = keel(state, &[&up[..], &["--store", address], options].concat());
+    assert!(!ok && said.contains(reason), "{options:?}: {said}");
+    assert!(!state.join("node.json").exists(), "{options:?}");
+}
+
 /// What nodes were given to reach their etcd they keep: they move machines, and are restarted.
 async fn nodes_use(options: &[&str]) {
     let folder = folder();
@@ -265,19 +273,7 @@ async fn an_etcd_that_asks_for_a_user_is_used_by_nodes_that_have_one() {
         (&user(&wrong)[..], "authentication failed"),
         (&user("absent")[..], "absent"),
     ] {
-        let up = [
-            "up",
-            "--name",
-            "x",
-            "--listen",
-            "127.0.0.1:0",
-            "--detach",
-            "--store",
-            &address,
-        ];
-        let (ok, text) = keel(&state, &[&up[..], options].concat());
-        assert!(!ok && text.contains(said), "{options:?}: {text}");
-        assert!(!state.join("node.json").exists(), "{options:?}");
+        is_refused(&state, &address, options, said);
     }
     nodes_use(&[&["--store", &address][..], &user(&right)].concat()).await;
 }
@@ -300,22 +296,10 @@ async fn an_etcd_that_asks_for_a_certificate_is_used_by_nodes_that_have_one() {
         vec!["--store-ca", &ca],
         [&["--store-ca", &foreign][..], &client].concat(),
     ] {
-        let up = [
-            "up",
-            "--name",
-            "x",
-            "--listen",
-            "127.0.0.1:0",
-            "--detach",
-            "--store",
-            &address,
-        ];
-        let (ok, text) = keel(&state, &[&up[..], &options].concat());
         let member = address
             .trim_start_matches("etcd://")
             .trim_end_matches("/site");
-        assert!(!ok && text.contains(member), "{options:?}: {text}");
-        assert!(!state.join("node.json").exists(), "{options:?}");
+        is_refused(&state, &address, &options, member);
     }
     nodes_use(&[&["--store", &address, "--store-ca", &ca][..], &client].concat()).await;
 }

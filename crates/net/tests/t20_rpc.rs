@@ -453,7 +453,7 @@ async fn a_peer_that_hardly_reads_is_given_up() -> Outcome {
         dead_after: Duration::from_millis(1500),
         ..Options::default()
     };
-    let serving = tokio::spawn(Server::serve_connection(
+    let mut serving = tokio::spawn(Server::serve_connection(
         far,
         PeerId::Node(name("b")),
         everyone_is_member(),
@@ -466,32 +466,27 @@ async fn a_peer_that_hardly_reads_is_given_up() -> Outcome {
         request: 1,
         payload: payload.into(),
     };
-    let sending = tokio::spawn(async move {
-        let mut bytes = bytes_of(&frame(FOREVER, Vec::new())).unwrap_or_default();
-        // Until nobody reads it.
-        while tokio::io::AsyncWriteExt::write_all(&mut writer, &bytes)
+    let credit = frame(CREDIT, postcard::to_stdvec(&2u32)?);
+    let more = [bytes_of(&frame(PING, Vec::new()))?, bytes_of(&credit)?].concat();
+    let asked = bytes_of(&frame(FOREVER, Vec::new()))?;
+    tokio::io::AsyncWriteExt::write_all(&mut writer, &asked).await?;
+    let using = async {
+        let mut byte = [0];
+        // A byte for each time in which it is not given up.
+        while tokio::time::timeout(Duration::from_millis(50), &mut serving)
             .await
-            .is_ok()
+            .is_err()
         {
-            let credit = postcard::to_stdvec(&10u32).unwrap_or_default();
-            bytes = [frame(PING, Vec::new()), frame(CREDIT, credit)]
-                .iter()
-                .flat_map(|frame| bytes_of(frame).unwrap_or_default())
-                .collect();
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    });
-    let mut byte = [0];
-    let reading = async {
-        while !serving.is_finished() {
+            // (It may be given up meanwhile.)
+            tokio::io::AsyncWriteExt::write_all(&mut writer, &more)
+                .await
+                .ok();
             tokio::io::AsyncReadExt::read(&mut reader, &mut byte)
                 .await
                 .ok();
-            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    tokio::time::timeout(LONG, reading).await?;
-    sending.await?;
+    tokio::time::timeout(LONG, using).await?;
     let pushed = Arc::clone(&handler.pushed);
     eventually("its stream ended", || Arc::strong_count(&pushed) == 2).await?;
     Ok(())

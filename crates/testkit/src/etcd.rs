@@ -260,8 +260,7 @@ impl Etcd {
         format!("etcd://{}/{prefix}", members.join(","))
     }
 
-    /// From now on asks for a user and a password; this user may read and change what is under a
-    /// prefix.
+    /// From now on asks for a user and a password; this user may use the keys under a prefix.
     ///
     /// # Errors
     /// Its answer, if it is not a good one.
