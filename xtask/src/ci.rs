@@ -3,7 +3,7 @@
 
 use crate::command::{cargo, check, has, root};
 use crate::suite::{self, LONG};
-use crate::{imports, licences, pages};
+use crate::{imports, licences, mutants, pages};
 use anyhow::Result;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ pub(crate) fn lint() -> Result<()> {
     check(cargo().args(["fmt", "--all", "--check"]))?;
     imports::check(&root())?;
     pages::check(&root())?;
+    mutants::check(&root())?;
     check(
         cargo()
             .args(["clippy", "--release", "--workspace", "--all-targets"])

@@ -35,6 +35,8 @@ struct Subject {
     mutants: &'static [Mutant],
 }
 
+const SUBJECTS: [Subject; 2] = [ownership::OWNERSHIP, voters::VOTERS];
+
 /// Restores a file when it is dropped, also after a panic.
 struct Original {
     file: &'static str,
@@ -54,7 +56,7 @@ impl Drop for Original {
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
     let mut survivors = Vec::new();
     let chosen = |name: &str| only.is_none_or(|part| name.contains(part));
-    for subject in [ownership::OWNERSHIP, voters::VOTERS] {
+    for subject in &SUBJECTS {
         for mutant in subject.mutants.iter().filter(|it| chosen(it.name)) {
             let caught = subject.caught_by(mutant)?;
             println!(
@@ -71,20 +73,45 @@ pub(crate) fn run(only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// Checks that every mutant can still be applied: one whose text is gone tests nothing.
+///
+/// # Errors
+/// Which cannot, and why.
+pub(crate) fn check(root: &Path) -> Result<()> {
+    let mut gone = Vec::new();
+    for mutant in SUBJECTS.iter().flat_map(|subject| subject.mutants) {
+        let path = root.join(mutant.file);
+        let content = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        if let Err(error) = mutant.changed(&content) {
+            gone.push(error.to_string());
+        }
+    }
+    ensure!(gone.is_empty(), "mutants: {}", gone.join("; "));
+    Ok(())
+}
+
 impl Mutant {
-    /// Changes its file, until the original is dropped.
-    fn apply(&self) -> Result<Original> {
+    /// The content of its file with the change.
+    fn changed(&self, content: &str) -> Result<String> {
         let Mutant {
             name, file, text, ..
         } = self;
-        ensure!(Path::new(file).exists(), "run it in the workspace's folder");
-        let content = fs::read_to_string(file)?;
+        ensure!(*text != self.becomes, "{name} changes nothing");
         let (from, _) = content
             .match_indices(text)
             .nth(self.at)
             .with_context(|| format!("{name}: {text:?} is not in {file} any more"))?;
-        let mut changed = content.clone();
+        let mut changed = content.to_owned();
         changed.replace_range(from..from + text.len(), self.becomes);
+        Ok(changed)
+    }
+
+    /// Changes its file, until the original is dropped.
+    fn apply(&self) -> Result<Original> {
+        let file = self.file;
+        ensure!(Path::new(file).exists(), "run it in the workspace's folder");
+        let content = fs::read_to_string(file)?;
+        let changed = self.changed(&content)?;
         let original = Original { file, content };
         fs::write(file, changed)?;
         Ok(original)
@@ -122,5 +149,30 @@ impl Subject {
             }
         }
         Ok((!failed.is_empty()).then(|| failed.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mutant_whose_text_is_gone_is_refused_by_name() {
+        let mutant = Mutant {
+            name: "older accepted",
+            file: "rule.rs",
+            text: "a < b",
+            at: 1,
+            becomes: "a <= b",
+        };
+        let changed = mutant.changed("a < b; a < b; a < b").unwrap();
+        assert_eq!(changed, "a < b; a <= b; a < b");
+        let refused = mutant.changed("a < b").unwrap_err().to_string();
+        assert!(refused.contains("older accepted"), "{refused}");
+        let same = Mutant {
+            becomes: "a < b",
+            ..mutant
+        };
+        assert!(same.changed("a < b; a < b").is_err());
     }
 }
