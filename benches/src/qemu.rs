@@ -12,6 +12,7 @@ use crate::signals;
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, bail, ensure};
 use keel_machine::moves::Ending;
+use keel_testkit::bare_system::assemble;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -80,7 +81,7 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     }
     let runtime = tokio::runtime::Runtime::new()?;
     let folder = tempfile::tempdir()?;
-    let payload = assemble(folder.path())?;
+    let payload = assemble(folder.path(), PAYLOAD)?;
     let module = std::fs::read(guests.join("hot.wasm")).context("the guest `hot`")?;
     let (mut theirs, mut ours) = (Vec::new(), Vec::new());
     // Alternately, so that other load of the host affects both.
@@ -148,25 +149,6 @@ fn listen(mut from: impl Read + Send + 'static, heard: Sender<Instant>) {
             }
         }
     });
-}
-
-fn assemble(folder: &Path) -> Result<std::path::PathBuf> {
-    let (source, payload) = (folder.join("payload.S"), folder.join("payload"));
-    std::fs::write(&source, PAYLOAD)?;
-    let status = Command::new("cc")
-        .args([
-            "-m32",
-            "-nostdlib",
-            "-static",
-            "-Wl,--build-id=none",
-            "-Wl,-Ttext=0x100000",
-        ])
-        .arg("-o")
-        .args([&payload, &source])
-        .status()
-        .context("cc")?;
-    ensure!(status.success(), "the guest for QEMU cannot be assembled");
-    Ok(payload)
 }
 
 /// A QEMU process; killed on drop.

@@ -8,9 +8,10 @@ use anyhow::Result;
 use std::process::Command;
 
 /// Programs that tests or builds need, with their Debian packages.
-const NEEDED: [(&str, &str); 3] = [
+const NEEDED: [(&str, &str); 4] = [
     ("cc", "gcc"),
     ("etcd", "etcd-server"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
     ("promtool", "prometheus"),
 ];
 

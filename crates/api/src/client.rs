@@ -1,12 +1,13 @@
 //! A client of the API: one connection per request, on a node's Unix socket or
 //! over TLS with a token.
 
-use crate::Problem;
+use crate::{Problem, Uploaded};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use keel_machine::kind::KindName;
 use keel_net::{ClientTls, Fingerprint};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
@@ -192,6 +193,15 @@ impl Client {
         let body = response.into_body().collect().await.map_err(broken)?;
         serde_json::from_slice(&body.to_bytes())
             .map_err(|error| ClientError::Answer(error.to_string()))
+    }
+
+    /// Uploads a file that machines of a kind start from.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn upload(&self, kind: &KindName, image: Bytes) -> Result<Uploaded, ClientError> {
+        let path = format!("/v1/images?kind={kind}");
+        self.call(Method::PUT, &path, image).await
     }
 
     /// `GET`.

@@ -15,7 +15,7 @@
 //! | `POST /v1/store/voters` [`VotersRequest`] | [`StoreInfo`]: the change begins |
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |
-//! | `PUT /v1/images` (the file that machines start from: a module) | [`Uploaded`] |
+//! | `PUT /v1/images?kind=KIND` (a file that machines start from) | [`Uploaded`] |
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |

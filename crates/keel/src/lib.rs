@@ -22,6 +22,7 @@
 //! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes on command lines
 //! - `started`: waits until a machine runs
+//! - `system`: what a machine of kind `qemu` is made of, on command lines
 //! - `when`: times on command lines
 
 #![warn(clippy::print_stdout)]
@@ -61,6 +62,7 @@ mod sim;
 mod size;
 mod started;
 mod store;
+mod system;
 mod tokens;
 mod up;
 mod volume;

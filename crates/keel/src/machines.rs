@@ -5,14 +5,16 @@ use crate::output::{self, Format};
 use crate::parts::{self, Grain, grain_of};
 use crate::program::Invocation;
 use crate::started::started;
+use crate::system::{self, SystemArgs};
 use crate::volume::VolumeArg;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClientError, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded,
-    Urgency, VolumeRequest,
+    Client, ClientError, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Urgency,
+    VolumeRequest,
 };
+use keel_kind_qemu::QemuKind;
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
@@ -20,6 +22,7 @@ use keel_machine::log::{StreamKind, offset_behind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -173,10 +176,16 @@ pub(crate) const THREADS_DEFAULT: u32 = 256;
 pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 
 #[derive(clap::Args)]
-#[command(override_usage = "keel run [OPTIONS] <MODULE> [ARGS]...")]
+#[command(override_usage = "keel run [OPTIONS] <MODULE> [ARGS]...
+       keel run [OPTIONS] --kind qemu --kernel <FILE> | --disk <PATH>")]
 pub(crate) struct RunArgs {
+    /// The program, a WASI preview 1 core module with or without threads, and its arguments.
+    /// Options before it are keel's, those after it are the program's.
+    #[arg(trailing_var_arg = true, num_args = 1.., value_names = ["MODULE", "ARGS"],
+          required_unless_present_any = ["kernel", "disk"])]
+    program: Vec<OsString>,
     #[command(flatten)]
-    program: Invocation,
+    system: SystemArgs,
     /// Name of the machine (default: generated).
     #[arg(long)]
     name: Option<String>,
@@ -216,9 +225,9 @@ pub(crate) struct RunArgs {
     /// Sets an environment variable.
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
-    /// Limit of each of its memories.
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = MEMORY_DEFAULT)]
-    memory: u64,
+    /// Limit of each of its memories (default: 4G); of a whole system, its memory (default: 1G).
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    memory: Option<u64>,
     /// Limit of its threads.
     #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT)]
     threads: u32,
@@ -307,18 +316,24 @@ enum HowUrgent {
 
 /// Starts a machine; returns its name.
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
-    let module = args.program.read()?;
-    let uploaded: Uploaded = client
-        .call(Method::PUT, "/v1/images", Bytes::from(module))
-        .await
-        .with_context(|| format!("module {}", args.program.module().display()))?;
-    let mut env = Vec::new();
-    for variable in &args.env {
-        let (name, value) = variable
-            .split_once('=')
-            .with_context(|| format!("--env {variable}: NAME=VALUE is expected"))?;
-        env.push((name.to_owned(), value.to_owned()));
-    }
+    let system = args.system.upload(client, !args.program.is_empty()).await?;
+    ensure!(
+        system.is_none() || args.env.is_empty(),
+        "--env is for programs: a system has no environment"
+    );
+    let (kind, kind_spec, memory_default) = match system {
+        Some(own) => (
+            QemuKind::kind_name(),
+            own.to_kind_spec(),
+            system::MEMORY_DEFAULT,
+        ),
+        None => (
+            WasmKind::kind_name(),
+            program(client, args).await?.to_kind_spec(),
+            MEMORY_DEFAULT,
+        ),
+    };
+    let memory_default = crate::size::parse(memory_default).map_err(anyhow::Error::msg)?;
     let mut volumes = Vec::new();
     for dir in &args.dir {
         volumes.push(directory(dir)?);
@@ -326,19 +341,13 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     for volume in &args.volume {
         volumes.push(request(volume)?);
     }
-    let own = WasmSpec {
-        module: uploaded.hash,
-        args: args.program.arguments()?,
-        env,
-        threads_max: args.threads,
-    };
     let request = RunRequest {
         name: args.name.clone(),
         on: args.on.clone(),
-        kind: WasmKind::kind_name(),
-        kind_spec: own.to_kind_spec().map_err(anyhow::Error::msg)?,
+        kind,
+        kind_spec: kind_spec.map_err(anyhow::Error::msg)?,
         volumes,
-        memory_bytes: args.memory,
+        memory_bytes: args.memory.unwrap_or(memory_default),
         cpu_limit_millis: args.cpu_limit,
         output_bytes_per_s: args.output_rate,
         remove_at_end: args.rm,
@@ -348,6 +357,29 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         balancing: args.balancing.balancing(),
     };
     Ok(client.post("/v1/machines", &request).await?)
+}
+
+/// What a program is made of. Uploads its module.
+async fn program(client: &Client, args: &RunArgs) -> Result<WasmSpec> {
+    let program = Invocation::new(args.program.clone());
+    let module = program.read()?;
+    let uploaded = client
+        .upload(&WasmKind::kind_name(), Bytes::from(module))
+        .await
+        .with_context(|| format!("module {}", program.module().display()))?;
+    let mut env = Vec::new();
+    for variable in &args.env {
+        let (name, value) = variable
+            .split_once('=')
+            .with_context(|| format!("--env {variable}: NAME=VALUE is expected"))?;
+        env.push((name.to_owned(), value.to_owned()));
+    }
+    Ok(WasmSpec {
+        module: uploaded.hash,
+        args: program.arguments()?,
+        env,
+        threads_max: args.threads,
+    })
 }
 
 /// The request for a volume that a command or a file names.

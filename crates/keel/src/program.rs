@@ -15,6 +15,11 @@ pub(crate) struct Invocation {
 }
 
 impl Invocation {
+    /// The module's file and the program's arguments.
+    pub(crate) fn new(program: Vec<OsString>) -> Self {
+        Invocation { program }
+    }
+
     /// The module's file.
     pub(crate) fn module(&self) -> &Path {
         // The parser requires one.

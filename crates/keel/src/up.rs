@@ -132,6 +132,9 @@ pub(crate) struct WorkerArgs {
     /// Compiled code.
     #[arg(long)]
     cache: PathBuf,
+    /// What machines start from.
+    #[arg(long)]
+    images: PathBuf,
     /// Instrumented modules.
     #[arg(long)]
     programs: PathBuf,
@@ -318,6 +321,7 @@ pub(crate) fn worker(args: WorkerArgs, kinds: &Kinds) -> Result<ExitCode> {
     let folders = WorkerFolders {
         folder: args.folder,
         cache: args.cache,
+        images: args.images,
         programs: args.programs,
     };
     let ended = kinds

@@ -92,8 +92,8 @@ impl Kind for NullKind {
         Err(format!("{field} means nothing to a machine of kind null"))
     }
 
-    fn image(&self, _spec: &Spec) -> Option<String> {
-        None
+    fn images(&self, _spec: &Spec) -> Vec<String> {
+        Vec::new()
     }
 
     fn summary(&self, _spec: &Spec) -> String {

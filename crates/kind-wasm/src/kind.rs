@@ -44,6 +44,7 @@ impl Kind for WasmKind {
             spans: true,
             post_copy: true,
             compiles: true,
+            keeps_images: false,
         }
     }
 
@@ -61,16 +62,17 @@ impl Kind for WasmKind {
         Ok(())
     }
 
-    fn image(&self, spec: &Spec) -> Option<String> {
-        WasmSpec::of(spec).ok().map(|own| own.module)
+    fn images(&self, spec: &Spec) -> Vec<String> {
+        let own = WasmSpec::of(spec).ok();
+        own.map(|own| own.module).into_iter().collect()
     }
 
-    fn image_bytes_max(&self) -> usize {
-        keel_wasm::instrument::MODULE_BYTES_MAX
+    fn image_bytes_max(&self) -> u64 {
+        keel_wasm::instrument::MODULE_BYTES_MAX as u64
     }
 
-    fn check_image(&self, bytes: &[u8]) -> Result<(), String> {
-        match bytes.starts_with(b"\0asm") {
+    fn check_image(&self, beginning: &[u8]) -> Result<(), String> {
+        match beginning.starts_with(b"\0asm") {
             true => Ok(()),
             false => Err("that is not a WebAssembly module (it does not begin with \\0asm)".into()),
         }

@@ -22,6 +22,9 @@ use std::sync::Arc;
 /// of other threads counts as the node's own.
 pub const GUEST_THREAD_PREFIX: &str = "guest-";
 
+/// What a kind sees of an image to decide whether machines start from it, in bytes.
+pub const IMAGE_BEGINNING_BYTES: usize = 8192;
+
 /// Longest name of a kind, in bytes.
 const NAME_BYTES_MAX: usize = 16;
 
@@ -114,6 +117,8 @@ pub struct Abilities {
     pub post_copy: bool,
     /// Its program is compiled on a node before a machine runs there.
     pub compiles: bool,
+    /// It uses its images for as long as it runs, so a move's target needs them too.
+    pub keeps_images: bool,
 }
 
 /// A field of specs in which two of them differ.
@@ -133,6 +138,8 @@ pub struct WorkerFolders {
     pub folder: PathBuf,
     /// The node's compiled code.
     pub cache: PathBuf,
+    /// The node's images, by hash: see [`Kind::images`].
+    pub images: PathBuf,
     /// The node's programs, by hash, which other nodes fetch.
     pub programs: PathBuf,
 }
@@ -150,20 +157,21 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
     /// A message for the user, which names the field.
     fn check(&self, spec: &Spec) -> Result<(), String>;
 
-    /// The hash (BLAKE3, hex) of the file that a machine starts from, which nodes fetch
-    /// from each other; `None` if there is none.
-    fn image(&self, spec: &Spec) -> Option<String>;
+    /// The hashes (BLAKE3, hex) of the files that a machine starts from, which nodes fetch from
+    /// each other before it starts: a worker finds them in [`WorkerFolders::images`].
+    fn images(&self, spec: &Spec) -> Vec<String>;
 
     /// The largest file that a machine of this kind starts from, in bytes; 0 if none does.
-    fn image_bytes_max(&self) -> usize {
+    fn image_bytes_max(&self) -> u64 {
         0
     }
 
-    /// Checks the beginning of a file that a user wants to start machines from.
+    /// Checks the beginning of a file that a user wants to start machines from: its first
+    /// [`IMAGE_BEGINNING_BYTES`], or all if it has fewer.
     ///
     /// # Errors
     /// Why no machine of this kind starts from it.
-    fn check_image(&self, _bytes: &[u8]) -> Result<(), String> {
+    fn check_image(&self, _beginning: &[u8]) -> Result<(), String> {
         Err(format!(
             "machines of kind {} start from no file",
             self.name()
@@ -273,21 +281,27 @@ impl Kinds {
         kind.check(spec)
     }
 
-    /// The largest file that a machine of any kind starts from, in bytes.
-    pub fn image_bytes_max(&self) -> usize {
-        self.all().map(Kind::image_bytes_max).max().unwrap_or(0)
+    /// The largest file that nodes fetch from each other, in bytes: what machines start from, or
+    /// what a kind made of it.
+    pub fn file_bytes_max(&self) -> u64 {
+        let most = self.all().map(Kind::image_bytes_max).max();
+        most.unwrap_or(0).saturating_mul(2)
     }
 
-    /// Checks that a machine of some kind can start from a file.
+    /// Checks that a machine of a kind, or of any, can start from a file that begins so, as
+    /// [`Kind::check_image`]; returns the most bytes that the file may have.
     ///
     /// # Errors
-    /// Why none can.
-    pub fn check_image(&self, bytes: &[u8]) -> Result<(), String> {
-        let with_images = self.all().filter(|kind| kind.image_bytes_max() > 0);
+    /// Why none can; or this binary does not have the kind.
+    pub fn check_image(&self, of: Option<&KindName>, beginning: &[u8]) -> Result<u64, String> {
+        let kinds: Vec<&dyn Kind> = match of {
+            Some(name) => vec![self.get(name)?],
+            None => self.all().filter(|it| it.image_bytes_max() > 0).collect(),
+        };
         let mut reasons = Vec::new();
-        for kind in with_images {
-            match kind.check_image(bytes) {
-                Ok(()) => return Ok(()),
+        for kind in kinds {
+            match kind.check_image(beginning) {
+                Ok(()) => return Ok(kind.image_bytes_max()),
                 Err(reason) => reasons.push(reason),
             }
         }

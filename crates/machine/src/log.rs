@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-pub use sink::LogSink;
+pub use sink::{LogSink, OutputRate, delay_of_held_output};
 pub use time::offset_behind;
 
 /// Size limit of one file of the log.

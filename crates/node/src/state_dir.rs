@@ -111,9 +111,14 @@ impl StateDir {
         self.workers().join(machine.as_str())
     }
 
-    /// An original module.
+    /// What machines start from.
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    /// A file that machines start from: for `wasm`, a module as its author built it.
     pub fn image(&self, hash: &str) -> PathBuf {
-        self.root.join("images").join(hash)
+        self.images().join(hash)
     }
 
     /// Instrumented modules.

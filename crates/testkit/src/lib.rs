@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 pub use voters::{Group, Member};
 use wall_clock::WallClocks;
 
+pub mod bare_system;
 pub mod disk;
 pub mod drill;
 mod etcd;

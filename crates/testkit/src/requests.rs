@@ -3,11 +3,8 @@
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use hyper::Method;
-use keel_api::{
-    Client, MoveLine, MoveRequest, NodeInfo, StoreInfo, Token, TokenRequest, Uploaded, Urgency,
-};
-use keel_kind_wasm::WasmSpec;
+use keel_api::{Client, MoveLine, MoveRequest, NodeInfo, StoreInfo, Token, TokenRequest, Urgency};
+use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::kind::KindSpec;
 use keel_machine::moves::MoveReport;
 use std::io::{Read, Write};
@@ -137,7 +134,7 @@ pub async fn move_as(client: &Client, machine: &str, request: &MoveRequest) -> R
 /// Uploads the module of a WebAssembly program; returns its spec.
 pub(crate) async fn program(client: &Client, guest: &Guest<'_>) -> Result<KindSpec> {
     let module = Bytes::copy_from_slice(guest.module);
-    let uploaded: Uploaded = client.call(Method::PUT, "/v1/images", module).await?;
+    let uploaded = client.upload(&WasmKind::kind_name(), module).await?;
     let mut args = vec![guest.name.to_owned()];
     args.extend(guest.args.iter().map(|arg| (*arg).to_owned()));
     let own = WasmSpec {

@@ -15,7 +15,7 @@ use file::Wanted;
 use hyper::Method;
 use keel_api::{
     CheckpointChange, Client, FieldChange, HighAvailabilityChange, MachineDiff, MachineInfo,
-    Nothing, RunRequest, SetRequest, Uploaded, VolumeRequest,
+    Nothing, RunRequest, SetRequest, VolumeRequest,
 };
 use keel_kind_wasm::WasmSpec;
 use keel_machine::restart_policy::Restart;
@@ -229,7 +229,7 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
 
 async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> {
     let module = plan.module.clone();
-    let _: Uploaded = client.call(Method::PUT, "/v1/images", module).await?;
+    client.upload(&plan.wanted.kind, module).await?;
     let request = RunRequest {
         on,
         ..plan.wanted.clone()

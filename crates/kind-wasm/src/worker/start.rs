@@ -15,7 +15,6 @@ use keel_machine::worker::{volume_folder, write_notice};
 use keel_net::RpcError;
 use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::{Machine, Program};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::runtime::Handle;
@@ -32,11 +31,7 @@ impl WasmWorker {
         };
         self.inner().starting = Some((phase, Instant::now()));
         let (machine, log, cluster_volumes) = match &start.from {
-            StartFrom::Beginning { image, .. } => {
-                let module = image.as_deref();
-                let module = module.ok_or_else(|| RpcError::failed("it has no module"))?;
-                self.begin(module, &start, runtime)?
-            }
+            StartFrom::Beginning { .. } => self.begin(&start, runtime)?,
             StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
         };
         let mut inner = self.inner();
@@ -79,13 +74,13 @@ impl WasmWorker {
     /// Starts a machine from its module; it runs unless it is to have parts first.
     fn begin(
         self: &Arc<Self>,
-        module: &Path,
         start: &Start,
         runtime: &Handle,
     ) -> Result<(Machine, Arc<Log>, ClusterVolumes), RpcError> {
         let spec = &start.spec;
         let own = WasmSpec::of(spec).map_err(RpcError::failed)?;
-        let bytes = std::fs::read(module)
+        let module = self.images.join(&own.module);
+        let bytes = std::fs::read(&module)
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
         let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
         self.store_program(program.hash(), program.bytes())?;

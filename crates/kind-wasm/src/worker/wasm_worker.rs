@@ -39,6 +39,7 @@ pub(super) struct WasmWorker {
     pub(super) process: Process,
     /// Held while the machine's writes are tracked, except by a move.
     pub(super) tracking: Mutex<()>,
+    pub(super) images: PathBuf,
     programs: PathBuf,
     pub(super) engine: Engine,
     inner: Mutex<WorkerState>,
@@ -107,6 +108,7 @@ pub(crate) fn run(folders: &WorkerFolders) -> Result<(), String> {
             })),
             process,
             tracking: Mutex::default(),
+            images: folders.images.clone(),
             programs: programs.clone(),
             engine,
             inner: Mutex::default(),

@@ -213,6 +213,16 @@ impl std::fmt::Debug for Link {
     }
 }
 
+/// As [`Link::use_frozen_timeout`], for a link that another thread uses: `socket` is its
+/// [`Link::closer`].
+///
+/// # Errors
+/// That of the socket.
+pub fn use_frozen_timeout(socket: &TcpStream) -> std::io::Result<()> {
+    socket.set_read_timeout(Some(FROZEN_PATIENCE))?;
+    socket.set_write_timeout(Some(FROZEN_PATIENCE))
+}
+
 /// Lets the kernel detect an unreachable host.
 pub fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
     rustix::net::sockopt::set_socket_keepalive(socket, true)?;
@@ -399,10 +409,7 @@ impl Link {
     /// # Errors
     /// [`LinkError::Io`].
     pub fn use_frozen_timeout(&self) -> Result<(), LinkError> {
-        let socket = self.stream.socket();
-        socket.set_read_timeout(Some(FROZEN_PATIENCE))?;
-        socket.set_write_timeout(Some(FROZEN_PATIENCE))?;
-        Ok(())
+        Ok(use_frozen_timeout(self.stream.socket())?)
     }
 
     /// Removes the time limit of reads: the store decides when the move continues.

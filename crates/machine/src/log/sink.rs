@@ -14,25 +14,43 @@ const HELD_PAUSE: Duration = Duration::from_millis(10);
 
 /// Limits output to a number of bytes per second, with a burst of one second's worth.
 #[derive(Debug)]
-struct Rate {
+pub struct OutputRate {
     bytes_per_s: f64,
     allowance: f64,
     since: Instant,
 }
 
-impl Rate {
-    /// Time until further bytes may be written.
-    fn delay(&mut self) -> Duration {
+impl OutputRate {
+    /// At least 1 byte per second.
+    pub fn new(bytes_per_s: u64) -> Self {
+        let bytes_per_s = bytes_per_s.max(1) as f64;
+        OutputRate {
+            bytes_per_s,
+            allowance: bytes_per_s,
+            since: Instant::now(),
+        }
+    }
+
+    /// Time until further bytes may be written, at most a second; `None` if they may be now.
+    pub fn delay(&mut self) -> Option<Duration> {
         let now = Instant::now();
         let earned = now.duration_since(self.since).as_secs_f64() * self.bytes_per_s;
         self.allowance = (self.allowance + earned).min(self.bytes_per_s);
         self.since = now;
-        if self.allowance > 0.0 {
-            Duration::ZERO
-        } else {
-            Duration::from_secs_f64((-self.allowance / self.bytes_per_s).clamp(0.001, 1.0))
-        }
+        let lacks = -self.allowance / self.bytes_per_s;
+        (self.allowance <= 0.0).then(|| Duration::from_secs_f64(lacks.clamp(0.001, 1.0)))
     }
+
+    /// So many bytes were written.
+    pub fn wrote(&mut self, count: usize) {
+        self.allowance -= count as f64;
+    }
+}
+
+/// How long a guest waits before it prints more, because much output is held back; `None` if it
+/// need not wait.
+pub fn delay_of_held_output(log: &Log) -> Option<Duration> {
+    (log.held_bytes() >= HELD_BYTES_MAX).then_some(HELD_PAUSE)
 }
 
 /// A guest's standard output or error, written to a log.
@@ -40,7 +58,7 @@ impl Rate {
 pub struct LogSink {
     log: Arc<Log>,
     stream: StreamKind,
-    rate: Mutex<Rate>,
+    rate: Mutex<OutputRate>,
     stalls: Arc<Stalls>,
 }
 
@@ -48,32 +66,23 @@ impl LogSink {
     /// Writes to `log` at most `bytes_per_s`. If the disk is full the guest waits, which
     /// is reported to `stalls`.
     pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64, stalls: Arc<Stalls>) -> Self {
-        let bytes_per_s = bytes_per_s.max(1) as f64;
         LogSink {
             log,
             stream,
-            rate: Mutex::new(Rate {
-                bytes_per_s,
-                allowance: bytes_per_s,
-                since: Instant::now(),
-            }),
+            rate: Mutex::new(OutputRate::new(bytes_per_s)),
             stalls,
         }
     }
 
     /// Appends what the rate permits; returns the number of bytes, or the time to wait.
     fn write_some(&self, bytes: &[u8]) -> std::io::Result<Result<usize, Duration>> {
-        if self.log.held_bytes() >= HELD_BYTES_MAX {
-            return Ok(Err(HELD_PAUSE));
-        }
         let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
-        let delay = rate.delay();
-        if !delay.is_zero() {
+        if let Some(delay) = delay_of_held_output(&self.log).or_else(|| rate.delay()) {
             return Ok(Err(delay));
         }
         let count = bytes.len().min(RECORD_BYTES_MAX);
         self.log.append(self.stream, &bytes[..count])?;
-        rate.allowance -= count as f64;
+        rate.wrote(count);
         Ok(Ok(count))
     }
 }

@@ -155,9 +155,6 @@ pub struct Start {
 pub enum StartFrom {
     /// The machine runs from its beginning.
     Beginning {
-        /// The file that it starts from (for `wasm`, the module as its author built it), if
-        /// its kind has one.
-        image: Option<PathBuf>,
         /// Whether it is held at its beginning until it has parts.
         is_held: bool,
     },

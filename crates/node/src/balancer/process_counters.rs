@@ -387,8 +387,8 @@ mod tests {
             Ok(())
         }
 
-        fn image(&self, _spec: &Spec) -> Option<String> {
-            None
+        fn images(&self, _spec: &Spec) -> Vec<String> {
+            Vec::new()
         }
 
         fn summary(&self, _spec: &Spec) -> String {

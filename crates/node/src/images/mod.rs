@@ -1,16 +1,25 @@
 //! Program images, by hash: what machines start from (for `wasm`, modules as their authors built
 //! them) and what runs (instrumented modules). Both are sent between nodes; code compiled for a
 //! processor never is, see `compilation`.
+//!
+//! - `writer`: writes an image while its pieces arrive
 
+mod writer;
+
+use self::writer::{ImageWriter, WrittenImage};
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::processes::PROMPT;
-use crate::state_dir::{is_hash, write_whole};
+use crate::state_dir::is_hash;
+use futures::{Stream, StreamExt};
 use keel_cluster::NodeName;
+use keel_machine::kind::{IMAGE_BEGINNING_BYTES, KindName};
 use keel_machine::worker::control::pack;
 use keel_net::{Bytes, Fingerprint, Reply, RpcError};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Request between agents: `(is program, hash)` → stream of the file's pieces.
@@ -19,6 +28,9 @@ pub(crate) const FETCH: u16 = 0x0302;
 /// Bytes of a file in one piece.
 const PIECE_BYTES: usize = 1 << 20;
 
+/// How long the next piece of a file may take to arrive.
+const PIECE_PATIENCE: Duration = PROMPT.saturating_mul(6);
+
 /// The images of this node, and access to those of others.
 pub(crate) struct Images {
     context: Arc<Context>,
@@ -26,31 +38,74 @@ pub(crate) struct Images {
 
 impl Images {
     pub(crate) fn new(context: Arc<Context>) -> Self {
+        let folders = [context.dir.images(), context.dir.programs()];
+        for folder in folders {
+            if let Err(error) = writer::remove_unfinished(&folder) {
+                tracing::warn!(%error, "unfinished files stay in {}", folder.display());
+            }
+        }
         Images { context }
     }
 
-    /// Stores an image that a user uploads; returns its hash.
+    /// Stores an image that a user uploads, for machines of a kind or of any; returns its hash.
     ///
     /// # Errors
-    /// [`CommandError`] if no machine starts from it, or it cannot be written.
-    pub(crate) async fn upload(&self, image: Bytes) -> Result<String, CommandError> {
-        self.context
-            .kinds
-            .check_image(&image)
-            .map_err(CommandError::Invalid)?;
-        let context = self.context.clone();
-        tokio::task::spawn_blocking(move || {
-            let hash = blake3::hash(&image).to_hex().to_string();
-            let path = context.dir.image(&hash);
-            if !path.exists() {
-                write_whole(&path, &image).map_err(|error| {
-                    CommandError::Unavailable(format!("{}: {error}", path.display()))
-                })?;
+    /// [`CommandError`] if no machine starts from it, it is too large, the upload is cut off, or
+    /// it cannot be written. Nothing is kept then.
+    pub(crate) async fn upload<E: fmt::Display>(
+        &self,
+        kind: Option<&KindName>,
+        pieces: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<String, CommandError> {
+        let mut pieces = std::pin::pin!(pieces);
+        let stored = self.store_upload(kind, &mut pieces).await;
+        if stored.is_err() {
+            // A client reads the answer once it has sent everything.
+            while let Some(Ok(_)) = pieces.next().await {}
+        }
+        stored
+    }
+
+    async fn store_upload<E: fmt::Display>(
+        &self,
+        kind: Option<&KindName>,
+        pieces: &mut (impl Stream<Item = Result<Bytes, E>> + Unpin),
+    ) -> Result<String, CommandError> {
+        let writer = ImageWriter::new(&self.context.dir.images());
+        let mut beginning = Vec::new();
+        let mut received = 0;
+        // Known once enough has arrived to see what it is.
+        let mut bytes_max = None;
+        loop {
+            let piece = pieces.next().await.transpose();
+            let piece = piece.map_err(|error| {
+                CommandError::Invalid(format!("the upload was cut off: {error}"))
+            })?;
+            if bytes_max.is_none() {
+                let rest = IMAGE_BEGINNING_BYTES - beginning.len();
+                let seen = piece.as_deref().unwrap_or_default();
+                beginning.extend_from_slice(&seen[..seen.len().min(rest)]);
+                if piece.is_none() || beginning.len() == IMAGE_BEGINNING_BYTES {
+                    let checked = self.context.kinds.check_image(kind, &beginning);
+                    bytes_max = Some(checked.map_err(CommandError::Invalid)?);
+                }
             }
-            Ok(hash)
-        })
-        .await
-        .map_err(|error| CommandError::Unavailable(error.to_string()))?
+            let Some(piece) = piece else { break };
+            received += piece.len() as u64;
+            if let Some(most) = bytes_max.filter(|most| received > *most) {
+                return Err(CommandError::Invalid(format!(
+                    "the image has more than {most} bytes, the most that machines of its kind start from"
+                )));
+            }
+            if !writer.add(piece).await {
+                break;
+            }
+        }
+        let image = writer.finish().await.map_err(CommandError::Unavailable)?;
+        let hash = image.hash.clone();
+        let path = self.context.dir.image(&hash);
+        keep(image, path).await.map_err(CommandError::Unavailable)?;
+        Ok(hash)
     }
 
     /// Sends an image to another node.
@@ -59,7 +114,7 @@ impl Images {
     /// [`RpcError`] if that is not a hash, or the image is not here.
     pub(crate) async fn send(&self, is_program: bool, hash: &str) -> Result<Reply, RpcError> {
         if !is_hash(hash) {
-            return Err(RpcError::refused("that is no hash of a module"));
+            return Err(RpcError::refused("that is no hash of an image"));
         }
         let path = match is_program {
             true => self.context.dir.program(hash),
@@ -87,7 +142,7 @@ impl Images {
     /// The file of an image, fetched from any node that has it if necessary.
     pub(crate) async fn find_image(&self, hash: &str) -> Result<PathBuf, String> {
         if !is_hash(hash) {
-            return Err(format!("{hash:?} is no hash of a module"));
+            return Err(format!("{hash:?} is no hash of an image"));
         }
         let path = self.context.dir.image(hash);
         if is_there(&path).await {
@@ -97,16 +152,15 @@ impl Images {
             if *node == self.context.name {
                 continue;
             }
-            match tokio::time::timeout(6 * PROMPT, self.fetch(node, false, hash, &path)).await {
-                Ok(Ok(())) => return Ok(path),
-                Ok(Err(error)) => {
-                    tracing::debug!(%node, error, "cannot fetch a module from the node")
+            match self.fetch(node, false, hash, &path).await {
+                Ok(()) => return Ok(path),
+                Err(error) => {
+                    tracing::info!(%node, error, "cannot fetch an image from the node");
                 }
-                Err(_) => tracing::warn!(%node, "fetching a module timed out"),
             }
         }
         Err(format!(
-            "no node that answers has module {hash}; run it again with its file"
+            "no node that answers has image {hash}; run it again with its file"
         ))
     }
 
@@ -119,29 +173,41 @@ impl Images {
         path: &Path,
     ) -> Result<(), String> {
         let question = pack(&(is_program, hash.to_owned())).map_err(|error| error.to_string())?;
-        let mut stream = self
-            .context
-            .peers
-            .bulk_stream(node, FETCH, question)
-            .await
-            .map_err(|error| error.to_string())?;
-        let mut bytes = Vec::new();
-        while let Some(piece) = stream.recv().await {
-            bytes.extend_from_slice(&piece.map_err(|error| error.to_string())?);
-            if bytes.len() > 2 * self.context.kinds.image_bytes_max() {
-                return Err("the module is too large".into());
+        let stream = self.context.peers.bulk_stream(node, FETCH, question);
+        let stream = tokio::time::timeout(PIECE_PATIENCE, stream).await;
+        let stream = stream.map_err(|_| "the node does not answer")?;
+        let mut stream = stream.map_err(|error| error.to_string())?;
+        let folder = path.parent().ok_or("the file has no folder")?;
+        let writer = ImageWriter::new(folder);
+        let mut received = 0;
+        loop {
+            let next = tokio::time::timeout(PIECE_PATIENCE, stream.recv()).await;
+            let next = next.map_err(|_| "the node sends nothing any more")?;
+            let Some(piece) = next else { break };
+            let piece = piece.map_err(|error| error.to_string())?;
+            received += piece.len() as u64;
+            if received > self.context.kinds.file_bytes_max() {
+                return Err("the file is too large".into());
+            }
+            if !writer.add(piece).await {
+                break;
             }
         }
-        let (hash, path) = (hash.to_owned(), path.to_owned());
-        tokio::task::spawn_blocking(move || {
-            if blake3::hash(&bytes).to_hex().as_str() != hash {
-                return Err("the module does not match its hash".to_owned());
-            }
-            write_whole(&path, &bytes).map_err(|error| format!("{}: {error}", path.display()))
-        })
-        .await
-        .map_err(|error| error.to_string())?
+        let image = writer.finish().await?;
+        if image.hash != hash {
+            return Err("the file does not match its hash".into());
+        }
+        keep(image, path.to_owned()).await
     }
+}
+
+/// Gives a whole image its name.
+async fn keep(image: WrittenImage, path: PathBuf) -> Result<(), String> {
+    let kept = tokio::task::spawn_blocking(move || {
+        let kept = image.keep(&path);
+        kept.map_err(|error| format!("{}: {error}", path.display()))
+    });
+    kept.await.map_err(|error| error.to_string()).flatten()
 }
 
 /// Whether the file exists; on an error it is fetched.

@@ -49,7 +49,7 @@ pub(crate) async fn run(
         )));
     }
     let kind = machines.context.kinds.of(&spec).map_err(bad)?;
-    if let Some(image) = kind.image(&spec) {
+    for image in kind.images(&spec) {
         let found = machines.images.find_image(&image).await;
         found.map_err(CommandError::NotFound)?;
     }

@@ -42,13 +42,11 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         }
         None => {
             let kind = machines.context.kinds.of(&record.spec)?;
-            let image = match kind.image(&record.spec) {
-                Some(hash) => Some(machines.images.find_image(&hash).await?),
-                None => None,
-            };
+            for image in kind.images(&record.spec) {
+                machines.images.find_image(&image).await?;
+            }
             spread = spanning_start::spread_over(machines, record).await;
             StartFrom::Beginning {
-                image,
                 is_held: !spread.is_empty(),
             }
         }

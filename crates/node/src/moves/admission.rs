@@ -165,6 +165,12 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
         Some(program) => Some(moves.images.find_program(&source, program).await?),
         None => None,
     };
+    let kind = moves.context.kinds.of(&offer.spec)?;
+    if kind.abilities().keeps_images {
+        for image in kind.images(&offer.spec) {
+            moves.images.find_image(&image).await?;
+        }
+    }
     passed("offer.fetched").await?;
     {
         // Serialised: two machines that each fit may not fit together.

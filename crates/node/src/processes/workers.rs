@@ -385,6 +385,8 @@ impl Workers {
             .arg(&folder)
             .arg("--cache")
             .arg(dir.cache())
+            .arg("--images")
+            .arg(dir.images())
             .arg("--programs")
             .arg(dir.programs())
             .stdin(Stdio::null())

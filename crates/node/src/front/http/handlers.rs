@@ -11,31 +11,49 @@ use crate::spanning::{
     MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PartsQuery, SpanCommand, UnspanCommand,
 };
 use axum::Json;
+use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
-use bytes::Bytes;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, DryRun, MachineDiff, MachineInfo, MoveLine, MoveRequest,
     Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo, PruneRequest, QuotaInfo, QuotaRequest,
     RestoreRequest, RunRequest, SetRequest, SpanRequest, ThreadMove, Uploaded,
 };
 use keel_cluster::NodeName;
+use keel_machine::kind::InvalidKindName;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
+#[derive(Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct UploadQuery {
+    /// The kind of the machines that start from it; any kind if absent.
+    kind: Option<String>,
+}
+
 /// Uploads an image: the file that machines start from.
 ///
-/// For machines of kind `wasm` it is a WebAssembly module.
+/// For machines of kind `wasm` it is a WebAssembly module, for `qemu` a kernel or its initrd.
 #[utoipa::path(
     put,
     path = "/v1/images",
     operation_id = "upload_image",
     tag = "machines",
+    params(UploadQuery),
     request_body(content = RawBytes, content_type = "application/octet-stream"),
     responses((status = 200, description = "Success", body = Uploaded))
 )]
-pub(super) async fn upload(State(at): Shared, body: Bytes) -> Reply<Uploaded> {
-    let hash = at.images.upload(body).await?;
+pub(super) async fn upload(
+    State(at): Shared,
+    Query(query): Query<UploadQuery>,
+    body: Body,
+) -> Reply<Uploaded> {
+    let kind = query.kind.map(|kind| kind.parse()).transpose();
+    let kind = kind.map_err(|error: InvalidKindName| CommandError::Invalid(error.to_string()))?;
+    let hash = at
+        .images
+        .upload(kind.as_ref(), body.into_data_stream())
+        .await?;
     Ok(Json(Uploaded { hash }))
 }
 

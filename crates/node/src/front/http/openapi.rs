@@ -302,7 +302,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn document() -> Value {
-        let (_, description) = described(1).split();
+        let (_, description) = described().split();
         as_json(&description).unwrap()
     }
 

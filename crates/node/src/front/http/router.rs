@@ -24,7 +24,7 @@ const PROBLEM_BYTES_MAX: usize = 64 << 10;
 /// # Errors
 /// If the description of the requests cannot be encoded.
 pub(super) fn router(handles: Arc<Handles>) -> Result<Router, serde_json::Error> {
-    let (router, description) = described(handles.context.kinds.image_bytes_max()).split();
+    let (router, description) = described().split();
     let document = Document::new(&description)?;
     let audit = Arc::new(audit::Audit::new(handles.clone()));
     // Tests alone use it.
@@ -48,8 +48,9 @@ pub(super) fn router(handles: Arc<Handles>) -> Result<Router, serde_json::Error>
 }
 
 /// The handlers. `routes!` takes those of one path.
-pub(super) fn described(image_bytes_max: usize) -> DescribedRoutes {
-    let images = DefaultBodyLimit::max(image_bytes_max);
+pub(super) fn described() -> DescribedRoutes {
+    // The kind of an image decides how large it may be.
+    let images = DefaultBodyLimit::disable();
     let pieces = DefaultBodyLimit::max(crate::volumes::PIECE_BYTES_MAX);
     DescribedRoutes::new()
         .add(routes!(health::healthz))

@@ -1,0 +1,329 @@
+//! Machines of kind `qemu`: whole systems live, move and end as machines of every kind do. The
+//! system here counts, and compares its memory with each number, so that a move that loses memory
+//! or output, or runs two copies, shows.
+
+use anyhow::{Context, Result};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo};
+use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec};
+use keel_machine::moves::Ending;
+use keel_testkit::bare_system::{counting_system, qemu_is_installed};
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use std::path::{Path, PathBuf};
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+const MIB: u64 = 1 << 20;
+
+struct Systems {
+    cluster: LocalCluster,
+    folder: tempfile::TempDir,
+}
+
+impl Systems {
+    /// A cluster; none if this computer has no QEMU.
+    async fn start(names: &[&str]) -> Option<Self> {
+        if !qemu_is_installed() {
+            return None;
+        }
+        let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+        let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), names).await;
+        Some(Systems {
+            cluster: cluster.expect("a cluster"),
+            folder,
+        })
+    }
+
+    /// The spec of a system that counts, whose image the nodes have.
+    async fn counting(&self, last: Option<u32>) -> Result<QemuSpec> {
+        let system = counting_system(self.folder.path(), last)?;
+        let client = self.cluster.client("a");
+        let uploaded = client.upload(&QemuKind::kind_name(), system.into()).await?;
+        Ok(QemuSpec {
+            cpus: 1,
+            kernel: Some(Kernel {
+                image: uploaded.hash,
+                initrd: None,
+                append: String::new(),
+            }),
+            disks: Vec::new(),
+            shutdown_s: 1,
+        })
+    }
+
+    async fn run(&self, name: &str, node: &str, spec: &QemuSpec) -> Result<MachineInfo> {
+        self.cluster.run(&guest(name, node, spec)).await
+    }
+
+    /// Waits until the machine has printed more than `after`; returns how much it has.
+    async fn counted(&self, machine: &str, after: u64) -> Result<u64> {
+        let counted = wait_for("the system counts", || async {
+            let output = self.cluster.output("a", machine).await.ok()?;
+            let next = check_numbered(&output, 0).expect("each number once");
+            (next > after).then_some(next)
+        });
+        counted.await
+    }
+
+    /// The QEMU processes of a worker.
+    fn qemus(&self, node: &str) -> Vec<PathBuf> {
+        let folder = self.cluster.folder(node).canonicalize().unwrap();
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let here = processes.map(|entry| entry.path()).filter(|process| {
+            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+            let place = std::fs::read_link(process.join("cwd")).unwrap_or_default();
+            name.starts_with("qemu") && place.starts_with(&folder)
+        });
+        here.collect()
+    }
+}
+
+fn guest<'a>(name: &'a str, node: &'a str, spec: &QemuSpec) -> Guest<'a> {
+    let mut guest = Guest::new(name, node, &[], &[]);
+    guest.memory_bytes = 32 * MIB;
+    guest.kind = Some((QemuKind::kind_name(), spec.to_kind_spec().unwrap()));
+    guest
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_moves_while_it_counts() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let spec = systems.counting(None).await?;
+    systems.run("s", "a", &spec).await?;
+    let mut next = systems.counted("s", 0).await?;
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "b")] {
+        let report = systems.cluster.move_machine("a", "s", to).await?;
+        assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+        assert_eq!((report.source.as_str(), report.target.as_str()), (from, to));
+        next = systems.counted("s", next + 10).await?;
+        let gone = wait_for("the source's QEMU is gone", || async {
+            systems.qemus(from).is_empty().then_some(())
+        });
+        gone.await?;
+        assert_eq!(systems.qemus(to).len(), 1);
+    }
+    let info = systems.cluster.inspect("a", "s").await?;
+    assert_eq!((info.kind.as_str(), info.node.as_str()), ("qemu", "b"));
+    assert_eq!(info.threads, Some(1));
+    systems.cluster.end("a", "s").await?;
+    assert!(systems.qemus("b").is_empty());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_ends_by_itself_by_a_user_and_by_its_qemu() -> Result<()> {
+    let Some(systems) = Systems::start(&["a"]).await else {
+        return Ok(());
+    };
+    let brief = systems.counting(Some(50)).await?;
+    systems.run("brief", "a", &brief).await?;
+    let ended = systems.cluster.wait_end("a", "brief").await?;
+    assert_eq!(ended.exit_code, Some(0), "{ended:?}");
+    let output = systems.cluster.output("a", "brief").await?;
+    assert_eq!(check_numbered(&output, 0)?, 50);
+
+    let spec = systems.counting(None).await?;
+    // It does not listen: its power is cut.
+    systems.run("stopped", "a", &spec).await?;
+    systems.counted("stopped", 0).await?;
+    let client = systems.cluster.client("a");
+    let _: serde_json::Value = client.post("/v1/machines/stopped/stop", &()).await?;
+    let ended = systems.cluster.wait_end("a", "stopped").await?;
+    assert_eq!(ended.status, "stopped", "{ended:?}");
+
+    systems.run("killed", "a", &spec).await?;
+    systems.counted("killed", 0).await?;
+    let [qemu] = &systems.qemus("a")[..] else {
+        anyhow::bail!("not one QEMU: {:?}", systems.qemus("a"));
+    };
+    kill(qemu)?;
+    let ended = systems.cluster.wait_end("a", "killed").await?;
+    let shown = serde_json::to_string(&ended)?;
+    assert_eq!(ended.status, "failed", "{shown}");
+    assert!(shown.contains("QEMU ended (signal: 9"), "{shown}");
+
+    // The kernel ends a QEMU with its worker.
+    systems.run("orphan", "a", &spec).await?;
+    systems.counted("orphan", 0).await?;
+    systems.cluster.kill_worker("a", "orphan")?;
+    let gone = wait_for("its QEMU is gone", || async {
+        systems.qemus("a").is_empty().then_some(())
+    });
+    gone.await?;
+    let ended = systems.cluster.wait_end("a", "orphan").await?;
+    assert_eq!(ended.status, "failed", "{ended:?}");
+    Ok(())
+}
+
+fn kill(process: &Path) -> Result<()> {
+    let pid = process.file_name().and_then(|name| name.to_str());
+    let pid = pid.context("a process id")?.parse()?;
+    let pid = rustix::process::Pid::from_raw(pid).context("a process id")?;
+    Ok(rustix::process::kill_process(
+        pid,
+        rustix::process::Signal::KILL,
+    )?)
+}
+
+/// After each fault the machine runs under one epoch, and has lost neither memory nor output.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_fails_leaves_the_system_at_its_source() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let spec = systems.counting(None).await?;
+    systems.run("s", "a", &spec).await?;
+    let mut next = systems.counted("s", 0).await?;
+    let at_source = [
+        "source.connect",
+        "source.hello",
+        "source.round",
+        "source.converged",
+        "source.freeze",
+        "source.frozen",
+        "source.last-pages",
+        "source.image",
+        "source.prepared",
+    ];
+    let at_target = [
+        "target.greeted",
+        "target.round",
+        "target.image",
+        "target.ready",
+    ];
+    let of = |node: &'static str| move |name: &'static str| (node, name);
+    let faults = at_source
+        .into_iter()
+        .map(of("a"))
+        .chain(at_target.into_iter().map(of("b")));
+    for (node, name) in faults {
+        let cluster = &systems.cluster;
+        cluster.failpoint(node, name, Some("error")).await?;
+        let report = cluster.move_machine("a", "s", "b").await?;
+        assert_ne!(report.ending, Ending::Moved, "{name}: {}", report.line());
+        cluster.failpoint(node, name, None).await?;
+        let info = cluster.inspect("a", "s").await?;
+        assert_eq!((info.node.as_str(), info.status.as_str()), ("a", "running"));
+        next = systems.counted("s", next + 3).await.context(name)?;
+        let gone = wait_for("the target's QEMU is gone", || async {
+            systems.qemus("b").is_empty().then_some(())
+        });
+        gone.await.context(name)?;
+    }
+    let report = systems.cluster.move_machine("a", "s", "b").await?;
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    systems.counted("s", next).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agent_finds_its_system_again() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let spec = systems.counting(None).await?;
+    systems.run("s", "b", &spec).await?;
+    let next = systems.counted("s", 0).await?;
+    let qemus = systems.qemus("b");
+    systems.cluster.kill_agent("b")?;
+    systems.cluster.wait_alive("b").await?;
+    let next = systems.counted("s", next + 10).await?;
+    assert_eq!(systems.qemus("b"), qemus);
+    let report = systems.cluster.move_machine("a", "s", "a").await?;
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    systems.counted("s", next).await?;
+    Ok(())
+}
+
+/// The lock of a disk goes along with its system, and nobody else gets it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_is_in_the_hands_of_one_system() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let disk = systems.folder.path().join("disk, with \"marks\".raw");
+    std::fs::write(&disk, vec![0; 1 << 20])?;
+    let mut spec = systems.counting(None).await?;
+    spec.disks = vec![Disk {
+        path: disk.display().to_string(),
+        format: DiskFormat::Raw,
+        read_only: false,
+    }];
+    systems.run("first", "a", &spec).await?;
+    let next = systems.counted("first", 0).await?;
+    for (second, node) in [("second", "a"), ("third", "b")] {
+        systems.run(second, node, &spec).await.ok();
+        let ended = systems.cluster.wait_end("a", second).await?;
+        let shown = serde_json::to_string(&ended)?;
+        assert!(shown.contains("lock"), "{shown}");
+        if node == "a" {
+            let report = systems.cluster.move_machine("a", "first", "b").await?;
+            assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+        }
+    }
+    systems.counted("first", next).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_system_cannot_be_is_refused_by_name() -> Result<()> {
+    let Some(systems) = Systems::start(&["a"]).await else {
+        return Ok(());
+    };
+    let spec = systems.counting(None).await?;
+    let refused = async |change: &dyn Fn(&mut Guest<'_>, &mut QemuSpec)| {
+        let (mut own, mut machine) = (spec.clone(), guest("s", "a", &spec));
+        change(&mut machine, &mut own);
+        machine.kind = Some((QemuKind::kind_name(), own.to_kind_spec().unwrap()));
+        let refused = systems.cluster.run(&machine).await;
+        format!("{:#}", refused.expect_err("a refusal"))
+    };
+    let said = refused(&|machine, _| machine.memory_bytes += 1).await;
+    assert!(said.contains("whole MiB"), "{said}");
+    let said = refused(&|machine, _| machine.tmp_bytes = Some(MIB)).await;
+    assert!(said.contains("cannot have volume"), "{said}");
+    let said = refused(&|machine, _| machine.ha = Some(Default::default())).await;
+    assert!(said.contains("cannot have ha"), "{said}");
+    let said = refused(&|_, own| own.cpus = 0).await;
+    assert!(said.contains("0 processors"), "{said}");
+    let said = refused(&|_, own| own.kernel = None).await;
+    assert!(said.contains("nothing to boot"), "{said}");
+    let strange = |own: &mut QemuSpec| {
+        let kernel = own.kernel.as_mut().unwrap();
+        kernel.image = "00".repeat(32);
+    };
+    let said = refused(&|_, own| strange(own)).await;
+    assert!(said.contains("no node that answers has image"), "{said}");
+
+    let client = systems.cluster.client("a");
+    let text = bytes::Bytes::from_static(b"#!/bin/sh");
+    let uploaded = client.upload(&QemuKind::kind_name(), text).await;
+    let said = uploaded.expect_err("a refusal").to_string();
+    assert!(said.contains("neither a kernel"), "{said}");
+
+    // A disk that is not there, and one whose content is of another format.
+    let mut own = spec.clone();
+    let garbage = systems.folder.path().join("garbage");
+    std::fs::write(&garbage, vec![7; 1 << 16])?;
+    let paths = [PathBuf::from("/nowhere/disk"), garbage];
+    for (number, path) in paths.into_iter().enumerate() {
+        own.disks = vec![Disk {
+            path: path.display().to_string(),
+            format: DiskFormat::Qcow2,
+            read_only: false,
+        }];
+        let name = format!("disk-{number}");
+        systems.run(&name, "a", &own).await.ok();
+        let ended = systems.cluster.wait_end("a", &name).await?;
+        let shown = serde_json::to_string(&ended)?;
+        assert!(shown.contains(&*path.display().to_string()), "{shown}");
+    }
+
+    systems.run("s", "a", &spec).await?;
+    let request = CheckpointRequest::default();
+    let path = "/v1/machines/s/checkpoints";
+    let checkpoint: Result<CheckpointInfo, _> = client.post(path, &request).await;
+    let said = checkpoint.expect_err("a refusal").to_string();
+    assert!(said.contains("no checkpoints"), "{said}");
+    Ok(())
+}

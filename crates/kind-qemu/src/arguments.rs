@@ -1,0 +1,163 @@
+//! The command line of a machine's QEMU.
+//!
+//! Source and target of a move use the same, but for `-incoming`: QEMU requires the same devices
+//! in the same order. The machine type has a version for the same reason: `q35` alone means
+//! another one in each version of QEMU.
+
+use crate::spec::{Disk, QemuSpec};
+use serde_json::json;
+use std::ffi::OsString;
+use std::path::Path;
+
+/// The machine type: of the oldest QEMU that is supported, which later versions have too.
+const MACHINE: &str = "pc-q35-7.2";
+
+/// A processor that every x86-64 host has and both accelerators emulate.
+const CPU: &str = "qemu64";
+
+/// Memory for translated code, in MiB. QEMU's own default grows with the host's memory.
+const TRANSLATED_MIB: u32 = 128;
+
+/// Numbers of the descriptors that QEMU inherits.
+pub(crate) const QMP_FD: i32 = 3;
+pub(crate) const CONSOLE_FD: i32 = 4;
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// The host's processor.
+    Kvm,
+    /// Translation, some ten times slower.
+    Tcg,
+}
+
+/// What the command line depends on.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) spec: &'a QemuSpec,
+    /// A multiple of 1 MiB.
+    pub(crate) memory_bytes: u64,
+    /// The folder of images, by hash.
+    pub(crate) images: &'a Path,
+    pub(crate) accelerator: Accelerator,
+    /// Whether its state comes from another QEMU.
+    pub(crate) is_incoming: bool,
+}
+
+impl Machine<'_> {
+    /// The arguments, without the program's name. The guest does not run before it is told to.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let mut all: Vec<OsString> = Vec::new();
+        let mut add = |name: &str, value: String| {
+            all.push(name.into());
+            all.push(value.into());
+        };
+        add("-name", format!("guest={},debug-threads=on", self.name));
+        add("-machine", MACHINE.into());
+        add(
+            "-accel",
+            match self.accelerator {
+                Accelerator::Kvm => "kvm".into(),
+                Accelerator::Tcg => format!("tcg,tb-size={TRANSLATED_MIB}"),
+            },
+        );
+        add("-cpu", CPU.into());
+        add("-smp", self.spec.cpus.to_string());
+        add("-m", format!("{}M", self.memory_bytes >> 20));
+        add("-display", "none".into());
+        add("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
+        add("-mon", "chardev=qmp,mode=control".into());
+        add("-chardev", format!("socket,id=console,fd={CONSOLE_FD}"));
+        add("-serial", "chardev:console".into());
+        add("-device", "pvpanic".into());
+        add("-object", "rng-builtin,id=random".into());
+        add("-device", "virtio-rng-pci,rng=random".into());
+        for (number, disk) in self.spec.disks.iter().enumerate() {
+            add("-blockdev", block_device(number, disk));
+            add("-device", format!("virtio-blk-pci,drive=disk{number}"));
+        }
+        // QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
+        add(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
+        );
+        if self.is_incoming {
+            add("-incoming", "defer".into());
+        }
+        if let Some(kernel) = &self.spec.kernel {
+            let image = |hash: &str| self.images.join(hash).into_os_string();
+            all.extend(["-kernel".into(), image(&kernel.image)]);
+            if let Some(initrd) = &kernel.initrd {
+                all.extend(["-initrd".into(), image(initrd)]);
+            }
+            all.extend(["-append".into(), kernel.append.clone().into()]);
+        }
+        for switch in ["-no-user-config", "-nodefaults", "-S"] {
+            all.push(switch.into());
+        }
+        all
+    }
+}
+
+/// As JSON, in which a path may have any characters.
+fn block_device(number: usize, disk: &Disk) -> String {
+    json!({
+        "driver": disk.format.word(),
+        "node-name": format!("disk{number}"),
+        "read-only": disk.read_only,
+        "file": {
+            "driver": "file",
+            "filename": disk.path,
+            "locking": "on",
+        },
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{DiskFormat, Kernel, SHUTDOWN_S};
+
+    #[test]
+    fn texts_of_users_stay_one_argument_each() {
+        let spec = QemuSpec {
+            cpus: 2,
+            kernel: Some(Kernel {
+                image: "aa".into(),
+                initrd: Some("bb".into()),
+                append: "console=ttyS0 -S, \"x\"".into(),
+            }),
+            disks: vec![Disk {
+                path: "/disks/a,readonly=off \"b\"".into(),
+                format: DiskFormat::Qcow2,
+                read_only: true,
+            }],
+            shutdown_s: SHUTDOWN_S,
+        };
+        let machine = Machine {
+            name: "db",
+            spec: &spec,
+            memory_bytes: 256 << 20,
+            images: Path::new("/state/images"),
+            accelerator: Accelerator::Tcg,
+            is_incoming: true,
+        };
+        let all = machine.arguments();
+        let after = |name: &str| {
+            let at = all.iter().position(|it| it == name).unwrap();
+            all[at + 1].to_str().unwrap()
+        };
+        assert_eq!(after("-m"), "256M");
+        assert_eq!(after("-smp"), "2");
+        assert_eq!(after("-append"), "console=ttyS0 -S, \"x\"");
+        assert_eq!(after("-kernel"), "/state/images/aa");
+        assert_eq!(after("-initrd"), "/state/images/bb");
+        assert_eq!(after("-incoming"), "defer");
+        let disk: serde_json::Value = serde_json::from_str(after("-blockdev")).unwrap();
+        assert_eq!(disk["file"]["filename"], "/disks/a,readonly=off \"b\"");
+        assert_eq!(disk["driver"], "qcow2");
+        assert_eq!(disk["read-only"], true);
+    }
+}

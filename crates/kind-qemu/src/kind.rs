@@ -1,0 +1,183 @@
+//! What an agent asks of this kind of machine.
+
+use crate::spec::QemuSpec;
+use crate::vm::{QEMU, resident_bytes};
+use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
+use keel_machine::spec::Spec;
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const NAME: &str = "qemu";
+
+/// The largest kernel or first file system, in bytes.
+const IMAGE_BYTES_MAX: u64 = 1 << 30;
+
+/// Where a bzImage has its signature, and which: Documentation/arch/x86/boot.rst of Linux.
+const KERNEL_SIGNATURE: (usize, &[u8]) = (0x202, b"HdrS");
+
+/// What a kernel that any Multiboot loader starts has, aligned, in its first 8192 bytes: the
+/// Multiboot specification 0.6.96, section 3.1.
+const MULTIBOOT_SIGNATURE: [u8; 4] = 0x1bad_b002_u32.to_le_bytes();
+
+/// How first file systems begin: archives of cpio, and compressed ones, as
+/// Documentation/driver-api/early-userspace/buffer-format.rst of Linux lists them.
+const INITRD_SIGNATURES: [&[u8]; 8] = [
+    b"070701",
+    b"070702",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\x5d\0\0",
+    b"\xfd7zXZ\0",
+    b"\x28\xb5\x2f\xfd",
+    b"\x02\x21\x4c\x18",
+];
+
+/// Whole Linux systems.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct QemuKind;
+
+impl QemuKind {
+    /// The name of this kind.
+    pub fn kind_name() -> KindName {
+        match NAME.parse() {
+            Ok(name) => name,
+            Err(_) => unreachable!("a valid name"),
+        }
+    }
+}
+
+/// A field of specs that machines of this kind do not have, by its name in machine files.
+fn strange_field(spec: &Spec) -> Option<&'static str> {
+    match spec {
+        Spec { volumes, .. } if !volumes.is_empty() => Some("volume"),
+        Spec {
+            cpu_limit_millis: Some(_),
+            ..
+        } => Some("cpu-limit"),
+        Spec {
+            checkpoints: Some(_),
+            ..
+        } => Some("checkpoint-every"),
+        Spec { ha: Some(_), .. } => Some("ha"),
+        _ => None,
+    }
+}
+
+impl Kind for QemuKind {
+    fn name(&self) -> KindName {
+        QemuKind::kind_name()
+    }
+
+    fn abilities(&self) -> Abilities {
+        Abilities {
+            keeps_images: true,
+            ..Abilities::default()
+        }
+    }
+
+    fn check(&self, spec: &Spec) -> Result<(), String> {
+        if let Some(field) = strange_field(spec) {
+            return Err(format!("a machine of kind qemu cannot have {field}"));
+        }
+        let mib = 1 << 20;
+        if spec.memory_bytes == 0 || !spec.memory_bytes.is_multiple_of(mib) {
+            let bytes = spec.memory_bytes;
+            return Err(format!("memory of {bytes} bytes: whole MiB are expected"));
+        }
+        QemuSpec::of(spec)?.check()
+    }
+
+    fn images(&self, spec: &Spec) -> Vec<String> {
+        match QemuSpec::of(spec) {
+            Ok(own) => own.images().map(str::to_owned).collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn image_bytes_max(&self) -> u64 {
+        IMAGE_BYTES_MAX
+    }
+
+    fn check_image(&self, beginning: &[u8]) -> Result<(), String> {
+        let (at, signature) = KERNEL_SIGNATURE;
+        let is_kernel = beginning
+            .get(at..)
+            .is_some_and(|rest| rest.starts_with(signature));
+        let (words, _) = beginning.as_chunks::<4>();
+        let mut initrds = INITRD_SIGNATURES.iter();
+        let is_known = is_kernel
+            || words.contains(&MULTIBOOT_SIGNATURE)
+            || initrds.any(|signature| beginning.starts_with(signature));
+        match is_known {
+            true => Ok(()),
+            false => Err(
+                "that is neither a kernel (a bzImage of Linux, or Multiboot) nor a kernel's initrd"
+                    .into(),
+            ),
+        }
+    }
+
+    fn summary(&self, spec: &Spec) -> String {
+        let own = match QemuSpec::of(spec) {
+            Ok(own) => own,
+            Err(reason) => return reason,
+        };
+        let disks = own.disks.iter().map(|disk| disk.path.as_str());
+        let kernel = own.kernel.as_ref().map(|kernel| {
+            let hash = kernel.image.get(..12).unwrap_or(&kernel.image);
+            format!("kernel {hash}")
+        });
+        let parts: Vec<String> = kernel.into_iter().chain(disks.map(str::to_owned)).collect();
+        parts.join(", ")
+    }
+
+    fn shown(&self, spec: &Spec) -> serde_json::Value {
+        match QemuSpec::of(spec) {
+            Ok(own) => json!(own),
+            Err(reason) => json!({ "unreadable": reason }),
+        }
+    }
+
+    fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference> {
+        let (old, new) = (self.shown(old), self.shown(new));
+        let fields = ["cpus", "kernel", "disks", "shutdown_s", "unreadable"];
+        let differing = fields.into_iter().filter(|field| old[field] != new[field]);
+        differing
+            .map(|field| Difference {
+                field: field.to_owned(),
+                old: old[field].to_string(),
+                new: new[field].to_string(),
+            })
+            .collect()
+    }
+
+    fn memory_bytes(&self, process: &Path) -> Option<u64> {
+        qemu_of(process).map(|qemu| resident_bytes(&qemu))
+    }
+
+    fn run_worker(&self, folders: &WorkerFolders) -> Result<(), String> {
+        crate::worker::run(folders)
+    }
+}
+
+/// The QEMU of a worker, as its folder in `/proc`.
+fn qemu_of(worker: &Path) -> Option<PathBuf> {
+    let tasks = fs::read_dir(worker.join("task")).ok()?;
+    let children = tasks.flatten().filter_map(|task| {
+        let children = fs::read_to_string(task.path().join("children"));
+        children.ok().filter(|children| !children.is_empty())
+    });
+    let children: Vec<String> = children
+        .flat_map(|children| {
+            let pids = children.split_whitespace().map(str::to_owned);
+            pids.collect::<Vec<_>>()
+        })
+        .collect();
+    children.iter().find_map(|pid| {
+        let process = worker.parent()?.join(pid);
+        let name = fs::read_to_string(process.join("comm")).ok()?;
+        // The kernel keeps 15 bytes of it.
+        QEMU.starts_with(name.trim_end()).then_some(process)
+    })
+}

@@ -1,0 +1,37 @@
+//! Machines of kind `qemu`: whole Linux systems, each in a QEMU process beside its worker.
+//!
+//! ```text
+//!   worker process                              qemu-system-x86_64
+//!  ┌─────────────────────────────────┐         ┌──────────────────┐
+//!  │ worker ──▶ vm ──▶ qmp ──────────┼── QMP ─▶│ guest            │
+//!  │   log ◀── console ◀─────────────┼─────────│ serial console   │
+//!  │ session, migration ◀────────────┼─────────│ its state        │
+//!  └──────────────┬──────────────────┘         └──────────────────┘
+//!          TLS to the worker at the target
+//! ```
+//!
+//! - `kind`: what an agent asks of this kind; `spec`: its part of a spec
+//! - `worker`: the process around one machine; `session`: its moves, at the source
+//! - `vm`: one QEMU process; `arguments`: its command line; `qmp`: its protocol
+//! - `migration`: QEMU's migration stream over the link between two workers
+//! - `console`: the serial console, which is the machine's output
+//! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
+//!
+//! The worker supervises QEMU: the kernel ends QEMU with it. So who may run a machine is decided
+//! for workers alone, as for every kind.
+
+#![deny(unsafe_code)]
+
+mod accelerator;
+mod arguments;
+mod console;
+mod kind;
+mod migration;
+mod qmp;
+mod session;
+mod spec;
+mod vm;
+mod worker;
+
+pub use kind::QemuKind;
+pub use spec::{CPUS_MAX, Disk, DiskFormat, Kernel, QemuSpec, SHUTDOWN_S};

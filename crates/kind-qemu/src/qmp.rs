@@ -1,0 +1,327 @@
+//! The QEMU Machine Protocol: commands to a QEMU process, and its events, as lines of JSON over a
+//! socket (docs/interop/qmp-spec.rst of QEMU).
+//!
+//! A command has a time limit, because a QEMU that hangs answers nothing; what it answers in
+//! excess, in a form that is not known, or without an end is bounded here. Which commands mean
+//! what is left to [`crate::vm`] and [`crate::migration`].
+//!
+//! Of the crates for this protocol, `qapi` decodes events into an enumeration of the QEMU version
+//! that it was generated from and ends the connection at one of a later version; here unknown
+//! events are passed on by name.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The longest line that is accepted, in bytes: some answers describe many devices.
+const LINE_BYTES_MAX: u64 = 4 << 20;
+
+/// How long a command may take that does not say otherwise. QEMU answers within milliseconds
+/// unless its disk hangs.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a command was not carried out.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum QmpError {
+    /// QEMU's own words.
+    #[error("QEMU refuses `{command}`: {reason}")]
+    Refused { command: String, reason: String },
+    /// Whether it was carried out is unknown.
+    #[error("QEMU does not answer `{command}` within {} s", .patience.as_secs())]
+    Silent { command: String, patience: Duration },
+    /// The process ended, or what it says is no QMP.
+    #[error("the connection to QEMU is lost: {0}")]
+    Lost(String),
+}
+
+/// An event of QEMU.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(crate) struct QmpEvent {
+    #[serde(rename = "event")]
+    pub(crate) name: String,
+    #[serde(default)]
+    pub(crate) data: Value,
+}
+
+/// A line from QEMU.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Event(QmpEvent),
+    Success {
+        #[serde(rename = "return")]
+        value: Value,
+        id: Option<u64>,
+    },
+    Failure {
+        error: Failure,
+        id: Option<u64>,
+    },
+    Greeting {
+        #[serde(rename = "QMP")]
+        _greeting: Value,
+    },
+}
+
+#[derive(Debug, Deserialize)]
+struct Failure {
+    desc: String,
+}
+
+type Answer = Result<Value, String>;
+
+#[derive(Default)]
+struct Pending {
+    next: u64,
+    waiting: HashMap<u64, SyncSender<Answer>>,
+    /// Why no answer comes any more.
+    lost: Option<String>,
+}
+
+/// A connection to one QEMU process. Its methods block.
+pub(crate) struct Qmp {
+    writer: Mutex<UnixStream>,
+    pending: Arc<Mutex<Pending>>,
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Qmp {
+    /// Negotiates with the QEMU at the other end, and reads from it until it closes. `on_event` is
+    /// called on a thread of its own, and must not wait for a command.
+    ///
+    /// # Errors
+    /// [`QmpError`]; `patience` is how long QEMU may take until it answers at all.
+    pub(crate) fn connect(
+        socket: UnixStream,
+        patience: Duration,
+        on_event: impl Fn(QmpEvent) + Send + 'static,
+    ) -> Result<Self, QmpError> {
+        let lost = |error: io::Error| QmpError::Lost(error.to_string());
+        let reader = socket.try_clone().map_err(lost)?;
+        // A QEMU that reads nothing must not hold a command up for ever.
+        socket.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
+        let pending: Arc<Mutex<Pending>> = Arc::default();
+        let answers = pending.clone();
+        let thread = std::thread::Builder::new().name("qmp".into());
+        thread
+            .spawn(move || {
+                let reason = match read_lines(reader, &answers, &on_event) {
+                    Ok(()) => "QEMU has ended".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                let mut answers = lock(&answers);
+                answers.lost = Some(reason);
+                answers.waiting.clear();
+            })
+            .map_err(lost)?;
+        let qmp = Qmp {
+            writer: Mutex::new(socket),
+            pending,
+        };
+        qmp.execute_within("qmp_capabilities", json!({}), patience)?;
+        Ok(qmp)
+    }
+
+    /// Carries out a command without a result.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub(crate) fn execute(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
+        self.execute_within(command, arguments, PATIENCE).map(drop)
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// [`QmpError`], also if the answer has another form.
+    pub(crate) fn query<T: for<'de> Deserialize<'de>>(&self, command: &str) -> Result<T, QmpError> {
+        let value = self.execute_within(command, json!({}), PATIENCE)?;
+        T::deserialize(value).map_err(|error| QmpError::Lost(format!("`{command}`: {error}")))
+    }
+
+    fn execute_within(
+        &self,
+        command: &str,
+        arguments: Value,
+        patience: Duration,
+    ) -> Result<Value, QmpError> {
+        let (id, answer) = self.register()?;
+        let line = json!({ "execute": command, "arguments": arguments, "id": id });
+        let sent = lock(&self.writer).write_all(format!("{line}\n").as_bytes());
+        let received = match sent {
+            Ok(()) => answer.recv_timeout(patience),
+            Err(error) => {
+                lock(&self.pending).waiting.remove(&id);
+                return Err(QmpError::Lost(error.to_string()));
+            }
+        };
+        match received {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(reason)) => Err(QmpError::Refused {
+                command: command.to_owned(),
+                reason,
+            }),
+            Err(RecvTimeoutError::Timeout) => {
+                lock(&self.pending).waiting.remove(&id);
+                Err(QmpError::Silent {
+                    command: command.to_owned(),
+                    patience,
+                })
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let reason = lock(&self.pending).lost.clone();
+                Err(QmpError::Lost(reason.unwrap_or_default()))
+            }
+        }
+    }
+
+    fn register(&self) -> Result<(u64, Receiver<Answer>), QmpError> {
+        let mut pending = lock(&self.pending);
+        if let Some(reason) = &pending.lost {
+            return Err(QmpError::Lost(reason.clone()));
+        }
+        let id = pending.next;
+        pending.next += 1;
+        let (send, receive) = sync_channel(1);
+        pending.waiting.insert(id, send);
+        Ok((id, receive))
+    }
+}
+
+/// Reads until QEMU closes the socket.
+fn read_lines(
+    socket: UnixStream,
+    pending: &Mutex<Pending>,
+    on_event: &dyn Fn(QmpEvent),
+) -> io::Result<()> {
+    let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
+    let mut reader = BufReader::new(socket);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let count = (&mut reader)
+            .take(LINE_BYTES_MAX)
+            .read_until(b'\n', &mut line)?;
+        if count == 0 {
+            return Ok(());
+        }
+        if line.last() != Some(&b'\n') {
+            return Err(invalid("it sent a line without an end".into()));
+        }
+        let parsed = serde_json::from_slice(&line);
+        let (id, answer) = match parsed.map_err(|error| invalid(format!("no QMP: {error}")))? {
+            Line::Greeting { .. } => continue,
+            Line::Event(event) => {
+                on_event(event);
+                continue;
+            }
+            Line::Success { value, id } => (id, Ok(value)),
+            Line::Failure { error, id } => (id, Err(error.desc)),
+        };
+        let waiting = id.and_then(|id| lock(pending).waiting.remove(&id));
+        if let Some(waiting) = waiting {
+            // Whoever asked may have stopped waiting.
+            let _ = waiting.try_send(answer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    /// A QEMU that answers the negotiation, and then as the test says.
+    fn connect(
+        qemu: impl FnOnce(&mut BufReader<UnixStream>, &mut UnixStream) + Send + 'static,
+    ) -> (Result<Qmp, QmpError>, Receiver<QmpEvent>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut writer = theirs.try_clone().unwrap();
+            let mut reader = BufReader::new(theirs);
+            let greeting = br#"{"QMP": {"version": {}, "capabilities": ["oob"]}}"#;
+            writer.write_all(greeting).unwrap();
+            writer.write_all(b"\r\n").unwrap();
+            answer(&mut reader, &mut writer, r#""return": {}"#);
+            qemu(&mut reader, &mut writer);
+        });
+        let (send, events) = channel();
+        let on_event = move |event| {
+            let _ = send.send(event);
+        };
+        (Qmp::connect(ours, PATIENCE, on_event), events)
+    }
+
+    /// Answers one command; returns it.
+    fn answer(reader: &mut impl BufRead, writer: &mut impl Write, with: &str) -> Value {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        let command: Value = serde_json::from_str(&line).unwrap();
+        let id = &command["id"];
+        let answer = format!("{{{with}, \"id\": {id}}}\r\n");
+        writer.write_all(answer.as_bytes()).unwrap();
+        command
+    }
+
+    #[test]
+    fn commands_are_answered_and_events_of_any_name_are_passed_on() {
+        let (qmp, events) = connect(|reader, writer| {
+            let event = "{\"timestamp\": {}, \"event\": \"LATER\", \"data\": {\"a\": 1}}\r\n";
+            writer.write_all(event.as_bytes()).unwrap();
+            writer.write_all(b"{\"event\": \"STOP\"}\r\n").unwrap();
+            let asked = answer(reader, writer, r#""return": {"status": "running"}"#);
+            assert_eq!(asked["execute"], "query-status");
+            let desc = r#""error": {"class": "GenericError", "desc": "no such device"}"#;
+            let asked = answer(reader, writer, desc);
+            assert_eq!(asked["arguments"]["id"], "x");
+        });
+        let qmp = qmp.unwrap();
+        let status: Value = qmp.query("query-status").unwrap();
+        assert_eq!(status["status"], "running");
+        let refused = qmp.execute("device_del", json!({ "id": "x" }));
+        let refused = refused.unwrap_err().to_string();
+        assert_eq!(refused, "QEMU refuses `device_del`: no such device");
+        let names = [events.recv().unwrap(), events.recv().unwrap()];
+        assert_eq!(names[0].name, "LATER");
+        assert_eq!(names[0].data["a"], 1);
+        assert_eq!(names[1].name, "STOP");
+    }
+
+    #[test]
+    fn a_qemu_that_ends_ends_all_commands() {
+        let (qmp, _events) = connect(|_, _| {});
+        let lost = qmp.unwrap().execute("stop", json!({})).unwrap_err();
+        assert!(matches!(lost, QmpError::Lost(_)), "{lost}");
+    }
+
+    #[test]
+    fn garbage_is_an_error_and_not_a_hang() {
+        for garbage in [&b"\xff\x00 {]\n"[..], b"[1, 2]\n", b"{\"return\": 1"] {
+            let (qmp, _events) = connect(move |_, writer| {
+                writer.write_all(garbage).unwrap();
+            });
+            let lost = qmp.unwrap().execute("stop", json!({})).unwrap_err();
+            assert!(matches!(lost, QmpError::Lost(_)), "{lost}");
+        }
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_bounded() {
+        let (qmp, _events) = connect(|_, writer| {
+            let piece = vec![b' '; 1 << 20];
+            // It is not read to the end.
+            while writer.write_all(&piece).is_ok() {}
+        });
+        let lost = qmp.unwrap().execute("stop", json!({})).unwrap_err();
+        assert!(matches!(lost, QmpError::Lost(_)), "{lost}");
+    }
+}

@@ -1,0 +1,272 @@
+//! A move, at its source: QEMU's migration while the guest runs, then the rest of it with the
+//! guest stopped, and the output.
+
+use crate::console::Console;
+use crate::migration::{Info, Outgoing, Ram};
+use crate::vm::Vm;
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::failpoint;
+use keel_machine::link::{
+    HELLO_VERSION, Hello, Link, LinkError, Message, Purpose, use_frozen_timeout,
+};
+use keel_machine::log::Log;
+use keel_machine::moves::convergence::{self, CopyDecision};
+use keel_machine::moves::{FillReport, Phase, Progress, Round};
+use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
+use keel_machine::worker::{LogSource, MoveError, SourceSession};
+use keel_net::{ClientTls, PinnedIdentity};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+/// How often QEMU is asked how far it is.
+const POLL: Duration = Duration::from_millis(20);
+
+/// The parts of a machine that moves.
+#[derive(Clone)]
+pub(crate) struct Guest {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) console: Arc<Console>,
+    pub(crate) log: Arc<Log>,
+}
+
+/// One attempt to move a machine.
+pub(crate) struct QemuSession {
+    guest: Guest,
+    output: LogSource,
+    /// Unless the migration has it.
+    link: Option<Link>,
+    closer: TcpStream,
+    outgoing: Option<Outgoing>,
+    budget: Duration,
+}
+
+impl QemuSession {
+    /// Connects to the target.
+    pub(crate) fn connect(
+        name: MachineName,
+        epoch: Epoch,
+        guest: Guest,
+        identity: &PinnedIdentity,
+        copy: &Copy,
+    ) -> Result<Self, MoveError> {
+        failpoint::pass("source.connect")?;
+        let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
+        let mut link = Link::connect(&copy.target.address, &tls)?;
+        link.send(&Message::Hello(Hello {
+            version: HELLO_VERSION,
+            machine: name,
+            epoch,
+            program: None,
+            log_base: guest.log.base(),
+            post_copy: false,
+            purpose: Purpose::Move,
+        }))?;
+        link.flush()?;
+        Ok(QemuSession {
+            output: LogSource::new(guest.log.clone()),
+            closer: link.closer()?,
+            guest,
+            link: Some(link),
+            outgoing: None,
+            budget: Duration::from_micros(copy.budget_micros),
+        })
+    }
+
+    fn link(&mut self) -> Result<&mut Link, MoveError> {
+        let link = self.link.as_mut();
+        link.ok_or_else(|| "the migration has the connection".into())
+    }
+
+    /// Copies until little is left.
+    fn copy_rounds(
+        &mut self,
+        tell: &mut dyn FnMut(CopyEvent) -> bool,
+    ) -> Result<Vec<Round>, MoveError> {
+        let link = self.link.take().ok_or("the connection is in use")?;
+        let outgoing = self.outgoing.insert(Outgoing::begin(&self.guest.vm, link)?);
+        let mut rounds = Rounds::default();
+        loop {
+            let is_over = self
+                .guest
+                .vm
+                .wait_for_migration(POLL, &["completed", "failed"]);
+            let info: Info = outgoing.info()?;
+            info.check()?;
+            if is_over.is_some() {
+                // Nothing was left, and QEMU has stopped the guest itself.
+                return Ok(rounds.done);
+            }
+            if !rounds.take(info.ram) {
+                continue;
+            }
+            if convergence::next(&rounds.done, info.ram.remaining, self.budget)
+                == CopyDecision::Freeze
+            {
+                return Ok(rounds.done);
+            }
+            let told = tell(CopyEvent::Progress(Progress {
+                round: u32::try_from(rounds.done.len()).unwrap_or(u32::MAX),
+                sent_bytes: info.ram.transferred,
+                remaining_bytes: info.ram.remaining,
+                bytes_per_s: convergence::best_rate(&rounds.done) as u64,
+                ..Progress::of(Phase::Copy)
+            }));
+            if !told {
+                return Err("nobody waits for this move any more".into());
+            }
+        }
+    }
+}
+
+/// The rounds of a migration: each ends when QEMU looks up what was written meanwhile.
+#[derive(Default)]
+struct Rounds {
+    done: Vec<Round>,
+    seen: Option<(Ram, Instant)>,
+}
+
+impl Rounds {
+    /// Whether a round has ended.
+    fn take(&mut self, ram: Ram) -> bool {
+        let now = Instant::now();
+        let Some((before, since)) = self.seen else {
+            self.seen = Some((ram, now));
+            return false;
+        };
+        if ram.rounds == before.rounds {
+            return false;
+        }
+        self.done.push(Round {
+            bytes: ram.transferred.saturating_sub(before.transferred),
+            micros: micros(now - since),
+        });
+        self.seen = Some((ram, now));
+        true
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl SourceSession for QemuSession {
+    fn closer(&self) -> Result<TcpStream, MoveError> {
+        Ok(self.closer.try_clone()?)
+    }
+
+    fn copy(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
+        failpoint::pass("source.hello")?;
+        let link = self.link.as_mut().ok_or("there is no connection")?;
+        self.output.send(link)?;
+        link.send(&Message::RoundEnd)?;
+        link.flush()?;
+        failpoint::pass("source.round")?;
+        match self.output.round_answer(link)? {
+            Message::RoundDone => {}
+            other => return Err(LinkError::Message(format!("{other:?} out of turn")).into()),
+        }
+        let copied = self.copy_rounds(tell).and_then(|rounds| {
+            failpoint::pass("source.converged")
+                .map(|()| rounds)
+                .map_err(Into::into)
+        });
+        match copied {
+            Ok(rounds) => {
+                tell(CopyEvent::Converged {
+                    rounds,
+                    slowed: false,
+                });
+                Ok(())
+            }
+            Err(error) => {
+                // QEMU may have stopped the guest when nothing was left.
+                self.cancel()?;
+                self.guest.vm.resume()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn freeze_and_send(&mut self) -> Result<Frozen, MoveError> {
+        failpoint::pass("source.freeze")?;
+        let begun = Instant::now();
+        let outgoing = self.outgoing.take().ok_or("nothing was copied")?;
+        let left = outgoing.info().map(|info| info.ram.remaining);
+        let paused = self.guest.vm.pause();
+        if let Err(error) = paused {
+            self.outgoing = Some(outgoing);
+            return Err(match self.guest.vm.has_ended() {
+                true => "the machine has ended".into(),
+                false => error.into(),
+            });
+        }
+        let freeze_micros = micros(begun.elapsed());
+        if let Err(error) = failpoint::pass("source.frozen") {
+            self.outgoing = Some(outgoing);
+            return Err(error.into());
+        }
+        use_frozen_timeout(&self.closer)?;
+        let sent = Instant::now();
+        let (link, finished) = outgoing.finish();
+        let link = self.link.insert(link);
+        finished?;
+        failpoint::pass("source.last-pages")?;
+        let last_pages_micros = micros(sent.elapsed());
+        let state = Instant::now();
+        link.send(&Message::Frozen)?;
+        self.guest.console.drain()?;
+        self.output.send(link)?;
+        link.send(&Message::ImageEnd)?;
+        link.flush()?;
+        failpoint::pass("source.image")?;
+        self.output.wait_prepared(link)?;
+        failpoint::pass("source.prepared")?;
+        // From here on the store decides, however long that takes.
+        link.wait_without_timeout()?;
+        Ok(Frozen {
+            freeze_micros,
+            last_pages_micros,
+            last_bytes: left.unwrap_or(0),
+            state_micros: micros(state.elapsed()),
+            bytes: link.sent_bytes(),
+        })
+    }
+
+    fn go(&mut self, epoch: Epoch) -> Result<(), MoveError> {
+        failpoint::pass("source.go")?;
+        let link = self.link()?;
+        link.send(&Message::Go(epoch))?;
+        link.flush()?;
+        match link.receive()? {
+            Message::Resumed(_) => Ok(failpoint::pass("source.gone")?),
+            other => Err(LinkError::Message(format!("{other:?} out of turn")).into()),
+        }
+    }
+
+    /// Everything was sent before the machine resumed.
+    fn serve(self, _unsent: &AtomicU64) -> FillReport {
+        FillReport::default()
+    }
+
+    fn cancel(&mut self) -> Result<(), MoveError> {
+        match &self.outgoing {
+            Some(outgoing) => outgoing.cancel(),
+            None => Ok(()),
+        }
+    }
+
+    fn abort(mut self, reason: &str) {
+        if let Some(outgoing) = self.outgoing.take() {
+            // It was cancelled.
+            self.link = Some(outgoing.into_link());
+        }
+        // The target notices in any case when the connection closes.
+        if let Some(link) = &mut self.link {
+            let _ = link.send(&Message::Abort(reason.to_owned()));
+            let _ = link.flush();
+        }
+        let _ = self.closer.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,510 @@
+//! One QEMU process and its guest: started, stopped, continued, shut down, killed.
+//!
+//! ```text
+//!   launch ──▶ paused ──resume──▶ running ──shutdown, quit, kill──▶ ended
+//!                 ▲                  │
+//!                 └──────pause───────┘          held: the process itself is stopped (SIGSTOP)
+//! ```
+//!
+//! The process never outlives its worker: the kernel kills it when the thread that started it
+//! ends, which waits for it.
+
+use crate::arguments::{CONSOLE_FD, Machine, QMP_FD};
+use crate::qmp::{PATIENCE, Qmp, QmpError, QmpEvent};
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::process::set_parent_process_death_signal;
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, pidfd_send_signal};
+use serde_json::json;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// The program; which version is the host's affair.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+/// How long a QEMU on a busy host may take to start.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a QEMU that was told to quit may take.
+const QUIT_PATIENCE: Duration = Duration::from_secs(5);
+/// What is kept of what QEMU says on its standard error, in bytes.
+const SAID_BYTES_MAX: usize = 2 << 10;
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum VmEnd {
+    /// Its system shut down.
+    ShutDown,
+    /// A user stopped it.
+    Stopped,
+    /// Its system's kernel panicked, QEMU died, or the machine could not run on.
+    Failed(String),
+    /// It never ran here, and nobody asks how it ended.
+    Discarded,
+}
+
+/// What is known of a process.
+#[derive(Debug, Default)]
+struct Known {
+    /// Why it will end: decided before it does.
+    wanted: Option<VmEnd>,
+    /// Why QEMU says that its guest shuts down.
+    reason: Option<String>,
+    end: Option<VmEnd>,
+    /// Status of a migration, as last told.
+    migration: String,
+    /// The process is stopped.
+    is_held: bool,
+    /// To be resumed once it is no longer held.
+    resumes: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    known: Mutex<Known>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, event: &QmpEvent) {
+        let text = |field: &str| event.data[field].as_str().unwrap_or_default().to_owned();
+        let mut known = self.known();
+        match event.name.as_str() {
+            "MIGRATION" => known.migration = text("status"),
+            "SHUTDOWN" => known.reason = Some(text("reason")),
+            "BLOCK_IO_ERROR" => tracing::warn!(data = %event.data, "a disk failed"),
+            _ => return,
+        }
+        drop(known);
+        self.changed.notify_all();
+    }
+
+    /// Waits until something is true; the last state if it is not in time.
+    fn wait(
+        &self,
+        patience: Duration,
+        is_there: impl Fn(&Known) -> bool,
+    ) -> (MutexGuard<'_, Known>, bool) {
+        let waiting = |known: &mut Known| !is_there(known);
+        let waited = self
+            .changed
+            .wait_timeout_while(self.known(), patience, waiting);
+        let (known, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let is_there = is_there(&known);
+        (known, is_there)
+    }
+}
+
+/// A QEMU process that was started.
+struct Launched {
+    pid: u32,
+    process: OwnedFd,
+}
+
+/// A machine's QEMU. Methods block.
+pub(crate) struct Vm {
+    pid: u32,
+    process: OwnedFd,
+    folder: PathBuf,
+    shared: Arc<Shared>,
+    qmp: OnceLock<Qmp>,
+}
+
+/// The host's ends of what QEMU inherits.
+pub(crate) struct Launch {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) console: UnixStream,
+}
+
+impl Vm {
+    /// Starts QEMU with a guest that does not run yet. `folder` is its current directory.
+    ///
+    /// # Errors
+    /// What is missing, or what QEMU says.
+    pub(crate) fn launch(folder: &Path, machine: &Machine<'_>) -> Result<Launch, String> {
+        let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
+        let (qmp, qmp_of_qemu) = UnixStream::pair().map_err(failed)?;
+        let (console, console_of_qemu) = UnixStream::pair().map_err(failed)?;
+        let mut command = Command::new(QEMU);
+        command
+            .args(machine.arguments())
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let inherited = [(qmp_of_qemu, QMP_FD), (console_of_qemu, CONSOLE_FD)];
+        let mappings = inherited.map(|(socket, number)| FdMapping {
+            parent_fd: socket.into(),
+            child_fd: number,
+        });
+        command
+            .fd_mappings(mappings.into())
+            .map_err(|error| failed(io::Error::other(error)))?;
+        die_with_parent(&mut command);
+        let shared = Arc::<Shared>::default();
+        let (send, launched) = sync_channel(1);
+        let waiting = shared.clone();
+        std::thread::Builder::new()
+            .name("qemu".into())
+            .spawn(move || supervise(command, &send, &waiting))
+            .map_err(failed)?;
+        let launched = launched
+            .recv()
+            .unwrap_or_else(|_| Err("its thread ended".into()));
+        let Launched { pid, process } = launched?;
+        let vm = Arc::new(Vm {
+            pid,
+            process,
+            folder: folder.to_owned(),
+            shared: shared.clone(),
+            qmp: OnceLock::new(),
+        });
+        let connected = Qmp::connect(qmp, START_PATIENCE, move |event| shared.take(&event));
+        match connected {
+            Ok(qmp) => {
+                // It is empty until here.
+                let _ = vm.qmp.set(qmp);
+            }
+            Err(error) => {
+                let reason = vm.why_it_ended(&error);
+                vm.kill(VmEnd::Discarded);
+                return Err(reason);
+            }
+        }
+        Ok(Launch { vm, console })
+    }
+
+    /// Why QEMU did not start: what it said itself, if it ended.
+    fn why_it_ended(&self, error: &QmpError) -> String {
+        match self.end_within(QUIT_PATIENCE) {
+            Some(VmEnd::Failed(reason)) => reason,
+            _ => error.to_string(),
+        }
+    }
+
+    /// How it ended, if it does so in time.
+    pub(crate) fn end_within(&self, patience: Duration) -> Option<VmEnd> {
+        let (known, _) = self.shared.wait(patience, |known| known.end.is_some());
+        known.end.clone()
+    }
+
+    /// The directory in which QEMU finds sockets by their names.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn qmp(&self) -> Result<&Qmp, QmpError> {
+        let qmp = self.qmp.get();
+        qmp.ok_or_else(|| QmpError::Lost("QEMU was not started".into()))
+    }
+
+    /// Stops the guest; no effect if it is stopped.
+    pub(crate) fn pause(&self) -> Result<(), QmpError> {
+        self.qmp()?.execute("stop", json!({}))
+    }
+
+    /// Lets the guest run, once the process is not held.
+    pub(crate) fn resume(&self) -> Result<(), QmpError> {
+        {
+            let mut known = self.shared.known();
+            known.resumes = known.is_held;
+            if known.is_held {
+                return Ok(());
+            }
+        }
+        self.qmp()?.execute("cont", json!({}))
+    }
+
+    /// Stops the process itself where it is. Does not wait: true once all its threads are
+    /// stopped.
+    pub(crate) fn hold(&self) -> bool {
+        self.shared.known().is_held = true;
+        self.signal(Signal::STOP);
+        self.shared.known().end.is_some() || all_threads_stopped(self.pid)
+    }
+
+    /// Lets the process go on. Does not wait.
+    pub(crate) fn release(self: &Arc<Self>) {
+        let resumes = {
+            let mut known = self.shared.known();
+            known.is_held = false;
+            std::mem::take(&mut known.resumes)
+        };
+        self.signal(Signal::CONT);
+        if !resumes {
+            return;
+        }
+        let vm = self.clone();
+        let thread = std::thread::Builder::new().name("resume".into());
+        let started = thread.spawn(move || vm.resume_or_fail());
+        if let Err(error) = started {
+            self.kill(VmEnd::Failed(format!("it cannot run on: {error}")));
+        }
+    }
+
+    /// Lets the guest run, or ends the machine: it may run nowhere else.
+    pub(crate) fn resume_or_fail(&self) {
+        if let Err(error) = self.resume() {
+            self.kill(VmEnd::Failed(format!("it cannot run on: {error}")));
+        }
+    }
+
+    /// Asks the guest to shut down, and cuts its power after a time. Does not wait.
+    pub(crate) fn shut_down(self: &Arc<Self>, patience: Duration) {
+        self.want(VmEnd::Stopped);
+        let vm = self.clone();
+        let thread = std::thread::Builder::new().name("shut-down".into());
+        let started = thread.spawn(move || {
+            let asked = vm
+                .qmp()
+                .and_then(|qmp| qmp.execute("system_powerdown", json!({})));
+            if asked.is_ok() && vm.shared.wait(patience, |known| known.end.is_some()).1 {
+                return;
+            }
+            vm.quit();
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "its system cannot be asked to shut down");
+            self.kill(VmEnd::Stopped);
+        }
+    }
+
+    /// Ends QEMU, which closes its disks properly.
+    fn quit(&self) {
+        let told = self.qmp().and_then(|qmp| qmp.execute("quit", json!({})));
+        let ended = |known: &Known| known.end.is_some();
+        if told.is_err() || !self.shared.wait(QUIT_PATIENCE, ended).1 {
+            self.signal(Signal::KILL);
+        }
+    }
+
+    /// Ends the process at once.
+    pub(crate) fn kill(&self, end: VmEnd) {
+        self.want(end);
+        self.signal(Signal::KILL);
+    }
+
+    /// The first reason counts.
+    fn want(&self, end: VmEnd) {
+        self.shared.known().wanted.get_or_insert(end);
+    }
+
+    fn signal(&self, signal: Signal) {
+        match pidfd_send_signal(&self.process, signal) {
+            // It has ended.
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::error!(%error, "QEMU cannot be signalled"),
+        }
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait(&self) -> VmEnd {
+        loop {
+            if let Some(end) = self.end_within(PATIENCE) {
+                return end;
+            }
+        }
+    }
+
+    /// Whether the process has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.shared.known().end.is_some()
+    }
+
+    /// Forgets how an earlier migration ended.
+    pub(crate) fn expect_migration(&self) {
+        self.shared.known().migration.clear();
+    }
+
+    /// The status of the migration, once it is one of `statuses`; `None` if it is not in time, or
+    /// the process ends.
+    pub(crate) fn wait_for_migration(
+        &self,
+        patience: Duration,
+        statuses: &[&str],
+    ) -> Option<String> {
+        let is_there = |known: &Known| statuses.contains(&known.migration.as_str());
+        let over = |known: &Known| known.end.is_some() || is_there(known);
+        let (known, _) = self.shared.wait(patience, over);
+        is_there(&known).then(|| known.migration.clone())
+    }
+
+    /// Bytes of memory that the process occupies.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        resident_bytes(&PathBuf::from(format!("/proc/{}", self.pid)))
+    }
+}
+
+/// Bytes of memory that a process occupies; 0 if it has ended. `process` is its folder in `/proc`.
+pub(crate) fn resident_bytes(process: &Path) -> u64 {
+    let statm = fs::read_to_string(process.join("statm")).unwrap_or_default();
+    let pages = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|it| it.parse::<u64>().ok());
+    let page_bytes = rustix::param::page_size() as u64;
+    pages.unwrap_or(0).saturating_mul(page_bytes)
+}
+
+/// Whether no thread of a process runs: proc_pid_stat(5), field 3.
+fn all_threads_stopped(pid: u32) -> bool {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        // It has ended.
+        return true;
+    };
+    tasks.flatten().all(|task| {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        let state = stat
+            .rsplit_once(')')
+            .map_or("", |(_, rest)| rest.trim_start());
+        // A thread that has ended has no state.
+        state.is_empty() || state.starts_with(['T', 't', 'Z', 'X'])
+    })
+}
+
+/// The kernel kills the process when the thread that starts it ends.
+#[allow(unsafe_code)]
+fn die_with_parent(command: &mut Command) {
+    let parent = getpid();
+    let prepare = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have ended before.
+        match getppid() == Some(parent) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    };
+    // SAFETY: `prepare` makes two system calls, allocates nothing and takes no lock, so it may run
+    // between fork and exec of a process with threads (signal-safety(7)).
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Starts QEMU and waits for its end, on a thread that lives as long.
+fn supervise(
+    mut command: Command,
+    launched: &SyncSender<Result<Launched, String>>,
+    shared: &Shared,
+) {
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => {
+            let hint = match error.kind() {
+                io::ErrorKind::NotFound => " (on Debian: apt-get install qemu-system-x86)",
+                _ => "",
+            };
+            let reason = format!("{QEMU} cannot be started: {error}{hint}");
+            let _ = launched.send(Err(reason));
+            return;
+        }
+    };
+    // Ends of sockets that QEMU has inherited: it alone keeps them open.
+    drop(command);
+    let opened = Pid::from_raw(child.id().cast_signed())
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    let process = match opened {
+        Ok(process) => process,
+        Err(error) => {
+            // Nobody else knows of it yet.
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = launched.send(Err(format!("no handle of the process of QEMU: {error}")));
+            return;
+        }
+    };
+    let pid = child.id();
+    if launched.send(Ok(Launched { pid, process })).is_err() {
+        let _ = child.kill();
+    }
+    let said = read_said(&mut child);
+    let status = child.wait();
+    let mut known = shared.known();
+    let end = known
+        .wanted
+        .clone()
+        .unwrap_or_else(|| end_of(known.reason.as_deref(), status, &said));
+    known.end = Some(end);
+    drop(known);
+    shared.changed.notify_all();
+}
+
+/// What QEMU says on its standard error, until it ends; the last of it.
+fn read_said(child: &mut Child) -> String {
+    let mut said = String::new();
+    let Some(stderr) = child.stderr.take() else {
+        return said;
+    };
+    let mut lines = BufReader::new(stderr);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let read = (&mut lines)
+            .take(SAID_BYTES_MAX as u64)
+            .read_until(b'\n', &mut line);
+        if !read.is_ok_and(|count| count > 0) {
+            return said;
+        }
+        let text = String::from_utf8_lossy(&line);
+        tracing::info!("QEMU says: {}", text.trim_end());
+        if said.len() + text.len() > SAID_BYTES_MAX {
+            said.clear();
+        }
+        said.push_str(&text);
+    }
+}
+
+/// How a machine ended whose end nobody asked for.
+fn end_of(reason: Option<&str>, status: io::Result<ExitStatus>, said: &str) -> VmEnd {
+    match reason {
+        Some("guest-shutdown") => return VmEnd::ShutDown,
+        Some("guest-panic") => return VmEnd::Failed("the kernel of its system panicked".into()),
+        _ => {}
+    }
+    let status = match status {
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let mut text = format!("QEMU ended ({status})");
+    let said = said.trim();
+    if !said.is_empty() {
+        text.push_str(": ");
+        text.push_str(said);
+    }
+    if said.contains("unsupported machine type") {
+        text.push_str(" (QEMU 7.2 or newer is needed)");
+    }
+    VmEnd::Failed(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn an_end_names_its_cause() {
+        let status = |code: i32| Ok(ExitStatus::from_raw(code));
+        assert_eq!(
+            end_of(Some("guest-shutdown"), status(0), ""),
+            VmEnd::ShutDown
+        );
+        let failed = |reason, code, said| match end_of(reason, status(code), said) {
+            VmEnd::Failed(reason) => reason,
+            other => panic!("{other:?}"),
+        };
+        assert!(failed(Some("guest-panic"), 0, "").contains("panicked"));
+        let killed = failed(None, 9, "");
+        assert!(killed.contains("signal: 9"), "{killed}");
+        let old = failed(None, 256, "qemu: unsupported machine type\n");
+        assert!(old.contains("7.2 or newer"), "{old}");
+    }
+}

@@ -1,0 +1,357 @@
+//! The worker process of a machine of this kind: supervises its QEMU.
+
+use crate::accelerator::Accelerator;
+use crate::arguments::Machine;
+use crate::console::Console;
+use crate::migration::Incoming;
+use crate::session::{Guest, QemuSession};
+use crate::spec::QemuSpec;
+use crate::vm::{Launch, Vm, VmEnd};
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::failpoint;
+use keel_machine::kind::WorkerFolders;
+use keel_machine::link::{Link, LinkError, Message};
+use keel_machine::log::Log;
+use keel_machine::moves::prediction::Activity;
+use keel_machine::spec::{Spec, Status};
+use keel_machine::worker::control::{
+    Checkpoint, CheckpointReport, Copy, Receive, Report, Start, StartFrom, State,
+};
+use keel_machine::worker::{
+    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, write_notice,
+};
+use keel_net::RpcError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// What QEMU may use beside the guest's memory and an eighth of it (its page tables, and what a
+/// migration remembers of pages), in bytes: translated code, device models, and images in the page
+/// cache.
+const QEMU_BYTES: u64 = 512 << 20;
+
+struct QemuWorker {
+    process: Process,
+    folders: WorkerFolders,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    moves: MoveState<QemuSession>,
+    name: Option<MachineName>,
+    spec: Option<Spec>,
+    guest: Option<Guest>,
+}
+
+/// Runs a worker until its agent ends it.
+///
+/// # Errors
+/// If its folder or socket cannot be used.
+pub(crate) fn run(folders: &WorkerFolders) -> Result<(), String> {
+    keel_machine::worker::run(&folders.folder, |process| {
+        Ok(QemuWorker {
+            process,
+            folders: folders.clone(),
+            inner: Mutex::default(),
+        })
+    })
+}
+
+impl QemuWorker {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine of this worker.
+    fn vm(&self) -> Result<Arc<Vm>, RpcError> {
+        let inner = self.inner();
+        let vm = inner.guest.as_ref().map(|guest| guest.vm.clone());
+        vm.ok_or_else(|| RpcError::failed("no machine runs here"))
+    }
+
+    /// Starts QEMU with a guest that does not run yet.
+    fn launch(
+        self: &Arc<Self>,
+        name: &MachineName,
+        spec: &Spec,
+        log: Arc<Log>,
+        is_incoming: bool,
+    ) -> Result<Guest, String> {
+        let own = QemuSpec::of(spec)?;
+        if let Some(group) = self.process.group() {
+            let bytes = spec.memory_bytes.saturating_add(spec.memory_bytes / 8);
+            if let Err(error) = group.limit_memory(bytes.saturating_add(QEMU_BYTES)) {
+                tracing::warn!(error, "cannot limit the memory of this worker");
+            }
+        }
+        let machine = Machine {
+            name: name.as_str(),
+            spec: &own,
+            memory_bytes: spec.memory_bytes,
+            images: &self.folders.images,
+            accelerator: Accelerator::of_host(&self.folders.cache),
+            is_incoming,
+        };
+        let Launch { vm, console } = Vm::launch(self.process.folder(), &machine)?;
+        let console = Console::follow(console, log.clone(), spec.output_bytes_per_s);
+        let console = console.map_err(|error| {
+            vm.kill(VmEnd::Discarded);
+            format!("its console cannot be read: {error}")
+        })?;
+        Ok(Guest { vm, console, log })
+    }
+
+    /// Lets the guest run where its node has a lease, and reports its end.
+    fn let_run(self: &Arc<Self>, guest: &Guest) {
+        let (worker, watched) = (self.clone(), guest.clone());
+        let thread = std::thread::Builder::new().name("end".into());
+        let watch = thread.spawn(move || {
+            let end = watched.vm.wait();
+            worker.report_end(&watched, end);
+        });
+        if let Err(error) = watch {
+            let end = VmEnd::Failed(format!("it cannot be watched: {error}"));
+            guest.vm.kill(end.clone());
+            self.report_end(guest, end);
+            return;
+        }
+        let lease = self.process.lease();
+        let hold = || {
+            // `machine_changed` looks whether it is held.
+            let _ = guest.vm.hold();
+        };
+        lease.resume(hold, || guest.vm.resume_or_fail());
+        lease.machine_changed(&**self);
+    }
+
+    fn report_end(&self, guest: &Guest, end: VmEnd) {
+        let status = match end {
+            VmEnd::ShutDown => Status::Exited { code: 0 },
+            VmEnd::Stopped => Status::Stopped,
+            VmEnd::Failed(reason) => Status::Failed { reason },
+            VmEnd::Discarded => return,
+        };
+        if let Err(error) = guest.console.drain() {
+            tracing::warn!(%error, "the end of the console's output is lost");
+        }
+        let epoch = self.inner().moves.epoch;
+        let ended = State::Ended { epoch, status };
+        self.process.state.send_replace(ended);
+        guest.log.close();
+    }
+
+    /// Receives the machine from a source that has connected.
+    fn take_over(
+        self: &Arc<Self>,
+        request: &Receive,
+        accepted: Accepted,
+    ) -> Result<Link, MoveError> {
+        let mut link = accepted.link;
+        let log = Arc::new(Log::open(self.process.folder(), accepted.hello.log_base)?);
+        let mut output = LogTarget::new(log.clone());
+        let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
+        // Dropped from here on, if the move fails.
+        self.inner().guest = Some(guest.clone());
+        let mut incoming = Some(Incoming::begin(&guest.vm)?);
+        loop {
+            match link.receive()? {
+                Message::Frozen => {}
+                Message::Log { offset, bytes } => output.take(offset, &bytes)?,
+                Message::LogBegins { offset } => output.begins(offset)?,
+                Message::RoundEnd => {
+                    failpoint::pass("target.round")?;
+                    output.request_missing(&mut link)?;
+                    link.send(&Message::RoundDone)?;
+                    link.flush()?;
+                }
+                Message::Image(bytes) => match &mut incoming {
+                    Some(incoming) => incoming.take(&bytes)?,
+                    None => return Err(out_of_turn(&Message::Image(bytes))),
+                },
+                Message::ImageEnd => {
+                    if let Some(incoming) = incoming.take() {
+                        incoming.finish()?;
+                    }
+                    match output.request_missing(&mut link)? {
+                        true => link.flush()?,
+                        false => break,
+                    }
+                }
+                other => return Err(out_of_turn(&other)),
+            }
+        }
+        failpoint::pass("target.image")?;
+        failpoint::pass("target.ready")?;
+        self.process.set_log(log);
+        Ok(link)
+    }
+}
+
+fn out_of_turn(message: &Message) -> MoveError {
+    LinkError::Message(format!("{message:?} out of turn")).into()
+}
+
+impl Worker for QemuWorker {
+    type Session = QemuSession;
+
+    fn process(&self) -> &Process {
+        &self.process
+    }
+
+    fn moves<R>(&self, access: impl FnOnce(&mut MoveState<QemuSession>) -> R) -> R {
+        access(&mut self.inner().moves)
+    }
+
+    fn start(self: &Arc<Self>, start: Start, _runtime: &Handle) -> Result<(), RpcError> {
+        if let StartFrom::Checkpoint(_) = start.from {
+            return Err(RpcError::failed(
+                "a machine of kind qemu has no checkpoints",
+            ));
+        }
+        let log = Log::open(self.process.folder(), 0);
+        let log = Arc::new(log.map_err(RpcError::failed)?);
+        if let Some(notice) = &start.notice {
+            write_notice(&log, &format!("{notice}; it boots again"));
+        }
+        let guest = self.launch(&start.machine, &start.spec, log.clone(), false);
+        let guest = guest.map_err(RpcError::failed)?;
+        self.process.set_log(log);
+        {
+            let mut inner = self.inner();
+            inner.name = Some(start.machine);
+            inner.spec = Some(start.spec);
+            inner.moves.epoch = start.epoch;
+            inner.guest = Some(guest.clone());
+        }
+        let running = State::Running { epoch: start.epoch };
+        self.process.state.send_replace(running);
+        self.let_run(&guest);
+        Ok(())
+    }
+
+    fn describe(&self, report: &mut Report) {
+        let inner = self.inner();
+        let (Some(guest), Some(spec)) = (&inner.guest, &inner.spec) else {
+            return;
+        };
+        report.threads = QemuSpec::of(spec).map_or(0, |own| own.cpus);
+        report.memory_pages = vec![spec.memory_bytes >> 16];
+        report.memory_bytes = guest.vm.resident_bytes();
+    }
+
+    fn stop(&self) {
+        let inner = self.inner();
+        let (Some(guest), Some(spec)) = (&inner.guest, &inner.spec) else {
+            return;
+        };
+        let patience_s = QemuSpec::of(spec).map_or(0, |own| own.shutdown_s);
+        guest.vm.shut_down(Duration::from_secs(patience_s.into()));
+    }
+
+    fn set(&self, spec: Spec) -> Result<(), RpcError> {
+        let mut inner = self.inner();
+        let fixed = |spec: &Spec| (spec.memory_bytes, spec.output_bytes_per_s);
+        if inner
+            .spec
+            .as_ref()
+            .is_some_and(|now| fixed(now) != fixed(&spec))
+        {
+            return Err(RpcError::failed(
+                "the memory and output rate of a machine of kind qemu cannot change while it runs",
+            ));
+        }
+        inner.spec = Some(spec);
+        Ok(())
+    }
+
+    fn begin_move(self: &Arc<Self>, copy: &Copy) -> Result<Connect<QemuSession>, String> {
+        let inner = self.inner();
+        let (Some(guest), Some(name)) = (&inner.guest, &inner.name) else {
+            return Err("this worker has no machine to move".into());
+        };
+        let (guest, name, epoch) = (guest.clone(), name.clone(), inner.moves.epoch);
+        let copy = copy.clone();
+        Ok(Connect {
+            give_up: None,
+            connect: Box::new(move |identity| {
+                QemuSession::connect(name, epoch, guest, identity, &copy)
+            }),
+        })
+    }
+
+    /// The guest does not see its epoch.
+    fn stay_under(&self, _epoch: Epoch) {}
+
+    fn thaw(&self) -> Result<(), RpcError> {
+        let vm = self.vm()?;
+        vm.resume().map_err(RpcError::failed)
+    }
+
+    fn hold_for_lease(&self) -> bool {
+        match self.vm() {
+            Ok(vm) => vm.hold(),
+            Err(_) => true,
+        }
+    }
+
+    fn release_for_lease(&self) {
+        if let Ok(vm) = self.vm() {
+            vm.release();
+        }
+    }
+
+    fn begin_receive(
+        self: &Arc<Self>,
+        request: Receive,
+        _runtime: &Handle,
+    ) -> Result<Receiver, RpcError> {
+        QemuSpec::of(&request.spec).map_err(RpcError::failed)?;
+        {
+            let mut inner = self.inner();
+            inner.name = Some(request.machine.clone());
+            inner.spec = Some(request.spec.clone());
+        }
+        let worker = self.clone();
+        Ok(Box::new(move |accepted| {
+            worker.take_over(&request, accepted)
+        }))
+    }
+
+    fn resume(self: &Arc<Self>, _epoch: Epoch) {
+        let guest = self.inner().guest.clone();
+        if let Some(guest) = guest {
+            self.let_run(&guest);
+        }
+    }
+
+    fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {
+        State::Running { epoch }
+    }
+
+    fn drop_received(&self, reason: &str) {
+        if let Some(guest) = self.inner().guest.take() {
+            guest.vm.kill(VmEnd::Discarded);
+        }
+        let reason = reason.to_owned();
+        self.process.state.send_replace(State::Dropped { reason });
+    }
+
+    fn checkpoint(
+        &self,
+        _request: &Checkpoint,
+        _runtime: &Handle,
+    ) -> Result<CheckpointReport, RpcError> {
+        Err(RpcError::failed(
+            "a machine of kind qemu has no checkpoints",
+        ))
+    }
+
+    fn activity(&self) -> Result<Activity, RpcError> {
+        Ok(Activity {
+            populated_bytes: self.vm()?.resident_bytes(),
+            volume_bytes: 0,
+            written: Vec::new(),
+        })
+    }
+}
