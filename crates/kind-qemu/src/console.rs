@@ -14,9 +14,17 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// The host's end of a serial console.
 pub(crate) struct Console {
-    /// Does not block; locked from a read until what was read is in the log.
-    socket: Mutex<UnixStream>,
+    /// Locked from a read until what was read is in the log.
+    input: Mutex<Input>,
     log: Arc<Log>,
+}
+
+#[derive(Debug)]
+struct Input {
+    /// Does not block.
+    socket: UnixStream,
+    /// What was read and could not be written, for lack of space.
+    pending: Vec<u8>,
 }
 
 impl Console {
@@ -30,7 +38,10 @@ impl Console {
         socket.set_nonblocking(true)?;
         let waiting = socket.try_clone()?;
         let console = Arc::new(Console {
-            socket: Mutex::new(socket),
+            input: Mutex::new(Input {
+                socket,
+                pending: Vec::new(),
+            }),
             log,
         });
         let reader = console.clone();
@@ -68,18 +79,55 @@ impl Console {
     }
 
     /// Copies one piece; returns its size, 0 at the end, and none if there is nothing now.
+    ///
+    /// # Errors
+    /// If it cannot be written: it is kept.
     fn read_some(&self) -> io::Result<Option<usize>> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut piece = [0; PIECE_BYTES];
-        match (&*socket).read(&mut piece) {
-            Ok(count) => {
-                self.log.append(StreamKind::Output, &piece[..count])?;
-                Ok(Some(count))
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        if input.pending.is_empty() {
+            let mut piece = [0; PIECE_BYTES];
+            match (&input.socket).read(&mut piece) {
+                Ok(count) => input.pending.extend_from_slice(&piece[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                // The other end is gone.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+                Err(error) => return Err(error),
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            // The other end is gone.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Some(0)),
-            Err(error) => Err(error),
         }
+        let count = input.pending.len();
+        if count > 0 {
+            self.log.append(StreamKind::Output, &input.pending)?;
+            input.pending.clear();
+        }
+        Ok(Some(count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::log::split_records;
+    use std::io::Write;
+
+    #[test]
+    fn what_was_printed_is_in_the_log_once_it_is_drained() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Arc::new(Log::open(folder.path(), 0).unwrap());
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        // After the first piece the thread waits a second or more.
+        let console = Console::follow(ours, log.clone(), 1).unwrap();
+        let mut printed = Vec::new();
+        for line in 0..1000 {
+            let line = format!("line {line}\n");
+            guest.write_all(line.as_bytes()).unwrap();
+            printed.extend_from_slice(line.as_bytes());
+        }
+        console.drain().unwrap();
+        let (_, mut bytes) = log.read(0, 1 << 20).unwrap();
+        let records = split_records(&mut bytes).into_iter();
+        let text: Vec<u8> = records.flat_map(|(_, text)| text).collect();
+        assert_eq!(text, printed);
+        drop(guest);
+        console.drain().unwrap();
     }
 }

@@ -40,6 +40,10 @@ pub(crate) struct QemuSession {
     closer: TcpStream,
     outgoing: Option<Outgoing>,
     budget: Duration,
+    /// Its number, of the attempts with this guest.
+    attempt: u64,
+    /// The guest was stopped for the commit: whoever settles that lets it run on.
+    is_frozen: bool,
 }
 
 impl QemuSession {
@@ -51,6 +55,7 @@ impl QemuSession {
         identity: &PinnedIdentity,
         copy: &Copy,
     ) -> Result<Self, MoveError> {
+        let attempt = guest.vm.begin_attempt();
         failpoint::pass("source.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
         let mut link = Link::connect(&copy.target.address, &tls)?;
@@ -71,6 +76,8 @@ impl QemuSession {
             link: Some(link),
             outgoing: None,
             budget: Duration::from_micros(copy.budget_micros),
+            attempt,
+            is_frozen: false,
         })
     }
 
@@ -85,7 +92,9 @@ impl QemuSession {
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<Vec<Round>, MoveError> {
         let link = self.link.take().ok_or("the connection is in use")?;
-        let outgoing = self.outgoing.insert(Outgoing::begin(&self.guest.vm, link)?);
+        let vm = &self.guest.vm;
+        let outgoing = vm.during(self.attempt, || Outgoing::begin(vm, link))?;
+        let outgoing = self.outgoing.insert(outgoing);
         let mut rounds = Rounds::default();
         loop {
             let is_over = self
@@ -181,9 +190,9 @@ impl SourceSession for QemuSession {
                 Ok(())
             }
             Err(error) => {
-                // QEMU may have stopped the guest when nothing was left.
-                self.cancel()?;
-                self.guest.vm.resume()?;
+                if let Err(later) = self.cancel() {
+                    tracing::warn!(%later, "a failed move was not cancelled");
+                }
                 Err(error)
             }
         }
@@ -194,12 +203,14 @@ impl SourceSession for QemuSession {
         let begun = Instant::now();
         let outgoing = self.outgoing.take().ok_or("nothing was copied")?;
         let left = outgoing.info().map(|info| info.ram.remaining);
-        let paused = self.guest.vm.pause();
+        let vm = &self.guest.vm;
+        self.is_frozen = true;
+        let paused = vm.during(self.attempt, || Ok(vm.pause()?));
         if let Err(error) = paused {
             self.outgoing = Some(outgoing);
-            return Err(match self.guest.vm.has_ended() {
+            return Err(match vm.has_ended() {
                 true => "the machine has ended".into(),
-                false => error.into(),
+                false => error,
             });
         }
         let freeze_micros = micros(begun.elapsed());
@@ -251,10 +262,18 @@ impl SourceSession for QemuSession {
     }
 
     fn cancel(&mut self) -> Result<(), MoveError> {
-        match &self.outgoing {
-            Some(outgoing) => outgoing.cancel(),
-            None => Ok(()),
-        }
+        let Some(outgoing) = &self.outgoing else {
+            return Ok(());
+        };
+        let vm = &self.guest.vm;
+        vm.during(self.attempt, || {
+            outgoing.cancel()?;
+            if !self.is_frozen {
+                // QEMU has stopped the guest itself if nothing was left.
+                vm.resume()?;
+            }
+            Ok(())
+        })
     }
 
     fn abort(mut self, reason: &str) {

@@ -12,6 +12,7 @@
 use crate::arguments::{CONSOLE_FD, Machine, QMP_FD};
 use crate::qmp::{PATIENCE, Qmp, QmpError, QmpEvent};
 use command_fds::{CommandFdExt, FdMapping};
+use keel_machine::worker::MoveError;
 use rustix::process::set_parent_process_death_signal;
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, pidfd_send_signal};
 use serde_json::json;
@@ -116,6 +117,8 @@ pub(crate) struct Vm {
     process: OwnedFd,
     folder: PathBuf,
     shared: Arc<Shared>,
+    /// The last attempt to move the machine; locked while one gives commands.
+    attempt: Mutex<u64>,
     qmp: OnceLock<Qmp>,
 }
 
@@ -166,6 +169,7 @@ impl Vm {
             process,
             folder: folder.to_owned(),
             shared: shared.clone(),
+            attempt: Mutex::default(),
             qmp: OnceLock::new(),
         });
         let connected = Qmp::connect(qmp, START_PATIENCE, move |event| shared.take(&event));
@@ -221,7 +225,40 @@ impl Vm {
                 return Ok(());
             }
         }
-        self.qmp()?.execute("cont", json!({}))
+        let resumed = self.qmp()?.execute("cont", json!({}));
+        if let Err(QmpError::Silent { .. }) = resumed {
+            // It may have been held meanwhile.
+            let mut known = self.shared.known();
+            known.resumes = known.is_held;
+            if known.is_held {
+                return Ok(());
+            }
+        }
+        resumed
+    }
+
+    /// Begins an attempt to move the machine: earlier ones command nothing any more.
+    pub(crate) fn begin_attempt(&self) -> u64 {
+        let mut last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
+        *last += 1;
+        *last
+    }
+
+    /// Lets an attempt give commands to QEMU, unless a later one has begun: the end of an attempt
+    /// that was given up must not continue a guest that the next one has stopped.
+    ///
+    /// # Errors
+    /// If a later one has begun.
+    pub(crate) fn during<T>(
+        &self,
+        attempt: u64,
+        commands: impl FnOnce() -> Result<T, MoveError>,
+    ) -> Result<T, MoveError> {
+        let last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
+        match *last == attempt {
+            true => commands(),
+            false => Err("another attempt to move the machine has begun".into()),
+        }
     }
 
     /// Stops the process itself where it is. Does not wait: true once all its threads are
