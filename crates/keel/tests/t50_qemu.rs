@@ -21,15 +21,25 @@ struct Systems {
 impl Systems {
     /// A cluster; none if this computer has no QEMU.
     async fn start(names: &[&str]) -> Option<Self> {
+        Self::started(async |folder| LocalCluster::start(Path::new(KEEL), folder, names).await)
+            .await
+    }
+
+    /// A cluster that balances, whose nodes have so many cores each.
+    async fn start_balancing(nodes: &[(&str, f64)]) -> Option<Self> {
+        Self::started(async |folder| {
+            LocalCluster::start_balancing(Path::new(KEEL), folder, nodes).await
+        })
+        .await
+    }
+
+    async fn started(start: impl AsyncFnOnce(&Path) -> Result<LocalCluster>) -> Option<Self> {
         if !qemu_is_installed() {
             return None;
         }
         let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
-        let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), names).await;
-        Some(Systems {
-            cluster: cluster.expect("a cluster"),
-            folder,
-        })
+        let cluster = start(folder.path()).await.expect("a cluster");
+        Some(Systems { cluster, folder })
     }
 
     /// The spec of a system that counts, whose image the nodes have.
@@ -213,6 +223,30 @@ async fn a_move_that_fails_leaves_the_system_at_its_source() -> Result<()> {
     let report = systems.cluster.move_machine("a", "s", "b").await?;
     assert_eq!(report.ending, Ending::Moved, "{}", report.line());
     systems.counted("s", next).await?;
+    Ok(())
+}
+
+/// Its processors' load is measured, and counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hot_node_gives_a_system_away() -> Result<()> {
+    let Some(systems) = Systems::start_balancing(&[("a", 0.4), ("b", 0.4)]).await else {
+        return Ok(());
+    };
+    // Between two numbers it keeps its processor busy.
+    let spec = systems.counting(None).await?;
+    for name in ["one", "two"] {
+        systems.run(name, "a", &spec).await?;
+        systems.counted(name, 0).await?;
+    }
+    let apart = wait_for("each node has one system", || async {
+        let all: Vec<MachineInfo> = systems.cluster.client("a").get("/v1/machines").await.ok()?;
+        let on_b = all.iter().filter(|machine| machine.node == "b").count();
+        (on_b == 1).then_some(())
+    });
+    apart.await?;
+    for name in ["one", "two"] {
+        systems.counted(name, 0).await?;
+    }
     Ok(())
 }
 

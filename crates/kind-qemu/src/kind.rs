@@ -152,6 +152,15 @@ impl Kind for QemuKind {
             .collect()
     }
 
+    fn processes_beside(&self, worker: &Path) -> Vec<PathBuf> {
+        qemu_of(worker).into_iter().collect()
+    }
+
+    /// QEMU names the threads of virtual processors `CPU 0/KVM` and `CPU 0/TCG`, or `ALL CPUs/TCG`.
+    fn is_guest_thread(&self, name: &str) -> bool {
+        name.starts_with("CPU ") || name.starts_with("ALL CPUs")
+    }
+
     fn memory_bytes(&self, process: &Path) -> Option<u64> {
         qemu_of(process).map(|qemu| resident_bytes(&qemu))
     }

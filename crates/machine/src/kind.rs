@@ -22,6 +22,9 @@ use std::sync::Arc;
 /// of other threads counts as the node's own.
 pub const GUEST_THREAD_PREFIX: &str = "guest-";
 
+/// The option of a worker's command line that names its kind.
+pub const KIND_OPTION: &str = "--kind";
+
 /// What a kind sees of an image to decide whether machines start from it, in bytes.
 pub const IMAGE_BEGINNING_BYTES: usize = 8192;
 
@@ -197,6 +200,18 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// The processes beside a worker that run its machine, as folders in `/proc`, given that of
+    /// the worker.
+    fn processes_beside(&self, _worker: &Path) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    /// Whether a thread with this name, of a worker or a process beside it, executes its machine:
+    /// its time is the machine's demand for CPU.
+    fn is_guest_thread(&self, name: &str) -> bool {
+        name.starts_with(GUEST_THREAD_PREFIX)
+    }
+
     /// Bytes of memory that the machine of a worker occupies; `None` if it has none yet, or
     /// if that process is no worker of this kind. `process` is its folder in `/proc`.
     /// Without it the memory of the whole process counts.
@@ -306,6 +321,16 @@ impl Kinds {
             }
         }
         Err(reasons.join("; "))
+    }
+
+    /// The kind of a worker's machine, from its command line; `None` if the process has ended, or
+    /// is no worker of a kind that this binary has. `worker` is its folder in `/proc`. Blocks.
+    pub fn of_worker(&self, worker: &Path) -> Option<&dyn Kind> {
+        let line = std::fs::read(worker.join("cmdline")).ok()?;
+        let mut words = line.split(|byte| *byte == 0);
+        words.find(|word| *word == KIND_OPTION.as_bytes())?;
+        let name = std::str::from_utf8(words.next()?).ok()?;
+        self.all().find(|kind| kind.name().as_str() == name)
     }
 
     /// Bytes of memory that the machine of a worker occupies; `None` if it has none yet, or

@@ -6,14 +6,16 @@
 //! often this is done. Pages with translations still in the TLB are missed: some MiB of a machine
 //! with a small working set.
 
-use super::process_counters::{ProcessCounters, mapped_bytes, rates, read_process, usage};
+use super::process_counters::{
+    ProcessCounters, Processes, mapped_bytes, rates, read_processes, usage,
+};
 use crate::processes::Workers;
 use crate::state_dir::StateDir;
 use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, Pressure};
-use keel_machine::kind::Kinds;
+use keel_machine::kind::{KindName, Kinds};
 use keel_net::traffic::{self, Traffic};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -117,6 +119,8 @@ pub(super) struct Meter {
     kinds: Kinds,
     budget: Option<(Instant, Budget)>,
     groups: HashMap<u32, Group>,
+    /// The kind of each worker's machine.
+    kind_names: HashMap<u32, KindName>,
     previous: HashMap<u32, ProcessCounters>,
     touched: HashMap<u32, WorkingSetScan>,
     own: ProcessCounters,
@@ -133,6 +137,7 @@ impl Meter {
             kinds,
             budget: None,
             groups: HashMap::new(),
+            kind_names: HashMap::new(),
             previous: HashMap::new(),
             touched: HashMap::new(),
             own: ProcessCounters::default(),
@@ -163,7 +168,8 @@ impl Meter {
         };
         let budget = &self.budget.insert(budget).1;
         let host = read_host();
-        let own = read_process(Path::new("/proc/self"), None, Some(&self.own));
+        let own = Processes::of(Path::new("/proc/self"), None);
+        let own = read_processes(&own, None, Some(&self.own));
         let pressure = pressure(workers, budget);
         let traffic = traffic.so_far();
         let mut counters = HashMap::new();
@@ -179,7 +185,15 @@ impl Meter {
                 self.groups.insert(pid, group);
             }
             let group = self.groups.get(&pid);
-            let mut now = read_process(&process, group, self.previous.get(&pid));
+            if !self.kind_names.contains_key(&pid)
+                && let Some(kind) = self.kinds.of_worker(&process)
+            {
+                self.kind_names.insert(pid, kind.name());
+            }
+            let kind = self.kind_names.get(&pid);
+            let kind = kind.and_then(|name| self.kinds.get(name).ok());
+            let processes = Processes::of(&process, kind);
+            let mut now = read_processes(&processes, group, self.previous.get(&pid));
             let last = self.previous.get(&pid).and_then(|last| last.resident);
             let resident = now.read_resident(&self.kinds, &process, last);
             memory_bytes = memory_bytes.saturating_add(resident);
@@ -203,7 +217,8 @@ impl Meter {
         // Parts of other nodes' machines are load that no round can move.
         for (_, pid) in parts.processes() {
             let process = PathBuf::from(format!("/proc/{pid}"));
-            let now = read_process(&process, None, self.previous.get(&pid));
+            let processes = Processes::of(&process, None);
+            let now = read_processes(&processes, None, self.previous.get(&pid));
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += guest.cpu_cores + other.cpu_cores;
@@ -254,6 +269,7 @@ impl Meter {
         self.look_at_working_sets(&residents);
         self.traffic = traffic;
         self.groups.retain(|pid, _| counters.contains_key(pid));
+        self.kind_names.retain(|pid, _| counters.contains_key(pid));
         self.previous = counters;
         self.own = own;
         self.host = host;

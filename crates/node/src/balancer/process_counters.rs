@@ -10,9 +10,9 @@
 use keel_balance::load::{Factors, Usage};
 use keel_machine::cgroup::{Group, GroupCounts};
 use keel_machine::kernel_file::read_short;
-use keel_machine::kind::{GUEST_THREAD_PREFIX, Kinds};
+use keel_machine::kind::{GUEST_THREAD_PREFIX, Kind, Kinds};
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The memory of a process is not read again before it ran for so long, in which it occupies some
@@ -157,22 +157,53 @@ pub(super) fn rates(
     (guest, other)
 }
 
-/// Reads the counters of a process. What `before` knows of its threads is not read again.
-pub(super) fn read_process(
-    process: &Path,
+/// The processes that are read as one, and which of their threads execute a machine.
+pub(super) struct Processes<'a> {
+    /// Folders in `/proc`.
+    folders: Vec<PathBuf>,
+    kind: Option<&'a dyn Kind>,
+}
+
+impl<'a> Processes<'a> {
+    /// A worker of a kind and what is beside it, or a process of no kind.
+    pub(super) fn of(process: &Path, kind: Option<&'a dyn Kind>) -> Self {
+        let beside = kind.map(|kind| kind.processes_beside(process));
+        let mut folders = beside.unwrap_or_default();
+        folders.push(process.to_owned());
+        Processes { folders, kind }
+    }
+
+    fn is_guest(&self, thread: &str) -> bool {
+        match self.kind {
+            Some(kind) => kind.is_guest_thread(thread),
+            None => thread.starts_with(GUEST_THREAD_PREFIX),
+        }
+    }
+}
+
+/// Reads the counters of processes. What `before` knows of their threads is not read again.
+pub(super) fn read_processes(
+    processes: &Processes<'_>,
     group: Option<&Group>,
     before: Option<&ProcessCounters>,
 ) -> ProcessCounters {
-    let ticks = read_short(&process.join("stat")).and_then(|stat| ran_ticks(&stat));
+    let ticks = processes.folders.iter().map(|process| {
+        let stat = read_short(&process.join("stat"))?;
+        ran_ticks(&stat)
+    });
+    let ticks: Option<u64> = ticks.sum();
     let rested = before.filter(|before| ticks.is_some_and(|ticks| before.has_rested(ticks)));
     let mut counters = match rested {
         Some(before) => before.clone(),
         None => {
-            let io = read_short(&process.join("io")).unwrap_or_default();
+            let io = processes.folders.iter().map(|process| {
+                let io = read_short(&process.join("io")).unwrap_or_default();
+                field(&io, "read_bytes:") + field(&io, "write_bytes:")
+            });
             ProcessCounters {
                 threads_read: ticks.map(|ticks| (Instant::now(), ticks)),
-                threads: read_threads(process, before),
-                io_bytes: field(&io, "read_bytes:") + field(&io, "write_bytes:"),
+                threads: read_threads(processes, before),
+                io_bytes: io.sum(),
                 group: group.map_or_else(GroupCounts::default, Group::counts),
                 ..ProcessCounters::default()
             }
@@ -183,10 +214,14 @@ pub(super) fn read_process(
     counters
 }
 
-fn read_threads(process: &Path, before: Option<&ProcessCounters>) -> HashMap<u32, Thread> {
+fn read_threads(
+    processes: &Processes<'_>,
+    before: Option<&ProcessCounters>,
+) -> HashMap<u32, Thread> {
     let mut threads = HashMap::new();
-    let tasks = std::fs::read_dir(process.join("task"));
-    for task in tasks.into_iter().flatten().flatten() {
+    let folders = processes.folders.iter();
+    let tasks = folders.flat_map(|process| std::fs::read_dir(process.join("task")));
+    for task in tasks.flatten().flatten() {
         let path = task.path();
         let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok());
         // A thread may end during the reading.
@@ -216,7 +251,7 @@ fn read_threads(process: &Path, before: Option<&ProcessCounters>) -> HashMap<u32
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.unwrap_or_default().trim()
         };
-        let is_guest = word("Name:").starts_with(GUEST_THREAD_PREFIX);
+        let is_guest = processes.is_guest(word("Name:"));
         let thread = Thread {
             is_guest,
             waited,
@@ -283,7 +318,7 @@ pub(super) fn mapped_bytes(process: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
+    use keel_machine::kind::{Abilities, Difference, KindName, WorkerFolders};
     use keel_machine::spec::Spec;
     use std::sync::Arc;
 
@@ -343,11 +378,11 @@ mod tests {
                 }
             })
             .unwrap();
-        let own = Path::new("/proc/self");
-        let before = read_process(own, None, None);
+        let own = &Processes::of(Path::new("/proc/self"), None);
+        let before = read_processes(own, None, None);
         let at = Instant::now();
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = read_process(own, None, Some(&before));
+        let now = read_processes(own, None, Some(&before));
         let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
         burner.join().unwrap();
         // Run time or wait: independent of the load of the host.

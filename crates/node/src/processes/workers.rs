@@ -5,7 +5,7 @@ use super::image::own_image;
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, OutOfMemory, Slice};
-use keel_machine::kind::KindName;
+use keel_machine::kind::{KIND_OPTION, KindName};
 use keel_machine::spec::Record;
 use keel_machine::worker::SOCKET;
 use keel_machine::worker::control::{Report, State, kind, pack, unpack};
@@ -379,7 +379,7 @@ impl Workers {
         command
             .arg0("keel")
             .arg("worker")
-            .arg("--kind")
+            .arg(KIND_OPTION)
             .arg(kind.as_str())
             .arg("--folder")
             .arg(&folder)
