@@ -27,6 +27,7 @@ mod fuzz;
 mod guests;
 mod imports;
 mod licences;
+mod linux;
 mod mutants;
 mod nemesis;
 mod package;

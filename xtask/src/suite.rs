@@ -2,14 +2,16 @@
 //! each about one subject. `all` runs both, followed by the soak and nemesis.
 
 use crate::command::{cargo, check, has, provide};
+use crate::linux;
 use crate::nemesis;
 use crate::soak::{self, Soak};
 use anyhow::Result;
 use std::process::Command;
 
 /// Programs that tests or builds need, with their Debian packages.
-const NEEDED: [(&str, &str); 4] = [
+const NEEDED: [(&str, &str); 5] = [
     ("cc", "gcc"),
+    ("cpio", "cpio"),
     ("etcd", "etcd-server"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("promtool", "prometheus"),
@@ -47,6 +49,7 @@ pub(crate) const LONG: &[Group] = &[
             "process_killed_or_failed_at_each_step_of_a_spanning_start",
             "agents_killed_or_failed_at_each_step_of_a_home_migration",
             "workers_killed_or_failed_at_each_step_of_a_home_migration",
+            "a_worker_that_dies_in_doubt_leaves_one_copy",
         ],
     },
     Group {
@@ -117,7 +120,27 @@ pub(crate) const LONG: &[Group] = &[
             "threads_move_with_their_machine_and_results_are_the_same",
             "a_machine_that_starts_is_shown_and_runs_when_detach_returns",
             "output_never_becomes_less",
+            "a_voter_whose_disk_is_full_is_none_to_spare",
+            "the_authority_is_replaced_while_machines_run",
         ],
+    },
+    Group {
+        name: "a store outside of the nodes",
+        crates: &["store", "node"],
+        message_delay_ms: None,
+        tests: &[
+            "histories_are_linearizable_while_members_fail",
+            "histories_are_linearizable_while_members_are_cut_off",
+            "an_etcd_that_asks_for_a_certificate_is_used_by_nodes_that_have_one",
+            "the_store_is_moved_out_of_the_nodes_while_machines_run",
+            "machines_move_and_fail_over_and_the_node_that_began_the_cluster_is_not_needed",
+        ],
+    },
+    Group {
+        name: "whole systems",
+        crates: &["kind-qemu", "machine", "node"],
+        message_delay_ms: None,
+        tests: &["systems_answer_while_they_are_balanced_and_agents_are_killed"],
     },
     Group {
         name: "clusters with late messages",
@@ -182,6 +205,7 @@ pub(crate) const LONG: &[Group] = &[
 /// too.
 pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
     provide(&NEEDED)?;
+    linux::provide();
     if !args.is_empty() {
         return check(runner(None).args(args));
     }

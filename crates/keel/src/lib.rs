@@ -154,7 +154,7 @@ enum Command {
     /// Lists who asked for which change, in the order of the store.
     Audit(audit::Args),
     /// Starts a machine.
-    Run(machines::RunArgs),
+    Run(Box<machines::RunArgs>),
     /// Makes machines equal to those of a file; leaves equal ones untouched.
     Apply(apply::Args),
     /// Lists machines.

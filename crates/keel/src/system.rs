@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use keel_api::Client;
-use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec, SHUTDOWN_S};
+use keel_kind_qemu::{Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, SHUTDOWN_S};
 use keel_kind_wasm::WasmKind;
 use keel_machine::kind::KindName;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,10 @@ pub(crate) struct SystemArgs {
     /// .raw, .img) unless it is given.
     #[arg(long, value_name = "PATH[,format=FORMAT][,ro]", value_parser = disk)]
     disk: Vec<Disk>,
+    /// A network interface, on a bridge that every node where it may run has under this name. It
+    /// keeps its hardware address wherever it runs (default: one at random).
+    #[arg(long, value_name = "BRIDGE[,mac=ADDRESS]", value_parser = interface)]
+    net: Vec<Interface>,
     /// Its virtual processors (default: 1).
     #[arg(long, value_name = "N")]
     cpu: Option<u32>,
@@ -82,6 +86,24 @@ fn disk(text: &str) -> Result<Disk, String> {
     })
 }
 
+/// A network interface as users write it.
+fn interface(text: &str) -> Result<Interface, String> {
+    let (bridge, options) = match text.split_once(',') {
+        Some((bridge, options)) => (bridge, Some(options)),
+        None => (text, None),
+    };
+    let interface = match options.map(|options| options.strip_prefix("mac=").ok_or(options)) {
+        None => Interface::with_random_mac(bridge.to_owned(), rand::random()),
+        Some(Ok(mac)) => Interface {
+            bridge: bridge.to_owned(),
+            mac: mac.to_lowercase(),
+        },
+        Some(Err(other)) => return Err(format!("{other:?} is not mac=ADDRESS")),
+    };
+    interface.check()?;
+    Ok(interface)
+}
+
 impl SystemArgs {
     /// The kind of the machine, and its own part of the spec if that is `qemu`. Uploads what it
     /// boots.
@@ -120,6 +142,7 @@ impl SystemArgs {
             cpus: self.cpu.unwrap_or(1),
             kernel,
             disks: self.disk.clone(),
+            interfaces: self.net.clone(),
             shutdown_s: match self.shutdown {
                 Some(time) => u32::try_from(time.as_secs()).context("--shutdown is too long")?,
                 None => SHUTDOWN_S,
@@ -132,6 +155,7 @@ impl SystemArgs {
         let given = [
             ("--kernel", self.kernel.is_some()),
             ("--disk", !self.disk.is_empty()),
+            ("--net", !self.net.is_empty()),
             ("--cpu", self.cpu.is_some()),
             ("--shutdown", self.shutdown.is_some()),
         ];
@@ -164,5 +188,25 @@ mod tests {
         assert!(!parsed.read_only);
         assert!(disk("/dev/vg/a").unwrap_err().contains("format"));
         assert!(disk("/a.img,format=vmdk").unwrap_err().contains("vmdk"));
+    }
+
+    #[test]
+    fn an_interface_keeps_the_address_that_is_given_or_gets_one() {
+        let given = interface("br0,mac=02:AB:00:00:00:01").unwrap();
+        assert_eq!(given.mac, "02:ab:00:00:00:01");
+        let (first, second) = (interface("br0").unwrap(), interface("br0").unwrap());
+        assert_eq!(first.bridge, "br0");
+        assert_ne!(first.mac, second.mac);
+        for wrong in [
+            "",
+            "a/b",
+            "a-name-of-16-byt",
+            "br0,mac=",
+            "br0,mac=01:00:5e:00:00:01",
+            "br0,mac=fe:00:00:00:00:01",
+            "br0,vlan=3",
+        ] {
+            interface(wrong).unwrap_err();
+        }
     }
 }

@@ -21,6 +21,8 @@ const TRANSLATED_MIB: u32 = 128;
 /// Numbers of the descriptors that QEMU inherits.
 pub(crate) const QMP_FD: i32 = 3;
 pub(crate) const CONSOLE_FD: i32 = 4;
+/// That of the first network interface; others follow.
+pub(crate) const INTERFACES_FD: i32 = 5;
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +79,18 @@ impl Machine<'_> {
             add("-blockdev", block_device(number, disk));
             add("-device", format!("virtio-blk-pci,drive=disk{number}"));
         }
+        for (number, interface) in (0..).zip(&self.spec.interfaces) {
+            let (descriptor, mac) = (INTERFACES_FD + number, &interface.mac);
+            add(
+                "-netdev",
+                format!("tap,id=net{number},fd={descriptor},vhost=off"),
+            );
+            // Without a ROM to boot from: its size would have to be the same at a move's target.
+            add(
+                "-device",
+                format!("virtio-net-pci,netdev=net{number},mac={mac},romfile="),
+            );
+        }
         // QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
         add(
             "-sandbox",
@@ -118,7 +132,7 @@ fn block_device(number: usize, disk: &Disk) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{DiskFormat, Kernel, SHUTDOWN_S};
+    use crate::spec::{DiskFormat, Interface, Kernel, SHUTDOWN_S};
 
     #[test]
     fn texts_of_users_stay_one_argument_each() {
@@ -133,6 +147,10 @@ mod tests {
                 path: "/disks/a,readonly=off \"b\"".into(),
                 format: DiskFormat::Qcow2,
                 read_only: true,
+            }],
+            interfaces: vec![Interface {
+                bridge: "lan".into(),
+                mac: "02:00:00:00:00:07".into(),
             }],
             shutdown_s: SHUTDOWN_S,
         };
@@ -155,6 +173,7 @@ mod tests {
         assert_eq!(after("-kernel"), "/state/images/aa");
         assert_eq!(after("-initrd"), "/state/images/bb");
         assert_eq!(after("-incoming"), "defer");
+        assert_eq!(after("-netdev"), "tap,id=net0,fd=5,vhost=off");
         let disk: serde_json::Value = serde_json::from_str(after("-blockdev")).unwrap();
         assert_eq!(disk["file"]["filename"], "/disks/a,readonly=off \"b\"");
         assert_eq!(disk["driver"], "qcow2");

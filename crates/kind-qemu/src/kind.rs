@@ -141,7 +141,14 @@ impl Kind for QemuKind {
 
     fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference> {
         let (old, new) = (self.shown(old), self.shown(new));
-        let fields = ["cpus", "kernel", "disks", "shutdown_s", "unreadable"];
+        let fields = [
+            "cpus",
+            "kernel",
+            "disks",
+            "interfaces",
+            "shutdown_s",
+            "unreadable",
+        ];
         let differing = fields.into_iter().filter(|field| old[field] != new[field]);
         differing
             .map(|field| Difference {

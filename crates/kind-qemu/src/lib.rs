@@ -14,6 +14,7 @@
 //! - `worker`: the process around one machine; `session`: its moves, at the source
 //! - `vm`: one QEMU process; `arguments`: its command line; `qmp`: its protocol
 //! - `migration`: QEMU's migration stream over the link between two workers
+//! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
@@ -27,6 +28,7 @@ mod arguments;
 mod console;
 mod kind;
 mod migration;
+mod network;
 mod qmp;
 mod session;
 mod spec;
@@ -34,4 +36,4 @@ mod vm;
 mod worker;
 
 pub use kind::QemuKind;
-pub use spec::{CPUS_MAX, Disk, DiskFormat, Kernel, QemuSpec, SHUTDOWN_S};
+pub use spec::{CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, SHUTDOWN_S};

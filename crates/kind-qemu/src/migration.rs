@@ -11,7 +11,7 @@
 //! downtime is 0, so that it goes on until nothing is left, or until the worker stops the guest.
 
 use crate::qmp::{PATIENCE, QmpError};
-use crate::vm::{Vm, VmEnd};
+use crate::vm::{ENDED, Vm, VmEnd};
 use keel_machine::link::{Link, LinkError, Message};
 use keel_machine::worker::MoveError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -36,9 +36,6 @@ const BYTES_PER_S_MAX: u64 = 1 << 40;
 
 /// How long QEMU may take, once all has been sent, to say that it is done.
 const END_PATIENCE: Duration = Duration::from_secs(20);
-
-/// Statuses in which a migration has ended.
-const ENDED: [&str; 3] = ["completed", "failed", "cancelled"];
 
 /// What QEMU says of a migration.
 #[derive(Debug, Default, Deserialize)]
@@ -148,19 +145,6 @@ impl Outgoing {
             Err(error) => Err(error.into()),
         };
         (link, checked)
-    }
-
-    /// Ends the migration; the guest is left as it is, paused or running.
-    ///
-    /// # Errors
-    /// If QEMU does not end it.
-    pub(crate) fn cancel(&self) -> Result<(), MoveError> {
-        let qmp = self.vm.qmp()?;
-        qmp.execute("migrate_cancel", json!({}))?;
-        match self.vm.wait_for_migration(PATIENCE, &ENDED) {
-            Some(_) => Ok(()),
-            None => Err("QEMU's migration cannot be cancelled".into()),
-        }
     }
 
     /// The link of a migration that was cancelled.

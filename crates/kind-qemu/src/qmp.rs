@@ -235,13 +235,13 @@ fn read_lines(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::sync::mpsc::channel;
     use std::thread;
 
     /// A QEMU that answers the negotiation, and then as the test says.
-    fn connect(
+    pub(crate) fn connect(
         qemu: impl FnOnce(&mut BufReader<UnixStream>, &mut UnixStream) + Send + 'static,
     ) -> (Result<Qmp, QmpError>, Receiver<QmpEvent>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -262,7 +262,7 @@ mod tests {
     }
 
     /// Answers one command; returns it.
-    fn answer(reader: &mut impl BufRead, writer: &mut impl Write, with: &str) -> Value {
+    pub(crate) fn answer(reader: &mut impl BufRead, writer: &mut impl Write, with: &str) -> Value {
         let mut line = String::new();
         reader.read_line(&mut line).unwrap();
         let command: Value = serde_json::from_str(&line).unwrap();

@@ -3,7 +3,7 @@
 
 use crate::console::Console;
 use crate::migration::{Info, Outgoing, Ram};
-use crate::vm::Vm;
+use crate::vm::{Vm, VmEnd};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::link::{
@@ -262,17 +262,22 @@ impl SourceSession for QemuSession {
     }
 
     fn cancel(&mut self) -> Result<(), MoveError> {
-        let Some(outgoing) = &self.outgoing else {
+        if self.outgoing.is_none() {
             return Ok(());
-        };
+        }
         let vm = &self.guest.vm;
         vm.during(self.attempt, || {
-            outgoing.cancel()?;
-            if !self.is_frozen {
+            let undone = vm.cancel_migration().and_then(|()| match self.is_frozen {
+                true => Ok(()),
                 // QEMU has stopped the guest itself if nothing was left.
-                vm.resume()?;
-            }
-            Ok(())
+                false => vm.resume(),
+            });
+            undone.map_err(|error| {
+                // It may be stopped, and nobody would continue it.
+                let reason = format!("its move was given up, and it cannot run on: {error}");
+                vm.kill(VmEnd::Failed(reason.clone()));
+                reason.into()
+            })
         })
     }
 

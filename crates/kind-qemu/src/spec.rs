@@ -2,6 +2,7 @@
 
 use keel_machine::kind::KindSpec;
 use keel_machine::spec::Spec;
+use macaddr::MacAddr6;
 use serde::{Deserialize, Serialize};
 
 /// The most virtual processors of a machine.
@@ -9,6 +10,12 @@ pub const CPUS_MAX: u32 = 64;
 
 /// The most disks of a machine.
 const DISKS_MAX: usize = 16;
+
+/// The most network interfaces of a machine.
+const INTERFACES_MAX: usize = 8;
+
+/// The longest name of a network interface, in bytes (`IFNAMSIZ` of Linux, less its zero byte).
+const BRIDGE_BYTES_MAX: usize = 15;
 
 /// How long a system may take to shut down before its power is cut, in seconds, unless its spec
 /// says otherwise.
@@ -26,6 +33,9 @@ pub struct QemuSpec {
     /// Its disks, in this order.
     #[serde(default)]
     pub disks: Vec<Disk>,
+    /// Its network interfaces, in this order.
+    #[serde(default)]
+    pub interfaces: Vec<Interface>,
     /// How long it may take to shut down before its power is cut, in seconds.
     pub shutdown_s: u32,
 }
@@ -64,6 +74,66 @@ pub struct Disk {
 pub enum DiskFormat {
     Raw,
     Qcow2,
+}
+
+/// A network interface, which is connected to a bridge of the node where the machine runs. Every
+/// node where it may run has one of this name, and all of them are one network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Interface {
+    /// Name of the bridge.
+    pub bridge: String,
+    /// Its hardware address, as six bytes in hexadecimal with colons: the machine keeps it wherever
+    /// it runs.
+    pub mac: String,
+}
+
+impl Interface {
+    /// One with an address that nobody has assigned, from 45 bits of `random`.
+    pub fn with_random_mac(bridge: String, random: [u8; 6]) -> Self {
+        let mut bytes = random;
+        // Of one interface, and administered locally (IEEE 802, section 8.2), but not the first
+        // byte of the host's ends.
+        bytes[0] = bytes[0] & 0x7c | 0x02;
+        Interface {
+            bridge,
+            mac: MacAddr6::from(bytes).to_string().to_lowercase(),
+        }
+    }
+
+    /// Its hardware address.
+    ///
+    /// # Errors
+    /// If its text is not one that an interface may have.
+    pub fn mac(&self) -> Result<MacAddr6, String> {
+        let mac = self.mac.parse::<MacAddr6>();
+        let usable = mac.ok().filter(|mac| {
+            let first = mac.as_bytes()[0];
+            mac.is_unicast() && !mac.is_nil() && first != 0xfe
+        });
+        usable.ok_or_else(|| {
+            let text = &self.mac;
+            format!("{text:?} is not the address of a network interface, such as 02:3b:5d:00:00:01")
+        })
+    }
+
+    /// Checks its values.
+    ///
+    /// # Errors
+    /// A message for the user.
+    pub fn check(&self) -> Result<(), String> {
+        let name = &self.bridge;
+        let is_name = !name.is_empty()
+            && name.len() <= BRIDGE_BYTES_MAX
+            && !matches!(name.as_str(), "." | "..")
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b','));
+        if !is_name {
+            return Err(format!("{name:?} is not the name of a bridge"));
+        }
+        self.mac().map(drop)
+    }
 }
 
 impl DiskFormat {
@@ -126,6 +196,20 @@ impl QemuSpec {
             if !disk.path.starts_with('/') {
                 let path = &disk.path;
                 return Err(format!("disk {path:?}: an absolute path is expected"));
+            }
+        }
+        if self.interfaces.len() > INTERFACES_MAX {
+            let count = self.interfaces.len();
+            return Err(format!(
+                "{count} network interfaces: at most {INTERFACES_MAX} are possible"
+            ));
+        }
+        for (number, interface) in self.interfaces.iter().enumerate() {
+            interface.check()?;
+            let mut before = self.interfaces.iter().take(number);
+            if before.any(|other| other.mac() == interface.mac()) {
+                let mac = &interface.mac;
+                return Err(format!("two network interfaces have the address {mac}"));
             }
         }
         let mut texts = self.disks.iter().map(|disk| &disk.path);

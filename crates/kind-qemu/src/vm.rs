@@ -9,7 +9,8 @@
 //! The process never outlives its worker: the kernel kills it when the thread that started it
 //! ends, which waits for it.
 
-use crate::arguments::{CONSOLE_FD, Machine, QMP_FD};
+use crate::arguments::{CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::network::Taps;
 use crate::qmp::{PATIENCE, Qmp, QmpError, QmpEvent};
 use command_fds::{CommandFdExt, FdMapping};
 use keel_machine::worker::MoveError;
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The program; which version is the host's affair.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -33,8 +34,13 @@ pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a QEMU that was told to quit may take.
 const QUIT_PATIENCE: Duration = Duration::from_secs(5);
+/// How often QEMU is asked whether a migration that has ended still keeps its guest stopped.
+const SETTLE_POLL: Duration = Duration::from_millis(2);
 /// What is kept of what QEMU says on its standard error, in bytes.
 const SAID_BYTES_MAX: usize = 2 << 10;
+
+/// Statuses in which a migration has ended.
+pub(crate) const ENDED: [&str; 3] = ["completed", "failed", "cancelled"];
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,8 +67,16 @@ struct Known {
     migration: String,
     /// The process is stopped.
     is_held: bool,
+    /// How often it was.
+    holds: u64,
     /// To be resumed once it is no longer held.
     resumes: bool,
+}
+
+/// The answer to `query-status`.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct RunState {
+    pub(crate) status: String,
 }
 
 #[derive(Debug, Default)]
@@ -117,6 +131,7 @@ pub(crate) struct Vm {
     process: OwnedFd,
     folder: PathBuf,
     shared: Arc<Shared>,
+    taps: Taps,
     /// The last attempt to move the machine; locked while one gives commands.
     attempt: Mutex<u64>,
     qmp: OnceLock<Qmp>,
@@ -137,6 +152,7 @@ impl Vm {
         let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
         let (qmp, qmp_of_qemu) = UnixStream::pair().map_err(failed)?;
         let (console, console_of_qemu) = UnixStream::pair().map_err(failed)?;
+        let (taps, tap_files) = Taps::create(&machine.spec.interfaces)?;
         let mut command = Command::new(QEMU);
         command
             .args(machine.arguments())
@@ -144,13 +160,19 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        let inherited = [(qmp_of_qemu, QMP_FD), (console_of_qemu, CONSOLE_FD)];
-        let mappings = inherited.map(|(socket, number)| FdMapping {
-            parent_fd: socket.into(),
-            child_fd: number,
+        let sockets = [
+            (qmp_of_qemu.into(), QMP_FD),
+            (console_of_qemu.into(), CONSOLE_FD),
+        ];
+        let inherited = sockets
+            .into_iter()
+            .chain(tap_files.into_iter().zip(INTERFACES_FD..));
+        let mappings = inherited.map(|(parent_fd, child_fd)| FdMapping {
+            parent_fd,
+            child_fd,
         });
         command
-            .fd_mappings(mappings.into())
+            .fd_mappings(mappings.collect())
             .map_err(|error| failed(io::Error::other(error)))?;
         die_with_parent(&mut command);
         let shared = Arc::<Shared>::default();
@@ -169,6 +191,7 @@ impl Vm {
             process,
             folder: folder.to_owned(),
             shared: shared.clone(),
+            taps,
             attempt: Mutex::default(),
             qmp: OnceLock::new(),
         });
@@ -211,6 +234,26 @@ impl Vm {
         qmp.ok_or_else(|| QmpError::Lost("QEMU was not started".into()))
     }
 
+    /// Connects the guest to its networks. To be done before it runs here.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn connect(&self) -> Result<(), String> {
+        self.taps.go_up()
+    }
+
+    /// Tells the networks that the guest is here now, several times: bridges and switches learn
+    /// its addresses from that.
+    pub(crate) fn announce(&self) {
+        let times_ms = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 50 });
+        let told = self
+            .qmp()
+            .and_then(|qmp| qmp.execute("announce-self", times_ms));
+        if let Err(error) = told {
+            tracing::warn!(%error, "the machine's new place is not announced to its networks");
+        }
+    }
+
     /// Stops the guest; no effect if it is stopped.
     pub(crate) fn pause(&self) -> Result<(), QmpError> {
         self.qmp()?.execute("stop", json!({}))
@@ -225,7 +268,7 @@ impl Vm {
                 return Ok(());
             }
         }
-        let resumed = self.qmp()?.execute("cont", json!({}));
+        let resumed = continue_guest(self.qmp()?);
         if let Err(QmpError::Silent { .. }) = resumed {
             // It may have been held meanwhile.
             let mut known = self.shared.known();
@@ -235,6 +278,50 @@ impl Vm {
             }
         }
         resumed
+    }
+
+    /// How often the process was held.
+    fn holds(&self) -> u64 {
+        self.shared.known().holds
+    }
+
+    /// Whether the process was held since `holds` was counted, and waits until it is not: what did
+    /// not happen in time may happen yet. False if it has ended.
+    fn was_held_since(&self, holds: u64) -> bool {
+        let mut known = self.shared.known();
+        if !known.is_held && known.holds == holds {
+            return false;
+        }
+        let goes_on = |known: &Known| !known.is_held || known.end.is_some();
+        while !goes_on(&known) {
+            drop(known);
+            known = self.shared.wait(PATIENCE, goes_on).0;
+        }
+        known.end.is_none()
+    }
+
+    /// Ends a migration; the guest is left as it is, paused or running. If the process is held it
+    /// takes as long as that.
+    ///
+    /// # Errors
+    /// If QEMU does not end it.
+    pub(crate) fn cancel_migration(&self) -> Result<(), QmpError> {
+        let within = |step: &dyn Fn() -> Result<(), QmpError>| loop {
+            let holds = self.holds();
+            match step() {
+                Err(QmpError::Silent { .. }) if self.was_held_since(holds) => {}
+                result => return result,
+            }
+        };
+        let command = "migrate_cancel";
+        within(&|| self.qmp()?.execute(command, json!({})))?;
+        within(&|| match self.wait_for_migration(PATIENCE, &ENDED) {
+            Some(_) => Ok(()),
+            None => Err(QmpError::Silent {
+                command: command.to_owned(),
+                patience: PATIENCE,
+            }),
+        })
     }
 
     /// Begins an attempt to move the machine: earlier ones command nothing any more.
@@ -264,7 +351,11 @@ impl Vm {
     /// Stops the process itself where it is. Does not wait: true once all its threads are
     /// stopped.
     pub(crate) fn hold(&self) -> bool {
-        self.shared.known().is_held = true;
+        {
+            let mut known = self.shared.known();
+            known.holds += u64::from(!known.is_held);
+            known.is_held = true;
+        }
         self.signal(Signal::STOP);
         self.shared.known().end.is_some() || all_threads_stopped(self.pid)
     }
@@ -277,6 +368,7 @@ impl Vm {
             std::mem::take(&mut known.resumes)
         };
         self.signal(Signal::CONT);
+        self.shared.changed.notify_all();
         if !resumes {
             return;
         }
@@ -378,6 +470,26 @@ impl Vm {
     /// Bytes of memory that the process occupies.
     pub(crate) fn resident_bytes(&self) -> u64 {
         resident_bytes(&PathBuf::from(format!("/proc/{}", self.pid)))
+    }
+}
+
+/// Lets a guest run. QEMU tells the end of a migration a moment before it lets go of the guest, and
+/// refuses until then.
+fn continue_guest(qmp: &Qmp) -> Result<(), QmpError> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut has_settled = false;
+    loop {
+        let result = qmp.execute("cont", json!({}));
+        let is_final = has_settled || Instant::now() > deadline;
+        if is_final || !matches!(result, Err(QmpError::Refused { .. })) {
+            return result;
+        }
+        let now: RunState = qmp.query("query-status")?;
+        match now.status.as_str() {
+            "finish-migrate" => std::thread::sleep(SETTLE_POLL),
+            // It may have let go between the two answers: a last time.
+            _ => has_settled = true,
+        }
     }
 }
 
@@ -525,7 +637,125 @@ fn end_of(reason: Option<&str>, status: io::Result<ExitStatus>, said: &str) -> V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::accelerator::Accelerator;
+    use crate::qmp::tests::{answer, connect};
+    use crate::spec::{Kernel, QemuSpec, SHUTDOWN_S};
+    use keel_testkit::bare_system::{counting_system, qemu_is_installed};
     use std::os::unix::process::ExitStatusExt;
+
+    const REFUSED: &str = r#""error": {"class": "GenericError", "desc": "not now"}"#;
+    const DONE: &str = r#""return": {}"#;
+
+    /// What becomes of a command to continue if QEMU answers so, in turn.
+    fn continued(answers: &[(&'static str, &'static str)]) -> Result<(), QmpError> {
+        let answers = answers.to_vec();
+        let (qmp, _events) = connect(move |reader, writer| {
+            for (command, with) in answers {
+                assert_eq!(answer(reader, writer, with)["execute"], command);
+            }
+        });
+        continue_guest(&qmp.unwrap())
+    }
+
+    #[test]
+    fn a_guest_goes_on_once_its_migration_has_let_go() {
+        let finishing = r#""return": {"status": "finish-migrate"}"#;
+        let gone = r#""return": {"status": "postmigrate"}"#;
+        let late = continued(&[
+            ("cont", REFUSED),
+            ("query-status", finishing),
+            ("cont", REFUSED),
+            ("query-status", finishing),
+            ("cont", DONE),
+        ]);
+        late.unwrap();
+        // It lets go between the refusal and the question.
+        continued(&[("cont", REFUSED), ("query-status", gone), ("cont", DONE)]).unwrap();
+        let refused = continued(&[("cont", REFUSED), ("query-status", gone), ("cont", REFUSED)]);
+        let refused = refused.unwrap_err().to_string();
+        assert_eq!(refused, "QEMU refuses `cont`: not now");
+    }
+
+    /// A guest that does not run yet; none if this computer has no QEMU.
+    fn launched(folder: &Path) -> Option<Arc<Vm>> {
+        if !qemu_is_installed() {
+            return None;
+        }
+        let system = counting_system(folder, None).unwrap();
+        fs::write(folder.join("kernel"), system).unwrap();
+        let spec = QemuSpec {
+            cpus: 1,
+            kernel: Some(Kernel {
+                image: "kernel".into(),
+                initrd: None,
+                append: String::new(),
+            }),
+            disks: Vec::new(),
+            interfaces: Vec::new(),
+            shutdown_s: SHUTDOWN_S,
+        };
+        let machine = Machine {
+            name: "s",
+            spec: &spec,
+            memory_bytes: 32 << 20,
+            images: folder,
+            accelerator: Accelerator::Tcg,
+            is_incoming: false,
+        };
+        Some(Vm::launch(folder, &machine).unwrap().vm)
+    }
+
+    fn is_running(vm: &Vm) -> bool {
+        let now: RunState = vm.qmp().unwrap().query("query-status").unwrap();
+        now.status == "running"
+    }
+
+    /// The end of an attempt that was given up comes while the next one has stopped the guest.
+    #[test]
+    fn a_late_attempt_does_not_continue_a_guest() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(vm) = launched(folder.path()) else {
+            return;
+        };
+        vm.resume().unwrap();
+        assert!(is_running(&vm));
+        let (first, second) = (vm.begin_attempt(), vm.begin_attempt());
+        vm.during(second, || Ok(vm.pause()?)).unwrap();
+        let late = vm.during(first, || Ok(vm.resume()?));
+        assert!(late.unwrap_err().to_string().contains("another attempt"));
+        assert!(!is_running(&vm));
+        vm.during(second, || Ok(vm.resume()?)).unwrap();
+        assert!(is_running(&vm));
+        vm.kill(VmEnd::Discarded);
+        vm.wait();
+    }
+
+    #[test]
+    fn what_a_held_process_did_not_do_may_happen_once_it_is_released() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(vm) = launched(folder.path()) else {
+            return;
+        };
+        let before = vm.holds();
+        assert!(!vm.was_held_since(before));
+        vm.hold();
+        // It runs once it is released, whoever asks meanwhile.
+        vm.resume().unwrap();
+        let waiting = vm.clone();
+        let waits = std::thread::spawn(move || waiting.was_held_since(before));
+        vm.release();
+        assert!(waits.join().unwrap());
+        assert!(!vm.was_held_since(vm.holds()));
+        let deadline = Instant::now() + PATIENCE;
+        while !is_running(&vm) {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        vm.hold();
+        vm.kill(VmEnd::Discarded);
+        assert!(!vm.was_held_since(before), "it has ended");
+        vm.wait();
+    }
 
     #[test]
     fn an_end_names_its_cause() {

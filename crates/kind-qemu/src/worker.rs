@@ -116,6 +116,10 @@ impl QemuWorker {
             self.report_end(guest, end);
             return;
         }
+        if let Err(reason) = guest.vm.connect() {
+            guest.vm.kill(VmEnd::Failed(reason));
+            return;
+        }
         let lease = self.process.lease();
         let hold = || {
             // `machine_changed` looks whether it is held.
@@ -148,7 +152,22 @@ impl QemuWorker {
         accepted: Accepted,
     ) -> Result<Link, MoveError> {
         let mut link = accepted.link;
-        let log = Arc::new(Log::open(self.process.folder(), accepted.hello.log_base)?);
+        let received = self.receive(request, accepted.hello.log_base, &mut link);
+        if let Err(error) = &received {
+            // The source tells its user; it notices in any case when the connection closes.
+            let _ = link.send(&Message::Abort(error.to_string()));
+            let _ = link.flush();
+        }
+        received.map(|()| link)
+    }
+
+    fn receive(
+        self: &Arc<Self>,
+        request: &Receive,
+        log_base: u64,
+        link: &mut Link,
+    ) -> Result<(), MoveError> {
+        let log = Arc::new(Log::open(self.process.folder(), log_base)?);
         let mut output = LogTarget::new(log.clone());
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
         // Dropped from here on, if the move fails.
@@ -161,7 +180,7 @@ impl QemuWorker {
                 Message::LogBegins { offset } => output.begins(offset)?,
                 Message::RoundEnd => {
                     failpoint::pass("target.round")?;
-                    output.request_missing(&mut link)?;
+                    output.request_missing(link)?;
                     link.send(&Message::RoundDone)?;
                     link.flush()?;
                 }
@@ -173,7 +192,7 @@ impl QemuWorker {
                     if let Some(incoming) = incoming.take() {
                         incoming.finish()?;
                     }
-                    match output.request_missing(&mut link)? {
+                    match output.request_missing(link)? {
                         true => link.flush()?,
                         false => break,
                     }
@@ -184,7 +203,7 @@ impl QemuWorker {
         failpoint::pass("target.image")?;
         failpoint::pass("target.ready")?;
         self.process.set_log(log);
-        Ok(link)
+        Ok(())
     }
 }
 
@@ -320,8 +339,11 @@ impl Worker for QemuWorker {
 
     fn resume(self: &Arc<Self>, _epoch: Epoch) {
         let guest = self.inner().guest.clone();
-        if let Some(guest) = guest {
-            self.let_run(&guest);
+        let Some(guest) = guest else { return };
+        self.let_run(&guest);
+        let thread = std::thread::Builder::new().name("announce".into());
+        if let Err(error) = thread.spawn(move || guest.vm.announce()) {
+            tracing::warn!(%error, "the machine's new place is not announced to its networks");
         }
     }
 

@@ -31,6 +31,7 @@ pub mod disk;
 pub mod drill;
 mod etcd;
 pub mod far_link;
+pub mod linux_system;
 mod machine;
 pub mod nemesis;
 pub mod network;
@@ -126,8 +127,21 @@ impl LocalCluster {
         folder: &Path,
         nodes: &[(&str, f64)],
     ) -> Result<Self> {
+        Self::start_balancing_in(program, folder, nodes, None).await
+    }
+
+    /// As [`Self::start_balancing`], in network namespaces, or on loopback if there is no network.
+    ///
+    /// # Errors
+    /// As [`Self::start_balancing`].
+    pub async fn start_balancing_in(
+        program: &Path,
+        folder: &Path,
+        nodes: &[(&str, f64)],
+        network: Option<Network>,
+    ) -> Result<Self> {
         let names: Vec<&str> = nodes.iter().map(|(name, _)| *name).collect();
-        let mut cluster = LocalCluster::empty(program, None);
+        let mut cluster = LocalCluster::empty(program, network);
         cluster.quotas = Some(Quotas::new(nodes)?);
         cluster.start_nodes(folder, &names).await?;
         Ok(cluster)
@@ -352,11 +366,11 @@ impl LocalCluster {
             .open(state.join("agent.log"))?;
         let mut command = match &self.network {
             Some(network) => network.command(node, &self.program),
-            None => match &self.quotas {
-                Some(quotas) => quotas.command(node, &self.program),
-                None => Command::new(&self.program),
-            },
+            None => Command::new(&self.program),
         };
+        if let Some(quotas) = &self.quotas {
+            command = quotas.command(node, command);
+        }
         if let Some(clocks) = &self.clocks {
             clocks.give(node, &mut command)?;
         }

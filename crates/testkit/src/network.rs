@@ -137,6 +137,31 @@ impl Network {
         enter(&self.space(node))
     }
 
+    /// Gives a node a bridge of this name, to which its link is connected as well: what else is
+    /// connected to it is in one network with the bridges of other nodes. To be done before the
+    /// node runs.
+    ///
+    /// # Errors
+    /// The error of `ip`.
+    pub fn bridge(&self, node: &str, name: &str) -> Result<()> {
+        let (space, address) = (self.space(node), format!("{}/24", self.host(node)?));
+        ip(&["-n", &space, "link", "add", name, "type", "bridge"])?;
+        ip(&["-n", &space, "addr", "del", &address, "dev", "eth0"])?;
+        ip(&["-n", &space, "link", "set", "eth0", "master", name])?;
+        ip(&["-n", &space, "addr", "add", &address, "dev", name])?;
+        ip(&["-n", &space, "link", "set", name, "up"])
+    }
+
+    /// As [`Self::enter`], for a thread that is still to come.
+    ///
+    /// # Errors
+    /// If the node is not in this network.
+    pub fn entrance(&self, node: &str) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+        self.number(node)?;
+        let space = self.space(node);
+        Ok(move || enter(&space))
+    }
+
     /// Disconnects a node, or reconnects it.
     ///
     /// # Errors

@@ -48,17 +48,18 @@ impl Quotas {
         Ok(quotas)
     }
 
-    /// The program in its node's group; arguments may be added.
-    pub(crate) fn command(&self, node: &str, program: &Path) -> Command {
+    /// A command in its node's group; arguments may be added.
+    pub(crate) fn command(&self, node: &str, inner: Command) -> Command {
         let Some(group) = self.groups.get(node) else {
-            return Command::new(program);
+            return inner;
         };
         let mut command = Command::new("sh");
         command
             .arg("-c")
             .arg("echo $$ > \"$0\" && exec \"$@\"")
             .arg(group.join("cgroup.procs"))
-            .arg(program);
+            .arg(inner.get_program())
+            .args(inner.get_args());
         command
     }
 }
