@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use super::wire::Hello;
 
@@ -275,6 +275,7 @@ impl Outbound {
             let frames = {
                 let mut backlog = locked(&self.backlog);
                 backlog.writing = false;
+                self.changed.notify_all();
                 while backlog.frames.is_empty() && !backlog.closed && !backlog.finished {
                     backlog = self
                         .changed
@@ -315,6 +316,17 @@ impl Outbound {
         }
     }
 
+    /// Waits until the backlog is written; false if that is not before `deadline`.
+    pub(super) fn wait_written(&self, deadline: Instant) -> bool {
+        let rest = deadline.saturating_duration_since(Instant::now());
+        let backlog = locked(&self.backlog);
+        let waited = self
+            .changed
+            .wait_timeout_while(backlog, rest, |backlog| !backlog.is_empty());
+        let (backlog, _) = waited.unwrap_or_else(|error| error.into_inner());
+        backlog.is_empty()
+    }
+
     /// Closes the connection after the backlog is written.
     pub(super) fn finish(&self) {
         locked(&self.backlog).finished = true;
@@ -334,4 +346,47 @@ fn has_room(socket: &TcpStream) -> bool {
     let mut ready = [PollFd::new(socket, PollFlags::OUT)];
     let at_once = Timespec::default();
     poll(&mut ready, Some(&at_once)).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_net::PinnedIdentity;
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    /// What is sent while another thread writes is waited for: the last words of a part are not
+    /// lost with its connections.
+    #[test]
+    fn what_cannot_be_written_at_once_is_waited_for() {
+        let [ours, theirs] = [(), ()].map(|()| PinnedIdentity::generate().unwrap());
+        let server = ServerTls::pinned(&theirs, ours.fingerprint).unwrap();
+        let client = ClientTls::pinned(&ours, theirs.fingerprint).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let out = BulkStream::client(socket, &client).unwrap();
+        let heard = std::thread::spawn(move || {
+            let mut stream = BulkStream::server(accepted, &server).unwrap();
+            let mut heard = Vec::new();
+            let read = stream.read(&mut |bytes| {
+                heard.extend_from_slice(bytes);
+                Ok::<_, BulkError>(bytes.len())
+            });
+            read.map(|()| heard)
+        });
+        let outbound = Arc::new(Outbound::new(out));
+        let writes = {
+            let outbound = outbound.clone();
+            std::thread::spawn(move || outbound.write_backlog())
+        };
+        let busy = locked(&outbound.out);
+        outbound.send(b"the last words".to_vec()).unwrap();
+        assert!(!outbound.wait_written(Instant::now()));
+        drop(busy);
+        assert!(outbound.wait_written(Instant::now() + Duration::from_secs(20)));
+        outbound.close();
+        writes.join().unwrap().unwrap();
+        assert_eq!(heard.join().unwrap().unwrap(), b"the last words");
+    }
 }

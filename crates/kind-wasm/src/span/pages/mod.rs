@@ -76,6 +76,8 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const REQUEST_INTERVAL: Duration = Duration::from_millis(5);
 /// How long the serving thread polls for the answer to a note.
 const ANSWER_POLL_MICROS: u64 = 300;
+/// How long the reason of an end may take to be sent to the other parts.
+const GOODBYE_PATIENCE: Duration = Duration::from_millis(100);
 /// Faults read from one memory in one pass.
 const FAULTS_MAX: usize = 64;
 /// Moves of pages or directories requested in one step.
@@ -728,9 +730,13 @@ impl Shared {
         self.peers.close();
     }
 
-    /// Sends the reason to the other parts where that does not block: otherwise each
-    /// would report the part that it happened to lose first.
+    /// Sends the reason to the other parts, within a moment: otherwise each would report the part
+    /// that it happened to lose first.
     fn say_goodbye(&self, reason: &SpanError) {
+        let blamed = match reason {
+            SpanError::Lost { part, .. } => Some(*part),
+            _ => None,
+        };
         let goodbye = match reason {
             SpanError::Ended => return,
             // A part that was about to join: its end is not a loss for the others, and it
@@ -746,11 +752,18 @@ impl Shared {
             },
         };
         let mut frame = Vec::new();
-        if wire::encode(&goodbye, &mut frame).is_ok() {
-            for outbound in self.peers.all_outbound() {
-                // One of them may be lost itself.
-                let _ = outbound.send(frame.clone());
-            }
+        if wire::encode(&goodbye, &mut frame).is_err() {
+            return;
+        }
+        for outbound in self.peers.all_outbound() {
+            // One of them may be lost itself.
+            let _ = outbound.send(frame.clone());
+        }
+        let deadline = Instant::now() + GOODBYE_PATIENCE;
+        let others = self.peers.parts().iter().filter(|it| Some(*it) != blamed);
+        for outbound in others.filter_map(|part| self.peers.outbound(part)) {
+            // A part that does not read learns of it when the connection closes.
+            let _ = outbound.wait_written(deadline);
         }
     }
 
