@@ -7,8 +7,9 @@
 //! ```
 //!
 //! QEMU itself decides what of the memory to send again, and throttles a guest that writes faster
-//! than the link (auto-converge). It may not decide when the guest stops: its limit for the
-//! downtime is 0, so that it goes on until nothing is left, or until the worker stops the guest.
+//! than the link (auto-converge). Its limit for the downtime is 0, so that it goes on until
+//! nothing is left, or until the worker stops the guest; before 8.0 it stops the guest itself after
+//! one pass.
 
 use crate::qmp::{PATIENCE, QmpError};
 use crate::vm::{ENDED, Vm, VmEnd};
