@@ -204,6 +204,7 @@ mod tests {
             "br0,mac=",
             "br0,mac=01:00:5e:00:00:01",
             "br0,mac=fe:00:00:00:00:01",
+            "br0,mac=0200.0000.0107",
             "br0,vlan=3",
         ] {
             interface(wrong).unwrap_err();

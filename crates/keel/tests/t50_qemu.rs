@@ -8,6 +8,8 @@ use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec};
 use keel_machine::moves::Ending;
 use keel_testkit::bare_system::{counting_system, qemu_is_installed};
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use rustix::fs::{FlockOperation, fcntl_lock};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
@@ -226,6 +228,114 @@ async fn a_move_that_fails_leaves_the_system_at_its_source() -> Result<()> {
     let report = systems.cluster.move_machine("a", "s", "b").await?;
     assert_eq!(report.ending, Ending::Moved, "{}", report.line());
     systems.counted("s", next).await?;
+    Ok(())
+}
+
+/// Whoever is hit after the commit: one system goes on, with all its memory and output.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_after_the_commit_leaves_one_system() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let cluster = &systems.cluster;
+    let spec = systems.counting(None).await?;
+    systems.run("s", "a", &spec).await?;
+    let mut next = systems.counted("s", 0).await?;
+    let faults = [
+        ("b", "target.prepared"),
+        ("a", "move.go"),
+        ("a", "source.go"),
+        ("b", "target.go"),
+        ("b", "target.gone"),
+        ("a", "source.gone"),
+    ];
+    for (node, name) in faults {
+        cluster.failpoint(node, name, Some("error")).await?;
+        let report = cluster.move_machine("a", "s", "b").await?;
+        cluster.failpoint(node, name, None).await?;
+        let passed = cluster.failpoints_passed(node);
+        assert_eq!(passed.last().map(String::as_str), Some(name), "{passed:?}");
+        let only = wait_for("one QEMU is left", || async {
+            (systems.qemus("a").len() + systems.qemus("b").len() == 1).then_some(())
+        });
+        only.await.context(name)?;
+        let now = systems.counted("s", next).await.context(name)?;
+        next = systems.counted("s", now + 3).await.context(name)?;
+        let info = cluster.inspect("a", "s").await?;
+        assert_eq!(info.status, "running", "{name}");
+        let has_moved = report.ending == Ending::Moved;
+        assert_eq!(info.node == "b", has_moved, "{name}: {}", report.line());
+        if has_moved {
+            let report = cluster.move_machine("a", "s", "a").await?;
+            assert_eq!(report.ending, Ending::Moved, "{name}: {}", report.line());
+        }
+    }
+    systems.counted("s", next).await?;
+    Ok(())
+}
+
+/// What has arrived is lost before it runs: the source, which has the only copy then, goes on with
+/// it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_that_cannot_run_where_it_arrived_goes_on_at_its_source() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    let cluster = &systems.cluster;
+    let mut spec = systems.counting(None).await?;
+    let kills = |_: &File| match &systems.qemus("b")[..] {
+        [qemu] => kill(qemu),
+        other => anyhow::bail!("not one QEMU: {other:?}"),
+    };
+    // QEMU marks by shared locks of single bytes what it does not share.
+    let locks = |disk: &File| Ok(fcntl_lock(disk, FlockOperation::NonBlockingLockShared)?);
+    type Fault<'a> = &'a dyn Fn(&File) -> Result<()>;
+    let faults: [(&str, &str, &str, Fault<'_>); 3] = [
+        ("one", "a", "move.commit", &kills),
+        ("two", "b", "target.go", &kills),
+        // The lock of the disk is nobody's between source and target.
+        ("three", "b", "target.go", &locks),
+    ];
+    for (machine, node, name, fault) in faults {
+        let path = systems.folder.path().join(machine);
+        std::fs::write(&path, vec![0; 1 << 20])?;
+        spec.disks = vec![Disk {
+            path: path.display().to_string(),
+            format: DiskFormat::Raw,
+            read_only: false,
+        }];
+        systems.run(machine, "a", &spec).await?;
+        let next = systems.counted(machine, 0).await?;
+        let disk = File::open(&path)?;
+        // Each time: both the source and the target's agent tell it to go.
+        cluster.failpoint(node, name, Some("delay(2000)*")).await?;
+        let passed = cluster.failpoints_passed(node).len();
+        let strikes = async {
+            let there = wait_for("the move is there", || async {
+                (cluster.failpoints_passed(node).len() > passed).then_some(())
+            });
+            there.await?;
+            fault(&disk)?;
+            let gone = wait_for("the target's QEMU is gone", || async {
+                systems.qemus("b").is_empty().then_some(())
+            });
+            gone.await?;
+            anyhow::Ok(fcntl_lock(&disk, FlockOperation::Unlock)?)
+        };
+        let (report, struck) = tokio::join!(cluster.move_machine("a", machine, "b"), strikes);
+        let report = report?;
+        struck.with_context(|| format!("{machine}: {}", report.line()))?;
+        assert_ne!(report.ending, Ending::Moved, "{}", report.line());
+        let now = systems.counted(machine, next).await.context(machine)?;
+        systems.counted(machine, now + 3).await.context(machine)?;
+        let info = cluster.inspect("a", machine).await?;
+        assert_eq!((info.node.as_str(), info.status.as_str()), ("a", "running"));
+        cluster.failpoint(node, name, None).await?;
+    }
+    let report = cluster.move_machine("a", "one", "b").await?;
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    let next = systems.counted("one", 0).await?;
+    systems.counted("one", next + 3).await?;
     Ok(())
 }
 

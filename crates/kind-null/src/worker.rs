@@ -278,12 +278,13 @@ impl Worker for NullWorker {
         }))
     }
 
-    fn resume(self: &Arc<Self>, epoch: Epoch) {
-        let Ok(counter) = self.counter() else { return };
+    fn resume(self: &Arc<Self>, epoch: Epoch) -> Result<(), String> {
+        let counter = self.counter().map_err(|error| error.to_string())?;
         counter.set_epoch(epoch.token());
         let lease = self.process.lease();
         lease.resume(|| counter.hold(true), || counter.thaw());
         lease.machine_changed(&**self);
+        Ok(())
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {

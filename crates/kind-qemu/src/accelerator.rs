@@ -9,7 +9,8 @@
 
 pub(crate) use crate::arguments::Accelerator;
 
-use crate::vm::QEMU;
+use crate::arguments::SANDBOX;
+use crate::process::{QEMU, die_with_parent};
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -76,6 +77,15 @@ impl Accelerator {
     /// What works on this host. Blocks for some seconds at the first call since the host booted,
     /// if it has KVM. `cache` keeps the answer.
     pub(crate) fn of_host(cache: &Path) -> Self {
+        if !has_kvm(Path::new(MODULES)) {
+            // Looked up each time: the module may be loaded later.
+            return Accelerator::Tcg;
+        }
+        Self::probed(cache, || boots(cache, Accelerator::Kvm))
+    }
+
+    /// The answer that is kept, or that of `boots`, which is kept if there is one.
+    fn probed(cache: &Path, boots: impl FnOnce() -> Option<bool>) -> Self {
         let file = cache.join(CACHED);
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let known = fs::read_to_string(&file).unwrap_or_default();
@@ -85,9 +95,11 @@ impl Accelerator {
             Some(("tcg", _)) => return Accelerator::Tcg,
             _ => {}
         }
-        let found = match has_kvm(Path::new(MODULES)) && boots(cache, Accelerator::Kvm) {
-            true => Accelerator::Kvm,
-            false => Accelerator::Tcg,
+        let found = match boots() {
+            Some(true) => Accelerator::Kvm,
+            Some(false) => Accelerator::Tcg,
+            // QEMU may be installed later.
+            None => return Accelerator::Tcg,
         };
         tracing::info!(accelerator = found.word(), "found what executes guests");
         if let Err(error) = fs::write(&file, format!("{} {boot}", found.word())) {
@@ -103,13 +115,14 @@ fn has_kvm(modules: &Path) -> bool {
     names.any(|name| modules.join(name).exists())
 }
 
-/// Whether a guest executes instructions.
-fn boots(folder: &Path, accelerator: Accelerator) -> bool {
+/// Whether a guest executes instructions; none if that cannot be tried.
+fn boots(folder: &Path, accelerator: Accelerator) -> Option<bool> {
     let payload = folder.join(format!("qemu-payload-{}", std::process::id()));
-    if fs::write(&payload, PAYLOAD).is_err() {
-        return false;
-    }
-    let started = Command::new(QEMU)
+    fs::write(&payload, PAYLOAD).ok()?;
+    let mut command = Command::new(QEMU);
+    die_with_parent(&mut command);
+    let started = command
+        .args(SANDBOX)
         .args([
             "-no-user-config",
             "-nodefaults",
@@ -132,9 +145,9 @@ fn boots(folder: &Path, accelerator: Accelerator) -> bool {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn();
-    let boots = started.is_ok_and(|qemu| status_in_time(qemu) == Some(EXIT_STATUS));
+    let boots = started.map(|qemu| status_in_time(qemu) == Some(EXIT_STATUS));
     let _ = fs::remove_file(&payload);
-    boots
+    boots.ok()
 }
 
 fn status_in_time(mut qemu: Child) -> Option<i32> {
@@ -164,7 +177,7 @@ mod tests {
             return;
         }
         let folder = tempfile::tempdir().unwrap();
-        assert!(boots(folder.path(), Accelerator::Tcg));
+        assert_eq!(boots(folder.path(), Accelerator::Tcg), Some(true));
     }
 
     #[test]
@@ -179,15 +192,16 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_is_kept_until_the_host_boots_again() {
+    fn an_answer_is_kept_until_the_host_boots_again_and_a_failure_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join(CACHED);
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-        fs::write(&file, format!("kvm {boot}")).unwrap();
-        assert_eq!(Accelerator::of_host(folder.path()), Accelerator::Kvm);
-        fs::write(&file, "tcg of-an-earlier-boot").unwrap();
-        let found = Accelerator::of_host(folder.path());
-        let kept = fs::read_to_string(&file).unwrap();
-        assert_eq!(kept, format!("{} {boot}", found.word()));
+        let probed = |answer: Option<bool>| Accelerator::probed(folder.path(), || answer);
+        let kept = || Accelerator::probed(folder.path(), || panic!("it was kept"));
+        assert_eq!(probed(None), Accelerator::Tcg);
+        assert_eq!(probed(Some(true)), Accelerator::Kvm);
+        assert_eq!(kept(), Accelerator::Kvm);
+        fs::write(&file, "kvm of-an-earlier-boot").unwrap();
+        assert_eq!(probed(Some(false)), Accelerator::Tcg);
+        assert_eq!(kept(), Accelerator::Tcg);
     }
 }

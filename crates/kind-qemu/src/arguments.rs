@@ -18,6 +18,12 @@ const CPU: &str = "qemu64";
 /// Memory for translated code, in MiB. QEMU's own default grows with the host's memory.
 const TRANSLATED_MIB: u32 = 128;
 
+/// QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
+pub(crate) const SANDBOX: [&str; 2] = [
+    "-sandbox",
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+];
+
 /// Numbers of the descriptors that QEMU inherits.
 pub(crate) const QMP_FD: i32 = 3;
 pub(crate) const CONSOLE_FD: i32 = 4;
@@ -91,11 +97,8 @@ impl Machine<'_> {
                 format!("virtio-net-pci,netdev=net{number},mac={mac},romfile="),
             );
         }
-        // QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
-        add(
-            "-sandbox",
-            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
-        );
+        let [sandbox, denied] = SANDBOX;
+        add(sandbox, denied.into());
         if self.is_incoming {
             add("-incoming", "defer".into());
         }

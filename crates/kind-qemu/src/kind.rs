@@ -1,7 +1,7 @@
 //! What an agent asks of this kind of machine.
 
+use crate::process::{QEMU, resident_bytes};
 use crate::spec::QemuSpec;
-use crate::vm::{QEMU, resident_bytes};
 use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
 use keel_machine::spec::Spec;
 use serde_json::json;

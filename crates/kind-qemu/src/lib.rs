@@ -12,8 +12,10 @@
 //!
 //! - `kind`: what an agent asks of this kind; `spec`: its part of a spec
 //! - `worker`: the process around one machine; `session`: its moves, at the source
-//! - `vm`: one QEMU process; `arguments`: its command line; `qmp`: its protocol
-//! - `migration`: QEMU's migration stream over the link between two workers
+//! - `vm`: a machine's QEMU and its guest; `process`: its process; `arguments`: its command line;
+//!   `qmp`: its protocol
+//! - `migration`: QEMU's migration stream over the link between two workers; `migration_status`: how
+//!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
@@ -26,9 +28,12 @@
 mod accelerator;
 mod arguments;
 mod console;
+mod copy_mode;
 mod kind;
 mod migration;
+mod migration_status;
 mod network;
+mod process;
 mod qmp;
 mod session;
 mod spec;

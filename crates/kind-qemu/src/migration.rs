@@ -7,16 +7,20 @@
 //! ```
 //!
 //! QEMU itself decides what of the memory to send again, and throttles a guest that writes faster
-//! than the link (auto-converge). Its limit for the downtime is 0, so that it goes on until
-//! nothing is left, or until the worker stops the guest; before 8.0 it stops the guest itself after
-//! one pass.
+//! than the link (auto-converge). The worker stops the guest; QEMU does so itself only when as good as
+//! nothing is left, or in [`CopyMode::OnePass`]. With the guest stopped and its memory sent, QEMU
+//! waits (`pause-before-switchover`): what is still in the serial line is printed before the devices
+//! are sent, or it would be printed twice.
 
+use crate::console::Console;
+use crate::copy_mode::CopyMode;
+use crate::migration_status::{BEGUN, ENDED, Info, SWITCHOVER};
+use crate::process::VmEnd;
 use crate::qmp::{PATIENCE, QmpError};
-use crate::vm::{ENDED, Vm, VmEnd};
+use crate::vm::{RunState, Vm};
 use keel_machine::link::{Link, LinkError, Message};
 use keel_machine::worker::MoveError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde::Deserialize;
 use serde_json::json;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -38,45 +42,14 @@ const BYTES_PER_S_MAX: u64 = 1 << 40;
 /// How long QEMU may take, once all has been sent, to say that it is done.
 const END_PATIENCE: Duration = Duration::from_secs(20);
 
-/// What QEMU says of a migration.
-#[derive(Debug, Default, Deserialize)]
-pub(crate) struct Info {
-    #[serde(default)]
-    pub(crate) status: String,
-    #[serde(rename = "error-desc")]
-    error: Option<String>,
-    #[serde(default)]
-    pub(crate) ram: Ram,
-}
+/// The most bytes per second until a guest runs that was stopped for the beginning of a migration:
+/// the least that is a limit for QEMU, which divides it by ten.
+const BYTES_PER_S_BEFORE: u64 = 10;
 
-/// The memory's part.
-#[derive(Debug, Default, Clone, Copy, Deserialize)]
-pub(crate) struct Ram {
-    /// Bytes sent.
-    pub(crate) transferred: u64,
-    /// Bytes that are known to be left.
-    pub(crate) remaining: u64,
-    /// How often the pages that were written meanwhile were looked up.
-    #[serde(rename = "dirty-sync-count")]
-    pub(crate) rounds: u64,
-}
-
-impl Info {
-    /// Whether it has ended.
-    pub(crate) fn has_ended(&self) -> bool {
-        ENDED.contains(&self.status.as_str())
-    }
-
-    /// # Errors
-    /// If it has ended without success.
-    pub(crate) fn check(&self) -> Result<(), MoveError> {
-        if !self.has_ended() || self.status == "completed" {
-            return Ok(());
-        }
-        let reason = self.error.as_deref().unwrap_or("no reason");
-        Err(format!("QEMU's migration has {}: {reason}", self.status).into())
-    }
-}
+/// Answers of QEMU after which it has written what it could write before the first: one of the
+/// round of its main loop in which that became possible, one of the next, in which it noticed, and
+/// one after that.
+const SETTLED_ANSWERS: usize = 3;
 
 /// What an outgoing migration uses, given back at its end.
 struct Pumped {
@@ -87,32 +60,49 @@ struct Pumped {
 /// The migration of a machine to another worker.
 pub(crate) struct Outgoing {
     vm: Arc<Vm>,
+    mode: CopyMode,
     pump: JoinHandle<Pumped>,
 }
 
-fn set_up(vm: &Vm, is_source: bool) -> Result<(), QmpError> {
+fn set_up(vm: &Vm, mode: Option<CopyMode>) -> Result<(), QmpError> {
     let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let is_source = mode.is_some();
     let capabilities = json!([
         capability("events", true),
         capability("auto-converge", is_source),
+        capability("pause-before-switchover", is_source),
+        // What arrives has no disk before the commit.
+        capability("late-block-activate", !is_source),
     ]);
     let qmp = vm.qmp()?;
     qmp.execute(
         "migrate-set-capabilities",
         json!({ "capabilities": capabilities }),
     )?;
-    let parameters = json!({ "max-bandwidth": BYTES_PER_S_MAX, "downtime-limit": 0 });
+    let limit_ms = mode.map_or(0, CopyMode::downtime_limit_ms);
+    let parameters = json!({ "max-bandwidth": BYTES_PER_S_MAX, "downtime-limit": limit_ms });
     qmp.execute("migrate-set-parameters", parameters)
+}
+
+fn set_bytes_per_s(vm: &Vm, most: u64) -> Result<(), QmpError> {
+    let parameters = json!({ "max-bandwidth": most });
+    vm.qmp()?.execute("migrate-set-parameters", parameters)
 }
 
 impl Outgoing {
     /// Begins to send the machine over `link`, while it runs.
     ///
     /// # Errors
-    /// If QEMU refuses; the link is closed then.
+    /// If QEMU refuses; the link is closed then, and the guest may be stopped.
     pub(crate) fn begin(vm: &Arc<Vm>, link: Link) -> Result<Self, MoveError> {
+        let mode = CopyMode::of(vm)?;
         vm.expect_migration();
-        set_up(vm, true)?;
+        set_up(vm, Some(mode))?;
+        if mode == CopyMode::OnePass {
+            // The log of what it writes begins while it writes nothing.
+            set_bytes_per_s(vm, BYTES_PER_S_BEFORE)?;
+            vm.pause()?;
+        }
         let socket = accept(vm)?;
         let thread = std::thread::Builder::new().name("migration".into());
         let pump = thread.spawn(move || {
@@ -122,15 +112,51 @@ impl Outgoing {
             let _ = socket.shutdown(Shutdown::Both);
             Pumped { link, result }
         })?;
-        Ok(Outgoing {
+        let outgoing = Outgoing {
             vm: vm.clone(),
+            mode,
             pump,
-        })
+        };
+        vm.wait_for_migration(PATIENCE, &BEGUN)
+            .ok_or("QEMU does not begin its migration")?;
+        if mode == CopyMode::OnePass {
+            vm.resume()?;
+            set_bytes_per_s(vm, BYTES_PER_S_MAX)?;
+        }
+        Ok(outgoing)
     }
 
     /// How far it is.
-    pub(crate) fn info(&self) -> Result<Info, QmpError> {
-        self.vm.qmp()?.query("query-migrate")
+    ///
+    /// # Errors
+    /// If it has failed, or would lose what the guest wrote.
+    pub(crate) fn info(&self) -> Result<Info, MoveError> {
+        let info: Info = self.vm.qmp()?.query("query-migrate")?;
+        info.check()?;
+        self.mode.check(&info)?;
+        Ok(info)
+    }
+
+    /// Waits until the memory of a stopped guest has been sent, and lets QEMU go on with its
+    /// devices once the console has all that was printed.
+    ///
+    /// # Errors
+    /// If the migration fails, or the output cannot be kept.
+    pub(crate) fn switch_over(&self, console: &Console) -> Result<(), MoveError> {
+        let ends = [&[SWITCHOVER], &ENDED[..]].concat();
+        let status = self.vm.wait_for_migration(END_PATIENCE, &ends);
+        self.info()?;
+        if status.as_deref() != Some(SWITCHOVER) {
+            return Err("QEMU does not finish with the machine's memory".into());
+        }
+        let qmp = self.vm.qmp()?;
+        for _ in 0..SETTLED_ANSWERS {
+            console.drain()?;
+            let _: RunState = qmp.query("query-status")?;
+        }
+        console.drain()?;
+        qmp.execute("migrate-continue", json!({ "state": SWITCHOVER }))?;
+        Ok(())
     }
 
     /// Waits until all of a stopped guest has been sent; gives the link back.
@@ -177,6 +203,8 @@ fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
     }
     let (socket, _) = listener.accept()?;
     let _ = fs::remove_file(&path);
+    // A QEMU that hangs must not hold up whoever waits for the end of its stream.
+    socket.set_read_timeout(Some(END_PATIENCE))?;
     Ok(socket)
 }
 
@@ -184,7 +212,14 @@ fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
 fn send(mut socket: &UnixStream, link: &mut Link) -> Result<(), MoveError> {
     let mut piece = vec![0; PIECE_BYTES];
     loop {
-        let count = socket.read(&mut piece)?;
+        let count = match socket.read(&mut piece) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let waited = END_PATIENCE.as_secs();
+                return Err(format!("QEMU has sent nothing for {waited} s").into());
+            }
+            Err(error) => return Err(error.into()),
+        };
         if count == 0 {
             link.flush()?;
             return Ok(());
@@ -209,7 +244,7 @@ impl Incoming {
     /// # Errors
     /// If it refuses.
     pub(crate) fn begin(vm: &Arc<Vm>) -> Result<Self, MoveError> {
-        set_up(vm, false)?;
+        set_up(vm, None)?;
         let path = vm.folder().join(SOCKET);
         let _ = fs::remove_file(&path);
         let listen = json!({ "uri": format!("unix:{SOCKET}") });
@@ -251,5 +286,151 @@ impl Incoming {
             Some(VmEnd::Failed(reason)) => LinkError::Aborted(reason).into(),
             _ => LinkError::Aborted(format!("QEMU does not take the machine: {seen}")).into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::accelerator::Accelerator;
+    use crate::arguments::Machine;
+    use crate::spec::{Kernel, QemuSpec, SHUTDOWN_S};
+    use crate::vm::Launch;
+    use keel_machine::log::Log;
+    use keel_net::{ClientTls, PinnedIdentity, ServerTls};
+    use keel_testkit::bare_system::qemu_is_installed;
+    use keel_testkit::linux_system::LinuxSystem;
+    use std::net::TcpListener;
+    use std::path::Path;
+    use std::time::Instant;
+
+    const MEMORY_BYTES: u64 = 128 << 20;
+    const PAGE_BYTES: usize = 4096;
+
+    struct System {
+        vm: Arc<Vm>,
+        console: Arc<Console>,
+        log: Arc<Log>,
+    }
+
+    /// A busy Linux that does not run yet.
+    fn launched(images: &Path, folder: &Path, is_incoming: bool) -> System {
+        let spec = QemuSpec {
+            cpus: 1,
+            kernel: Some(Kernel {
+                image: "kernel".into(),
+                initrd: Some("initrd".into()),
+                append: "console=ttyS0 quiet loglevel=0 panic=-1 keel.busy".into(),
+            }),
+            disks: Vec::new(),
+            interfaces: Vec::new(),
+            shutdown_s: SHUTDOWN_S,
+        };
+        let machine = Machine {
+            name: "s",
+            spec: &spec,
+            memory_bytes: MEMORY_BYTES,
+            images,
+            accelerator: Accelerator::Tcg,
+            is_incoming,
+        };
+        std::fs::create_dir_all(folder).unwrap();
+        let Launch { vm, console } = Vm::launch(folder, &machine).unwrap();
+        let log = Arc::new(Log::open(folder, 0).unwrap());
+        let console = Console::follow(console, log.clone(), u64::MAX).unwrap();
+        System { vm, console, log }
+    }
+
+    /// Waits until it has printed something more.
+    fn wait_output(system: &System) {
+        let before = system.log.end();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while system.log.end() < before + 200 {
+            assert!(system.vm.end_within(Duration::from_millis(10)).is_none());
+            assert!(Instant::now() < deadline, "it prints nothing more");
+        }
+    }
+
+    fn links() -> (Link, Link) {
+        let [ours, theirs] = [(); 2].map(|()| PinnedIdentity::generate().unwrap());
+        let server = ServerTls::pinned(&theirs, ours.fingerprint).unwrap();
+        let client = ClientTls::pinned(&ours, theirs.fingerprint).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let accepting = std::thread::spawn(move || {
+            let (socket, _) = listener.accept().unwrap();
+            Link::accept(socket, &server).unwrap()
+        });
+        let source = Link::connect(&address, &client).unwrap();
+        (source, accepting.join().unwrap())
+    }
+
+    fn receive_all(vm: &Arc<Vm>, mut link: Link) {
+        let mut incoming = Incoming::begin(vm).unwrap();
+        loop {
+            match link.receive().unwrap() {
+                Message::Image(bytes) => incoming.take(&bytes).unwrap(),
+                Message::ImageEnd => return incoming.finish().unwrap(),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The memory of a stopped guest.
+    fn memory(vm: &Vm) -> Vec<u8> {
+        let path = vm.folder().join("memory");
+        let arguments = json!({ "val": 0, "size": MEMORY_BYTES, "filename": "memory" });
+        vm.qmp().unwrap().execute("pmemsave", arguments).unwrap();
+        std::fs::read(path).unwrap()
+    }
+
+    /// Compares each page, after several rounds while a system is busy.
+    #[test]
+    fn the_target_has_all_that_a_busy_system_wrote() {
+        let folder = tempfile::tempdir().unwrap();
+        let parts = folder.path().join("parts");
+        let linux = LinuxSystem::make(&parts).unwrap();
+        let Some(linux) = linux.filter(|_| qemu_is_installed()) else {
+            return;
+        };
+        std::fs::write(folder.path().join("kernel"), linux.kernel).unwrap();
+        std::fs::write(folder.path().join("initrd"), linux.initrd).unwrap();
+        let place = |number: usize| folder.path().join(format!("place-{number}"));
+        let mut source = launched(folder.path(), &place(0), false);
+        source.vm.resume().unwrap();
+        wait_output(&source);
+        for number in 1..=4 {
+            let target = launched(folder.path(), &place(number), true);
+            let (ours, theirs) = links();
+            let receiver = target.vm.clone();
+            let receiving = std::thread::spawn(move || receive_all(&receiver, theirs));
+            let outgoing = Outgoing::begin(&source.vm, ours).unwrap();
+            let patience = Duration::from_millis(20);
+            while outgoing.info().unwrap().ram.rounds < 4
+                && source
+                    .vm
+                    .wait_for_migration(patience, &[SWITCHOVER])
+                    .is_none()
+            {}
+            source.vm.pause().unwrap();
+            outgoing.switch_over(&source.console).unwrap();
+            let (mut link, finished) = outgoing.finish();
+            finished.unwrap();
+            link.send(&Message::ImageEnd).unwrap();
+            link.flush().unwrap();
+            receiving.join().unwrap();
+            let (sent, arrived) = (memory(&source.vm), memory(&target.vm));
+            let pages = sent
+                .chunks(PAGE_BYTES)
+                .zip(arrived.chunks(PAGE_BYTES))
+                .filter(|(sent, arrived)| sent != arrived);
+            assert_eq!(pages.count(), 0, "pages differ after move {number}");
+            source.vm.kill(VmEnd::Discarded);
+            target.vm.resume().unwrap();
+            wait_output(&target);
+            source = target;
+        }
+        source.vm.kill(VmEnd::Discarded);
+        source.vm.wait();
     }
 }

@@ -2,8 +2,9 @@
 //! guest stopped, and the output.
 
 use crate::console::Console;
-use crate::migration::{Info, Outgoing, Ram};
-use crate::vm::{Vm, VmEnd};
+use crate::migration::Outgoing;
+use crate::migration_status::{Ram, SWITCHOVER};
+use crate::vm::Vm;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::link::{
@@ -22,6 +23,8 @@ use std::time::{Duration, Instant};
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
+/// Pause before something is tried again that QEMU did not do.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
 
 /// The parts of a machine that moves.
 #[derive(Clone)]
@@ -44,6 +47,38 @@ pub(crate) struct QemuSession {
     attempt: u64,
     /// The guest was stopped for the commit: whoever settles that lets it run on.
     is_frozen: bool,
+    /// Nothing of it is left in QEMU.
+    is_cancelled: bool,
+}
+
+/// Ends the migration of an attempt, and lets the guest run on if nobody else does.
+fn cancel(vm: &Vm, attempt: u64, is_frozen: bool) -> Result<(), MoveError> {
+    vm.during(attempt, || {
+        // Perhaps one of an attempt before, which could not end it any more.
+        vm.cancel_migration()?;
+        if !is_frozen {
+            // QEMU has stopped the guest itself if nothing was left.
+            vm.resume()?;
+        }
+        Ok(())
+    })
+}
+
+/// Repeats until done what could not be done at once, of an attempt from which nobody hears any
+/// more: its guest may be stopped. The next attempt takes that over.
+fn cancel_later(vm: Arc<Vm>, attempt: u64, is_frozen: bool) {
+    let thread = std::thread::Builder::new().name("cancel".into());
+    let repeats = move || {
+        while vm.is_last_attempt(attempt)
+            && vm.end_within(AGAIN_AFTER).is_none()
+            && let Err(error) = cancel(&vm, attempt, is_frozen)
+        {
+            tracing::warn!(%error, "a move that was given up is not undone yet");
+        }
+    };
+    if let Err(error) = thread.spawn(repeats) {
+        tracing::error!(%error, "a move that was given up is not undone");
+    }
 }
 
 impl QemuSession {
@@ -78,6 +113,7 @@ impl QemuSession {
             budget: Duration::from_micros(copy.budget_micros),
             attempt,
             is_frozen: false,
+            is_cancelled: false,
         })
     }
 
@@ -97,14 +133,11 @@ impl QemuSession {
         let outgoing = self.outgoing.insert(outgoing);
         let mut rounds = Rounds::default();
         loop {
-            let is_over = self
-                .guest
-                .vm
-                .wait_for_migration(POLL, &["completed", "failed"]);
-            let info: Info = outgoing.info()?;
-            info.check()?;
+            let vm = &self.guest.vm;
+            let is_over = vm.wait_for_migration(POLL, &[SWITCHOVER, "failed"]);
+            let info = outgoing.info()?;
             if is_over.is_some() {
-                // Nothing was left, and QEMU has stopped the guest itself.
+                // QEMU has stopped the guest itself.
                 return Ok(rounds.done);
             }
             if !rounds.take(info.ram) {
@@ -191,7 +224,8 @@ impl SourceSession for QemuSession {
             }
             Err(error) => {
                 if let Err(later) = self.cancel() {
-                    tracing::warn!(%later, "a failed move was not cancelled");
+                    tracing::warn!(error = %later, "a failed move is not undone yet");
+                    cancel_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
                 }
                 Err(error)
             }
@@ -213,13 +247,18 @@ impl SourceSession for QemuSession {
                 false => error,
             });
         }
-        let freeze_micros = micros(begun.elapsed());
+        // QEMU may have stopped it itself, a while ago.
+        let freeze_micros = micros(vm.stopped_for().unwrap_or_default().max(begun.elapsed()));
         if let Err(error) = failpoint::pass("source.frozen") {
             self.outgoing = Some(outgoing);
             return Err(error.into());
         }
         use_frozen_timeout(&self.closer)?;
         let sent = Instant::now();
+        if let Err(error) = outgoing.switch_over(&self.guest.console) {
+            self.outgoing = Some(outgoing);
+            return Err(error);
+        }
         let (link, finished) = outgoing.finish();
         let link = self.link.insert(link);
         finished?;
@@ -227,7 +266,6 @@ impl SourceSession for QemuSession {
         let last_pages_micros = micros(sent.elapsed());
         let state = Instant::now();
         link.send(&Message::Frozen)?;
-        self.guest.console.drain()?;
         self.output.send(link)?;
         link.send(&Message::ImageEnd)?;
         link.flush()?;
@@ -262,26 +300,18 @@ impl SourceSession for QemuSession {
     }
 
     fn cancel(&mut self) -> Result<(), MoveError> {
-        if self.outgoing.is_none() {
+        if self.is_cancelled {
             return Ok(());
         }
-        let vm = &self.guest.vm;
-        vm.during(self.attempt, || {
-            let undone = vm.cancel_migration().and_then(|()| match self.is_frozen {
-                true => Ok(()),
-                // QEMU has stopped the guest itself if nothing was left.
-                false => vm.resume(),
-            });
-            undone.map_err(|error| {
-                // It may be stopped, and nobody would continue it.
-                let reason = format!("its move was given up, and it cannot run on: {error}");
-                vm.kill(VmEnd::Failed(reason.clone()));
-                reason.into()
-            })
-        })
+        cancel(&self.guest.vm, self.attempt, self.is_frozen)?;
+        self.is_cancelled = true;
+        Ok(())
     }
 
     fn abort(mut self, reason: &str) {
+        if !self.is_cancelled {
+            cancel_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
+        }
         if let Some(outgoing) = self.outgoing.take() {
             // It was cancelled.
             self.link = Some(outgoing.into_link());
@@ -292,5 +322,46 @@ impl SourceSession for QemuSession {
             let _ = link.flush();
         }
         let _ = self.closer.shutdown(Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration_status::Info;
+    use crate::process::VmEnd;
+    use crate::vm::tests::{is_running, launched};
+    use serde_json::json;
+    use std::os::unix::net::UnixListener;
+
+    /// An attempt that was given up late cannot undo what it did, since another one has begun; that
+    /// one does.
+    #[test]
+    fn the_next_attempt_undoes_what_the_last_one_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(vm) = launched(folder.path()) else {
+            return;
+        };
+        vm.resume().unwrap();
+        let first = vm.begin_attempt();
+        // Its stream is not read, so it goes on.
+        let listener = UnixListener::bind(folder.path().join("stream")).unwrap();
+        let qmp = vm.qmp().unwrap();
+        qmp.execute("migrate", json!({ "uri": "unix:stream" }))
+            .unwrap();
+        let _stream = listener.accept().unwrap();
+        vm.pause().unwrap();
+        let second = vm.begin_attempt();
+        assert!(cancel(&vm, first, false).is_err());
+        assert!(!is_running(&vm));
+        cancel(&vm, second, false).unwrap();
+        assert!(is_running(&vm));
+        let info: Info = qmp.query("query-migrate").unwrap();
+        assert_eq!(info.status, "cancelled");
+        // Where nothing is left to undo, nothing happens.
+        cancel(&vm, second, false).unwrap();
+        assert!(is_running(&vm));
+        vm.kill(VmEnd::Discarded);
+        vm.wait();
     }
 }

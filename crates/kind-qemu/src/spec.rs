@@ -109,7 +109,9 @@ impl Interface {
         let mac = self.mac.parse::<MacAddr6>();
         let usable = mac.ok().filter(|mac| {
             let first = mac.as_bytes()[0];
-            mac.is_unicast() && !mac.is_nil() && first != 0xfe
+            // Other notations are accepted here, but not by QEMU.
+            let is_usual = mac.to_string().eq_ignore_ascii_case(&self.mac);
+            is_usual && mac.is_unicast() && !mac.is_nil() && first != 0xfe
         });
         usable.ok_or_else(|| {
             let text = &self.mac;

@@ -1,128 +1,43 @@
-//! One QEMU process and its guest: started, stopped, continued, shut down, killed.
+//! A machine's QEMU and its guest: started, stopped, continued, shut down, killed.
 //!
 //! ```text
 //!   launch ──▶ paused ──resume──▶ running ──shutdown, quit, kill──▶ ended
 //!                 ▲                  │
 //!                 └──────pause───────┘          held: the process itself is stopped (SIGSTOP)
 //! ```
-//!
-//! The process never outlives its worker: the kernel kills it when the thread that started it
-//! ends, which waits for it.
 
-use crate::arguments::{CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::arguments::{Accelerator, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::migration_status::Info;
 use crate::network::Taps;
-use crate::qmp::{PATIENCE, Qmp, QmpError, QmpEvent};
+use crate::process::{
+    Known, Launched, QEMU, Shared, VmEnd, all_threads_stopped, die_with_parent, resident_bytes,
+    supervise,
+};
+use crate::qmp::{PATIENCE, Qmp, QmpError};
 use command_fds::{CommandFdExt, FdMapping};
 use keel_machine::worker::MoveError;
-use rustix::process::set_parent_process_death_signal;
-use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::json;
-use std::fs;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The program; which version is the host's affair.
-pub(crate) const QEMU: &str = "qemu-system-x86_64";
 /// How long a QEMU on a busy host may take to start.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a QEMU that was told to quit may take.
 const QUIT_PATIENCE: Duration = Duration::from_secs(5);
 /// How often QEMU is asked whether a migration that has ended still keeps its guest stopped.
 const SETTLE_POLL: Duration = Duration::from_millis(2);
-/// What is kept of what QEMU says on its standard error, in bytes.
-const SAID_BYTES_MAX: usize = 2 << 10;
-
-/// Statuses in which a migration has ended.
-pub(crate) const ENDED: [&str; 3] = ["completed", "failed", "cancelled"];
-
-/// How a machine ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum VmEnd {
-    /// Its system shut down.
-    ShutDown,
-    /// A user stopped it.
-    Stopped,
-    /// Its system's kernel panicked, QEMU died, or the machine could not run on.
-    Failed(String),
-    /// It never ran here, and nobody asks how it ended.
-    Discarded,
-}
-
-/// What is known of a process.
-#[derive(Debug, Default)]
-struct Known {
-    /// Why it will end: decided before it does.
-    wanted: Option<VmEnd>,
-    /// Why QEMU says that its guest shuts down.
-    reason: Option<String>,
-    end: Option<VmEnd>,
-    /// Status of a migration, as last told.
-    migration: String,
-    /// The process is stopped.
-    is_held: bool,
-    /// How often it was.
-    holds: u64,
-    /// To be resumed once it is no longer held.
-    resumes: bool,
-}
 
 /// The answer to `query-status`.
 #[derive(Debug, serde::Deserialize)]
 pub(crate) struct RunState {
     pub(crate) status: String,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    known: Mutex<Known>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take(&self, event: &QmpEvent) {
-        let text = |field: &str| event.data[field].as_str().unwrap_or_default().to_owned();
-        let mut known = self.known();
-        match event.name.as_str() {
-            "MIGRATION" => known.migration = text("status"),
-            "SHUTDOWN" => known.reason = Some(text("reason")),
-            "BLOCK_IO_ERROR" => tracing::warn!(data = %event.data, "a disk failed"),
-            _ => return,
-        }
-        drop(known);
-        self.changed.notify_all();
-    }
-
-    /// Waits until something is true; the last state if it is not in time.
-    fn wait(
-        &self,
-        patience: Duration,
-        is_there: impl Fn(&Known) -> bool,
-    ) -> (MutexGuard<'_, Known>, bool) {
-        let waiting = |known: &mut Known| !is_there(known);
-        let waited = self
-            .changed
-            .wait_timeout_while(self.known(), patience, waiting);
-        let (known, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let is_there = is_there(&known);
-        (known, is_there)
-    }
-}
-
-/// A QEMU process that was started.
-struct Launched {
-    pid: u32,
-    process: OwnedFd,
 }
 
 /// A machine's QEMU. Methods block.
@@ -132,8 +47,11 @@ pub(crate) struct Vm {
     folder: PathBuf,
     shared: Arc<Shared>,
     taps: Taps,
+    accelerator: Accelerator,
     /// The last attempt to move the machine; locked while one gives commands.
     attempt: Mutex<u64>,
+    /// Locked while the guest is stopped or continued, so that each sees what the other left.
+    run: Mutex<()>,
     qmp: OnceLock<Qmp>,
 }
 
@@ -192,7 +110,9 @@ impl Vm {
             folder: folder.to_owned(),
             shared: shared.clone(),
             taps,
+            accelerator: machine.accelerator,
             attempt: Mutex::default(),
+            run: Mutex::default(),
             qmp: OnceLock::new(),
         });
         let connected = Qmp::connect(qmp, START_PATIENCE, move |event| shared.take(&event));
@@ -234,6 +154,11 @@ impl Vm {
         qmp.ok_or_else(|| QmpError::Lost("QEMU was not started".into()))
     }
 
+    /// What executes the guest.
+    pub(crate) fn accelerator(&self) -> Accelerator {
+        self.accelerator
+    }
+
     /// Connects the guest to its networks. To be done before it runs here.
     ///
     /// # Errors
@@ -256,11 +181,29 @@ impl Vm {
 
     /// Stops the guest; no effect if it is stopped.
     pub(crate) fn pause(&self) -> Result<(), QmpError> {
+        let _run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.known().resumes = false;
         self.qmp()?.execute("stop", json!({}))
     }
 
     /// Lets the guest run, once the process is not held.
     pub(crate) fn resume(&self) -> Result<(), QmpError> {
+        let _run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        self.resume_in_turn()
+    }
+
+    /// Lets the guest run that was to run once the process is not held, unless it was stopped
+    /// since.
+    fn resume_released(&self) {
+        let _run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.shared.known().resumes
+            && let Err(error) = self.resume_in_turn()
+        {
+            self.kill(VmEnd::Failed(format!("it cannot run on: {error}")));
+        }
+    }
+
+    fn resume_in_turn(&self) -> Result<(), QmpError> {
         {
             let mut known = self.shared.known();
             known.resumes = known.is_held;
@@ -300,11 +243,11 @@ impl Vm {
         known.end.is_none()
     }
 
-    /// Ends a migration; the guest is left as it is, paused or running. If the process is held it
-    /// takes as long as that.
+    /// Ends a migration, if there is one; the guest is left as it is, paused or running. If the
+    /// process is held it takes as long as that.
     ///
     /// # Errors
-    /// If QEMU does not end it.
+    /// If QEMU does not end it; it may yet.
     pub(crate) fn cancel_migration(&self) -> Result<(), QmpError> {
         let within = |step: &dyn Fn() -> Result<(), QmpError>| loop {
             let holds = self.holds();
@@ -315,13 +258,28 @@ impl Vm {
         };
         let command = "migrate_cancel";
         within(&|| self.qmp()?.execute(command, json!({})))?;
-        within(&|| match self.wait_for_migration(PATIENCE, &ENDED) {
-            Some(_) => Ok(()),
-            None => Err(QmpError::Silent {
-                command: command.to_owned(),
-                patience: PATIENCE,
-            }),
+        within(&|| {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let now: Info = self.qmp()?.query("query-migrate")?;
+                // There may have been none.
+                if now.status.is_empty() || now.has_ended() {
+                    return Ok(());
+                }
+                if Instant::now() > deadline {
+                    return Err(QmpError::Silent {
+                        command: command.to_owned(),
+                        patience: PATIENCE,
+                    });
+                }
+                std::thread::sleep(SETTLE_POLL);
+            }
         })
+    }
+
+    /// How long the guest has been stopped, if it is.
+    pub(crate) fn stopped_for(&self) -> Option<Duration> {
+        self.shared.known().stopped.map(|since| since.elapsed())
     }
 
     /// Begins an attempt to move the machine: earlier ones command nothing any more.
@@ -329,6 +287,12 @@ impl Vm {
         let mut last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         *last += 1;
         *last
+    }
+
+    /// Whether no later attempt has begun.
+    pub(crate) fn is_last_attempt(&self, attempt: u64) -> bool {
+        let last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
+        *last == attempt
     }
 
     /// Lets an attempt give commands to QEMU, unless a later one has begun: the end of an attempt
@@ -365,7 +329,7 @@ impl Vm {
         let resumes = {
             let mut known = self.shared.known();
             known.is_held = false;
-            std::mem::take(&mut known.resumes)
+            known.resumes
         };
         self.signal(Signal::CONT);
         self.shared.changed.notify_all();
@@ -374,15 +338,8 @@ impl Vm {
         }
         let vm = self.clone();
         let thread = std::thread::Builder::new().name("resume".into());
-        let started = thread.spawn(move || vm.resume_or_fail());
+        let started = thread.spawn(move || vm.resume_released());
         if let Err(error) = started {
-            self.kill(VmEnd::Failed(format!("it cannot run on: {error}")));
-        }
-    }
-
-    /// Lets the guest run, or ends the machine: it may run nowhere else.
-    pub(crate) fn resume_or_fail(&self) {
-        if let Err(error) = self.resume() {
             self.kill(VmEnd::Failed(format!("it cannot run on: {error}")));
         }
     }
@@ -493,155 +450,14 @@ fn continue_guest(qmp: &Qmp) -> Result<(), QmpError> {
     }
 }
 
-/// Bytes of memory that a process occupies; 0 if it has ended. `process` is its folder in `/proc`.
-pub(crate) fn resident_bytes(process: &Path) -> u64 {
-    let statm = fs::read_to_string(process.join("statm")).unwrap_or_default();
-    let pages = statm
-        .split_whitespace()
-        .nth(1)
-        .and_then(|it| it.parse::<u64>().ok());
-    let page_bytes = rustix::param::page_size() as u64;
-    pages.unwrap_or(0).saturating_mul(page_bytes)
-}
-
-/// Whether no thread of a process runs: proc_pid_stat(5), field 3.
-fn all_threads_stopped(pid: u32) -> bool {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        // It has ended.
-        return true;
-    };
-    tasks.flatten().all(|task| {
-        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        let state = stat
-            .rsplit_once(')')
-            .map_or("", |(_, rest)| rest.trim_start());
-        // A thread that has ended has no state.
-        state.is_empty() || state.starts_with(['T', 't', 'Z', 'X'])
-    })
-}
-
-/// The kernel kills the process when the thread that starts it ends.
-#[allow(unsafe_code)]
-fn die_with_parent(command: &mut Command) {
-    let parent = getpid();
-    let prepare = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The parent may have ended before.
-        match getppid() == Some(parent) {
-            true => Ok(()),
-            false => Err(io::ErrorKind::NotFound.into()),
-        }
-    };
-    // SAFETY: `prepare` makes two system calls, allocates nothing and takes no lock, so it may run
-    // between fork and exec of a process with threads (signal-safety(7)).
-    unsafe { command.pre_exec(prepare) };
-}
-
-/// Starts QEMU and waits for its end, on a thread that lives as long.
-fn supervise(
-    mut command: Command,
-    launched: &SyncSender<Result<Launched, String>>,
-    shared: &Shared,
-) {
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            let hint = match error.kind() {
-                io::ErrorKind::NotFound => " (on Debian: apt-get install qemu-system-x86)",
-                _ => "",
-            };
-            let reason = format!("{QEMU} cannot be started: {error}{hint}");
-            let _ = launched.send(Err(reason));
-            return;
-        }
-    };
-    // Ends of sockets that QEMU has inherited: it alone keeps them open.
-    drop(command);
-    let opened = Pid::from_raw(child.id().cast_signed())
-        .ok_or(rustix::io::Errno::SRCH)
-        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
-    let process = match opened {
-        Ok(process) => process,
-        Err(error) => {
-            // Nobody else knows of it yet.
-            let _ = child.kill();
-            let _ = child.wait();
-            let _ = launched.send(Err(format!("no handle of the process of QEMU: {error}")));
-            return;
-        }
-    };
-    let pid = child.id();
-    if launched.send(Ok(Launched { pid, process })).is_err() {
-        let _ = child.kill();
-    }
-    let said = read_said(&mut child);
-    let status = child.wait();
-    let mut known = shared.known();
-    let end = known
-        .wanted
-        .clone()
-        .unwrap_or_else(|| end_of(known.reason.as_deref(), status, &said));
-    known.end = Some(end);
-    drop(known);
-    shared.changed.notify_all();
-}
-
-/// What QEMU says on its standard error, until it ends; the last of it.
-fn read_said(child: &mut Child) -> String {
-    let mut said = String::new();
-    let Some(stderr) = child.stderr.take() else {
-        return said;
-    };
-    let mut lines = BufReader::new(stderr);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        let read = (&mut lines)
-            .take(SAID_BYTES_MAX as u64)
-            .read_until(b'\n', &mut line);
-        if !read.is_ok_and(|count| count > 0) {
-            return said;
-        }
-        let text = String::from_utf8_lossy(&line);
-        tracing::info!("QEMU says: {}", text.trim_end());
-        if said.len() + text.len() > SAID_BYTES_MAX {
-            said.clear();
-        }
-        said.push_str(&text);
-    }
-}
-
-/// How a machine ended whose end nobody asked for.
-fn end_of(reason: Option<&str>, status: io::Result<ExitStatus>, said: &str) -> VmEnd {
-    match reason {
-        Some("guest-shutdown") => return VmEnd::ShutDown,
-        Some("guest-panic") => return VmEnd::Failed("the kernel of its system panicked".into()),
-        _ => {}
-    }
-    let status = match status {
-        Ok(status) => status.to_string(),
-        Err(error) => error.to_string(),
-    };
-    let mut text = format!("QEMU ended ({status})");
-    let said = said.trim();
-    if !said.is_empty() {
-        text.push_str(": ");
-        text.push_str(said);
-    }
-    if said.contains("unsupported machine type") {
-        text.push_str(" (QEMU 7.2 or newer is needed)");
-    }
-    VmEnd::Failed(text)
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::accelerator::Accelerator;
     use crate::qmp::tests::{answer, connect};
     use crate::spec::{Kernel, QemuSpec, SHUTDOWN_S};
     use keel_testkit::bare_system::{counting_system, qemu_is_installed};
-    use std::os::unix::process::ExitStatusExt;
+    use std::fs;
 
     const REFUSED: &str = r#""error": {"class": "GenericError", "desc": "not now"}"#;
     const DONE: &str = r#""return": {}"#;
@@ -677,7 +493,7 @@ mod tests {
     }
 
     /// A guest that does not run yet; none if this computer has no QEMU.
-    fn launched(folder: &Path) -> Option<Arc<Vm>> {
+    pub(crate) fn launched(folder: &Path) -> Option<Arc<Vm>> {
         if !qemu_is_installed() {
             return None;
         }
@@ -705,7 +521,7 @@ mod tests {
         Some(Vm::launch(folder, &machine).unwrap().vm)
     }
 
-    fn is_running(vm: &Vm) -> bool {
+    pub(crate) fn is_running(vm: &Vm) -> bool {
         let now: RunState = vm.qmp().unwrap().query("query-status").unwrap();
         now.status == "running"
     }
@@ -755,23 +571,5 @@ mod tests {
         vm.kill(VmEnd::Discarded);
         assert!(!vm.was_held_since(before), "it has ended");
         vm.wait();
-    }
-
-    #[test]
-    fn an_end_names_its_cause() {
-        let status = |code: i32| Ok(ExitStatus::from_raw(code));
-        assert_eq!(
-            end_of(Some("guest-shutdown"), status(0), ""),
-            VmEnd::ShutDown
-        );
-        let failed = |reason, code, said| match end_of(reason, status(code), said) {
-            VmEnd::Failed(reason) => reason,
-            other => panic!("{other:?}"),
-        };
-        assert!(failed(Some("guest-panic"), 0, "").contains("panicked"));
-        let killed = failed(None, 9, "");
-        assert!(killed.contains("signal: 9"), "{killed}");
-        let old = failed(None, 256, "qemu: unsupported machine type\n");
-        assert!(old.contains("7.2 or newer"), "{old}");
     }
 }

@@ -4,21 +4,25 @@ use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
 use crate::migration::Incoming;
+use crate::process::VmEnd;
+use crate::qmp::QmpError;
 use crate::session::{Guest, QemuSession};
 use crate::spec::QemuSpec;
-use crate::vm::{Launch, Vm, VmEnd};
+use crate::vm::{Launch, Vm};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::kind::WorkerFolders;
 use keel_machine::link::{Link, LinkError, Message};
 use keel_machine::log::Log;
+use keel_machine::moves::TargetEvent;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
     Checkpoint, CheckpointReport, Copy, Receive, Report, Start, StartFrom, State,
 };
 use keel_machine::worker::{
-    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, write_notice,
+    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
+    write_notice,
 };
 use keel_net::RpcError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -102,31 +106,52 @@ impl QemuWorker {
         Ok(Guest { vm, console, log })
     }
 
-    /// Lets the guest run where its node has a lease, and reports its end.
-    fn let_run(self: &Arc<Self>, guest: &Guest) {
+    /// Lets the guest run where its node has a lease.
+    ///
+    /// # Errors
+    /// If it does not run, and has not run for a moment either.
+    fn let_run(&self, guest: &Guest) -> Result<(), String> {
+        let vm = &guest.vm;
+        vm.connect()?;
+        let lease = self.process.lease();
+        let hold = || {
+            // `machine_changed` looks whether it is held.
+            let _ = vm.hold();
+        };
+        if let Err(error) = lease.resume(hold, || vm.resume()) {
+            let reason = format!("it cannot run: {error}");
+            if matches!(error, QmpError::Refused { .. }) {
+                return Err(reason);
+            }
+            // It may have run, so this is its end.
+            vm.kill(VmEnd::Failed(reason));
+        }
+        lease.machine_changed(self);
+        Ok(())
+    }
+
+    /// Follows the end of a guest's process, also of one that arrives and never runs here.
+    ///
+    /// # Errors
+    /// If it cannot: the process is ended.
+    fn watch_end(self: &Arc<Self>, guest: &Guest) -> Result<(), String> {
         let (worker, watched) = (self.clone(), guest.clone());
         let thread = std::thread::Builder::new().name("end".into());
         let watch = thread.spawn(move || {
             let end = watched.vm.wait();
+            if let VmEnd::Failed(reason) = &end {
+                let failed = TargetEvent::Failed(reason.clone());
+                if !step_target(&worker, failed).is_empty() {
+                    // Its source still has it.
+                    return;
+                }
+            }
             worker.report_end(&watched, end);
         });
-        if let Err(error) = watch {
-            let end = VmEnd::Failed(format!("it cannot be watched: {error}"));
-            guest.vm.kill(end.clone());
-            self.report_end(guest, end);
-            return;
-        }
-        if let Err(reason) = guest.vm.connect() {
-            guest.vm.kill(VmEnd::Failed(reason));
-            return;
-        }
-        let lease = self.process.lease();
-        let hold = || {
-            // `machine_changed` looks whether it is held.
-            let _ = guest.vm.hold();
-        };
-        lease.resume(hold, || guest.vm.resume_or_fail());
-        lease.machine_changed(&**self);
+        watch.map(drop).map_err(|error| {
+            guest.vm.kill(VmEnd::Discarded);
+            format!("it cannot be watched: {error}")
+        })
     }
 
     fn report_end(&self, guest: &Guest, end: VmEnd) {
@@ -172,6 +197,7 @@ impl QemuWorker {
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
         // Dropped from here on, if the move fails.
         self.inner().guest = Some(guest.clone());
+        self.watch_end(&guest)?;
         let mut incoming = Some(Incoming::begin(&guest.vm)?);
         loop {
             match link.receive()? {
@@ -245,7 +271,10 @@ impl Worker for QemuWorker {
         }
         let running = State::Running { epoch: start.epoch };
         self.process.state.send_replace(running);
-        self.let_run(&guest);
+        self.watch_end(&guest).map_err(RpcError::failed)?;
+        if let Err(reason) = self.let_run(&guest) {
+            guest.vm.kill(VmEnd::Failed(reason));
+        }
         Ok(())
     }
 
@@ -337,14 +366,15 @@ impl Worker for QemuWorker {
         }))
     }
 
-    fn resume(self: &Arc<Self>, _epoch: Epoch) {
+    fn resume(self: &Arc<Self>, _epoch: Epoch) -> Result<(), String> {
         let guest = self.inner().guest.clone();
-        let Some(guest) = guest else { return };
-        self.let_run(&guest);
+        let guest = guest.ok_or("no machine has arrived here")?;
+        self.let_run(&guest)?;
         let thread = std::thread::Builder::new().name("announce".into());
         if let Err(error) = thread.spawn(move || guest.vm.announce()) {
             tracing::warn!(%error, "the machine's new place is not announced to its networks");
         }
+        Ok(())
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {

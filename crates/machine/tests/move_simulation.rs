@@ -100,7 +100,7 @@ fn seed_that_finds(defect: Defect) -> Option<u64> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let found =
-        (0..20_000).find(|seed| std::panic::catch_unwind(|| run(*seed, defect, false)).is_err());
+        (0..100_000).find(|seed| std::panic::catch_unwind(|| run(*seed, defect, false)).is_err());
     std::panic::set_hook(hook);
     found
 }

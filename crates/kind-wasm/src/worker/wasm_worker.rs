@@ -243,8 +243,9 @@ impl Worker for WasmWorker {
         }
     }
 
-    fn resume(self: &Arc<Self>, epoch: Epoch) {
+    fn resume(self: &Arc<Self>, epoch: Epoch) -> Result<(), String> {
         self.resume_received(epoch);
+        Ok(())
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {

@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!   Receiving ──state arrived──▶ Preparing ──instances made──▶ Prepared ──go (epoch)──▶ Running
-//!       │ source lost / abort        │ failed / lost / abort       │ abort / agent: never
-//!       ▼                            ▼                             ▼
-//!   Dropped ◀────────────────────────┴─────────────────────────────┘
+//!       │ failed / lost / abort      │ failed / lost / abort       │ failed / abort      │ not
+//!       ▼                            ▼                             ▼                     │ resumed
+//!   Dropped ◀────────────────────────┴─────────────────────────────┴─────────────────────┘
 //! ```
 //!
 //! Once `Prepared`, the loss of the source alone does not drop the machine: the commit
 //! may have been applied. The own agent, which reads the store, then sends `go` or
 //! `abort`. The machine runs only after a `go` with an epoch newer than that of the
-//! offer.
+//! offer. If it fails before it has run here, it is dropped even so, as if this process had died: the
+//! source, which keeps its copy until it is told that the machine runs, takes it back by a write.
 
 use keel_cluster::Epoch;
 
@@ -36,8 +37,10 @@ pub enum TargetEvent {
     StateArrived,
     /// The machine is ready to resume.
     InstancesMade,
-    /// The machine cannot be restored.
+    /// The machine cannot be restored, or what was restored is lost before it runs.
     Failed(String),
+    /// It was to be resumed, and cannot be. It has not run here.
+    NotResumed(String),
     /// The commit was applied; from the source or the own agent.
     Go(Epoch),
     /// The source or the own agent gave the move up.
@@ -104,8 +107,9 @@ impl TargetMove {
             // Repeated because the answer was lost.
             (S::Running { epoch }, E::Go(_)) => vec![C::SendResumed(epoch)],
             (S::Prepared, E::SourceLost(_)) => vec![C::AskAgent],
-            (S::Receiving | S::Preparing, E::Failed(reason) | E::SourceLost(reason))
-            | (S::Receiving | S::Preparing | S::Prepared, E::Abort(reason)) => {
+            (S::Receiving | S::Preparing, E::SourceLost(reason))
+            | (S::Receiving | S::Preparing | S::Prepared, E::Abort(reason) | E::Failed(reason))
+            | (S::Running { .. }, E::NotResumed(reason)) => {
                 self.state = S::Dropped;
                 vec![C::Drop(reason)]
             }
@@ -165,5 +169,20 @@ mod tests {
             late.step(TargetEvent::Go(EPOCH.next()))[0],
             TargetCommand::Thaw(_)
         ));
+    }
+
+    #[test]
+    fn what_does_not_run_here_is_dropped_and_never_resumed() {
+        let mut early = prepared();
+        let dropped = [TargetCommand::Drop("gone".into())];
+        assert_eq!(early.step(TargetEvent::Failed("gone".into())), dropped);
+        assert_eq!(early.step(TargetEvent::Go(EPOCH.next())), []);
+        let mut late = prepared();
+        late.step(TargetEvent::Go(EPOCH.next()));
+        // Once it runs its end is reported, and it stays here.
+        assert_eq!(late.step(TargetEvent::Failed("gone".into())), []);
+        assert_eq!(late.step(TargetEvent::NotResumed("gone".into())), dropped);
+        assert_eq!(late.step(TargetEvent::Go(EPOCH.next())), []);
+        assert_eq!(late.state(), TargetState::Dropped);
     }
 }

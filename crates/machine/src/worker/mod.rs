@@ -104,10 +104,10 @@ pub trait SourceSession: Send + Sized + 'static {
     /// Sends what the target still lacks, for as long as it takes (post-copy).
     fn serve(self, unsent: &AtomicU64) -> FillReport;
 
-    /// Undoes what stands in the way of a thaw.
+    /// Undoes what stands in the way of a thaw. Asked again after an error.
     ///
     /// # Errors
-    /// If the machine cannot run on here: it has ended then.
+    /// If the machine cannot run on here: it has ended then, or may yet be able to.
     fn cancel(&mut self) -> Result<(), MoveError>;
 
     /// Gives the move up. Does not thaw the machine.
@@ -277,7 +277,11 @@ pub trait Worker: Send + Sync + Sized + 'static {
     fn source_lost(&self) {}
 
     /// Resumes a machine that arrived, under its new epoch.
-    fn resume(self: &Arc<Self>, epoch: Epoch);
+    ///
+    /// # Errors
+    /// Why it does not run here and never has: what has arrived is dropped, and the machine goes on
+    /// where it came from. One that may have run for a moment ends instead.
+    fn resume(self: &Arc<Self>, epoch: Epoch) -> Result<(), String>;
 
     /// The machine runs here and its source knows: the state to publish.
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State;

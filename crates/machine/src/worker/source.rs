@@ -361,8 +361,8 @@ pub(super) fn thaw<W: Worker>(worker: &W, epoch: Epoch) -> Result<(), RpcError> 
     if let Some(SourceTask::Idle(session)) = &mut outgoing
         && let Err(error) = session.cancel()
     {
-        // It ends, and does not move.
-        worker.moves(|moves| moves.moving_away = false);
+        // It has ended; or its agent asks again.
+        worker.moves(|moves| moves.outgoing = outgoing);
         return Err(RpcError::failed(error));
     }
     if is_stopped {

@@ -4,7 +4,7 @@
 //! ```text
 //!   listen ──▶ Receiving ──all arrived──▶ Prepared ──go (source, or agent)──▶ Running
 //!                 │ failed, aborted          │ source lost: the agent asks the store
-//!                 └──────▶ Dropped ◀─────────┘ aborted
+//!                 └──────▶ Dropped ◀─────────┘ failed, aborted
 //! ```
 //!
 //! `moves::TargetMove` decides; this module feeds it and carries out its commands.
@@ -283,7 +283,7 @@ fn source_lost<W: Worker>(worker: &Arc<W>, reason: String, offered: Epoch) {
 }
 
 /// Steps the target's state machine and carries out its commands, except messages to the
-/// source.
+/// source. Returns them; none if the machine was to be resumed and cannot be.
 pub fn step_target<W: Worker>(worker: &Arc<W>, event: TargetEvent) -> Vec<TargetCommand> {
     step_target_and(worker, event, &mut |_| {})
 }
@@ -309,7 +309,10 @@ fn step_target_and<W: Worker>(
         match command {
             TargetCommand::Thaw(epoch) => {
                 worker.moves(|moves| moves.epoch = *epoch);
-                worker.resume(*epoch);
+                if let Err(reason) = worker.resume(*epoch) {
+                    drop_not_resumed(worker, reason);
+                    return Vec::new();
+                }
                 resumed = Some(*epoch);
             }
             TargetCommand::SendResumed(epoch) => say_resumed(*epoch),
@@ -323,4 +326,21 @@ fn step_target_and<W: Worker>(
         publish_resumed(&worker.process().state, log.as_deref(), state);
     }
     commands
+}
+
+/// Drops a machine that could not be resumed: its source, which is not told that it runs, takes it
+/// back.
+fn drop_not_resumed<W: Worker>(worker: &Arc<W>, reason: String) {
+    tracing::error!(reason, "a machine that has arrived does not run here");
+    let commands = worker.moves(|moves| {
+        let target = moves.target.as_mut();
+        target.map_or_else(Vec::new, |target| {
+            target.step(TargetEvent::NotResumed(reason))
+        })
+    });
+    for command in commands {
+        if let TargetCommand::Drop(reason) = command {
+            worker.drop_received(&reason);
+        }
+    }
 }

@@ -78,6 +78,7 @@ impl World {
                 };
                 self.create(node, Restart::No);
             }
+            10 => self.lose_arrival(),
             _ => {}
         }
     }

@@ -301,10 +301,10 @@ impl World {
             TargetState::Prepared => {
                 let record = self.found().map(|it| it.record);
                 match ownership::may_resume(&B.name(), self.offered(), record.as_ref()) {
-                    ResumeDecision::Resume(won) if won == epoch => {
-                        self.go(won);
-                        self.resumed_there()
-                    }
+                    ResumeDecision::Resume(won) if won == epoch => match self.go(won) {
+                        true => self.resumed_there(),
+                        false => SourceEvent::PeerLost("it does not run there".into()),
+                    },
                     ResumeDecision::Drop => {
                         self.processes[B as usize] = None;
                         SourceEvent::TargetNotRunning

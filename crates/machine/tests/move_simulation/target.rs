@@ -19,12 +19,38 @@ impl World {
             return Vec::new();
         };
         let commands = target.step(event);
-        for command in &commands {
-            if let TargetCommand::Thaw(epoch) = command {
-                self.begins(B, id, *epoch);
-            }
+        let thawed = commands.iter().find_map(|command| match command {
+            TargetCommand::Thaw(epoch) => Some(*epoch),
+            _ => None,
+        });
+        let Some(epoch) = thawed else {
+            return commands;
+        };
+        if self.fault(8) {
+            self.does_not_resume();
+            return Vec::new();
         }
+        self.begins(B, id, epoch);
         commands
+    }
+
+    /// What has arrived cannot run, and never has.
+    fn does_not_resume(&mut self) {
+        if let Some(process) = &mut self.processes[B as usize]
+            && let Copy::Arrival(target) = &mut process.copy
+        {
+            let dropped = target.step(TargetEvent::NotResumed("refused".into()));
+            assert!(matches!(dropped[..], [TargetCommand::Drop(_)]));
+            self.say("what has arrived at B cannot run");
+        }
+    }
+
+    /// What has arrived, or is arriving, is lost in its process, which lives.
+    pub(super) fn lose_arrival(&mut self) {
+        let dropped = self.step_arrival(TargetEvent::Failed("lost".into()));
+        if !dropped.is_empty() {
+            self.say("what arrives at B is lost");
+        }
     }
 
     pub(super) fn go(&mut self, epoch: Epoch) -> bool {
