@@ -16,7 +16,7 @@
 //! - `busy`: failovers while all cores are busy and agents are killed
 //! - `protect`: what protected output costs in latency and throughput
 //! - `large_cluster`: what 1,000 nodes with 20,000 machines cost the leader of the store
-//! - `qemu`: the pause of a move with a hot loop, compared with QEMU's, seen from outside
+//! - `qemu`: moves with a hot loop and boots, compared with QEMU driven by hand, seen from outside
 //! - `plan`: plans for whole clusters, compared with Ganeti's hbal
 //! - `threads`: downtime of a thread that moves to another part
 //! - `spanning`: pages of a spanning machine, compared with plain round trips and streams

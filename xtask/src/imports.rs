@@ -28,6 +28,7 @@ const LAYERS: &[&[&str]] = &[
         "host",
         "identity",
         "metrics",
+        "proof_file",
         "state_dir",
         "traces",
     ],

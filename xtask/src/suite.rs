@@ -140,7 +140,7 @@ pub(crate) const LONG: &[Group] = &[
         name: "whole systems",
         crates: &["kind-qemu", "machine", "node"],
         message_delay_ms: None,
-        tests: &["systems_answer_while_they_are_balanced_and_agents_are_killed"],
+        tests: &["networks::systems_answer_while_they_are_balanced_and_agents_are_killed"],
     },
     Group {
         name: "clusters with late messages",

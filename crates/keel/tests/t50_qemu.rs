@@ -3,8 +3,10 @@
 //! or output, or runs two copies, shows.
 
 use anyhow::{Context, Result};
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo};
+use keel_api::{CheckpointInfo, CheckpointRequest, LedgerInfo, MachineInfo};
+use keel_balance::ledger::Decision;
 use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec};
+use keel_machine::high_availability::{HighAvailability, Protect};
 use keel_machine::moves::Ending;
 use keel_testkit::bare_system::{counting_system, qemu_is_installed};
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
@@ -363,6 +365,44 @@ async fn a_hot_node_gives_a_system_away() -> Result<()> {
     Ok(())
 }
 
+/// One round weighs systems and programs against each other.
+#[tokio::test(flavor = "multi_thread")]
+async fn systems_and_programs_are_balanced_together() -> Result<()> {
+    let Some(systems) = Systems::start_balancing(&[("a", 0.4), ("b", 0.4)]).await else {
+        return Ok(());
+    };
+    let cluster = &systems.cluster;
+    for (field, value) in [("mode", "off"), ("basis", "target")] {
+        cluster.set_policy(field, value).await?;
+    }
+    let spec = systems.counting(None).await?;
+    let module = keel_testkit::guest("counter");
+    for number in 1..=2 {
+        let (system, program) = (format!("system-{number}"), format!("program-{number}"));
+        let quiet = Guest::new(&program, "a", &module, &["1000000", "500"]);
+        for mut machine in [guest(&system, "a", &spec), quiet] {
+            machine.balancing.cpu_target_millis = Some(1000);
+            cluster.run(&machine).await?;
+        }
+    }
+    cluster.set_policy("mode", "automatic").await?;
+    let level = wait_for("each node has two machines", || async {
+        let all: Vec<MachineInfo> = cluster.client("a").get("/v1/machines").await.ok()?;
+        let on_b = all.iter().filter(|machine| machine.node == "b").count();
+        (on_b == 2).then_some(())
+    });
+    level.await?;
+    let told: LedgerInfo = cluster.client("a").get("/v1/ledger?limit=10000").await?;
+    let mixed = told.lines.iter().any(|line| match &line.decision {
+        Decision::Move { considered, .. } => ["system-", "program-"]
+            .iter()
+            .all(|kind| considered.iter().any(|it| it.machine.starts_with(kind))),
+        _ => false,
+    });
+    assert!(mixed, "{told:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_agent_finds_its_system_again() -> Result<()> {
     let Some(systems) = Systems::start(&["a", "b"]).await else {
@@ -429,8 +469,12 @@ async fn what_a_system_cannot_be_is_refused_by_name() -> Result<()> {
     assert!(said.contains("whole MiB"), "{said}");
     let said = refused(&|machine, _| machine.tmp_bytes = Some(MIB)).await;
     assert!(said.contains("cannot have volume"), "{said}");
-    let said = refused(&|machine, _| machine.ha = Some(Default::default())).await;
-    assert!(said.contains("cannot have ha"), "{said}");
+    let protected = HighAvailability {
+        protect: Protect::Output,
+        ..HighAvailability::default()
+    };
+    let said = refused(&|machine, _| machine.ha = Some(protected.clone())).await;
+    assert!(said.contains("ha: protect means nothing"), "{said}");
     let said = refused(&|_, own| own.cpus = 0).await;
     assert!(said.contains("0 processors"), "{said}");
     let said = refused(&|_, own| own.kernel = None).await;

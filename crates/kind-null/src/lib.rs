@@ -76,7 +76,10 @@ impl Kind for NullKind {
     }
 
     fn abilities(&self) -> Abilities {
-        Abilities::default()
+        Abilities {
+            checkpoints: true,
+            ..Abilities::default()
+        }
     }
 
     fn check(&self, spec: &Spec) -> Result<(), String> {

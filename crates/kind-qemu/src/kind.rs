@@ -2,7 +2,7 @@
 
 use crate::process::{QEMU, resident_bytes};
 use crate::spec::QemuSpec;
-use keel_machine::kind::{Abilities, Difference, Kind, KindName, WorkerFolders};
+use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
 use keel_machine::spec::Spec;
 use serde_json::json;
 use std::fs;
@@ -55,11 +55,6 @@ fn strange_field(spec: &Spec) -> Option<&'static str> {
             cpu_limit_millis: Some(_),
             ..
         } => Some("cpu-limit"),
-        Spec {
-            checkpoints: Some(_),
-            ..
-        } => Some("checkpoint-every"),
-        Spec { ha: Some(_), .. } => Some("ha"),
         _ => None,
     }
 }
@@ -93,6 +88,25 @@ impl Kind for QemuKind {
             Ok(own) => own.images().map(str::to_owned).collect(),
             Err(_) => Vec::new(),
         }
+    }
+
+    fn host_files(&self, spec: &Spec) -> Vec<HostFile> {
+        let disks = QemuSpec::of(spec).map(|own| own.disks).unwrap_or_default();
+        let files = disks.into_iter().map(|disk| HostFile {
+            path: disk.path,
+            is_written: !disk.read_only,
+        });
+        files.collect()
+    }
+
+    /// A disk is locked, but a node that was cut off may hold its lock; and nothing keeps two
+    /// systems of one address apart in a network.
+    fn unfenced(&self, spec: &Spec) -> Option<String> {
+        let own = QemuSpec::of(spec).ok()?;
+        let disk = own.disks.iter().find(|disk| !disk.read_only);
+        let disk = disk.map(|disk| format!("disk {}", disk.path));
+        let network = || Some(format!("the network of {}", own.interfaces.first()?.bridge));
+        disk.or_else(network)
     }
 
     fn image_bytes_max(&self) -> u64 {

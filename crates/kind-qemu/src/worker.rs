@@ -11,6 +11,7 @@ use crate::spec::QemuSpec;
 use crate::vm::{Launch, Vm};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
+use keel_machine::high_availability::Fence;
 use keel_machine::kind::WorkerFolders;
 use keel_machine::link::{Link, LinkError, Message};
 use keel_machine::log::Log;
@@ -336,11 +337,23 @@ impl Worker for QemuWorker {
         vm.resume().map_err(RpcError::failed)
     }
 
+    /// A process that is stopped has the locks of its disks, which another node needs: then the
+    /// kernel's timer ends it, unless a program of the operator makes the node's end certain.
     fn hold_for_lease(&self) -> bool {
-        match self.vm() {
-            Ok(vm) => vm.hold(),
-            Err(_) => true,
-        }
+        let (vm, spec) = {
+            let inner = self.inner();
+            (
+                inner.guest.as_ref().map(|guest| guest.vm.clone()),
+                inner.spec.clone(),
+            )
+        };
+        let Some(vm) = vm else { return true };
+        let has_locks = spec.is_some_and(|spec| {
+            let is_hook = spec.ha.as_ref().is_some_and(|ha| ha.fence == Fence::Hook);
+            let own = QemuSpec::of(&spec).ok();
+            !is_hook && own.is_some_and(|own| own.disks.iter().any(|disk| !disk.read_only))
+        });
+        vm.hold() && (!has_locks || vm.has_ended())
     }
 
     fn release_for_lease(&self) {

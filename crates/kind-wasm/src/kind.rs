@@ -45,6 +45,7 @@ impl Kind for WasmKind {
             post_copy: true,
             compiles: true,
             keeps_images: false,
+            checkpoints: true,
         }
     }
 

@@ -10,6 +10,7 @@
 //! moves, ownership, checkpoints' repositories, balancing) is the same for every kind, and
 //! asks the registry where kinds differ: nothing outside a kind compares its name.
 
+use crate::high_availability::HighAvailability;
 use crate::spec::{Balancing, Spawn, Spec};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -122,6 +123,18 @@ pub struct Abilities {
     pub compiles: bool,
     /// It uses its images for as long as it runs, so a move's target needs them too.
     pub keeps_images: bool,
+    /// Its state can be copied while it runs, and it can begin from that copy. Without it a machine
+    /// whose node fails begins anew elsewhere.
+    pub checkpoints: bool,
+}
+
+/// A file of hosts, beside volumes, that a machine uses wherever it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFile {
+    /// The same on every node.
+    pub path: String,
+    /// Whether the machine changes it.
+    pub is_written: bool,
 }
 
 /// A field of specs in which two of them differ.
@@ -163,6 +176,18 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
     /// The hashes (BLAKE3, hex) of the files that a machine starts from, which nodes fetch from
     /// each other before it starts: a worker finds them in [`WorkerFolders::images`].
     fn images(&self, spec: &Spec) -> Vec<String>;
+
+    /// The files of hosts that a machine uses wherever it runs, beside volumes. All nodes that may
+    /// run it see the same ones.
+    fn host_files(&self, _spec: &Spec) -> Vec<HostFile> {
+        Vec::new()
+    }
+
+    /// What a machine changes that refuses nobody, in words that follow "it uses": a node that was
+    /// cut off and goes on would disturb the one where the machine goes on. `None` if nothing.
+    fn unfenced(&self, _spec: &Spec) -> Option<String> {
+        None
+    }
 
     /// The largest file that a machine of this kind starts from, in bytes; 0 if none does.
     fn image_bytes_max(&self) -> u64 {
@@ -293,6 +318,14 @@ impl Kinds {
                 spec.kind
             ));
         }
+        if !kind.abilities().checkpoints
+            && let Some(field) = checkpoint_field(spec)
+        {
+            return Err(format!(
+                "{field} means nothing to a machine of kind {}, which has no checkpoints",
+                spec.kind
+            ));
+        }
         kind.check(spec)
     }
 
@@ -362,6 +395,21 @@ fn spanning_field(balancing: &Balancing) -> Option<&'static str> {
             ..
         } => Some("part-memory"),
         Balancing { spawn, .. } if *spawn != Spawn::Auto => Some("spawn"),
+        _ => None,
+    }
+}
+
+/// A field that only machines with checkpoints can have, by its name in machine files.
+fn checkpoint_field(spec: &Spec) -> Option<&'static str> {
+    let usual = HighAvailability::default();
+    match (&spec.checkpoints, &spec.ha) {
+        (Some(_), _) => Some("checkpoint-every"),
+        (_, Some(ha)) if ha.to.is_some() => Some("ha: to"),
+        (_, Some(ha)) if ha.protects_output() => Some("ha: protect"),
+        (_, Some(ha)) if ha.replicas != usual.replicas => Some("ha: replicas"),
+        (_, Some(ha)) if ha.checkpoint_every_ms != usual.checkpoint_every_ms => {
+            Some("ha: checkpoint")
+        }
         _ => None,
     }
 }

@@ -50,6 +50,7 @@ mod machines;
 mod metrics;
 mod moves;
 mod processes;
+mod proof_file;
 mod records;
 mod role;
 mod rules;

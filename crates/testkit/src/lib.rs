@@ -524,6 +524,18 @@ impl LocalCluster {
     /// # Errors
     /// The node's answer.
     pub async fn output(&self, node: &str, machine: &str) -> Result<String> {
+        self.printed(node, machine, StreamKind::Output).await
+    }
+
+    /// A machine's error output so far, with the notices of the system.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn error_output(&self, node: &str, machine: &str) -> Result<String> {
+        self.printed(node, machine, StreamKind::Error).await
+    }
+
+    async fn printed(&self, node: &str, machine: &str, to: StreamKind) -> Result<String> {
         let path = format!("/v1/machines/{machine}/logs");
         let mut stream = self.client(node).get_stream(&path).await?;
         let mut bytes = Vec::new();
@@ -532,7 +544,7 @@ impl LocalCluster {
         }
         let text: Vec<u8> = split_records(&mut bytes)
             .into_iter()
-            .filter(|(kind, _)| *kind == StreamKind::Output)
+            .filter(|(kind, _)| *kind == to)
             .flat_map(|(_, text)| text)
             .collect();
         Ok(String::from_utf8_lossy(&text).into_owned())
@@ -672,6 +684,19 @@ impl LocalCluster {
         let is_part = |line: &Vec<String>| line.iter().any(|word| word.starts_with(&folder));
         let parts = processes().into_iter().filter(|(_, line)| is_part(line));
         parts.map(|(pid, _)| pid.as_raw_nonzero().get()).collect()
+    }
+
+    /// The process id of a node's agent.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn agent_pid(&self, name: &str) -> Result<i32> {
+        let folder = self.folder(name).display().to_string();
+        let mut agents = processes()
+            .into_iter()
+            .filter(|(_, line)| line.contains(&folder) && line.iter().any(|word| word == "agent"));
+        let found = agents.next().map(|(pid, _)| pid.as_raw_nonzero().get());
+        found.with_context(|| format!("node {name} has no agent"))
     }
 
     /// Signals the processes of a node whose command line matches; returns their number.

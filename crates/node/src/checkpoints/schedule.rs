@@ -18,6 +18,7 @@ use keel_api::CheckpointRequest;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::checkpoint::Retention;
 use keel_machine::high_availability::HighAvailability;
+use keel_machine::kind::Kinds;
 use keel_machine::spec::{Record, Spec, Status};
 use keel_store::clock::{boottime, unix_ms};
 use std::collections::BTreeSet;
@@ -64,7 +65,7 @@ impl Checkpoints {
                     }
                 };
                 let replicated = record.spec.ha.as_ref().filter(|ha| ha.to.is_none());
-                let Some(plan) = &plan_of(&record.spec) else {
+                let Some(plan) = &plan_of(&checkpoints.context.kinds, &record.spec) else {
                     // A change of the spec starts a new task; a very recent change finds this one
                     // still active.
                     if watching.take().is_none() {
@@ -192,7 +193,10 @@ struct Plan {
     retention: Retention,
 }
 
-fn plan_of(spec: &Spec) -> Option<Plan> {
+fn plan_of(kinds: &Kinds, spec: &Spec) -> Option<Plan> {
+    if !kinds.of(spec).ok()?.abilities().checkpoints {
+        return None;
+    }
     let Some(ha) = &spec.ha else {
         let plan = spec.checkpoints.clone()?;
         return Some(Plan {
@@ -223,7 +227,7 @@ impl Checkpoints {
             let before = records::in_sync_set(store, machine).await;
             let before = before.map_err(|error| error.to_string())?;
             let set = InSyncSet {
-                checkpoint: id.parse()?,
+                checkpoint: Some(id.parse()?),
                 members: BTreeSet::new(),
                 memory_bytes: report.memory_bytes,
                 held_output: None,

@@ -244,9 +244,12 @@ impl Actor {
     fn tell_given(&mut self, failed: &NodeName, record: &Record, placement: &Placement) {
         self.told.remove(&record.name);
         let target = &record.owner;
+        let kind = self.at.context.kinds.of(&record.spec);
+        let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
         let why = match placement {
             Placement::Fetched(_) => "which has room, and fetches its checkpoint",
-            _ => "which has its checkpoint, and of those with it most memory",
+            _ if has_checkpoints => "which has its checkpoint, and of those with it most memory",
+            _ => "which has its images and disks, and of those with them most memory",
         };
         let text = match record.status.ended() {
             true => format!("its node {failed} failed while it was being stopped"),
@@ -272,7 +275,7 @@ impl Actor {
                 most_bytes >> 20
             ),
             Waits::NoMember => {
-                "its node failed, and of the nodes that have its checkpoint none is there"
+                "its node failed, and of the nodes that have its checkpoint, or its disks, none is there"
                     .to_owned()
             }
         };

@@ -3,12 +3,14 @@
 use crate::context::Context;
 use crate::gossip::NodeGossip;
 use crate::host::needed_features;
-use crate::records::{self, AliveNodes, Placements, RecordError};
+use crate::records::{self, AliveNodes, InSyncSet, Placements, RecordError};
 use crate::rules::Rules;
 use crate::spanning::FREE_MEMORY;
 use futures::future::join_all;
 use keel_cluster::failover::Homeless;
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::high_availability::HighAvailability;
+use keel_machine::kind::KindName;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::RpcError;
 use std::collections::{BTreeMap, BTreeSet};
@@ -57,23 +59,47 @@ pub(super) async fn homeless(
                 continue;
             }
         };
-        let (members, memory_bytes) = match set {
-            Some(set) if ha.to.is_some() => (None, set.memory_bytes),
-            Some(set) => (Some(set.members), set.memory_bytes),
-            // Perhaps in a folder of its node.
-            None if record.origin.is_some() => (Some(BTreeSet::new()), 0),
-            // It has no checkpoint yet, and begins anew.
-            None => (None, 0),
-        };
-        homeless.push(Homeless {
-            machine: machine.clone(),
-            priority: ha.priority,
-            memory_bytes,
-            members,
-            forbidden: forbidden(at, machine),
-        });
+        let (kind, was_restored) = (&record.spec.kind, record.origin.is_some());
+        homeless.push(one_homeless(at, machine, kind, ha, set, was_restored));
     }
     Ok(homeless)
+}
+
+/// A machine with its in-sync set, as failovers see it. `was_restored`: it began from a checkpoint.
+pub(super) fn one_homeless(
+    at: &Dependencies,
+    machine: &MachineName,
+    kind: &KindName,
+    ha: &HighAvailability,
+    set: Option<InSyncSet>,
+    was_restored: bool,
+) -> Homeless {
+    let mut forbidden = forbidden(at, machine);
+    let kind = at.context.kinds.get(kind);
+    let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
+    let (members, memory_bytes) = match set {
+        Some(set) if ha.to.is_some() => (None, set.memory_bytes),
+        Some(set) => {
+            if set.checkpoint.is_none() {
+                // What they lack cannot be fetched.
+                let alive = at.alive.now().into_iter();
+                forbidden.extend(alive.filter(|node| !set.members.contains(node)));
+            }
+            (Some(set.members), set.memory_bytes)
+        }
+        // Its checkpoint is perhaps in a folder of its node; or it is not known yet who has what it
+        // needs.
+        None if was_restored || !has_checkpoints => (Some(BTreeSet::new()), 0),
+        // It has no checkpoint yet, and begins anew.
+        None => (None, 0),
+    };
+    Homeless {
+        machine: machine.clone(),
+        priority: ha.priority,
+        memory_bytes,
+        members,
+        forbidden,
+    }
 }
 
 /// The nodes on which rules do not allow a machine.

@@ -3,7 +3,7 @@
 //! each node how much memory to keep free for that (`headroom/NODE`); what is placed there otherwise
 //! does not get it (`records::check_free_memory`).
 
-use super::candidates::{Dependencies, forbidden, free_memory};
+use super::candidates::{Dependencies, forbidden, free_memory, one_homeless};
 use crate::error::CommandError;
 use crate::records::{self, RecordError};
 use crate::role::Role;
@@ -45,21 +45,9 @@ impl Expected {
         let mut sets = sets?;
         for (machine, placed) in machines {
             let Some(ha) = &placed.ha else { continue };
-            let (members, memory_bytes) = match sets.remove(&machine) {
-                Some(set) if ha.to.is_some() => (None, set.memory_bytes),
-                Some(set) => (Some(set.members), set.memory_bytes),
-                // Perhaps in a folder of its node.
-                None if placed.was_restored => (Some(BTreeSet::new()), 0),
-                // It has no checkpoint yet, and would begin anew.
-                None => (None, 0),
-            };
-            let homeless = Homeless {
-                priority: ha.priority,
-                memory_bytes,
-                members,
-                forbidden: forbidden(at, &machine),
-                machine,
-            };
+            let set = sets.remove(&machine);
+            let was_restored = placed.was_restored;
+            let homeless = one_homeless(at, &machine, &placed.kind, ha, set, was_restored);
             of_nodes.entry(placed.owner).or_default().push(homeless);
         }
         Ok(Expected { of_nodes, free })

@@ -7,7 +7,7 @@ use crate::cluster_events::Question;
 use crate::compilation::CodeState;
 use crate::error::CommandError;
 use crate::logs::LogOffset;
-use crate::machines::{RemoveMachine, ReportQuery, SetMachine, StopMachine};
+use crate::machines::{RemoveMachine, ReportQuery, Sees, SetMachine, StopMachine};
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder, Offer};
 use crate::records::{AuditRecord, InSyncSet, MachineCommand, NodeRecord, Reservation};
 use crate::spanning::{
@@ -75,6 +75,7 @@ pub(crate) fn decoders() -> Vec<Decoder> {
         Decoder::of::<NodeRecord>(),
         Decoder::of::<Reservation>(),
         Decoder::of::<InSyncSet>(),
+        Decoder::of::<Sees>(),
         Decoder::of::<AuditRecord>(),
         Decoder {
             name: "settings of a node".into(),

@@ -13,7 +13,9 @@ use crate::error::CommandError;
 use crate::events::Note;
 use crate::images::FETCH;
 use crate::logs::{LOG, LogOffset, WHOLE_LOG};
-use crate::machines::{RemoveMachine, ReportQuery, SetMachine, StopMachine};
+use crate::machines::{
+    self, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StopMachine,
+};
 use crate::moves::{
     self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
     WOULD_ACCEPT,
@@ -30,6 +32,7 @@ use futures::FutureExt;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::control::{AddPart, ConnectNewPart};
 use keel_machine::kind::KindName;
+use keel_machine::spec::Spec;
 use keel_machine::worker::control::{ReadLog, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use serde::Serialize;
@@ -256,6 +259,16 @@ impl Service {
             DISCARD => {
                 let request: Discard = unpack(payload)?;
                 reply(at.checkpoints.discard_here(&source, request).await)
+            }
+            SEES => {
+                let request: Sees = unpack(payload)?;
+                let seen = machines::sees(&at.machines, request).await;
+                reply(seen.map_err(RpcError::failed))
+            }
+            SEEN_BY => {
+                let spec: Spec = unpack(payload)?;
+                let nodes = machines::seen_by(&at.machines, &spec).await;
+                reply(nodes.map_err(RpcError::failed))
             }
             FREE_MEMORY => {
                 let (machine, features): (MachineName, Vec<String>) = unpack(payload)?;

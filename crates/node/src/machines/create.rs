@@ -1,6 +1,7 @@
 //! Creates a machine: the transaction that inserts it into a node's schedule.
 
 use super::handle::Machines;
+use super::host_files;
 use super::queries::info;
 use super::spec_check::spec;
 use crate::error::CommandError;
@@ -53,6 +54,7 @@ pub(crate) async fn run(
         let found = machines.images.find_image(&image).await;
         found.map_err(CommandError::NotFound)?;
     }
+    host_files::check_elsewhere(machines, &node, &spec).await?;
     // What it will need is known only if it promises to keep to that.
     if let (Some(ha), Some(bytes)) = (&spec.ha, request.balancing.memory_target_bytes) {
         failover::check_new(&machines.failover, &name, &node, ha, bytes).await?;

@@ -9,12 +9,14 @@
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
 //! - `queries`, `diff`: queries of users
+//! - `host_files`: the nodes that can begin a machine anew that has no checkpoints
 //! - `stall_status`: machines that wait for a disk or a volume's backend
 
 mod create;
 mod diff;
 mod give_up;
 mod handle;
+mod host_files;
 mod queries;
 mod reconcile;
 mod record_running;
@@ -32,6 +34,7 @@ mod worker_monitor;
 pub(crate) use create::run;
 pub(crate) use diff::diff;
 pub(crate) use handle::{Dependencies, Machines, Restarts};
+pub(crate) use host_files::{SEEN_BY, SEES, Sees, seen_by, sees};
 pub(crate) use queries::ReportQuery;
 pub(crate) use reconcile::{follow_restarts, follow_schedule};
 pub(crate) use remove::RemoveMachine;

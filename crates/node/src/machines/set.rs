@@ -7,6 +7,7 @@
 //! record only.
 
 use super::handle::Machines;
+use super::host_files;
 use super::spec_check::{
     LIMITED_HAS_NO_PARTS, check_cpu, check_high_availability, check_io_target, check_memory,
     check_part_memory, check_parts,
@@ -90,7 +91,10 @@ async fn set(
     }
     let kinds = &machines.context.kinds;
     kinds.check(&spec).map_err(CommandError::Invalid)?;
-    check_high_availability(&spec)?;
+    check_high_availability(kinds, &spec)?;
+    if spec.ha != before.spec.ha {
+        host_files::check_elsewhere(machines, &before.owner, &spec).await?;
+    }
     if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
         return Err(CommandError::Invalid(LIMITED_HAS_NO_PARTS.into()));
     }

@@ -74,13 +74,13 @@ pub(super) fn spec(kinds: &Kinds, request: &RunRequest) -> Result<Spec, CommandE
         ha: request.ha.clone(),
         balancing: request.balancing,
     };
-    check_high_availability(&spec)?;
     kinds.check(&spec).map_err(CommandError::Invalid)?;
+    check_high_availability(kinds, &spec)?;
     Ok(spec)
 }
 
 /// Checks what keeps a machine available, together with what else is specified.
-pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
+pub(super) fn check_high_availability(kinds: &Kinds, spec: &Spec) -> Result<(), CommandError> {
     let Some(ha) = &spec.ha else {
         return Ok(());
     };
@@ -98,8 +98,8 @@ pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
     }
     let is_written_to =
         |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. }) && !volume.read_only;
-    let unfenced = spec.volumes.iter().find(|volume| is_written_to(volume));
-    if let Some(volume) = unfenced
+    let written = spec.volumes.iter().find(|volume| is_written_to(volume));
+    if let Some(volume) = written
         && ha.protects_output()
     {
         return Err(CommandError::Invalid(format!(
@@ -107,12 +107,18 @@ pub(super) fn check_high_availability(spec: &Spec) -> Result<(), CommandError> {
             volume.guest
         )));
     }
-    if let Some(volume) = unfenced
+    let unfenced = match written {
+        Some(volume) => Some(format!("a directory of hosts at {}", volume.guest)),
+        None => {
+            let kind = kinds.of(spec).map_err(CommandError::Invalid)?;
+            kind.unfenced(spec)
+        }
+    };
+    if let Some(what) = unfenced
         && ha.fence == Fence::None
     {
         return Err(CommandError::Invalid(format!(
-            "it writes to a directory of hosts at {}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", let a program of yours switch the node off (fence = \"hook\"), or make the volume read-only",
-            volume.guest
+            "it writes to {what}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", let a program of yours switch the node off (fence = \"hook\"), or do without it (a volume or a disk may be read-only)"
         )));
     }
     Ok(())

@@ -11,6 +11,8 @@ use keel_net::RpcError;
 use std::sync::Arc;
 
 pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(), String> {
+    let kind = machines.context.kinds.of(&record.spec)?;
+    let has_checkpoints = kind.abilities().checkpoints;
     let (kept, leftovers) = match &record.status {
         Status::Restarting {
             from_checkpoint,
@@ -19,11 +21,11 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         } => {
             // Its earlier output stays.
             let kept = match from_checkpoint {
-                true => match &record.spec.ha {
+                true if has_checkpoints => match &record.spec.ha {
                     Some(ha) => machines.checkpoints.in_sync(&record.name, ha).await?,
                     None => machines.checkpoints.newest(&record.name).await?,
                 },
-                false => None,
+                _ => None,
             };
             let leftovers = match elsewhere {
                 // Of a time before the machine was on the node that failed.
@@ -41,7 +43,6 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             StartFrom::Checkpoint(spanning_start::placed(machines, record, origin).await?)
         }
         None => {
-            let kind = machines.context.kinds.of(&record.spec)?;
             for image in kind.images(&record.spec) {
                 machines.images.find_image(&image).await?;
             }

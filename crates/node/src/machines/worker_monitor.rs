@@ -1,6 +1,7 @@
 //! Follows the states of a worker, and records the resulting state of its machine in the store.
 
 use super::handle::{Machines, RestartDecision};
+use super::host_files;
 use super::record_running::{await_source, is_running, lost_on_arrival, runs};
 use super::stall_status;
 use super::termination::{named_end, record_end};
@@ -30,6 +31,7 @@ pub(crate) fn watch_worker(machines: &Arc<Machines>, machine: &MachineName) {
         };
         stall_status::watch(&machines, &machine, &worker);
         machines.checkpoints.keep_schedule(&machine, &worker);
+        host_files::keep_members(&machines, &machine, &worker);
         let mut lost = "it does not answer".to_owned();
         if let Ok(mut states) = worker.stream(kind::STATES, &()).await {
             while let Some(item) = states.recv().await {

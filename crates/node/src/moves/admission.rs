@@ -5,6 +5,7 @@ use super::handle::Moves;
 use super::offer::{Offer, passed};
 use crate::host::cpu_features;
 use crate::processes::{COMPILE_PATIENCE, Leftovers};
+use crate::proof_file::Proof;
 use crate::records::{Reservation, check_free_memory};
 use crate::spanning::part_of;
 use keel_cluster::{MachineName, NodeName};
@@ -111,14 +112,10 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
             if !folder.is_dir() {
                 return Err(format!("volume {path} is no directory here"));
             }
-            let Some((name, content)) = proof else {
+            let Some(proof) = proof else {
                 continue;
             };
-            // A name without slashes: no path outside the volume is read.
-            let seen = (!name.contains('/'))
-                .then(|| std::fs::read_to_string(folder.join(name)).ok())
-                .flatten();
-            if seen.as_ref() != Some(content) {
+            if !Proof::of(proof.clone()).is_in(folder) {
                 return Err(format!(
                     "volume {path} is another directory here: every node must see the same one (NFS or the like)"
                 ));

@@ -19,10 +19,11 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Attempts at a change that loses against changes of the machine's record.
 const ATTEMPTS_MAX: u32 = 8;
 
-/// A checkpoint, and the nodes that have it.
+/// A checkpoint, and the nodes that have it; or the nodes that can begin a machine anew.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct InSyncSet {
-    pub(crate) checkpoint: CheckpointId,
+    /// None for a machine whose kind has none: its members can begin it anew.
+    pub(crate) checkpoint: Option<CheckpointId>,
     /// The nodes whose folder has the checkpoint and all that it depends on; none if it is in a
     /// repository that all nodes reach.
     pub(crate) members: BTreeSet<NodeName>,

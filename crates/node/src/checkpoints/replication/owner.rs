@@ -77,7 +77,7 @@ impl Checkpoints {
         let worker = worker.ok_or_else(|| conflict(format!("machine {machine:?} does not run")))?;
         let before = records::get(&*self.context.store, machine).await?.record;
         let set = records::in_sync_set(&*self.context.store, machine).await?;
-        let counts = set.map(|(set, _)| set.checkpoint);
+        let counts = set.and_then(|(set, _)| set.checkpoint);
         let question = Checkpoint {
             repository: self.context.dir.replicas().display().to_string(),
             full: false,
@@ -176,7 +176,7 @@ impl Checkpoints {
         let mut members = has;
         members.insert(self.context.name.clone());
         let set = InSyncSet {
-            checkpoint: checkpoint.id.clone(),
+            checkpoint: Some(checkpoint.id.clone()),
             members,
             memory_bytes: checkpoint.memory_bytes,
             held_output: checkpoint.holds_output_of.map(|life_unix_ms| HeldOutput {

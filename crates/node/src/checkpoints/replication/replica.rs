@@ -7,7 +7,7 @@ use super::objects::{NewFile, Object, delete, objects_of, others};
 use super::output::{self, OutputLife};
 use crate::records::{self, InSyncSet, RecordError};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::checkpoint::{MemoryRestore, Origin, RepositoryError};
+use keel_machine::checkpoint::{CheckpointId, MemoryRestore, Origin, RepositoryError};
 use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::worker::control::{pack, unpack};
@@ -210,7 +210,7 @@ impl Checkpoints {
         let set = records::in_sync_set(&*self.context.store, &machine).await;
         let named = set
             .map_err(RpcError::failed)?
-            .map(|(set, _)| set.checkpoint);
+            .and_then(|(set, _)| set.checkpoint);
         if named.is_some_and(|named| !needs.contains(&named.to_string())) {
             return Err(RpcError::refused("a newer checkpoint is needed by now"));
         }
@@ -236,9 +236,11 @@ impl Checkpoints {
         let Some((set, _)) = set.filter(|(set, _)| set.members.contains(&self.context.name)) else {
             return Err(RpcError::refused("this node does not have its checkpoint"));
         };
+        let none = || RpcError::refused("the machine has no checkpoints");
+        let checkpoint = set.checkpoint.ok_or_else(none)?;
         let url = self.context.dir.replicas().display().to_string();
         let repository = open(url).await.map_err(RpcError::failed)?;
-        let manifest = repository.manifest(&machine, &set.checkpoint).await;
+        let manifest = repository.manifest(&machine, &checkpoint).await;
         let program = manifest.map_err(RpcError::failed)?.program;
         let folder = self.context.dir.replicas();
         tokio::task::spawn_blocking(move || objects_of(&folder, &machine, program))
@@ -261,27 +263,30 @@ impl Checkpoints {
         let Some((set, _)) = set.map_err(|error| error.to_string())? else {
             return Ok(None);
         };
-        if ha.to.is_none() && !self.has_whole(machine, &set).await {
-            self.fetch_from_member(machine, &set).await?;
+        let Some(checkpoint) = &set.checkpoint else {
+            return Ok(None);
+        };
+        if ha.to.is_none() && !self.has_whole(machine, checkpoint).await {
+            self.fetch_from_member(machine, &set, checkpoint).await?;
         }
         let own = || self.context.dir.replicas().display().to_string();
         Ok(Some(Origin {
             repository: ha.to.clone().unwrap_or_else(own),
             machine: machine.clone(),
-            id: Some(set.checkpoint),
+            id: set.checkpoint,
             is_clone: false,
             memory: MemoryRestore::Eager,
         }))
     }
 
-    /// Whether the set's checkpoint is here with all that it depends on. (Its content is verified
+    /// Whether a checkpoint is here with all that it depends on. (Its content is verified
     /// when it is read.)
-    async fn has_whole(&self, machine: &MachineName, set: &InSyncSet) -> bool {
+    async fn has_whole(&self, machine: &MachineName, checkpoint: &CheckpointId) -> bool {
         let url = self.context.dir.replicas().display().to_string();
         let Ok(repository) = open(url).await else {
             return false;
         };
-        let Ok(chain) = repository.chain(machine, &set.checkpoint).await else {
+        let Ok(chain) = repository.chain(machine, checkpoint).await else {
             return false;
         };
         let outlines: Vec<_> = chain.iter().map(|manifest| manifest.outline()).collect();
@@ -292,6 +297,7 @@ impl Checkpoints {
         &self,
         machine: &MachineName,
         set: &InSyncSet,
+        checkpoint: &CheckpointId,
     ) -> Result<(), String> {
         let mut failures = Vec::new();
         for member in set
@@ -316,8 +322,7 @@ impl Checkpoints {
             }
         }
         Err(format!(
-            "its checkpoint {} cannot be fetched: {}",
-            set.checkpoint,
+            "its checkpoint {checkpoint} cannot be fetched: {}",
             match failures.is_empty() {
                 true => "no other node has it".to_owned(),
                 false => failures.join("; "),
