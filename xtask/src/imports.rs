@@ -43,7 +43,7 @@ const LAYERS: &[&[&str]] = &[
         "cluster_events",
         "processes",
     ],
-    &["supervisor", "images", "logs"],
+    &["supervisor", "images", "logs", "node_record"],
     &["compilation", "rules", "volumes"],
     // They have snapshots of volumes.
     &["checkpoints"],

@@ -41,6 +41,7 @@ pub(super) async fn bench(keel: &Path, boots: usize) -> Result<()> {
         let (send, heard) = channel();
         let initrd = initrd.display().to_string();
         let more = ["-m", MEMORY_MIB, "-initrd", &initrd, "-append", &append];
+        let more = more.map(str::to_owned);
         let qemu = Qemu::start(folder.path(), "boot", &kernel, &more, send)?;
         heard.recv_timeout(LIMIT).context("Linux prints nothing")?;
         by_hand.push(begun.elapsed().as_secs_f64() * 1000.0);

@@ -12,6 +12,14 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 const QEMU: &str = "qemu-system-x86_64";
+/// Whose key it is.
+const USER: &str = "qemu";
+
+/// Writes a key for TLS (RFC 4279), as both ends read it.
+pub(super) fn write_key(folder: &Path) -> Result<()> {
+    let key = format!("{USER}:{:032x}\n", rand::random::<u128>());
+    Ok(std::fs::write(folder.join("keys.psk"), key)?)
+}
 
 /// A QEMU process; killed on drop.
 pub(super) struct Qemu {
@@ -33,7 +41,7 @@ impl Qemu {
         folder: &Path,
         name: &str,
         kernel: &Path,
-        more: &[&str],
+        more: &[String],
         heard: Sender<Instant>,
     ) -> Result<Self> {
         let path = |what: &str| folder.join(format!("{name}.{what}"));
@@ -104,22 +112,48 @@ impl Qemu {
     }
 }
 
-/// Moves a system from one QEMU to another one, by hand.
-pub(super) fn moved(folder: &Path, payload: &Path) -> Result<Pause> {
+/// Moves a system from one QEMU to another one, by hand; over TLS if `psk` is a folder with a key
+/// for it.
+pub(super) fn moved(folder: &Path, payload: &Path, psk: Option<&Path>) -> Result<Pause> {
     let (send, heard) = channel();
-    let memory = ["-m", MEMORY_MIB];
-    let mut source = Qemu::start(folder, "source", payload, &memory, send.clone())?;
+    let credentials = |endpoint: &str| {
+        let of = |psk: &Path| {
+            let dir = psk.display();
+            let object = format!("tls-creds-psk,id=tls,dir={dir},endpoint={endpoint}");
+            ["-object".to_owned(), object]
+        };
+        psk.map(of).into_iter().flatten().collect::<Vec<String>>()
+    };
+    let arguments = |own: &[&str], more: Vec<String>| {
+        let own = own.iter().map(|it| (*it).to_owned());
+        own.chain(more).collect::<Vec<String>>()
+    };
+    let of_source = arguments(
+        &["-m", MEMORY_MIB],
+        credentials(&format!("client,username={USER}")),
+    );
+    let mut source = Qemu::start(folder, "source", payload, &of_source, send.clone())?;
     let socket = folder.join("migration");
     let _ = std::fs::remove_file(&socket);
     let uri = format!("unix:{}", socket.display());
-    // Without a rate limit, or pre-copy would not converge with the loop.
-    let fast = json!({ "max-bandwidth": 10_000_000_000u64 });
-    source.ask("migrate-set-parameters", fast)?;
+    // Without a rate limit, and with a downtime in which the loop's memory can be sent over TLS, or
+    // pre-copy would not converge with the loop.
+    let converging = json!({ "max-bandwidth": 10_000_000_000u64, "downtime-limit": 500 });
+    source.ask("migrate-set-parameters", converging)?;
     settle(&heard)?;
     let mut marks = marks_of(&heard);
     let begun = Instant::now();
-    let more = ["-m", MEMORY_MIB, "-incoming", uri.as_str()];
-    let _target = Qemu::start(folder, "target", payload, &more, send)?;
+    let of_target = arguments(
+        &["-m", MEMORY_MIB, "-incoming", "defer"],
+        credentials("server"),
+    );
+    let mut target = Qemu::start(folder, "target", payload, &of_target, send)?;
+    if psk.is_some() {
+        for qemu in [&mut source, &mut target] {
+            qemu.ask("migrate-set-parameters", json!({ "tls-creds": "tls" }))?;
+        }
+    }
+    target.ask("migrate-incoming", json!({ "uri": uri }))?;
     source.ask("migrate", json!({ "uri": uri }))?;
     let answer = loop {
         let answer = source.ask("query-migrate", json!({}))?;

@@ -9,7 +9,8 @@
 //! serial line: by hand to a socket, as a machine to `keel logs --follow`, so that our figures
 //! include the latency of that command.
 //!
-//! The whole time begins when the QEMU of the target is started, by hand as by us.
+//! The whole time begins when the QEMU of the target is started, by hand as by us. Ours go over TLS;
+//! by hand that is what they are compared with.
 //!
 //! - `by_hand`: QEMU driven by hand
 //! - `boots`: how long a Linux takes to boot
@@ -99,7 +100,13 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let payload = assemble(folder.path(), PAYLOAD)?;
     let module = std::fs::read(guests.join("hot.wasm")).context("the guest `hot`")?;
-    let names = ["QEMU by hand", "evenkeel, qemu", "evenkeel, wasm"];
+    by_hand::write_key(folder.path())?;
+    let names = [
+        "QEMU by hand, TLS",
+        "QEMU by hand, in the clear",
+        "evenkeel, qemu",
+        "evenkeel, wasm",
+    ];
     let mut pauses = names.map(|name| (name, Vec::new()));
     // Alternately, so that other load of the host affects all.
     for round in 0..moves.div_ceil(4) {
@@ -107,14 +114,16 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         std::fs::create_dir_all(&place)?;
         for _ in 0..4 {
             signals::check()?;
-            pauses[0].1.push(by_hand::moved(&place, &payload)?);
+            for (at, psk) in [Some(folder.path()), None].into_iter().enumerate() {
+                pauses[at].1.push(by_hand::moved(&place, &payload, psk)?);
+            }
         }
         for (at, machine) in [Machine::System(&payload), Machine::Program(&module)]
             .into_iter()
             .enumerate()
         {
             let moves = signals::until(our_moves(keel, &place, &machine, 4));
-            pauses[at + 1].1.extend(runtime.block_on(moves)?);
+            pauses[at + 2].1.extend(runtime.block_on(moves)?);
         }
     }
     print(&pauses);

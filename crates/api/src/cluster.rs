@@ -77,6 +77,9 @@ pub struct NodeInfo {
     pub machines: u32,
     /// Deficiencies of its host, with their consequences.
     pub lacks: Vec<String>,
+    /// The kinds of machines that its host executes, each with how; none until it is known.
+    #[serde(default)]
+    pub kinds: Vec<String>,
     /// Version of its agent.
     pub version: String,
     /// Whether it answers datagrams of gossip, as the asked node knows: `alive`, `suspected` or

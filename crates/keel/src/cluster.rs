@@ -153,7 +153,7 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
         reach.format(),
         &nodes,
         &[
-            "name", "state", "address", "cpus", "memory", "load", "machines", "lacks",
+            "name", "state", "address", "cpus", "memory", "load", "machines", "kinds", "lacks",
         ],
         |node| node.name.clone(),
         |node| {
@@ -172,6 +172,7 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
                 node.load
                     .map_or_else(String::new, |load| format!("{load:.2}")),
                 node.machines.to_string(),
+                node.kinds.join(", "),
                 node.lacks.join("; "),
             ]
         },

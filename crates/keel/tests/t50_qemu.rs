@@ -3,7 +3,7 @@
 //! or output, or runs two copies, shows.
 
 use anyhow::{Context, Result};
-use keel_api::{CheckpointInfo, CheckpointRequest, LedgerInfo, MachineInfo};
+use keel_api::{CheckpointInfo, CheckpointRequest, LedgerInfo, MachineInfo, NodeInfo};
 use keel_balance::ledger::Decision;
 use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec};
 use keel_machine::high_availability::{HighAvailability, Protect};
@@ -103,6 +103,12 @@ async fn a_system_moves_while_it_counts() -> Result<()> {
     let Some(systems) = Systems::start(&["a", "b"]).await else {
         return Ok(());
     };
+    let executed = wait_for("the nodes say what executes systems", || async {
+        let nodes: Vec<NodeInfo> = systems.cluster.client("a").get("/v1/nodes").await.ok()?;
+        let says = |it: &NodeInfo| it.kinds.iter().any(|kind| kind.starts_with("qemu (QEMU "));
+        nodes.iter().all(says).then_some(())
+    });
+    executed.await?;
     let spec = systems.counting(None).await?;
     systems.run("s", "a", &spec).await?;
     let mut next = systems.counted("s", 0).await?;

@@ -1,6 +1,7 @@
 //! What an agent asks of this kind of machine.
 
-use crate::process::{QEMU, resident_bytes};
+use crate::accelerator::Accelerator;
+use crate::process::{QEMU, installed_version, resident_bytes};
 use crate::spec::QemuSpec;
 use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
 use keel_machine::spec::Spec;
@@ -107,6 +108,15 @@ impl Kind for QemuKind {
         let disk = disk.map(|disk| format!("disk {}", disk.path));
         let network = || Some(format!("the network of {}", own.interfaces.first()?.bridge));
         disk.or_else(network)
+    }
+
+    fn executed_here(&self, cache: &Path) -> Option<String> {
+        let version = installed_version()?;
+        let how = match Accelerator::of_host(cache) {
+            Accelerator::Kvm => "KVM",
+            Accelerator::Tcg => "translated, without KVM",
+        };
+        Some(format!("{NAME} (QEMU {version}, {how})"))
     }
 
     fn image_bytes_max(&self) -> u64 {

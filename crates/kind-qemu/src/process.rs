@@ -103,6 +103,16 @@ pub(crate) struct Launched {
     pub(crate) process: OwnedFd,
 }
 
+/// The version of the program that is installed; `None` if there is none.
+pub(crate) fn installed_version() -> Option<String> {
+    let said = Command::new(QEMU).arg("--version").output().ok()?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    // "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)"
+    let mut words = said.split_whitespace();
+    words.find(|word| *word == "version")?;
+    words.next().map(str::to_owned)
+}
+
 /// Bytes of memory that a process occupies; 0 if it has ended. `process` is its folder in `/proc`.
 pub(crate) fn resident_bytes(process: &Path) -> u64 {
     let statm = fs::read_to_string(process.join("statm")).unwrap_or_default();

@@ -215,6 +215,12 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
     /// The differences between the kind's parts of two specs.
     fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference>;
 
+    /// Its name, with what executes its machines on this host where that differs between hosts;
+    /// `None` if nothing there does. `cache` is the folder of compiled code. May take some seconds.
+    fn executed_here(&self, _cache: &Path) -> Option<String> {
+        Some(self.name().to_string())
+    }
+
     /// What this host lacks for fast moves, and the consequence; `None` if nothing.
     fn missing_for_moves(&self) -> Option<String> {
         None
@@ -376,6 +382,12 @@ impl Kinds {
     /// The program whose compiled code has this file name in the cache.
     pub fn program_of_code(&self, file_name: &str) -> Option<String> {
         self.all().find_map(|kind| kind.program_of_code(file_name))
+    }
+
+    /// The kinds whose machines this host executes, as [`Kind::executed_here`]. Blocks.
+    pub fn executed_here(&self, cache: &Path) -> Vec<String> {
+        let executed = self.all().filter_map(|kind| kind.executed_here(cache));
+        executed.collect()
     }
 
     /// What this host lacks for fast moves, of all kinds.

@@ -11,7 +11,6 @@ use crate::external_store::ExternalStore;
 use crate::failover;
 use crate::front::{self, Entry, Handles};
 use crate::gossip::{self, NodeGossip};
-use crate::host::{cpu_features, memory_bytes};
 use crate::identity::OwnIdentity;
 use crate::images::Images;
 use crate::lease;
@@ -19,8 +18,9 @@ use crate::logs::Logs;
 use crate::machines::{self, Machines, Restarts};
 use crate::metrics::Metrics;
 use crate::moves::{self, Moves};
+use crate::node_record;
 use crate::processes::{Arrivals, LeaseExtension, PlannedRestart, Processes};
-use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
+use crate::records::{AliveNodes, Placements, follow_arrivals};
 use crate::role::Role;
 use crate::rules::{Rules, check_label};
 use crate::spanning::{self, Spanning};
@@ -33,7 +33,6 @@ use keel_api::{EventKind, LabelRequest};
 use keel_balance::rules::Labels;
 use keel_cluster::NodeName;
 use keel_cluster::authority_keys;
-use keel_cluster::gossip::Start;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
 use keel_cluster::members::{self, Member, MemberError, MemberSet};
@@ -45,8 +44,6 @@ use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use keel_store::Store;
 use keel_store::StoreError;
 use keel_store::clock::unix_ms;
-use keel_store::keys::Key;
-use keel_store::{Txn, TxnOutcome};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -666,7 +663,7 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
         }
     });
     tokio::spawn(moves::withdraw_old_offers(at.moves.clone()));
-    let published = publish(context.clone(), at.processes.clone());
+    let published = node_record::publish(context.clone(), at.processes.clone());
     let (taking_part, of_keys) = (gossip.clone(), role("gossip-keys"));
     let own = context.clone();
     let (rules, voters) = (at.rules.clone(), at.voters.clone());
@@ -737,22 +734,6 @@ async fn follow_addresses(context: Arc<Context>) {
     }
 }
 
-/// Writes this node's record into the store; retries until it succeeds. When this run of the agent
-/// began, in the cluster's order.
-async fn publish(context: Arc<Context>, processes: Arc<Processes>) -> Option<Start> {
-    let record = describe(&context, &processes);
-    let value = keel_store::encoding::encode("a node's record", &record).ok()?;
-    loop {
-        match write_record(&context, &value).await {
-            Ok(start) => return Some(start),
-            Err(error) => {
-                tracing::warn!(%error, "cannot write this node's record yet");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        }
-    }
-}
-
 /// Gives this node the labels that it was started with; retries until it has them.
 async fn give_labels(node: NodeName, rules: Arc<Rules>, voters: Arc<Voters>) {
     let labels = voters.settings().labels;
@@ -770,28 +751,4 @@ async fn give_labels(node: NodeName, rules: Arc<Rules>, voters: Arc<Voters>) {
     }
     let given = |settings: &mut Settings| settings.labels.retain(|it, _| !labels.contains_key(it));
     voters.change_settings(given).await;
-}
-
-async fn write_record(context: &Context, value: &[u8]) -> Result<Start, MemberError> {
-    let (_, incarnation) = members::cluster_of(&*context.store).await?;
-    let txn = Txn::new().put(Key::Node(context.name.clone()), value);
-    let outcome = context.store.txn(txn).await?;
-    let (TxnOutcome::Committed { revision } | TxnOutcome::Refused { revision, .. }) = outcome;
-    Ok(Start {
-        incarnation,
-        revision,
-    })
-}
-
-fn describe(context: &Context, processes: &Processes) -> NodeRecord {
-    let mut lacks = context.kinds.missing_for_moves();
-    lacks.extend(processes.machines.slice().missing());
-    NodeRecord {
-        address: context.settings.listen.to_string(),
-        cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
-        memory_bytes: memory_bytes(),
-        features: cpu_features(),
-        lacks,
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-    }
 }

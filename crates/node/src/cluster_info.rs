@@ -66,6 +66,7 @@ pub(crate) async fn nodes(
             memory_bytes: record.map_or(0, |record| record.memory_bytes),
             machines: records::schedule(store, name).await?.len() as u32,
             lacks: record.map_or_else(Vec::new, |record| record.lacks.clone()),
+            kinds: record.map_or_else(Vec::new, |record| record.kinds.clone()),
             version: record.map_or_else(String::new, |record| record.version.clone()),
             answers: match *name == context.name {
                 true => Some(Liveness::Alive.name().to_owned()),

@@ -49,6 +49,7 @@ mod logs;
 mod machines;
 mod metrics;
 mod moves;
+mod node_record;
 mod processes;
 mod proof_file;
 mod records;

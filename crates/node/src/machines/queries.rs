@@ -26,6 +26,8 @@ pub(crate) struct ReportQuery {
 
 impl MachineCommand for ReportQuery {
     const KIND: u16 = 0x032e;
+    /// What users see without it is enough, and the node may have failed a moment ago.
+    const PATIENCE: Duration = Duration::from_secs(3);
     type Answer = Option<Report>;
 
     fn machine(&self) -> &MachineName {

@@ -30,6 +30,9 @@ pub(crate) struct NodeRecord {
     /// CPU features that compiled code may use.
     pub(crate) features: Vec<String>,
     pub(crate) lacks: Vec<String>,
+    /// The kinds of machines that its host executes, each with how; none until that is known.
+    #[serde(default)]
+    pub(crate) kinds: Vec<String>,
     pub(crate) version: String,
 }
 
