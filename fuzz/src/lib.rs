@@ -53,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     types::CLUSTER_TYPES,
     types::NODE_TYPES,
     types::PART_CONNECTION,
+    types::QEMU,
     types::RPC_FRAMES,
     types::STORE_TYPES,
     types::USER_FILES,

@@ -72,6 +72,7 @@ pub(crate) const USER_FILES: Target = Target {
             "checkpoint=2s,priority=9",
             "10s",
             "64M",
+            "<domain><name>a</name><vcpu>2</vcpu><devices><disk type='file'><source file='/a'/></disk></devices></domain>",
         ];
         let seeds = (0..)
             .zip(texts)
@@ -103,5 +104,31 @@ pub(crate) const PART_CONNECTION: Target = Target {
         };
         // The time, a part that is gone, and that a home has a successor.
         vec![frame(9, &[7; 8]), frame(12, &[1]), frame(13, &[])]
+    },
+};
+
+/// What QEMU says to its worker, and specs of its machines.
+pub(crate) const QEMU: Target = Target {
+    name: "qemu",
+    run: |data| match choice(data, 2) {
+        Some((0, bytes)) => keel_kind_qemu::is_from_qemu(bytes),
+        Some((_, bytes)) => keel_kind_qemu::is_spec(bytes),
+        None => false,
+    },
+    seeds: || {
+        let said = concat!(
+            r#"{"QMP": {"version": {}, "capabilities": ["oob"]}}"#,
+            "\r\n",
+            r#"{"return": {}, "id": 0}"#,
+            "\r\n",
+            r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#,
+            "\r\n",
+            r#"{"return": {"status": "active", "ram": {"transferred": 7, "remaining": 9, "dirty-sync-count": 1}}, "id": 1}"#,
+            "\r\n",
+            r#"{"error": {"class": "GenericError", "desc": "no"}, "id": 2}"#,
+            "\r\n",
+        );
+        let spec = r#"{"cpus": 2, "kernel": {"image": "aa", "append": "b"}, "disks": [{"path": "/a", "format": "raw"}], "interfaces": [{"bridge": "b", "mac": "02:00:00:00:00:01"}], "shutdown_s": 9}"#;
+        vec![with(0, said.into()), with(1, spec.into())]
     },
 };

@@ -1,7 +1,7 @@
 //! Decoders of the files that users give to the command line, for fuzzing.
 
 use crate::contexts::Contexts;
-use crate::{apply, high_availability, plan, rule, size, when};
+use crate::{apply, high_availability, import, plan, rule, size, when};
 use keel_sim::scenario::Scenario;
 use keel_store::decoders::Decoder;
 use std::path::Path;
@@ -38,5 +38,8 @@ pub fn decoders() -> Vec<Decoder> {
             of(bytes, |it| when::duration(it).is_ok())
         }),
         text("size", |bytes| of(bytes, |it| size::parse(it).is_ok())),
+        text("virtual machine of another system", |bytes| {
+            of(bytes, import::is_description)
+        }),
     ]
 }

@@ -15,6 +15,8 @@
 //! - `reload`: `keel reload`
 //! - `events`: `keel events`
 //! - `help`: the list of commands, in groups
+//! - `image`: files that machines start from
+//! - `import`: `keel import`
 //! - `program`: a module and its arguments on a command line
 //! - `set`: `keel set`
 //! - `sim`: `keel sim`
@@ -22,7 +24,7 @@
 //! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes on command lines
 //! - `started`: waits until a machine runs
-//! - `system`: what a machine of kind `qemu` is made of, on command lines
+//! - `system`: what a machine of kind `qemu` is made of, on command lines and in machine files
 //! - `when`: times on command lines
 
 #![warn(clippy::print_stdout)]
@@ -49,6 +51,8 @@ mod events;
 mod help;
 mod high_availability;
 mod history;
+mod image;
+mod import;
 mod leave;
 mod machines;
 mod objects;
@@ -157,6 +161,11 @@ enum Command {
     Run(Box<machines::RunArgs>),
     /// Makes machines equal to those of a file; leaves equal ones untouched.
     Apply(apply::Args),
+    /// Translates machines of libvirt or Proxmox VE; prints a machine file.
+    ///
+    /// Needs no node. Each machine has its disks where they are now; all nodes where it may run must
+    /// see them there. What a machine lacks here is named in comments.
+    Import(import::Args),
     /// Lists machines.
     Ps {
         /// Ended ones too.
@@ -423,6 +432,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Audit(args) => audit::run(&reach, &args).await,
         Command::Run(args) => machines::run(&reach, &args).await,
         Command::Apply(args) => apply::run(&reach, &args).await,
+        Command::Import(args) => import::run(&args),
         Command::Ps { all } => machines::ps(&reach, all).await,
         Command::Logs(args) => machines::logs(&reach, &args).await,
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,

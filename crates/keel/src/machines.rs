@@ -316,17 +316,19 @@ enum HowUrgent {
 
 /// Starts a machine; returns its name.
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
-    let system = args.system.upload(client, !args.program.is_empty()).await?;
-    ensure!(
-        system.is_none() || args.env.is_empty(),
-        "--env is for programs: a system has no environment"
-    );
-    let (kind, kind_spec, memory_default) = match system {
-        Some(own) => (
-            QemuKind::kind_name(),
-            own.to_kind_spec(),
-            system::MEMORY_DEFAULT,
-        ),
+    let (kind, kind_spec, memory_default) = match args.system.system(!args.program.is_empty())? {
+        Some(system) => {
+            ensure!(
+                args.env.is_empty(),
+                "--env is for programs: a system has no environment"
+            );
+            let (own, files) = system.read(&[])?;
+            for file in files {
+                file.upload(client, &QemuKind::kind_name()).await?;
+            }
+            let own = own.to_kind_spec();
+            (QemuKind::kind_name(), own, system::MEMORY_DEFAULT)
+        }
         None => (
             WasmKind::kind_name(),
             program(client, args).await?.to_kind_spec(),

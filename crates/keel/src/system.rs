@@ -1,8 +1,7 @@
-//! What a machine of kind `qemu` is made of, on a command line.
+//! What a machine of kind `qemu` is made of, on a command line and in a machine file.
 
+use crate::image::ImageFile;
 use anyhow::{Context, Result, bail, ensure};
-use bytes::Bytes;
-use keel_api::Client;
 use keel_kind_qemu::{Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, SHUTDOWN_S};
 use keel_kind_wasm::WasmKind;
 use keel_machine::kind::KindName;
@@ -12,20 +11,27 @@ use std::time::Duration;
 /// The memory of a whole system that says nothing of it.
 pub(crate) const MEMORY_DEFAULT: &str = "1G";
 
-/// A whole system.
+/// The kind of a machine, and what it is made of if that is a whole system.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Whole systems (--kind qemu)")]
 pub(crate) struct SystemArgs {
     /// What runs the machine: `wasm`, for a program, or `qemu`, for a whole Linux system.
     #[arg(long, value_name = "KIND", default_value = "wasm")]
     kind: KindName,
+    #[command(flatten)]
+    system: System,
+}
+
+/// A whole system, as users write it.
+#[derive(clap::Args, Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct System {
     /// The kernel that it boots: a bzImage of Linux, or one with a Multiboot header. Without one
     /// its firmware boots from its first disk.
     #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
+    pub(crate) kernel: Option<PathBuf>,
     /// The kernel's first file system.
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    initrd: Option<PathBuf>,
+    pub(crate) initrd: Option<PathBuf>,
     /// The kernel's command line. Output is that of the first serial line (console=ttyS0).
     #[arg(
         long,
@@ -33,25 +39,46 @@ pub(crate) struct SystemArgs {
         requires = "kernel",
         allow_hyphen_values = true
     )]
-    append: Option<String>,
+    pub(crate) append: Option<String>,
     /// A disk: a file that all nodes see under this path. Its format is that of its name (.qcow2,
     /// .raw, .img) unless it is given.
     #[arg(long, value_name = "PATH[,format=FORMAT][,ro]", value_parser = disk)]
-    disk: Vec<Disk>,
+    pub(crate) disk: Vec<Disk>,
     /// A network interface, on a bridge that every node where it may run has under this name. It
     /// keeps its hardware address wherever it runs (default: one at random).
-    #[arg(long, value_name = "BRIDGE[,mac=ADDRESS]", value_parser = interface)]
-    net: Vec<Interface>,
+    #[arg(long, value_name = "BRIDGE[,mac=ADDRESS]", value_parser = network)]
+    pub(crate) net: Vec<NetworkArg>,
     /// Its virtual processors (default: 1).
     #[arg(long, value_name = "N")]
-    cpu: Option<u32>,
+    pub(crate) cpu: Option<u32>,
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
-    shutdown: Option<Duration>,
+    pub(crate) shutdown: Option<Duration>,
+}
+
+/// A network interface, as users write it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NetworkArg {
+    bridge: String,
+    /// None if nobody has chosen one.
+    mac: Option<String>,
+}
+
+impl NetworkArg {
+    /// The interface: with the address of the one before in its place, if it has none of its own,
+    /// or with one at random.
+    fn interface(&self, before: Option<&Interface>) -> Interface {
+        let bridge = self.bridge.clone();
+        let kept = before.filter(|before| before.bridge == bridge);
+        match self.mac.clone().or_else(|| Some(kept?.mac.clone())) {
+            Some(mac) => Interface { bridge, mac },
+            None => Interface::with_random_mac(bridge, rand::random()),
+        }
+    }
 }
 
 /// A disk as users write it.
-fn disk(text: &str) -> Result<Disk, String> {
+pub(crate) fn disk(text: &str) -> Result<Disk, String> {
     let mut parts = text.split(',');
     let path = parts.next().unwrap_or_default();
     let mut format = match Path::new(path).extension().and_then(|it| it.to_str()) {
@@ -87,91 +114,103 @@ fn disk(text: &str) -> Result<Disk, String> {
 }
 
 /// A network interface as users write it.
-fn interface(text: &str) -> Result<Interface, String> {
+pub(crate) fn network(text: &str) -> Result<NetworkArg, String> {
     let (bridge, options) = match text.split_once(',') {
         Some((bridge, options)) => (bridge, Some(options)),
         None => (text, None),
     };
-    let interface = match options.map(|options| options.strip_prefix("mac=").ok_or(options)) {
-        None => Interface::with_random_mac(bridge.to_owned(), rand::random()),
-        Some(Ok(mac)) => Interface {
-            bridge: bridge.to_owned(),
-            mac: mac.to_lowercase(),
-        },
+    let mac = match options.map(|options| options.strip_prefix("mac=").ok_or(options)) {
+        None => None,
+        Some(Ok(mac)) => Some(mac.to_lowercase()),
         Some(Err(other)) => return Err(format!("{other:?} is not mac=ADDRESS")),
     };
-    interface.check()?;
-    Ok(interface)
+    let network = NetworkArg {
+        bridge: bridge.to_owned(),
+        mac,
+    };
+    network.interface(None).check()?;
+    Ok(network)
 }
 
 impl SystemArgs {
-    /// The kind of the machine, and its own part of the spec if that is `qemu`. Uploads what it
-    /// boots.
-    pub(crate) async fn upload(
-        &self,
-        client: &Client,
-        has_program: bool,
-    ) -> Result<Option<QemuSpec>> {
+    /// The system, unless the machine is a program.
+    pub(crate) fn system(&self, has_program: bool) -> Result<Option<&System>> {
         if self.kind == WasmKind::kind_name() {
-            if let Some(option) = self.given() {
-                bail!("{option} is for whole systems: add --kind qemu");
+            if let Some(option) = self.system.given() {
+                bail!("--{option} is for whole systems: add --kind qemu");
             }
             return Ok(None);
         }
-        ensure!(
-            self.kind == QemuKind::kind_name(),
-            "there are no machines of kind {}: wasm and qemu are known",
-            self.kind
-        );
+        check_kind(&self.kind)?;
         ensure!(
             !has_program,
             "a machine of kind qemu runs no module: its system is --kernel, or on --disk"
         );
-        let kernel = match &self.kernel {
-            Some(kernel) => Some(Kernel {
-                image: upload(client, kernel).await?,
-                initrd: match &self.initrd {
-                    Some(initrd) => Some(upload(client, initrd).await?),
-                    None => None,
-                },
-                append: self.append.clone().unwrap_or_default(),
-            }),
-            None => None,
-        };
-        Ok(Some(QemuSpec {
-            cpus: self.cpu.unwrap_or(1),
-            kernel,
-            disks: self.disk.clone(),
-            interfaces: self.net.clone(),
-            shutdown_s: match self.shutdown {
-                Some(time) => u32::try_from(time.as_secs()).context("--shutdown is too long")?,
-                None => SHUTDOWN_S,
-            },
-        }))
+        Ok(Some(&self.system))
     }
+}
 
-    /// An option that was given and means nothing to a program.
-    fn given(&self) -> Option<&'static str> {
+/// # Errors
+/// If nobody can write a machine of this kind.
+pub(crate) fn check_kind(kind: &KindName) -> Result<()> {
+    ensure!(
+        [WasmKind::kind_name(), QemuKind::kind_name()].contains(kind),
+        "there are no machines of kind {kind}: wasm and qemu are known"
+    );
+    Ok(())
+}
+
+impl System {
+    /// The first option that was given, which means nothing to a program.
+    pub(crate) fn given(&self) -> Option<&'static str> {
         let given = [
-            ("--kernel", self.kernel.is_some()),
-            ("--disk", !self.disk.is_empty()),
-            ("--net", !self.net.is_empty()),
-            ("--cpu", self.cpu.is_some()),
-            ("--shutdown", self.shutdown.is_some()),
+            ("kernel", self.kernel.is_some()),
+            ("initrd", self.initrd.is_some()),
+            ("append", self.append.is_some()),
+            ("disk", !self.disk.is_empty()),
+            ("net", !self.net.is_empty()),
+            ("cpu", self.cpu.is_some()),
+            ("shutdown", self.shutdown.is_some()),
         ];
         let mut given = given.into_iter().filter(|(_, is_given)| *is_given);
         given.next().map(|(option, _)| option)
     }
-}
 
-/// Uploads an image; returns its hash.
-async fn upload(client: &Client, file: &Path) -> Result<String> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let uploaded = client
-        .upload(&QemuKind::kind_name(), Bytes::from(bytes))
-        .await
-        .with_context(|| file.display().to_string())?;
-    Ok(uploaded.hash)
+    /// Its part of the spec, and the files to upload. Interfaces without an address keep those of
+    /// `before`.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub(crate) fn read(&self, before: &[Interface]) -> Result<(QemuSpec, Vec<ImageFile>)> {
+        let mut files = Vec::new();
+        let mut image = |path: &Path| {
+            let file = ImageFile::read(path)?;
+            let hash = file.hash();
+            files.push(file);
+            anyhow::Ok(hash)
+        };
+        let kernel = match &self.kernel {
+            Some(kernel) => Some(Kernel {
+                image: image(kernel)?,
+                initrd: self.initrd.as_deref().map(&mut image).transpose()?,
+                append: self.append.clone().unwrap_or_default(),
+            }),
+            None => None,
+        };
+        let interfaces = self.net.iter().enumerate();
+        let interfaces = interfaces.map(|(at, network)| network.interface(before.get(at)));
+        let spec = QemuSpec {
+            cpus: self.cpu.unwrap_or(1),
+            kernel,
+            disks: self.disk.clone(),
+            interfaces: interfaces.collect(),
+            shutdown_s: match self.shutdown {
+                Some(time) => u32::try_from(time.as_secs()).context("shutdown is too long")?,
+                None => SHUTDOWN_S,
+            },
+        };
+        Ok((spec, files))
+    }
 }
 
 #[cfg(test)]
@@ -191,12 +230,21 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_keeps_the_address_that_is_given_or_gets_one() {
-        let given = interface("br0,mac=02:AB:00:00:00:01").unwrap();
-        assert_eq!(given.mac, "02:ab:00:00:00:01");
-        let (first, second) = (interface("br0").unwrap(), interface("br0").unwrap());
+    fn an_interface_keeps_its_address_or_gets_one() {
+        let given = network("br0,mac=02:AB:00:00:00:01").unwrap();
+        let before = Interface {
+            bridge: "br0".into(),
+            mac: "02:00:00:00:00:07".into(),
+        };
+        assert_eq!(given.interface(Some(&before)).mac, "02:ab:00:00:00:01");
+        let open = network("br0").unwrap();
+        let (first, second) = (open.interface(None), open.interface(None));
         assert_eq!(first.bridge, "br0");
         assert_ne!(first.mac, second.mac);
+        assert_eq!(open.interface(Some(&before)), before);
+        let elsewhere = network("br1").unwrap().interface(Some(&before));
+        assert_eq!(elsewhere.bridge, "br1");
+        assert_ne!(elsewhere.mac, before.mac);
         for wrong in [
             "",
             "a/b",
@@ -207,7 +255,7 @@ mod tests {
             "br0,mac=0200.0000.0107",
             "br0,vlan=3",
         ] {
-            interface(wrong).unwrap_err();
+            network(wrong).unwrap_err();
         }
     }
 }

@@ -86,6 +86,9 @@ const ALONE: &[&str] = &[
     "--server 127.0.0.1:1 --user-token x ps",
     "--server 127.0.0.1:1 --user-token x --authority zz ps",
     "--server 127.0.0.1:1 --user-token x --authority 0000000000000000000000000000000000000000000000000000000000000000 ps",
+    "import missing",
+    "import bad.toml",
+    "import --storage local bad.toml",
 ];
 
 /// With node a, on which machine m runs and machine done has ended.

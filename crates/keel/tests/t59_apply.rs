@@ -197,3 +197,33 @@ async fn what_is_wrong_changes_nothing() {
     let output = bench.apply(&format!("{good}{volume}"), &[]);
     assert!(output.stderr.is_empty());
 }
+
+/// The file may leave an address open: then the machine keeps the one that it got.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_system_keeps_the_addresses_that_the_file_leaves_open() {
+    let bench = Bench::new(&["a"]).await;
+    // It cannot run: there is no such disk.
+    let file = |cpu: u32| {
+        format!(
+            r#"
+[machine.db]
+kind = "qemu"
+disk = ["/nowhere/db.raw"]
+net = ["nobridge"]
+cpu = {cpu}
+"#
+        )
+    };
+    let address = async || bench.machines().await[0].kind_spec["interfaces"][0]["mac"].clone();
+    let created = bench.done(&file(1), &[]);
+    assert!(created.contains("created"), "{created}");
+    let first = address().await;
+    assert!(first.is_string(), "{first}");
+    let again = bench.done(&file(1), &[]);
+    assert!(again.contains("unchanged"), "{again}");
+    let said = bench.refused(&file(2), &[]);
+    assert!(said.contains("db: cpu 1 → 2"), "{said}");
+    let replaced = bench.done(&file(2), &["--replace"]);
+    assert!(replaced.contains("replaced"), "{replaced}");
+    assert_eq!(address().await, first);
+}

@@ -165,22 +165,26 @@ impl Kind for QemuKind {
 
     fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference> {
         let (old, new) = (self.shown(old), self.shown(new));
+        // By their names in machine files.
         let fields = [
-            "cpus",
-            "kernel",
-            "disks",
-            "interfaces",
-            "shutdown_s",
-            "unreadable",
+            ("cpu", "cpus"),
+            ("kernel", "kernel"),
+            ("disk", "disks"),
+            ("net", "interfaces"),
+            ("shutdown", "shutdown_s"),
+            ("unreadable", "unreadable"),
         ];
-        let differing = fields.into_iter().filter(|field| old[field] != new[field]);
+        let mut differing = Vec::new();
+        for (name, field) in fields {
+            if old[field] != new[field] {
+                differing.push(Difference {
+                    field: name.to_owned(),
+                    old: old[field].to_string(),
+                    new: new[field].to_string(),
+                });
+            }
+        }
         differing
-            .map(|field| Difference {
-                field: field.to_owned(),
-                old: old[field].to_string(),
-                new: new[field].to_string(),
-            })
-            .collect()
     }
 
     fn processes_beside(&self, worker: &Path) -> Vec<PathBuf> {

@@ -18,6 +18,7 @@
 //!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
+//! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
 //! The worker supervises QEMU: the kernel ends QEMU with it. So who may run a machine is decided
@@ -29,6 +30,7 @@ mod accelerator;
 mod arguments;
 mod console;
 mod copy_mode;
+mod decoders;
 mod kind;
 mod migration;
 mod migration_status;
@@ -40,5 +42,6 @@ mod spec;
 mod vm;
 mod worker;
 
+pub use decoders::{is_from_qemu, is_spec};
 pub use kind::QemuKind;
 pub use spec::{CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, SHUTDOWN_S};

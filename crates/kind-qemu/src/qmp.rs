@@ -202,8 +202,24 @@ fn read_lines(
     pending: &Mutex<Pending>,
     on_event: &dyn Fn(QmpEvent),
 ) -> io::Result<()> {
+    each_line(BufReader::new(socket), |line| {
+        let (id, answer) = match line {
+            Line::Greeting { .. } => return,
+            Line::Event(event) => return on_event(event),
+            Line::Success { value, id } => (id, Ok(value)),
+            Line::Failure { error, id } => (id, Err(error.desc)),
+        };
+        let waiting = id.and_then(|id| lock(pending).waiting.remove(&id));
+        if let Some(waiting) = waiting {
+            // Whoever asked may have stopped waiting.
+            let _ = waiting.try_send(answer);
+        }
+    })
+}
+
+/// Decodes what QEMU says, line by line, until its end.
+fn each_line(mut reader: impl BufRead, mut on_line: impl FnMut(Line)) -> io::Result<()> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
-    let mut reader = BufReader::new(socket);
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -217,21 +233,18 @@ fn read_lines(
             return Err(invalid("it sent a line without an end".into()));
         }
         let parsed = serde_json::from_slice(&line);
-        let (id, answer) = match parsed.map_err(|error| invalid(format!("no QMP: {error}")))? {
-            Line::Greeting { .. } => continue,
-            Line::Event(event) => {
-                on_event(event);
-                continue;
-            }
-            Line::Success { value, id } => (id, Ok(value)),
-            Line::Failure { error, id } => (id, Err(error.desc)),
-        };
-        let waiting = id.and_then(|id| lock(pending).waiting.remove(&id));
-        if let Some(waiting) = waiting {
-            // Whoever asked may have stopped waiting.
-            let _ = waiting.try_send(answer);
-        }
+        on_line(parsed.map_err(|error| invalid(format!("no QMP: {error}")))?);
     }
+}
+
+/// Whether bytes are what QEMU may say, of which each answer is passed on, for fuzzing.
+pub(crate) fn is_conversation(bytes: &[u8], mut on_answer: impl FnMut(Value)) -> bool {
+    let read = each_line(bytes, |line| {
+        if let Line::Success { value, .. } = line {
+            on_answer(value);
+        }
+    });
+    read.is_ok()
 }
 
 #[cfg(test)]

@@ -9,12 +9,22 @@
 //! memory = "512M"
 //! cpu-limit = 0.5
 //! restart = "on-failure"
+//!
+//! [machine.db]
+//! kind = "qemu"
+//! disk = ["/shared/db.qcow2"]    # on all nodes
+//! net = ["br0"]
 //! ```
 
 use crate::high_availability::FileSettings;
+use crate::image::ImageFile;
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
-use keel_api::RunRequest;
+use crate::system::{self, NetworkArg, System};
+use anyhow::Result;
+use keel_api::{MachineInfo, RunRequest};
+use keel_kind_qemu::{Disk, QemuKind, QemuSpec};
 use keel_kind_wasm::{WasmKind, WasmSpec};
+use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use serde::Deserialize;
@@ -27,8 +37,16 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 31] = [
     "module",
+    "kind",
+    "kernel",
+    "initrd",
+    "append",
+    "disk",
+    "net",
+    "cpu",
+    "shutdown",
     "args",
     "on",
     "env",
@@ -58,10 +76,46 @@ const LIKE: f64 = 0.7;
 /// A machine of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
-    /// The module's file.
-    pub(super) module: PathBuf,
-    /// The request, without the module's hash.
+    pub(super) body: Body,
+    /// The request, without the part of its kind.
     pub(super) request: RunRequest,
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Body {
+    /// A module, and its program without the module's hash.
+    Program(PathBuf, WasmSpec),
+    /// A whole system.
+    System(System),
+}
+
+impl Body {
+    /// The part of the kind, and the files that the machine starts from. `before` is the machine as
+    /// it is: what the file leaves to us stays as it was.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub(super) fn read(&self, before: Option<&MachineInfo>) -> Result<(KindSpec, Vec<ImageFile>)> {
+        let (own, files) = match self {
+            Body::Program(module, program) => {
+                let file = ImageFile::read(module)?;
+                let own = WasmSpec {
+                    module: file.hash(),
+                    ..program.clone()
+                };
+                (own.to_kind_spec(), vec![file])
+            }
+            Body::System(system) => {
+                let before = before.map(|machine| machine.kind_spec.clone());
+                let before = before.and_then(|own| serde_json::from_value::<QemuSpec>(own).ok());
+                let interfaces = before.map(|own| own.interfaces).unwrap_or_default();
+                let (own, files) = system.read(&interfaces)?;
+                (own.to_kind_spec(), files)
+            }
+        };
+        Ok((own.map_err(anyhow::Error::msg)?, files))
+    }
 }
 
 #[derive(Deserialize)]
@@ -73,7 +127,17 @@ struct File {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Machine {
-    module: PathBuf,
+    module: Option<PathBuf>,
+    kind: Option<KindName>,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    append: Option<String>,
+    #[serde(default)]
+    disk: Vec<FileDisk>,
+    #[serde(default)]
+    net: Vec<Network>,
+    cpu: Option<u32>,
+    shutdown: Option<Time>,
     #[serde(default)]
     args: Vec<String>,
     on: Option<String>,
@@ -137,7 +201,7 @@ pub(super) fn read(place: &Path, text: &str) -> Result<Vec<Wanted>, String> {
     let file: File = toml::from_str(text).map_err(|error| format!("{shown}: {error}"))?;
     if file.machine.is_empty() {
         return Err(format!(
-            "{shown} has no machines: each is a table [machine.NAME] with its module = \"FILE\""
+            "{shown} has no machines: each is a table [machine.NAME] with its module = \"FILE\", or of kind = \"qemu\""
         ));
     }
     let folder = place.parent().unwrap_or(Path::new(""));
@@ -186,11 +250,61 @@ impl Strangers<'_> {
 }
 
 impl Machine {
-    fn wanted(self, name: &str, folder: &Path) -> Result<Wanted, String> {
-        let module = folder.join(&self.module);
-        let program = self.module.file_name().unwrap_or_default();
-        let mut args = vec![program.to_string_lossy().into_owned()];
-        args.extend(self.args);
+    /// What it is made of; takes that.
+    fn body(&mut self, folder: &Path) -> Result<Body, String> {
+        let system = System {
+            kernel: self.kernel.take().map(|file| folder.join(file)),
+            initrd: self.initrd.take().map(|file| folder.join(file)),
+            append: self.append.take(),
+            disk: self.disk.drain(..).map(|FileDisk(disk)| disk).collect(),
+            net: self.net.drain(..).map(|Network(network)| network).collect(),
+            cpu: self.cpu,
+            shutdown: self.shutdown.take().map(|Time(time)| time),
+        };
+        let kind = self.kind.clone().unwrap_or_else(WasmKind::kind_name);
+        crate::system::check_kind(&kind).map_err(|error| error.to_string())?;
+        if kind == WasmKind::kind_name() {
+            if let Some(key) = system.given() {
+                return Err(format!("{key} is for whole systems: add kind = \"qemu\""));
+            }
+            let Some(module) = self.module.take() else {
+                return Err(
+                    "a program needs its module = \"FILE\", a whole system kind = \"qemu\"".into(),
+                );
+            };
+            let program = module.file_name().unwrap_or_default();
+            let mut args = vec![program.to_string_lossy().into_owned()];
+            args.append(&mut self.args);
+            let own = WasmSpec {
+                // Known once the module was read.
+                module: String::new(),
+                args,
+                env: std::mem::take(&mut self.env).into_iter().collect(),
+                threads_max: self.threads.unwrap_or(THREADS_DEFAULT),
+            };
+            return Ok(Body::Program(folder.join(module), own));
+        }
+        let of_programs = [
+            ("module", self.module.is_some()),
+            ("args", !self.args.is_empty()),
+            ("env", !self.env.is_empty()),
+            ("threads", self.threads.is_some()),
+        ];
+        if let Some((key, _)) = of_programs.iter().find(|(_, is_given)| *is_given) {
+            return Err(format!("{key} means nothing to a machine of kind {kind}"));
+        }
+        if system.kernel.is_none() && (system.initrd.is_some() || system.append.is_some()) {
+            return Err("initrd and append are of a kernel: add kernel = \"FILE\"".into());
+        }
+        Ok(Body::System(system))
+    }
+
+    fn wanted(mut self, name: &str, folder: &Path) -> Result<Wanted, String> {
+        let body = self.body(folder)?;
+        let (kind, memory_default) = match &body {
+            Body::Program(..) => (WasmKind::kind_name(), MEMORY_DEFAULT),
+            Body::System(_) => (QemuKind::kind_name(), system::MEMORY_DEFAULT),
+        };
         let size = |given: Option<Size>, default: &str| match given {
             Some(Size(bytes)) => Ok(bytes),
             None => crate::size::parse(default),
@@ -219,20 +333,13 @@ impl Machine {
             }
         };
         let ha = self.ha.as_ref().map(FileSettings::settings);
-        let own = WasmSpec {
-            // The hash is known once the module was read.
-            module: String::new(),
-            args,
-            env: self.env.into_iter().collect(),
-            threads_max: self.threads.unwrap_or(THREADS_DEFAULT),
-        };
         let request = RunRequest {
             name: Some(name.to_owned()),
             on: self.on,
-            kind: WasmKind::kind_name(),
-            kind_spec: own.to_kind_spec()?,
+            kind,
+            kind_spec: KindSpec::default(),
             volumes,
-            memory_bytes: size(self.memory, MEMORY_DEFAULT)?,
+            memory_bytes: size(self.memory, memory_default)?,
             cpu_limit_millis: self.cpu_limit.map(|Cores(millis)| millis),
             output_bytes_per_s: size(self.output_rate, OUTPUT_RATE_DEFAULT)?,
             remove_at_end: self.rm,
@@ -249,7 +356,7 @@ impl Machine {
                 part_memory_bytes: self.part_memory.map(|Size(bytes)| bytes),
             },
         };
-        Ok(Wanted { module, request })
+        Ok(Wanted { body, request })
     }
 }
 
@@ -261,6 +368,10 @@ struct Cores(u32);
 struct Time(Duration);
 /// A volume in the syntax of `keel run --volume`.
 struct Volume(crate::volume::VolumeArg);
+/// A disk in the syntax of `keel run --disk`.
+struct FileDisk(Disk);
+/// A network interface in the syntax of `keel run --net`.
+struct Network(NetworkArg);
 
 /// A text or a number, parsed as on the command line.
 struct Written<T>(fn(&str) -> Result<T, String>, &'static str);
@@ -325,6 +436,24 @@ impl<'de> Deserialize<'de> for Volume {
     }
 }
 
+impl<'de> Deserialize<'de> for FileDisk {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let what = "a disk (examples: \"/shared/a.qcow2\", \"/dev/vg/a,format=raw\")";
+        deserializer
+            .deserialize_any(Written(system::disk, what))
+            .map(FileDisk)
+    }
+}
+
+impl<'de> Deserialize<'de> for Network {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let what = "a network interface (examples: \"br0\", \"br0,mac=02:00:00:00:00:01\")";
+        deserializer
+            .deserialize_any(Written(system::network, what))
+            .map(Network)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -365,25 +494,29 @@ mod tests {
         "#;
         let wanted = read(text).unwrap();
         let plain = &wanted[0].request;
-        assert_eq!(wanted[0].module, Path::new("/abs/plain.wasm"));
-        let own: WasmSpec = plain.kind_spec.decode().unwrap();
+        let Body::Program(module, own) = &wanted[0].body else {
+            panic!("{wanted:?}");
+        };
+        assert_eq!(module, Path::new("/abs/plain.wasm"));
         assert_eq!(own.args, ["plain.wasm"]);
         assert_eq!((plain.memory_bytes, own.threads_max), (4 << 30, 256));
         assert_eq!(plain.output_bytes_per_s, 16 << 20);
         assert_eq!((plain.cpu_limit_millis, plain.restart), (None, Restart::No));
-        assert_eq!(wanted[1].module, Path::new("/etc/sub/web.wasm"));
+        let own = WasmSpec {
+            module: String::new(),
+            args: vec!["web.wasm".into(), "-v".into()],
+            env: vec![("A".into(), "1".into()), ("B".into(), "2".into())],
+            threads_max: 4,
+        };
+        assert_eq!(
+            wanted[1].body,
+            Body::Program("/etc/sub/web.wasm".into(), own)
+        );
         let web = RunRequest {
             name: Some("web".into()),
             on: Some("a".into()),
             kind: WasmKind::kind_name(),
-            kind_spec: WasmSpec {
-                module: String::new(),
-                args: vec!["web.wasm".into(), "-v".into()],
-                env: vec![("A".into(), "1".into()), ("B".into(), "2".into())],
-                threads_max: 4,
-            }
-            .to_kind_spec()
-            .unwrap(),
+            kind_spec: KindSpec::default(),
             volumes: vec![VolumeRequest::Tmp {
                 bytes: 1 << 30,
                 inodes: None,
@@ -417,13 +550,46 @@ mod tests {
     }
 
     #[test]
+    fn a_system_is_what_run_makes_of_the_same_options() {
+        let text = r#"
+            [machine.db]
+            kind = "qemu"
+            kernel = "boot/vmlinuz"
+            initrd = "/boot/initrd"
+            append = "console=ttyS0"
+            disk = ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
+            net = ["br0,mac=02:00:00:00:00:01"]
+            cpu = 2
+            shutdown = "10s"
+            ha = { fence = "timer" }
+        "#;
+        let wanted = read(text).unwrap();
+        let system = System {
+            kernel: Some("/etc/boot/vmlinuz".into()),
+            initrd: Some("/boot/initrd".into()),
+            append: Some("console=ttyS0".into()),
+            disk: ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
+                .map(|text| system::disk(text).unwrap())
+                .to_vec(),
+            net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
+            cpu: Some(2),
+            shutdown: Some(Duration::from_secs(10)),
+        };
+        assert_eq!(wanted[0].body, Body::System(system));
+        let request = &wanted[0].request;
+        assert_eq!(request.kind, QemuKind::kind_name());
+        assert_eq!(request.memory_bytes, 1 << 30);
+        assert!(request.ha.is_some());
+    }
+
+    #[test]
     fn unknown_keys_are_named_with_their_line_and_the_nearest() {
         let text = "[machine.web]\nmodule = \"a\"\nmemroy = 1\n\n[machine.db]\nmodule = \"b\"\ncpu_limit = 1\nzzz = 2\n";
         assert_eq!(
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, shutdown, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(
@@ -438,7 +604,28 @@ mod tests {
     fn what_is_wrong_is_shown_where_it_is() {
         for (text, what) in [
             ("", "has no machines"),
-            ("[machine.web]", "missing field `module`"),
+            ("[machine.web]", "needs its module"),
+            ("[machine.web]\nkind = \"xen\"", "wasm and qemu are known"),
+            (
+                "[machine.web]\nmodule = \"a\"\ndisk = [\"/a.raw\"]",
+                "disk is for whole systems",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\nmodule = \"a\"",
+                "module means nothing",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\ninitrd = \"a\"",
+                "add kernel",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\ndisk = [\"/a\"]",
+                "does not say its format",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\nnet = [\"br0,mac=1\"]",
+                "is not the address",
+            ),
             ("[machine.web]\nmodule = 1", "line 2"),
             (
                 "[machine.web]\nmodule = \"a\"\nmemory = \"much\"",

@@ -8,6 +8,7 @@
 mod file;
 
 use crate::cluster::Reach;
+use crate::image::ImageFile;
 use crate::output::Format;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -17,7 +18,6 @@ use keel_api::{
     CheckpointChange, Client, FieldChange, HighAvailabilityChange, MachineDiff, MachineInfo,
     Nothing, RunRequest, SetRequest, VolumeRequest,
 };
-use keel_kind_wasm::WasmSpec;
 use keel_machine::restart_policy::Restart;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -35,8 +35,9 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The file: a table [machine.NAME] for each machine, with `module` and any options of `keel
-    /// run` (args, env, volume, memory, threads, cpu-limit, output-rate, restart, rm, on,
-    /// checkpoint-every, -to, -keep, -keep-for).
+    /// run` (args, env, volume, memory, threads, cpu-limit, output-rate, restart, rm, on, ha,
+    /// checkpoint-every, -to, -keep, -keep-for); for a whole system with `kind = "qemu"` (kernel,
+    /// initrd, append, disk, net, cpu, shutdown). An interface keeps the address that it has.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Only shows the changes.
@@ -68,8 +69,9 @@ struct Plan {
     done: bool,
     #[serde(skip)]
     wanted: RunRequest,
+    /// What it starts from.
     #[serde(skip)]
-    module: Bytes,
+    files: Vec<ImageFile>,
     #[serde(skip)]
     found: MachineDiff,
 }
@@ -80,9 +82,10 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {shown}"))?;
     let wanted = file::read(&args.file, &text).map_err(|error| anyhow!(error))?;
     let client = reach.client()?;
+    let present: Vec<MachineInfo> = client.get("/v1/machines").await?;
     let mut plans = Vec::new();
     for wanted in wanted {
-        plans.push(plan(&client, wanted).await?);
+        plans.push(plan(&client, wanted, &present).await?);
     }
     for plan in &plans {
         warn(plan);
@@ -110,22 +113,13 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
-    let Wanted {
-        module,
-        mut request,
-    } = wanted;
+async fn plan(client: &Client, wanted: Wanted, present: &[MachineInfo]) -> Result<Plan> {
+    let Wanted { body, mut request } = wanted;
     let machine = request.name.clone().unwrap_or_default();
     let of = || format!("machine {machine:?}");
-    let bytes = std::fs::read(&module)
-        .with_context(|| format!("cannot read {}", module.display()))
-        .with_context(of)?;
-    let own: WasmSpec = request.kind_spec.decode().map_err(anyhow::Error::msg)?;
-    let own = WasmSpec {
-        module: blake3::hash(&bytes).to_hex().to_string(),
-        ..own
-    };
-    request.kind_spec = own.to_kind_spec().map_err(anyhow::Error::msg)?;
+    let before = present.iter().find(|it| it.name == machine);
+    let (own, files) = body.read(before).with_context(of)?;
+    request.kind_spec = own;
     // The node validates the name.
     let path = keel_api::path(["machines", &machine, "diff"]);
     let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
@@ -141,7 +135,7 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
         changes: found.changes.clone(),
         done: false,
         wanted: request,
-        module: bytes.into(),
+        files,
         found,
     })
 }
@@ -228,8 +222,9 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
 }
 
 async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> {
-    let module = plan.module.clone();
-    client.upload(&plan.wanted.kind, module).await?;
+    for file in &plan.files {
+        file.upload(client, &plan.wanted.kind).await?;
+    }
     let request = RunRequest {
         on,
         ..plan.wanted.clone()

@@ -1,0 +1,244 @@
+//! Virtual machines of Proxmox VE: `qm.conf(5)`, the files of `/etc/pve/qemu-server`.
+
+use super::{Imported, Storages};
+
+/// The buses of disks, whose numbers follow.
+const BUSES: [&str; 4] = ["virtio", "scsi", "sata", "ide"];
+/// Options of a disk that say nothing that a machine here would lack.
+const OF_DISK: [&str; 5] = ["file", "format", "media", "ro", "size"];
+
+/// A disk as its line has it.
+struct Disk<'a> {
+    name: &'a str,
+    options: Vec<(&'a str, &'a str)>,
+}
+
+/// Reads a file.
+///
+/// # Errors
+/// A message that follows the file's name.
+pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> {
+    let mut read = Imported::new();
+    let (mut cores, mut sockets, mut order) = (None, None, "");
+    let mut disks = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        if let Some(snapshot) = line.strip_prefix('[') {
+            let name = snapshot.trim_end_matches(']');
+            read.leave_out(format!("snapshot {name}, and what follows it"));
+            break;
+        }
+        let Some((key, value)) = line.split_once(':') else {
+            let number = number + 1;
+            return Err(format!(
+                "line {number}: \"KEY: VALUE\" is expected in a file of Proxmox VE (one of libvirt begins with <domain>)"
+            ));
+        };
+        let (key, value) = (key.trim(), value.trim());
+        let count = || {
+            let count = value.parse::<u32>().ok().filter(|count| *count > 0);
+            count.ok_or_else(|| format!("{key}: {value:?} is no number of processors"))
+        };
+        match key {
+            "name" => read.name = value.to_owned(),
+            "cores" => cores = Some(count()?),
+            "sockets" => sockets = Some(count()?),
+            "memory" => {
+                let mib = value
+                    .strip_prefix("current=")
+                    .unwrap_or(value)
+                    .parse::<u64>();
+                let bytes = mib.ok().and_then(|mib| mib.checked_mul(1 << 20));
+                read.set_memory(
+                    bytes.ok_or_else(|| format!("memory of {value:?} MiB is not known"))?,
+                );
+            }
+            "boot" => match value.strip_prefix("order=") {
+                Some(listed) => order = listed,
+                None => read.leave_out(format!("boot: {value}")),
+            },
+            _ if is_numbered(key, "net") => add_interface(key, value, &mut read),
+            _ if BUSES.iter().any(|bus| is_numbered(key, bus)) => {
+                let options = value.split(',');
+                // Its volume has no name, usually.
+                let options = options.map(|it| it.split_once('=').unwrap_or(("file", it)));
+                let options: Vec<(&str, &str)> = options.collect();
+                disks.push(Disk { name: key, options });
+            }
+            _ => read.leave_out(format!("{key}: {value}")),
+        }
+    }
+    if cores.is_some() || sockets.is_some() {
+        let count = cores.unwrap_or(1).checked_mul(sockets.unwrap_or(1));
+        read.machine.cpu = Some(count.ok_or("it has too many processors")?);
+    }
+    // It boots from its first disk.
+    let place = |disk: &Disk| {
+        let listed = order.split(';').position(|name| name.trim() == disk.name);
+        listed.unwrap_or(usize::MAX)
+    };
+    disks.sort_by_key(place);
+    for disk in disks {
+        add_disk(&disk, storages, &mut read);
+    }
+    Ok(read)
+}
+
+/// Whether a key is this name with a number.
+fn is_numbered(key: &str, name: &str) -> bool {
+    let number = key.strip_prefix(name).unwrap_or_default();
+    !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())
+}
+
+fn add_disk(disk: &Disk, storages: &Storages, read: &mut Imported) {
+    let Disk { name, options } = disk;
+    let option = |wanted: &str| {
+        let found = options.iter().find(|(option, _)| *option == wanted);
+        found.map(|(_, value)| *value)
+    };
+    let volume = option("file").unwrap_or_default();
+    if option("media").is_some_and(|media| media != "disk") || matches!(volume, "" | "none") {
+        read.leave_out(format!("{name}: {volume}"));
+        return;
+    }
+    let path = match volume.split_once(':') {
+        _ if volume.starts_with('/') => volume.to_owned(),
+        Some((storage, rest)) => match storages.get(storage) {
+            // Storages of files have a folder for each machine.
+            Some(folder) if rest.contains('/') => format!("{folder}/images/{rest}"),
+            Some(folder) => format!("{folder}/{rest}"),
+            None => {
+                read.leave_out(format!(
+                    "{name}: {volume} (say where it is: --storage {storage}=PATH)"
+                ));
+                return;
+            }
+        },
+        None => {
+            read.leave_out(format!("{name}: {volume}"));
+            return;
+        }
+    };
+    let is_file = ["qcow2", "raw", "img"]
+        .iter()
+        .any(|end| path.ends_with(&format!(".{end}")));
+    // Other volumes are devices.
+    let format = option("format").or_else(|| (!is_file).then_some("raw"));
+    read.add_disk(name, &path, format, option("ro") == Some("1"));
+    leave_out_rest(name, options, &OF_DISK, read);
+}
+
+/// `virtio=BC:24:11:00:00:01,bridge=vmbr0,...`
+fn add_interface(name: &str, value: &str, read: &mut Imported) {
+    let options: Vec<(&str, &str)> = value
+        .split(',')
+        .filter_map(|option| option.split_once('='))
+        .collect();
+    let option = |wanted: &str| {
+        let found = options.iter().find(|(option, _)| *option == wanted);
+        found.map(|(_, value)| *value)
+    };
+    // The first one is the model, with the address.
+    let model = options.first().filter(|(name, _)| *name != "model");
+    let mac = option("macaddr").or_else(|| model.map(|(_, mac)| *mac));
+    let Some(bridge) = option("bridge") else {
+        read.leave_out(format!("{name}: {value}, which is on no bridge"));
+        return;
+    };
+    read.add_interface(name, bridge, mac);
+    let model = model.map_or("model", |(model, _)| *model);
+    leave_out_rest(name, &options, &["bridge", "macaddr", model], read);
+}
+
+fn leave_out_rest(name: &str, options: &[(&str, &str)], known: &[&str], read: &mut Imported) {
+    let rest = options.iter().filter(|(option, _)| !known.contains(option));
+    let rest: Vec<String> = rest
+        .map(|(option, value)| format!("{option}={value}"))
+        .collect();
+    if !rest.is_empty() {
+        read.leave_out(format!("{name}: {}", rest.join(",")));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    const CONF: &str = "\
+#A description
+agent: 1
+balloon: 0
+boot: order=scsi1;ide2;net0
+cores: 2
+cpu: host
+ide2: none,media=cdrom
+memory: 2048
+name: web
+net0: virtio=BC:24:11:AA:00:01,bridge=vmbr0,firewall=1,tag=10
+net1: model=e1000,macaddr=BC:24:11:AA:00:02,bridge=vmbr1
+scsi0: local:100/vm-100-disk-1.qcow2,iothread=1,size=32G
+scsi1: local-lvm:vm-100-disk-0,size=8G
+scsi2: ceph:vm-100-disk-2,size=8G
+scsi3: /dev/disk/by-id/x,ro=1
+scsihw: virtio-scsi-single
+sockets: 2
+
+[before-upgrade]
+cores: 9
+";
+
+    #[test]
+    fn a_file_is_a_machine_and_what_it_lacks_is_named() {
+        let storages = [("local", "/mnt/vz"), ("local-lvm", "/dev/pve")];
+        let storages = storages.map(|(name, path)| (name.to_owned(), path.to_owned()));
+        let read = super::super::read("100", CONF, &Storages::from(storages)).unwrap();
+        let text = read.text(Path::new("100.conf")).unwrap();
+        assert_eq!(
+            text,
+            r#"# From 100.conf. Left out:
+#   agent: 1
+#   balloon: 0
+#   cpu: host
+#   net0: firewall=1,tag=10
+#   scsihw: virtio-scsi-single
+#   snapshot before-upgrade, and what follows it
+#   ide2: none
+#   scsi0: iothread=1
+#   scsi2: ceph:vm-100-disk-2 (say where it is: --storage ceph=PATH)
+[machine.web]
+kind = "qemu"
+disk = ["/dev/pve/vm-100-disk-0,format=raw", "/mnt/vz/images/100/vm-100-disk-1.qcow2", "/dev/disk/by-id/x,format=raw,ro"]
+net = ["vmbr0,mac=bc:24:11:aa:00:01", "vmbr1,mac=bc:24:11:aa:00:02"]
+cpu = 4
+memory = "2048M"
+"#
+        );
+        assert!(crate::apply::is_file(&text));
+    }
+
+    #[test]
+    fn without_a_name_it_has_that_of_its_file() {
+        let storages = Storages::new();
+        let read =
+            super::super::read("100", "net0: virtio=BC:24:11:AA:00:01\n", &storages).unwrap();
+        assert_eq!(read.name, "100");
+        assert!(read.left_out[0].contains("on no bridge"), "{read:?}");
+    }
+
+    #[test]
+    fn what_is_no_such_file_is_refused() {
+        for (text, what) in [
+            ("nonsense", "line 1"),
+            ("cores: 0", "no number of processors"),
+            ("memory: much", "is not known"),
+            ("cores: 99999\nsockets: 99999", "too many"),
+        ] {
+            let said = read(text, &Storages::new()).unwrap_err();
+            assert!(said.contains(what), "{text}: {said}");
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Decoders of what others than this worker wrote, for fuzzing.
+
+use crate::migration_status::Info;
+use crate::qmp::is_conversation;
+use crate::spec::QemuSpec;
+use serde::Deserialize;
+
+/// Whether bytes are lines that QEMU may send. Its answers are decoded as the status of a migration.
+pub fn is_from_qemu(bytes: &[u8]) -> bool {
+    is_conversation(bytes, |answer| {
+        // Not every answer is one.
+        if let Ok(info) = Info::deserialize(answer) {
+            let _ = info.check();
+        }
+    })
+}
+
+/// Whether bytes are this kind's part of a spec, with values that a machine may have.
+pub fn is_spec(bytes: &[u8]) -> bool {
+    let spec = serde_json::from_slice::<QemuSpec>(bytes);
+    spec.is_ok_and(|spec| spec.check().is_ok())
+}
