@@ -140,7 +140,11 @@ pub(crate) const LONG: &[Group] = &[
         name: "whole systems",
         crates: &["kind-qemu", "machine", "node"],
         message_delay_ms: None,
-        tests: &["networks::systems_answer_while_they_are_balanced_and_agents_are_killed"],
+        tests: &[
+            "networks::systems_answer_while_they_are_balanced_and_agents_are_killed",
+            "a_fault_after_the_commit_leaves_one_system",
+            "systems_and_programs_are_balanced_together",
+        ],
     },
     Group {
         name: "clusters with late messages",

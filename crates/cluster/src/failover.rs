@@ -81,6 +81,8 @@ pub struct Homeless {
     pub memory_bytes: u64,
     /// The nodes that have its checkpoint; `None` where every node reaches it.
     pub members: Option<BTreeSet<NodeName>>,
+    /// Whether what the members have cannot be fetched from them.
+    pub members_only: bool,
     /// The nodes on which rules do not allow it.
     pub forbidden: BTreeSet<NodeName>,
 }
@@ -174,17 +176,18 @@ fn place_one(machine: &Homeless, free: &mut BTreeMap<NodeName, u64>) -> Placemen
     if machine.members.is_some() && !free.keys().any(is_member) {
         return Placement::NoMember;
     }
+    let is_allowed = |node: &NodeName| {
+        !machine.forbidden.contains(node) && (!machine.members_only || is_member(node))
+    };
     // Of equals the first by name: the same for all who ask.
     let best = free
         .iter()
-        .filter(|(node, bytes)| **bytes > 0 && !machine.forbidden.contains(*node))
+        .filter(|(node, bytes)| **bytes > 0 && is_allowed(node))
         .filter(|(_, bytes)| **bytes >= machine.memory_bytes)
         .map(|(node, bytes)| (is_member(node), *bytes, std::cmp::Reverse(node.clone())))
         .max();
     let Some((has_checkpoint, _, std::cmp::Reverse(node))) = best else {
-        let allowed = free
-            .iter()
-            .filter(|(node, _)| !machine.forbidden.contains(*node));
+        let allowed = free.iter().filter(|(node, _)| is_allowed(node));
         let most_bytes = allowed.map(|(_, bytes)| *bytes).max().unwrap_or(0);
         return Placement::NoRoom { most_bytes };
     };
@@ -284,6 +287,7 @@ mod tests {
             priority,
             memory_bytes,
             members: Some(members.iter().map(|name| node(name)).collect()),
+            members_only: false,
             forbidden: BTreeSet::new(),
         }
     }
@@ -324,6 +328,14 @@ mod tests {
         assert_eq!(of(80, &["a", "b"]), Placement::Fetched(node("c")));
         assert_eq!(of(91, &["a"]), Placement::NoRoom { most_bytes: 90 });
         assert_eq!(of(10, &["d"]), Placement::NoMember);
+        // What the members have can only be there.
+        let bound = |memory| Homeless {
+            members_only: true,
+            ..homeless("m", 5, memory, &["a", "b"])
+        };
+        let placed = |memory| place(vec![bound(memory)], &free)[0].1.clone();
+        assert_eq!(placed(10), Placement::On(node("b")));
+        assert_eq!(placed(80), Placement::NoRoom { most_bytes: 70 });
         let everywhere = Homeless {
             members: None,
             ..homeless("m", 5, 10, &[])

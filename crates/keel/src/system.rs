@@ -65,12 +65,10 @@ pub(crate) struct NetworkArg {
 }
 
 impl NetworkArg {
-    /// The interface: with the address of the one before in its place, if it has none of its own,
-    /// or with one at random.
+    /// The interface: with its own address, or that of the one `before`, or one at random.
     fn interface(&self, before: Option<&Interface>) -> Interface {
         let bridge = self.bridge.clone();
-        let kept = before.filter(|before| before.bridge == bridge);
-        match self.mac.clone().or_else(|| Some(kept?.mac.clone())) {
+        match self.mac.clone().or_else(|| Some(before?.mac.clone())) {
             Some(mac) => Interface { bridge, mac },
             None => Interface::with_random_mac(bridge, rand::random()),
         }
@@ -197,15 +195,24 @@ impl System {
             }),
             None => None,
         };
-        let interfaces = self.net.iter().enumerate();
-        let interfaces = interfaces.map(|(at, network)| network.interface(before.get(at)));
+        let chosen = |mac: &str| self.net.iter().any(|it| it.mac.as_deref() == Some(mac));
+        let mut left: Vec<&Interface> = before.iter().filter(|it| !chosen(&it.mac)).collect();
+        let interfaces = self.net.iter().map(|network| {
+            let is_kept = |it: &&Interface| network.mac.is_none() && it.bridge == network.bridge;
+            let kept = left.iter().position(is_kept).map(|at| left.remove(at));
+            network.interface(kept)
+        });
+        let interfaces: Vec<Interface> = interfaces.collect();
         let spec = QemuSpec {
             cpus: self.cpu.unwrap_or(1),
             kernel,
             disks: self.disk.clone(),
-            interfaces: interfaces.collect(),
+            interfaces,
             shutdown_s: match self.shutdown {
-                Some(time) => u32::try_from(time.as_secs()).context("shutdown is too long")?,
+                Some(time) => {
+                    let seconds = time.as_millis().div_ceil(1000);
+                    u32::try_from(seconds).context("shutdown is too long")?
+                }
                 None => SHUTDOWN_S,
             },
         };
@@ -242,9 +249,20 @@ mod tests {
         assert_eq!(first.bridge, "br0");
         assert_ne!(first.mac, second.mac);
         assert_eq!(open.interface(Some(&before)), before);
-        let elsewhere = network("br1").unwrap().interface(Some(&before));
-        assert_eq!(elsewhere.bridge, "br1");
-        assert_ne!(elsewhere.mac, before.mac);
+        // The first one of that bridge, wherever it is, unless it is given away.
+        let system = |texts: &[&str]| System {
+            net: texts.iter().map(|text| network(text).unwrap()).collect(),
+            ..System::default()
+        };
+        let read = |texts: &[&str]| {
+            let (spec, _) = system(texts).read(std::slice::from_ref(&before)).unwrap();
+            spec.interfaces
+        };
+        let (first, second) = ("br0,mac=02:00:00:00:00:07", "br0");
+        let moved = read(&["br1", "br0"]);
+        assert_ne!(moved[0].mac, before.mac);
+        assert_eq!(moved[1], before);
+        assert_ne!(read(&[first, second])[1].mac, before.mac);
         for wrong in [
             "",
             "a/b",

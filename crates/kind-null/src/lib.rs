@@ -78,6 +78,7 @@ impl Kind for NullKind {
     fn abilities(&self) -> Abilities {
         Abilities {
             checkpoints: true,
+            changes_memory: true,
             ..Abilities::default()
         }
     }

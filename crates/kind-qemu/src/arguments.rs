@@ -5,6 +5,8 @@
 //! another one in each version of QEMU.
 
 use crate::spec::{Disk, QemuSpec};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use serde_json::json;
 use std::ffi::OsString;
 use std::path::Path;
@@ -117,19 +119,35 @@ impl Machine<'_> {
     }
 }
 
-/// As JSON, in which a path may have any characters.
+/// As JSON, in which a path may have any characters. Past the host's page cache, if that can be:
+/// another host must see what was written, and what a host that was cut off has in its cache must
+/// not be written later, over what another one wrote.
 fn block_device(number: usize, disk: &Disk) -> String {
+    let cache = json!({ "direct": !disk.read_only && is_direct(&disk.path) });
     json!({
         "driver": disk.format.word(),
         "node-name": format!("disk{number}"),
         "read-only": disk.read_only,
+        "cache": cache,
         "file": {
             "driver": "file",
             "filename": disk.path,
             "locking": "on",
+            "cache": cache,
         },
     })
     .to_string()
+}
+
+/// Whether a file can be opened past the page cache. Some file systems cannot do that, such as
+/// older ones in memory, which no other host sees.
+fn is_direct(path: &str) -> bool {
+    let opened = open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    opened.err() != Some(Errno::INVAL)
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! What an agent asks of this kind of machine.
 
 use crate::accelerator::Accelerator;
-use crate::process::{QEMU, installed_version, resident_bytes};
+use crate::network;
+use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
 use crate::spec::QemuSpec;
 use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
 use keel_machine::spec::Spec;
@@ -98,6 +99,16 @@ impl Kind for QemuKind {
             is_written: !disk.read_only,
         });
         files.collect()
+    }
+
+    fn lacks_here(&self, spec: &Spec) -> Option<String> {
+        if !is_installed() {
+            return Some(format!(
+                "{QEMU} is not installed (apt-get install qemu-system-x86)"
+            ));
+        }
+        let interfaces = QemuSpec::of(spec).map(|own| own.interfaces);
+        network::check(&interfaces.unwrap_or_default()).err()
     }
 
     /// A disk is locked, but a node that was cut off may hold its lock; and nothing keeps two

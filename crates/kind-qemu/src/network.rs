@@ -77,6 +77,20 @@ impl Taps {
     }
 }
 
+/// # Errors
+/// What this node lacks for them. Blocks.
+pub(crate) fn check(interfaces: &[Interface]) -> Result<(), String> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    with_netlink(async |handle| {
+        for interface in interfaces {
+            find_bridge(&handle, &interface.bridge).await?;
+        }
+        Ok(())
+    })
+}
+
 struct Bridge {
     index: u32,
     mtu: u32,

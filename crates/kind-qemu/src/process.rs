@@ -4,6 +4,7 @@
 //! ends, which waits for it. What its guest is told is left to [`crate::vm`].
 
 use crate::qmp::QmpEvent;
+use rustix::fs::{Access, access};
 use rustix::process::set_parent_process_death_signal;
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open};
 use std::fs;
@@ -101,6 +102,13 @@ impl Shared {
 pub(crate) struct Launched {
     pub(crate) pid: u32,
     pub(crate) process: OwnedFd,
+}
+
+/// Whether the program is installed.
+pub(crate) fn is_installed() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut programs = std::env::split_paths(&path).map(|folder| folder.join(QEMU));
+    programs.any(|program| access(program, Access::EXEC_OK).is_ok())
 }
 
 /// The version of the program that is installed; `None` if there is none.

@@ -46,6 +46,7 @@ impl Kind for WasmKind {
             compiles: true,
             keeps_images: false,
             checkpoints: true,
+            changes_memory: true,
         }
     }
 

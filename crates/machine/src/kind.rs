@@ -126,6 +126,8 @@ pub struct Abilities {
     /// Its state can be copied while it runs, and it can begin from that copy. Without it a machine
     /// whose node fails begins anew elsewhere.
     pub checkpoints: bool,
+    /// Its memory can be changed while it runs.
+    pub changes_memory: bool,
 }
 
 /// A file of hosts, beside volumes, that a machine uses wherever it runs.
@@ -181,6 +183,12 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
     /// run it see the same ones.
     fn host_files(&self, _spec: &Spec) -> Vec<HostFile> {
         Vec::new()
+    }
+
+    /// What a machine lacks on this host that it uses wherever it runs, beside files; `None` if
+    /// nothing. Blocks.
+    fn lacks_here(&self, _spec: &Spec) -> Option<String> {
+        None
     }
 
     /// What a machine changes that refuses nobody, in words that follow "it uses": a node that was

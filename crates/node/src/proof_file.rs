@@ -30,30 +30,58 @@ impl Proof {
     }
 }
 
-/// A proof in a directory of this node. Methods block.
+/// A proof in a directory of this node, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct ProofFile {
     pub(crate) proof: Proof,
-    path: PathBuf,
+    /// None once it was removed.
+    path: Option<PathBuf>,
 }
 
 impl ProofFile {
+    /// Blocks.
+    ///
     /// # Errors
     /// If it cannot be written.
     pub(crate) fn write(folder: &Path) -> std::io::Result<Self> {
         let name = format!(".keel-unlinked-proof-{:016x}", rand::random::<u64>());
         let content = format!("{:032x}", rand::random::<u128>());
         let path = folder.join(&name);
-        std::fs::write(&path, &content)?;
         let proof = Proof { name, content };
-        Ok(ProofFile { proof, path })
+        // On a full disk it is there, and empty.
+        let file = ProofFile {
+            proof,
+            path: Some(path.clone()),
+        };
+        std::fs::write(path, &file.proof.content)?;
+        Ok(file)
     }
 
-    /// Removes it. One that cannot be removed is told by its name.
-    pub(crate) fn remove(self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(%error, path = %self.path.display(), "cannot remove a proof file");
+    /// Removes it. One that cannot be removed is told by its name. Blocks.
+    pub(crate) fn remove(mut self) {
+        if let Some(path) = self.path.take() {
+            remove(&path);
         }
+    }
+}
+
+impl Drop for ProofFile {
+    /// Wherever it is dropped, nobody waits for the disk.
+    fn drop(&mut self) {
+        let Some(path) = self.path.take() else { return };
+        let thread = std::thread::Builder::new().name("proof-file".into());
+        if let Err(error) = thread.spawn(move || remove(&path)) {
+            tracing::warn!(%error, "a proof file stays");
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(%error, path = %path.display(), "cannot remove a proof file");
+        }
+        _ => {}
     }
 }
 
@@ -77,5 +105,18 @@ mod tests {
         assert!(!outside.is_in(&folder));
         file.remove();
         assert!(!proof.is_in(one.path()));
+    }
+
+    #[test]
+    fn one_that_is_dropped_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = ProofFile::write(folder.path()).unwrap();
+        let path = folder.path().join(&file.proof.name);
+        drop(file);
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while path.exists() {
+            assert!(std::time::Instant::now() < until);
+            std::thread::yield_now();
+        }
     }
 }

@@ -107,8 +107,7 @@ impl Body {
                 (own.to_kind_spec(), vec![file])
             }
             Body::System(system) => {
-                let before = before.map(|machine| machine.kind_spec.clone());
-                let before = before.and_then(|own| serde_json::from_value::<QemuSpec>(own).ok());
+                let before = before.and_then(system_of);
                 let interfaces = before.map(|own| own.interfaces).unwrap_or_default();
                 let (own, files) = system.read(&interfaces)?;
                 (own.to_kind_spec(), files)
@@ -116,6 +115,19 @@ impl Body {
         };
         Ok((own.map_err(anyhow::Error::msg)?, files))
     }
+}
+
+/// The part of a whole system in what a node says of it; `None` for a program.
+fn system_of(machine: &MachineInfo) -> Option<QemuSpec> {
+    let is_system = machine.kind == QemuKind::kind_name();
+    let own = is_system.then(|| machine.kind_spec.clone())?;
+    serde_json::from_value(own).ok()
+}
+
+/// How long a machine may take to shut down.
+pub(super) fn shutdown(machine: &MachineInfo) -> Duration {
+    let seconds = system_of(machine).map_or(0, |own| own.shutdown_s);
+    Duration::from_secs(seconds.into())
 }
 
 #[derive(Deserialize)]
@@ -436,11 +448,19 @@ impl<'de> Deserialize<'de> for Volume {
     }
 }
 
+/// A disk as in `keel run`, but not beside whoever runs the command.
+fn absolute_disk(text: &str) -> Result<Disk, String> {
+    match text.starts_with('/') {
+        true => system::disk(text),
+        false => Err(format!("{text:?}: an absolute path is expected")),
+    }
+}
+
 impl<'de> Deserialize<'de> for FileDisk {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let what = "a disk (examples: \"/shared/a.qcow2\", \"/dev/vg/a,format=raw\")";
         deserializer
-            .deserialize_any(Written(system::disk, what))
+            .deserialize_any(Written(absolute_disk, what))
             .map(FileDisk)
     }
 }
@@ -621,6 +641,10 @@ mod tests {
             (
                 "[machine.web]\nkind = \"qemu\"\ndisk = [\"/a\"]",
                 "does not say its format",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\ndisk = [\"a.raw\"]",
+                "an absolute path",
             ),
             (
                 "[machine.web]\nkind = \"qemu\"\nnet = [\"br0,mac=1\"]",

@@ -15,8 +15,8 @@ use bytes::Bytes;
 use file::Wanted;
 use hyper::Method;
 use keel_api::{
-    CheckpointChange, Client, FieldChange, HighAvailabilityChange, MachineDiff, MachineInfo,
-    Nothing, RunRequest, SetRequest, VolumeRequest,
+    CheckpointChange, Client, ClientError, FieldChange, HighAvailabilityChange, MachineDiff,
+    MachineInfo, Nothing, RunRequest, SetRequest, VolumeRequest,
 };
 use keel_machine::restart_policy::Restart;
 use serde::Serialize;
@@ -29,7 +29,8 @@ pub(crate) fn is_file(text: &str) -> bool {
     file::read(std::path::Path::new("machines.toml"), text).is_ok()
 }
 
-/// How long the removal of a replaced machine may take.
+/// How long the removal of a replaced machine may take, beside the time that its system may take to
+/// shut down.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
@@ -72,6 +73,9 @@ struct Plan {
     /// What it starts from.
     #[serde(skip)]
     files: Vec<ImageFile>,
+    /// How long the present one may take to shut down.
+    #[serde(skip)]
+    shutdown: Duration,
     #[serde(skip)]
     found: MachineDiff,
 }
@@ -93,6 +97,12 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     if !args.diff {
         if !args.replace {
             refuse_replacing(&plans)?;
+        }
+        // What a machine does not start from is refused before another one is changed.
+        for plan in plans.iter().filter(|plan| plan.action != Action::Unchanged) {
+            for file in &plan.files {
+                file.upload(&client, &plan.wanted.kind).await?;
+            }
         }
         for plan in &mut plans {
             carry_out(&client, plan)
@@ -136,6 +146,7 @@ async fn plan(client: &Client, wanted: Wanted, present: &[MachineInfo]) -> Resul
         done: false,
         wanted: request,
         files,
+        shutdown: before.map_or(Duration::ZERO, file::shutdown),
         found,
     })
 }
@@ -222,9 +233,6 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
 }
 
 async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> {
-    for file in &plan.files {
-        file.upload(client, &plan.wanted.kind).await?;
-    }
     let request = RunRequest {
         on,
         ..plan.wanted.clone()
@@ -237,9 +245,16 @@ async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> 
 async fn remove(client: &Client, plan: &Plan) -> Result<()> {
     let path = keel_api::path(["machines", &plan.machine]);
     if plan.found.live {
-        let _: Nothing = client.post(&format!("{path}/stop"), &()).await?;
+        match client
+            .post::<_, Nothing>(&format!("{path}/stop"), &())
+            .await
+        {
+            // It has been told, and takes its time.
+            Ok(_) | Err(ClientError::Problem { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    let deadline = tokio::time::Instant::now() + REMOVE_PATIENCE;
+    let deadline = tokio::time::Instant::now() + REMOVE_PATIENCE + plan.shutdown;
     loop {
         let removed = client
             .call::<Nothing>(Method::DELETE, &path, Bytes::new())

@@ -6,14 +6,13 @@ use roxmltree::{Document, Node};
 /// Devices that a machine has here too, and what connects devices.
 const PROVIDED: [&str; 5] = ["console", "controller", "emulator", "rng", "serial"];
 /// Of a disk, and of an interface, what is read or says only how the device is connected.
-const OF_DISK: [&str; 9] = [
+const OF_DISK: [&str; 8] = [
     "address",
     "alias",
     "backingStore",
     "boot",
     "driver",
     "readonly",
-    "serial",
     "source",
     "target",
 ];
@@ -31,6 +30,10 @@ pub(super) fn read(text: &str) -> Result<Imported, String> {
     if domain.tag_name().name() != "domain" {
         let found = domain.tag_name().name();
         return Err(format!("a <domain> of libvirt is expected, not <{found}>"));
+    }
+    let hypervisor = domain.attribute("type").unwrap_or("kvm");
+    if !["kvm", "qemu", "hvf"].contains(&hypervisor) {
+        return Err(format!("its type is {hypervisor}: kvm or qemu is expected"));
     }
     let mut read = Imported::new();
     for part in elements(domain) {
@@ -54,7 +57,14 @@ pub(super) fn read(text: &str) -> Result<Imported, String> {
             }
             "os" => system(part, &mut read)?,
             "devices" => {
-                for device in elements(part) {
+                let mut devices: Vec<Node<'_, '_>> = elements(part).collect();
+                // It boots from its first disk.
+                devices.sort_by_key(|device| boot_order(*device));
+                let is_serial = |it: &&Node<'_, '_>| it.tag_name().name() == "serial";
+                if devices.iter().filter(is_serial).count() > 1 {
+                    read.leave_out("all serial lines but the first");
+                }
+                for device in devices {
                     add(device, &mut read);
                 }
             }
@@ -66,6 +76,12 @@ pub(super) fn read(text: &str) -> Result<Imported, String> {
 
 fn elements<'a>(of: Node<'a, 'a>) -> impl Iterator<Item = Node<'a, 'a>> {
     of.children().filter(Node::is_element)
+}
+
+/// When it is booted from a device, among others.
+fn boot_order(device: Node<'_, '_>) -> u32 {
+    let order = child(device, "boot").and_then(|boot| boot.attribute("order")?.parse().ok());
+    order.unwrap_or(u32::MAX)
 }
 
 fn child<'a>(of: Node<'a, 'a>, name: &str) -> Option<Node<'a, 'a>> {
@@ -103,6 +119,14 @@ fn system(os: Node<'_, '_>, read: &mut Imported) -> Result<(), String> {
                 let arch = part.attribute("arch").unwrap_or("x86_64");
                 if arch != "x86_64" {
                     return Err(format!("its processor is {arch}: systems are x86_64 here"));
+                }
+                let what = content(part);
+                if !["", "hvm"].contains(&what.as_str()) {
+                    return Err(format!("its os type is {what}: hvm is expected"));
+                }
+                let machine = part.attribute("machine").unwrap_or_default();
+                if !machine.contains("q35") && !machine.is_empty() {
+                    read.leave_out(format!("os machine={machine}: it is q35 here"));
                 }
             }
             "kernel" => read.machine.kernel = Some(content(part)),
@@ -157,10 +181,29 @@ fn add_disk(disk: Node<'_, '_>, read: &mut Imported) {
         read.leave_out(format!("{name}: {device} of type {kind} {path}").trim_end());
         return;
     };
+    let of_source = source.into_iter().flat_map(elements);
+    let of_source: Vec<&str> = of_source.map(|it| it.tag_name().name()).collect();
+    if of_source
+        .iter()
+        .any(|it| ["encryption", "slices"].contains(it))
+    {
+        let what = of_source.join(", ");
+        read.leave_out(format!("{name} {path}: with {what} its file is no disk"));
+        return;
+    }
+    for what in of_source {
+        read.leave_out(format!("{name}: {what}"));
+    }
+    if let Some(base) = child(disk, "backingStore").and_then(|it| child(it, "source")) {
+        let base = base.attributes().next().map_or("", |it| it.value());
+        read.leave_out(format!("{name}: it needs its base, {base}"));
+    }
     let driver = child(disk, "driver").and_then(|it| it.attribute("type"));
     let is_read_only = child(disk, "readonly").is_some();
     // libvirt's own default.
     read.add_disk(name, path, Some(driver.unwrap_or("raw")), is_read_only);
+    let bus = child(disk, "target").and_then(|it| it.attribute("bus"));
+    read.replace_device(name, bus.unwrap_or("virtio"));
     leave_out_rest(disk, &OF_DISK, name, read);
 }
 
@@ -173,6 +216,8 @@ fn add_interface(interface: Node<'_, '_>, read: &mut Imported) {
     match source.and_then(|it| it.attribute("bridge")) {
         Some(bridge) if kind == "bridge" => {
             read.add_interface(name, bridge, mac);
+            let model = child(interface, "model").and_then(|it| it.attribute("type"));
+            read.replace_device(name, model.unwrap_or("virtio"));
             leave_out_rest(interface, &OF_INTERFACE, name, read);
         }
         _ => {
@@ -279,6 +324,38 @@ memory = "2048M"
     }
 
     #[test]
+    fn what_changes_for_the_guest_is_named() {
+        let devices = "
+            <disk type='file'><source file='/a.raw'/><target dev='vda' bus='virtio'/></disk>
+            <disk type='file'><source file='/b.raw'/><target dev='sda' bus='sata'/><boot order='1'/><serial>X</serial></disk>
+            <disk type='file'><source file='/c.raw'><encryption format='luks'/></source><target dev='vdc' bus='virtio'/></disk>
+            <disk type='file'><driver type='qcow2'/><source file='/d'/><target dev='vdd' bus='virtio'/>
+              <backingStore type='file'><source file='/base'/></backingStore></disk>
+            <interface type='bridge'><source bridge='br0'/><model type='e1000'/></interface>
+            <serial type='pty'/><serial type='pty'/>";
+        let os = "<os><type arch='x86_64' machine='pc-i440fx-9.0'>hvm</type></os>";
+        let found = read(&format!(
+            "<domain>{os}<devices>{devices}</devices></domain>"
+        ));
+        let found = found.unwrap();
+        let disks = ["/b.raw,format=raw", "/a.raw,format=raw", "/d,format=qcow2"];
+        assert_eq!(found.machine.disk, disks);
+        assert_eq!(found.machine.net, ["br0"]);
+        assert_eq!(
+            found.left_out,
+            [
+                "os machine=pc-i440fx-9.0: it is q35 here",
+                "all serial lines but the first",
+                "disk sda: sata, it is of virtio here",
+                "disk sda: serial",
+                "disk vdc /c.raw: with encryption its file is no disk",
+                "disk vdd: it needs its base, /base",
+                "interface: e1000, it is of virtio here",
+            ]
+        );
+    }
+
+    #[test]
     fn a_kernel_is_booted_and_firmware_is_left_out() {
         let domain =
             |os: &str| format!("<domain><name>k</name><memory unit='G'>1</memory>{os}</domain>");
@@ -316,6 +393,11 @@ memory = "2048M"
             (
                 "<domain><os><type arch='aarch64'/></os></domain>",
                 "aarch64",
+            ),
+            ("<domain type='xen'/>", "xen"),
+            (
+                "<domain><os><type>linux</type></os></domain>",
+                "hvm is expected",
             ),
             (
                 "<!DOCTYPE d [<!ENTITY a 'x'>]><domain><name>&a;</name></domain>",

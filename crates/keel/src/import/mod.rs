@@ -112,6 +112,13 @@ impl Imported {
         }
     }
 
+    /// Devices are of virtio here, and have other names in the guest.
+    fn replace_device(&mut self, of: &str, model: &str) {
+        if model != "virtio" {
+            self.leave_out(format!("{of}: {model}, it is of virtio here"));
+        }
+    }
+
     /// Memory in bytes, as whole MiB.
     fn set_memory(&mut self, bytes: u64) {
         let mib = bytes.div_ceil(1 << 20).clamp(1, u64::MAX >> 20);

@@ -7,6 +7,9 @@ const BUSES: [&str; 4] = ["virtio", "scsi", "sata", "ide"];
 /// Options of a disk that say nothing that a machine here would lack.
 const OF_DISK: [&str; 5] = ["file", "format", "media", "ro", "size"];
 
+/// The memory of a machine that says nothing of it.
+const MEMORY_BYTES: u64 = 512 << 20;
+
 /// A disk as its line has it.
 struct Disk<'a> {
     name: &'a str,
@@ -43,6 +46,13 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             count.ok_or_else(|| format!("{key}: {value:?} is no number of processors"))
         };
         match key {
+            "template" if value == "1" => {
+                return Err("it is a template: its clones need its disks as they are".into());
+            }
+            "arch" if value != "x86_64" => {
+                return Err(format!("its processor is {value}: systems are x86_64 here"));
+            }
+            "arch" => {}
             "name" => read.name = value.to_owned(),
             "cores" => cores = Some(count()?),
             "sockets" => sockets = Some(count()?),
@@ -70,6 +80,9 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             }
             _ => read.leave_out(format!("{key}: {value}")),
         }
+    }
+    if read.machine.memory.is_none() {
+        read.set_memory(MEMORY_BYTES);
     }
     if cores.is_some() || sockets.is_some() {
         let count = cores.unwrap_or(1).checked_mul(sockets.unwrap_or(1));
@@ -107,9 +120,7 @@ fn add_disk(disk: &Disk, storages: &Storages, read: &mut Imported) {
     let path = match volume.split_once(':') {
         _ if volume.starts_with('/') => volume.to_owned(),
         Some((storage, rest)) => match storages.get(storage) {
-            // Storages of files have a folder for each machine.
-            Some(folder) if rest.contains('/') => format!("{folder}/images/{rest}"),
-            Some(folder) => format!("{folder}/{rest}"),
+            Some(folder) => path_of(folder, rest, name, read),
             None => {
                 read.leave_out(format!(
                     "{name}: {volume} (say where it is: --storage {storage}=PATH)"
@@ -122,13 +133,33 @@ fn add_disk(disk: &Disk, storages: &Storages, read: &mut Imported) {
             return;
         }
     };
-    let is_file = ["qcow2", "raw", "img"]
-        .iter()
-        .any(|end| path.ends_with(&format!(".{end}")));
-    // Other volumes are devices.
-    let format = option("format").or_else(|| (!is_file).then_some("raw"));
-    read.add_disk(name, &path, format, option("ro") == Some("1"));
+    // The name of a file ends with its format; other volumes are devices.
+    let last = path.rsplit('/').next().unwrap_or_default();
+    let is_device = path.starts_with("/dev/") || !last.contains('.');
+    let format = option("format").or(is_device.then_some("raw"));
+    let read_only = option("ro").is_some_and(|ro| matches!(ro, "1" | "on" | "yes" | "true"));
+    read.add_disk(name, &path, format, read_only);
+    let bus = name.trim_end_matches(|digit: char| digit.is_ascii_digit());
+    read.replace_device(name, bus);
     leave_out_rest(name, options, &OF_DISK, read);
+}
+
+/// Where a volume of a storage is. Storages of files have a folder for each machine; a linked clone
+/// is written behind its base.
+fn path_of(folder: &str, volume: &str, name: &str, read: &mut Imported) -> String {
+    let parts: Vec<&str> = volume.split('/').collect();
+    let is_machine = |part: &str| !part.is_empty() && part.bytes().all(|it| it.is_ascii_digit());
+    let (base, own) = match parts.as_slice() {
+        [base @ .., machine, own] if is_machine(machine) => {
+            (base, format!("images/{machine}/{own}"))
+        }
+        [base @ .., own] => (base, (*own).to_owned()),
+        [] => (&parts[..], String::new()),
+    };
+    if !base.is_empty() {
+        read.leave_out(format!("{name}: it needs its base, {}", base.join("/")));
+    }
+    format!("{folder}/{own}")
 }
 
 /// `virtio=BC:24:11:00:00:01,bridge=vmbr0,...`
@@ -149,8 +180,10 @@ fn add_interface(name: &str, value: &str, read: &mut Imported) {
         return;
     };
     read.add_interface(name, bridge, mac);
-    let model = model.map_or("model", |(model, _)| *model);
-    leave_out_rest(name, &options, &["bridge", "macaddr", model], read);
+    let named = model.map_or("model", |(model, _)| *model);
+    read.replace_device(name, option("model").unwrap_or(named));
+    let known = ["bridge", "macaddr", "model", named];
+    leave_out_rest(name, &options, &known, read);
 }
 
 fn leave_out_rest(name: &str, options: &[(&str, &str)], known: &[&str], read: &mut Imported) {
@@ -204,11 +237,15 @@ cores: 9
 #   balloon: 0
 #   cpu: host
 #   net0: firewall=1,tag=10
+#   net1: e1000, it is of virtio here
 #   scsihw: virtio-scsi-single
 #   snapshot before-upgrade, and what follows it
+#   scsi1: scsi, it is of virtio here
 #   ide2: none
+#   scsi0: scsi, it is of virtio here
 #   scsi0: iothread=1
 #   scsi2: ceph:vm-100-disk-2 (say where it is: --storage ceph=PATH)
+#   scsi3: scsi, it is of virtio here
 [machine.web]
 kind = "qemu"
 disk = ["/dev/pve/vm-100-disk-0,format=raw", "/mnt/vz/images/100/vm-100-disk-1.qcow2", "/dev/disk/by-id/x,format=raw,ro"]
@@ -218,6 +255,32 @@ memory = "2048M"
 "#
         );
         assert!(crate::apply::is_file(&text));
+    }
+
+    #[test]
+    fn formats_are_not_guessed_and_clones_are_found() {
+        let storages = [("local", "/mnt/vz"), ("zfs", "/dev/zvol")];
+        let storages = storages.map(|(name, path)| (name.to_owned(), path.to_owned()));
+        let text = "\
+virtio0: local:100/vm-100-disk-0.vmdk,size=32G
+virtio1: local:9000/base-9000-disk-0.qcow2/100/vm-100-disk-1.qcow2
+virtio2: zfs:base-9000-disk-0/vm-100-disk-2
+virtio3: /mnt/a.raw,ro=on
+";
+        let read = read(text, &Storages::from(storages)).unwrap();
+        let disks = [
+            "/mnt/vz/images/100/vm-100-disk-1.qcow2",
+            "/dev/zvol/vm-100-disk-2,format=raw",
+            "/mnt/a.raw,ro",
+        ];
+        assert_eq!(read.machine.disk, disks);
+        let left_out = &read.left_out;
+        assert!(left_out[0].contains("vm-100-disk-0.vmdk"), "{left_out:?}");
+        let base = "virtio1: it needs its base, 9000/base-9000-disk-0.qcow2";
+        assert_eq!(left_out[1], base);
+        let base = "virtio2: it needs its base, base-9000-disk-0";
+        assert_eq!(left_out[2], base);
+        assert_eq!(read.machine.memory.as_deref(), Some("512M"));
     }
 
     #[test]
@@ -236,6 +299,8 @@ memory = "2048M"
             ("cores: 0", "no number of processors"),
             ("memory: much", "is not known"),
             ("cores: 99999\nsockets: 99999", "too many"),
+            ("template: 1", "is a template"),
+            ("arch: aarch64", "aarch64"),
         ] {
             let said = read(text, &Storages::new()).unwrap_err();
             assert!(said.contains(what), "{text}: {said}");

@@ -275,7 +275,7 @@ impl Actor {
                 most_bytes >> 20
             ),
             Waits::NoMember => {
-                "its node failed, and of the nodes that have its checkpoint, or its disks, none is there"
+                "its node failed, and no node is there that is known to have its checkpoint, or its disks"
                     .to_owned()
             }
         };

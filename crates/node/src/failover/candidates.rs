@@ -74,19 +74,13 @@ pub(super) fn one_homeless(
     set: Option<InSyncSet>,
     was_restored: bool,
 ) -> Homeless {
-    let mut forbidden = forbidden(at, machine);
     let kind = at.context.kinds.get(kind);
     let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
+    // What they lack cannot be fetched.
+    let members_only = set.as_ref().is_some_and(|set| set.checkpoint.is_none());
     let (members, memory_bytes) = match set {
         Some(set) if ha.to.is_some() => (None, set.memory_bytes),
-        Some(set) => {
-            if set.checkpoint.is_none() {
-                // What they lack cannot be fetched.
-                let alive = at.alive.now().into_iter();
-                forbidden.extend(alive.filter(|node| !set.members.contains(node)));
-            }
-            (Some(set.members), set.memory_bytes)
-        }
+        Some(set) => (Some(set.members), set.memory_bytes),
         // Its checkpoint is perhaps in a folder of its node; or it is not known yet who has what it
         // needs.
         None if was_restored || !has_checkpoints => (Some(BTreeSet::new()), 0),
@@ -98,7 +92,8 @@ pub(super) fn one_homeless(
         priority: ha.priority,
         memory_bytes,
         members,
-        forbidden,
+        members_only,
+        forbidden: forbidden(at, machine),
     }
 }
 

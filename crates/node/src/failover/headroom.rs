@@ -125,6 +125,7 @@ pub(crate) async fn check_new(
         priority: ha.priority,
         memory_bytes,
         members: None,
+        members_only: false,
         forbidden: forbidden(at, machine),
     };
     let before = expected.loss(node, own.clone());

@@ -81,11 +81,12 @@ fn changes(kinds: &Kinds, old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange
         let field = format!("volume {guest}");
         compare(&field, text(&old_volumes), text(&new_volumes), false);
     }
+    let kind = kinds.of(old);
     compare(
         "memory",
         size(old.memory_bytes),
         size(new.memory_bytes),
-        true,
+        kind.is_ok_and(|kind| kind.abilities().changes_memory),
     );
     compare("cpu-limit", cores(old), cores(new), true);
     let rate = |spec: &Spec| size(spec.output_bytes_per_s);

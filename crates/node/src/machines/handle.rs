@@ -1,5 +1,7 @@
 //! State of the machines layer.
 
+use super::looks::Looks;
+use super::single_tasks::SingleTasks;
 use crate::balancer::NodeBalancer;
 use crate::checkpoints::Checkpoints;
 use crate::compilation::Code;
@@ -31,6 +33,9 @@ pub(crate) struct Machines {
     pub(super) moves: Arc<Moves>,
     pub(super) balancer: Arc<NodeBalancer>,
     pub(super) failover: Arc<failover::Dependencies>,
+    pub(super) looks: Looks,
+    /// The tasks that keep in-sync sets of machines without checkpoints.
+    pub(super) member_tasks: SingleTasks,
     /// No epoch was above this one when this agent began to follow its schedule. A machine to be
     /// started under an older epoch may already have been started by an earlier agent.
     pub(super) epochs_before: OnceLock<Epoch>,
@@ -65,6 +70,8 @@ impl Machines {
             moves: below.moves,
             balancer: below.balancer,
             failover: below.failover,
+            looks: Looks::default(),
+            member_tasks: SingleTasks::default(),
             epochs_before: OnceLock::new(),
             restarts,
         };

@@ -1,11 +1,13 @@
-//! Which nodes can begin a machine anew whose kind has no checkpoints: they have its images, and see
-//! the same files of hosts (disks) as its node. They are the members of its in-sync set, to which
-//! alone it goes when its node fails.
+//! Which nodes can begin a machine anew whose kind has no checkpoints: they have its images and what
+//! its kind needs, and see the same files of hosts (disks) as its node. They are the members of its
+//! in-sync set, to which alone it goes when its node fails.
+//!
+//! How files are looked at whose server may hang is left to `looks`.
 //!
 //! ```text
 //!   node of the machine                                     each other node
 //!     │ writes a file beside each disk that is written to
-//!     │── SEES: files, what those files have, images ──────────▶│ reads them, fetches images
+//!     │── SEES: spec, what those files have ───────────────────▶│ reads them, fetches images
 //!     │◀──────────────────────────────────────── it can run it ─│
 //!     │ removes them; compare-and-swap: the set names these nodes
 //! ```
@@ -20,7 +22,7 @@ use futures::future::join_all;
 use keel_api::EventKind;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::kind::HostFile;
-use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::spec::{Record, Spec};
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::RpcError;
 use serde::{Deserialize, Serialize};
@@ -37,34 +39,77 @@ pub(crate) const SEEN_BY: u16 = 0x0361;
 /// How often it is looked who can run a machine, beside when nodes come and go.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// Pause before that is tried again.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// Pause before the store is asked again.
+const STORE_RETRY_AFTER: Duration = Duration::from_secs(2);
 /// How long a node may take: it may have to fetch images.
-const PATIENCE: Duration = Duration::from_secs(60);
+const SEES_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a node may take that asks the others.
+const SEEN_BY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a node needs to have for a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Sees {
-    /// Hashes of images.
-    images: Vec<String>,
+    spec: Spec,
     files: Vec<SeenFile>,
 }
 
 /// A file of the asking node.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct SeenFile {
     path: String,
+    /// Its name where it really is.
+    name: String,
     /// In the same directory, unless the file is only read.
     proof: Option<Proof>,
+}
+
+/// A file of this node that others are to see.
+#[derive(Debug)]
+struct ShownFile {
+    path: String,
+    name: String,
+    proof: Option<ProofFile>,
+}
+
+impl ShownFile {
+    /// Writes the proof. Blocks.
+    ///
+    /// # Errors
+    /// Why the file cannot be shown.
+    fn of(file: &HostFile) -> Result<Self, String> {
+        let (folder, name) = place(&file.path)?;
+        let proof = match file.is_written {
+            false => None,
+            true => Some(ProofFile::write(&folder).map_err(|error| {
+                let path = &file.path;
+                format!("no file can be written beside {path}, by which other nodes would see that they have it: {error}")
+            })?),
+        };
+        Ok(ShownFile {
+            path: file.path.clone(),
+            name,
+            proof,
+        })
+    }
+
+    fn seen(&self) -> SeenFile {
+        SeenFile {
+            path: self.path.clone(),
+            name: self.name.clone(),
+            proof: self.proof.as_ref().map(|file| file.proof.clone()),
+        }
+    }
 }
 
 impl SeenFile {
     /// # Errors
     /// If it is not this one that is here. Blocks.
     fn check(&self) -> Result<(), String> {
-        let folder = folder_of(&self.path)?;
+        let (folder, name) = place(&self.path)?;
         match &self.proof {
-            Some(proof) if !proof.is_in(&folder) => Err(format!(
-                "{} is another file there: both must see the same one (NFS or the like)",
+            Some(proof) if name != self.name || !proof.is_in(&folder) => Err(format!(
+                "{} is another file there: both must see the same one (NFS or the like; a device is none)",
                 self.path
             )),
             _ => Ok(()),
@@ -72,26 +117,13 @@ impl SeenFile {
     }
 }
 
-/// The directory of a file, which may be there by a symbolic link. Blocks.
-fn folder_of(path: &str) -> Result<PathBuf, String> {
+/// The directory of a file, which may be there by a symbolic link, and its name there. Blocks.
+fn place(path: &str) -> Result<(PathBuf, String), String> {
     let real = Path::new(path).canonicalize();
     let real = real.map_err(|error| format!("{path} is not there: {error}"))?;
-    Ok(real.parent().unwrap_or(&real).to_owned())
-}
-
-/// Writes proofs beside files. Blocks.
-fn prove(files: &[HostFile]) -> Result<Vec<Option<ProofFile>>, String> {
-    let proofs = files.iter().map(|file| {
-        let folder = folder_of(&file.path)?;
-        if !file.is_written {
-            return Ok(None);
-        }
-        let written = ProofFile::write(&folder);
-        written.map(Some).map_err(|error| {
-            format!("no other file can be written beside {}, by which other nodes would see that they have it: {error}", file.path)
-        })
-    });
-    proofs.collect()
+    let name = real.file_name().unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
+    Ok((real.parent().unwrap_or(&real).to_owned(), name))
 }
 
 /// Whether this node has what a machine needs.
@@ -99,14 +131,18 @@ fn prove(files: &[HostFile]) -> Result<Vec<Option<ProofFile>>, String> {
 /// # Errors
 /// What it lacks.
 pub(crate) async fn sees(machines: &Machines, question: Sees) -> Result<(), String> {
-    for image in &question.images {
-        machines.images.find_image(image).await?;
+    let kinds = machines.context.kinds.clone();
+    for image in kinds.of(&question.spec)?.images(&question.spec) {
+        machines.images.find_image(&image).await?;
     }
-    let looked = tokio::task::spawn_blocking(move || {
+    let paths = question.files.iter().map(|file| file.path.clone());
+    let looked = machines.looks.look(paths.collect(), move || {
         let mut files = question.files.iter();
-        files.try_for_each(SeenFile::check)
+        files.try_for_each(SeenFile::check)?;
+        let lacks = kinds.of(&question.spec)?.lacks_here(&question.spec);
+        lacks.map_or(Ok(()), Err)
     });
-    looked.await.map_err(|error| error.to_string())?
+    looked.await?
 }
 
 /// The nodes that can run a machine.
@@ -118,29 +154,19 @@ struct Able {
 
 /// The other nodes that are alive and can run a machine with this spec as this one can.
 async fn able(machines: &Machines, spec: &Spec) -> Result<Able, String> {
-    let kind = machines.context.kinds.of(spec)?;
-    let files = kind.host_files(spec);
-    let listed = files.clone();
-    let written = tokio::task::spawn_blocking(move || prove(&listed)).await;
-    let proofs = written.map_err(|error| error.to_string())??;
-    let seen = files
-        .into_iter()
-        .zip(&proofs)
-        .map(|(file, proof)| SeenFile {
-            path: file.path,
-            proof: proof.as_ref().map(|file| file.proof.clone()),
-        });
-    let question = Sees {
-        images: kind.images(spec),
-        files: seen.collect(),
-    };
-    let asked = ask_all(machines, &question).await;
-    let removed = tokio::task::spawn_blocking(move || {
-        proofs.into_iter().flatten().for_each(ProofFile::remove);
+    let files = machines.context.kinds.of(spec)?.host_files(spec);
+    let paths = files.iter().map(|file| file.path.clone()).collect();
+    let shown = machines.looks.look(paths, move || {
+        let shown = files.iter().map(ShownFile::of);
+        shown.collect::<Result<Vec<ShownFile>, String>>()
     });
-    // A panic removes nothing; the names of the files identify the leftovers.
-    let _ = removed.await;
-    asked
+    // Dropped, and with them the proofs, once all have answered.
+    let shown = shown.await??;
+    let question = Sees {
+        spec: spec.clone(),
+        files: shown.iter().map(ShownFile::seen).collect(),
+    };
+    ask_all(machines, &question).await
 }
 
 async fn ask_all(machines: &Machines, question: &Sees) -> Result<Able, String> {
@@ -152,7 +178,10 @@ async fn ask_all(machines: &Machines, question: &Sees) -> Result<Able, String> {
     let asked = others.map(|node| {
         let payload = payload.clone();
         async move {
-            let answer = context.peers.call(&node, SEES, payload, PATIENCE).await;
+            let answer = context
+                .peers
+                .call(&node, SEES, payload, SEES_PATIENCE)
+                .await;
             (node, answer.and_then(|bytes| unpack::<()>(&bytes)))
         }
     });
@@ -212,7 +241,7 @@ pub(super) async fn check_elsewhere(
     let unavailable = |error: RpcError| CommandError::Unavailable(error.to_string());
     let payload = pack(spec).map_err(unavailable)?;
     let peers = &machines.context.peers;
-    match peers.call(node, SEEN_BY, payload, PATIENCE).await {
+    match peers.call(node, SEEN_BY, payload, SEEN_BY_PATIENCE).await {
         Ok(_) => Ok(()),
         Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => {
             Err(refused(reason))
@@ -221,44 +250,64 @@ pub(super) async fn check_elsewhere(
     }
 }
 
-/// Keeps the in-sync set of a machine without checkpoints up to date until its worker is gone.
+/// Keeps the in-sync set of a machine without checkpoints up to date until its worker is gone, or
+/// its availability is off: to be called when either changes.
 pub(super) fn keep_members(machines: &Arc<Machines>, machine: &MachineName, worker: &WorkerHandle) {
     let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
+    // One task for each worker; one that is about to end looks again.
+    if !machines.member_tasks.begin(worker.id()) {
+        return;
+    }
     tokio::spawn(async move {
-        let is_here = || {
-            let now = machines.processes.machines.get(&machine);
-            now.is_some_and(|now| now.is(&worker))
-        };
-        let mut alive = machines.failover.alive.changes();
-        while is_here() {
-            alive.mark_unchanged();
-            let record = match records::get(&*machines.context.store, &machine).await {
-                Ok(found) => found.record,
-                Err(RecordError::NoMachine(_)) => return,
-                Err(_) => {
-                    tokio::time::sleep(RETRY_AFTER).await;
-                    continue;
-                }
-            };
-            let kind = machines.context.kinds.of(&record.spec);
-            if kind.is_ok_and(|kind| kind.abilities().checkpoints) {
+        loop {
+            keep_while_available(&machines, &machine, &worker).await;
+            if machines.member_tasks.end(worker.id()) {
                 return;
             }
-            let runs = record.owner == machines.context.name && record.status == Status::Running;
-            let pause = match runs && record.spec.ha.is_some() {
-                false => RETRY_AFTER,
-                true => match renew_members(&machines, &record).await {
-                    Ok(()) => LOOK_EVERY,
-                    Err(error) => {
-                        tracing::warn!(%machine, error, "it is not known who can go on with it");
-                        RETRY_AFTER
-                    }
-                },
-            };
-            // (An error means that the agent ends.)
-            let _ = tokio::time::timeout(pause, alive.changed()).await;
         }
     });
+}
+
+async fn keep_while_available(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    worker: &WorkerHandle,
+) {
+    let is_here = || {
+        let now = machines.processes.machines.get(machine);
+        now.is_some_and(|now| now.is(worker))
+    };
+    let mut alive = machines.failover.alive.changes();
+    while is_here() {
+        alive.mark_unchanged();
+        let record = match records::get(&*machines.context.store, machine).await {
+            Ok(found) => found.record,
+            Err(RecordError::NoMachine(_)) => return,
+            Err(_) => {
+                tokio::time::sleep(STORE_RETRY_AFTER).await;
+                continue;
+            }
+        };
+        let kind = machines.context.kinds.of(&record.spec);
+        let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
+        if has_checkpoints || record.spec.ha.is_none() {
+            return;
+        }
+        let is_own = record.owner == machines.context.name && !record.status.ended();
+        let pause = match is_own {
+            // It arrives.
+            false => STORE_RETRY_AFTER,
+            true => match renew_members(machines, &record).await {
+                Ok(()) => LOOK_EVERY,
+                Err(error) => {
+                    tracing::warn!(%machine, error, "it is not known who can go on with it");
+                    RETRY_AFTER
+                }
+            },
+        };
+        // (An error means that the agent ends.)
+        let _ = tokio::time::timeout(pause, alive.changed()).await;
+    }
 }
 
 async fn renew_members(machines: &Arc<Machines>, record: &Record) -> Result<(), String> {
@@ -306,47 +355,50 @@ mod tests {
         }
     }
 
-    fn seen(file: &HostFile, proof: Option<&ProofFile>) -> SeenFile {
-        SeenFile {
-            path: file.path.clone(),
-            proof: proof.map(|written| written.proof.clone()),
-        }
-    }
-
     #[test]
-    fn a_file_is_seen_where_its_directory_is_the_same() {
+    fn a_file_is_seen_where_it_is_the_same() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let [real, link, elsewhere] = [
-            one.path().join("real"),
-            other.path().join("link"),
-            other.path().join("elsewhere"),
-        ];
-        std::fs::write(&real, "").unwrap();
-        std::os::unix::fs::symlink(&real, &link).unwrap();
-        let files = [file(&real, true), file(&link, false)];
-        let proofs = prove(&files).unwrap();
-        // What is only read need not be the same file.
-        assert!(proofs[1].is_none());
-        assert_eq!(seen(&files[0], proofs[0].as_ref()).check(), Ok(()));
-        let by_link = file(&link, true);
-        assert_eq!(seen(&by_link, proofs[0].as_ref()).check(), Ok(()));
-        let missing = file(&elsewhere, true);
-        for proof in [proofs[0].as_ref(), None] {
-            let said = seen(&missing, proof).check().unwrap_err();
-            assert!(said.contains("elsewhere is not there"), "{said}");
+        let at = |folder: &tempfile::TempDir, name: &str| folder.path().join(name);
+        let (real, second) = (at(&one, "real"), at(&one, "second"));
+        let (link, wrong) = (at(&other, "link"), at(&other, "wrong"));
+        for path in [&real, &second] {
+            std::fs::write(path, "").unwrap();
         }
-        std::fs::write(&elsewhere, "").unwrap();
-        let said = seen(&missing, proofs[0].as_ref()).check().unwrap_err();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        std::os::unix::fs::symlink(&second, &wrong).unwrap();
+        let shown = ShownFile::of(&file(&real, true)).unwrap();
+        let seen_as = |path: &Path| SeenFile {
+            path: path.display().to_string(),
+            ..shown.seen()
+        };
+        assert_eq!(seen_as(&real).check(), Ok(()));
+        assert_eq!(seen_as(&link).check(), Ok(()));
+        // In the same directory, but another file.
+        let said = seen_as(&wrong).check().unwrap_err();
         assert!(said.contains("another file there"), "{said}");
-        assert_eq!(seen(&missing, None).check(), Ok(()));
+        // Of the same name, but in another directory.
+        let elsewhere = at(&other, "real");
+        let said = seen_as(&elsewhere).check().unwrap_err();
+        assert!(said.contains("is not there"), "{said}");
+        std::fs::write(&elsewhere, "").unwrap();
+        let said = seen_as(&elsewhere).check().unwrap_err();
+        assert!(said.contains("another file there"), "{said}");
+        // What is only read need not be the same one.
+        let read = ShownFile::of(&file(&real, false)).unwrap().seen();
+        assert_eq!(read.proof, None);
+        let read = SeenFile {
+            path: elsewhere.display().to_string(),
+            ..read
+        };
+        assert_eq!(read.check(), Ok(()));
     }
 
     #[test]
-    fn nothing_is_proved_of_a_file_that_is_not_there() {
+    fn nothing_is_written_beside_a_file_that_is_not_there() {
         let folder = tempfile::tempdir().unwrap();
         let missing = folder.path().join("missing");
         for is_written in [true, false] {
-            let said = prove(&[file(&missing, is_written)]).unwrap_err();
+            let said = ShownFile::of(&file(&missing, is_written)).unwrap_err();
             assert!(said.contains("missing is not there"), "{said}");
         }
         assert_eq!(folder.path().read_dir().unwrap().count(), 0);

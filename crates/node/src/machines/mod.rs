@@ -9,7 +9,8 @@
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
 //! - `queries`, `diff`: queries of users
-//! - `host_files`: the nodes that can begin a machine anew that has no checkpoints
+//! - `host_files`: the nodes that can begin a machine anew that has no checkpoints; `looks`: looks at
+//!   files whose server may hang; `single_tasks`: one task for each worker
 //! - `stall_status`: machines that wait for a disk or a volume's backend
 
 mod create;
@@ -17,12 +18,14 @@ mod diff;
 mod give_up;
 mod handle;
 mod host_files;
+mod looks;
 mod queries;
 mod reconcile;
 mod record_running;
 mod remove;
 mod restore;
 mod set;
+mod single_tasks;
 mod spanning_start;
 mod spec_check;
 mod stall_status;

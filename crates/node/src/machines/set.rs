@@ -20,6 +20,7 @@ use crate::records::{self, MachineCommand, RecordError, at_owner};
 use keel_api::{CheckpointChange, EventKind, HighAvailabilityChange, SetRequest};
 use keel_cluster::MachineName;
 use keel_machine::high_availability::Protect;
+use keel_machine::kind::Kinds;
 use keel_machine::spec::{Balancing, Record, Spec, Status};
 use keel_machine::worker::control::kind;
 use keel_net::RpcError;
@@ -74,6 +75,7 @@ async fn set(
 ) -> Result<(), CommandError> {
     check(request)?;
     records::settled(&*machines.context.store, machine).await?;
+    let checked = checked_elsewhere(machines, machine, request).await?;
     // Serialised: two concurrent changes would undo each other at the worker.
     let _setting = machines.processes.exclusion.changes.lock().await;
     if machines.processes.exclusion.is_moving(machine) {
@@ -92,8 +94,10 @@ async fn set(
     let kinds = &machines.context.kinds;
     kinds.check(&spec).map_err(CommandError::Invalid)?;
     check_high_availability(kinds, &spec)?;
-    if spec.ha != before.spec.ha {
-        host_files::check_elsewhere(machines, &before.owner, &spec).await?;
+    if asks_elsewhere(kinds, &before.spec, &spec)? && checked.as_ref() != Some(&spec) {
+        return Err(CommandError::Conflict(format!(
+            "machine {machine:?} is being changed concurrently; try again"
+        )));
     }
     if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
         return Err(CommandError::Invalid(LIMITED_HAS_NO_PARTS.into()));
@@ -147,6 +151,7 @@ async fn set(
             machines.context.events.record(told.under(after.epoch));
             if let Some(worker) = &worker {
                 machines.checkpoints.keep_schedule(machine, worker);
+                host_files::keep_members(machines, machine, worker);
             }
             Ok(())
         }
@@ -158,6 +163,33 @@ async fn set(
             Err(error)
         }
     }
+}
+
+/// Whether a change depends on what other nodes have.
+fn asks_elsewhere(kinds: &Kinds, before: &Spec, after: &Spec) -> Result<bool, CommandError> {
+    let kind = kinds.of(after).map_err(CommandError::Invalid)?;
+    Ok(before.ha != after.ha && !kind.abilities().checkpoints)
+}
+
+/// The spec as other nodes can provide for it: they are asked before all other changes of this
+/// node's machines wait for this one. `None` if the change does not depend on them.
+async fn checked_elsewhere(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    request: &SetRequest,
+) -> Result<Option<Spec>, CommandError> {
+    let before = records::get(&*machines.context.store, machine)
+        .await?
+        .record;
+    let spec = changed(&before.spec, request);
+    let kinds = &machines.context.kinds;
+    if !asks_elsewhere(kinds, &before.spec, &spec)? {
+        return Ok(None);
+    }
+    kinds.check(&spec).map_err(CommandError::Invalid)?;
+    check_high_availability(kinds, &spec)?;
+    host_files::check_elsewhere(machines, &before.owner, &spec).await?;
+    Ok(Some(spec))
 }
 
 /// The spec of a worker until the record is written. One that needs no lease any more, or holds no

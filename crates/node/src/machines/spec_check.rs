@@ -118,7 +118,7 @@ pub(super) fn check_high_availability(kinds: &Kinds, spec: &Spec) -> Result<(), 
         && ha.fence == Fence::None
     {
         return Err(CommandError::Invalid(format!(
-            "it writes to {what}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", let a program of yours switch the node off (fence = \"hook\"), or do without it (a volume or a disk may be read-only)"
+            "it uses {what}, and nothing there refuses a node that was cut off and goes on writing: accept the kernel's timer by ha: fence = \"timer\", let a program of yours switch the node off (fence = \"hook\"), or do without it (a volume or a disk may be read-only)"
         )));
     }
     Ok(())
