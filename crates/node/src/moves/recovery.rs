@@ -53,6 +53,8 @@ async fn settle_held(moves: &Arc<Moves>, machine: &MachineName) {
             return;
         };
         let runs_under = match worker.report().await {
+            // Its watch records that, once this is over.
+            Ok(report) if matches!(report.state, State::Ended { .. }) => return,
             Ok(report) if report.moving_away => None,
             Ok(report) => match report.state {
                 State::Running { epoch } => Some(epoch),
@@ -87,7 +89,7 @@ async fn settle_held(moves: &Arc<Moves>, machine: &MachineName) {
                     worker.ask(kind::THAW, &record.epoch, PROMPT).await;
                 match thawed {
                     Ok(()) => return,
-                    // If it ended, or its worker is lost, the watch handles that.
+                    // If it ended, or its worker is lost, that is seen in the next round.
                     Err(error) => {
                         tracing::error!(%machine, %error, "cannot resume the machine yet");
                         tokio::time::sleep(RETRY_AFTER).await;
