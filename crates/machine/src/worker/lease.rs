@@ -14,6 +14,10 @@
 //! without the store. Deadlines are on CLOCK_BOOTTIME, which no one sets. The agent sends one only
 //! while it knows that the machine belongs to its node; a worker that has none holds its machine.
 //!
+//! A machine that holding does not make harmless (its process keeps locks that another node needs)
+//! keeps the timer. If it came without one, because its start took longer than the lease, it gets one
+//! after some seconds.
+//!
 //! A held machine is not lost: a node that is cut off for a moment goes on where it stopped, unless
 //! the machine was restarted elsewhere meanwhile. Then its agent ends this process.
 
@@ -30,6 +34,8 @@ use std::time::Duration;
 const HOLD_BEFORE: Duration = Duration::from_millis(200);
 /// Pause before it is checked again whether a machine that is being held still runs.
 const HELD_AGAIN_AFTER: Duration = Duration::from_millis(2);
+/// How long a machine that is held without a timer may take until nothing of it runs.
+const STILL_WITHIN: Duration = Duration::from_secs(5);
 /// Longest pause of the guard; it is woken earlier by each change.
 const REST: Duration = Duration::from_secs(3600);
 
@@ -73,12 +79,16 @@ struct Lease {
     is_hidden: bool,
     /// Whether the kernel kills the process at the deadline.
     is_armed: bool,
+    /// Since when it is held without a timer although it is not still.
+    unarmed_since: Option<Duration>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     /// Hold the machine; once nothing of it runs, disarm the timer.
     Hold,
+    /// Let the kernel kill the process at once.
+    Kill,
     /// Arm the timer for the deadline, then release the machine.
     Release(Duration),
     /// The lease does not matter any more: release the machine, disarm the timer.
@@ -93,6 +103,15 @@ impl Lease {
         self.is_required && !self.deadline.is_some_and(valid)
     }
 
+    /// To be called once it was tried to hold the machine: whether nothing of it runs now.
+    fn held(&mut self, is_still: bool, now: Duration) {
+        self.is_still = is_still && !self.is_hidden;
+        self.unarmed_since = match self.is_still || self.is_armed {
+            true => None,
+            false => self.unarmed_since.or(Some(now)),
+        };
+    }
+
     fn step(&self, now: Duration) -> Step {
         if !self.is_required {
             return match self.is_held || self.is_armed {
@@ -105,6 +124,12 @@ impl Lease {
                 true => Step::Release(deadline),
                 false => Step::Wait(deadline.saturating_sub(HOLD_BEFORE + now)),
             },
+            _ if self
+                .unarmed_since
+                .is_some_and(|since| now >= since + STILL_WITHIN) =>
+            {
+                Step::Kill
+            }
             _ if !self.is_held || !self.is_still || self.is_armed => Step::Hold,
             _ => Step::Wait(REST),
         }
@@ -227,7 +252,10 @@ impl Guard {
         // The thread arms the timer before the machine runs on.
         state.lease.is_held |= !state.lease.is_armed;
         match state.lease.is_held {
-            true => state.lease.is_still = worker.hold_for_lease(),
+            true => {
+                let is_still = worker.hold_for_lease();
+                state.lease.held(is_still, boottime());
+            }
             false => worker.release_for_lease(),
         }
         drop(state);
@@ -252,16 +280,24 @@ fn watch<W: Worker>(worker: &Weak<W>) {
                 // Without the lock: a deadline that arrives meanwhile must be armed at once.
                 let is_still = worker.hold_for_lease();
                 state = guard.state();
-                state.lease.is_still = is_still && !state.lease.is_hidden;
+                state.lease.held(is_still, boottime());
                 if state.lease.is_still && state.lease.has_lapsed(boottime()) {
                     state.disarm();
                     continue;
                 }
                 HELD_AGAIN_AFTER
             }
+            Step::Kill => {
+                tracing::warn!("the machine cannot be held without a lease: it ends");
+                if let Err(error) = state.arm(boottime()) {
+                    tracing::error!(%error, "no timer that ends it");
+                }
+                REST
+            }
             Step::Release(deadline) => match state.arm(deadline) {
                 Ok(()) => {
                     state.lease.is_held = false;
+                    state.lease.unarmed_since = None;
                     worker.release_for_lease();
                     continue;
                 }
@@ -302,6 +338,7 @@ mod tests {
             is_still: is_held,
             is_hidden: false,
             is_armed,
+            unarmed_since: None,
         }
     }
 
@@ -348,6 +385,27 @@ mod tests {
         // A machine that came meanwhile does not stand still yet.
         lease.is_still = false;
         assert_eq!(lease.step(ms(1400)), Step::Hold);
+    }
+
+    /// Its start took longer than the lease, and its process keeps locks while it is held.
+    #[test]
+    fn a_machine_that_is_not_still_without_a_timer_ends() {
+        let mut lease = required(Some(1500), true, false);
+        lease.held(false, ms(2000));
+        lease.held(false, ms(3000));
+        assert_eq!(lease.step(ms(6999)), Step::Hold);
+        assert_eq!(lease.step(ms(7000)), Step::Kill);
+        let renewed = Lease {
+            deadline: Some(ms(9000)),
+            ..lease
+        };
+        assert_eq!(renewed.step(ms(7000)), Step::Release(ms(9000)));
+        lease.held(true, ms(7000));
+        assert_eq!(lease.step(ms(9999)), Step::Wait(REST));
+        // With a timer the kernel ends it at the deadline.
+        let mut armed = required(Some(1500), true, true);
+        armed.held(false, ms(1400));
+        assert_eq!(armed.step(ms(6999)), Step::Hold);
     }
 
     #[test]
