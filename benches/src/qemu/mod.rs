@@ -221,6 +221,7 @@ async fn spec_of(cluster: &LocalCluster, system: &Path) -> Result<QemuSpec> {
         }),
         disks: Vec::new(),
         interfaces: Vec::new(),
+        cloud_init: None,
         shutdown_s: 1,
     })
 }

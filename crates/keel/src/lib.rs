@@ -37,6 +37,7 @@ mod audit;
 mod balance;
 mod ca;
 mod checkpoint;
+mod cloud_init;
 mod cluster;
 mod contexts;
 mod cp;

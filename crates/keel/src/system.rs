@@ -1,5 +1,6 @@
 //! What a machine of kind `qemu` is made of, on a command line and in a machine file.
 
+use crate::cloud_init::CloudInit;
 use crate::image::ImageFile;
 use anyhow::{Context, Result, bail, ensure};
 use keel_kind_qemu::{Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, SHUTDOWN_S};
@@ -54,6 +55,8 @@ pub(crate) struct System {
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     pub(crate) shutdown: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) cloud_init: CloudInit,
 }
 
 /// A network interface, as users write it.
@@ -170,16 +173,21 @@ impl System {
             ("cpu", self.cpu.is_some()),
             ("shutdown", self.shutdown.is_some()),
         ];
-        let mut given = given.into_iter().filter(|(_, is_given)| *is_given);
+        let given = given.into_iter().chain(self.cloud_init.given());
+        let mut given = given.filter(|(_, is_given)| *is_given);
         given.next().map(|(option, _)| option)
     }
 
-    /// Its part of the spec, and the files to upload. Interfaces without an address keep those of
-    /// `before`.
+    /// Its part of the spec, and the files to upload. Its system is given the machine's name, if it
+    /// has one yet. Interfaces without an address keep those of `before`.
     ///
     /// # Errors
-    /// If a file cannot be read.
-    pub(crate) fn read(&self, before: &[Interface]) -> Result<(QemuSpec, Vec<ImageFile>)> {
+    /// If a file cannot be read, or is not what it has to be.
+    pub(crate) fn read(
+        &self,
+        name: Option<&str>,
+        before: &[Interface],
+    ) -> Result<(QemuSpec, Vec<ImageFile>)> {
         let mut files = Vec::new();
         let mut image = |path: &Path| {
             let file = ImageFile::read(path)?;
@@ -203,11 +211,13 @@ impl System {
             network.interface(kept)
         });
         let interfaces: Vec<Interface> = interfaces.collect();
+        let cloud_init = self.cloud_init.disk(name)?;
         let spec = QemuSpec {
             cpus: self.cpu.unwrap_or(1),
             kernel,
             disks: self.disk.clone(),
             interfaces,
+            cloud_init: cloud_init.as_ref().map(ImageFile::hash),
             shutdown_s: match self.shutdown {
                 Some(time) => {
                     let seconds = time.as_millis().div_ceil(1000);
@@ -216,6 +226,7 @@ impl System {
                 None => SHUTDOWN_S,
             },
         };
+        files.extend(cloud_init);
         Ok((spec, files))
     }
 }
@@ -255,7 +266,9 @@ mod tests {
             ..System::default()
         };
         let read = |texts: &[&str]| {
-            let (spec, _) = system(texts).read(std::slice::from_ref(&before)).unwrap();
+            let (spec, _) = system(texts)
+                .read(None, std::slice::from_ref(&before))
+                .unwrap();
             spec.interfaces
         };
         let (first, second) = ("br0,mac=02:00:00:00:00:07", "br0");

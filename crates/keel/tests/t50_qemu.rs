@@ -60,6 +60,7 @@ impl Systems {
             }),
             disks: Vec::new(),
             interfaces: Vec::new(),
+            cloud_init: None,
             shutdown_s: 1,
         })
     }

@@ -4,7 +4,7 @@
 //! in the same order. The machine type has a version for the same reason: `q35` alone means
 //! another one in each version of QEMU.
 
-use crate::spec::{Disk, QemuSpec};
+use crate::spec::{Disk, DiskFormat, QemuSpec};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use serde_json::json;
@@ -19,6 +19,11 @@ const CPU: &str = "qemu64";
 
 /// Memory for translated code, in MiB. QEMU's own default grows with the host's memory.
 const TRANSLATED_MIB: u32 = 128;
+
+/// QEMU's name for a disk, less its number.
+pub(crate) const DISK: &str = "disk";
+/// QEMU's name for the file system for cloud-init.
+const CLOUD_INIT: &str = "cloud-init";
 
 /// QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
 pub(crate) const SANDBOX: [&str; 2] = [
@@ -85,7 +90,11 @@ impl Machine<'_> {
         add("-device", "virtio-rng-pci,rng=random".into());
         for (number, disk) in self.spec.disks.iter().enumerate() {
             add("-blockdev", block_device(number, disk));
-            add("-device", format!("virtio-blk-pci,drive=disk{number}"));
+            add("-device", format!("virtio-blk-pci,drive={DISK}{number}"));
+        }
+        if let Some(image) = &self.spec.cloud_init {
+            add("-blockdev", image_device(&self.images.join(image)));
+            add("-device", format!("virtio-blk-pci,drive={CLOUD_INIT}"));
         }
         for (number, interface) in (0..).zip(&self.spec.interfaces) {
             let (descriptor, mac) = (INTERFACES_FD + number, &interface.mac);
@@ -126,7 +135,7 @@ fn block_device(number: usize, disk: &Disk) -> String {
     let cache = json!({ "direct": !disk.read_only && is_direct(&disk.path) });
     json!({
         "driver": disk.format.word(),
-        "node-name": format!("disk{number}"),
+        "node-name": format!("{DISK}{number}"),
         "read-only": disk.read_only,
         "cache": cache,
         "file": {
@@ -135,6 +144,17 @@ fn block_device(number: usize, disk: &Disk) -> String {
             "locking": "on",
             "cache": cache,
         },
+    })
+    .to_string()
+}
+
+/// The file system for cloud-init, which nobody writes.
+fn image_device(path: &Path) -> String {
+    json!({
+        "driver": DiskFormat::Raw.word(),
+        "node-name": CLOUD_INIT,
+        "read-only": true,
+        "file": { "driver": "file", "filename": path.to_string_lossy() },
     })
     .to_string()
 }
@@ -153,7 +173,7 @@ fn is_direct(path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{DiskFormat, Interface, Kernel, SHUTDOWN_S};
+    use crate::spec::{Interface, Kernel, SHUTDOWN_S};
 
     #[test]
     fn texts_of_users_stay_one_argument_each() {
@@ -173,6 +193,7 @@ mod tests {
                 bridge: "lan".into(),
                 mac: "02:00:00:00:00:07".into(),
             }],
+            cloud_init: None,
             shutdown_s: SHUTDOWN_S,
         };
         let machine = Machine {

@@ -35,6 +35,10 @@ const INITRD_SIGNATURES: [&[u8]; 8] = [
     b"\x02\x21\x4c\x18",
 ];
 
+/// Where the boot sector of a file system for cloud-init has its type and label, and which: "Microsoft
+/// FAT Specification", section 3.2.
+const CLOUD_INIT_SIGNATURE: (usize, &[u8]) = (0x2b, b"CIDATA     FAT12");
+
 /// Whole Linux systems.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct QemuKind;
@@ -135,19 +139,20 @@ impl Kind for QemuKind {
     }
 
     fn check_image(&self, beginning: &[u8]) -> Result<(), String> {
-        let (at, signature) = KERNEL_SIGNATURE;
-        let is_kernel = beginning
-            .get(at..)
-            .is_some_and(|rest| rest.starts_with(signature));
+        let has = |(at, signature): (usize, &[u8])| {
+            let rest = beginning.get(at..);
+            rest.is_some_and(|rest| rest.starts_with(signature))
+        };
         let (words, _) = beginning.as_chunks::<4>();
         let mut initrds = INITRD_SIGNATURES.iter();
-        let is_known = is_kernel
+        let is_known = has(KERNEL_SIGNATURE)
+            || has(CLOUD_INIT_SIGNATURE)
             || words.contains(&MULTIBOOT_SIGNATURE)
             || initrds.any(|signature| beginning.starts_with(signature));
         match is_known {
             true => Ok(()),
             false => Err(
-                "that is neither a kernel (a bzImage of Linux, or Multiboot) nor a kernel's initrd"
+                "that is neither a kernel (a bzImage of Linux, or Multiboot), nor a kernel's initrd, nor a disk for cloud-init"
                     .into(),
             ),
         }
@@ -182,6 +187,7 @@ impl Kind for QemuKind {
             ("kernel", "kernel"),
             ("disk", "disks"),
             ("net", "interfaces"),
+            ("user-data, network-config or ssh-key", "cloud_init"),
             ("shutdown", "shutdown_s"),
             ("unreadable", "unreadable"),
         ];

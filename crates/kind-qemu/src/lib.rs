@@ -18,6 +18,7 @@
 //!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
+//! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
@@ -31,6 +32,7 @@ mod arguments;
 mod console;
 mod copy_mode;
 mod decoders;
+mod full_disk;
 mod kind;
 mod migration;
 mod migration_status;

@@ -324,6 +324,7 @@ mod tests {
             }),
             disks: Vec::new(),
             interfaces: Vec::new(),
+            cloud_init: None,
             shutdown_s: SHUTDOWN_S,
         };
         let machine = Machine {

@@ -51,6 +51,10 @@ pub(crate) struct Known {
     pub(crate) holds: u64,
     /// To be resumed once it is no longer held.
     pub(crate) resumes: bool,
+    /// The last command was that the guest runs.
+    pub(crate) is_to_run: bool,
+    /// QEMU's name of the disk without room for which it has stopped the guest.
+    pub(crate) full_disk: Option<String>,
     /// Since when the guest is stopped, by a command or by a migration.
     pub(crate) stopped: Option<Instant>,
 }
@@ -75,7 +79,12 @@ impl Shared {
             "STOP" => known.stopped = Some(Instant::now()),
             "RESUME" => known.stopped = None,
             "SHUTDOWN" => known.reason = Some(text("reason")),
-            "BLOCK_IO_ERROR" => tracing::warn!(data = %event.data, "a disk failed"),
+            "BLOCK_IO_ERROR" => {
+                tracing::warn!(data = %event.data, "a disk failed");
+                if event.data["action"] == "stop" {
+                    known.full_disk = Some(text("node-name"));
+                }
+            }
             _ => return,
         }
         drop(known);

@@ -36,6 +36,10 @@ pub struct QemuSpec {
     /// Its network interfaces, in this order.
     #[serde(default)]
     pub interfaces: Vec<Interface>,
+    /// Hash (BLAKE3, hex) of the file system from which cloud-init in the system learns how to set
+    /// it up.
+    #[serde(default)]
+    pub cloud_init: Option<String>,
     /// How long it may take to shut down before its power is cut, in seconds.
     pub shutdown_s: u32,
 }
@@ -169,11 +173,11 @@ impl QemuSpec {
 
     /// The images that it starts from, by hash.
     pub fn images(&self) -> impl Iterator<Item = &str> {
-        let kernel = self.kernel.iter();
-        kernel.flat_map(|kernel| {
+        let kernel = self.kernel.iter().flat_map(|kernel| {
             let initrd = kernel.initrd.as_deref();
             std::iter::once(kernel.image.as_str()).chain(initrd)
-        })
+        });
+        kernel.chain(self.cloud_init.as_deref())
     }
 
     /// Checks its values.

@@ -182,7 +182,11 @@ impl Vm {
     /// Stops the guest; no effect if it is stopped.
     pub(crate) fn pause(&self) -> Result<(), QmpError> {
         let _run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.known().resumes = false;
+        {
+            let mut known = self.shared.known();
+            known.resumes = false;
+            known.is_to_run = false;
+        }
         self.qmp()?.execute("stop", json!({}))
     }
 
@@ -206,6 +210,7 @@ impl Vm {
     fn resume_in_turn(&self) -> Result<(), QmpError> {
         {
             let mut known = self.shared.known();
+            known.is_to_run = true;
             known.resumes = known.is_held;
             if known.is_held {
                 return Ok(());
@@ -221,6 +226,37 @@ impl Vm {
             }
         }
         resumed
+    }
+
+    /// Waits until QEMU has stopped the guest because a disk has no room, and says which; `None` if
+    /// it does not in time, or the process has ended.
+    pub(crate) fn full_disk_within(&self, patience: Duration) -> Option<String> {
+        let (known, _) = self.shared.wait(patience, |known| {
+            known.full_disk.is_some() || known.end.is_some()
+        });
+        known.full_disk.clone()
+    }
+
+    /// Lets a guest try again that QEMU has stopped because a disk had no room: what it was to write
+    /// is written now. A guest that was told to stop since stays so.
+    ///
+    /// # Errors
+    /// What QEMU says.
+    pub(crate) fn retry_full_disk(&self) -> Result<(), QmpError> {
+        let _run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let known = self.shared.known();
+            if !known.is_to_run || known.is_held {
+                return Ok(());
+            }
+        }
+        let qmp = self.qmp()?;
+        let now: RunState = qmp.query("query-status")?;
+        self.shared.known().full_disk = None;
+        match now.status.as_str() {
+            "io-error" => qmp.execute("cont", json!({})),
+            _ => Ok(()),
+        }
     }
 
     /// How often the process was held.
@@ -508,6 +544,7 @@ pub(crate) mod tests {
             }),
             disks: Vec::new(),
             interfaces: Vec::new(),
+            cloud_init: None,
             shutdown_s: SHUTDOWN_S,
         };
         let machine = Machine {

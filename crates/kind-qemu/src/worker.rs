@@ -3,6 +3,7 @@
 use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
+use crate::full_disk;
 use crate::migration::Incoming;
 use crate::process::VmEnd;
 use crate::qmp::QmpError;
@@ -26,6 +27,7 @@ use keel_machine::worker::{
     write_notice,
 };
 use keel_net::RpcError;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -131,11 +133,23 @@ impl QemuWorker {
         Ok(())
     }
 
-    /// Follows the end of a guest's process, also of one that arrives and never runs here.
+    /// Follows a guest's process to its end, also that of one that arrives and never runs here.
     ///
     /// # Errors
     /// If it cannot: the process is ended.
-    fn watch_end(self: &Arc<Self>, guest: &Guest) -> Result<(), String> {
+    fn watch(self: &Arc<Self>, guest: &Guest, spec: &Spec) -> Result<(), String> {
+        let disks = QemuSpec::of(spec)?.disks;
+        let paused = self.process.paused.clone();
+        let followed = full_disk::follow(guest.vm.clone(), disks, paused);
+        followed
+            .and_then(|()| self.watch_end(guest))
+            .map_err(|error| {
+                guest.vm.kill(VmEnd::Discarded);
+                format!("it cannot be watched: {error}")
+            })
+    }
+
+    fn watch_end(self: &Arc<Self>, guest: &Guest) -> io::Result<()> {
         let (worker, watched) = (self.clone(), guest.clone());
         let thread = std::thread::Builder::new().name("end".into());
         let watch = thread.spawn(move || {
@@ -149,10 +163,7 @@ impl QemuWorker {
             }
             worker.report_end(&watched, end);
         });
-        watch.map(drop).map_err(|error| {
-            guest.vm.kill(VmEnd::Discarded);
-            format!("it cannot be watched: {error}")
-        })
+        watch.map(drop)
     }
 
     fn report_end(&self, guest: &Guest, end: VmEnd) {
@@ -198,7 +209,7 @@ impl QemuWorker {
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
         // Dropped from here on, if the move fails.
         self.inner().guest = Some(guest.clone());
-        self.watch_end(&guest)?;
+        self.watch(&guest, &request.spec)?;
         let mut incoming = Some(Incoming::begin(&guest.vm)?);
         loop {
             match link.receive()? {
@@ -266,13 +277,13 @@ impl Worker for QemuWorker {
         {
             let mut inner = self.inner();
             inner.name = Some(start.machine);
-            inner.spec = Some(start.spec);
+            inner.spec = Some(start.spec.clone());
             inner.moves.epoch = start.epoch;
             inner.guest = Some(guest.clone());
         }
         let running = State::Running { epoch: start.epoch };
         self.process.state.send_replace(running);
-        self.watch_end(&guest).map_err(RpcError::failed)?;
+        self.watch(&guest, &start.spec).map_err(RpcError::failed)?;
         if let Err(reason) = self.let_run(&guest) {
             guest.vm.kill(VmEnd::Failed(reason));
         }

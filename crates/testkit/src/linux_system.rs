@@ -13,7 +13,7 @@ use std::time::Duration;
 const UNPACKED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/linux");
 
 /// The kernel's modules that it needs, each after those that it uses itself.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 13] = [
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
@@ -22,9 +22,15 @@ const MODULES: [&str; 8] = [
     "net/core/failover.ko",
     "drivers/net/net_failover.ko",
     "drivers/net/virtio_net.ko",
+    "drivers/block/virtio_blk.ko",
+    "fs/nls/nls_ascii.ko",
+    "fs/nls/nls_cp437.ko",
+    "fs/fat/fat.ko",
+    "fs/fat/vfat.ko",
 ];
 
-/// Its first process. Its address is on the kernel's command line, and whether it is busy.
+/// Its first process. Its address is on the kernel's command line, and whether it is busy. It runs
+/// a script for cloud-init as that would.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -42,6 +48,12 @@ if [ -n "$address" ]; then
     echo ${address%/*} > /www/index.html
     httpd -p 80 -h /www
 fi
+for disk in /dev/vd?; do
+    if mount -t vfat -o ro $disk /cloud-init 2> /dev/null; then
+        sh /cloud-init/user-data &
+        break
+    fi
+done
 case $(cat /proc/cmdline) in *keel.busy*) while :; do :; done & ;; esac
 number=0
 while :; do
@@ -73,7 +85,7 @@ impl LinuxSystem {
         let kernel = only_in(&unpacked.join("boot"), "vmlinuz-")?;
         let modules = only_in(&unpacked.join("lib/modules"), "")?.join("kernel");
         let tree = folder.join("initrd");
-        for name in ["bin", "dev", "modules", "proc", "sys", "www"] {
+        for name in ["bin", "cloud-init", "dev", "modules", "proc", "sys", "www"] {
             fs::create_dir_all(tree.join(name))?;
         }
         fs::copy(unpacked.join("bin/busybox"), tree.join("bin/busybox"))?;
@@ -96,7 +108,8 @@ impl LinuxSystem {
     }
 
     /// The kernel's command line for a system with this address, such as `10.0.0.7/24`, and with
-    /// more words: `keel.busy` for one whose processor is busy. Its console has its count alone.
+    /// more words: `keel.busy` for one whose processor is busy. Its console has its count alone, and
+    /// what a script for cloud-init says.
     pub fn append(address: &str, words: &str) -> String {
         format!("console=ttyS0 quiet loglevel=0 panic=-1 keel.address={address} {words}")
     }

@@ -16,6 +16,7 @@
 //! net = ["br0"]
 //! ```
 
+use crate::cloud_init::CloudInit;
 use crate::high_availability::FileSettings;
 use crate::image::ImageFile;
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
@@ -37,7 +38,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 31] = [
+const KEYS: [&str; 34] = [
     "module",
     "kind",
     "kernel",
@@ -47,6 +48,9 @@ const KEYS: [&str; 31] = [
     "net",
     "cpu",
     "shutdown",
+    "user-data",
+    "network-config",
+    "ssh-key",
     "args",
     "on",
     "env",
@@ -91,12 +95,16 @@ pub(super) enum Body {
 }
 
 impl Body {
-    /// The part of the kind, and the files that the machine starts from. `before` is the machine as
-    /// it is: what the file leaves to us stays as it was.
+    /// The part of the kind, and the files that the machine of this name starts from. `before` is the
+    /// machine as it is: what the file leaves to us stays as it was.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub(super) fn read(&self, before: Option<&MachineInfo>) -> Result<(KindSpec, Vec<ImageFile>)> {
+    pub(super) fn read(
+        &self,
+        name: &str,
+        before: Option<&MachineInfo>,
+    ) -> Result<(KindSpec, Vec<ImageFile>)> {
         let (own, files) = match self {
             Body::Program(module, program) => {
                 let file = ImageFile::read(module)?;
@@ -109,7 +117,7 @@ impl Body {
             Body::System(system) => {
                 let before = before.and_then(system_of);
                 let interfaces = before.map(|own| own.interfaces).unwrap_or_default();
-                let (own, files) = system.read(&interfaces)?;
+                let (own, files) = system.read(Some(name), &interfaces)?;
                 (own.to_kind_spec(), files)
             }
         };
@@ -150,6 +158,10 @@ struct Machine {
     net: Vec<Network>,
     cpu: Option<u32>,
     shutdown: Option<Time>,
+    user_data: Option<PathBuf>,
+    network_config: Option<PathBuf>,
+    #[serde(default)]
+    ssh_key: Vec<PathBuf>,
     #[serde(default)]
     args: Vec<String>,
     on: Option<String>,
@@ -264,6 +276,11 @@ impl Strangers<'_> {
 impl Machine {
     /// What it is made of; takes that.
     fn body(&mut self, folder: &Path) -> Result<Body, String> {
+        let cloud_init = CloudInit {
+            user_data: self.user_data.take(),
+            network_config: self.network_config.take(),
+            ssh_key: std::mem::take(&mut self.ssh_key),
+        };
         let system = System {
             kernel: self.kernel.take().map(|file| folder.join(file)),
             initrd: self.initrd.take().map(|file| folder.join(file)),
@@ -272,6 +289,7 @@ impl Machine {
             net: self.net.drain(..).map(|Network(network)| network).collect(),
             cpu: self.cpu,
             shutdown: self.shutdown.take().map(|Time(time)| time),
+            cloud_init: cloud_init.beside(folder),
         };
         let kind = self.kind.clone().unwrap_or_else(WasmKind::kind_name);
         crate::system::check_kind(&kind).map_err(|error| error.to_string())?;
@@ -581,6 +599,8 @@ mod tests {
             net = ["br0,mac=02:00:00:00:00:01"]
             cpu = 2
             shutdown = "10s"
+            user-data = "db.yaml"
+            ssh-key = ["/keys/admin.pub"]
             ha = { fence = "timer" }
         "#;
         let wanted = read(text).unwrap();
@@ -594,6 +614,11 @@ mod tests {
             net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
             cpu: Some(2),
             shutdown: Some(Duration::from_secs(10)),
+            cloud_init: CloudInit {
+                user_data: Some("/etc/db.yaml".into()),
+                network_config: None,
+                ssh_key: vec!["/keys/admin.pub".into()],
+            },
         };
         assert_eq!(wanted[0].body, Body::System(system));
         let request = &wanted[0].request;
@@ -609,7 +634,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, shutdown, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

@@ -108,6 +108,7 @@ impl Systems {
                 bridge: BRIDGE.to_owned(),
                 mac: format!("02:00:00:00:01:{number:02x}"),
             }],
+            cloud_init: None,
             shutdown_s: 1,
         })
     }

@@ -1,0 +1,304 @@
+//! The disk from which cloud-init learns, at a system's first boot, how to set it up: the NoCloud
+//! data source, a FAT file system of the label `CIDATA`
+//! (<https://docs.cloud-init.io/en/latest/reference/datasources/nocloud.html>).
+//!
+//! ```text
+//!   user-data         --user-data, as it is
+//!   network-config    --network-config, as it is
+//!   meta-data         the machine's name, the keys of --ssh-key, and an identity
+//! ```
+//!
+//! Equal settings make equal bytes, so a machine file that has not changed changes no machine. The
+//! identity follows from the settings: where they change, cloud-init begins anew. What a system makes
+//! of its settings is left to cloud-init.
+
+use crate::image::ImageFile;
+use anyhow::{Context, Result, ensure};
+use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
+use serde::Serialize;
+use ssh_key::PublicKey;
+use std::io::{Cursor, Write};
+use std::path::{Path, PathBuf};
+
+/// The most bytes of a file: what is larger belongs into the system's image.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Room for the file system's own tables.
+const TABLES_BYTES: usize = 128 << 10;
+/// The label by which cloud-init knows it, padded as in a boot sector.
+const LABEL: [u8; 11] = *b"CIDATA     ";
+
+/// How `user-data` begins, and what that is to cloud-init
+/// (<https://docs.cloud-init.io/en/latest/explanation/format/index.html>).
+const BEGINNINGS: [&[u8]; 9] = [
+    b"#cloud-config",
+    b"#cloud-boothook",
+    b"#part-handler",
+    b"#include",
+    b"#!",
+    b"## template: jinja",
+    b"Content-Type:",
+    b"MIME-Version:",
+    // Compressed.
+    b"\x1f\x8b",
+];
+
+/// How cloud-init sets a system up, as users write it.
+#[derive(clap::Args, Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct CloudInit {
+    /// What cloud-init does at the system's first boot: a file that begins with #cloud-config, or a
+    /// script.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) user_data: Option<PathBuf>,
+    /// How cloud-init sets up the system's network: a file of its version 1 or 2.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) network_config: Option<PathBuf>,
+    /// Public keys, as in authorized_keys, whose owners may log in as the system's default user.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ssh_key: Vec<PathBuf>,
+}
+
+/// What cloud-init knows of the machine itself. JSON, which is YAML too.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct MetaData<'a> {
+    instance_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    local_hostname: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    public_keys: Vec<String>,
+}
+
+impl CloudInit {
+    /// Options that were given, each with whether it was.
+    pub(crate) fn given(&self) -> [(&'static str, bool); 3] {
+        [
+            ("user-data", self.user_data.is_some()),
+            ("network-config", self.network_config.is_some()),
+            ("ssh-key", !self.ssh_key.is_empty()),
+        ]
+    }
+
+    /// The same with files that are beside a machine file.
+    pub(crate) fn beside(self, folder: &Path) -> Self {
+        let joined = |file: PathBuf| folder.join(file);
+        CloudInit {
+            user_data: self.user_data.map(joined),
+            network_config: self.network_config.map(joined),
+            ssh_key: self.ssh_key.into_iter().map(joined).collect(),
+        }
+    }
+
+    /// The disk for a machine; `None` if nothing was given. Without a name its system keeps its own.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or cloud-init would make nothing of it.
+    pub(crate) fn disk(&self, name: Option<&str>) -> Result<Option<ImageFile>> {
+        if self.given().iter().all(|(_, is_given)| !is_given) {
+            return Ok(None);
+        }
+        let user_data = self.user_data.as_deref().map(user_data).transpose()?;
+        // It ignores a disk without the file.
+        let user_data = user_data.unwrap_or_default();
+        let network = self.network_config.as_deref().map(read).transpose()?;
+        let mut keys = Vec::new();
+        for file in &self.ssh_key {
+            keys.extend(public_keys(file)?);
+        }
+        let mut identity = blake3::Hasher::new();
+        let settings = (name, &keys, &user_data, &network);
+        identity.update(&serde_json::to_vec(&settings)?);
+        let meta_data = MetaData {
+            instance_id: format!("iid-{}", &identity.finalize().to_hex()[..16]),
+            local_hostname: name,
+            public_keys: keys,
+        };
+        let mut files = vec![
+            ("user-data", user_data),
+            ("meta-data", serde_json::to_vec_pretty(&meta_data)?),
+        ];
+        files.extend(network.map(|text| ("network-config", text)));
+        let disk = file_system(&files).context("the disk for cloud-init cannot be made")?;
+        Ok(Some(ImageFile::made("the disk for cloud-init", disk)))
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let of = || format!("cannot read {}", path.display());
+    let bytes = std::fs::metadata(path).with_context(of)?.len();
+    ensure!(
+        bytes <= FILE_BYTES_MAX,
+        "{} has {bytes} bytes; cloud-init is given {FILE_BYTES_MAX} at most",
+        path.display()
+    );
+    std::fs::read(path).with_context(of)
+}
+
+fn user_data(path: &Path) -> Result<Vec<u8>> {
+    let text = read(path)?;
+    ensure!(
+        text.is_empty() || BEGINNINGS.iter().any(|it| text.starts_with(it)),
+        "{}: cloud-init would ignore it: it begins with neither #cloud-config nor #! (a script)",
+        path.display()
+    );
+    Ok(text)
+}
+
+/// The keys of a file.
+fn public_keys(path: &Path) -> Result<Vec<String>> {
+    let shown = path.display();
+    let text = String::from_utf8(read(path)?).with_context(|| format!("{shown} is no text"))?;
+    let mut keys = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let key = PublicKey::from_openssh(line);
+        key.map_err(|error| anyhow::anyhow!("{error}"))
+            .with_context(|| {
+                format!("{shown}, line {number}: that is no public key (TYPE KEY COMMENT)")
+            })?;
+        keys.push(line.to_owned());
+    }
+    ensure!(!keys.is_empty(), "{shown} has no public key");
+    Ok(keys)
+}
+
+fn file_system(files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
+    let content: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
+    // Whole KiB, and a FAT of 12 bits has some thousand clusters.
+    let bytes = (TABLES_BYTES + content + content / 4).next_multiple_of(64 << 10);
+    let mut disk = Cursor::new(vec![0; bytes]);
+    let options = FormatVolumeOptions::new()
+        .volume_label(LABEL)
+        .volume_id(0)
+        .fat_type(FatType::Fat12);
+    fatfs::format_volume(&mut disk, options)?;
+    {
+        let system = FileSystem::new(&mut disk, FsOptions::new())?;
+        for (name, bytes) in files {
+            let mut file = system.root_dir().create_file(name)?;
+            file.write_all(bytes)?;
+            file.flush()?;
+        }
+        system.unmount()?;
+    }
+    Ok(disk.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    const KEY: &str =
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ me";
+
+    fn content(disk: &[u8], name: &str) -> String {
+        let system = FileSystem::new(Cursor::new(disk.to_vec()), FsOptions::new()).unwrap();
+        assert_eq!(system.volume_label(), "CIDATA");
+        let mut text = String::new();
+        let mut file = system.root_dir().open_file(name).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn equal_settings_make_an_equal_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str, text: &[u8]| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let mut settings = CloudInit {
+            user_data: Some(at("user", b"#cloud-config\npackages: [nginx]\n")),
+            network_config: Some(at("network", b"version: 2\n")),
+            ssh_key: vec![at("keys", format!("# mine\n\n{KEY}\n").as_bytes())],
+        };
+        let disk = |settings: &CloudInit, name| {
+            let made = settings.disk(name).unwrap().unwrap();
+            made.bytes().to_vec()
+        };
+        let first = disk(&settings, Some("web"));
+        assert_eq!(first, disk(&settings, Some("web")));
+        assert_eq!(
+            content(&first, "user-data"),
+            "#cloud-config\npackages: [nginx]\n"
+        );
+        assert_eq!(content(&first, "network-config"), "version: 2\n");
+        let meta_data = |disk: &[u8]| -> serde_json::Value {
+            serde_json::from_str(&content(disk, "meta-data")).unwrap()
+        };
+        let known = meta_data(&first);
+        assert_eq!(known["local-hostname"], "web");
+        assert_eq!(known["public-keys"], serde_json::json!([KEY]));
+        // Another name, or other settings, are another instance.
+        let other = meta_data(&disk(&settings, Some("db")));
+        assert_ne!(other["instance-id"], known["instance-id"]);
+        settings.network_config = None;
+        let other = disk(&settings, None);
+        assert_ne!(meta_data(&other)["instance-id"], known["instance-id"]);
+        assert_eq!(meta_data(&other)["local-hostname"], serde_json::Value::Null);
+        assert_eq!(
+            CloudInit::default().disk(Some("web")).unwrap().map(drop),
+            None
+        );
+    }
+
+    /// A large file fits, and the disk is little larger.
+    #[test]
+    fn the_disk_has_room_for_what_is_on_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("user");
+        for bytes in [20, 100 << 10, FILE_BYTES_MAX as usize] {
+            let mut text = b"#!/bin/sh\n".to_vec();
+            text.resize(bytes, b'#');
+            std::fs::write(&file, &text).unwrap();
+            let settings = CloudInit {
+                user_data: Some(file.clone()),
+                ..CloudInit::default()
+            };
+            let disk = settings.disk(None).unwrap().unwrap();
+            assert_eq!(content(disk.bytes(), "user-data").len(), bytes);
+            assert!(disk.bytes().len() < bytes * 3 / 2 + (256 << 10));
+        }
+    }
+
+    #[test]
+    fn what_cloud_init_would_make_nothing_of_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        let said = |settings: &CloudInit| {
+            let refused = settings.disk(None).map(drop);
+            format!("{:#}", refused.unwrap_err())
+        };
+        let of_user = CloudInit {
+            user_data: Some(file.clone()),
+            ..CloudInit::default()
+        };
+        assert!(said(&of_user).contains("cannot read"));
+        std::fs::write(&file, "packages: [nginx]").unwrap();
+        assert!(said(&of_user).contains("would ignore it"));
+        let large = vec![b'#'; FILE_BYTES_MAX as usize + 1];
+        std::fs::write(&file, large).unwrap();
+        assert!(said(&of_user).contains("at most"));
+        let of_keys = CloudInit {
+            ssh_key: vec![file.clone()],
+            ..CloudInit::default()
+        };
+        for (text, what) in [
+            ("", "has no public key"),
+            ("# none\n", "has no public key"),
+            ("\nssh-ed25519 AAAA me", "line 2: that is no public key"),
+            (
+                "-----BEGIN OPENSSH PRIVATE KEY-----",
+                "line 1: that is no public key",
+            ),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let said = said(&of_keys);
+            assert!(said.contains(what), "{said}");
+        }
+    }
+}

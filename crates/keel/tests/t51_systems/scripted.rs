@@ -1,0 +1,66 @@
+//! Two nodes, and a Linux system that is told by cloud-init's disk which script to run.
+
+use anyhow::{Context, Result, ensure};
+use keel_testkit::LocalCluster;
+use keel_testkit::bare_system::qemu_is_installed;
+use keel_testkit::linux_system::LinuxSystem;
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+/// The system's machine.
+pub(crate) const NAME: &str = "web";
+
+pub(crate) struct Scripted {
+    pub(crate) cluster: LocalCluster,
+    linux: LinuxSystem,
+    folder: tempfile::TempDir,
+}
+
+impl Scripted {
+    /// Nodes `a` and `b`; none, with the reason, where no system can run.
+    pub(crate) async fn start() -> Result<Option<Self>> {
+        if !qemu_is_installed() {
+            return Ok(None);
+        }
+        let folder = tempfile::Builder::new().prefix("keel-").tempdir()?;
+        let Some(linux) = LinuxSystem::make(folder.path())? else {
+            return Ok(None);
+        };
+        let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await?;
+        Ok(Some(Scripted {
+            cluster,
+            linux,
+            folder,
+        }))
+    }
+
+    /// Writes a file; returns its path.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<String> {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, bytes)?;
+        Ok(path.to_str().context("a path of UTF-8")?.to_owned())
+    }
+
+    /// Runs the system at `a` as a user does, with more options.
+    pub(crate) fn run(&self, script: &str, options: &[&str]) -> Result<()> {
+        let started = Command::new(KEEL)
+            .args(["run", "--detach", "--name", NAME, "--memory", "128M"])
+            .args(["--kind", "qemu", "--shutdown", "1s"])
+            .args(["--append", &LinuxSystem::append("", "")])
+            .args(["--kernel", &self.write("vmlinuz", &self.linux.kernel)?])
+            .args(["--initrd", &self.write("initrd.gz", &self.linux.initrd)?])
+            .args(["--user-data", &self.write("script", script.as_bytes())?])
+            .args(options)
+            .arg("--state-dir")
+            .arg(self.cluster.folder("a"))
+            .output()?;
+        let said = String::from_utf8_lossy(&started.stderr);
+        ensure!(started.status.success(), "{said}");
+        Ok(())
+    }
+
+    pub(crate) async fn output(&self) -> Option<String> {
+        self.cluster.output("a", NAME).await.ok()
+    }
+}
