@@ -74,11 +74,9 @@ impl WasmWorker {
         let Some(home) = home else {
             return Err(failed("the machine is on one node (`keel span`)"));
         };
-        // Excludes moves and checkpoints meanwhile, both starting and running.
+        // Excludes moves and checkpoints meanwhile, in the order in which a checkpoint locks both.
+        let _tracking = self.without_checkpoint().map_err(failed)?;
         let _freezing = self.process.freezing();
-        let Ok(_tracking) = self.tracking.try_lock() else {
-            return Err(failed("a checkpoint of it is being made; try again"));
-        };
         self.check_not_moving()?;
         if epoch != new.join.epoch {
             return Err(failed("the machine changed meanwhile; try again"));

@@ -75,21 +75,15 @@ impl WasmWorker {
 
     /// Makes the machine span. Returns the downtime in microseconds.
     pub(in crate::worker) fn span(&self, span: Span) -> Result<u64, RpcError> {
-        // Excludes moves and checkpoints meanwhile.
+        // Excludes moves and checkpoints meanwhile, in the order in which a checkpoint locks both.
+        // One in progress is given up: the other parts are waiting.
+        let _tracking = self.without_checkpoint().map_err(failed)?;
         let _freezing = self.process.freezing();
-        let tracking = self.tracking.try_lock();
-        let Ok(_tracking) = tracking else {
-            return Err(failed("a checkpoint of it is being made; try again"));
-        };
         let (meeting, machine, name, epoch, part_bytes, stands) = {
             let mut inner = self.inner();
-            if inner.moves.is_moving_away() || inner.give_up_checkpoint.is_some() {
-                return Err(failed(
-                    "the machine is moving, or a checkpoint is being made; try again",
-                ));
+            if inner.moves.is_moving_away() {
+                return Err(failed("the machine is moving; try again"));
             }
-            // The trackers belong to the other mode of memory.
-            inner.checkpointer = None;
             let meeting = inner.parts.meeting.take();
             match (meeting, &inner.machine, &inner.name) {
                 (Some(meeting), Some(machine), Some(name)) => {
