@@ -39,7 +39,7 @@ pub(crate) struct ProofFile {
 }
 
 impl ProofFile {
-    /// Blocks.
+    /// Writes a new one, which is unlike all others. Waits for the file server.
     ///
     /// # Errors
     /// If it cannot be written.
