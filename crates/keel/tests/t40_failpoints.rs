@@ -51,15 +51,7 @@ async fn drill_as(
         for order in orders {
             let outcome = match drill.run(failpoint, order.parse().unwrap()).await {
                 Ok(outcome) => outcome,
-                Err(error) => {
-                    for node in names {
-                        let log = cluster.folder(node).join("agent.log");
-                        let log = std::fs::read_to_string(log).unwrap_or_default();
-                        let from = log.len().saturating_sub(20_000);
-                        println!("── {node}\n{}", log.get(from..).unwrap_or(&log));
-                    }
-                    panic!("{} {order}: {error:?}", failpoint.name);
-                }
+                Err(error) => panic!("{} {order}: {error:?}", failpoint.name),
             };
             println!("{:<26} {order:<12} {outcome:?}", failpoint.name);
             drilled += 1;

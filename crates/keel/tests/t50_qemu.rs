@@ -499,24 +499,6 @@ async fn what_a_system_cannot_be_is_refused_by_name() -> Result<()> {
     let said = uploaded.expect_err("a refusal").to_string();
     assert!(said.contains("neither a kernel"), "{said}");
 
-    // A disk that is not there, and one whose content is of another format.
-    let mut own = spec.clone();
-    let garbage = systems.folder.path().join("garbage");
-    std::fs::write(&garbage, vec![7; 1 << 16])?;
-    let paths = [PathBuf::from("/nowhere/disk"), garbage];
-    for (number, path) in paths.into_iter().enumerate() {
-        own.disks = vec![Disk {
-            path: path.display().to_string(),
-            format: DiskFormat::Qcow2,
-            read_only: false,
-        }];
-        let name = format!("disk-{number}");
-        systems.run(&name, "a", &own).await.ok();
-        let ended = systems.cluster.wait_end("a", &name).await?;
-        let shown = serde_json::to_string(&ended)?;
-        assert!(shown.contains(&*path.display().to_string()), "{shown}");
-    }
-
     systems.run("s", "a", &spec).await?;
     let request = CheckpointRequest::default();
     let path = "/v1/machines/s/checkpoints";
@@ -524,4 +506,76 @@ async fn what_a_system_cannot_be_is_refused_by_name() -> Result<()> {
     let said = checkpoint.expect_err("a refusal").to_string();
     assert!(said.contains("no checkpoints"), "{said}");
     Ok(())
+}
+
+/// The image of a qcow2 disk of 1 MiB, without content: docs/interop/qcow2.txt of QEMU.
+fn empty_qcow2() -> Vec<u8> {
+    const CLUSTER: usize = 1 << 16;
+    let mut image = vec![0; 4 * CLUSTER];
+    let mut put = |at: usize, bytes: &[u8]| image[at..][..bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb");
+    put(4, &3_u32.to_be_bytes());
+    put(20, &16_u32.to_be_bytes());
+    put(24, &(1_u64 << 20).to_be_bytes());
+    // The first table of clusters, and that of their counts with its only block.
+    put(36, &1_u32.to_be_bytes());
+    put(40, &(3 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
+    for cluster in 0..4 {
+        put(2 * CLUSTER + 2 * cluster, &1_u16.to_be_bytes());
+    }
+    // Counts have 16 bits, and the header 104 bytes.
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    image
+}
+
+/// Where a system's disk cannot be used, its machine ends and says which, and why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_used_is_named() -> Result<()> {
+    let Some(systems) = Systems::start(&["a"]).await else {
+        return Ok(());
+    };
+    let spec = systems.counting(None).await?;
+    let on_disk = |path: &Path| QemuSpec {
+        disks: vec![Disk {
+            path: path.display().to_string(),
+            format: DiskFormat::Qcow2,
+            read_only: false,
+        }],
+        ..spec.clone()
+    };
+    let write = |name: &str, change: &dyn Fn(&mut Vec<u8>)| -> Result<PathBuf> {
+        let path = systems.folder.path().join(name);
+        let mut image = empty_qcow2();
+        change(&mut image);
+        std::fs::write(&path, image)?;
+        Ok(path)
+    };
+    let based = |image: &mut Vec<u8>| {
+        let base = b"/nowhere/base.qcow2";
+        image[8..16].copy_from_slice(&512_u64.to_be_bytes());
+        image[16..20].copy_from_slice(&(base.len() as u32).to_be_bytes());
+        image[512..][..base.len()].copy_from_slice(base);
+    };
+    let cases = [
+        (PathBuf::from("/nowhere/disk"), "No such file"),
+        (write("garbage", &|image| image.fill(7))?, "not in qcow2"),
+        (write("encrypted", &|image| image[35] = 1)?, "encrypt"),
+        (write("corrupt", &|image| image[47] = 1)?, "L1 table"),
+        (write("based", &based)?, "/nowhere/base.qcow2"),
+    ];
+    for (number, (path, why)) in cases.into_iter().enumerate() {
+        let name = format!("disk-{number}");
+        systems.run(&name, "a", &on_disk(&path)).await.ok();
+        let ended = systems.cluster.wait_end("a", &name).await?;
+        let shown = serde_json::to_string(&ended)?;
+        assert!(shown.contains(&*path.display().to_string()), "{shown}");
+        assert!(shown.contains(why), "{shown}");
+    }
+    let whole = on_disk(&write("whole", &|_| {})?);
+    systems.run("s", "a", &whole).await?;
+    systems.counted("s", 0).await.map(drop)
 }

@@ -32,6 +32,7 @@ pub mod drill;
 mod etcd;
 pub mod far_link;
 pub mod linux_system;
+mod logs;
 mod machine;
 pub mod nemesis;
 pub mod network;
@@ -236,9 +237,14 @@ impl LocalCluster {
         environment: &[(&str, &str)],
     ) -> Result<Self> {
         let mut cluster = LocalCluster::empty(program, None);
-        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        cluster.environment = environment.iter().map(owned).collect();
+        cluster.set_environment(environment);
         cluster.begin(folder, names).await
+    }
+
+    /// Sets the environment of nodes that are started from now on.
+    pub fn set_environment(&mut self, environment: &[(&str, &str)]) {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.environment = environment.iter().map(owned).collect();
     }
 
     /// As [`Self::start`], with the store outside of the nodes: these are the options of `keel up`
@@ -631,14 +637,20 @@ impl LocalCluster {
         self.signal(name, Signal::CONT, &|_| true);
     }
 
-    /// Worker processes of a machine on a node.
+    /// The number of worker processes of a machine on a node.
     pub fn workers_of(&self, name: &str, machine: &str) -> usize {
+        self.worker_pids(name, machine).len()
+    }
+
+    /// Worker processes of a machine on a node.
+    pub fn worker_pids(&self, name: &str, machine: &str) -> Vec<i32> {
         let folder = self.folder(name).join("workers").join(machine);
         let folder = folder.display().to_string();
-        processes()
-            .iter()
-            .filter(|(_, line)| line.contains(&folder))
-            .count()
+        let all = processes().into_iter();
+        let of_machine = all.filter(|(_, line)| line.contains(&folder));
+        of_machine
+            .map(|(pid, _)| pid.as_raw_nonzero().get())
+            .collect()
     }
 
     /// Kills the processes on a node that are parts of machines with another home; returns their
@@ -724,6 +736,9 @@ impl Drop for LocalCluster {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for name in names {
             self.power_off(&name);
+            if std::thread::panicking() {
+                logs::print(&name, &self.folder(&name));
+            }
             if let Ok(folder) = self.folder(&name).canonicalize() {
                 keel_machine::cgroup::Slice::remove_all(&folder);
             }

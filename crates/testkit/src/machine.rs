@@ -57,7 +57,7 @@ impl<'a> Guest<'a> {
     }
 
     /// The request that starts it, with its kind and the kind's spec.
-    pub(crate) fn request(&self, (kind, kind_spec): (KindName, KindSpec)) -> RunRequest {
+    pub fn request(&self, (kind, kind_spec): (KindName, KindSpec)) -> RunRequest {
         RunRequest {
             name: Some(self.name.to_owned()),
             on: Some(self.node.to_owned()),
