@@ -392,9 +392,11 @@ impl Kinds {
         self.all().find_map(|kind| kind.program_of_code(file_name))
     }
 
-    /// The kinds whose machines this host executes, as [`Kind::executed_here`]. Blocks.
-    pub fn executed_here(&self, cache: &Path) -> Vec<String> {
-        let executed = self.all().filter_map(|kind| kind.executed_here(cache));
+    /// The kinds whose machines this host executes, each with [`Kind::executed_here`]. Blocks.
+    pub fn executed_here(&self, cache: &Path) -> Vec<(KindName, String)> {
+        let executed = self
+            .all()
+            .filter_map(|kind| Some((kind.name(), kind.executed_here(cache)?)));
         executed.collect()
     }
 

@@ -25,7 +25,8 @@ pub(crate) async fn publish(context: Arc<Context>, processes: Arc<Processes>) ->
         let executed = tokio::task::spawn_blocking(move || kinds.executed_here(&cache)).await;
         // (An error means that the agent ends.)
         if let Ok(executed) = executed {
-            record.kinds = executed;
+            record.executes = Some(executed.iter().map(|(kind, _)| kind.clone()).collect());
+            record.kinds = executed.into_iter().map(|(_, how)| how).collect();
             write(&context, &record).await;
         }
     });
@@ -66,6 +67,7 @@ fn describe(context: &Context, processes: &Processes) -> NodeRecord {
         features: cpu_features(),
         lacks,
         kinds: Vec::new(),
+        executes: None,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }

@@ -1,10 +1,12 @@
 //! Linux systems on a network: `networks`: moves and balancing; `failover`: high availability;
 //! `systems`: the cluster in which they run. `cloud_init`: what a system is told at its first boot;
-//! `full_disk`: one whose disk has no room; `scripted`: systems that run a script.
+//! `full_disk`: one whose disk has no room; `scripted`: systems that run a script; `placement`: nodes
+//! without QEMU.
 
 mod cloud_init;
 mod failover;
 mod full_disk;
 mod networks;
+mod placement;
 mod scripted;
 mod systems;

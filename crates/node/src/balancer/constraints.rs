@@ -11,6 +11,7 @@ use keel_balance::cost::Link;
 use keel_balance::round::Constraints;
 use keel_balance::rules::Violation;
 use keel_balance::select::{Constraint, Spreadable};
+use keel_machine::kind::KindName;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -60,6 +61,11 @@ impl Snapshot {
     /// Machines of a node that violate a rule there.
     pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         self.rules.broken_on(node)
+    }
+
+    /// That a node's host does not execute machines of a kind, if that is known.
+    pub(super) fn lacks_kind(&self, kind: &KindName, node: &str) -> Option<Violation> {
+        self.rules.lacks_kind(kind, node)
     }
 
     /// The rule that forbids a machine on a node.

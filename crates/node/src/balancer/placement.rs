@@ -14,6 +14,7 @@ use keel_balance::Name;
 use keel_balance::policy::Mode;
 use keel_balance::select::NodeState;
 use keel_cluster::NodeName;
+use keel_machine::kind::KindName;
 use rand::Rng;
 use rand::seq::IteratorRandom;
 use std::collections::BTreeMap;
@@ -35,26 +36,35 @@ impl NodeBalancer {
     pub(crate) async fn choose_node(
         self: &Arc<Self>,
         machine: &str,
+        kind: &KindName,
         memory_bytes: u64,
     ) -> NodeName {
-        choose(self, machine, memory_bytes).await
+        choose(self, machine, kind, memory_bytes).await
     }
 }
 
-/// The node for a new machine with this memory limit: this one if balancing is off, or no other
-/// node is clearly less loaded.
-async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) -> NodeName {
+/// The node for a new machine with this memory limit: this one if it may be here and balancing is
+/// off, or no other node is clearly less loaded.
+async fn choose(
+    handle: &Arc<NodeBalancer>,
+    machine: &str,
+    kind: &KindName,
+    memory_bytes: u64,
+) -> NodeName {
     let here = handle.context.name.clone();
-    let machine: Name = machine.into();
+    let (machine, kind) = (Name::from(machine), kind.clone());
     let peers = handle.query(move |balancer, _, rules| {
-        let may = |node: &Name| rules.forbids(&machine, node).is_none();
+        let may = |node: &Name| {
+            rules.forbids(&machine, node).is_none() && rules.lacks_kind(&kind, node).is_none()
+        };
         let others: Vec<Name> = rules.nodes().iter().filter(|it| may(it)).cloned().collect();
         (balancer.policy().0.mode, others)
     });
     let Ok((mode, allowed)) = peers.await else {
         return here;
     };
-    if mode == Mode::Off {
+    let may_stay = allowed.iter().any(|it| **it == *here.as_str());
+    if mode == Mode::Off && may_stay {
         return here;
     }
     let others = allowed.iter().filter(|it| ***it != *here.as_str());
@@ -63,6 +73,8 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
     let others = others.filter(|it| !doubted.contains(it)).collect();
     let known = handle.gossip.known();
     let asked = whom_to_ask(others, &known, memory_bytes, &mut rand::rng());
+    // Where it cannot be here, a node of which nothing is known is better.
+    let unmeasured = asked.first().filter(|_| !may_stay).cloned();
     let mut answers = JoinSet::new();
     for node in asked {
         let handle = handle.clone();
@@ -78,7 +90,6 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
     while let Some(joined) = answers.join_next().await {
         sides.extend(joined.ok().flatten());
     }
-    let may_stay = allowed.iter().any(|it| **it == *here.as_str());
     let own = match may_stay {
         true => load(handle)
             .await
@@ -86,7 +97,8 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
             .and_then(|it| with_newest(handle, it)),
         false => None,
     };
-    lightest(may_stay, own.as_ref(), &sides, memory_bytes).unwrap_or(here)
+    let chosen = lightest(may_stay, own.as_ref(), &sides, memory_bytes);
+    chosen.or(unmeasured).unwrap_or(here)
 }
 
 /// The nodes to ask: the lightest by what is known of them, and others at random.

@@ -20,6 +20,7 @@ use keel_balance::load::{Factors, MachineSample, Weights};
 use keel_balance::plan::{Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan};
 use keel_balance::select::Constraint;
 use keel_cluster::MachineName;
+use keel_machine::kind::KindName;
 use keel_machine::spec::BalanceBy;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
@@ -78,6 +79,7 @@ impl View {
         }
         let (mut loads, mut factors, mut fixed) = (Vec::new(), Vec::new(), BTreeMap::new());
         let mut epochs = Vec::new();
+        let mut of_kinds: BTreeMap<KindName, Vec<String>> = BTreeMap::new();
         let mut live = handle.placements.live();
         live.sort();
         for (name, owner) in live {
@@ -88,6 +90,10 @@ impl View {
             let used = samples.get(&*name).map(|it| it.factors).unwrap_or_default();
             let thing = rules_now.machine(&name);
             let placed = handle.placements.get(&name);
+            if let Some(placed) = &placed {
+                let of_kind = of_kinds.entry(placed.kind.clone()).or_default();
+                of_kind.push(name.to_string());
+            }
             let mut rules = rules_now.rules.iter();
             let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
                 _ if placed.as_ref().is_none_or(|placed| !placed.movable) => {
@@ -122,7 +128,7 @@ impl View {
             loads,
             weights: weighed(weights),
             hard: [false; RESOURCES],
-            rules: rules_now.rules.clone(),
+            rules: [&rules_now.rules[..], &rules_now.kind_rules(&of_kinds)].concat(),
             gain_min: GAIN_MIN / count,
             at_once: AT_ONCE,
         };

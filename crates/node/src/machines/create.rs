@@ -40,7 +40,7 @@ pub(crate) async fn run(
             let memory_bytes = promised.unwrap_or(request.memory_bytes);
             machines
                 .balancer
-                .choose_node(name.as_str(), memory_bytes)
+                .choose_node(name.as_str(), &spec.kind, memory_bytes)
                 .await
         }
     };

@@ -3,6 +3,7 @@
 
 use crate::error::CommandError;
 use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_machine::kind::KindName;
 use keel_machine::moves::ownership::EpochBase;
 pub(crate) use keel_machine::moves::ownership::{self, VersionedRecord};
 use keel_machine::spec::{Record, Status};
@@ -11,6 +12,7 @@ use keel_store::StoreError;
 use keel_store::keys::{self, Key};
 use keel_store::{KeyValue, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -33,6 +35,9 @@ pub(crate) struct NodeRecord {
     /// The kinds of machines that its host executes, each with how; none until that is known.
     #[serde(default)]
     pub(crate) kinds: Vec<String>,
+    /// The names of these kinds; `None` until that is known, and from agents that do not say it.
+    #[serde(default)]
+    pub(crate) executes: Option<BTreeSet<KindName>>,
     pub(crate) version: String,
 }
 

@@ -1,4 +1,4 @@
-//! The rules, drains and labels: a watch on the store. The transaction of a move decides; the
+//! The rules, drains and labels, and which kinds of machines hosts execute: a watch on the store. The transaction of a move decides; the
 //! cache avoids attempts that it would refuse, and finds machines that violate a rule.
 
 use super::rule_set::{Drain, RuleSet};
@@ -8,6 +8,7 @@ use keel_balance::Name;
 use keel_balance::rules::{
     Holders, Rule, Subject, Violation, domains_of, forbidden, holders_of, violations_of,
 };
+use keel_machine::kind::KindName;
 use keel_store::Change;
 use keel_store::StoreError;
 use keel_store::keys::{self, Key};
@@ -45,7 +46,7 @@ impl RuleCache {
         self.set.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All rules, drains and labels.
+    /// All that was seen.
     pub(crate) fn set(&self) -> RuleSet {
         self.locked().clone()
     }
@@ -67,7 +68,7 @@ impl RuleCache {
 
     /// The same with the given nodes.
     pub(crate) fn snapshot_of(&self, nodes: Vec<Name>) -> RuleSnapshot {
-        RuleSnapshot::new(self.set(), &self.placements, nodes)
+        RuleSnapshot::new(self.set(), self.placements.clone(), nodes)
     }
 
     /// Why rules or drains forbid a machine on a node, if they do.
@@ -78,13 +79,14 @@ impl RuleCache {
 }
 
 impl RuleCache {
-    /// Follows rules, labels and drains in the store until the agent ends.
+    /// Follows the store until the agent ends.
     pub(crate) fn follow(self: &Arc<Self>) {
         for prefix in [
             Key::Rules.to_string(),
             keys::NODE_LABELS.to_owned(),
             keys::MACHINE_LABELS.to_owned(),
             keys::DRAINS.to_owned(),
+            keys::NODES.to_owned(),
         ] {
             let cache = self.clone();
             tokio::spawn(async move { cache.follow_prefix(&prefix).await });
@@ -137,11 +139,13 @@ pub(crate) struct RuleSnapshot {
     alive: Vec<Name>,
     placed: Vec<(Subject, Name)>,
     nodes: Vec<Subject>,
+    /// For the kinds of machines, which never change; only where hosts execute different ones.
+    placements: Option<Arc<Placements>>,
     held: OnceCell<Held>,
 }
 
 impl RuleSnapshot {
-    fn new(set: RuleSet, placements: &Placements, alive: Vec<Name>) -> Self {
+    fn new(set: RuleSet, placements: Arc<Placements>, alive: Vec<Name>) -> Self {
         // Without rules no placement is needed.
         let (placed, nodes) = if set.rules.is_empty() {
             (Vec::new(), Vec::new())
@@ -155,6 +159,7 @@ impl RuleSnapshot {
             )
         };
         RuleSnapshot {
+            placements: set.kinds_differ().then_some(placements),
             set,
             alive,
             placed,
@@ -165,7 +170,7 @@ impl RuleSnapshot {
 
     /// Whether no machine is restricted.
     pub(crate) fn is_empty(&self) -> bool {
-        self.set.rules.is_empty() && self.set.drains.is_empty()
+        self.set.rules.is_empty() && self.set.drains.is_empty() && self.placements.is_none()
     }
 
     /// Nodes that are alive.
@@ -199,13 +204,23 @@ impl RuleSnapshot {
         broken
     }
 
-    /// The rule that forbids a machine on a node.
+    /// That a node's host does not execute machines of a kind, if that is known.
+    pub(crate) fn lacks_kind(&self, kind: &KindName, node: &str) -> Option<Violation> {
+        self.set.lacks_kind(kind, node)
+    }
+
+    /// The rule, drain or host that forbids a machine on a node.
     pub(crate) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         if self.set.drains.contains_key(target) {
             return Some(Violation {
                 rule: "drain".into(),
                 why: format!("{target} is being drained"),
             });
+        }
+        let placed = self.placements.as_ref().and_then(|all| all.get(machine));
+        let lacks = placed.and_then(|placed| self.lacks_kind(&placed.kind, target));
+        if lacks.is_some() {
+            return lacks;
         }
         let thing = self.set.machine(machine);
         let node = self.set.node(target);
