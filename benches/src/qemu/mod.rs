@@ -1,6 +1,6 @@
 //! A system of 256 MiB with a hot loop over 64 MiB of them, moved by QEMU that is driven by hand and
 //! by us, and as a program by us, alternately: the downtime as seen from outside, and the whole
-//! time. And how long a Linux takes to boot by hand and as a machine.
+//! time. And how long a Linux takes to boot by hand and as a machine, and what it costs.
 //!
 //! The guests do the same: they touch all of their memory once, then write a word in each page of
 //! 64 MiB in a loop as fast as they can, and after each MiB print a byte if about half a
@@ -14,9 +14,11 @@
 //!
 //! - `by_hand`: QEMU driven by hand
 //! - `boots`: how long a Linux takes to boot
+//! - `cost`: what one costs beside its QEMU
 
 mod boots;
 mod by_hand;
+mod cost;
 
 use crate::signals;
 use crate::table::{Table, percentile};
@@ -127,7 +129,8 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         }
     }
     print(&pauses);
-    runtime.block_on(signals::until(boots::bench(keel, moves)))
+    runtime.block_on(signals::until(boots::bench(keel, moves)))?;
+    runtime.block_on(signals::until(cost::bench(keel)))
 }
 
 fn print(pauses: &[(&str, Vec<Pause>)]) {

@@ -54,6 +54,7 @@ for disk in /dev/vd?; do
         break
     fi
 done
+case $(cat /proc/cmdline) in *keel.idle*) while :; do sleep 3600; done ;; esac
 case $(cat /proc/cmdline) in *keel.busy*) while :; do :; done & ;; esac
 number=0
 while :; do
@@ -108,8 +109,8 @@ impl LinuxSystem {
     }
 
     /// The kernel's command line for a system with this address, such as `10.0.0.7/24`, and with
-    /// more words: `keel.busy` for one whose processor is busy. Its console has its count alone, and
-    /// what a script for cloud-init says.
+    /// more words: `keel.busy` for one whose processor is busy, `keel.idle` for one that does nothing.
+    /// Its console has its count alone, and what a script for cloud-init says.
     pub fn append(address: &str, words: &str) -> String {
         format!("console=ttyS0 quiet loglevel=0 panic=-1 keel.address={address} {words}")
     }
