@@ -40,7 +40,7 @@ pub(super) fn read(text: &str) -> Result<Imported, String> {
         match part.tag_name().name() {
             "name" => read.name = content(part),
             "memory" => match bytes(part) {
-                Some(bytes) => read.set_memory(bytes),
+                Some(bytes) => read.set_memory(bytes)?,
                 None => return Err(format!("memory of {:?} is not known", content(part))),
             },
             // What a balloon leaves of it.

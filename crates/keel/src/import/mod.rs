@@ -120,9 +120,15 @@ impl Imported {
     }
 
     /// Memory in bytes, as whole MiB.
-    fn set_memory(&mut self, bytes: u64) {
-        let mib = bytes.div_ceil(1 << 20).clamp(1, u64::MAX >> 20);
-        self.machine.memory = Some(format!("{mib}M"));
+    ///
+    /// # Errors
+    /// If that is more than a machine file can say.
+    fn set_memory(&mut self, bytes: u64) -> Result<(), String> {
+        let text = format!("{}M", bytes.div_ceil(1 << 20).max(1));
+        crate::size::parse(&text)
+            .map_err(|_| format!("memory of {text} is more than a machine can have"))?;
+        self.machine.memory = Some(text);
+        Ok(())
     }
 
     /// Its part of a machine file.

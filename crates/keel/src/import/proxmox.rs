@@ -64,7 +64,7 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
                 let bytes = mib.ok().and_then(|mib| mib.checked_mul(1 << 20));
                 read.set_memory(
                     bytes.ok_or_else(|| format!("memory of {value:?} MiB is not known"))?,
-                );
+                )?;
             }
             "boot" => match value.strip_prefix("order=") {
                 Some(listed) => order = listed,
@@ -82,7 +82,7 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
         }
     }
     if read.machine.memory.is_none() {
-        read.set_memory(MEMORY_BYTES);
+        read.set_memory(MEMORY_BYTES)?;
     }
     if cores.is_some() || sockets.is_some() {
         let count = cores.unwrap_or(1).checked_mul(sockets.unwrap_or(1));
@@ -298,6 +298,7 @@ virtio3: /mnt/a.raw,ro=on
             ("nonsense", "line 1"),
             ("cores: 0", "no number of processors"),
             ("memory: much", "is not known"),
+            ("memory: 5333330333333", "more than a machine can have"),
             ("cores: 99999\nsockets: 99999", "too many"),
             ("template: 1", "is a template"),
             ("arch: aarch64", "aarch64"),
