@@ -231,7 +231,7 @@ fn part(number: usize) -> Result<PartId, InProcessError> {
 }
 
 /// Connects all parts with each other.
-fn connect(
+pub(super) fn connect(
     parts: PartSet,
     meet: impl Fn(PartId, PartId) -> bool,
 ) -> Result<BTreeMap<PartId, BTreeMap<PartId, PeerConnections>>, InProcessError> {

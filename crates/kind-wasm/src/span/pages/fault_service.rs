@@ -150,7 +150,9 @@ impl Shared {
                     }
                     Err(error) => {
                         ended = ended.with(from);
-                        self.lost(from, error.to_string());
+                        // The end of a connection is less precise than a failed write.
+                        let failed = self.peers.write_failure(from);
+                        self.lost(from, failed.unwrap_or_else(|| error.to_string()));
                     }
                 }
             }

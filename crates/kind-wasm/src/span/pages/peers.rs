@@ -43,8 +43,11 @@ pub(super) enum ConnectionChange {
 #[derive(Default)]
 pub(super) struct Peers {
     outbound: RwLock<BTreeMap<PartId, Arc<Outbound>>>,
-    /// Shut down at the end, so that no thread blocks on them.
+    /// The outbound and the inbound one of each part; shut down at the end, so that no thread
+    /// blocks on them.
     sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
+    /// Why writes to parts failed, until their inbound connections are read to the end.
+    write_failures: Mutex<BTreeMap<PartId, String>>,
     turns: Mutex<Vec<ConnectionChange>>,
     has_turns: AtomicBool,
     /// Parts that joined and have not sent a message yet.
@@ -106,6 +109,7 @@ impl Peers {
 
     fn remove(&self, part: PartId) -> Option<Arc<Outbound>> {
         locked(&self.sockets).remove(&part);
+        locked(&self.write_failures).remove(&part);
         self.counts(part);
         self.has_joined(part);
         let mut parting = locked(&self.parting);
@@ -131,6 +135,11 @@ impl Peers {
         }
         if let Some(pair) = sockets.remove(&by) {
             sockets.insert(PartId::HOME, pair);
+        }
+        let mut failures = locked(&self.write_failures);
+        failures.remove(&PartId::HOME);
+        if let Some(reason) = failures.remove(&by) {
+            failures.insert(PartId::HOME, reason);
         }
     }
 
@@ -193,6 +202,21 @@ impl Peers {
         let all = self.outbound.read().unwrap_or_else(PoisonError::into_inner);
         let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, outbound));
         found.map(|(part, _)| *part)
+    }
+
+    /// Records a failed write to a part, and ends its inbound connection after the data that has
+    /// arrived.
+    fn end_inbound(&self, part: PartId, reason: String) {
+        locked(&self.write_failures).entry(part).or_insert(reason);
+        if let Some([_, inbound]) = locked(&self.sockets).get(&part) {
+            // It may have ended already.
+            let _ = inbound.shutdown(Shutdown::Read);
+        }
+    }
+
+    /// Why writes to a part failed, if any did.
+    pub(super) fn write_failure(&self, part: PartId) -> Option<String> {
+        locked(&self.write_failures).get(&part).cloned()
     }
 
     pub(super) fn is_joining(&self, part: PartId) -> bool {
@@ -264,10 +288,13 @@ impl Shared {
         }
     }
 
-    /// Handles a failed write to a part, if it still has that connection.
+    /// Handles a failed write to a part, if it still has that connection. The part is lost once
+    /// what it sent before is processed: a part that ends says which part is to blame, and then
+    /// closes its connections, so a write may fail before its goodbye is read.
     pub(super) fn outbound_lost(&self, outbound: &Arc<Outbound>, reason: String) {
         if let Some(part) = self.peers.part_of_outbound(outbound) {
-            self.lost(part, reason);
+            self.peers.end_inbound(part, reason);
+            self.wake();
         }
     }
 
@@ -513,5 +540,107 @@ impl Pages {
         shared.limits.forget(part);
         shared.wake();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Listener, PartConfig};
+    use super::*;
+    use crate::span::in_process::connect;
+    use crate::span::wire;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// Stops the serving thread in a note until the test lets it go on.
+    struct HeldListener {
+        stopped: Sender<()>,
+        released: Mutex<Receiver<()>>,
+        over: Sender<SpanError>,
+    }
+
+    impl Listener for HeldListener {
+        fn note(&self, _: PartId, _: &[u8]) -> Result<(), String> {
+            self.stopped.send(()).map_err(|error| error.to_string())?;
+            let released = locked(&self.released).recv_timeout(PATIENCE);
+            released.map_err(|error| error.to_string())
+        }
+
+        fn time(&self) -> u64 {
+            0
+        }
+
+        fn saw(&self, _: u64) {}
+
+        fn over(&self, reason: &SpanError) {
+            // The test may have failed already.
+            let _ = self.over.send(reason.clone());
+        }
+    }
+
+    fn frame(message: &PeerMessage) -> Vec<u8> {
+        let mut frame = Vec::new();
+        wire::encode(message, &mut frame).unwrap();
+        frame
+    }
+
+    /// Part 1 has lost part 2, says so and ends; the home's write to part 1 fails before it reads
+    /// that.
+    #[test]
+    fn a_part_that_ended_is_not_blamed_before_its_goodbye_is_read() {
+        let part = |number| PartId::new(number).unwrap();
+        let parts: PartSet = [part(0), part(1), part(2)].into_iter().collect();
+        let mut ends = connect(parts, |_, _| true).unwrap();
+        let mut own = |number: usize| ends.remove(&part(number)).unwrap();
+        let [home, mut one, mut two] = [own(0), own(1), own(2)];
+        let (stopped, stops) = channel();
+        let (release, released) = channel();
+        let (over, overs) = channel();
+        let released = Mutex::new(released);
+        let listener = HeldListener {
+            stopped,
+            released,
+            over,
+        };
+        let config = PartConfig {
+            me: PartId::HOME,
+            parts,
+            origin: PartId::HOME,
+            memories: Arc::new([]),
+            segment_pages: 16,
+            hold: Duration::ZERO,
+            seed: 1,
+            room_bytes: None,
+        };
+        let pages = Pages::begin(config, home, Arc::new(listener)).unwrap();
+        let two = two.get_mut(&PartId::HOME).unwrap();
+        two.out.write(&frame(&PeerMessage::Note(vec![1]))).unwrap();
+        stops.recv_timeout(PATIENCE).unwrap();
+        let goodbye = PeerMessage::Goodbye {
+            part: part(2),
+            reason: "it is silent".into(),
+        };
+        let mut one = one.remove(&PartId::HOME).unwrap();
+        one.out.write(&frame(&goodbye)).unwrap();
+        drop(one);
+        // Until the kernel knows that nobody reads it.
+        let outbound = pages.shared.peers.outbound(part(1)).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let failed = loop {
+            assert!(Instant::now() < deadline, "the connection is still open");
+            if let Err(error) = outbound.send(frame(&PeerMessage::Note(vec![2]))) {
+                break error;
+            }
+            std::thread::yield_now();
+        };
+        pages.shared.outbound_lost(&outbound, failed.to_string());
+        release.send(()).unwrap();
+        let expected = SpanError::Lost {
+            part: part(2),
+            reason: "it is silent".into(),
+        };
+        assert_eq!(overs.recv_timeout(PATIENCE).unwrap(), expected);
+        assert_eq!(pages.failure(), Some(expected));
     }
 }
