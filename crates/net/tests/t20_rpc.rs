@@ -594,6 +594,34 @@ async fn the_pool_reconnects() -> Outcome {
     Ok(())
 }
 
+/// A node that comes back is asked again as soon as it says something.
+#[tokio::test]
+async fn who_is_heard_from_is_tried_at_once() -> Outcome {
+    let ca = Authority::new()?;
+    let options = Options {
+        retry_after: LONG * 1000,
+        ..Options::default()
+    };
+    let peers = Peers::new(ClientTls::node(&ca.node("b")?)?, options.clone());
+    let a = name("a");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    peers.set_address(&a, &address.to_string());
+    drop(listener);
+    let refused = peers.call(&a, ECHO, Bytes::new(), LONG).await;
+    assert!(matches!(refused, Err(RpcError::NotSent { .. })));
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let handler = Arc::new(TestHandler::default());
+    let _server = Server::serve(listener, tls, everyone_is_member(), handler, options)?;
+    let remembered = peers.call(&a, ECHO, Bytes::new(), LONG).await;
+    assert!(matches!(remembered, Err(RpcError::NotSent { .. })));
+    peers.heard_from(&name("another"));
+    peers.heard_from(&a);
+    assert_eq!(peers.call(&a, ECHO, "1".into(), LONG).await?, "1");
+    Ok(())
+}
+
 /// What is copied delays no request, and its connection does not stay.
 #[tokio::test]
 async fn bulk_data_has_a_connection_of_its_own() -> Outcome {

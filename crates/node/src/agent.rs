@@ -399,7 +399,7 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
     )
     .await?;
     // Before the store answers: other voters may wait for this one.
-    let entry = Arc::new(Entry::new(voters.clone()));
+    let entry = Arc::new(Entry::new(voters.clone(), peers.clone()));
     let server = Server::serve(
         listener,
         identity.server_tls()?,

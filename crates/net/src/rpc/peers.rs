@@ -127,12 +127,28 @@ impl Peers {
         }
     }
 
+    /// `node` has sent something: it is there, so what could not be reached a moment ago is tried
+    /// again at once.
+    pub fn heard_from(&self, node: &NodeName) {
+        let Some(peer) = self.lock().get(node).cloned() else {
+            return;
+        };
+        for sort in [Sort::Control, Sort::Bulk] {
+            // (It is held while connecting.)
+            if let Ok(mut link) = peer.way(sort).try_lock()
+                && matches!(*link, Link::Failed { .. })
+            {
+                *link = Link::None;
+            }
+        }
+    }
+
     /// The connection to `node`, created if missing.
     ///
     /// # Errors
     /// [`RpcError::NotSent`] when its address is not known or it cannot be
     /// reached; for [`Options::retry_after`] the same error without a new
-    /// attempt.
+    /// attempt, unless it is [heard from](Self::heard_from).
     pub async fn client(&self, node: &NodeName) -> Result<Client, RpcError> {
         self.client_for(node, Sort::Control).await
     }

@@ -34,7 +34,7 @@ use keel_kind_wasm::control::{AddPart, ConnectNewPart};
 use keel_machine::kind::KindName;
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::{ReadLog, pack, unpack};
-use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
+use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Peers, Reply, RpcError};
 use serde::Serialize;
 use std::sync::{Arc, OnceLock};
 use tokio::sync::mpsc;
@@ -48,13 +48,15 @@ pub(crate) struct Service {
 /// answered from the start; all else once the agent has found the workers that run.
 pub(crate) struct Entry {
     voters: Arc<Voters>,
+    peers: Arc<Peers>,
     service: OnceLock<Service>,
 }
 
 impl Entry {
-    pub(crate) fn new(voters: Arc<Voters>) -> Self {
+    pub(crate) fn new(voters: Arc<Voters>, peers: Arc<Peers>) -> Self {
         Entry {
             voters,
+            peers,
             service: OnceLock::new(),
         }
     }
@@ -80,6 +82,9 @@ impl Handler for Entry {
         kind: u16,
         payload: Bytes,
     ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        if let PeerId::Node(source) = &peer {
+            self.peers.heard_from(source);
+        }
         if Voters::handles(kind) {
             return self.voters.call(peer, kind, payload);
         }
