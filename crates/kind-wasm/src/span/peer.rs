@@ -271,6 +271,17 @@ impl Outbound {
     /// # Errors
     /// [`BulkError`]: the part is lost.
     pub(super) fn write_backlog(&self) -> Result<(), BulkError> {
+        self.write_until_closed().inspect_err(|_| {
+            // Nobody waits for the rest.
+            *locked(&self.backlog) = Backlog {
+                closed: true,
+                ..Backlog::default()
+            };
+            self.changed.notify_all();
+        })
+    }
+
+    fn write_until_closed(&self) -> Result<(), BulkError> {
         loop {
             let frames = {
                 let mut backlog = locked(&self.backlog);

@@ -32,6 +32,7 @@ impl Shared {
                 // It may have reported its memory until now.
                 self.limits.forget(part);
             }
+            self.peers.end_inbound_of_lost();
             let waits = (self.is_full() || self.cuts.are_behind())
                 && full_since.get_or_insert_with(Instant::now).elapsed() < FAULT_WAIT_MAX;
             if !waits {

@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 /// the polling interval.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
+/// How long what a part said last may be on its way when a write to it has failed.
+const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Changes of the connections that the serving thread reads, in order.
 pub(super) enum ConnectionChange {
@@ -46,8 +48,9 @@ pub(super) struct Peers {
     /// The outbound and the inbound one of each part; shut down at the end, so that no thread
     /// blocks on them.
     sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
-    /// Why writes to parts failed, until their inbound connections are read to the end.
-    write_failures: Mutex<BTreeMap<PartId, String>>,
+    /// When writes to parts failed, and why, until their inbound connections are read to the end.
+    write_failures: Mutex<BTreeMap<PartId, (Instant, String)>>,
+    has_write_failures: AtomicBool,
     turns: Mutex<Vec<ConnectionChange>>,
     has_turns: AtomicBool,
     /// Parts that joined and have not sent a message yet.
@@ -138,8 +141,8 @@ impl Peers {
         }
         let mut failures = locked(&self.write_failures);
         failures.remove(&PartId::HOME);
-        if let Some(reason) = failures.remove(&by) {
-            failures.insert(PartId::HOME, reason);
+        if let Some(failure) = failures.remove(&by) {
+            failures.insert(PartId::HOME, failure);
         }
     }
 
@@ -204,19 +207,33 @@ impl Peers {
         found.map(|(part, _)| *part)
     }
 
-    /// Records a failed write to a part, and ends its inbound connection after the data that has
-    /// arrived.
-    fn end_inbound(&self, part: PartId, reason: String) {
-        locked(&self.write_failures).entry(part).or_insert(reason);
-        if let Some([_, inbound]) = locked(&self.sockets).get(&part) {
-            // It may have ended already.
-            let _ = inbound.shutdown(Shutdown::Read);
-        }
+    /// Records a failed write to a part.
+    fn record_write_failure(&self, part: PartId, reason: String) {
+        let mut failures = locked(&self.write_failures);
+        failures.entry(part).or_insert((Instant::now(), reason));
+        self.has_write_failures.store(true, Ordering::Release);
     }
 
     /// Why writes to a part failed, if any did.
     pub(super) fn write_failure(&self, part: PartId) -> Option<String> {
-        locked(&self.write_failures).get(&part).cloned()
+        let failures = locked(&self.write_failures);
+        failures.get(&part).map(|(_, reason)| reason.clone())
+    }
+
+    /// Ends the inbound connections of parts to which a write failed a while ago, behind the data
+    /// that has arrived. One whose part has ended ends by itself.
+    pub(super) fn end_inbound_of_lost(&self) {
+        if !self.has_write_failures.load(Ordering::Acquire) {
+            return;
+        }
+        for (part, (at, _)) in &*locked(&self.write_failures) {
+            if at.elapsed() >= LAST_WORDS_PATIENCE
+                && let Some([_, inbound]) = locked(&self.sockets).get(part)
+            {
+                // It may have ended already.
+                let _ = inbound.shutdown(Shutdown::Read);
+            }
+        }
     }
 
     pub(super) fn is_joining(&self, part: PartId) -> bool {
@@ -293,7 +310,7 @@ impl Shared {
     /// closes its connections, so a write may fail before its goodbye is read.
     pub(super) fn outbound_lost(&self, outbound: &Arc<Outbound>, reason: String) {
         if let Some(part) = self.peers.part_of_outbound(outbound) {
-            self.peers.end_inbound(part, reason);
+            self.peers.record_write_failure(part, reason);
             self.wake();
         }
     }
