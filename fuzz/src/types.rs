@@ -107,12 +107,13 @@ pub(crate) const PART_CONNECTION: Target = Target {
     },
 };
 
-/// What QEMU says to its worker, and specs of its machines.
+/// What QEMU and guest agents say to a worker, and specs of its machines.
 pub(crate) const QEMU: Target = Target {
     name: "qemu",
-    run: |data| match choice(data, 2) {
+    run: |data| match choice(data, 3) {
         Some((0, bytes)) => keel_kind_qemu::is_from_qemu(bytes),
-        Some((_, bytes)) => keel_kind_qemu::is_spec(bytes),
+        Some((1, bytes)) => keel_kind_qemu::is_spec(bytes),
+        Some((_, bytes)) => keel_kind_qemu::is_from_guest_agent(bytes),
         None => false,
     },
     seeds: || {
@@ -129,6 +130,8 @@ pub(crate) const QEMU: Target = Target {
             "\r\n",
         );
         let spec = r#"{"cpus": 2, "kernel": {"image": "aa", "append": "b"}, "disks": [{"path": "/a", "format": "raw"}], "interfaces": [{"bridge": "b", "mac": "02:00:00:00:00:01"}], "shutdown_s": 9}"#;
-        vec![with(0, said.into()), with(1, spec.into())]
+        let agent = br#"{"return": {"exited": true, "exitcode": 0, "out-data": "b2s=", "err-truncated": true}}"#;
+        let agent = [b"{\"return\": 5}\n\xff", &agent[..]].concat();
+        vec![with(0, said.into()), with(1, spec.into()), with(2, agent)]
     },
 };

@@ -9,10 +9,11 @@ use anyhow::Result;
 use std::process::Command;
 
 /// Programs that tests or builds need, with their Debian packages.
-const NEEDED: [(&str, &str); 5] = [
+const NEEDED: [(&str, &str); 6] = [
     ("cc", "gcc"),
     ("cpio", "cpio"),
     ("etcd", "etcd-server"),
+    ("qemu-ga", "qemu-guest-agent"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("promtool", "prometheus"),
 ];

@@ -23,7 +23,7 @@ mod cost;
 use crate::signals;
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
-use keel_kind_qemu::{Kernel, QemuKind, QemuSpec};
+use keel_kind_qemu::{QemuKind, QemuSpec};
 use keel_machine::moves::Ending;
 use keel_testkit::bare_system::{assemble, qemu_is_installed};
 use keel_testkit::{Guest, LocalCluster, wait_for};
@@ -216,16 +216,8 @@ async fn upload(cluster: &LocalCluster, file: Vec<u8>) -> Result<String> {
 async fn spec_of(cluster: &LocalCluster, system: &Path) -> Result<QemuSpec> {
     let hash = upload(cluster, std::fs::read(system)?).await?;
     Ok(QemuSpec {
-        cpus: 1,
-        kernel: Some(Kernel {
-            image: hash,
-            initrd: None,
-            append: String::new(),
-        }),
-        disks: Vec::new(),
-        interfaces: Vec::new(),
-        cloud_init: None,
         shutdown_s: 1,
+        ..QemuSpec::of_kernel(hash)
     })
 }
 

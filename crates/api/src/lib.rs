@@ -18,6 +18,7 @@
 //! | `PUT /v1/images?kind=KIND` (a file that machines start from) | [`Uploaded`] |
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
+//! | `POST /v1/machines/NAME/execute` [`ExecuteRequest`] | lines of [`ExecuteLine`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
@@ -55,6 +56,7 @@
 //!
 //! - `cluster`: the cluster and its nodes
 //! - `machine`: machines, and what is requested of one
+//! - `execute`: commands in machines
 //! - `moves`: moves of machines, and their predictions
 //! - `parts`: the parts, threads and objects of a spanning machine
 //! - `checkpoint`: checkpoints, and machines restored from them
@@ -77,6 +79,7 @@ mod checkpoint;
 mod client;
 mod cluster;
 mod event;
+mod execute;
 mod history;
 mod machine;
 mod moves;
@@ -100,6 +103,7 @@ pub use cluster::{
     AgentRestart, ClusterInfo, GivenUp, NodeInfo, NodeLoss, StoreInfo, VoterInfo, VotersRequest,
 };
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
+pub use execute::{ExecuteEnd, ExecuteLine, ExecuteRequest};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 pub use machine::{
     CheckpointChange, FieldChange, HighAvailabilityChange, LogOffset, MachineDiff, MachineInfo,

@@ -8,8 +8,8 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Machines",
         &[
-            "run", "ps", "logs", "inspect", "describe", "set", "stop", "kill", "rm", "cp", "apply",
-            "import",
+            "run", "ps", "logs", "inspect", "describe", "set", "stop", "kill", "rm", "cp", "exec",
+            "apply", "import",
         ],
     ),
     (

@@ -49,6 +49,7 @@ mod doctor;
 mod down;
 mod dry_run;
 mod events;
+mod exec;
 mod help;
 mod high_availability;
 mod history;
@@ -189,6 +190,8 @@ enum Command {
     Events(events::Args),
     /// Copies a file from or to a volume of a machine; it may run and move meanwhile.
     Cp(cp::Args),
+    /// Executes a command in a machine, by its guest agent; exits with the command's exit code.
+    Exec(exec::Args),
     /// Changes limits, restart policy or checkpoints of a machine; it may run.
     Set(set::Args),
     /// Simulates a cluster and its balancer: the moves, and their result.
@@ -440,6 +443,10 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
         Command::Cp(args) => cp::run(&reach, &args).await,
+        Command::Exec(args) => Ok(exec::run(&reach, &args).await.unwrap_or_else(|error| {
+            eprintln!("keel: {}", sentence(&error));
+            ExitCode::from(exec::UNKNOWN_EXIT)
+        })),
         Command::Set(args) => set::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,

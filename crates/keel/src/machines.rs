@@ -322,7 +322,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
                 args.env.is_empty(),
                 "--env is for programs: a system has no environment"
             );
-            let (own, files) = system.read(args.name.as_deref(), &[])?;
+            let (own, files) = system.read(args.name.as_deref(), None)?;
             for file in files {
                 file.upload(client, &QemuKind::kind_name()).await?;
             }

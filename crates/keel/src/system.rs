@@ -52,6 +52,9 @@ pub(crate) struct System {
     /// Its virtual processors (default: 1).
     #[arg(long, value_name = "N")]
     pub(crate) cpu: Option<u32>,
+    /// Whether it has a port for a QEMU guest agent, which `keel exec` needs (default: true).
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) guest_agent: Option<bool>,
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     pub(crate) shutdown: Option<Duration>,
@@ -171,6 +174,7 @@ impl System {
             ("disk", !self.disk.is_empty()),
             ("net", !self.net.is_empty()),
             ("cpu", self.cpu.is_some()),
+            ("guest-agent", self.guest_agent.is_some()),
             ("shutdown", self.shutdown.is_some()),
         ];
         let given = given.into_iter().chain(self.cloud_init.given());
@@ -179,14 +183,15 @@ impl System {
     }
 
     /// Its part of the spec, and the files to upload. Its system is given the machine's name, if it
-    /// has one yet. Interfaces without an address keep those of `before`.
+    /// has one yet. What is not said stays as it was `before`: a guest agent's port, and addresses of
+    /// interfaces.
     ///
     /// # Errors
     /// If a file cannot be read, or is not what it has to be.
     pub(crate) fn read(
         &self,
         name: Option<&str>,
-        before: &[Interface],
+        before: Option<&QemuSpec>,
     ) -> Result<(QemuSpec, Vec<ImageFile>)> {
         let mut files = Vec::new();
         let mut image = |path: &Path| {
@@ -204,7 +209,11 @@ impl System {
             None => None,
         };
         let chosen = |mac: &str| self.net.iter().any(|it| it.mac.as_deref() == Some(mac));
-        let mut left: Vec<&Interface> = before.iter().filter(|it| !chosen(&it.mac)).collect();
+        let interfaces_before = before.map_or(&[][..], |own| &own.interfaces);
+        let mut left: Vec<&Interface> = interfaces_before
+            .iter()
+            .filter(|it| !chosen(&it.mac))
+            .collect();
         let interfaces = self.net.iter().map(|network| {
             let is_kept = |it: &&Interface| network.mac.is_none() && it.bridge == network.bridge;
             let kept = left.iter().position(is_kept).map(|at| left.remove(at));
@@ -218,6 +227,10 @@ impl System {
             disks: self.disk.clone(),
             interfaces,
             cloud_init: cloud_init.as_ref().map(ImageFile::hash),
+            guest_agent: self
+                .guest_agent
+                .or_else(|| before.map(|own| own.guest_agent))
+                .unwrap_or(true),
             shutdown_s: match self.shutdown {
                 Some(time) => {
                     let seconds = time.as_millis().div_ceil(1000);
@@ -266,9 +279,12 @@ mod tests {
             ..System::default()
         };
         let read = |texts: &[&str]| {
-            let (spec, _) = system(texts)
-                .read(None, std::slice::from_ref(&before))
-                .unwrap();
+            let own = QemuSpec {
+                interfaces: vec![before.clone()],
+                ..QemuSpec::default()
+            };
+            let (spec, _) = system(texts).read(None, Some(&own)).unwrap();
+            assert!(!spec.guest_agent);
             spec.interfaces
         };
         let (first, second) = ("br0,mac=02:00:00:00:00:07", "br0");

@@ -161,6 +161,9 @@ async fn use_machines(bench: &Bench) {
     let large = bench.file("large", &"x".repeat(3 << 20));
     let (copied, said) = bench.try_keel(&["cp", &large, "m:/scratch/large"]).await;
     assert!(!copied, "{said}");
+    // A program executes no commands; for those of systems see `t51_systems`.
+    let (executed, said) = bench.try_keel(&["exec", "m", "--", "true"]).await;
+    assert!(!executed && said.contains("of kind wasm"), "{said}");
     let machines = bench.file(
         "machines.toml",
         &format!("[machine.two]\nmodule = \"{counter}\"\nargs = [\"1000000\", \"20\"]\n"),

@@ -5,7 +5,7 @@
 use anyhow::{Context, Result};
 use keel_api::{CheckpointInfo, CheckpointRequest, LedgerInfo, MachineInfo, NodeInfo};
 use keel_balance::ledger::Decision;
-use keel_kind_qemu::{Disk, DiskFormat, Kernel, QemuKind, QemuSpec};
+use keel_kind_qemu::{Disk, DiskFormat, QemuKind, QemuSpec};
 use keel_machine::high_availability::{HighAvailability, Protect};
 use keel_machine::moves::Ending;
 use keel_testkit::bare_system::{counting_system, qemu_is_installed};
@@ -52,16 +52,8 @@ impl Systems {
         let client = self.cluster.client("a");
         let uploaded = client.upload(&QemuKind::kind_name(), system.into()).await?;
         Ok(QemuSpec {
-            cpus: 1,
-            kernel: Some(Kernel {
-                image: uploaded.hash,
-                initrd: None,
-                append: String::new(),
-            }),
-            disks: Vec::new(),
-            interfaces: Vec::new(),
-            cloud_init: None,
             shutdown_s: 1,
+            ..QemuSpec::of_kernel(uploaded.hash)
         })
     }
 

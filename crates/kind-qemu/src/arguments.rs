@@ -34,8 +34,12 @@ pub(crate) const SANDBOX: [&str; 2] = [
 /// Numbers of the descriptors that QEMU inherits.
 pub(crate) const QMP_FD: i32 = 3;
 pub(crate) const CONSOLE_FD: i32 = 4;
+pub(crate) const AGENT_FD: i32 = 5;
 /// That of the first network interface; others follow.
-pub(crate) const INTERFACES_FD: i32 = 5;
+pub(crate) const INTERFACES_FD: i32 = 6;
+
+/// The port by which agents in guests know theirs.
+const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +112,15 @@ impl Machine<'_> {
                 format!("virtio-net-pci,netdev=net{number},mac={mac},romfile="),
             );
         }
+        // Behind all others: those keep their places on the bus.
+        if self.spec.guest_agent {
+            add("-device", "virtio-serial-pci".into());
+            add("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
+            add(
+                "-device",
+                format!("virtserialport,chardev=agent,name={AGENT_PORT}"),
+            );
+        }
         let [sandbox, denied] = SANDBOX;
         add(sandbox, denied.into());
         if self.is_incoming {
@@ -173,7 +186,7 @@ fn is_direct(path: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{Interface, Kernel, SHUTDOWN_S};
+    use crate::spec::{Interface, Kernel};
 
     #[test]
     fn texts_of_users_stay_one_argument_each() {
@@ -193,8 +206,8 @@ mod tests {
                 bridge: "lan".into(),
                 mac: "02:00:00:00:00:07".into(),
             }],
-            cloud_init: None,
-            shutdown_s: SHUTDOWN_S,
+            guest_agent: true,
+            ..QemuSpec::default()
         };
         let machine = Machine {
             name: "db",
@@ -215,7 +228,13 @@ mod tests {
         assert_eq!(after("-kernel"), "/state/images/aa");
         assert_eq!(after("-initrd"), "/state/images/bb");
         assert_eq!(after("-incoming"), "defer");
-        assert_eq!(after("-netdev"), "tap,id=net0,fd=5,vhost=off");
+        assert_eq!(after("-netdev"), "tap,id=net0,fd=6,vhost=off");
+        assert_eq!(
+            all.iter()
+                .filter(|it| *it == "socket,id=agent,fd=5")
+                .count(),
+            1
+        );
         let disk: serde_json::Value = serde_json::from_str(after("-blockdev")).unwrap();
         assert_eq!(disk["file"]["filename"], "/disks/a,readonly=off \"b\"");
         assert_eq!(disk["driver"], "qcow2");

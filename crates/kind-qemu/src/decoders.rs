@@ -1,5 +1,6 @@
 //! Decoders of what others than this worker wrote, for fuzzing.
 
+use crate::guest_agent;
 use crate::migration_status::Info;
 use crate::qmp::is_conversation;
 use crate::spec::QemuSpec;
@@ -13,6 +14,11 @@ pub fn is_from_qemu(bytes: &[u8]) -> bool {
             let _ = info.check();
         }
     })
+}
+
+/// Whether bytes are an answer that an agent in a guest may give.
+pub fn is_from_guest_agent(bytes: &[u8]) -> bool {
+    guest_agent::is_answer(bytes)
 }
 
 /// Whether bytes are this kind's part of a spec, with values that a machine may have.

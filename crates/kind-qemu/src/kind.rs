@@ -4,9 +4,10 @@ use crate::accelerator::Accelerator;
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
 use crate::spec::QemuSpec;
+use keel_machine::cgroup::lacks_for_cpu_limits;
 use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
 use keel_machine::spec::Spec;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -55,14 +56,7 @@ impl QemuKind {
 
 /// A field of specs that machines of this kind do not have, by its name in machine files.
 fn strange_field(spec: &Spec) -> Option<&'static str> {
-    match spec {
-        Spec { volumes, .. } if !volumes.is_empty() => Some("volume"),
-        Spec {
-            cpu_limit_millis: Some(_),
-            ..
-        } => Some("cpu-limit"),
-        _ => None,
-    }
+    (!spec.volumes.is_empty()).then_some("volume")
 }
 
 impl Kind for QemuKind {
@@ -73,6 +67,7 @@ impl Kind for QemuKind {
     fn abilities(&self) -> Abilities {
         Abilities {
             keeps_images: true,
+            executes: true,
             ..Abilities::default()
         }
     }
@@ -110,6 +105,11 @@ impl Kind for QemuKind {
             return Some(format!(
                 "{QEMU} is not installed (apt-get install qemu-system-x86)"
             ));
+        }
+        if spec.cpu_limit_millis.is_some()
+            && let Some(lacking) = lacks_for_cpu_limits()
+        {
+            return Some(format!("it lacks {lacking}, for the machine's cpu-limit"));
         }
         let interfaces = QemuSpec::of(spec).map(|own| own.interfaces);
         network::check(&interfaces.unwrap_or_default()).err()
@@ -188,16 +188,22 @@ impl Kind for QemuKind {
             ("disk", "disks"),
             ("net", "interfaces"),
             ("user-data, network-config or ssh-key", "cloud_init"),
+            ("guest-agent", "guest_agent"),
             ("shutdown", "shutdown_s"),
             ("unreadable", "unreadable"),
         ];
         let mut differing = Vec::new();
         for (name, field) in fields {
-            if old[field] != new[field] {
+            // A field that is left out is false.
+            let [old, new] = [&old, &new].map(|own| match &own[field] {
+                Value::Null if field == "guest_agent" => Value::Bool(false),
+                value => value.clone(),
+            });
+            if old != new {
                 differing.push(Difference {
                     field: name.to_owned(),
-                    old: old[field].to_string(),
-                    new: new[field].to_string(),
+                    old: old.to_string(),
+                    new: new.to_string(),
                 });
             }
         }

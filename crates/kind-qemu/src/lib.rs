@@ -5,6 +5,7 @@
 //!  ┌─────────────────────────────────┐         ┌──────────────────┐
 //!  │ worker ──▶ vm ──▶ qmp ──────────┼── QMP ─▶│ guest            │
 //!  │   log ◀── console ◀─────────────┼─────────│ serial console   │
+//!  │ guest_agent ◀───────────────────┼─ port ─▶│ its agent        │
 //!  │ session, migration ◀────────────┼─────────│ its state        │
 //!  └──────────────┬──────────────────┘         └──────────────────┘
 //!          TLS to the worker at the target
@@ -18,6 +19,7 @@
 //!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
+//! - `guest_agent`: commands to the agent in the guest
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
@@ -33,6 +35,7 @@ mod console;
 mod copy_mode;
 mod decoders;
 mod full_disk;
+mod guest_agent;
 mod kind;
 mod migration;
 mod migration_status;
@@ -44,6 +47,6 @@ mod spec;
 mod vm;
 mod worker;
 
-pub use decoders::{is_from_qemu, is_spec};
+pub use decoders::{is_from_guest_agent, is_from_qemu, is_spec};
 pub use kind::QemuKind;
 pub use spec::{CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, SHUTDOWN_S};

@@ -294,7 +294,7 @@ mod tests {
     use super::*;
     use crate::accelerator::Accelerator;
     use crate::arguments::Machine;
-    use crate::spec::{Kernel, QemuSpec, SHUTDOWN_S};
+    use crate::spec::{Kernel, QemuSpec};
     use crate::vm::Launch;
     use keel_machine::log::Log;
     use keel_net::{ClientTls, PinnedIdentity, ServerTls};
@@ -316,16 +316,12 @@ mod tests {
     /// A busy Linux that does not run yet.
     fn launched(images: &Path, folder: &Path, is_incoming: bool) -> System {
         let spec = QemuSpec {
-            cpus: 1,
             kernel: Some(Kernel {
                 image: "kernel".into(),
                 initrd: Some("initrd".into()),
                 append: "console=ttyS0 quiet loglevel=0 panic=-1 keel.busy".into(),
             }),
-            disks: Vec::new(),
-            interfaces: Vec::new(),
-            cloud_init: None,
-            shutdown_s: SHUTDOWN_S,
+            ..QemuSpec::default()
         };
         let machine = Machine {
             name: "s",

@@ -21,6 +21,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+/// How long a freeze waits for the answer of a guest agent that is on its way.
+const QUIET_PATIENCE: Duration = Duration::from_millis(200);
+
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
 /// Pause before something is tried again that QEMU did not do.
@@ -234,12 +237,17 @@ impl SourceSession for QemuSession {
 
     fn freeze_and_send(&mut self) -> Result<Frozen, MoveError> {
         failpoint::pass("source.freeze")?;
+        // An answer that is on its way when the guest stops would get lost; the next request finds the
+        // agent at the target.
+        let agent = self.guest.vm.agent();
+        let quiet = agent.and_then(|agent| agent.quiet(QUIET_PATIENCE));
         let begun = Instant::now();
         let outgoing = self.outgoing.take().ok_or("nothing was copied")?;
         let left = outgoing.info().map(|info| info.ram.remaining);
         let vm = &self.guest.vm;
         self.is_frozen = true;
         let paused = vm.during(self.attempt, || Ok(vm.pause()?));
+        drop(quiet);
         if let Err(error) = paused {
             self.outgoing = Some(outgoing);
             return Err(match vm.has_ended() {

@@ -40,6 +40,10 @@ pub struct QemuSpec {
     /// it up.
     #[serde(default)]
     pub cloud_init: Option<String>,
+    /// Whether it has a port for a QEMU guest agent. (Left out where it is false, so that nodes of an
+    /// older version understand the rest.)
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest_agent: bool,
     /// How long it may take to shut down before its power is cut, in seconds.
     pub shutdown_s: u32,
 }
@@ -152,7 +156,35 @@ impl DiskFormat {
     }
 }
 
+/// One processor, and nothing to boot.
+impl Default for QemuSpec {
+    fn default() -> Self {
+        QemuSpec {
+            cpus: 1,
+            kernel: None,
+            disks: Vec::new(),
+            interfaces: Vec::new(),
+            cloud_init: None,
+            guest_agent: false,
+            shutdown_s: SHUTDOWN_S,
+        }
+    }
+}
+
 impl QemuSpec {
+    /// A system that boots this kernel, an image by its hash, and has nothing else.
+    pub fn of_kernel(image: String) -> Self {
+        let kernel = Kernel {
+            image,
+            initrd: None,
+            append: String::new(),
+        };
+        QemuSpec {
+            kernel: Some(kernel),
+            ..QemuSpec::default()
+        }
+    }
+
     /// The part of a spec.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //!                 └──────pause───────┘          held: the process itself is stopped (SIGSTOP)
 //! ```
 
-use crate::arguments::{Accelerator, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::arguments::{AGENT_FD, Accelerator, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::guest_agent::GuestAgent;
 use crate::migration_status::Info;
 use crate::network::Taps;
 use crate::process::{
@@ -18,6 +19,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use keel_machine::worker::MoveError;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -29,6 +31,8 @@ use std::time::{Duration, Instant};
 
 /// How long a QEMU on a busy host may take to start.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest may take to heed its power button until its agent is asked too.
+const BUTTON_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a QEMU that was told to quit may take.
 const QUIT_PATIENCE: Duration = Duration::from_secs(5);
 /// How often QEMU is asked whether a migration that has ended still keeps its guest stopped.
@@ -38,6 +42,13 @@ const SETTLE_POLL: Duration = Duration::from_millis(2);
 #[derive(Debug, serde::Deserialize)]
 pub(crate) struct RunState {
     pub(crate) status: String,
+}
+
+/// One of the answer to `query-cpus-fast`.
+#[derive(Debug, serde::Deserialize)]
+struct Processor {
+    #[serde(rename = "thread-id")]
+    thread: u32,
 }
 
 /// A machine's QEMU. Methods block.
@@ -52,6 +63,8 @@ pub(crate) struct Vm {
     attempt: Mutex<u64>,
     /// Locked while the guest is stopped or continued, so that each sees what the other left.
     run: Mutex<()>,
+    /// If the guest has a port for one.
+    agent: Option<GuestAgent>,
     qmp: OnceLock<Qmp>,
 }
 
@@ -70,6 +83,12 @@ impl Vm {
         let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
         let (qmp, qmp_of_qemu) = UnixStream::pair().map_err(failed)?;
         let (console, console_of_qemu) = UnixStream::pair().map_err(failed)?;
+        let agents = match machine.spec.guest_agent {
+            true => Some(UnixStream::pair().map_err(failed)?),
+            false => None,
+        };
+        let (agent, agent_of_qemu) = agents.unzip();
+        let agent = agent.map(GuestAgent::new).transpose().map_err(failed)?;
         let (taps, tap_files) = Taps::create(&machine.spec.interfaces)?;
         let mut command = Command::new(QEMU);
         command
@@ -82,8 +101,10 @@ impl Vm {
             (qmp_of_qemu.into(), QMP_FD),
             (console_of_qemu.into(), CONSOLE_FD),
         ];
+        let agent_of_qemu = agent_of_qemu.map(|socket| (socket.into(), AGENT_FD));
         let inherited = sockets
             .into_iter()
+            .chain(agent_of_qemu)
             .chain(tap_files.into_iter().zip(INTERFACES_FD..));
         let mappings = inherited.map(|(parent_fd, child_fd)| FdMapping {
             parent_fd,
@@ -113,6 +134,7 @@ impl Vm {
             accelerator: machine.accelerator,
             attempt: Mutex::default(),
             run: Mutex::default(),
+            agent,
             qmp: OnceLock::new(),
         });
         let connected = Qmp::connect(qmp, START_PATIENCE, move |event| shared.take(&event));
@@ -152,6 +174,22 @@ impl Vm {
     pub(crate) fn qmp(&self) -> Result<&Qmp, QmpError> {
         let qmp = self.qmp.get();
         qmp.ok_or_else(|| QmpError::Lost("QEMU was not started".into()))
+    }
+
+    /// The threads of the process that execute the guest, one for each of its processors (or one
+    /// for all), by their numbers on this host.
+    ///
+    /// # Errors
+    /// What QEMU says.
+    pub(crate) fn processor_threads(&self) -> Result<Vec<u32>, QmpError> {
+        let processors: Vec<Processor> = self.qmp()?.query("query-cpus-fast")?;
+        let threads: BTreeSet<u32> = processors.into_iter().map(|it| it.thread).collect();
+        Ok(threads.into_iter().collect())
+    }
+
+    /// The agent in the guest; `None` if the guest has no port for one.
+    pub(crate) fn agent(&self) -> Option<&GuestAgent> {
+        self.agent.as_ref()
     }
 
     /// What executes the guest.
@@ -380,17 +418,33 @@ impl Vm {
         }
     }
 
-    /// Asks the guest to shut down, and cuts its power after a time. Does not wait.
+    /// Asks the guest to shut down, by its power button, and a while later by its agent if it does not
+    /// heed that; and cuts its power after a time. Does not wait.
     pub(crate) fn shut_down(self: &Arc<Self>, patience: Duration) {
         self.want(VmEnd::Stopped);
         let vm = self.clone();
         let thread = std::thread::Builder::new().name("shut-down".into());
         let started = thread.spawn(move || {
+            let deadline = Instant::now() + patience;
+            let ends_before = |deadline: Instant| {
+                let rest = deadline.saturating_duration_since(Instant::now());
+                vm.shared.wait(rest, |known| known.end.is_some()).1
+            };
             let asked = vm
                 .qmp()
                 .and_then(|qmp| qmp.execute("system_powerdown", json!({})));
-            if asked.is_ok() && vm.shared.wait(patience, |known| known.end.is_some()).1 {
-                return;
+            if asked.is_ok() {
+                if let Some(agent) = vm.agent() {
+                    if ends_before(deadline.min(Instant::now() + BUTTON_PATIENCE)) {
+                        return;
+                    }
+                    if let Err(error) = agent.shut_down() {
+                        tracing::info!(%error, "its guest agent does not shut it down");
+                    }
+                }
+                if ends_before(deadline) {
+                    return;
+                }
             }
             vm.quit();
         });
@@ -491,7 +545,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::accelerator::Accelerator;
     use crate::qmp::tests::{answer, connect};
-    use crate::spec::{Kernel, QemuSpec, SHUTDOWN_S};
+    use crate::spec::QemuSpec;
     use keel_testkit::bare_system::{counting_system, qemu_is_installed};
     use std::fs;
 
@@ -535,18 +589,7 @@ pub(crate) mod tests {
         }
         let system = counting_system(folder, None).unwrap();
         fs::write(folder.join("kernel"), system).unwrap();
-        let spec = QemuSpec {
-            cpus: 1,
-            kernel: Some(Kernel {
-                image: "kernel".into(),
-                initrd: None,
-                append: String::new(),
-            }),
-            disks: Vec::new(),
-            interfaces: Vec::new(),
-            cloud_init: None,
-            shutdown_s: SHUTDOWN_S,
-        };
+        let spec = QemuSpec::of_kernel("kernel".into());
         let machine = Machine {
             name: "s",
             spec: &spec,

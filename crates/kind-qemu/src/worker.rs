@@ -4,6 +4,7 @@ use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
 use crate::full_disk;
+use crate::guest_agent::{AgentError, GuestAgent};
 use crate::migration::Incoming;
 use crate::process::VmEnd;
 use crate::qmp::QmpError;
@@ -20,7 +21,8 @@ use keel_machine::moves::TargetEvent;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
-    Checkpoint, CheckpointReport, Copy, Receive, Report, Start, StartFrom, State,
+    Checkpoint, CheckpointReport, Copy, Execute, ExecutionEnd, Receive, Report, Start, StartFrom,
+    State,
 };
 use keel_machine::worker::{
     Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
@@ -77,6 +79,26 @@ impl QemuWorker {
         vm.ok_or_else(|| RpcError::failed("no machine runs here"))
     }
 
+    /// Has something done by the agent in the guest.
+    fn ask_agent<T>(
+        &self,
+        question: impl FnOnce(&GuestAgent) -> Result<T, AgentError>,
+    ) -> Result<T, RpcError> {
+        let vm = self.vm()?;
+        let agent = vm.agent().ok_or_else(|| {
+            RpcError::failed(
+                "it has no port for a guest agent (run it again, with guest-agent = true)",
+            )
+        })?;
+        question(agent).map_err(|error| match error {
+            AgentError::Lost { .. } => RpcError::unknown(error),
+            AgentError::Silent | AgentError::Busy | AgentError::Unreachable(_) => {
+                RpcError::refused(error)
+            }
+            AgentError::Refused { .. } => RpcError::failed(error),
+        })
+    }
+
     /// Starts QEMU with a guest that does not run yet.
     fn launch(
         self: &Arc<Self>,
@@ -101,12 +123,34 @@ impl QemuWorker {
             is_incoming,
         };
         let Launch { vm, console } = Vm::launch(self.process.folder(), &machine)?;
+        if spec.cpu_limit_millis.is_some() {
+            self.limit_cpu(&vm, spec)
+                .inspect_err(|_| vm.kill(VmEnd::Discarded))?;
+        }
         let console = Console::follow(console, log.clone(), spec.output_bytes_per_s);
         let console = console.map_err(|error| {
             vm.kill(VmEnd::Discarded);
             format!("its console cannot be read: {error}")
         })?;
         Ok(Guest { vm, console, log })
+    }
+
+    /// Limits the CPU time of the guest, or ends its limit.
+    ///
+    /// # Errors
+    /// If it cannot be limited here.
+    fn limit_cpu(&self, vm: &Vm, spec: &Spec) -> Result<(), String> {
+        let failed = |error: String| format!("its CPU time cannot be limited: {error}");
+        let Some(group) = self.process.group() else {
+            return match spec.cpu_limit_millis {
+                Some(_) => Err(failed("its worker has no control group".into())),
+                None => Ok(()),
+            };
+        };
+        let threads = vm.processor_threads();
+        let threads = threads.map_err(|error| failed(error.to_string()))?;
+        let limited = group.limit_cpu(spec.cpu_limit_millis, &threads);
+        limited.map_err(failed)
     }
 
     /// Lets the guest run where its node has a lease.
@@ -245,6 +289,18 @@ impl QemuWorker {
     }
 }
 
+/// Of the refusals of an agent to say how a process ended only one is final: it may stand still, or be
+/// replaced by a newer one.
+fn unless_unknown(
+    error: AgentError,
+) -> Result<Result<Option<ExecutionEnd>, AgentError>, AgentError> {
+    match error {
+        error if error.is_about_an_unknown_process() => Ok(Err(error)),
+        AgentError::Refused { .. } => Err(AgentError::Unreachable(error.to_string())),
+        error => Err(error),
+    }
+}
+
 fn out_of_turn(message: &Message) -> MoveError {
     LinkError::Message(format!("{message:?} out of turn")).into()
 }
@@ -310,18 +366,24 @@ impl Worker for QemuWorker {
     }
 
     fn set(&self, spec: Spec) -> Result<(), RpcError> {
-        let mut inner = self.inner();
         let fixed = |spec: &Spec| (spec.memory_bytes, spec.output_bytes_per_s);
-        if inner
-            .spec
-            .as_ref()
-            .is_some_and(|now| fixed(now) != fixed(&spec))
-        {
+        let (now, vm) = {
+            let inner = self.inner();
+            let vm = inner.guest.as_ref().map(|guest| guest.vm.clone());
+            (inner.spec.clone(), vm)
+        };
+        if now.as_ref().is_some_and(|now| fixed(now) != fixed(&spec)) {
             return Err(RpcError::failed(
                 "the memory and output rate of a machine of kind qemu cannot change while it runs",
             ));
         }
-        inner.spec = Some(spec);
+        let limit = now.and_then(|now| now.cpu_limit_millis);
+        if limit != spec.cpu_limit_millis
+            && let Some(vm) = vm
+        {
+            self.limit_cpu(&vm, &spec).map_err(RpcError::failed)?;
+        }
+        self.inner().spec = Some(spec);
         Ok(())
     }
 
@@ -421,6 +483,15 @@ impl Worker for QemuWorker {
         Err(RpcError::failed(
             "a machine of kind qemu has no checkpoints",
         ))
+    }
+
+    fn execute(&self, process: &Execute) -> Result<i64, RpcError> {
+        self.ask_agent(|agent| agent.start_process(process))
+    }
+
+    fn executed(&self, process: i64) -> Result<Option<ExecutionEnd>, RpcError> {
+        self.ask_agent(|agent| agent.process_end(process).map(Ok).or_else(unless_unknown))
+            .and_then(|end| end.map_err(RpcError::failed))
     }
 
     fn activity(&self) -> Result<Activity, RpcError> {

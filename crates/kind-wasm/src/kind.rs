@@ -47,6 +47,7 @@ impl Kind for WasmKind {
             keeps_images: false,
             checkpoints: true,
             changes_memory: true,
+            executes: false,
         }
     }
 

@@ -128,6 +128,8 @@ pub struct Abilities {
     pub checkpoints: bool,
     /// Its memory can be changed while it runs.
     pub changes_memory: bool,
+    /// Commands can be executed in it.
+    pub executes: bool,
 }
 
 /// A file of hosts, beside volumes, that a machine uses wherever it runs.

@@ -1,5 +1,6 @@
 //! A Linux system that boots in seconds: a kernel and BusyBox that `cargo xtask test` has unpacked,
-//! with a first file system made here. It answers HTTP, and counts on its console.
+//! with a first file system made here. It answers HTTP, and counts on its console. The host's QEMU guest
+//! agent can be added to it.
 
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -12,8 +13,11 @@ use std::time::Duration;
 /// Where the packages are unpacked.
 const UNPACKED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/linux");
 
+/// The agent of the package `qemu-guest-agent`.
+const AGENT: &str = "/usr/sbin/qemu-ga";
+
 /// The kernel's modules that it needs, each after those that it uses itself.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
@@ -23,6 +27,7 @@ const MODULES: [&str; 13] = [
     "drivers/net/net_failover.ko",
     "drivers/net/virtio_net.ko",
     "drivers/block/virtio_blk.ko",
+    "drivers/char/virtio_console.ko",
     "fs/nls/nls_ascii.ko",
     "fs/nls/nls_cp437.ko",
     "fs/fat/fat.ko",
@@ -54,6 +59,10 @@ for disk in /dev/vd?; do
         break
     fi
 done
+if [ -x /agent/qemu-ga ]; then
+    while ! port=$(ls /dev/vport*p*); do usleep 10000; done 2> /dev/null
+    /agent/loader --library-path /agent /agent/qemu-ga --method=virtio-serial --path=$port --statedir=/run &
+fi
 case $(cat /proc/cmdline) in *keel.idle*) while :; do sleep 3600; done ;; esac
 case $(cat /proc/cmdline) in *keel.busy*) while :; do :; done & ;; esac
 number=0
@@ -63,6 +72,9 @@ while :; do
     usleep 20000
 done
 "#;
+
+/// How it is shut down.
+const SHUTDOWN: &str = "#!/bin/busybox sh\n/bin/busybox poweroff -f\n";
 
 /// What such a system boots.
 pub struct LinuxSystem {
@@ -86,7 +98,17 @@ impl LinuxSystem {
         let kernel = only_in(&unpacked.join("boot"), "vmlinuz-")?;
         let modules = only_in(&unpacked.join("lib/modules"), "")?.join("kernel");
         let tree = folder.join("initrd");
-        for name in ["bin", "cloud-init", "dev", "modules", "proc", "sys", "www"] {
+        for name in [
+            "bin",
+            "cloud-init",
+            "dev",
+            "modules",
+            "proc",
+            "run",
+            "sbin",
+            "sys",
+            "www",
+        ] {
             fs::create_dir_all(tree.join(name))?;
         }
         fs::copy(unpacked.join("bin/busybox"), tree.join("bin/busybox"))?;
@@ -98,14 +120,47 @@ impl LinuxSystem {
             copied.with_context(|| from.display().to_string())?;
             names.push(name.to_string_lossy().into_owned());
         }
-        let init = tree.join("init");
-        fs::write(&init, INIT.replace("MODULES", &names.join(" ")))?;
-        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs::set_permissions(&init, executable)?;
+        write_program(
+            &tree.join("init"),
+            &INIT.replace("MODULES", &names.join(" ")),
+        )?;
+        // What the guest agent calls.
+        write_program(&tree.join("sbin/shutdown"), SHUTDOWN)?;
         Ok(Some(LinuxSystem {
             kernel: fs::read(kernel)?,
             initrd: archive(&tree)?,
         }))
+    }
+
+    /// Adds the QEMU guest agent of this computer, with its libraries, which the system then starts;
+    /// false if there is none here: says then that the test is skipped.
+    ///
+    /// # Errors
+    /// If a file cannot be read or made.
+    pub fn add_guest_agent(&mut self, folder: &Path) -> Result<bool> {
+        let listed = Command::new("ldd").arg(AGENT).output();
+        let listed = listed.context("ldd (apt-get install libc-bin)")?;
+        if !listed.status.success() {
+            eprintln!("skipped: no {AGENT} here (apt-get install qemu-guest-agent)");
+            return Ok(false);
+        }
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let tree = folder.join("agent-initrd");
+        let target = tree.join("agent");
+        fs::create_dir_all(&target)?;
+        fs::copy(AGENT, target.join("qemu-ga"))?;
+        // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)", and the loader without an arrow.
+        let files = listed.split_whitespace().filter(|it| it.starts_with('/'));
+        for file in files.map(Path::new) {
+            let name = file.file_name().context("a library")?;
+            let name = name.to_string_lossy();
+            let is_loader = name.starts_with("ld-linux");
+            let name = if is_loader { "loader" } else { &*name };
+            fs::copy(file, target.join(name)).with_context(|| file.display().to_string())?;
+        }
+        // Another archive: the kernel unpacks one after the other.
+        self.initrd.extend_from_slice(&archive(&tree)?);
+        Ok(true)
     }
 
     /// The kernel's command line for a system with this address, such as `10.0.0.7/24`, and with
@@ -125,6 +180,12 @@ fn only_in(folder: &Path, prefix: &str) -> Result<PathBuf> {
     });
     let only = found.next().filter(|_| found.next().is_none());
     only.with_context(|| format!("not one {prefix}* in {}", folder.display()))
+}
+
+fn write_program(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    Ok(fs::set_permissions(path, executable)?)
 }
 
 fn archive(tree: &Path) -> Result<Vec<u8>> {

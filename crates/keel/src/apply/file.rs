@@ -38,7 +38,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 34] = [
+const KEYS: [&str; 35] = [
     "module",
     "kind",
     "kernel",
@@ -47,6 +47,7 @@ const KEYS: [&str; 34] = [
     "disk",
     "net",
     "cpu",
+    "guest-agent",
     "shutdown",
     "user-data",
     "network-config",
@@ -116,8 +117,7 @@ impl Body {
             }
             Body::System(system) => {
                 let before = before.and_then(system_of);
-                let interfaces = before.map(|own| own.interfaces).unwrap_or_default();
-                let (own, files) = system.read(Some(name), &interfaces)?;
+                let (own, files) = system.read(Some(name), before.as_ref())?;
                 (own.to_kind_spec(), files)
             }
         };
@@ -157,6 +157,7 @@ struct Machine {
     #[serde(default)]
     net: Vec<Network>,
     cpu: Option<u32>,
+    guest_agent: Option<bool>,
     shutdown: Option<Time>,
     user_data: Option<PathBuf>,
     network_config: Option<PathBuf>,
@@ -288,6 +289,7 @@ impl Machine {
             disk: self.disk.drain(..).map(|FileDisk(disk)| disk).collect(),
             net: self.net.drain(..).map(|Network(network)| network).collect(),
             cpu: self.cpu,
+            guest_agent: self.guest_agent,
             shutdown: self.shutdown.take().map(|Time(time)| time),
             cloud_init: cloud_init.beside(folder),
         };
@@ -598,6 +600,7 @@ mod tests {
             disk = ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
             net = ["br0,mac=02:00:00:00:00:01"]
             cpu = 2
+            guest-agent = false
             shutdown = "10s"
             user-data = "db.yaml"
             ssh-key = ["/keys/admin.pub"]
@@ -613,6 +616,7 @@ mod tests {
                 .to_vec(),
             net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
             cpu: Some(2),
+            guest_agent: Some(false),
             shutdown: Some(Duration::from_secs(10)),
             cloud_init: CloudInit {
                 user_data: Some("/etc/db.yaml".into()),
@@ -634,7 +638,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, guest-agent, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

@@ -154,6 +154,8 @@ fn add(device: Node<'_, '_>, read: &mut Imported) {
         "disk" => add_disk(device, read),
         "interface" => add_interface(device, read),
         provided if PROVIDED.contains(&provided) => {}
+        // Every system has a port for it.
+        "channel" if is_agent_port(device) => {}
         other => {
             let kind = device
                 .attribute("type")
@@ -162,6 +164,12 @@ fn add(device: Node<'_, '_>, read: &mut Imported) {
             read.leave_out(text.trim_end());
         }
     }
+}
+
+/// Whether a channel is the port of a QEMU guest agent.
+fn is_agent_port(channel: Node<'_, '_>) -> bool {
+    let name = child(channel, "target").and_then(|it| it.attribute("name"));
+    name == Some("org.qemu.guest_agent.0")
 }
 
 fn add_disk(disk: Node<'_, '_>, read: &mut Imported) {
@@ -289,6 +297,12 @@ mod tests {
       <source network='default'/>
     </interface>
     <serial type='pty'/>
+    <channel type='unix'>
+      <target type='virtio' name='org.qemu.guest_agent.0'/>
+    </channel>
+    <channel type='spicevmc'>
+      <target type='virtio' name='com.redhat.spice.0'/>
+    </channel>
     <graphics type='vnc' port='-1'/>
     <video/>
   </devices>
@@ -309,6 +323,7 @@ mod tests {
 #   disk vdc: disk of type network
 #   interface 52:54:00:AA:00:01: vlan
 #   interface 52:54:00:aa:00:02: type network default, which is no bridge
+#   channel spicevmc
 #   graphics vnc
 #   video
 #   name Web_1: a machine cannot have it

@@ -58,6 +58,8 @@ struct Machine {
     net: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu: Option<u32>,
+    #[serde(rename = "guest-agent", skip_serializing_if = "Option::is_none")]
+    guest_agent: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<String>,
 }

@@ -53,6 +53,7 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
                 return Err(format!("its processor is {value}: systems are x86_64 here"));
             }
             "arch" => {}
+            "agent" => add_agent(value, &mut read),
             "name" => read.name = value.to_owned(),
             "cores" => cores = Some(count()?),
             "sockets" => sockets = Some(count()?),
@@ -162,6 +163,24 @@ fn path_of(folder: &str, volume: &str, name: &str, read: &mut Imported) -> Strin
     format!("{folder}/{own}")
 }
 
+/// `1,fstrim_cloned_disks=1,type=isa`
+fn add_agent(value: &str, read: &mut Imported) {
+    let options = value.split(',');
+    let options = options.map(|it| it.split_once('=').unwrap_or(("enabled", it)));
+    let options: Vec<(&str, &str)> = options.collect();
+    let option = |wanted: &str| {
+        let found = options.iter().find(|(option, _)| *option == wanted);
+        found.map(|(_, value)| *value)
+    };
+    // A system has a port for one unless it says otherwise.
+    if !matches!(option("enabled"), Some("1" | "on" | "yes" | "true")) {
+        read.machine.guest_agent = Some(false);
+    }
+    if option("type").is_some_and(|kind| kind != "virtio") {
+        read.leave_out(format!("agent: {value}: its port is of virtio here"));
+    }
+}
+
 /// `virtio=BC:24:11:00:00:01,bridge=vmbr0,...`
 fn add_interface(name: &str, value: &str, read: &mut Imported) {
     let options: Vec<(&str, &str)> = value
@@ -233,7 +252,6 @@ cores: 9
         assert_eq!(
             text,
             r#"# From 100.conf. Left out:
-#   agent: 1
 #   balloon: 0
 #   cpu: host
 #   net0: firewall=1,tag=10
@@ -262,6 +280,7 @@ memory = "2048M"
         let storages = [("local", "/mnt/vz"), ("zfs", "/dev/zvol")];
         let storages = storages.map(|(name, path)| (name.to_owned(), path.to_owned()));
         let text = "\
+agent: enabled=0,type=isa
 virtio0: local:100/vm-100-disk-0.vmdk,size=32G
 virtio1: local:9000/base-9000-disk-0.qcow2/100/vm-100-disk-1.qcow2
 virtio2: zfs:base-9000-disk-0/vm-100-disk-2
@@ -274,12 +293,14 @@ virtio3: /mnt/a.raw,ro=on
             "/mnt/a.raw,ro",
         ];
         assert_eq!(read.machine.disk, disks);
+        assert_eq!(read.machine.guest_agent, Some(false));
         let left_out = &read.left_out;
-        assert!(left_out[0].contains("vm-100-disk-0.vmdk"), "{left_out:?}");
+        assert!(left_out[0].contains("type=isa"), "{left_out:?}");
+        assert!(left_out[1].contains("vm-100-disk-0.vmdk"), "{left_out:?}");
         let base = "virtio1: it needs its base, 9000/base-9000-disk-0.qcow2";
-        assert_eq!(left_out[1], base);
-        let base = "virtio2: it needs its base, base-9000-disk-0";
         assert_eq!(left_out[2], base);
+        let base = "virtio2: it needs its base, base-9000-disk-0";
+        assert_eq!(left_out[3], base);
         assert_eq!(read.machine.memory.as_deref(), Some("512M"));
     }
 

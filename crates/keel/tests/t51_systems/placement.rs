@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use keel_api::{MachineInfo, NodeInfo, PlanGoal, PlanInfo, RunRequest, Token, TokenRequest};
-use keel_kind_qemu::{Kernel, QemuKind, QemuSpec};
+use keel_kind_qemu::{QemuKind, QemuSpec};
 use keel_testkit::bare_system::{counting_system, qemu_is_installed};
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::Path;
@@ -44,16 +44,8 @@ async fn a_system_starts_where_it_can() -> Result<()> {
     let kind = QemuKind::kind_name();
     let uploaded = client.upload(&kind, image.into()).await?;
     let spec = QemuSpec {
-        cpus: 1,
-        kernel: Some(Kernel {
-            image: uploaded.hash,
-            initrd: None,
-            append: String::new(),
-        }),
-        disks: Vec::new(),
-        interfaces: Vec::new(),
-        cloud_init: None,
         shutdown_s: 1,
+        ..QemuSpec::of_kernel(uploaded.hash)
     };
     let spec = spec.to_kind_spec().map_err(anyhow::Error::msg)?;
     let names = ["s1", "s2", "s3"];

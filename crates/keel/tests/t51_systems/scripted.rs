@@ -20,13 +20,27 @@ pub(crate) struct Scripted {
 impl Scripted {
     /// Nodes `a` and `b`; none, with the reason, where no system can run.
     pub(crate) async fn start() -> Result<Option<Self>> {
+        Self::start_with(|_, _| Ok(true)).await
+    }
+
+    /// As [`Self::start`], with a guest agent in the system.
+    pub(crate) async fn start_with_agent() -> Result<Option<Self>> {
+        Self::start_with(LinuxSystem::add_guest_agent).await
+    }
+
+    async fn start_with(
+        add: impl FnOnce(&mut LinuxSystem, &Path) -> Result<bool>,
+    ) -> Result<Option<Self>> {
         if !qemu_is_installed() {
             return Ok(None);
         }
         let folder = tempfile::Builder::new().prefix("keel-").tempdir()?;
-        let Some(linux) = LinuxSystem::make(folder.path())? else {
+        let Some(mut linux) = LinuxSystem::make(folder.path())? else {
             return Ok(None);
         };
+        if !add(&mut linux, folder.path())? {
+            return Ok(None);
+        }
         let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await?;
         Ok(Some(Scripted {
             cluster,
@@ -46,7 +60,7 @@ impl Scripted {
     pub(crate) fn run(&self, script: &str, options: &[&str]) -> Result<()> {
         let started = Command::new(KEEL)
             .args(["run", "--detach", "--name", NAME, "--memory", "128M"])
-            .args(["--kind", "qemu", "--shutdown", "1s"])
+            .args(["--kind", "qemu"])
             .args(["--append", &LinuxSystem::append("", "")])
             .args(["--kernel", &self.write("vmlinuz", &self.linux.kernel)?])
             .args(["--initrd", &self.write("initrd.gz", &self.linux.initrd)?])
@@ -58,6 +72,14 @@ impl Scripted {
         let said = String::from_utf8_lossy(&started.stderr);
         ensure!(started.status.success(), "{said}");
         Ok(())
+    }
+
+    /// What `keel` says on both outputs, and how it ended; asked at the node `via`.
+    pub(crate) fn keel(&self, via: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(KEEL);
+        command.arg("--state-dir").arg(self.cluster.folder(via));
+        command.args(arguments);
+        command
     }
 
     pub(crate) async fn output(&self) -> Option<String> {

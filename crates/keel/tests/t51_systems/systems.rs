@@ -97,19 +97,17 @@ impl Systems {
     pub(crate) async fn spec(&self, address: &str, words: &str) -> Result<QemuSpec> {
         let number: u8 = address.rsplit('.').next().context("an address")?.parse()?;
         Ok(QemuSpec {
-            cpus: 1,
             kernel: Some(Kernel {
                 image: self.upload(&self.linux.kernel).await?,
                 initrd: Some(self.upload(&self.linux.initrd).await?),
                 append: LinuxSystem::append(&format!("{address}/24"), words),
             }),
-            disks: Vec::new(),
             interfaces: vec![Interface {
                 bridge: BRIDGE.to_owned(),
                 mac: format!("02:00:00:00:01:{number:02x}"),
             }],
-            cloud_init: None,
             shutdown_s: 1,
+            ..QemuSpec::default()
         })
     }
 

@@ -33,6 +33,9 @@ pub(super) struct Folder {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     pub(super) folders: Vec<Folder>,
+    /// Where threads whose CPU time is limited enter a group of their own, in version 1.
+    #[serde(default)]
+    pub(super) threads: Option<PathBuf>,
 }
 
 /// Resource use of a group as accounted by the kernel; `None` where it is not.
@@ -46,7 +49,8 @@ pub struct GroupUsage {
     pub memory_limit_bytes: Option<u64>,
     /// CPU time in microseconds.
     pub cpu_micros: Option<u64>,
-    /// Time throttled by a quota, in microseconds. keel sets none.
+    /// Time for which its guest was held back by its CPU limit, in microseconds, of kinds whose
+    /// limit the kernel keeps.
     pub throttled_micros: Option<u64>,
 }
 
@@ -108,7 +112,7 @@ pub fn memory_limit_bytes(memories: usize, memory_bytes: u64, threads_max: u32) 
         .saturating_add(ENGINE_BYTES)
 }
 
-fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
+pub(super) fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
     move |error| format!("{}: {error}", path.display())
 }
 
@@ -150,7 +154,7 @@ impl Group {
         self.folders.iter().find(|folder| folder.memory)
     }
 
-    fn unified(&self) -> Option<&Folder> {
+    pub(super) fn unified(&self) -> Option<&Folder> {
         let mut folders = self.folders.iter();
         folders.find(|folder| folder.version == Version::V2)
     }
@@ -191,8 +195,8 @@ impl Group {
         if let Some(unified) = self.unified() {
             let text = read(&unified.path.join("cpu.stat"));
             usage.cpu_micros = field(&text, "usage_usec");
-            usage.throttled_micros = field(&text, "throttled_usec");
         }
+        usage.throttled_micros = self.throttled_micros();
         usage
     }
 
@@ -262,6 +266,7 @@ impl Group {
         let deadline = Instant::now() + REMOVE_PATIENCE;
         for folder in &self.folders {
             loop {
+                self.remove_threads();
                 match std::fs::remove_dir(&folder.path) {
                     Ok(()) => break,
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
@@ -276,7 +281,7 @@ impl Group {
     }
 }
 
-fn read(path: &Path) -> String {
+pub(super) fn read(path: &Path) -> String {
     read_short(path).unwrap_or_default()
 }
 
@@ -286,7 +291,7 @@ fn number(path: &Path) -> Option<u64> {
 }
 
 /// The number of a key, in a file of keys and numbers.
-fn field(text: &str, name: &str) -> Option<u64> {
+pub(super) fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let (found, number) = line.split_once(' ')?;
         (found == name).then(|| number.trim().parse().ok())?
@@ -309,6 +314,7 @@ mod tests {
                 path: folder.path().to_owned(),
                 memory: true,
             }],
+            threads: None,
         };
         (folder, group)
     }
@@ -335,7 +341,7 @@ mod tests {
                 ),
                 (
                     "cpu.stat",
-                    "usage_usec 120\nuser_usec 100\nnr_throttled 0\nthrottled_usec 7\n",
+                    "usage_usec 120\nuser_usec 100\nnr_throttled 0\nthrottled_usec 0\n",
                 ),
             ],
         );
@@ -344,7 +350,7 @@ mod tests {
             memory_peak_bytes: Some(8192),
             memory_limit_bytes: None,
             cpu_micros: Some(120),
-            throttled_micros: Some(7),
+            throttled_micros: None,
         };
         assert_eq!(group.usage(), expected);
         let counts = GroupCounts {

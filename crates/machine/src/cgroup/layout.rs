@@ -146,11 +146,19 @@ impl Layout {
         places
     }
 
+    /// The hierarchy with the `cpu` controller, and this process's folder in it for groups.
+    pub(super) fn cpu_root(&self, on_unified: &str) -> Option<(Version, &Path)> {
+        let unified = self.unified_root().filter(|_| has(on_unified, "cpu"));
+        let unified = unified.map(|folder| (Version::V2, folder));
+        unified.or_else(|| Some((Version::V1, self.legacy.get("cpu")?.as_path())))
+    }
+
     /// The hierarchies for workers' groups.
     ///
     /// The `cpu` controller is taken only from version 2. There a node's machines compete
     /// only with its agent; in version 1 a machine's group would have the weight of a
-    /// single process of the host.
+    /// single process of the host, so only threads with a limit enter one
+    /// ([`Self::cpu_root`]).
     pub(super) fn roots(&self, on_unified: &str) -> Vec<HierarchyRoot> {
         let mut roots = Vec::new();
         if let Some(folder) = self.unified_root() {

@@ -5,6 +5,7 @@
 //! - `layout`: the hierarchies and this process's position in them
 //! - `slice`: the folder of a node's groups: creation, cleanup, removal
 //! - `group`: one worker's group: limit, counters, removal
+//! - `cpu_limit`: limits of CPU time for the threads of a guest
 //! - `pressure`: pressure stall information
 //! - `budget`: limits of the groups around this process
 //! - `priority`: order of OOM kills, and scheduling priorities
@@ -20,13 +21,15 @@
 //!       MACHINE.RANDOM/                  one worker
 //! ```
 //!
-//! CPU time is accounted, not limited: a quota would slow down the threads that move a
-//! machine as well as the guest's, which only `keel_wasm`'s governor throttles.
+//! The CPU time of a worker is accounted, not limited: a quota would slow down the threads that
+//! move a machine as well as the guest's. Those of a kind that cannot hold its guest back by
+//! itself (as `keel_wasm`'s governor does) get a group of their own.
 //!
 //! Machines do not depend on groups: without the right to create them all works, except
 //! for the limit, the counters and the reason of an OOM kill.
 
 mod budget;
+mod cpu_limit;
 mod group;
 mod layout;
 mod pressure;
@@ -34,6 +37,7 @@ mod priority;
 mod slice;
 
 pub use budget::Budget;
+pub use cpu_limit::lacks_for_cpu_limits;
 pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes};
 pub use layout::Layout;
 pub use pressure::Pressure;

@@ -1,5 +1,6 @@
 //! The folder of all groups of one node's workers, in each hierarchy of use.
 
+use super::cpu_limit::GUEST_LEAF;
 use super::group::{Folder, Group, REMOVE_PATIENCE};
 use super::layout::{AGENT_LEAF, HierarchyRoot, Layout, Version};
 use std::path::{Path, PathBuf};
@@ -9,6 +10,9 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Default)]
 pub struct Slice {
     pub(super) folders: Vec<Folder>,
+    /// Where its machines' threads with a limit enter groups, in version 1: the beginning of the
+    /// groups' paths.
+    threads: Option<PathBuf>,
     /// What its groups lack, and why.
     missing: Option<String>,
 }
@@ -27,16 +31,20 @@ impl Slice {
     /// Creates the folder of a node's groups. If the kernel requires it, this process and
     /// `parent`, another process of the same program, enter a group beside it.
     pub fn prepare(state_dir: &Path, parent: Option<u32>) -> Self {
-        let roots = match Layout::read() {
-            Ok(layout) => layout.roots(&layout.on_unified()),
+        let name = name(state_dir);
+        let (roots, threads) = match Layout::read() {
+            Ok(layout) => {
+                let on_unified = layout.on_unified();
+                (layout.roots(&on_unified), thread_groups(&layout, &name))
+            }
             Err(error) => {
                 return Slice {
                     folders: Vec::new(),
+                    threads: None,
                     missing: Some(format!("their location is unknown: {error}")),
                 };
             }
         };
-        let name = name(state_dir);
         let mut folders = Vec::new();
         let mut missing = None;
         for root in roots {
@@ -63,7 +71,11 @@ impl Slice {
         if missing.is_none() && !folders.iter().any(|folder| folder.memory) {
             missing = Some("this system has no memory controller for them".into());
         }
-        Slice { folders, missing }
+        Slice {
+            folders,
+            threads,
+            missing,
+        }
     }
 
     /// What this node's groups lack, and the consequence; `None` if nothing.
@@ -80,8 +92,14 @@ impl Slice {
     /// That of the kernel, as a message; nothing is left then.
     pub fn make(&self, machine: &str) -> Result<Option<Group>, String> {
         let inner = format!("{machine}.{:08x}", rand::random::<u32>());
+        let threads = self.threads.as_ref().map(|beginning| {
+            let mut path = beginning.clone().into_os_string();
+            path.push(&inner);
+            PathBuf::from(path)
+        });
         let mut group = Group {
             folders: Vec::new(),
+            threads,
         };
         for folder in &self.folders {
             let path = folder.path.join(&inner);
@@ -105,12 +123,15 @@ impl Slice {
             .flatten()
             .flatten()
             .filter_map(|entry| Group::load(&entry.path()))
-            .flat_map(|group| group.folders)
-            .map(|folder| folder.path)
+            .flat_map(|group| {
+                let folders = group.folders.into_iter().map(|folder| folder.path);
+                folders.chain(group.threads).collect::<Vec<_>>()
+            })
             .collect();
         for folder in &self.folders {
             remove_children(&folder.path, |child| !used.contains(child));
         }
+        remove_thread_groups(self.threads.as_deref(), |child| !used.contains(child));
     }
 
     /// Removes the folder if it has no machines.
@@ -139,6 +160,8 @@ impl Slice {
     /// until they are gone. For tests, which leave nothing behind.
     pub fn remove_all(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
+        let threads = thread_groups(&layout, &name(state_dir));
+        remove_thread_groups(threads.as_deref(), |_| true);
         for root in layout.roots(&layout.on_unified()) {
             let path = root.folder.join(name(state_dir));
             let deadline = Instant::now() + REMOVE_PATIENCE;
@@ -238,11 +261,34 @@ fn enter(group: &Path, parent: Option<u32>) -> Result<(), String> {
     Ok(())
 }
 
+/// The beginning of the paths of groups for threads of a node of this name, in version 1.
+fn thread_groups(layout: &Layout, name: &str) -> Option<PathBuf> {
+    match layout.cpu_root(&layout.on_unified())? {
+        (Version::V1, folder) => Some(folder.join(format!("{name}."))),
+        (Version::V2, _) => None,
+    }
+}
+
+/// Removes groups whose paths begin so.
+fn remove_thread_groups(beginning: Option<&Path>, unused: impl Fn(&PathBuf) -> bool) {
+    let Some((folder, name)) = beginning.and_then(|it| Some((it.parent()?, it.file_name()?)))
+    else {
+        return;
+    };
+    let name = name.as_encoded_bytes();
+    remove_children(folder, |child| {
+        let own = child.file_name().unwrap_or_default().as_encoded_bytes();
+        own.starts_with(name) && unused(child)
+    });
+}
+
 fn remove_children(folder: &Path, unused: impl Fn(&PathBuf) -> bool) {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     for entry in entries {
         let path = entry.path();
         if path.is_dir() && unused(&path) {
+            // Most have none.
+            let _ = std::fs::remove_dir(path.join(GUEST_LEAF));
             // A group with a process stays.
             if let Err(error) = std::fs::remove_dir(&path) {
                 tracing::debug!(%error, group = %path.display(), "cannot remove an old group");
@@ -262,6 +308,7 @@ mod tests {
                 path: folder.to_owned(),
                 memory: true,
             }],
+            threads: Some(folder.join("beside.")),
             missing: None,
         }
     }
@@ -274,10 +321,21 @@ mod tests {
         let worker = workers.path().join("used");
         std::fs::create_dir(&worker).unwrap();
         used.save(&worker).unwrap();
+        let threads = [&old, &used].map(|group| group.threads.clone().unwrap());
+        for path in &threads {
+            std::fs::create_dir(path).unwrap();
+        }
+        let stranger = groups.path().join("another");
+        std::fs::create_dir(&stranger).unwrap();
+        remove_thread_groups(slice.threads.as_deref(), |path| *path == threads[0]);
+        assert!(!threads[0].exists() && threads[1].exists() && stranger.exists());
+        std::fs::remove_dir(stranger).unwrap();
         slice.sweep(workers.path());
         assert!(!old.folders[0].path.exists() && used.folders[0].path.exists());
+        assert!(threads[1].exists());
         Group::remove_saved(&worker);
         assert!(!used.folders[0].path.exists() && Group::load(&worker).is_none());
+        assert!(!threads[1].exists());
         slice.remove_if_empty();
         assert!(!groups.path().exists());
     }
@@ -286,6 +344,7 @@ mod tests {
     fn without_hierarchies_there_are_no_groups() {
         let slice = Slice {
             folders: Vec::new(),
+            threads: None,
             missing: Some("no rights".into()),
         };
         assert_eq!(slice.make("m"), Ok(None));

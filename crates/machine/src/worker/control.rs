@@ -47,6 +47,10 @@ pub mod kind {
     /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: offset of the first output
     /// written at that time or later.
     pub const LOG_SINCE: u16 = 0x0413;
+    /// [`super::Execute`] → `i64`: starts a process in the machine; its number there.
+    pub const EXECUTE: u16 = 0x0418;
+    /// `i64` → `Option<`[`super::ExecutionEnd`]`>`: how such a process ended, if it has.
+    pub const EXECUTED: u16 = 0x0419;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;
     /// [`super::FileRequest`] → [`super::FileDone`].
@@ -442,6 +446,36 @@ pub enum FileDone {
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
     /// Nothing was done: the machine is moving, or a checkpoint is being made.
     Busy,
+}
+
+/// A process to start in a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Execute {
+    /// A program, by its path there or by a name that is searched for there.
+    pub command: String,
+    pub arguments: Vec<String>,
+    /// Its environment as `NAME=VALUE`; that of whoever starts it there if empty.
+    pub environment: Vec<String>,
+    /// Its standard input.
+    #[serde(with = "serde_bytes")]
+    pub input: Vec<u8>,
+}
+
+/// How a process in a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecutionEnd {
+    /// Its exit code, if it ended by itself.
+    pub exit_code: Option<i32>,
+    /// The number of the signal that ended it, if one did.
+    pub signal: Option<i32>,
+    /// Its standard output.
+    #[serde(with = "serde_bytes")]
+    pub output: Vec<u8>,
+    /// Its standard error output.
+    #[serde(with = "serde_bytes")]
+    pub error_output: Vec<u8>,
+    /// Whether it printed more than that.
+    pub is_cut: bool,
 }
 
 /// Reads output.

@@ -42,8 +42,8 @@ pub use source::{Connect, ConnectToTarget, copy};
 pub use target::{Accepted, Receiver, step_target};
 
 use self::control::{
-    Checkpoint, CheckpointReport, Copy, CopyEvent, FileDone, FileRequest, Frozen, Receive, Report,
-    Start, State,
+    Checkpoint, CheckpointReport, Copy, CopyEvent, Execute, ExecutionEnd, FileDone, FileRequest,
+    Frozen, Receive, Report, Start, State,
 };
 use self::source::SourceTask;
 use crate::link::{Link, LinkError, Message};
@@ -56,6 +56,11 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use tokio::runtime::Handle;
+
+/// The error of a kind whose machines have no processes ([`Abilities::executes`]).
+///
+/// [`Abilities::executes`]: crate::kind::Abilities::executes
+const NO_PROCESSES: &str = "no command can be executed in a machine of its kind";
 
 /// Name of the socket in a worker's folder.
 pub const SOCKET: &str = "socket";
@@ -319,6 +324,22 @@ pub trait Worker: Send + Sync + Sized + 'static {
     /// Why it was not done.
     fn file(&self, _request: FileRequest) -> Result<FileDone, RpcError> {
         Err(RpcError::failed("the machine has no such volume"))
+    }
+
+    /// Starts a process in the machine; returns its number there.
+    ///
+    /// # Errors
+    /// Why none was started, or that it is unknown whether one was.
+    fn execute(&self, _process: &Execute) -> Result<i64, RpcError> {
+        Err(RpcError::failed(NO_PROCESSES))
+    }
+
+    /// How such a process ended; `None` while it runs.
+    ///
+    /// # Errors
+    /// Why that is not known.
+    fn executed(&self, _process: i64) -> Result<Option<ExecutionEnd>, RpcError> {
+        Err(RpcError::failed(NO_PROCESSES))
     }
 
     /// Answers a request that only this kind has. Runs on the async runtime.

@@ -2,7 +2,8 @@
 //! answered. What blocks runs outside the async runtime.
 
 use super::control::{
-    Checkpoint, Copy, FileRequest, LeaseDeadline, ReadLog, Receive, Start, kind, pack, unpack,
+    Checkpoint, Copy, Execute, FileRequest, LeaseDeadline, ReadLog, Receive, Start, kind, pack,
+    unpack,
 };
 use super::{Worker, source, target};
 use crate::failpoint;
@@ -145,6 +146,14 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::FILE => {
             let request: FileRequest = unpack(&payload)?;
             reply(move || worker.file(request)).await
+        }
+        kind::EXECUTE => {
+            let process: Execute = unpack(&payload)?;
+            reply(move || worker.execute(&process)).await
+        }
+        kind::EXECUTED => {
+            let process: i64 = unpack(&payload)?;
+            reply(move || worker.executed(process)).await
         }
         kind::FORGET => {
             let release = tokio::task::spawn_blocking(move || worker.release());

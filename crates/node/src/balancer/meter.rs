@@ -126,6 +126,8 @@ pub(super) struct Meter {
     own: ProcessCounters,
     host: Host,
     pressure: Pressure,
+    /// For how long machines were held back by their limits.
+    throttled: HashMap<u32, u64>,
     traffic: BTreeMap<NodeName, traffic::Bytes>,
     at: Option<Instant>,
 }
@@ -143,6 +145,7 @@ impl Meter {
             own: ProcessCounters::default(),
             host: Host::default(),
             pressure: Pressure::default(),
+            throttled: HashMap::new(),
             traffic: BTreeMap::new(),
             at: None,
         }
@@ -175,6 +178,7 @@ impl Meter {
         let mut counters = HashMap::new();
         let mut residents = Vec::new();
         let mut machines = HashMap::new();
+        let mut throttled = HashMap::new();
         let mut helpers = Factors::default();
         let mut memory_bytes = 0u64;
         for (machine, pid) in workers.processes() {
@@ -185,6 +189,9 @@ impl Meter {
                 self.groups.insert(pid, group);
             }
             let group = self.groups.get(&pid);
+            if let Some(micros) = group.and_then(Group::throttled_micros) {
+                throttled.insert(pid, micros);
+            }
             if !self.kind_names.contains_key(&pid)
                 && let Some(kind) = self.kinds.of_worker(&process)
             {
@@ -245,6 +252,11 @@ impl Meter {
             let network = traffic
                 .iter()
                 .map(|it| it.sent_bytes_per_s + it.received_bytes_per_s);
+            // To the kernel a thread that is held back by its limit waits for a core.
+            let held_back = throttled.iter().map(|(pid, micros)| {
+                share(self.throttled.get(pid).copied(), Some(*micros), seconds)
+            });
+            let waited = share(self.pressure.cpu_micros, pressure.cpu_micros, seconds);
             let (capacity_bytes, base_bytes) = memory(budget, memory_bytes);
             Measured {
                 capacity: Capacity {
@@ -260,7 +272,7 @@ impl Meter {
                     ..Factors::default()
                 },
                 machines,
-                cpu_pressure: share(self.pressure.cpu_micros, pressure.cpu_micros, seconds),
+                cpu_pressure: (waited - held_back.sum::<f64>()).max(0.0),
                 stall_pressure: share(self.pressure.memory_micros, pressure.memory_micros, seconds)
                     .max(share(self.pressure.io_micros, pressure.io_micros, seconds)),
                 traffic,
@@ -274,6 +286,7 @@ impl Meter {
         self.own = own;
         self.host = host;
         self.pressure = pressure;
+        self.throttled = throttled;
         measured
     }
 }

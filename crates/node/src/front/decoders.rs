@@ -7,7 +7,9 @@ use crate::cluster_events::Question;
 use crate::compilation::CodeState;
 use crate::error::CommandError;
 use crate::logs::LogOffset;
-use crate::machines::{RemoveMachine, ReportQuery, Sees, SetMachine, StopMachine};
+use crate::machines::{
+    ProcessQuery, RemoveMachine, ReportQuery, Sees, SetMachine, StartProcess, StopMachine,
+};
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder, Offer};
 use crate::records::{AuditRecord, InSyncSet, MachineCommand, NodeRecord, Reservation};
 use crate::spanning::{
@@ -38,6 +40,8 @@ pub(crate) fn decoders() -> Vec<Decoder> {
         command::<RemoveMachine>(),
         command::<SetMachine>(),
         command::<ReportQuery>(),
+        command::<StartProcess>(),
+        command::<ProcessQuery>(),
         command::<CancelMove>(),
         command::<DryRunCommand>(),
         command::<CreateCheckpoint>(),

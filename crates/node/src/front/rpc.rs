@@ -14,7 +14,8 @@ use crate::events::Note;
 use crate::images::FETCH;
 use crate::logs::{LOG, LogOffset, WHOLE_LOG};
 use crate::machines::{
-    self, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StopMachine,
+    self, ProcessQuery, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StartProcess,
+    StopMachine,
 };
 use crate::moves::{
     self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
@@ -128,6 +129,8 @@ impl Service {
             StopMachine::KIND => command(payload, |it| at.machines.stop_here(it)).await,
             RemoveMachine::KIND => command(payload, |it| at.machines.remove_here(it)).await,
             SetMachine::KIND => command(payload, |it| at.machines.set_here(it)).await,
+            StartProcess::KIND => command(payload, |it| at.machines.start_process_here(it)).await,
+            ProcessQuery::KIND => command(payload, |it| at.machines.process_here(it)).await,
             ReportQuery::KIND => command(payload, |it| at.machines.report_here(it)).await,
             CancelMove::KIND => command(payload, |it| at.moves.cancel_here(it)).await,
             DryRunCommand::KIND => command(payload, |it| at.moves.dry_run_here(it)).await,

@@ -8,6 +8,7 @@
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
+//! - `execute`: commands of users in machines
 //! - `queries`, `diff`: queries of users
 //! - `host_files`: the nodes that can begin a machine anew that has no checkpoints; `looks`: looks at
 //!   files whose server may hang; `single_tasks`: one task for each worker
@@ -15,6 +16,7 @@
 
 mod create;
 mod diff;
+mod execute;
 mod give_up;
 mod handle;
 mod host_files;
@@ -36,6 +38,7 @@ mod worker_monitor;
 
 pub(crate) use create::run;
 pub(crate) use diff::diff;
+pub(crate) use execute::{ProcessQuery, StartProcess};
 pub(crate) use handle::{Dependencies, Machines, Restarts};
 pub(crate) use host_files::{SEEN_BY, SEES, Sees, seen_by, sees};
 pub(crate) use queries::ReportQuery;

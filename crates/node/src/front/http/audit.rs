@@ -22,9 +22,11 @@ use utoipa::IntoParams;
 
 /// Requests of that many bytes are looked into for what they name.
 const LOOKED_INTO_MAX: usize = 64 << 10;
+/// Commands in machines always are: none of more bytes is accepted.
+const COMMAND_BYTES_MAX: usize = 2 << 20;
 /// The fields of a request that name what it is about. Others may be secrets.
-const NAMING: [&str; 9] = [
-    "name", "machine", "to", "on", "nodes", "role", "count", "mode", "labels",
+const NAMING: [&str; 10] = [
+    "name", "machine", "command", "to", "on", "nodes", "role", "count", "mode", "labels",
 ];
 /// The most bytes of an entry's text about that.
 const ABOUT_BYTES_MAX: usize = 300;
@@ -128,11 +130,13 @@ async fn look_into(request: Request) -> Result<(Request, String), Response> {
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
     let is_json = header(header::CONTENT_TYPE).is_some_and(|it| it.contains("json"));
     let length = header(header::CONTENT_LENGTH).and_then(|it| it.parse::<usize>().ok());
-    if !is_json || length.is_none_or(|length| length > LOOKED_INTO_MAX) {
+    let is_command = request.uri().path().ends_with("/execute");
+    let is_short = length.is_some_and(|length| length <= LOOKED_INTO_MAX);
+    if !is_json || !(is_short || is_command) {
         return Ok((request, String::new()));
     }
     let (head, body) = request.into_parts();
-    let bytes = axum::body::to_bytes(body, LOOKED_INTO_MAX).await;
+    let bytes = axum::body::to_bytes(body, COMMAND_BYTES_MAX).await;
     let bytes = bytes.map_err(|error| problem(StatusCode::BAD_REQUEST, error.to_string()))?;
     let about = about(&bytes);
     Ok((Request::from_parts(head, Body::from(bytes)), about))
@@ -201,6 +205,7 @@ mod tests {
             (Method::GET, "/v1/store/backup", true),
             (Method::POST, "/v1/machines", true),
             (Method::POST, "/v1/machines/m/move", true),
+            (Method::POST, "/v1/machines/m/execute", true),
             (Method::POST, "/v1/machines/m/dry-run", false),
             (Method::POST, "/v1/machines/m/diff", false),
             (Method::POST, "/v1/plan", false),
@@ -235,6 +240,8 @@ mod tests {
         assert_eq!(about(run), "name web, on b");
         let user = br#"{"user":{"name":"ann","role":"viewer"}}"#;
         assert_eq!(about(user), "name ann, role viewer");
+        let execute = br#"{"command":"passwd","arguments":["x"],"input":"eA=="}"#;
+        assert_eq!(about(execute), "command passwd");
         assert_eq!(about(b"no json"), "");
         assert_eq!(about(br#"{"to":null}"#), "");
         let long = format!(r#"{{"name":"{}"}}"#, "ä".repeat(400));

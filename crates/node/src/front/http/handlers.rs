@@ -15,9 +15,10 @@ use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, DryRun, MachineDiff, MachineInfo, MoveLine, MoveRequest,
-    Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo, PruneRequest, QuotaInfo, QuotaRequest,
-    RestoreRequest, RunRequest, SetRequest, SpanRequest, ThreadMove, Uploaded,
+    CheckpointInfo, CheckpointRequest, DryRun, ExecuteLine, ExecuteRequest, MachineDiff,
+    MachineInfo, MoveLine, MoveRequest, Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo,
+    PruneRequest, QuotaInfo, QuotaRequest, RestoreRequest, RunRequest, SetRequest, SpanRequest,
+    ThreadMove, Uploaded,
 };
 use keel_cluster::NodeName;
 use keel_machine::kind::InvalidKindName;
@@ -141,6 +142,27 @@ pub(super) async fn end(at: &Handles, name: &str, kill: bool) -> Reply<Nothing> 
     let machine = machine_name(name)?;
     at.machines.stop(StopMachine { machine, kill }).await?;
     Ok(Json(Nothing {}))
+}
+
+/// Executes a command in a machine, by its guest agent.
+///
+/// The answer is one `ExecuteLine` per line, the last of which is the command's end or an error. The
+/// command goes on if nobody reads them.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/execute",
+    operation_id = "execute_command",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Lines while it runs, then its end or an error", body = ExecuteLine, content_type = "application/x-ndjson"))
+)]
+pub(super) async fn execute(
+    State(at): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<ExecuteRequest>,
+) -> Result<Response, Failure> {
+    let machine = machine_name(&name)?;
+    Ok(line_by_line(at.machines.execute(machine, request).await?))
 }
 
 /// Cancels the move of a machine, which stays where it is.

@@ -77,6 +77,7 @@ pub(super) fn described() -> DescribedRoutes {
         .add(routes!(handlers::inspect, handlers::remove))
         .add(routes!(handlers::stop))
         .add(routes!(handlers::kill))
+        .add(routes!(handlers::execute))
         .add(routes!(handlers::move_machine))
         .add(routes!(handlers::dry_run))
         .add(routes!(handlers::cancel_move))
