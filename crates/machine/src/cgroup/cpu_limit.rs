@@ -14,7 +14,7 @@
 //! A thread that is held back may hold a lock that another one of its process waits for, so the period
 //! is short.
 
-use super::group::{Group, field, named, read};
+use super::group::{Group, field, make, named, read};
 use super::layout::{Layout, Version};
 use rustix::fs::{Access, access};
 use std::fs;
@@ -152,13 +152,6 @@ impl Group {
             // There may be none.
             let _ = fs::remove_dir(path);
         }
-    }
-}
-
-fn make(path: &Path) -> Result<(), String> {
-    match fs::create_dir(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(named(path)(error)),
-        _ => Ok(()),
     }
 }
 

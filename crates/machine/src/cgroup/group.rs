@@ -116,6 +116,14 @@ pub(super) fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
     move |error| format!("{}: {error}", path.display())
 }
 
+/// Creates a group, unless it is there.
+pub(super) fn make(path: &Path) -> Result<(), String> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(named(path)(error)),
+        _ => Ok(()),
+    }
+}
+
 impl Group {
     /// The group created for the worker with this folder.
     pub fn load(folder: &Path) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! The folder of all groups of one node's workers, in each hierarchy of use.
 
 use super::cpu_limit::GUEST_LEAF;
-use super::group::{Folder, Group, REMOVE_PATIENCE};
+use super::group::{Folder, Group, REMOVE_PATIENCE, make, named};
 use super::layout::{AGENT_LEAF, HierarchyRoot, Layout, Version};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -21,10 +21,6 @@ pub struct Slice {
 fn name(state_dir: &Path) -> String {
     let hash = blake3::hash(state_dir.as_os_str().as_encoded_bytes());
     format!("keel-{}", &hash.to_hex()[..12])
-}
-
-fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
-    move |error| format!("{}: {error}", path.display())
 }
 
 impl Slice {
@@ -172,13 +168,6 @@ impl Slice {
                 }
             }
         }
-    }
-}
-
-fn make(path: &Path) -> Result<(), String> {
-    match std::fs::create_dir(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(named(path)(error)),
-        _ => Ok(()),
     }
 }
 
