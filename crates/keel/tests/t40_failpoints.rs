@@ -2,8 +2,9 @@
 //! ends. The table of docs/moves.md names the tests of this file.
 
 use keel_machine::failpoint::{ALL, Failpoint, Site};
-use keel_testkit::LocalCluster;
+use keel_machine::moves::Ending;
 use keel_testkit::drill::Drill;
+use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::Path;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
@@ -185,5 +186,37 @@ fn every_failpoint_is_driven_by_one_of_these_tests() {
             "{}",
             it.name
         );
+    }
+}
+
+/// Who moves a machine reads why the other node cannot take it, whatever its worker was doing.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reason_of_a_target_reaches_who_asked() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"])
+        .await
+        .unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/threads.wasm");
+    let module = std::fs::read(path).unwrap();
+    let guest = Guest::new("m", "a", &module, &["2", "40000000"]);
+    cluster.run(&guest).await.unwrap();
+    for name in [
+        "target.greeted",
+        "target.round",
+        "target.image",
+        "target.ready",
+    ] {
+        cluster.failpoint("b", name, Some("error")).await.unwrap();
+        // A move right after one whose target failed is refused for a moment.
+        let report = wait_for("its target is tried", || async {
+            let report = cluster.move_machine("a", "m", "b").await.ok()?;
+            let passed = cluster.failpoints_passed("b");
+            passed.iter().any(|it| it == name).then_some(report)
+        });
+        let report = report.await.unwrap();
+        assert_ne!(report.ending, Ending::Moved);
+        let line = report.line();
+        assert!(line.contains(&format!("failpoint {name}")), "{line}");
+        cluster.failpoint("b", name, None).await.unwrap();
     }
 }

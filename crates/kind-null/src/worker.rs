@@ -15,7 +15,7 @@ use keel_machine::worker::control::{
     Checkpoint, CheckpointReport, Copy, Receive, Report, Start, StartFrom, State,
 };
 use keel_machine::worker::{
-    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, write_notice,
+    Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, write_notice,
 };
 use keel_net::RpcError;
 use keel_store::clock::unix_ms;
@@ -114,10 +114,10 @@ impl NullWorker {
     fn take_over(
         self: &Arc<Self>,
         request: &Receive,
-        accepted: Accepted,
-    ) -> Result<Link, MoveError> {
-        let mut link = accepted.link;
-        let log = Arc::new(Log::open(self.process.folder(), accepted.hello.log_base)?);
+        log_base: u64,
+        link: &mut Link,
+    ) -> Result<(), MoveError> {
+        let log = Arc::new(Log::open(self.process.folder(), log_base)?);
         let mut output = LogTarget::new(log.clone());
         let mut image = ImageBytes::default();
         loop {
@@ -127,12 +127,12 @@ impl NullWorker {
                 Message::LogBegins { offset } => output.begins(offset)?,
                 Message::RoundEnd => {
                     failpoint::pass("target.round")?;
-                    output.request_missing(&mut link)?;
+                    output.request_missing(link)?;
                     link.send(&Message::RoundDone)?;
                     link.flush()?;
                 }
                 Message::Image(bytes) => image.add(&bytes)?,
-                Message::ImageEnd => match output.request_missing(&mut link)? {
+                Message::ImageEnd => match output.request_missing(link)? {
                     true => link.flush()?,
                     false => break,
                 },
@@ -150,7 +150,7 @@ impl NullWorker {
         self.inner().counter = Some(counter.clone());
         // Frozen until the store has decided.
         self.begin(counter)?;
-        Ok(link)
+        Ok(())
     }
 }
 
@@ -273,8 +273,8 @@ impl Worker for NullWorker {
             inner.spec = Some(request.spec.clone());
         }
         let worker = self.clone();
-        Ok(Box::new(move |accepted| {
-            worker.take_over(&request, accepted)
+        Ok(Box::new(move |link, accepted| {
+            worker.take_over(&request, accepted.hello.log_base, link)
         }))
     }
 

@@ -25,8 +25,7 @@ use keel_machine::worker::control::{
     State,
 };
 use keel_machine::worker::{
-    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
-    write_notice,
+    Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target, write_notice,
 };
 use keel_net::RpcError;
 use std::io;
@@ -228,21 +227,6 @@ impl QemuWorker {
 
     /// Receives the machine from a source that has connected.
     fn take_over(
-        self: &Arc<Self>,
-        request: &Receive,
-        accepted: Accepted,
-    ) -> Result<Link, MoveError> {
-        let mut link = accepted.link;
-        let received = self.receive(request, accepted.hello.log_base, &mut link);
-        if let Err(error) = &received {
-            // The source tells its user; it notices in any case when the connection closes.
-            let _ = link.send(&Message::Abort(error.to_string()));
-            let _ = link.flush();
-        }
-        received.map(|()| link)
-    }
-
-    fn receive(
         self: &Arc<Self>,
         request: &Receive,
         log_base: u64,
@@ -447,8 +431,8 @@ impl Worker for QemuWorker {
             inner.spec = Some(request.spec.clone());
         }
         let worker = self.clone();
-        Ok(Box::new(move |accepted| {
-            worker.take_over(&request, accepted)
+        Ok(Box::new(move |link, accepted| {
+            worker.take_over(&request, accepted.hello.log_base, link)
         }))
     }
 

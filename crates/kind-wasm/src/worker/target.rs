@@ -60,11 +60,10 @@ pub(super) enum TargetError {
     Unexpected(String),
 }
 
-/// A machine that has arrived and is ready to resume, with the connection to its source.
+/// A machine that has arrived and is ready to resume.
 struct ReceivedMachine {
     machine: Machine,
     log: Arc<Log>,
-    link: Link,
     /// In a post-copy move: the receiver of the remaining pages, and the channel for its
     /// first connection.
     post_copy_target: Option<(PostCopyTarget, Sender<Link>)>,
@@ -101,11 +100,11 @@ type RestoreWasi<'a> = dyn Fn(
 
 /// Receives the machine from a source that has connected.
 fn receive(
+    link: &mut Link,
     accepted: Accepted,
     environment: TargetEnvironment<'_>,
 ) -> Result<ReceivedMachine, TargetError> {
     let Accepted {
-        mut link,
         hello,
         listener,
         tls,
@@ -184,7 +183,7 @@ fn receive(
             Message::LogBegins { offset } => output.begins(offset)?,
             Message::RoundEnd => {
                 failpoint::pass("target.round")?;
-                output.request_missing(&mut link)?;
+                output.request_missing(link)?;
                 link.send(&match compilation.is_complete() {
                     true => Message::RoundDone,
                     false => Message::Compiling,
@@ -210,7 +209,7 @@ fn receive(
             },
             Message::Parts(bytes) if part.is_some() => handover.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
-            Message::ImageEnd => match output.request_missing(&mut link)? {
+            Message::ImageEnd => match output.request_missing(link)? {
                 true => link.flush()?,
                 false => break,
             },
@@ -238,7 +237,6 @@ fn receive(
     Ok(ReceivedMachine {
         machine,
         log,
-        link,
         post_copy_target: post_copy_target.zip(push),
         handover,
     })
@@ -305,7 +303,7 @@ impl WasmWorker {
         }
         let worker = self.clone();
         let runtime = runtime.clone();
-        Ok(Box::new(move |accepted| {
+        Ok(Box::new(move |link, accepted| {
             let restore = |snapshot, log: Arc<Log>, local| {
                 let cluster_volumes = worker.open_cluster_volumes(&request.spec, &log, &runtime)?;
                 let cluster_volumes = cluster_volumes.with_local(local);
@@ -330,13 +328,14 @@ impl WasmWorker {
                 fill: &fill,
                 part,
             };
-            let arrived = receive(accepted, environment).map_err(MoveError::from)?;
-            Ok(worker.keep_received(arrived))
+            let arrived = receive(link, accepted, environment).map_err(MoveError::from)?;
+            worker.keep_received(arrived);
+            Ok(())
         }))
     }
 
     /// Keeps a machine that has arrived until the store has decided.
-    fn keep_received(&self, arrived: ReceivedMachine) -> Link {
+    fn keep_received(&self, arrived: ReceivedMachine) {
         self.process.set_log(arrived.log);
         let mut inner = self.inner();
         if let Some((post_copy_target, links)) = arrived.post_copy_target {
@@ -345,7 +344,6 @@ impl WasmWorker {
         }
         inner.machine = Some(arrived.machine);
         inner.handover = arrived.handover;
-        arrived.link
     }
 
     /// Publishes the progress of post-copy.

@@ -37,6 +37,7 @@ use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use message::{KIND_PAGES, number};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io::ErrorKind;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
@@ -349,7 +350,29 @@ impl Link {
         self.sent_bytes += self.out.len() as u64;
         // After an error too: truncated data must not be sent again.
         self.out.clear();
-        Ok(written?)
+        written.map_err(|error| self.reason_of(error))
+    }
+
+    /// Why a write failed: who gives up says so and closes the connection, which may be noticed by
+    /// a write before that is read.
+    fn reason_of(&mut self, error: BulkError) -> LinkError {
+        let is_closed = |error: &std::io::Error| {
+            matches!(
+                error.kind(),
+                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+            )
+        };
+        if !matches!(&error, BulkError::Io(error) if is_closed(error)) {
+            return error.into();
+        }
+        // What was sent before is still read; then the connection ends, so this does not wait.
+        loop {
+            match self.receive() {
+                Ok(_) => {}
+                Err(LinkError::Aborted(reason)) => return LinkError::Aborted(reason),
+                Err(_) => return error.into(),
+            }
+        }
     }
 
     /// Sends all queued data.
@@ -653,5 +676,30 @@ mod tests {
         let error = target.receive().unwrap_err().to_string();
         assert!(error.contains("no room"), "{error}");
         drop(sending.join().unwrap());
+    }
+
+    #[test]
+    fn the_reason_is_told_although_a_write_fails_first() {
+        let (mut source, mut target) = pair();
+        let refusing = std::thread::spawn(move || {
+            // The handshake is made, and more arrives than is read.
+            target.receive().unwrap();
+            target.send(&Message::RoundDone).unwrap();
+            target.send(&Message::Abort("no room".into())).unwrap();
+            target.flush().unwrap();
+        });
+        source.send(&Message::RoundEnd).unwrap();
+        source.flush().unwrap();
+        let error = loop {
+            let pages = |_, bytes: &mut [u8]| {
+                bytes.fill(1);
+                Ok(())
+            };
+            if let Err(error) = source.send_pages(0, 0..1 << 20, false, &pages) {
+                break error.to_string();
+            }
+        };
+        refusing.join().unwrap();
+        assert!(error.contains("no room"), "{error}");
     }
 }

@@ -25,18 +25,17 @@ use tokio::runtime::Handle;
 /// Time limit for the source to connect.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
 
-/// A source that has connected and identified itself.
+/// What is known of a source that has connected and identified itself.
 pub struct Accepted {
-    pub link: Link,
     pub hello: Hello,
     /// For further connections of the same source.
     pub listener: TcpListener,
     pub tls: ServerTls,
 }
 
-/// Receives a machine and prepares it to resume; the result is the connection to the
-/// source, on which the kind has not announced that it is ready.
-pub type Receiver = Box<dyn FnOnce(Accepted) -> Result<Link, MoveError> + Send>;
+/// Receives a machine by the connection to its source, and prepares it to resume. It announces
+/// neither that the machine is ready nor that it failed.
+pub type Receiver = Box<dyn FnOnce(&mut Link, Accepted) -> Result<(), MoveError> + Send>;
 
 /// Why no source was accepted.
 #[derive(Debug, thiserror::Error)]
@@ -108,11 +107,31 @@ pub(super) fn receive<W: Worker>(
         .spawn(move || {
             let arrived = accept(listener, &identity, &expected)
                 .map_err(MoveError::from)
-                .and_then(receiver);
+                .and_then(|(link, accepted)| receive_from(link, accepted, receiver));
             finish(&worker, arrived, offered);
         })
         .map_err(RpcError::failed)?;
     Ok(endpoint)
+}
+
+/// Receives a machine; of a failure its source learns the reason, for its user.
+fn receive_from(mut link: Link, accepted: Accepted, receiver: Receiver) -> Result<Link, MoveError> {
+    let received = failpoint::pass("target.greeted")
+        .map_err(MoveError::from)
+        .and_then(|()| receiver(&mut link, accepted));
+    match received {
+        Ok(()) => Ok(link),
+        Err(error) => {
+            abort(link, &error);
+            Err(error)
+        }
+    }
+}
+
+/// Tells the source why it is left; it notices in any case when the connection closes.
+fn abort(mut link: Link, reason: &impl ToString) {
+    let _ = link.send(&Message::Abort(reason.to_string()));
+    let _ = link.flush();
 }
 
 /// Waits for a peer with the agreed certificate and hello. Other peers are rejected and
@@ -121,7 +140,7 @@ fn accept(
     listener: TcpListener,
     identity: &PinnedIdentity,
     expected: &Expected,
-) -> Result<Accepted, AcceptError> {
+) -> Result<(Link, Accepted), AcceptError> {
     let tls = ServerTls::pinned(identity, expected.certificate)?;
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + CONNECT_PATIENCE;
@@ -131,13 +150,12 @@ fn accept(
                 socket.set_nonblocking(false)?;
                 match greet(socket, &tls, expected) {
                     Ok((link, hello)) => {
-                        failpoint::pass("target.greeted").map_err(std::io::Error::other)?;
-                        return Ok(Accepted {
-                            link,
+                        let accepted = Accepted {
                             hello,
                             listener,
                             tls,
-                        });
+                        };
+                        return Ok((link, accepted));
                     }
                     Err(error) => tracing::warn!(%peer, %error, "rejected a peer"),
                 }
@@ -172,10 +190,12 @@ fn greet(
         || hello.epoch != expected.offered
         || hello.program != expected.program
     {
-        return Err(AcceptError::Other(format!(
+        let error = AcceptError::Other(format!(
             "machine {} under epoch {}",
             hello.machine, hello.epoch
-        )));
+        ));
+        abort(link, &error);
+        return Err(error);
     }
     Ok((link, hello))
 }
