@@ -138,15 +138,19 @@ pub(crate) async fn begin(
         moves.processes.exclusion.moves().remove(&machine);
         let placement = driver.placement.take();
         // The state of its successor part may be unknown.
-        let stays = matches!(driver.source.state(), SourceState::Stayed { .. });
+        let stayed = match driver.source.state() {
+            SourceState::Stayed { epoch, .. } => Some(*epoch),
+            _ => None,
+        };
+        let epoch = stayed.unwrap_or(driver.committed);
         if driver.spans || placement.is_some() {
             let (spanning, machine) = (moves.spanning.clone(), machine.clone());
             tokio::spawn(async move {
-                if stays {
+                if stayed.is_some() {
                     release_successors(&spanning, &machine).await;
                 }
                 if let Some(placement) = placement {
-                    restore_placement(&spanning, &machine, placement);
+                    restore_placement(&spanning, &machine, placement, epoch);
                 }
             });
         }

@@ -11,7 +11,7 @@ use crate::error::CommandError;
 use crate::events::Note;
 use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle};
 use keel_api::{EventKind, SpanRequest};
-use keel_cluster::{MachineName, NodeName};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::control::{RemovePart, kind};
 use keel_kind_wasm::span::PartId;
 use keel_machine::spec::Record;
@@ -152,20 +152,42 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
     Ok(())
 }
 
+impl Placement {
+    /// The nodes that are to have a part of the machine whose home moved, or failed to, and has
+    /// run under `epoch` since. `None` if the machine ended, moved again or began anew: what was
+    /// then decides.
+    fn wanted(&self, epoch: Epoch, record: &Record) -> Option<Vec<NodeName>> {
+        if record.status.ended() || record.epoch != epoch {
+            return None;
+        }
+        // If the home moved to a node with a part, its old node gets one.
+        let had_part = self.nodes.contains(&record.owner);
+        Some(
+            self.nodes
+                .iter()
+                .skip(usize::from(!had_part))
+                .cloned()
+                .collect(),
+        )
+    }
+}
+
 /// Restores the placement of a machine's parts after its home moved, or failed to move, in the
-/// background. The machine runs meanwhile; a failure is recorded as an event.
+/// background; it has run under `epoch` since. The machine runs meanwhile; a failure is recorded as
+/// an event.
 pub(crate) fn restore_placement(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
     before: Placement,
+    epoch: Epoch,
 ) {
     let (spanning, machine) = (spanning.clone(), machine.clone());
     tokio::spawn(async move {
         let mut last = String::new();
         for _ in 0..PLACEMENT_TRIES {
-            match try_restore(&spanning, &machine, &before).await {
+            match try_restore(&spanning, &machine, &before, epoch).await {
                 Ok(()) => return,
-                // It ended, or another operation made it span.
+                // It ended, moved again, or another operation made it span.
                 Err(CommandError::NotFound(_)) => return,
                 Err(error) => last = error.to_string(),
             }
@@ -207,16 +229,14 @@ async fn try_restore(
     spanning: &Arc<Spanning>,
     machine: &MachineName,
     before: &Placement,
+    epoch: Epoch,
 ) -> Result<(), CommandError> {
     let record = crate::records::get(&*spanning.context.store, machine)
         .await?
         .record;
-    if record.status.ended() {
-        return Err(CommandError::NotFound("it has ended".into()));
-    }
-    // If the home moved to a node without a part, its old node gets one.
-    let stays = before.nodes.contains(&record.owner);
-    let nodes = before.nodes.iter().skip(usize::from(!stays));
+    let nodes = before
+        .wanted(epoch, &record)
+        .ok_or_else(|| CommandError::NotFound("it has ended, or moved again".into()))?;
     let mut wanted = Vec::new();
     for node in nodes {
         if spanning
@@ -255,5 +275,48 @@ pub(crate) async fn machine_runs(
     if matches!(worker.report().await, Ok(report) if report.parts > 0) {
         mark(spanning, machine, worker);
         release_successors(spanning, machine).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::tests::record;
+    use keel_machine::spec::Status;
+
+    fn wanted(owner: &str, epoch: Epoch, of: Epoch) -> Option<Vec<String>> {
+        let node = |name: &str| name.parse::<NodeName>().unwrap();
+        let before = Placement {
+            nodes: ["a", "b", "d"].map(node).to_vec(),
+            threads: Vec::new(),
+        };
+        let mut record = record("m".parse().unwrap(), node(owner));
+        record.epoch = of;
+        let nodes = before.wanted(epoch, &record)?;
+        Some(nodes.iter().map(NodeName::to_string).collect())
+    }
+
+    #[test]
+    fn parts_stay_and_the_old_node_gets_one_for_one() {
+        let epoch = Epoch::default().next();
+        let at = |owner| wanted(owner, epoch, epoch).unwrap();
+        assert_eq!(at("c"), ["b", "d"]);
+        // One of these is the home: it is not counted by who gives parts.
+        assert_eq!(at("b"), ["a", "b", "d"]);
+        assert_eq!(at("a"), ["a", "b", "d"]);
+    }
+
+    #[test]
+    fn a_machine_that_moved_again_is_left_alone() {
+        let epoch = Epoch::default().next();
+        assert_eq!(wanted("b", epoch, epoch.next()), None);
+        let mut record = record("m".parse().unwrap(), "c".parse().unwrap());
+        record.epoch = epoch;
+        record.status = Status::Stopped;
+        let before = Placement {
+            nodes: vec!["a".parse().unwrap()],
+            threads: Vec::new(),
+        };
+        assert_eq!(before.wanted(epoch, &record), None);
     }
 }
