@@ -4,16 +4,20 @@
 use crate::{Problem, Uploaded};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body, Frame, Incoming};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use keel_machine::kind::KindName;
 use keel_net::{ClientTls, Fingerprint};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
+use std::convert::Infallible;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 
 /// How long connecting over TLS may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
@@ -132,17 +136,31 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<Response<Incoming>, ClientError> {
+        let content = (method == Method::POST).then_some("application/json");
+        self.send_as(method, path, content, Full::new(body)).await
+    }
+
+    async fn send_as<B>(
+        &self,
+        method: Method,
+        path: &str,
+        content: Option<&str>,
+        body: B,
+    ) -> Result<Response<Incoming>, ClientError>
+    where
+        B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
+    {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", "keel");
-        if request.method_ref() == Some(&Method::POST) {
-            request = request.header("content-type", "application/json");
+        if let Some(content) = content {
+            request = request.header("content-type", content);
         }
         if let Place::Tls { token, .. } = &self.place {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        let request = request.body(Full::new(body)).map_err(broken)?;
+        let request = request.body(body).map_err(broken)?;
         let response = match &self.place {
             Place::Socket(path) => {
                 let stream =
@@ -189,10 +207,21 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
-        let response = self.send(method, path, body).await?;
-        let body = response.into_body().collect().await.map_err(broken)?;
-        serde_json::from_slice(&body.to_bytes())
-            .map_err(|error| ClientError::Answer(error.to_string()))
+        decoded(self.send(method, path, body).await?).await
+    }
+
+    /// `POST` of bytes that are sent as they come, until there will be no more.
+    ///
+    /// # Errors
+    /// [`ClientError`]; perhaps while there are more.
+    pub async fn post_pieces<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        pieces: mpsc::Receiver<Bytes>,
+    ) -> Result<T, ClientError> {
+        let content = Some("application/octet-stream");
+        let sent = self.send_as(Method::POST, path, content, Pieces(pieces));
+        decoded(sent.await?).await
     }
 
     /// Uploads a file that machines of a kind start from.
@@ -247,17 +276,39 @@ impl Client {
     }
 }
 
+/// The body of a request that is sent piece by piece.
+struct Pieces(mpsc::Receiver<Bytes>);
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let piece = self.0.poll_recv(context);
+        piece.map(|piece| piece.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}
+
+async fn decoded<T: DeserializeOwned>(response: Response<Incoming>) -> Result<T, ClientError> {
+    let body = response.into_body().collect().await.map_err(broken)?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| ClientError::Answer(error.to_string()))
+}
+
 fn json<B: Serialize>(body: &B) -> Result<Bytes, ClientError> {
     serde_json::to_vec(body)
         .map(Bytes::from)
         .map_err(|error| ClientError::Answer(error.to_string()))
 }
 
-async fn exchange<S>(
+async fn exchange<S, B>(
     stream: TokioIo<S>,
-    request: Request<Full<Bytes>>,
+    request: Request<B>,
 ) -> Result<Response<Incoming>, ClientError>
 where
+    B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)

@@ -19,6 +19,7 @@
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
 //! | `POST /v1/machines/NAME/execute` [`ExecuteRequest`] | lines of [`ExecuteLine`] |
+//! | `POST /v1/machines/NAME/input` (what is typed into its console) | `{}` |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |

@@ -9,7 +9,7 @@ const GROUPS: &[(&str, &[&str])] = &[
         "Machines",
         &[
             "run", "ps", "logs", "inspect", "describe", "set", "stop", "kill", "rm", "cp", "exec",
-            "apply", "import",
+            "console", "apply", "import",
         ],
     ),
     (

@@ -39,6 +39,7 @@ mod ca;
 mod checkpoint;
 mod cloud_init;
 mod cluster;
+mod console;
 mod contexts;
 mod cp;
 #[doc(hidden)]
@@ -190,6 +191,9 @@ enum Command {
     Events(events::Args),
     /// Copies a file from or to a volume of a machine; it may run and move meanwhile.
     Cp(cp::Args),
+    /// Attaches this terminal to a machine's serial console; Ctrl-] leaves it. Types a file if the
+    /// standard input is one.
+    Console(console::Args),
     /// Executes a command in a machine, by its guest agent; exits with the command's exit code.
     Exec(exec::Args),
     /// Changes limits, restart policy or checkpoints of a machine; it may run.
@@ -443,6 +447,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
         Command::Cp(args) => cp::run(&reach, &args).await,
+        Command::Console(args) => console::run(&reach, &args).await,
         Command::Exec(args) => Ok(exec::run(&reach, &args).await.unwrap_or_else(|error| {
             eprintln!("keel: {}", sentence(&error));
             ExitCode::from(exec::UNKNOWN_EXIT)

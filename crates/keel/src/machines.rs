@@ -474,7 +474,12 @@ const FOLLOW_AGAIN_MAX: Duration = Duration::from_millis(100);
 const BROKEN_MAX: u32 = 3;
 
 /// Prints a machine's output from an offset on, and waits for its end if `follow` is set.
-async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -> Result<()> {
+pub(crate) async fn follow(
+    client: &Client,
+    machine: &str,
+    mut offset: u64,
+    follow: bool,
+) -> Result<()> {
     let mut rest = Vec::new();
     let mut first = true;
     let mut pause = FOLLOW_AGAIN_MIN;

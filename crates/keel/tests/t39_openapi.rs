@@ -164,6 +164,8 @@ async fn use_machines(bench: &Bench) {
     // A program executes no commands; for those of systems see `t51_systems`.
     let (executed, said) = bench.try_keel(&["exec", "m", "--", "true"]).await;
     assert!(!executed && said.contains("of kind wasm"), "{said}");
+    let (typed, said) = bench.try_keel(&["console", "m"]).await;
+    assert!(!typed && said.contains("have no console"), "{said}");
     let machines = bench.file(
         "machines.toml",
         &format!("[machine.two]\nmodule = \"{counter}\"\nargs = [\"1000000\", \"20\"]\n"),

@@ -68,6 +68,7 @@ impl Kind for QemuKind {
         Abilities {
             keeps_images: true,
             executes: true,
+            has_console: true,
             ..Abilities::default()
         }
     }

@@ -241,13 +241,15 @@ impl SourceSession for QemuSession {
         // agent at the target.
         let agent = self.guest.vm.agent();
         let quiet = agent.and_then(|agent| agent.quiet(QUIET_PATIENCE));
+        // What is typed from here on is refused, and typed at the target.
+        let untyped = self.guest.console.quiet();
         let begun = Instant::now();
         let outgoing = self.outgoing.take().ok_or("nothing was copied")?;
         let left = outgoing.info().map(|info| info.ram.remaining);
         let vm = &self.guest.vm;
         self.is_frozen = true;
         let paused = vm.during(self.attempt, || Ok(vm.pause()?));
-        drop(quiet);
+        drop((quiet, untyped));
         if let Err(error) = paused {
             self.outgoing = Some(outgoing);
             return Err(match vm.has_ended() {

@@ -7,6 +7,7 @@
 //! ```
 
 use crate::arguments::{AGENT_FD, Accelerator, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::console::Sockets;
 use crate::guest_agent::GuestAgent;
 use crate::migration_status::Info;
 use crate::network::Taps;
@@ -71,7 +72,7 @@ pub(crate) struct Vm {
 /// The host's ends of what QEMU inherits.
 pub(crate) struct Launch {
     pub(crate) vm: Arc<Vm>,
-    pub(crate) console: UnixStream,
+    pub(crate) console: Sockets,
 }
 
 impl Vm {
@@ -83,6 +84,10 @@ impl Vm {
         let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
         let (qmp, qmp_of_qemu) = UnixStream::pair().map_err(failed)?;
         let (console, console_of_qemu) = UnixStream::pair().map_err(failed)?;
+        let console = Sockets {
+            ours: console,
+            of_qemu: console_of_qemu.try_clone().map_err(failed)?,
+        };
         let agents = match machine.spec.guest_agent {
             true => Some(UnixStream::pair().map_err(failed)?),
             false => None,

@@ -37,6 +37,8 @@ use tokio::runtime::Handle;
 /// migration remembers of pages), in bytes: translated code, device models, and images in the page
 /// cache.
 const QEMU_BYTES: u64 = 512 << 20;
+/// How long a guest may take to read what is typed until its user is told how much it has taken.
+const TYPING_PATIENCE: Duration = Duration::from_secs(2);
 
 struct QemuWorker {
     process: Process,
@@ -197,6 +199,7 @@ impl QemuWorker {
         let thread = std::thread::Builder::new().name("end".into());
         let watch = thread.spawn(move || {
             let end = watched.vm.wait();
+            watched.console.close();
             if let VmEnd::Failed(reason) = &end {
                 let failed = TargetEvent::Failed(reason.clone());
                 if !step_target(&worker, failed).is_empty() {
@@ -476,6 +479,16 @@ impl Worker for QemuWorker {
     fn executed(&self, process: i64) -> Result<Option<ExecutionEnd>, RpcError> {
         self.ask_agent(|agent| agent.process_end(process).map(Ok).or_else(unless_unknown))
             .and_then(|end| end.map_err(RpcError::failed))
+    }
+
+    fn type_in(&self, bytes: &[u8]) -> Result<u64, RpcError> {
+        let guest = self.inner().guest.clone();
+        let Guest { vm, console, .. } =
+            guest.ok_or_else(|| RpcError::failed("no machine runs here"))?;
+        let runs = || vm.stopped_for().is_none();
+        let typed = console.type_in(bytes, TYPING_PATIENCE, runs);
+        // Of a broken console it is not known how much it has taken.
+        typed.map(|count| count as u64).map_err(RpcError::unknown)
     }
 
     fn activity(&self) -> Result<Activity, RpcError> {

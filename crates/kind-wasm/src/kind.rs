@@ -48,6 +48,7 @@ impl Kind for WasmKind {
             checkpoints: true,
             changes_memory: true,
             executes: false,
+            has_console: false,
         }
     }
 

@@ -130,6 +130,8 @@ pub struct Abilities {
     pub changes_memory: bool,
     /// Commands can be executed in it.
     pub executes: bool,
+    /// It has a console, into which users type.
+    pub has_console: bool,
 }
 
 /// A file of hosts, beside volumes, that a machine uses wherever it runs.

@@ -1,10 +1,11 @@
-//! Linux systems: `agent`: commands in them; `networks`: moves and balancing; `failover`: high availability;
-//! `systems`: the cluster in which they run. `cloud_init`: what a system is told at its first boot;
-//! `full_disk`: one whose disk has no room; `limits`: one with a limit of its CPU time; `scripted`: systems that run a script; `placement`: nodes
-//! without QEMU.
+//! Linux systems: `agent`, `console`: commands in them, and what is typed there; `networks`: moves and
+//! balancing; `failover`: high availability; `systems`: the cluster in which they run. `cloud_init`:
+//! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
+//! a limit of its CPU time; `scripted`: systems that run a script; `placement`: nodes without QEMU.
 
 mod agent;
 mod cloud_init;
+mod console;
 mod failover;
 mod full_disk;
 mod limits;

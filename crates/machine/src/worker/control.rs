@@ -51,6 +51,9 @@ pub mod kind {
     pub const EXECUTE: u16 = 0x0418;
     /// `i64` → `Option<`[`super::ExecutionEnd`]`>`: how such a process ended, if it has.
     pub const EXECUTED: u16 = 0x0419;
+    /// [`super::ConsoleInput`] → `u64`: types it into the machine's console; how many bytes were
+    /// taken.
+    pub const TYPE_IN: u16 = 0x041A;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;
     /// [`super::FileRequest`] → [`super::FileDone`].
@@ -476,6 +479,13 @@ pub struct ExecutionEnd {
     pub error_output: Vec<u8>,
     /// Whether it printed more than that.
     pub is_cut: bool,
+}
+
+/// What is typed into a machine's console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleInput {
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
 }
 
 /// Reads output.

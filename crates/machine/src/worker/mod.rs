@@ -342,6 +342,15 @@ pub trait Worker: Send + Sync + Sized + 'static {
         Err(RpcError::failed(NO_PROCESSES))
     }
 
+    /// Types into the machine's console what it takes within a few seconds; returns how many bytes
+    /// that were. A machine that is stopped takes none.
+    ///
+    /// # Errors
+    /// Why nothing can be typed.
+    fn type_in(&self, _bytes: &[u8]) -> Result<u64, RpcError> {
+        Err(RpcError::failed("a machine of its kind has no console"))
+    }
+
     /// Answers a request that only this kind has. Runs on the async runtime.
     fn answer(
         self: Arc<Self>,

@@ -2,8 +2,8 @@
 //! answered. What blocks runs outside the async runtime.
 
 use super::control::{
-    Checkpoint, Copy, Execute, FileRequest, LeaseDeadline, ReadLog, Receive, Start, kind, pack,
-    unpack,
+    Checkpoint, ConsoleInput, Copy, Execute, FileRequest, LeaseDeadline, ReadLog, Receive, Start,
+    kind, pack, unpack,
 };
 use super::{Worker, source, target};
 use crate::failpoint;
@@ -154,6 +154,10 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
         kind::EXECUTED => {
             let process: i64 = unpack(&payload)?;
             reply(move || worker.executed(process)).await
+        }
+        kind::TYPE_IN => {
+            let input: ConsoleInput = unpack(&payload)?;
+            reply(move || worker.type_in(&input.bytes)).await
         }
         kind::FORGET => {
             let release = tokio::task::spawn_blocking(move || worker.release());

@@ -8,7 +8,7 @@ use crate::compilation::CodeState;
 use crate::error::CommandError;
 use crate::logs::LogOffset;
 use crate::machines::{
-    ProcessQuery, RemoveMachine, ReportQuery, Sees, SetMachine, StartProcess, StopMachine,
+    ProcessQuery, RemoveMachine, ReportQuery, Sees, SetMachine, StartProcess, StopMachine, TypeIn,
 };
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder, Offer};
 use crate::records::{AuditRecord, InSyncSet, MachineCommand, NodeRecord, Reservation};
@@ -42,6 +42,7 @@ pub(crate) fn decoders() -> Vec<Decoder> {
         command::<ReportQuery>(),
         command::<StartProcess>(),
         command::<ProcessQuery>(),
+        command::<TypeIn>(),
         command::<CancelMove>(),
         command::<DryRunCommand>(),
         command::<CreateCheckpoint>(),

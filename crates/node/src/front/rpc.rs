@@ -15,7 +15,7 @@ use crate::images::FETCH;
 use crate::logs::{LOG, LogOffset, WHOLE_LOG};
 use crate::machines::{
     self, ProcessQuery, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StartProcess,
-    StopMachine,
+    StopMachine, TypeIn,
 };
 use crate::moves::{
     self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
@@ -131,6 +131,7 @@ impl Service {
             SetMachine::KIND => command(payload, |it| at.machines.set_here(it)).await,
             StartProcess::KIND => command(payload, |it| at.machines.start_process_here(it)).await,
             ProcessQuery::KIND => command(payload, |it| at.machines.process_here(it)).await,
+            TypeIn::KIND => command(payload, |it| at.machines.type_in_here(it)).await,
             ReportQuery::KIND => command(payload, |it| at.machines.report_here(it)).await,
             CancelMove::KIND => command(payload, |it| at.moves.cancel_here(it)).await,
             DryRunCommand::KIND => command(payload, |it| at.moves.dry_run_here(it)).await,

@@ -8,12 +8,13 @@
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
-//! - `execute`: commands of users in machines
+//! - `execute`, `console`: commands of users in machines, and what they type there
 //! - `queries`, `diff`: queries of users
 //! - `host_files`: the nodes that can begin a machine anew that has no checkpoints; `looks`: looks at
 //!   files whose server may hang; `single_tasks`: one task for each worker
 //! - `stall_status`: machines that wait for a disk or a volume's backend
 
+mod console;
 mod create;
 mod diff;
 mod execute;
@@ -36,6 +37,7 @@ mod stop;
 mod termination;
 mod worker_monitor;
 
+pub(crate) use console::TypeIn;
 pub(crate) use create::run;
 pub(crate) use diff::diff;
 pub(crate) use execute::{ProcessQuery, StartProcess};

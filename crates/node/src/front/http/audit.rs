@@ -206,6 +206,7 @@ mod tests {
             (Method::POST, "/v1/machines", true),
             (Method::POST, "/v1/machines/m/move", true),
             (Method::POST, "/v1/machines/m/execute", true),
+            (Method::POST, "/v1/machines/m/input", true),
             (Method::POST, "/v1/machines/m/dry-run", false),
             (Method::POST, "/v1/machines/m/diff", false),
             (Method::POST, "/v1/plan", false),

@@ -79,6 +79,7 @@ mod tests {
             ),
             (Method::POST, "/v1/machines/m/stop", Some(Role::Operator)),
             (Method::POST, "/v1/machines/m/execute", Some(Role::Operator)),
+            (Method::POST, "/v1/machines/m/input", Some(Role::Operator)),
             (Method::PUT, "/v1/images", Some(Role::Operator)),
             (Method::GET, "/v1/tokens", Some(Role::Admin)),
             (Method::DELETE, "/v1/tokens/7", Some(Role::Admin)),

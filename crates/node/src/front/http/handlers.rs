@@ -165,6 +165,31 @@ pub(super) async fn execute(
     Ok(line_by_line(at.machines.execute(machine, request).await?))
 }
 
+/// Types what comes into the console of a machine, as it comes.
+///
+/// The answer comes once all of it was typed, or as soon as it cannot be. What the machine prints is
+/// in its log.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/input",
+    operation_id = "type_in",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    request_body(content = RawBytes, content_type = "application/octet-stream"),
+    responses((status = 200, description = "Success", body = Nothing))
+)]
+pub(super) async fn type_in(
+    State(at): Shared,
+    Path(name): Path<String>,
+    body: Body,
+) -> Reply<Nothing> {
+    let machine = machine_name(&name)?;
+    at.machines
+        .type_in(machine, body.into_data_stream())
+        .await?;
+    Ok(Json(Nothing {}))
+}
+
 /// Cancels the move of a machine, which stays where it is.
 #[utoipa::path(
     post,

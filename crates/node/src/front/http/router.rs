@@ -78,6 +78,7 @@ pub(super) fn described() -> DescribedRoutes {
         .add(routes!(handlers::stop))
         .add(routes!(handlers::kill))
         .add(routes!(handlers::execute))
+        .add(routes!(handlers::type_in))
         .add(routes!(handlers::move_machine))
         .add(routes!(handlers::dry_run))
         .add(routes!(handlers::cancel_move))
