@@ -1,5 +1,5 @@
-//! A system's console: what is typed at a terminal or comes from a file reaches it once and in order,
-//! also while it moves.
+//! A system's console: what is typed at a terminal or comes from a file reaches it in order, also
+//! beside moves.
 
 use super::scripted::{NAME, Scripted};
 use anyhow::{Context, Result};

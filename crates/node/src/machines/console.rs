@@ -1,6 +1,6 @@
 //! What users type into the consoles of machines: each piece goes to the machine's owner, and on to
-//! the next one if the machine moves. It is typed once, in order, or its user is told that this is
-//! not known.
+//! the next one if the machine moves. It is typed in order, and never twice; docs/systems.md says what
+//! can get lost.
 
 use super::handle::Machines;
 use crate::error::CommandError;
