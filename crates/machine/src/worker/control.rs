@@ -51,8 +51,7 @@ pub mod kind {
     pub const EXECUTE: u16 = 0x0418;
     /// `i64` → `Option<`[`super::ExecutionEnd`]`>`: how such a process ended, if it has.
     pub const EXECUTED: u16 = 0x0419;
-    /// [`super::ConsoleInput`] → `u64`: types it into the machine's console; how many bytes were
-    /// taken.
+    /// [`super::ConsoleInput`] → `u64`: types it into the machine's console; how much it took.
     pub const TYPE_IN: u16 = 0x041A;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;

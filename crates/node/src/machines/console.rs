@@ -47,8 +47,7 @@ impl Machines {
     /// Types what comes into a machine's console, wherever the machine is, until nothing more does.
     ///
     /// # Errors
-    /// [`CommandError`]: it has no console, takes nothing for a minute, or may have taken a piece or
-    /// not.
+    /// [`CommandError`]: it has no console, takes nothing for a minute, or perhaps took a piece.
     pub(crate) async fn type_in<E: std::fmt::Display>(
         &self,
         machine: MachineName,
