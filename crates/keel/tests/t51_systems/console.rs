@@ -70,16 +70,24 @@ impl Session {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
+/// A system at whose console a shell waits; none where no system can run.
+async fn with_shell() -> Result<Option<Scripted>> {
     let Some(system) = Scripted::start().await? else {
-        return Ok(());
+        return Ok(None);
     };
     system.run(SHELL, &[])?;
     wait_for("a shell", || async {
         system.output().await?.contains(BEGINS).then_some(())
     })
     .await?;
+    Ok(Some(system))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
+    let Some(system) = with_shell().await? else {
+        return Ok(());
+    };
     // At the node that does not have it.
     let mut session = Session::begin(&system, "b")?;
     session.shows("Ctrl-] leaves it").await?;
@@ -115,14 +123,9 @@ async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_console_ends_with_its_system() -> Result<()> {
-    let Some(system) = Scripted::start().await? else {
+    let Some(system) = with_shell().await? else {
         return Ok(());
     };
-    system.run(SHELL, &[])?;
-    wait_for("a shell", || async {
-        system.output().await?.contains(BEGINS).then_some(())
-    })
-    .await?;
     let mut session = Session::begin(&system, "b")?;
     session.shows("Ctrl-] leaves it").await?;
     system.keel("a", &["kill", NAME]).output()?;
