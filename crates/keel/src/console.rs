@@ -7,22 +7,26 @@ use crate::cluster::Reach;
 use crate::machines;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
+use futures::future::select_all;
 use keel_api::{LogOffset, Nothing};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 use std::io::Read;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 /// Leaves the console (Ctrl-]), as in `telnet` and `virsh console`.
 const ESCAPE: u8 = 0x1d;
-/// How long an answer to what was typed may take once the machine's output has ended.
+/// How long an answer to what was typed may take once its user leaves, or the machine's output has
+/// ended.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes that are read at once.
 const PIECE_BYTES: usize = 4096;
+/// Pieces that a user at a terminal can paste before the key that leaves waits for them, 16 MiB.
+const PASTED_PIECES_MAX: usize = 4096;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -35,25 +39,51 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
     let path = keel_api::path(["machines", machine, "logs", "offset"]);
     let from: LogOffset = client.get(&format!("{path}?since={now}")).await?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let mut signals = Signals::new()?;
     let terminal = RawTerminal::enter().context("the terminal cannot be set up")?;
-    let escape = terminal.as_ref().map(|_| ESCAPE);
+    let (escape, pieces_max) = match terminal {
+        Some(_) => (Some(ESCAPE), PASTED_PIECES_MAX),
+        None => (None, 1),
+    };
     if escape.is_some() {
         eprint!("The console of {machine}; Ctrl-] leaves it.\r\n");
     }
-    let (send, pieces) = mpsc::channel(1);
+    let (send, pieces) = mpsc::channel(pieces_max);
+    let (tell, input_end) = oneshot::channel();
     // It may wait for input for ever, and ends with this process.
     std::thread::Builder::new()
         .name("keyboard".into())
-        .spawn(move || read_keys(&mut std::io::stdin(), escape, &send))?;
+        .spawn(move || {
+            // Told before the request can end, so that an unreadable input is no success.
+            let _ = tell.send(read_keys(&mut std::io::stdin(), escape, &send));
+            drop(send);
+        })?;
     let path = keel_api::path(["machines", machine, "input"]);
     let mut typed = pin!(client.post_pieces::<Nothing>(&path, pieces));
+    let mut followed = pin!(machines::follow(&client, machine, from.offset, true));
+    let input = async {
+        match input_end.await {
+            Ok(InputEnd::File) | Err(_) => std::future::pending().await,
+            Ok(end) => end,
+        }
+    };
     tokio::select! {
+        biased;
+        code = signals.next() => return Ok(code),
+        end = input => {
+            let answer = timeout(ANSWER_PATIENCE, &mut typed).await;
+            if let InputEnd::Failed(error) = end {
+                return Err(error).context("the standard input cannot be read");
+            }
+            match answer {
+                Ok(typed) => typed.map(drop)?,
+                Err(_) => bail!("machine {machine:?} has not taken all that was typed"),
+            }
+        }
         typed = &mut typed => {
             typed?;
         }
-        followed = machines::follow(&client, machine, from.offset, true) => {
+        followed = &mut followed => {
             followed?;
             // Of a machine that had ended before, or has no console, this says more.
             if let Ok(typed) = timeout(ANSWER_PATIENCE, typed).await {
@@ -61,29 +91,65 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
             }
             bail!("machine {machine:?} has ended (`keel describe {machine}` says how)");
         }
-        _ = hangup.recv() => {}
-        _ = terminate.recv() => {}
     }
     Ok(ExitCode::SUCCESS)
 }
 
+/// The signals that end a program at a terminal. They are awaited so that the terminal is as before
+/// then.
+struct Signals([(SignalKind, Signal); 4]);
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let of = |kind| Ok::<_, std::io::Error>((kind, signal(kind)?));
+        Ok(Signals([
+            of(SignalKind::hangup())?,
+            of(SignalKind::interrupt())?,
+            of(SignalKind::quit())?,
+            of(SignalKind::terminate())?,
+        ]))
+    }
+
+    /// Waits for one; returns the exit code that shells give to it.
+    async fn next(&mut self) -> ExitCode {
+        let came = self.0.iter_mut().map(|(kind, signal)| {
+            Box::pin(async move {
+                signal.recv().await;
+                kind.as_raw_value()
+            })
+        });
+        let (number, ..) = select_all(came).await;
+        ExitCode::from(u8::try_from(128 + number).unwrap_or(u8::MAX))
+    }
+}
+
+/// Why there is no more input.
+enum InputEnd {
+    /// It ended, and all of it is typed.
+    File,
+    /// The user left.
+    Left,
+    Failed(std::io::Error),
+}
+
 /// Passes on what is typed, up to the end or the key that leaves the console.
-fn read_keys(keys: &mut impl Read, escape: Option<u8>, pieces: &mpsc::Sender<Bytes>) {
+fn read_keys(keys: &mut impl Read, escape: Option<u8>, pieces: &mpsc::Sender<Bytes>) -> InputEnd {
     let mut buffer = [0; PIECE_BYTES];
     loop {
         let read = match keys.read(&mut buffer) {
-            Ok(0) => return,
+            Ok(0) => return InputEnd::File,
             Ok(count) => &buffer[..count],
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                eprint!("keel: the standard input cannot be read: {error}\r\n");
-                return;
-            }
+            Err(error) => return InputEnd::Failed(error),
         };
         let leaves = read.iter().position(|byte| Some(*byte) == escape);
         let piece = Bytes::copy_from_slice(&read[..leaves.unwrap_or(read.len())]);
-        if !piece.is_empty() && pieces.blocking_send(piece).is_err() || leaves.is_some() {
-            return;
+        // Nobody takes it once the request has ended, whose answer says why.
+        if !piece.is_empty() && pieces.blocking_send(piece).is_err() {
+            return InputEnd::File;
+        }
+        if leaves.is_some() {
+            return InputEnd::Left;
         }
     }
 }
@@ -121,7 +187,11 @@ mod tests {
 
     fn typed(keys: &[u8], escape: Option<u8>) -> Vec<u8> {
         let (send, mut pieces) = mpsc::channel(8);
-        read_keys(&mut &*keys, escape, &send);
+        let end = read_keys(&mut &*keys, escape, &send);
+        assert_eq!(
+            matches!(end, InputEnd::Left),
+            keys.contains(&ESCAPE) && escape.is_some()
+        );
         drop(send);
         let pieces = std::iter::from_fn(|| pieces.blocking_recv());
         pieces.flat_map(Vec::from).collect()

@@ -356,6 +356,12 @@ impl Vm {
         })
     }
 
+    /// Whether the guest was let run here, and nothing has stopped it since.
+    pub(crate) fn runs(&self) -> bool {
+        let known = self.shared.known();
+        known.is_to_run && !known.is_held && known.stopped.is_none() && known.end.is_none()
+    }
+
     /// How long the guest has been stopped, if it is.
     pub(crate) fn stopped_for(&self) -> Option<Duration> {
         self.shared.known().stopped.map(|since| since.elapsed())

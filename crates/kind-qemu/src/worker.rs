@@ -21,8 +21,8 @@ use keel_machine::moves::TargetEvent;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
-    Checkpoint, CheckpointReport, Copy, Execute, ExecutionEnd, Receive, Report, Start, StartFrom,
-    State,
+    Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, Receive, Report,
+    Start, StartFrom, State,
 };
 use keel_machine::worker::{
     Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target, write_notice,
@@ -190,6 +190,7 @@ impl QemuWorker {
             .and_then(|()| self.watch_end(guest))
             .map_err(|error| {
                 guest.vm.kill(VmEnd::Discarded);
+                guest.console.close();
                 format!("it cannot be watched: {error}")
             })
     }
@@ -481,14 +482,17 @@ impl Worker for QemuWorker {
             .and_then(|end| end.map_err(RpcError::failed))
     }
 
-    fn type_in(&self, bytes: &[u8]) -> Result<u64, RpcError> {
-        let guest = self.inner().guest.clone();
-        let Guest { vm, console, .. } =
-            guest.ok_or_else(|| RpcError::failed("no machine runs here"))?;
-        let runs = || vm.stopped_for().is_none();
-        let typed = console.type_in(bytes, TYPING_PATIENCE, runs);
-        // Of a broken console it is not known how much it has taken.
-        typed.map(|count| count as u64).map_err(RpcError::unknown)
+    fn type_in(&self, epoch: Epoch, input: &ConsoleInput) -> Result<Option<u64>, RpcError> {
+        let guest = {
+            let inner = self.inner();
+            let is_meant = inner.moves.epoch == epoch;
+            inner.guest.clone().filter(|_| is_meant)
+        };
+        let Some(Guest { vm, console, .. }) = guest else {
+            return Ok(None);
+        };
+        let typed = console.type_in(input, TYPING_PATIENCE, || vm.runs());
+        typed.map_err(RpcError::failed)
     }
 
     fn activity(&self) -> Result<Activity, RpcError> {

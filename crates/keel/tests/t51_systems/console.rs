@@ -5,12 +5,14 @@ use super::scripted::{NAME, Scripted};
 use anyhow::{Context, Result};
 use keel_machine::moves::Ending;
 use keel_testkit::wait_for;
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A shell on the console.
@@ -71,11 +73,11 @@ impl Session {
 }
 
 /// A system at whose console a shell waits; none where no system can run.
-async fn with_shell() -> Result<Option<Scripted>> {
+async fn with_shell(options: &[&str]) -> Result<Option<Scripted>> {
     let Some(system) = Scripted::start().await? else {
         return Ok(None);
     };
-    system.run(SHELL, &[])?;
+    system.run(SHELL, options)?;
     wait_for("a shell", || async {
         system.output().await?.contains(BEGINS).then_some(())
     })
@@ -83,37 +85,65 @@ async fn with_shell() -> Result<Option<Scripted>> {
     Ok(Some(system))
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
-    let Some(system) = with_shell().await? else {
-        return Ok(());
-    };
-    // At the node that does not have it.
-    let mut session = Session::begin(&system, "b")?;
+/// A session at the node `b`, at which something was typed.
+async fn session_of(system: &Scripted) -> Result<Session> {
+    let mut session = Session::begin(system, "b")?;
     session.shows("Ctrl-] leaves it").await?;
     session.terminal.write_all(b"echo answer $((6 * 7))\r")?;
     session.shows("answer 42").await?;
     assert!(!session.echoes()?, "the system itself echoes");
+    Ok(session)
+}
 
-    // Many small lines, of which each counts, while it moves there and back.
-    let lines = 300;
-    let mut file = "n=$((n + 1))\n".repeat(lines);
-    file += "echo counted $n\n";
-    let path = system.write("input", file.as_bytes())?;
-    let mut typing = system.keel("a", &["console", NAME]);
-    let typing = typing
-        .stdin(File::open(path)?)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
+    let Some(system) = with_shell(&[]).await? else {
+        return Ok(());
+    };
+    // The machine is at the other node.
+    let mut session = session_of(&system).await?;
+    // Small lines, of which each counts, from before the machine moves there and back until after.
+    let typing = system
+        .keel("a", &["console", NAME])
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let typing = typing.spawn()?;
-    for to in ["b", "a"] {
-        let report = system.cluster.move_machine("a", NAME, to).await?;
-        assert_eq!(report.ending, Ending::Moved, "{}", report.line());
-    }
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut typing = typing?;
+    let mut input = typing.stdin.take().context("its input")?;
+    const BLOCK: usize = 50;
+    let block = "n=$((n + 1))\n".repeat(BLOCK) + "echo counted $n lines\n";
+    let (moves, has_moved) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let typed = async {
+        let (mut blocks, mut beside_moves) = (0, 0);
+        while !has_moved.load(Ordering::Acquire) {
+            let before = moves.load(Ordering::Acquire);
+            input.write_all(block.as_bytes())?;
+            blocks += 1;
+            let counted = format!("counted {} lines", blocks * BLOCK);
+            session.shows(&counted).await?;
+            beside_moves += usize::from(moves.load(Ordering::Acquire) != before);
+        }
+        assert_eq!(
+            beside_moves, 2,
+            "of {blocks} blocks, one at the end of each move"
+        );
+        drop(input);
+        Ok::<_, anyhow::Error>(())
+    };
+    let moved = async {
+        for to in ["b", "a"] {
+            let report = system.cluster.move_machine("a", NAME, to).await?;
+            assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+            moves.fetch_add(1, Ordering::AcqRel);
+        }
+        has_moved.store(true, Ordering::Release);
+        Ok(())
+    };
+    tokio::try_join!(typed, moved)?;
     let typed = typing.wait_with_output()?;
     let said = String::from_utf8_lossy(&typed.stderr);
     assert!(typed.status.success(), "{said}");
-    session.shows(&format!("counted {lines}")).await?;
 
     session.terminal.write_all(b"\x1d")?;
     assert!(session.keel.wait()?.success());
@@ -122,12 +152,62 @@ async fn a_system_is_used_at_its_console_while_it_moves() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_console_ends_with_its_system() -> Result<()> {
-    let Some(system) = with_shell().await? else {
+async fn a_console_is_left_although_its_system_takes_nothing() -> Result<()> {
+    let Some(system) = with_shell(&[]).await? else {
         return Ok(());
     };
-    let mut session = Session::begin(&system, "b")?;
-    session.shows("Ctrl-] leaves it").await?;
+    let mut left = session_of(&system).await?;
+    let mut ended = session_of(&system).await?;
+    system.cluster.stop_worker("a", NAME, true)?;
+    left.terminal.write_all(b"echo never\r\x1d")?;
+    left.shows("has not taken all that was typed").await?;
+    assert!(!left.keel.wait()?.success());
+    assert!(left.echoes()?, "the terminal is as before");
+
+    let pid = Pid::from_child(&ended.keel);
+    kill_process(pid, Signal::TERM)?;
+    assert_eq!(ended.keel.wait()?.code(), Some(128 + 15));
+    assert!(ended.echoes()?, "the terminal is as before");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_console_outlives_an_agent_and_ends_with_its_boot() -> Result<()> {
+    let Some(system) = with_shell(&["--restart", "always"]).await? else {
+        return Ok(());
+    };
+    let mut session = session_of(&system).await?;
+    system.cluster.kill_agent("a")?;
+    session
+        .terminal
+        .write_all(b"n=$((n + 1)); echo typed $n times\r")?;
+    session.shows("typed 1 times").await?;
+    // What comes after the end is not for the next boot.
+    session.terminal.write_all(b"poweroff -f\r")?;
+    wait_for("another boot", || async {
+        let output = system.output().await?;
+        (output.matches(BEGINS).count() == 2).then_some(())
+    })
+    .await?;
+    session.terminal.write_all(b"echo never\r")?;
+    session.shows("has begun anew").await?;
+    assert!(!session.keel.wait()?.success());
+    assert!(
+        !system
+            .output()
+            .await
+            .context("its output")?
+            .contains("echo never")
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_console_ends_with_its_system() -> Result<()> {
+    let Some(system) = with_shell(&[]).await? else {
+        return Ok(());
+    };
+    let mut session = session_of(&system).await?;
     system.keel("a", &["kill", NAME]).output()?;
     session.shows("has ended").await?;
     assert!(!session.keel.wait()?.success());

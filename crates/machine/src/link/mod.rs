@@ -40,6 +40,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::ErrorKind;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// Time limit for the target to accept a connection.
@@ -225,7 +226,7 @@ pub fn use_frozen_timeout(socket: &TcpStream) -> std::io::Result<()> {
 }
 
 /// Lets the kernel detect an unreachable host.
-pub fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
+pub fn keep_alive(socket: impl AsFd + Copy) -> std::io::Result<()> {
     rustix::net::sockopt::set_socket_keepalive(socket, true)?;
     rustix::net::sockopt::set_tcp_keepidle(socket, KEEPALIVE)?;
     rustix::net::sockopt::set_tcp_keepintvl(socket, KEEPALIVE)?;

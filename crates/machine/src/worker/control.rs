@@ -51,7 +51,9 @@ pub mod kind {
     pub const EXECUTE: u16 = 0x0418;
     /// `i64` → `Option<`[`super::ExecutionEnd`]`>`: how such a process ended, if it has.
     pub const EXECUTED: u16 = 0x0419;
-    /// [`super::ConsoleInput`] → `u64`: types it into the machine's console; how much it took.
+    /// `(`[`keel_cluster::Epoch`]`, `[`super::ConsoleInput`]`)` → `Option<u64>`: types it into the
+    /// machine's console under this epoch; the bytes of its session that were typed, if that is known
+    /// here.
     pub const TYPE_IN: u16 = 0x041A;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;
@@ -480,9 +482,16 @@ pub struct ExecutionEnd {
     pub is_cut: bool,
 }
 
-/// What is typed into a machine's console.
+/// A piece of what is typed into a machine's console.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleInput {
+    /// Whose it is: each session types in an order of its own.
+    pub session: u64,
+    /// Bytes of the session before this piece.
+    pub offset: u64,
+    /// Whether it is not known if the piece was sent before: only a worker that knows the session
+    /// types it.
+    pub is_repeated: bool,
     #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
 }

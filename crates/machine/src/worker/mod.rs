@@ -42,8 +42,8 @@ pub use source::{Connect, ConnectToTarget, copy};
 pub use target::{Accepted, Receiver, step_target};
 
 use self::control::{
-    Checkpoint, CheckpointReport, Copy, CopyEvent, Execute, ExecutionEnd, FileDone, FileRequest,
-    Frozen, Receive, Report, Start, State,
+    Checkpoint, CheckpointReport, ConsoleInput, Copy, CopyEvent, Execute, ExecutionEnd, FileDone,
+    FileRequest, Frozen, Receive, Report, Start, State,
 };
 use self::source::SourceTask;
 use crate::link::{Link, LinkError, Message};
@@ -343,11 +343,12 @@ pub trait Worker: Send + Sync + Sized + 'static {
     }
 
     /// Types into the machine's console what it takes within a few seconds; returns how many bytes
-    /// that were. A machine that is stopped takes none.
+    /// of the session that were, `None` if it is not known here: to be asked again. A machine that is
+    /// stopped, or has another epoch, takes none.
     ///
     /// # Errors
-    /// Why nothing can be typed.
-    fn type_in(&self, _bytes: &[u8]) -> Result<u64, RpcError> {
+    /// Why nothing more can be typed.
+    fn type_in(&self, _epoch: Epoch, _input: &ConsoleInput) -> Result<Option<u64>, RpcError> {
         Err(RpcError::failed("a machine of its kind has no console"))
     }
 

@@ -156,8 +156,8 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             reply(move || worker.executed(process)).await
         }
         kind::TYPE_IN => {
-            let input: ConsoleInput = unpack(&payload)?;
-            reply(move || worker.type_in(&input.bytes)).await
+            let (epoch, input): (Epoch, ConsoleInput) = unpack(&payload)?;
+            reply(move || worker.type_in(epoch, &input)).await
         }
         kind::FORGET => {
             let release = tokio::task::spawn_blocking(move || worker.release());

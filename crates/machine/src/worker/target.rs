@@ -183,6 +183,16 @@ fn greet(
     expected: &Expected,
 ) -> Result<(Link, Hello), AcceptError> {
     let mut link = Link::accept(socket, tls)?;
+    match read_hello(&mut link, expected) {
+        Ok(hello) => Ok((link, hello)),
+        Err(error) => {
+            abort(link, &error);
+            Err(error)
+        }
+    }
+}
+
+fn read_hello(link: &mut Link, expected: &Expected) -> Result<Hello, AcceptError> {
     let Message::Hello(hello) = link.receive()? else {
         return Err(AcceptError::Other("no hello".into()));
     };
@@ -190,14 +200,12 @@ fn greet(
         || hello.epoch != expected.offered
         || hello.program != expected.program
     {
-        let error = AcceptError::Other(format!(
+        return Err(AcceptError::Other(format!(
             "machine {} under epoch {}",
             hello.machine, hello.epoch
-        ));
-        abort(link, &error);
-        return Err(error);
+        )));
     }
-    Ok((link, hello))
+    Ok(hello)
 }
 
 /// A machine has arrived, or not: announces it to the source, and waits for the outcome.
@@ -361,6 +369,66 @@ fn drop_not_resumed<W: Worker>(worker: &Arc<W>, reason: String) {
     for command in commands {
         if let TargetCommand::Drop(reason) = command {
             worker.drop_received(&reason);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::{HELLO_VERSION, Purpose};
+    use keel_net::ClientTls;
+
+    #[test]
+    fn a_source_learns_why_it_is_not_accepted() {
+        let [source, target] = [(); 2].map(|()| PinnedIdentity::generate().unwrap());
+        let server = ServerTls::pinned(&target, source.fingerprint).unwrap();
+        let client = ClientTls::pinned(&source, target.fingerprint).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let hello = Hello {
+            version: HELLO_VERSION,
+            machine: "m".parse().unwrap(),
+            epoch: Epoch::default(),
+            program: None,
+            log_base: 0,
+            post_copy: false,
+            purpose: Purpose::Move,
+        };
+        let expected = Expected {
+            machine: hello.machine.clone(),
+            offered: hello.epoch,
+            program: hello.program,
+            certificate: source.fingerprint,
+        };
+        let other_version = Message::Hello(Hello {
+            version: HELLO_VERSION + 1,
+            ..hello.clone()
+        });
+        let other_machine = Message::Hello(Hello {
+            machine: "n".parse().unwrap(),
+            ..hello
+        });
+        for (first, reason) in [
+            (other_version, "speaks version"),
+            (other_machine, "machine n under epoch"),
+            (Message::RoundEnd, "no hello"),
+        ] {
+            let told = std::thread::scope(|scope| {
+                let greeted = scope.spawn(|| {
+                    let (socket, _) = listener.accept().unwrap();
+                    greet(socket, &server, &expected).map(|_| ())
+                });
+                let mut link = Link::connect(&address, &client).unwrap();
+                link.send(&first).unwrap();
+                link.flush().unwrap();
+                assert!(greeted.join().unwrap().is_err());
+                link.receive()
+            });
+            match told {
+                Err(LinkError::Aborted(told)) => assert!(told.contains(reason), "{told}"),
+                told => panic!("{told:?}"),
+            }
         }
     }
 }

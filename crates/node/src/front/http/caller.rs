@@ -1,12 +1,18 @@
 //! Who makes a request, and who may.
 
 use super::reply::problem;
+use crate::context::Context;
 use axum::extract::Request;
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
-use keel_cluster::tokens::Role;
+use keel_cluster::tokens::{Role, TokenError, verify_user_token};
+use keel_store::clock::unix_ms;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a request that takes long goes on at most once its token is revoked or has ended.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Whose a request is: added where it comes in, before any handler.
 #[derive(Debug, Clone)]
@@ -14,6 +20,41 @@ pub(super) struct Caller {
     pub(super) role: Role,
     /// The name of the token, or `local`.
     pub(super) user: Arc<str>,
+}
+
+/// The token of a request.
+#[derive(Clone)]
+pub(super) struct BearerToken(Arc<str>);
+
+impl BearerToken {
+    pub(super) fn new(text: &str) -> Self {
+        BearerToken(text.into())
+    }
+
+    /// Whose it is.
+    ///
+    /// # Errors
+    /// If it is not valid, or the store does not say.
+    pub(super) async fn caller(&self, context: &Context) -> Result<Caller, TokenError> {
+        let user = verify_user_token(&*context.store, &self.0, unix_ms()).await;
+        let user = user.inspect_err(|error| tracing::info!(%error, "a token was refused"))?;
+        Ok(Caller {
+            role: user.role,
+            user: user.name.into(),
+        })
+    }
+
+    /// Returns once it is not valid any more.
+    pub(super) async fn until_refused(&self, context: &Context) -> TokenError {
+        loop {
+            tokio::time::sleep(VERIFY_INTERVAL).await;
+            match self.caller(context).await {
+                // It was valid when the store last said.
+                Ok(_) | Err(TokenError::Store(_)) => {}
+                Err(error) => return error,
+            }
+        }
+    }
 }
 
 /// The role that a request needs; `None` for those that need no token, as load balancers have none.

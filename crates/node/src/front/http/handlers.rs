@@ -1,8 +1,9 @@
 //! Requests about machines, their moves, parts and checkpoints.
 
 use super::super::handles::Handles;
+use super::caller::BearerToken;
 use super::openapi::RawBytes;
-use super::reply::{Failure, Reply, Shared, line_by_line, machine_name};
+use super::reply::{Failure, Reply, Shared, line_by_line, machine_name, problem};
 use crate::checkpoints::CreateCheckpoint;
 use crate::error::CommandError;
 use crate::machines::{self, RemoveMachine, SetMachine, StopMachine};
@@ -12,8 +13,9 @@ use crate::spanning::{
 };
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
-use axum::response::Response;
+use axum::extract::{Extension, Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use keel_api::{
     CheckpointInfo, CheckpointRequest, DryRun, ExecuteLine, ExecuteRequest, MachineDiff,
     MachineInfo, MoveLine, MoveRequest, Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo,
@@ -181,13 +183,23 @@ pub(super) async fn execute(
 pub(super) async fn type_in(
     State(at): Shared,
     Path(name): Path<String>,
+    token: Option<Extension<BearerToken>>,
     body: Body,
-) -> Reply<Nothing> {
+) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
-    at.machines
-        .type_in(machine, body.into_data_stream())
-        .await?;
-    Ok(Json(Nothing {}))
+    let refused = async {
+        match &token {
+            Some(Extension(token)) => token.until_refused(&at.context).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        typed = at.machines.type_in(machine, body.into_data_stream()) => {
+            typed?;
+            Ok(Json(Nothing {}).into_response())
+        }
+        error = refused => Ok(problem(StatusCode::UNAUTHORIZED, error.to_string())),
+    }
 }
 
 /// Cancels the move of a machine, which stays where it is.

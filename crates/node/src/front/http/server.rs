@@ -1,7 +1,7 @@
 //! Serves the API on the node's own socket, and over TLS with a token.
 
 use super::super::handles::Handles;
-use super::caller::Caller;
+use super::caller::{BearerToken, Caller};
 use super::router::router;
 use crate::context::Context;
 use crate::supervisor::AgentEnd;
@@ -9,8 +9,8 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Extension, Request};
 use axum::http::header;
-use keel_cluster::tokens::{self, Role};
-use keel_store::clock::unix_ms;
+use keel_cluster::tokens::Role;
+use keel_machine::link::keep_alive;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,6 +61,10 @@ async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router)
                 continue;
             }
         };
+        // So that long requests end whose clients are gone.
+        if let Err(error) = keep_alive(&stream) {
+            tracing::debug!(%peer, %error, "a client that is gone will not be noticed");
+        }
         let (context, router) = (context.clone(), router.clone());
         let tls = context.identity.server_tls();
         tokio::spawn(async move {
@@ -87,9 +91,10 @@ where
             async move {
                 let mut request = request.map(Body::new);
                 if let Some(token) = bearer(&request)
-                    && let Some(caller) = caller(&context, &token).await
+                    && let Ok(caller) = token.caller(&context).await
                 {
                     request.extensions_mut().insert(caller);
+                    request.extensions_mut().insert(token);
                 }
                 router.oneshot(request).await
             }
@@ -102,24 +107,11 @@ where
     }
 }
 
-fn bearer(request: &Request) -> Option<String> {
+fn bearer(request: &Request) -> Option<BearerToken> {
     let header = request
         .headers()
         .get(header::AUTHORIZATION)?
         .to_str()
         .ok()?;
-    header.strip_prefix("Bearer ").map(str::to_owned)
-}
-
-async fn caller(context: &Context, token: &str) -> Option<Caller> {
-    match tokens::verify_user_token(&*context.store, token, unix_ms()).await {
-        Ok(user) => Some(Caller {
-            role: user.role,
-            user: user.name.into(),
-        }),
-        Err(error) => {
-            tracing::info!(%error, "a token was refused");
-            None
-        }
-    }
+    header.strip_prefix("Bearer ").map(BearerToken::new)
 }
