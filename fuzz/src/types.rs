@@ -107,13 +107,14 @@ pub(crate) const PART_CONNECTION: Target = Target {
     },
 };
 
-/// What QEMU and guest agents say to a worker, and specs of its machines.
+/// What QEMU and guest agents say to a worker, specs of its machines, and images of their disks.
 pub(crate) const QEMU: Target = Target {
     name: "qemu",
-    run: |data| match choice(data, 3) {
+    run: |data| match choice(data, 4) {
         Some((0, bytes)) => keel_kind_qemu::is_from_qemu(bytes),
         Some((1, bytes)) => keel_kind_qemu::is_spec(bytes),
-        Some((_, bytes)) => keel_kind_qemu::is_from_guest_agent(bytes),
+        Some((2, bytes)) => keel_kind_qemu::is_from_guest_agent(bytes),
+        Some((_, bytes)) => keel_kind_qemu::ImageHeader::read(bytes).is_ok(),
         None => false,
     },
     seeds: || {
@@ -129,9 +130,18 @@ pub(crate) const QEMU: Target = Target {
             r#"{"error": {"class": "GenericError", "desc": "no"}, "id": 2}"#,
             "\r\n",
         );
-        let spec = r#"{"cpus": 2, "kernel": {"image": "aa", "append": "b"}, "disks": [{"path": "/a", "format": "raw"}], "interfaces": [{"bridge": "b", "mac": "02:00:00:00:00:01"}], "shutdown_s": 9}"#;
+        let spec = r#"{"cpus": 2, "kernel": {"image": "aa", "append": "b"}, "root": {"image": "cc", "format": "qcow2", "bytes": 1024}, "disks": [{"path": "/a", "format": "raw"}], "interfaces": [{"bridge": "b", "mac": "02:00:00:00:00:01"}], "shutdown_s": 9}"#;
         let agent = br#"{"return": {"exited": true, "exitcode": 0, "out-data": "b2s=", "err-truncated": true}}"#;
         let agent = [b"{\"return\": 5}\n\xff", &agent[..]].concat();
-        vec![with(0, said.into()), with(1, spec.into()), with(2, agent)]
+        // Version 3 of qcow2, a disk of 4 GiB.
+        let mut image = vec![0; keel_kind_qemu::SIGNATURE_BYTES];
+        image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        image[27] = 1;
+        vec![
+            with(0, said.into()),
+            with(1, spec.into()),
+            with(2, agent),
+            with(3, image),
+        ]
     },
 };

@@ -233,6 +233,21 @@ impl Client {
         self.call(Method::PUT, &path, image).await
     }
 
+    /// As [`Self::upload`], of a file that is sent as it is read.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn upload_pieces(
+        &self,
+        kind: &KindName,
+        pieces: mpsc::Receiver<Bytes>,
+    ) -> Result<Uploaded, ClientError> {
+        let path = format!("/v1/images?kind={kind}");
+        let content = Some("application/octet-stream");
+        let sent = self.send_as(Method::PUT, &path, content, Pieces(pieces));
+        decoded(sent.await?).await
+    }
+
     /// `GET`.
     ///
     /// # Errors

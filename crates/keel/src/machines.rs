@@ -177,12 +177,12 @@ pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 
 #[derive(clap::Args)]
 #[command(override_usage = "keel run [OPTIONS] <MODULE> [ARGS]...
-       keel run [OPTIONS] --kind qemu --kernel <FILE> | --disk <PATH>")]
+       keel run [OPTIONS] --kind qemu --image <FILE> | --kernel <FILE> | --disk <PATH>")]
 pub(crate) struct RunArgs {
     /// The program, a WASI preview 1 core module with or without threads, and its arguments.
     /// Options before it are keel's, those after it are the program's.
     #[arg(trailing_var_arg = true, num_args = 1.., value_names = ["MODULE", "ARGS"],
-          required_unless_present_any = ["kernel", "disk"])]
+          required_unless_present_any = ["image", "kernel", "disk"])]
     program: Vec<OsString>,
     #[command(flatten)]
     system: SystemArgs,

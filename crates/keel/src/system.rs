@@ -3,7 +3,9 @@
 use crate::cloud_init::CloudInit;
 use crate::image::ImageFile;
 use anyhow::{Context, Result, bail, ensure};
-use keel_kind_qemu::{Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, SHUTDOWN_S};
+use keel_kind_qemu::{
+    Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES, SHUTDOWN_S,
+};
 use keel_kind_wasm::WasmKind;
 use keel_machine::kind::KindName;
 use std::path::{Path, PathBuf};
@@ -41,6 +43,13 @@ pub(crate) struct System {
         allow_hyphen_values = true
     )]
     pub(crate) append: Option<String>,
+    /// The image of its own disk, qcow2 or raw: the disk begins as a copy of it, is kept on the
+    /// machine's node, and moves along.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: Option<PathBuf>,
+    /// The size of that disk (default: that of the image).
+    #[arg(long, value_name = "SIZE", requires = "image", value_parser = crate::size::parse)]
+    pub(crate) disk_size: Option<u64>,
     /// A disk: a file that all nodes see under this path. Its format is that of its name (.qcow2,
     /// .raw, .img) unless it is given.
     #[arg(long, value_name = "PATH[,format=FORMAT][,ro]", value_parser = disk)]
@@ -148,7 +157,7 @@ impl SystemArgs {
         check_kind(&self.kind)?;
         ensure!(
             !has_program,
-            "a machine of kind qemu runs no module: its system is --kernel, or on --disk"
+            "a machine of kind qemu runs no module: its system is --kernel, or on --image or --disk"
         );
         Ok(Some(&self.system))
     }
@@ -171,6 +180,8 @@ impl System {
             ("kernel", self.kernel.is_some()),
             ("initrd", self.initrd.is_some()),
             ("append", self.append.is_some()),
+            ("image", self.image.is_some()),
+            ("disk-size", self.disk_size.is_some()),
             ("disk", !self.disk.is_empty()),
             ("net", !self.net.is_empty()),
             ("cpu", self.cpu.is_some()),
@@ -208,6 +219,14 @@ impl System {
             }),
             None => None,
         };
+        let root = match &self.image {
+            Some(image) => {
+                let (file, disk) = root_disk(image, self.disk_size)?;
+                files.push(file);
+                Some(disk)
+            }
+            None => None,
+        };
         let chosen = |mac: &str| self.net.iter().any(|it| it.mac.as_deref() == Some(mac));
         let interfaces_before = before.map_or(&[][..], |own| &own.interfaces);
         let mut left: Vec<&Interface> = interfaces_before
@@ -224,6 +243,7 @@ impl System {
         let spec = QemuSpec {
             cpus: self.cpu.unwrap_or(1),
             kernel,
+            root,
             disks: self.disk.clone(),
             interfaces,
             cloud_init: cloud_init.as_ref().map(ImageFile::hash),
@@ -244,6 +264,24 @@ impl System {
     }
 }
 
+/// A disk from an image, of this size if there is one.
+fn root_disk(image: &Path, bytes: Option<u64>) -> Result<(ImageFile, RootDisk)> {
+    let (file, header, image_bytes) = ImageFile::disk(image)?;
+    let bytes = bytes.unwrap_or(image_bytes);
+    let bytes = bytes.next_multiple_of(SECTOR_BYTES);
+    ensure!(
+        bytes >= image_bytes,
+        "a disk of {bytes} bytes is smaller than that of {}, of {image_bytes} bytes",
+        image.display()
+    );
+    let disk = RootDisk {
+        image: file.hash(),
+        format: header.format,
+        bytes,
+    };
+    Ok((file, disk))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,6 +296,28 @@ mod tests {
         assert!(!parsed.read_only);
         assert!(disk("/dev/vg/a").unwrap_err().contains("format"));
         assert!(disk("/a.img,format=vmdk").unwrap_err().contains("vmdk"));
+    }
+
+    #[test]
+    fn a_disk_is_not_smaller_than_its_image() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let mut image = vec![0; 1000];
+        image[510..512].copy_from_slice(b"\x55\xaa");
+        std::fs::write(&path, &image).unwrap();
+        let (file, disk) = root_disk(&path, None).unwrap();
+        assert_eq!(disk.image, blake3::hash(&image).to_hex().as_str());
+        assert_eq!((disk.format, disk.bytes), (DiskFormat::Raw, 1024));
+        assert_eq!(file.hash(), disk.image);
+        assert_eq!(root_disk(&path, Some(1 << 30)).unwrap().1.bytes, 1 << 30);
+        let smaller = root_disk(&path, Some(512)).err().unwrap().to_string();
+        assert!(smaller.contains("smaller"), "{smaller}");
+        std::fs::write(&path, b"no disk").unwrap();
+        let refused = root_disk(&path, None).err().unwrap();
+        assert!(
+            format!("{refused:#}").contains("image: that is no disk"),
+            "{refused:#}"
+        );
     }
 
     #[test]

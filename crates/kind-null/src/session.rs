@@ -8,7 +8,7 @@ use keel_machine::log::Log;
 use keel_machine::moves::{FillReport, Round};
 use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
 use keel_machine::worker::{LogSource, MoveError, SourceSession};
-use keel_net::{ClientTls, PinnedIdentity};
+use keel_net::PinnedIdentity;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -32,9 +32,7 @@ impl NullSession {
         copy: &Copy,
     ) -> Result<Self, MoveError> {
         failpoint::pass("source.connect")?;
-        let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let mut link = Link::connect(&copy.target.address, &tls)?;
-        link.send(&Message::Hello(Hello {
+        let hello = Hello {
             version: HELLO_VERSION,
             machine: name,
             epoch,
@@ -42,12 +40,12 @@ impl NullSession {
             log_base: log.base(),
             post_copy: false,
             purpose: Purpose::Move,
-        }))?;
-        link.flush()?;
+        };
+        let target = copy.target.target(identity, hello)?;
         Ok(NullSession {
             counter,
             log: LogSource::new(log),
-            link,
+            link: target.connect(Purpose::Move)?,
         })
     }
 }

@@ -4,6 +4,7 @@
 //! in the same order. The machine type has a version for the same reason: `q35` alone means
 //! another one in each version of QEMU.
 
+use crate::root_disk::{self, ROOT};
 use crate::spec::{Disk, DiskFormat, QemuSpec};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -92,6 +93,11 @@ impl Machine<'_> {
         add("-device", "pvpanic".into());
         add("-object", "rng-builtin,id=random".into());
         add("-device", "virtio-rng-pci,rng=random".into());
+        if let Some(disk) = &self.spec.root {
+            let device = root_disk::block_device(disk, self.images);
+            add("-blockdev", device.to_string());
+            add("-device", format!("virtio-blk-pci,drive={ROOT}"));
+        }
         for (number, disk) in self.spec.disks.iter().enumerate() {
             add("-blockdev", block_device(number, disk));
             add("-device", format!("virtio-blk-pci,drive={DISK}{number}"));

@@ -6,6 +6,7 @@
 //! the guest's own to handle.
 
 use crate::arguments::DISK;
+use crate::root_disk::ROOT;
 use crate::spec::Disk;
 use crate::vm::Vm;
 use std::io;
@@ -61,6 +62,9 @@ fn wait_for_room(vm: &Vm) -> bool {
 
 /// Why a guest stands still, for its user. `name` is QEMU's for the disk.
 fn sentence(disks: &[Disk], name: &str) -> String {
+    if name == ROOT {
+        return "there is no room left where its own disk is, on this node".to_owned();
+    }
     let number = name.strip_prefix(DISK).and_then(|it| it.parse().ok());
     let disk = number.and_then(|number: usize| disks.get(number));
     match disk {
@@ -82,6 +86,7 @@ mod tests {
             read_only: false,
         });
         assert!(sentence(&disks, "disk1").contains("/b.raw"));
+        assert!(sentence(&disks, ROOT).contains("its own disk"));
         for other in ["disk2", "disk", "", "cloud-init", "#block123"] {
             assert!(sentence(&disks, other).contains("one of its disks"));
         }

@@ -3,6 +3,7 @@
 use crate::accelerator::Accelerator;
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
+use crate::root_disk::ImageHeader;
 use crate::spec::QemuSpec;
 use keel_machine::cgroup::lacks_for_cpu_limits;
 use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
@@ -13,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 const NAME: &str = "qemu";
 
-/// The largest kernel or first file system, in bytes.
-const IMAGE_BYTES_MAX: u64 = 1 << 30;
+/// The largest kernel, first file system or image of a disk, in bytes.
+const IMAGE_BYTES_MAX: u64 = 1 << 40;
 
 /// Where a bzImage has its signature, and which: Documentation/arch/x86/boot.rst of Linux.
 const KERNEL_SIGNATURE: (usize, &[u8]) = (0x202, b"HdrS");
@@ -82,7 +83,15 @@ impl Kind for QemuKind {
             let bytes = spec.memory_bytes;
             return Err(format!("memory of {bytes} bytes: whole MiB are expected"));
         }
-        QemuSpec::of(spec)?.check()
+        let own = QemuSpec::of(spec)?;
+        own.check()?;
+        match own.root.is_some() && spec.ha.is_some() {
+            true => Err(
+                "ha needs disks that other nodes see: the machine's own disk is lost with its node"
+                    .into(),
+            ),
+            false => Ok(()),
+        }
     }
 
     fn images(&self, spec: &Spec) -> Vec<String> {
@@ -152,10 +161,11 @@ impl Kind for QemuKind {
             || initrds.any(|signature| beginning.starts_with(signature));
         match is_known {
             true => Ok(()),
-            false => Err(
-                "that is neither a kernel (a bzImage of Linux, or Multiboot), nor a kernel's initrd, nor a disk for cloud-init"
-                    .into(),
-            ),
+            false => ImageHeader::read(beginning).map(drop).map_err(|reason| {
+                format!(
+                    "{reason}; nor a kernel (a bzImage of Linux, or Multiboot), nor a kernel's initrd"
+                )
+            }),
         }
     }
 
@@ -169,7 +179,12 @@ impl Kind for QemuKind {
             let hash = kernel.image.get(..12).unwrap_or(&kernel.image);
             format!("kernel {hash}")
         });
-        let parts: Vec<String> = kernel.into_iter().chain(disks.map(str::to_owned)).collect();
+        let root = own.root.as_ref().map(|root| {
+            let hash = root.image.get(..12).unwrap_or(&root.image);
+            format!("image {hash}")
+        });
+        let parts = kernel.into_iter().chain(root);
+        let parts: Vec<String> = parts.chain(disks.map(str::to_owned)).collect();
         parts.join(", ")
     }
 
@@ -186,6 +201,7 @@ impl Kind for QemuKind {
         let fields = [
             ("cpu", "cpus"),
             ("kernel", "kernel"),
+            ("image or disk-size", "root"),
             ("disk", "disks"),
             ("net", "interfaces"),
             ("user-data, network-config or ssh-key", "cloud_init"),

@@ -17,6 +17,8 @@
 //!   `qmp`: its protocol
 //! - `migration`: QEMU's migration stream over the link between two workers; `migration_status`: how
 //!   far it is; `copy_mode`: whether memory is copied in rounds
+//! - `root_disk`: the disk that belongs to the machine alone; `disk_copy`: its way to the target of a
+//!   move; `relay`: bytes of a socket over a link
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
 //! - `guest_agent`: commands to the agent in the guest
@@ -34,6 +36,7 @@ mod arguments;
 mod console;
 mod copy_mode;
 mod decoders;
+mod disk_copy;
 mod full_disk;
 mod guest_agent;
 mod kind;
@@ -42,6 +45,8 @@ mod migration_status;
 mod network;
 mod process;
 mod qmp;
+mod relay;
+mod root_disk;
 mod session;
 mod spec;
 mod vm;
@@ -49,4 +54,8 @@ mod worker;
 
 pub use decoders::{is_from_guest_agent, is_from_qemu, is_spec};
 pub use kind::QemuKind;
-pub use spec::{CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, SHUTDOWN_S};
+pub use root_disk::{ImageHeader, SIGNATURE_BYTES};
+pub use spec::{
+    CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, ROOT_BYTES_MAX, RootDisk,
+    SECTOR_BYTES, SHUTDOWN_S,
+};

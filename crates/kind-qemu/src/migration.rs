@@ -14,16 +14,18 @@
 
 use crate::console::Console;
 use crate::copy_mode::CopyMode;
+use crate::disk_copy::OutgoingDisk;
 use crate::migration_status::{BEGUN, ENDED, Info, SWITCHOVER};
 use crate::process::VmEnd;
 use crate::qmp::{PATIENCE, QmpError};
+use crate::relay;
 use crate::vm::{RunState, Vm};
-use keel_machine::link::{Link, LinkError, Message};
+use keel_machine::link::{Link, LinkError};
 use keel_machine::worker::MoveError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -32,9 +34,6 @@ use std::time::Duration;
 
 /// The name of the socket in the worker's folder, which is QEMU's current directory.
 const SOCKET: &str = "migration";
-
-/// Bytes of the stream in one message.
-const PIECE_BYTES: usize = 64 << 10;
 
 /// The most bytes per second, which is no limit: the link has its own.
 const BYTES_PER_S_MAX: u64 = 1 << 40;
@@ -107,7 +106,7 @@ impl Outgoing {
         let thread = std::thread::Builder::new().name("migration".into());
         let pump = thread.spawn(move || {
             let mut link = link;
-            let result = send(&socket, &mut link);
+            let result = relay::send(&socket, &mut link);
             // A QEMU that still sends fails at once.
             let _ = socket.shutdown(Shutdown::Both);
             Pumped { link, result }
@@ -138,11 +137,15 @@ impl Outgoing {
     }
 
     /// Waits until the memory of a stopped guest has been sent, and lets QEMU go on with its
-    /// devices once the console has all that was printed.
+    /// devices once the console has all that was printed, and the target all of its own disk.
     ///
     /// # Errors
     /// If the migration fails, or the output cannot be kept.
-    pub(crate) fn switch_over(&self, console: &Console) -> Result<(), MoveError> {
+    pub(crate) fn switch_over(
+        &self,
+        console: &Console,
+        disk: Option<&OutgoingDisk>,
+    ) -> Result<(), MoveError> {
         let ends = [&[SWITCHOVER], &ENDED[..]].concat();
         let status = self.vm.wait_for_migration(END_PATIENCE, &ends);
         self.info()?;
@@ -155,6 +158,9 @@ impl Outgoing {
             let _: RunState = qmp.query("query-status")?;
         }
         console.drain()?;
+        if let Some(disk) = disk {
+            disk.finish()?;
+        }
         qmp.execute("migrate-continue", json!({ "state": SWITCHOVER }))?;
         Ok(())
     }
@@ -206,30 +212,6 @@ fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
     // A QEMU that hangs must not hold up whoever waits for the end of its stream.
     socket.set_read_timeout(Some(END_PATIENCE))?;
     Ok(socket)
-}
-
-/// Sends the stream until QEMU closes it.
-fn send(mut socket: &UnixStream, link: &mut Link) -> Result<(), MoveError> {
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        let count = match socket.read(&mut piece) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let waited = END_PATIENCE.as_secs();
-                return Err(format!("QEMU has sent nothing for {waited} s").into());
-            }
-            Err(error) => return Err(error.into()),
-        };
-        if count == 0 {
-            link.flush()?;
-            return Ok(());
-        }
-        link.send(&Message::Image(piece[..count].to_vec().into()))?;
-        if count < PIECE_BYTES {
-            // Nothing more is there now.
-            link.flush()?;
-        }
-    }
 }
 
 /// The migration of a machine from another worker.
@@ -296,6 +278,7 @@ mod tests {
     use crate::arguments::Machine;
     use crate::spec::{Kernel, QemuSpec};
     use crate::vm::Launch;
+    use keel_machine::link::Message;
     use keel_machine::log::Log;
     use keel_net::{ClientTls, PinnedIdentity, ServerTls};
     use keel_testkit::bare_system::qemu_is_installed;
@@ -410,7 +393,7 @@ mod tests {
                     .is_none()
             {}
             source.vm.pause().unwrap();
-            outgoing.switch_over(&source.console).unwrap();
+            outgoing.switch_over(&source.console, None).unwrap();
             let (mut link, finished) = outgoing.finish();
             finished.unwrap();
             link.send(&Message::ImageEnd).unwrap();

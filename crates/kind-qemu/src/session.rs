@@ -2,20 +2,21 @@
 //! guest stopped, and the output.
 
 use crate::console::Console;
+use crate::disk_copy::{self, OutgoingDisk};
 use crate::migration::Outgoing;
 use crate::migration_status::{Ram, SWITCHOVER};
 use crate::vm::Vm;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::link::{
-    HELLO_VERSION, Hello, Link, LinkError, Message, Purpose, use_frozen_timeout,
+    HELLO_VERSION, Hello, Link, LinkError, Message, Purpose, TargetEndpoint, use_frozen_timeout,
 };
 use keel_machine::log::Log;
 use keel_machine::moves::convergence::{self, CopyDecision};
 use keel_machine::moves::{FillReport, Phase, Progress, Round};
 use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
 use keel_machine::worker::{LogSource, MoveError, SourceSession};
-use keel_net::{ClientTls, PinnedIdentity};
+use keel_net::PinnedIdentity;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -23,6 +24,16 @@ use std::time::{Duration, Instant};
 
 /// How long a freeze waits for the answer of a guest agent that is on its way.
 const QUIET_PATIENCE: Duration = Duration::from_millis(200);
+
+/// What may always be left of a disk when the guest is stopped, in bytes.
+const DISK_REST_BYTES: u64 = 1 << 20;
+/// How long nothing more of a disk may be copied; and how long one that was copied once may take
+/// until little enough is left.
+const DISK_PATIENCE: Duration = Duration::from_secs(60);
+/// How often output is sent while a disk is copied.
+const OUTPUT_INTERVAL: Duration = Duration::from_secs(1);
+/// Why an attempt ends that its agent has left.
+const NOBODY_WAITS: &str = "nobody waits for this move any more";
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
@@ -43,6 +54,9 @@ pub(crate) struct QemuSession {
     output: LogSource,
     /// Unless the migration has it.
     link: Option<Link>,
+    target: TargetEndpoint,
+    has_root_disk: bool,
+    disk: Option<OutgoingDisk>,
     closer: TcpStream,
     outgoing: Option<Outgoing>,
     budget: Duration,
@@ -59,6 +73,7 @@ fn cancel(vm: &Vm, attempt: u64, is_frozen: bool) -> Result<(), MoveError> {
     vm.during(attempt, || {
         // Perhaps one of an attempt before, which could not end it any more.
         vm.cancel_migration()?;
+        disk_copy::cancel(vm)?;
         if !is_frozen {
             // QEMU has stopped the guest itself if nothing was left.
             vm.resume()?;
@@ -90,14 +105,13 @@ impl QemuSession {
         name: MachineName,
         epoch: Epoch,
         guest: Guest,
+        has_root_disk: bool,
         identity: &PinnedIdentity,
         copy: &Copy,
     ) -> Result<Self, MoveError> {
         let attempt = guest.vm.begin_attempt();
         failpoint::pass("source.connect")?;
-        let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let mut link = Link::connect(&copy.target.address, &tls)?;
-        link.send(&Message::Hello(Hello {
+        let hello = Hello {
             version: HELLO_VERSION,
             machine: name,
             epoch,
@@ -105,13 +119,17 @@ impl QemuSession {
             log_base: guest.log.base(),
             post_copy: false,
             purpose: Purpose::Move,
-        }))?;
-        link.flush()?;
+        };
+        let target = copy.target.target(identity, hello)?;
+        let link = target.connect(Purpose::Move)?;
         Ok(QemuSession {
             output: LogSource::new(guest.log.clone()),
             closer: link.closer()?,
             guest,
             link: Some(link),
+            target,
+            has_root_disk,
+            disk: None,
             outgoing: None,
             budget: Duration::from_micros(copy.budget_micros),
             attempt,
@@ -123,6 +141,68 @@ impl QemuSession {
     fn link(&mut self) -> Result<&mut Link, MoveError> {
         let link = self.link.as_mut();
         link.ok_or_else(|| "the migration has the connection".into())
+    }
+
+    /// Sends the output that there is.
+    fn send_output(&mut self) -> Result<(), MoveError> {
+        let link = self.link.as_mut().ok_or("there is no connection")?;
+        self.output.send(link)?;
+        link.send(&Message::RoundEnd)?;
+        link.flush()?;
+        failpoint::pass("source.round")?;
+        match self.output.round_answer(link)? {
+            Message::RoundDone => Ok(()),
+            other => Err(LinkError::Message(format!("{other:?} out of turn")).into()),
+        }
+    }
+
+    /// Copies the machine's own disk until what is left can be copied within the time that the
+    /// machine may stand still.
+    fn copy_disk(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
+        let vm = &self.guest.vm;
+        let disk = vm.during(self.attempt, || OutgoingDisk::begin(vm, &self.target))?;
+        self.disk = Some(disk);
+        let begun = Instant::now();
+        let (mut said, mut since) = (begun, begun);
+        let (mut copied_bytes, mut is_copied) = (0, false);
+        while let Some(disk) = &self.disk {
+            let progress = disk.progress()?;
+            let bytes_per_s = progress.copied_bytes as f64 / begun.elapsed().as_secs_f64();
+            if progress.is_copied {
+                let rest_max = (bytes_per_s * self.budget.as_secs_f64()) as u64;
+                if progress.left_bytes <= rest_max.max(DISK_REST_BYTES) {
+                    break;
+                }
+            }
+            let goes_on = !is_copied && progress.copied_bytes > copied_bytes;
+            if goes_on || progress.is_copied && !is_copied {
+                since = Instant::now();
+            }
+            (copied_bytes, is_copied) = (progress.copied_bytes, progress.is_copied);
+            if since.elapsed() > DISK_PATIENCE {
+                return Err(match is_copied {
+                    true => "its system writes its disk faster than it is copied",
+                    false => "its disk is not copied any further",
+                }
+                .into());
+            }
+            let told = tell(CopyEvent::Progress(Progress {
+                sent_bytes: progress.copied_bytes,
+                remaining_bytes: progress.left_bytes,
+                bytes_per_s: bytes_per_s as u64,
+                ..Progress::of(Phase::Copy)
+            }));
+            if !told {
+                return Err(NOBODY_WAITS.into());
+            }
+            // The target waits for a few seconds until it takes a silent source for lost.
+            if said.elapsed() > OUTPUT_INTERVAL {
+                self.send_output()?;
+                said = Instant::now();
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     /// Copies until little is left.
@@ -159,7 +239,7 @@ impl QemuSession {
                 ..Progress::of(Phase::Copy)
             }));
             if !told {
-                return Err("nobody waits for this move any more".into());
+                return Err(NOBODY_WAITS.into());
             }
         }
     }
@@ -203,14 +283,9 @@ impl SourceSession for QemuSession {
 
     fn copy(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
         failpoint::pass("source.hello")?;
-        let link = self.link.as_mut().ok_or("there is no connection")?;
-        self.output.send(link)?;
-        link.send(&Message::RoundEnd)?;
-        link.flush()?;
-        failpoint::pass("source.round")?;
-        match self.output.round_answer(link)? {
-            Message::RoundDone => {}
-            other => return Err(LinkError::Message(format!("{other:?} out of turn")).into()),
+        self.send_output()?;
+        if self.has_root_disk {
+            self.copy_disk(tell)?;
         }
         let copied = self.copy_rounds(tell).and_then(|rounds| {
             failpoint::pass("source.converged")
@@ -265,7 +340,7 @@ impl SourceSession for QemuSession {
         }
         use_frozen_timeout(&self.closer)?;
         let sent = Instant::now();
-        if let Err(error) = outgoing.switch_over(&self.guest.console) {
+        if let Err(error) = outgoing.switch_over(&self.guest.console, self.disk.as_ref()) {
             self.outgoing = Some(outgoing);
             return Err(error);
         }
@@ -313,12 +388,15 @@ impl SourceSession for QemuSession {
         if self.is_cancelled {
             return Ok(());
         }
+        // What is on its way to a target that does not answer ends with an error.
+        self.disk = None;
         cancel(&self.guest.vm, self.attempt, self.is_frozen)?;
         self.is_cancelled = true;
         Ok(())
     }
 
     fn abort(mut self, reason: &str) {
+        self.disk = None;
         if !self.is_cancelled {
             cancel_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
         }

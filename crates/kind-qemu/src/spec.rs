@@ -11,6 +11,12 @@ pub const CPUS_MAX: u32 = 64;
 /// The most disks of a machine.
 const DISKS_MAX: usize = 16;
 
+/// Disks have whole sectors.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// The largest disk of a machine's own, in bytes.
+pub const ROOT_BYTES_MAX: u64 = 64 << 40;
+
 /// The most network interfaces of a machine.
 const INTERFACES_MAX: usize = 8;
 
@@ -30,7 +36,11 @@ pub struct QemuSpec {
     /// The kernel that it boots; without one, its firmware boots from its first disk.
     #[serde(default)]
     pub kernel: Option<Kernel>,
-    /// Its disks, in this order.
+    /// Its own disk, the first one. (Left out where there is none, so that nodes of an older version
+    /// understand the rest.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root: Option<RootDisk>,
+    /// Its other disks, in this order.
     #[serde(default)]
     pub disks: Vec<Disk>,
     /// Its network interfaces, in this order.
@@ -60,6 +70,19 @@ pub struct Kernel {
     /// Its command line.
     #[serde(default)]
     pub append: String,
+}
+
+/// A disk that begins as a copy of an image. What the system writes is kept beside its worker, and
+/// moves along.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RootDisk {
+    /// Hash (BLAKE3, hex) of the image.
+    pub image: String,
+    /// What the image is.
+    pub format: DiskFormat,
+    /// Size of the disk in bytes, a multiple of [`SECTOR_BYTES`]; not less than that of the image.
+    pub bytes: u64,
 }
 
 /// A disk: a file that every node sees under the same path. QEMU locks it, so that no two
@@ -162,6 +185,7 @@ impl Default for QemuSpec {
         QemuSpec {
             cpus: 1,
             kernel: None,
+            root: None,
             disks: Vec::new(),
             interfaces: Vec::new(),
             cloud_init: None,
@@ -209,7 +233,8 @@ impl QemuSpec {
             let initrd = kernel.initrd.as_deref();
             std::iter::once(kernel.image.as_str()).chain(initrd)
         });
-        kernel.chain(self.cloud_init.as_deref())
+        let root = self.root.iter().map(|root| root.image.as_str());
+        kernel.chain(root).chain(self.cloud_init.as_deref())
     }
 
     /// Checks its values.
@@ -227,8 +252,15 @@ impl QemuSpec {
             let count = self.disks.len();
             return Err(format!("{count} disks: at most {DISKS_MAX} are possible"));
         }
-        if self.kernel.is_none() && self.disks.is_empty() {
-            return Err("there is nothing to boot: it needs a kernel or a disk".into());
+        if self.kernel.is_none() && self.root.is_none() && self.disks.is_empty() {
+            return Err("there is nothing to boot: it needs a kernel, an image or a disk".into());
+        }
+        if let Some(RootDisk { bytes, .. }) = self.root
+            && (bytes == 0 || bytes > ROOT_BYTES_MAX || !bytes.is_multiple_of(SECTOR_BYTES))
+        {
+            return Err(format!(
+                "a disk of {bytes} bytes: a multiple of {SECTOR_BYTES} is expected, at most {ROOT_BYTES_MAX}"
+            ));
         }
         for disk in &self.disks {
             if !disk.path.starts_with('/') {

@@ -507,6 +507,19 @@ impl Vm {
         self.shared.known().end.is_some()
     }
 
+    /// Forgets how an earlier copy of its disk ended.
+    pub(crate) fn forget_copy(&self) {
+        self.shared.known().copy_end = None;
+    }
+
+    /// How the copy of its disk ended, if it does so in time.
+    pub(crate) fn copy_end_within(&self, patience: Duration) -> Option<Result<(), String>> {
+        let (known, _) = self.shared.wait(patience, |known| {
+            known.copy_end.is_some() || known.end.is_some()
+        });
+        known.copy_end.clone()
+    }
+
     /// Forgets how an earlier migration ended.
     pub(crate) fn expect_migration(&self) {
         self.shared.known().migration.clear();

@@ -3,11 +3,13 @@
 use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
+use crate::disk_copy::IncomingDisk;
 use crate::full_disk;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::migration::Incoming;
 use crate::process::VmEnd;
 use crate::qmp::QmpError;
+use crate::root_disk;
 use crate::session::{Guest, QemuSession};
 use crate::spec::QemuSpec;
 use crate::vm::{Launch, Vm};
@@ -25,7 +27,8 @@ use keel_machine::worker::control::{
     Start, StartFrom, State,
 };
 use keel_machine::worker::{
-    Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target, write_notice,
+    Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
+    write_notice,
 };
 use keel_net::RpcError;
 use std::io;
@@ -123,6 +126,7 @@ impl QemuWorker {
             accelerator: Accelerator::of_host(&self.folders.cache),
             is_incoming,
         };
+        root_disk::prepare(self.process.folder(), &own)?;
         let Launch { vm, console } = Vm::launch(self.process.folder(), &machine)?;
         if spec.cpu_limit_millis.is_some() {
             self.limit_cpu(&vm, spec)
@@ -233,9 +237,10 @@ impl QemuWorker {
     fn take_over(
         self: &Arc<Self>,
         request: &Receive,
-        log_base: u64,
+        accepted: Accepted,
         link: &mut Link,
     ) -> Result<(), MoveError> {
+        let log_base = accepted.hello.log_base;
         let log = Arc::new(Log::open(self.process.folder(), log_base)?);
         let mut output = LogTarget::new(log.clone());
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
@@ -243,6 +248,10 @@ impl QemuWorker {
         self.inner().guest = Some(guest.clone());
         self.watch(&guest, &request.spec)?;
         let mut incoming = Some(Incoming::begin(&guest.vm)?);
+        let mut disk = match QemuSpec::of(&request.spec)?.root {
+            Some(_) => Some(IncomingDisk::begin(&guest.vm, accepted)?),
+            None => None,
+        };
         loop {
             match link.receive()? {
                 Message::Frozen => {}
@@ -259,6 +268,9 @@ impl QemuWorker {
                     None => return Err(out_of_turn(&Message::Image(bytes))),
                 },
                 Message::ImageEnd => {
+                    if let Some(disk) = disk.take() {
+                        disk.finish()?;
+                    }
                     if let Some(incoming) = incoming.take() {
                         incoming.finish()?;
                     }
@@ -381,11 +393,13 @@ impl Worker for QemuWorker {
             return Err("this worker has no machine to move".into());
         };
         let (guest, name, epoch) = (guest.clone(), name.clone(), inner.moves.epoch);
+        let own = inner.spec.as_ref().map(QemuSpec::of).transpose()?;
+        let has_root_disk = own.is_some_and(|own| own.root.is_some());
         let copy = copy.clone();
         Ok(Connect {
             give_up: None,
             connect: Box::new(move |identity| {
-                QemuSession::connect(name, epoch, guest, identity, &copy)
+                QemuSession::connect(name, epoch, guest, has_root_disk, identity, &copy)
             }),
         })
     }
@@ -436,7 +450,7 @@ impl Worker for QemuWorker {
         }
         let worker = self.clone();
         Ok(Box::new(move |link, accepted| {
-            worker.take_over(&request, accepted.hello.log_base, link)
+            worker.take_over(&request, accepted, link)
         }))
     }
 
@@ -498,7 +512,7 @@ impl Worker for QemuWorker {
     fn activity(&self) -> Result<Activity, RpcError> {
         Ok(Activity {
             populated_bytes: self.vm()?.resident_bytes(),
-            volume_bytes: 0,
+            volume_bytes: root_disk::occupied_bytes(self.process.folder()),
             written: Vec::new(),
         })
     }

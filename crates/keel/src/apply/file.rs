@@ -38,12 +38,14 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 35] = [
+const KEYS: [&str; 37] = [
     "module",
     "kind",
     "kernel",
     "initrd",
     "append",
+    "image",
+    "disk-size",
     "disk",
     "net",
     "cpu",
@@ -152,6 +154,8 @@ struct Machine {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     append: Option<String>,
+    image: Option<PathBuf>,
+    disk_size: Option<Size>,
     #[serde(default)]
     disk: Vec<FileDisk>,
     #[serde(default)]
@@ -286,6 +290,8 @@ impl Machine {
             kernel: self.kernel.take().map(|file| folder.join(file)),
             initrd: self.initrd.take().map(|file| folder.join(file)),
             append: self.append.take(),
+            image: self.image.take().map(|file| folder.join(file)),
+            disk_size: self.disk_size.take().map(|Size(bytes)| bytes),
             disk: self.disk.drain(..).map(|FileDisk(disk)| disk).collect(),
             net: self.net.drain(..).map(|Network(network)| network).collect(),
             cpu: self.cpu,
@@ -324,6 +330,9 @@ impl Machine {
         ];
         if let Some((key, _)) = of_programs.iter().find(|(_, is_given)| *is_given) {
             return Err(format!("{key} means nothing to a machine of kind {kind}"));
+        }
+        if system.image.is_none() && system.disk_size.is_some() {
+            return Err("disk-size is of an image: add image = \"FILE\"".into());
         }
         if system.kernel.is_none() && (system.initrd.is_some() || system.append.is_some()) {
             return Err("initrd and append are of a kernel: add kernel = \"FILE\"".into());
@@ -597,6 +606,8 @@ mod tests {
             kernel = "boot/vmlinuz"
             initrd = "/boot/initrd"
             append = "console=ttyS0"
+            image = "debian.qcow2"
+            disk-size = "20G"
             disk = ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
             net = ["br0,mac=02:00:00:00:00:01"]
             cpu = 2
@@ -611,6 +622,8 @@ mod tests {
             kernel: Some("/etc/boot/vmlinuz".into()),
             initrd: Some("/boot/initrd".into()),
             append: Some("console=ttyS0".into()),
+            image: Some("/etc/debian.qcow2".into()),
+            disk_size: Some(20 << 30),
             disk: ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
                 .map(|text| system::disk(text).unwrap())
                 .to_vec(),
@@ -638,7 +651,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, disk, net, cpu, guest-agent, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, guest-agent, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(
@@ -666,6 +679,10 @@ mod tests {
             (
                 "[machine.web]\nkind = \"qemu\"\ninitrd = \"a\"",
                 "add kernel",
+            ),
+            (
+                "[machine.web]\nkind = \"qemu\"\ndisk-size = \"1G\"",
+                "add image",
             ),
             (
                 "[machine.web]\nkind = \"qemu\"\ndisk = [\"/a\"]",

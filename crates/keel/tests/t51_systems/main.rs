@@ -1,7 +1,8 @@
 //! Linux systems: `agent`, `console`: commands in them, and what is typed there; `networks`: moves and
 //! balancing; `failover`: high availability; `systems`: the cluster in which they run. `cloud_init`:
 //! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
-//! a limit of its CPU time; `scripted`: systems that run a script; `placement`: nodes without QEMU.
+//! a limit of its CPU time; `own_disk`: a disk from an image; `scripted`: systems that run a script;
+//! `placement`: nodes without QEMU.
 
 mod agent;
 mod cloud_init;
@@ -10,6 +11,7 @@ mod failover;
 mod full_disk;
 mod limits;
 mod networks;
+mod own_disk;
 mod placement;
 mod scripted;
 mod systems;

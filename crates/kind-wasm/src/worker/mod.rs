@@ -8,7 +8,6 @@
 //! - `source`: the source's side of a move
 //! - `throttle`: slows down a guest whose dirty rate is too high for its move
 //! - `target`: the target's side of a move
-//! - `target_endpoint`: where the source connects to the target
 //! - `post_copy`: memory that follows a machine which runs at the target
 //! - `residual_dirty_scan`: the pages that a frozen machine wrote last
 //! - `stack_functions`: functions on the stacks of a machine that moves, compiled at the target
@@ -32,7 +31,6 @@ mod spanning;
 mod stack_functions;
 mod start;
 mod target;
-mod target_endpoint;
 mod throttle;
 mod volumes;
 mod wasm_worker;

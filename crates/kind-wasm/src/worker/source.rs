@@ -5,7 +5,6 @@ use super::cluster_volumes::ClusterVolumes;
 use super::post_copy::{self, PageSet};
 use super::residual_dirty_scan::{DirtyRanges, ResidualDirtyScan};
 use super::stack_functions::{SampleError, StackFunctions};
-use super::target_endpoint::TargetEndpoint;
 use super::throttle::Throttle;
 use super::volumes::{SourceVolumes, VolumeError};
 use super::wasm_worker::WasmWorker;
@@ -14,13 +13,15 @@ use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::cgroup::YieldPolicy;
 use keel_machine::failpoint::{self, Injected};
-use keel_machine::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
+use keel_machine::link::{
+    CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose, TargetEndpoint,
+};
 use keel_machine::log::Log;
 use keel_machine::moves::convergence::{self, CopyDecision, best_rate};
 use keel_machine::moves::{FillReport, Phase, Progress, Round};
 use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
 use keel_machine::worker::{self, Connect, LogSource, MoveError};
-use keel_net::{ClientTls, PinnedIdentity};
+use keel_net::PinnedIdentity;
 use keel_wasm::memory::{DirtyTracker, MemoryError};
 use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::collections::BTreeMap;
@@ -177,20 +178,16 @@ impl SourceSession {
             cluster_volumes,
         } = subject;
         failpoint::pass("source.connect")?;
-        let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let way = TargetEndpoint {
-            address: copy.target.address.clone(),
-            tls,
-            hello: Hello {
-                version: HELLO_VERSION,
-                machine: name,
-                epoch,
-                program: Some(*machine.program().hash()),
-                log_base: log.base(),
-                post_copy: copy.post_copy,
-                purpose: Purpose::Move,
-            },
+        let hello = Hello {
+            version: HELLO_VERSION,
+            machine: name,
+            epoch,
+            program: Some(*machine.program().hash()),
+            log_base: log.base(),
+            post_copy: copy.post_copy,
+            purpose: Purpose::Move,
         };
+        let way = copy.target.target(identity, hello)?;
         let link = way.connect(Purpose::Move)?;
         Ok(SourceSession {
             way,
@@ -277,10 +274,10 @@ impl SourceSession {
             if !goes_on {
                 return Err(LinkError::Aborted("the caller is gone".into()).into());
             }
-            if is_compiling && !self.way.hello.post_copy {
+            if is_compiling && !self.way.hello().post_copy {
                 continue;
             }
-            if self.way.hello.post_copy {
+            if self.way.hello().post_copy {
                 self.wait_for_code(is_compiling)?;
                 // A single round; pages written since are sent by post-copy. Blocks of
                 // files are not: the target cannot request a missing block.
@@ -389,7 +386,7 @@ impl SourceSession {
     /// Freezes the machine and sends all that the target lacks; returns when the target
     /// is ready to resume it.
     fn send_rest(&mut self) -> Result<Frozen, SourceError> {
-        let post_copy = self.way.hello.post_copy;
+        let post_copy = self.way.hello().post_copy;
         match post_copy {
             true => {
                 self.volumes.catch_up(&mut self.link)?;
@@ -492,7 +489,7 @@ impl SourceSession {
 
     fn tell(&mut self, epoch: Epoch) -> Result<(), SourceError> {
         failpoint::pass("source.go")?;
-        if self.way.hello.post_copy {
+        if self.way.hello().post_copy {
             failpoint::pass("post-copy.name")?;
             std::mem::replace(&mut self.named, Ok(()))?;
         }
@@ -611,7 +608,7 @@ impl worker::SourceSession for SourceSession {
         // The target may have been told by its agent; it then waits for further messages
         // on this connection, while this side waits for page requests.
         if told.is_err()
-            && self.way.hello.post_copy
+            && self.way.hello().post_copy
             && let Ok(closer) = self.link.closer()
         {
             // The socket may be closed already.

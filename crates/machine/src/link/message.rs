@@ -72,6 +72,10 @@ pub enum Purpose {
     Push,
     /// Pages that threads wait for.
     Pull,
+    /// What is to be read and written of the target's disk.
+    DiskRequests,
+    /// The answers to that.
+    DiskAnswers,
 }
 
 /// A message; pages are transferred separately, see [`Link::send_pages`](super::Link::send_pages)

@@ -24,12 +24,15 @@
 //! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of the
 //! messages here. A peer of another version is refused with an error that names it.
 //!
+//! - `endpoint`: where the source connects to the target
 //! - `message`: the messages and their encoding
 //!
 //! The connection is in this file.
 
+mod endpoint;
 mod message;
 
+pub use endpoint::TargetEndpoint;
 pub use message::{FUNCTIONS_MAX, HELLO_VERSION, Hello, Message, Purpose};
 
 use crate::PAGE_BYTES;

@@ -4,10 +4,11 @@
 
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
+use crate::link::{Hello, TargetEndpoint};
 use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
-use keel_net::{Bytes, Fingerprint, RpcError};
+use keel_net::{Bytes, Fingerprint, PinnedIdentity, RpcError, TlsError};
 use keel_store::encoding;
 use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -237,6 +238,20 @@ pub struct MoveEndpoint {
     pub address: String,
     /// Its certificate.
     pub fingerprint: Fingerprint,
+}
+
+impl MoveEndpoint {
+    /// The same, to connect to it.
+    ///
+    /// # Errors
+    /// As [`TargetEndpoint::new`].
+    pub fn target(
+        &self,
+        identity: &PinnedIdentity,
+        hello: Hello,
+    ) -> Result<TargetEndpoint, TlsError> {
+        TargetEndpoint::new(self.address.clone(), self.fingerprint, identity, hello)
+    }
 }
 
 /// Copies the machine to a target.

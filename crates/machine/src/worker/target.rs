@@ -12,7 +12,7 @@
 use super::control::{MoveEndpoint, Receive, State};
 use super::{MoveError, Process, Worker, publish_resumed};
 use crate::failpoint;
-use crate::link::{Hello, Link, LinkError, Message};
+use crate::link::{Hello, Link, LinkError, Message, Purpose};
 use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{PinnedIdentity, RpcError, ServerTls};
@@ -134,8 +134,7 @@ fn abort(mut link: Link, reason: &impl ToString) {
     let _ = link.flush();
 }
 
-/// Waits for a peer with the agreed certificate and hello. Other peers are rejected and
-/// do not end the move.
+/// Waits for a peer with the agreed certificate and hello.
 fn accept(
     listener: TcpListener,
     identity: &PinnedIdentity,
@@ -143,20 +142,44 @@ fn accept(
 ) -> Result<(Link, Accepted), AcceptError> {
     let tls = ServerTls::pinned(identity, expected.certificate)?;
     listener.set_nonblocking(true)?;
+    let (link, hello) = accept_one(&listener, |socket| greet(socket, &tls, expected))?;
+    let accepted = Accepted {
+        hello,
+        listener,
+        tls,
+    };
+    Ok((link, accepted))
+}
+
+impl Accepted {
+    /// Waits for a further connection of the same source, for another purpose.
+    ///
+    /// # Errors
+    /// If it does not come in time.
+    pub fn another_link(&self) -> Result<(Link, Purpose), MoveError> {
+        let (link, hello) = accept_one(&self.listener, |socket| {
+            let mut link = Link::accept(socket, &self.tls)?;
+            match link.receive()? {
+                Message::Hello(hello) if hello.is_like(&self.hello) => Ok((link, hello)),
+                other => Err(AcceptError::Other(format!("{other:?}"))),
+            }
+        })?;
+        Ok((link, hello.purpose))
+    }
+}
+
+/// Waits for one connection. Peers that are not welcome are rejected and do not end the move.
+fn accept_one(
+    listener: &TcpListener,
+    greet: impl Fn(TcpStream) -> Result<(Link, Hello), AcceptError>,
+) -> Result<(Link, Hello), AcceptError> {
     let deadline = Instant::now() + CONNECT_PATIENCE;
     loop {
         match listener.accept() {
             Ok((socket, peer)) => {
                 socket.set_nonblocking(false)?;
-                match greet(socket, &tls, expected) {
-                    Ok((link, hello)) => {
-                        let accepted = Accepted {
-                            hello,
-                            listener,
-                            tls,
-                        };
-                        return Ok((link, accepted));
-                    }
+                match greet(socket) {
+                    Ok(greeted) => return Ok(greeted),
                     Err(error) => tracing::warn!(%peer, %error, "rejected a peer"),
                 }
             }
@@ -165,7 +188,7 @@ fn accept(
                 if rest.is_zero() {
                     return Err(AcceptError::Timeout);
                 }
-                let mut wait = [PollFd::new(&listener, PollFlags::IN)];
+                let mut wait = [PollFd::new(listener, PollFlags::IN)];
                 let timeout = Timespec {
                     tv_sec: rest.as_secs() as i64,
                     tv_nsec: rest.subsec_nanos().into(),
@@ -376,7 +399,7 @@ fn drop_not_resumed<W: Worker>(worker: &Arc<W>, reason: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::link::{HELLO_VERSION, Purpose};
+    use crate::link::HELLO_VERSION;
     use keel_net::ClientTls;
 
     #[test]

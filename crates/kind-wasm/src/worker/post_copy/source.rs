@@ -2,10 +2,9 @@
 //! wait for first. It reads pages of a frozen machine; when it is frozen, and which pages are
 //! named, is decided by `worker::source`.
 
-use super::super::target_endpoint::TargetEndpoint;
 use super::page_set::PageSet;
 use super::{locked, lower_priority, passed, shut};
-use keel_machine::link::{Link, LinkError, Message, Purpose};
+use keel_machine::link::{Link, LinkError, Message, Purpose, TargetEndpoint};
 use keel_machine::moves::FillReport;
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
 use std::net::TcpStream;

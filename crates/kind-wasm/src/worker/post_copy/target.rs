@@ -265,7 +265,7 @@ impl Shared {
                     self.replace(1, &link);
                     pull.send(link).is_ok()
                 }
-                Ok((_, Purpose::Move)) => true,
+                Ok(_) => true,
                 Err(error) => {
                     tracing::warn!(%peer, %error, "rejected a peer");
                     true

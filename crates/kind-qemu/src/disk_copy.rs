@@ -1,0 +1,269 @@
+//! The way of a machine's own disk to the target of a move.
+//!
+//! ```text
+//!   source                                                            target
+//!   QEMU ──▶ Unix socket ──▶ worker ══ link, DISK_REQUESTS ══▶ worker ──▶ Unix socket ──▶ QEMU
+//!        ◀──             ◀──        ◀═ link, DISK_ANSWERS ═══         ◀──             ◀──
+//!   (`blockdev-mirror`)                                                         (NBD server)
+//! ```
+//!
+//! The target has made an empty layer over the same image. While the guest runs, the source's QEMU
+//! copies its layer there, and then again and again what the guest has written meanwhile. The rest is
+//! copied once the guest is stopped, and before the target has the machine: it is on the target's disk
+//! then, because QEMU flushes it. The disk of the source stays as it is, for a move that fails. Memory
+//! and devices go another way ([`crate::migration`]).
+//!
+//! QEMU's other way, in which each write of the guest goes to both disks (`write-blocking`), would
+//! make the guest's disk as slow as the way to the target, and stop it with a target that does not
+//! answer.
+
+use crate::process::COPY_JOB;
+use crate::qmp::{PATIENCE, QmpError};
+use crate::relay::{Relay, Way};
+use crate::root_disk::ROOT;
+use crate::vm::Vm;
+use keel_machine::link::{Link, Purpose, TargetEndpoint};
+use keel_machine::worker::{Accepted, MoveError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
+use std::fs;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// The name of the socket in the worker's folder, which is QEMU's current directory.
+const SOCKET: &str = "disk";
+/// QEMU's name for the target's disk, at the source.
+const COPY: &str = "root-copy";
+/// How long QEMU may take to end a copy of which nothing is left: it waits for the target's disk.
+const END_PATIENCE: Duration = Duration::from_secs(20);
+/// How often QEMU is asked whether a job is gone.
+const POLL: Duration = Duration::from_millis(5);
+
+/// One of the answer to `query-block-jobs`.
+#[derive(Debug, serde::Deserialize)]
+struct Job {
+    device: String,
+    len: u64,
+    offset: u64,
+    ready: bool,
+}
+
+/// The copy of a disk, at its source.
+pub(crate) struct OutgoingDisk {
+    vm: Arc<Vm>,
+    _relays: [Relay; 2],
+}
+
+/// How far a copy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DiskProgress {
+    pub(crate) copied_bytes: u64,
+    pub(crate) left_bytes: u64,
+    /// All was copied once: what is left was written since.
+    pub(crate) is_copied: bool,
+}
+
+impl OutgoingDisk {
+    /// Begins to copy the disk to the target, while the guest runs.
+    ///
+    /// # Errors
+    /// If one of the QEMUs refuses, or the target does not answer.
+    pub(crate) fn begin(vm: &Arc<Vm>, target: &TargetEndpoint) -> Result<Self, MoveError> {
+        let requests = target.connect(Purpose::DiskRequests)?;
+        let answers = target.connect(Purpose::DiskAnswers)?;
+        let path = vm.folder().join(SOCKET);
+        // Of an earlier move.
+        let _ = fs::remove_file(&path);
+        let listener = UnixListener::bind(&path)?;
+        let thread = std::thread::Builder::new().name("disk".into());
+        let relays = thread.spawn(move || relays(&listener, requests, answers))?;
+        vm.forget_copy();
+        let opened = vm.qmp()?.execute(
+            "blockdev-add",
+            json!({
+                "driver": "nbd",
+                "node-name": COPY,
+                "server": { "type": "unix", "path": SOCKET },
+                "export": ROOT,
+                "discard": "unmap",
+            }),
+        );
+        let _ = fs::remove_file(&path);
+        let relays = join(relays);
+        opened?;
+        let outgoing = OutgoingDisk {
+            vm: vm.clone(),
+            _relays: relays?,
+        };
+        vm.qmp()?.execute(
+            "blockdev-mirror",
+            json!({
+                "job-id": COPY_JOB,
+                "device": ROOT,
+                "target": COPY,
+                // The image below is there.
+                "sync": "top",
+                "copy-mode": "background",
+            }),
+        )?;
+        Ok(outgoing)
+    }
+
+    /// How far it is.
+    ///
+    /// # Errors
+    /// If it has failed.
+    pub(crate) fn progress(&self) -> Result<DiskProgress, MoveError> {
+        let jobs: Vec<Job> = self.vm.qmp()?.query("query-block-jobs")?;
+        let Some(job) = jobs.into_iter().find(|job| job.device == COPY_JOB) else {
+            let end = self.vm.copy_end_within(PATIENCE);
+            return Err(failed(end.and_then(Result::err)));
+        };
+        Ok(DiskProgress {
+            copied_bytes: job.offset,
+            left_bytes: job.len.saturating_sub(job.offset),
+            is_copied: job.ready,
+        })
+    }
+
+    /// Ends the copy of a stopped guest's disk: the target has all of it then.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub(crate) fn finish(&self) -> Result<(), MoveError> {
+        let qmp = self.vm.qmp()?;
+        // Of a disk that was copied once, this copies the rest.
+        qmp.execute("block-job-cancel", json!({ "device": COPY_JOB }))?;
+        match self.vm.copy_end_within(END_PATIENCE) {
+            Some(Ok(())) => Ok(qmp.execute("blockdev-del", json!({ "node-name": COPY }))?),
+            Some(Err(reason)) => Err(failed(Some(reason))),
+            None => Err("QEMU does not end the copy of the machine's disk".into()),
+        }
+    }
+}
+
+fn failed(reason: Option<String>) -> MoveError {
+    let reason = reason.unwrap_or_else(|| "it ended too early".into());
+    format!("its disk cannot be copied to the target: {reason}").into()
+}
+
+/// Accepts QEMU, and connects it with the target.
+fn relays(listener: &UnixListener, requests: Link, answers: Link) -> Result<[Relay; 2], MoveError> {
+    let mut wait = [PollFd::new(listener, PollFlags::IN)];
+    let patience = Timespec {
+        tv_sec: PATIENCE.as_secs() as i64,
+        tv_nsec: 0,
+    };
+    if poll(&mut wait, Some(&patience)).map_err(io::Error::from)? == 0 {
+        return Err("QEMU does not begin to copy the machine's disk".into());
+    }
+    let (socket, _) = listener.accept()?;
+    Ok([
+        Relay::start(Way::ToLink, &socket, requests)?,
+        Relay::start(Way::FromLink, &socket, answers)?,
+    ])
+}
+
+/// Ends what is left of a copy, if there was one: the guest's disk is the source's again.
+///
+/// # Errors
+/// If QEMU does not end it; it may yet.
+pub(crate) fn cancel(vm: &Vm) -> Result<(), QmpError> {
+    let qmp = vm.qmp()?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let jobs: Vec<Job> = qmp.query("query-block-jobs")?;
+        if !jobs.iter().any(|job| job.device == COPY_JOB) {
+            break;
+        }
+        // It may have ended meanwhile.
+        let _ = qmp.execute(
+            "block-job-cancel",
+            json!({ "device": COPY_JOB, "force": true }),
+        );
+        if Instant::now() > deadline {
+            return Err(QmpError::Silent {
+                command: "block-job-cancel".into(),
+                patience: PATIENCE,
+            });
+        }
+        std::thread::sleep(POLL);
+    }
+    let nodes: Vec<Value> = qmp.query("query-named-block-nodes")?;
+    match nodes.iter().any(|node| node["node-name"] == COPY) {
+        true => qmp.execute("blockdev-del", json!({ "node-name": COPY })),
+        false => Ok(()),
+    }
+}
+
+/// The copy of a disk, at its target.
+pub(crate) struct IncomingDisk {
+    vm: Arc<Vm>,
+    relays: JoinHandle<Result<[Relay; 2], MoveError>>,
+}
+
+impl IncomingDisk {
+    /// Lets the source write the disk of a QEMU that was started for this, once it connects.
+    ///
+    /// # Errors
+    /// If QEMU refuses.
+    pub(crate) fn begin(vm: &Arc<Vm>, accepted: Accepted) -> Result<Self, MoveError> {
+        let qmp = vm.qmp()?;
+        let path = vm.folder().join(SOCKET);
+        let address = json!({ "type": "unix", "data": { "path": SOCKET } });
+        qmp.execute(
+            "nbd-server-start",
+            json!({ "addr": address, "max-connections": 1 }),
+        )?;
+        qmp.execute(
+            "block-export-add",
+            json!({ "type": "nbd", "id": ROOT, "node-name": ROOT, "name": ROOT, "writable": true }),
+        )?;
+        let socket = UnixStream::connect(&path)?;
+        let _ = fs::remove_file(&path);
+        let thread = std::thread::Builder::new().name("disk".into());
+        Ok(IncomingDisk {
+            vm: vm.clone(),
+            relays: thread.spawn(move || accepted_relays(&accepted, &socket))?,
+        })
+    }
+
+    /// The source has written all: nobody but the guest writes the disk from now on.
+    ///
+    /// # Errors
+    /// If the source never wrote it, or QEMU does not end that.
+    pub(crate) fn finish(self) -> Result<(), MoveError> {
+        join(self.relays)?;
+        Ok(self.vm.qmp()?.execute("nbd-server-stop", json!({}))?)
+    }
+}
+
+/// Accepts the source's connections, and connects them with QEMU.
+fn accepted_relays(accepted: &Accepted, socket: &UnixStream) -> Result<[Relay; 2], MoveError> {
+    let (mut requests, mut answers) = (None, None);
+    loop {
+        match accepted.another_link()? {
+            (link, Purpose::DiskRequests) => requests = Some(link),
+            (link, Purpose::DiskAnswers) => answers = Some(link),
+            (_, other) => return Err(format!("{other:?} out of turn").into()),
+        }
+        (requests, answers) = match (requests, answers) {
+            (Some(requests), Some(answers)) => {
+                return Ok([
+                    Relay::start(Way::FromLink, socket, requests)?,
+                    Relay::start(Way::ToLink, socket, answers)?,
+                ]);
+            }
+            one => one,
+        };
+    }
+}
+
+fn join<T>(thread: JoinHandle<T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
