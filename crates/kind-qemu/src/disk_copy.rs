@@ -37,8 +37,10 @@ use std::time::{Duration, Instant};
 const SOCKET: &str = "disk";
 /// QEMU's name for the target's disk, at the source.
 const COPY: &str = "root-copy";
-/// How long QEMU may take to end a copy of which nothing is left: it waits for the target's disk.
-const END_PATIENCE: Duration = Duration::from_secs(20);
+/// QEMU's name for what passes the guest's writes on while the disk is copied.
+pub(crate) const FILTER: &str = "root-mirror";
+/// How long QEMU may take to copy the rest of a stopped guest's disk, until the target's disk has it.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How often QEMU is asked whether a job is gone.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -51,6 +53,60 @@ struct Job {
     ready: bool,
 }
 
+/// The connections for a disk.
+pub(crate) struct DiskLinks {
+    requests: Link,
+    answers: Link,
+}
+
+impl DiskLinks {
+    /// Connects to the target.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub(crate) fn connect(target: &TargetEndpoint) -> Result<Self, MoveError> {
+        Ok(DiskLinks {
+            requests: target.connect(Purpose::DiskRequests)?,
+            answers: target.connect(Purpose::DiskAnswers)?,
+        })
+    }
+
+    /// Waits for the source.
+    fn accept(accepted: &Accepted) -> Result<Self, MoveError> {
+        let (mut requests, mut answers) = (None, None);
+        loop {
+            match accepted.another_link()? {
+                (link, Purpose::DiskRequests) => requests = Some(link),
+                (link, Purpose::DiskAnswers) => answers = Some(link),
+                (_, other) => return Err(format!("{other:?} out of turn").into()),
+            }
+            (requests, answers) = match (requests, answers) {
+                (Some(requests), Some(answers)) => return Ok(DiskLinks { requests, answers }),
+                one => one,
+            };
+        }
+    }
+}
+
+/// The connections for a disk, once the source has connected.
+pub(crate) struct IncomingLinks(JoinHandle<Result<DiskLinks, MoveError>>);
+
+impl IncomingLinks {
+    /// Begins to wait for them: the source connects before this side's QEMU is ready.
+    ///
+    /// # Errors
+    /// If no thread can be started.
+    pub(crate) fn begin(accepted: Accepted) -> io::Result<Self> {
+        let thread = std::thread::Builder::new().name("disk".into());
+        let accepts = move || DiskLinks::accept(&accepted);
+        thread.spawn(accepts).map(IncomingLinks)
+    }
+
+    fn wait(self) -> Result<DiskLinks, MoveError> {
+        join(self.0)
+    }
+}
+
 /// The copy of a disk, at its source.
 pub(crate) struct OutgoingDisk {
     vm: Arc<Vm>,
@@ -58,7 +114,7 @@ pub(crate) struct OutgoingDisk {
 }
 
 /// How far a copy is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct DiskProgress {
     pub(crate) copied_bytes: u64,
     pub(crate) left_bytes: u64,
@@ -67,19 +123,19 @@ pub(crate) struct DiskProgress {
 }
 
 impl OutgoingDisk {
-    /// Begins to copy the disk to the target, while the guest runs.
+    /// Begins to copy the disk to the target, while the guest runs. After an error it may be left in
+    /// part, for [`cancel`].
     ///
     /// # Errors
     /// If one of the QEMUs refuses, or the target does not answer.
-    pub(crate) fn begin(vm: &Arc<Vm>, target: &TargetEndpoint) -> Result<Self, MoveError> {
-        let requests = target.connect(Purpose::DiskRequests)?;
-        let answers = target.connect(Purpose::DiskAnswers)?;
+    pub(crate) fn begin(vm: &Arc<Vm>, links: DiskLinks) -> Result<Self, MoveError> {
+        // What an earlier move has left.
+        cancel(vm)?;
         let path = vm.folder().join(SOCKET);
-        // Of an earlier move.
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
         let thread = std::thread::Builder::new().name("disk".into());
-        let relays = thread.spawn(move || relays(&listener, requests, answers))?;
+        let relays = thread.spawn(move || relays(&listener, links))?;
         vm.forget_copy();
         let opened = vm.qmp()?.execute(
             "blockdev-add",
@@ -106,6 +162,7 @@ impl OutgoingDisk {
                 "target": COPY,
                 // The image below is there.
                 "sync": "top",
+                "filter-node-name": FILTER,
                 "copy-mode": "background",
             }),
         )?;
@@ -136,7 +193,11 @@ impl OutgoingDisk {
     pub(crate) fn finish(&self) -> Result<(), MoveError> {
         let qmp = self.vm.qmp()?;
         // Of a disk that was copied once, this copies the rest.
-        qmp.execute("block-job-cancel", json!({ "device": COPY_JOB }))?;
+        match qmp.execute("block-job-cancel", json!({ "device": COPY_JOB })) {
+            // It has ended already.
+            Err(QmpError::Refused { .. }) => {}
+            told => told?,
+        }
         match self.vm.copy_end_within(END_PATIENCE) {
             Some(Ok(())) => Ok(qmp.execute("blockdev-del", json!({ "node-name": COPY }))?),
             Some(Err(reason)) => Err(failed(Some(reason))),
@@ -151,7 +212,7 @@ fn failed(reason: Option<String>) -> MoveError {
 }
 
 /// Accepts QEMU, and connects it with the target.
-fn relays(listener: &UnixListener, requests: Link, answers: Link) -> Result<[Relay; 2], MoveError> {
+fn relays(listener: &UnixListener, links: DiskLinks) -> Result<[Relay; 2], MoveError> {
     let mut wait = [PollFd::new(listener, PollFlags::IN)];
     let patience = Timespec {
         tv_sec: PATIENCE.as_secs() as i64,
@@ -162,8 +223,8 @@ fn relays(listener: &UnixListener, requests: Link, answers: Link) -> Result<[Rel
     }
     let (socket, _) = listener.accept()?;
     Ok([
-        Relay::start(Way::ToLink, &socket, requests)?,
-        Relay::start(Way::FromLink, &socket, answers)?,
+        Relay::start(Way::ToLink, &socket, links.requests)?,
+        Relay::start(Way::FromLink, &socket, links.answers)?,
     ])
 }
 
@@ -206,13 +267,12 @@ pub(crate) struct IncomingDisk {
 }
 
 impl IncomingDisk {
-    /// Lets the source write the disk of a QEMU that was started for this, once it connects.
+    /// Lets the source write the disk of a QEMU that was started for this, once it has connected.
     ///
     /// # Errors
     /// If QEMU refuses.
-    pub(crate) fn begin(vm: &Arc<Vm>, accepted: Accepted) -> Result<Self, MoveError> {
+    pub(crate) fn begin(vm: &Arc<Vm>, links: IncomingLinks) -> Result<Self, MoveError> {
         let qmp = vm.qmp()?;
-        let path = vm.folder().join(SOCKET);
         let address = json!({ "type": "unix", "data": { "path": SOCKET } });
         qmp.execute(
             "nbd-server-start",
@@ -222,12 +282,21 @@ impl IncomingDisk {
             "block-export-add",
             json!({ "type": "nbd", "id": ROOT, "node-name": ROOT, "name": ROOT, "writable": true }),
         )?;
-        let socket = UnixStream::connect(&path)?;
-        let _ = fs::remove_file(&path);
+        let path = vm.folder().join(SOCKET);
         let thread = std::thread::Builder::new().name("disk".into());
+        let relays = thread.spawn(move || {
+            let links = links.wait()?;
+            // QEMU closes a connection over which nothing comes for some seconds.
+            let socket = UnixStream::connect(&path)?;
+            let _ = fs::remove_file(&path);
+            Ok([
+                Relay::start(Way::FromLink, &socket, links.requests)?,
+                Relay::start(Way::ToLink, &socket, links.answers)?,
+            ])
+        })?;
         Ok(IncomingDisk {
             vm: vm.clone(),
-            relays: thread.spawn(move || accepted_relays(&accepted, &socket))?,
+            relays,
         })
     }
 
@@ -238,27 +307,6 @@ impl IncomingDisk {
     pub(crate) fn finish(self) -> Result<(), MoveError> {
         join(self.relays)?;
         Ok(self.vm.qmp()?.execute("nbd-server-stop", json!({}))?)
-    }
-}
-
-/// Accepts the source's connections, and connects them with QEMU.
-fn accepted_relays(accepted: &Accepted, socket: &UnixStream) -> Result<[Relay; 2], MoveError> {
-    let (mut requests, mut answers) = (None, None);
-    loop {
-        match accepted.another_link()? {
-            (link, Purpose::DiskRequests) => requests = Some(link),
-            (link, Purpose::DiskAnswers) => answers = Some(link),
-            (_, other) => return Err(format!("{other:?} out of turn").into()),
-        }
-        (requests, answers) = match (requests, answers) {
-            (Some(requests), Some(answers)) => {
-                return Ok([
-                    Relay::start(Way::FromLink, socket, requests)?,
-                    Relay::start(Way::ToLink, socket, answers)?,
-                ]);
-            }
-            one => one,
-        };
     }
 }
 

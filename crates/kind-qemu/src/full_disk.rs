@@ -6,6 +6,7 @@
 //! the guest's own to handle.
 
 use crate::arguments::DISK;
+use crate::disk_copy::FILTER;
 use crate::root_disk::ROOT;
 use crate::spec::Disk;
 use crate::vm::Vm;
@@ -62,7 +63,8 @@ fn wait_for_room(vm: &Vm) -> bool {
 
 /// Why a guest stands still, for its user. `name` is QEMU's for the disk.
 fn sentence(disks: &[Disk], name: &str) -> String {
-    if name == ROOT {
+    // While it moves, what passes its writes on.
+    if name == ROOT || name == FILTER {
         return "there is no room left where its own disk is, on this node".to_owned();
     }
     let number = name.strip_prefix(DISK).and_then(|it| it.parse().ok());

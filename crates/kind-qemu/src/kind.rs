@@ -3,7 +3,7 @@
 use crate::accelerator::Accelerator;
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
-use crate::root_disk::ImageHeader;
+use crate::root_disk::{self, ImageHeader};
 use crate::spec::QemuSpec;
 use keel_machine::cgroup::lacks_for_cpu_limits;
 use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
@@ -154,6 +154,9 @@ impl Kind for QemuKind {
             rest.is_some_and(|rest| rest.starts_with(signature))
         };
         let (words, _) = beginning.as_chunks::<4>();
+        if root_disk::is_qcow2(beginning) {
+            return ImageHeader::read(beginning).map(drop);
+        }
         let mut initrds = INITRD_SIGNATURES.iter();
         let is_known = has(KERNEL_SIGNATURE)
             || has(CLOUD_INIT_SIGNATURE)

@@ -10,7 +10,7 @@ use imago::file::File;
 use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
 use serde_json::{Value, json};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -54,7 +54,7 @@ impl ImageHeader {
     /// # Errors
     /// Why no system has a disk from it.
     pub fn read(beginning: &[u8]) -> Result<Self, String> {
-        if beginning.starts_with(QCOW2_SIGNATURE) {
+        if is_qcow2(beginning) {
             return qcow2(beginning)
                 .unwrap_or_else(|| Err("that is a part of a qcow2 image".into()));
         }
@@ -69,6 +69,11 @@ impl ImageHeader {
             }
         }
     }
+}
+
+/// Whether QEMU would take a file for a qcow2 image, whatever else it is.
+pub(crate) fn is_qcow2(beginning: &[u8]) -> bool {
+    beginning.starts_with(QCOW2_SIGNATURE)
 }
 
 /// The header of a qcow2 image; `None` if it is cut off.
@@ -105,20 +110,48 @@ fn path(folder: &Path) -> PathBuf {
     folder.join(FILE)
 }
 
-/// Makes the layer of a machine that has a disk of its own, unless it has been made. Blocks.
+/// Makes the layer of a machine that has a disk of its own, unless it has been made; checks its
+/// image, which is in the folder `images`. Blocks.
 ///
 /// # Errors
 /// A message for the user.
-pub(crate) fn prepare(folder: &Path, spec: &QemuSpec) -> Result<(), String> {
+pub(crate) fn prepare(folder: &Path, images: &Path, spec: &QemuSpec) -> Result<(), String> {
     let (Some(disk), path) = (&spec.root, path(folder)) else {
         return Ok(());
     };
+    check_image(&images.join(&disk.image), disk)
+        .map_err(|reason| format!("image {}: {reason}", disk.image))?;
     let made = match path.try_exists() {
         Ok(true) => Ok(()),
         Ok(false) => make(&path, disk),
         Err(error) => Err(error),
     };
     made.map_err(|error| format!("its disk {} cannot be made: {error}", path.display()))
+}
+
+/// QEMU would open what another image names.
+fn check_image(path: &Path, disk: &RootDisk) -> Result<(), String> {
+    let read = |path| {
+        let image = std::fs::File::open(path)?;
+        let mut beginning = Vec::new();
+        let most = SIGNATURE_BYTES as u64;
+        (&image).take(most).read_to_end(&mut beginning)?;
+        Ok((beginning, image.metadata()?.len()))
+    };
+    let (beginning, file_bytes) = read(path).map_err(|error: io::Error| error.to_string())?;
+    let header = ImageHeader::read(&beginning)?;
+    if header.format != disk.format {
+        let (is, said) = (header.format.word(), disk.format.word());
+        return Err(format!("it is {is}, not {said}"));
+    }
+    let bytes = header.disk_bytes.unwrap_or(file_bytes);
+    match bytes <= disk.bytes {
+        true => Ok(()),
+        false => Err(format!(
+            "its disk has {bytes} bytes, more than the {} of the machine's",
+            disk.bytes
+        )),
+    }
 }
 
 /// Under another name first: a layer that has its name is whole.
@@ -223,26 +256,34 @@ mod tests {
     #[test]
     fn a_layer_is_made_once() {
         let folder = tempfile::tempdir().unwrap();
-        let disk = RootDisk {
-            image: "aa".into(),
-            format: DiskFormat::Raw,
-            bytes: 5 << 30,
-        };
-        let spec = QemuSpec {
-            root: Some(disk),
+        let images = folder.path();
+        std::fs::write(images.join("aa"), header(3)).unwrap();
+        let spec = |format, bytes| QemuSpec {
+            root: Some(RootDisk {
+                image: "aa".into(),
+                format,
+                bytes,
+            }),
             ..QemuSpec::default()
         };
+        let refused = |spec: &QemuSpec| prepare(folder.path(), images, spec).unwrap_err();
+        let other = refused(&spec(DiskFormat::Raw, 5 << 30));
+        assert!(other.contains("it is qcow2, not raw"), "{other}");
+        let smaller = refused(&spec(DiskFormat::Qcow2, 2 << 30));
+        assert!(smaller.contains("more than the 2147483648"), "{smaller}");
+        assert!(!path(folder.path()).exists());
+        let spec = spec(DiskFormat::Qcow2, 5 << 30);
         // What a worker left that was killed meanwhile.
         std::fs::write(folder.path().join("root.new"), b"half").unwrap();
-        prepare(folder.path(), &spec).unwrap();
+        prepare(folder.path(), images, &spec).unwrap();
         let made = std::fs::read(path(folder.path())).unwrap();
         let header = ImageHeader::read(&made).unwrap();
         assert_eq!(header.disk_bytes, Some(5 << 30));
         assert!(occupied_bytes(folder.path()) < 1 << 20);
         std::fs::write(path(folder.path()), b"written").unwrap();
-        prepare(folder.path(), &spec).unwrap();
+        prepare(folder.path(), images, &spec).unwrap();
         assert_eq!(std::fs::read(path(folder.path())).unwrap(), b"written");
-        let gone = prepare(&folder.path().join("gone"), &spec).unwrap_err();
+        let gone = prepare(&folder.path().join("gone"), images, &spec).unwrap_err();
         assert!(gone.contains("gone/root.qcow2"), "{gone}");
     }
 }

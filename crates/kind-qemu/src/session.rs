@@ -2,7 +2,7 @@
 //! guest stopped, and the output.
 
 use crate::console::Console;
-use crate::disk_copy::{self, OutgoingDisk};
+use crate::disk_copy::{self, DiskLinks, DiskProgress, OutgoingDisk};
 use crate::migration::Outgoing;
 use crate::migration_status::{Ram, SWITCHOVER};
 use crate::vm::Vm;
@@ -27,9 +27,10 @@ const QUIET_PATIENCE: Duration = Duration::from_millis(200);
 
 /// What may always be left of a disk when the guest is stopped, in bytes.
 const DISK_REST_BYTES: u64 = 1 << 20;
-/// How long nothing more of a disk may be copied; and how long one that was copied once may take
-/// until little enough is left.
+/// How long it may take until less is left of a disk than ever before.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the target's disk may take until it has what was written to it.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(600);
 /// How often output is sent while a disk is copied.
 const OUTPUT_INTERVAL: Duration = Duration::from_secs(1);
 /// Why an attempt ends that its agent has left.
@@ -56,7 +57,7 @@ pub(crate) struct QemuSession {
     link: Option<Link>,
     target: TargetEndpoint,
     has_root_disk: bool,
-    disk: Option<OutgoingDisk>,
+    disk: Option<CopiedDisk>,
     closer: TcpStream,
     outgoing: Option<Outgoing>,
     budget: Duration,
@@ -109,7 +110,6 @@ impl QemuSession {
         identity: &PinnedIdentity,
         copy: &Copy,
     ) -> Result<Self, MoveError> {
-        let attempt = guest.vm.begin_attempt();
         failpoint::pass("source.connect")?;
         let hello = Hello {
             version: HELLO_VERSION,
@@ -122,9 +122,12 @@ impl QemuSession {
         };
         let target = copy.target.target(identity, hello)?;
         let link = target.connect(Purpose::Move)?;
+        let closer = link.closer()?;
+        // From here on this attempt undoes what it and earlier ones do.
+        let attempt = guest.vm.begin_attempt();
         Ok(QemuSession {
             output: LogSource::new(guest.log.clone()),
-            closer: link.closer()?,
+            closer,
             guest,
             link: Some(link),
             target,
@@ -156,39 +159,23 @@ impl QemuSession {
         }
     }
 
-    /// Copies the machine's own disk until what is left can be copied within the time that the
-    /// machine may stand still.
-    fn copy_disk(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
+    /// Copies the machine's own disk until what is left can be copied while it stands still.
+    fn copy_disk(
+        &mut self,
+        links: DiskLinks,
+        tell: &mut dyn FnMut(CopyEvent) -> bool,
+    ) -> Result<(), MoveError> {
         let vm = &self.guest.vm;
-        let disk = vm.during(self.attempt, || OutgoingDisk::begin(vm, &self.target))?;
-        self.disk = Some(disk);
-        let begun = Instant::now();
-        let (mut said, mut since) = (begun, begun);
-        let (mut copied_bytes, mut is_copied) = (0, false);
-        while let Some(disk) = &self.disk {
-            let progress = disk.progress()?;
-            let bytes_per_s = progress.copied_bytes as f64 / begun.elapsed().as_secs_f64();
-            if progress.is_copied {
-                let rest_max = (bytes_per_s * self.budget.as_secs_f64()) as u64;
-                if progress.left_bytes <= rest_max.max(DISK_REST_BYTES) {
-                    break;
-                }
-            }
-            let goes_on = !is_copied && progress.copied_bytes > copied_bytes;
-            if goes_on || progress.is_copied && !is_copied {
-                since = Instant::now();
-            }
-            (copied_bytes, is_copied) = (progress.copied_bytes, progress.is_copied);
-            if since.elapsed() > DISK_PATIENCE {
-                return Err(match is_copied {
-                    true => "its system writes its disk faster than it is copied",
-                    false => "its disk is not copied any further",
-                }
-                .into());
-            }
+        let disk = vm.during(self.attempt, || OutgoingDisk::begin(vm, links))?;
+        self.disk = Some(CopiedDisk::new(disk, self.budget));
+        let mut said = Instant::now();
+        while let Some(disk) = &mut self.disk
+            && !disk.fits()?
+        {
+            let (copied, bytes_per_s) = (disk.progress, disk.bytes_per_s());
             let told = tell(CopyEvent::Progress(Progress {
-                sent_bytes: progress.copied_bytes,
-                remaining_bytes: progress.left_bytes,
+                sent_bytes: copied.copied_bytes,
+                remaining_bytes: copied.left_bytes,
                 bytes_per_s: bytes_per_s as u64,
                 ..Progress::of(Phase::Copy)
             }));
@@ -203,6 +190,26 @@ impl QemuSession {
             std::thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    /// Copies output, disk and memory.
+    fn copy_all(
+        &mut self,
+        tell: &mut dyn FnMut(CopyEvent) -> bool,
+    ) -> Result<Vec<Round>, MoveError> {
+        failpoint::pass("source.hello")?;
+        let links = match self.has_root_disk {
+            true => Some(DiskLinks::connect(&self.target)?),
+            false => None,
+        };
+        self.send_output()?;
+        if let Some(links) = links {
+            self.copy_disk(links, tell)?;
+            self.send_output()?;
+        }
+        let rounds = self.copy_rounds(tell)?;
+        failpoint::pass("source.converged")?;
+        Ok(rounds)
     }
 
     /// Copies until little is left.
@@ -223,12 +230,12 @@ impl QemuSession {
                 // QEMU has stopped the guest itself.
                 return Ok(rounds.done);
             }
+            let disk_fits = self.disk.as_mut().map_or(Ok(true), CopiedDisk::fits)?;
             if !rounds.take(info.ram) {
                 continue;
             }
-            if convergence::next(&rounds.done, info.ram.remaining, self.budget)
-                == CopyDecision::Freeze
-            {
+            let memory = convergence::next(&rounds.done, info.ram.remaining, self.budget);
+            if memory == CopyDecision::Freeze && disk_fits {
                 return Ok(rounds.done);
             }
             let told = tell(CopyEvent::Progress(Progress {
@@ -241,6 +248,64 @@ impl QemuSession {
             if !told {
                 return Err(NOBODY_WAITS.into());
             }
+        }
+    }
+}
+
+/// A disk that is copied while the machine runs, and whether that has a purpose.
+struct CopiedDisk {
+    disk: OutgoingDisk,
+    budget: Duration,
+    begun: Instant,
+    progress: DiskProgress,
+    /// When less was left than ever before, how much, and how much was copied.
+    best: (Instant, u64, u64),
+}
+
+impl CopiedDisk {
+    fn new(disk: OutgoingDisk, budget: Duration) -> Self {
+        let begun = Instant::now();
+        CopiedDisk {
+            disk,
+            budget,
+            begun,
+            progress: DiskProgress::default(),
+            best: (begun, u64::MAX, 0),
+        }
+    }
+
+    fn bytes_per_s(&self) -> f64 {
+        self.progress.copied_bytes as f64 / self.begun.elapsed().as_secs_f64()
+    }
+
+    /// Whether what is left can be copied while the machine stands still.
+    ///
+    /// # Errors
+    /// If the copy has failed, or does not come to an end.
+    fn fits(&mut self) -> Result<bool, MoveError> {
+        let before = std::mem::replace(&mut self.progress, self.disk.progress()?);
+        let now = self.progress;
+        let rest_max = (self.bytes_per_s() * self.budget.as_secs_f64()) as u64;
+        if now.is_copied && now.left_bytes <= rest_max.max(DISK_REST_BYTES) {
+            self.best = (Instant::now(), u64::MAX, now.copied_bytes);
+            return Ok(true);
+        }
+        let (since, least_bytes, copied_bytes) = self.best;
+        if now.left_bytes < least_bytes || now.is_copied && !before.is_copied {
+            self.best = (Instant::now(), now.left_bytes, now.copied_bytes);
+            return Ok(false);
+        }
+        // The target's disk has to take what is on its way, before all was copied once.
+        let patience = match now.left_bytes == 0 && !now.is_copied {
+            true => FLUSH_PATIENCE,
+            false => DISK_PATIENCE,
+        };
+        match since.elapsed() > patience {
+            false => Ok(false),
+            true if now.copied_bytes > copied_bytes => {
+                Err("its system writes its disk faster than it is copied".into())
+            }
+            true => Err("its disk is not copied any further".into()),
         }
     }
 }
@@ -282,17 +347,7 @@ impl SourceSession for QemuSession {
     }
 
     fn copy(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), MoveError> {
-        failpoint::pass("source.hello")?;
-        self.send_output()?;
-        if self.has_root_disk {
-            self.copy_disk(tell)?;
-        }
-        let copied = self.copy_rounds(tell).and_then(|rounds| {
-            failpoint::pass("source.converged")
-                .map(|()| rounds)
-                .map_err(Into::into)
-        });
-        match copied {
+        match self.copy_all(tell) {
             Ok(rounds) => {
                 tell(CopyEvent::Converged {
                     rounds,
@@ -340,7 +395,9 @@ impl SourceSession for QemuSession {
         }
         use_frozen_timeout(&self.closer)?;
         let sent = Instant::now();
-        if let Err(error) = outgoing.switch_over(&self.guest.console, self.disk.as_ref()) {
+        if let Err(error) =
+            outgoing.switch_over(&self.guest.console, self.disk.as_ref().map(|it| &it.disk))
+        {
             self.outgoing = Some(outgoing);
             return Err(error);
         }

@@ -3,7 +3,7 @@
 use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
-use crate::disk_copy::IncomingDisk;
+use crate::disk_copy::{IncomingDisk, IncomingLinks};
 use crate::full_disk;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::migration::Incoming;
@@ -126,7 +126,7 @@ impl QemuWorker {
             accelerator: Accelerator::of_host(&self.folders.cache),
             is_incoming,
         };
-        root_disk::prepare(self.process.folder(), &own)?;
+        root_disk::prepare(self.process.folder(), &self.folders.images, &own)?;
         let Launch { vm, console } = Vm::launch(self.process.folder(), &machine)?;
         if spec.cpu_limit_millis.is_some() {
             self.limit_cpu(&vm, spec)
@@ -243,13 +243,17 @@ impl QemuWorker {
         let log_base = accepted.hello.log_base;
         let log = Arc::new(Log::open(self.process.folder(), log_base)?);
         let mut output = LogTarget::new(log.clone());
+        let links = match QemuSpec::of(&request.spec)?.root {
+            Some(_) => Some(IncomingLinks::begin(accepted)?),
+            None => None,
+        };
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
         // Dropped from here on, if the move fails.
         self.inner().guest = Some(guest.clone());
         self.watch(&guest, &request.spec)?;
         let mut incoming = Some(Incoming::begin(&guest.vm)?);
-        let mut disk = match QemuSpec::of(&request.spec)?.root {
-            Some(_) => Some(IncomingDisk::begin(&guest.vm, accepted)?),
+        let mut disk = match links {
+            Some(links) => Some(IncomingDisk::begin(&guest.vm, links)?),
             None => None,
         };
         loop {

@@ -45,7 +45,7 @@ pub(crate) struct Args {
     /// Only shows the changes.
     #[arg(long)]
     diff: bool,
-    /// Stops and restarts machines where a change needs that: their memory and their own volumes
+    /// Stops and restarts machines where a change needs that: their memory, own volumes and own disks
     /// are lost.
     #[arg(long)]
     replace: bool,
@@ -183,7 +183,7 @@ fn refuse_replacing(plans: &[Plan]) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "these changes need a restart of machines, which loses their memory and own volumes (--replace allows it); nothing was changed:\n{}",
+        "these changes need a restart of machines, which loses their memory, own volumes and own disks (--replace allows it); nothing was changed:\n{}",
         lines.join("\n")
     )
 }

@@ -86,9 +86,14 @@ async fn the_own_disk_of_a_system_moves_along() -> Result<()> {
     says(&system, &format!("found 0 lines in {SECTORS} sectors")).await?;
     reads_on(&system).await?;
     let cluster = &system.cluster;
-    // Moves that fail when the disks are alike, and when the target has everything.
-    for name in ["source.converged", "source.image", "source.prepared"] {
-        cluster.failpoint("a", name, Some("error")).await?;
+    // Moves that fail once the disk is copied, before and after the system stands still.
+    for (name, order) in [
+        ("source.round", "error@2"),
+        ("source.converged", "error"),
+        ("source.image", "error"),
+        ("source.prepared", "error"),
+    ] {
+        cluster.failpoint("a", name, Some(order)).await?;
         let report = cluster.move_machine("a", NAME, "b").await?;
         assert!(
             matches!(report.ending, Ending::Stayed { .. }),
@@ -114,7 +119,10 @@ async fn the_own_disk_of_a_system_stays_when_its_process_is_lost() -> Result<()>
     reads_on(&system).await?;
     system.cluster.kill_worker("a", NAME)?;
     // What it had read before was on the disk.
-    let before = read(&system).await?.last().copied().context("a number")?;
+    let before = wait_for("its output", || async {
+        read(&system).await.ok()?.last().copied()
+    });
+    let before = before.await?;
     let found = wait_for("another boot", || async {
         let output = system.output().await?;
         let last = output.rsplit_once("found ")?.1;
