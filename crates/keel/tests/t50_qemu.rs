@@ -489,7 +489,8 @@ async fn what_a_system_cannot_be_is_refused_by_name() -> Result<()> {
     let text = bytes::Bytes::from_static(b"#!/bin/sh");
     let uploaded = client.upload(&QemuKind::kind_name(), text).await;
     let said = uploaded.expect_err("a refusal").to_string();
-    assert!(said.contains("neither a kernel"), "{said}");
+    assert!(said.contains("that is no disk"), "{said}");
+    assert!(said.contains("nor a kernel"), "{said}");
 
     systems.run("s", "a", &spec).await?;
     let request = CheckpointRequest::default();

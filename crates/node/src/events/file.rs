@@ -101,6 +101,17 @@ fn whole(mut file: &File) -> Result<u64> {
     })
 }
 
+/// Reads lines up to the end of a file. One without its own end is being written, or incomplete:
+/// nothing is read behind it, or it alone would be missing once the rest has been written.
+fn whole_lines(mut lines: impl BufRead, mut take: impl FnMut(&[u8])) -> Result<()> {
+    let mut line = Vec::new();
+    while lines.read_until(b'\n', &mut line)? > 0 && line.ends_with(b"\n") {
+        take(&line);
+        line.clear();
+    }
+    Ok(())
+}
+
 /// The newest stored events that match.
 pub(crate) struct Newest<F> {
     /// Oldest first.
@@ -137,19 +148,14 @@ impl<F: Fn(&Event) -> bool> Newest<F> {
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            let mut lines = BufReader::new(file);
-            let mut line = Vec::new();
-            while lines.read_until(b'\n', &mut line)? > 0 {
-                // A line without its end is being written, or incomplete.
-                if line.ends_with(b"\n")
-                    && let Ok(event) = serde_json::from_slice::<Event>(&line)
+            whole_lines(BufReader::new(file), |line| {
+                if let Ok(event) = serde_json::from_slice::<Event>(line)
                     && event.id > last
                 {
                     last = event.id;
                     self.take(event);
                 }
-                line.clear();
-            }
+            })?;
         }
         Ok(())
     }
@@ -193,6 +199,25 @@ mod tests {
             .iter()
             .map(|event| event.fields["number"].parse().unwrap())
             .collect()
+    }
+
+    /// A file to which more is written each time its end is reached.
+    struct Growing<'a>(VecDeque<&'a [u8]>);
+
+    impl std::io::Read for Growing<'_> {
+        fn read(&mut self, bytes: &mut [u8]) -> Result<usize> {
+            let piece = self.0.pop_front().unwrap_or_default();
+            bytes[..piece.len()].copy_from_slice(piece);
+            Ok(piece.len())
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_being_written_is_not_skipped_for_later_ones() {
+        let file = Growing([&b"a\nbb\nc"[..], b"", b"cc\nd\n"].into());
+        let mut found = Vec::new();
+        whole_lines(BufReader::new(file), |line| found.push(line.to_vec())).unwrap();
+        assert_eq!(found, [&b"a\n"[..], b"bb\n"]);
     }
 
     #[test]
