@@ -20,8 +20,7 @@ use tokio::time::timeout;
 
 /// Leaves the console (Ctrl-]), as in `telnet` and `virsh console`.
 const ESCAPE: u8 = 0x1d;
-/// How long an answer to what was typed may take once its user leaves, or the machine's output has
-/// ended.
+/// How long an answer to what was typed may take once its user leaves or the output has ended.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes that are read at once.
 const PIECE_BYTES: usize = 4096;
@@ -95,8 +94,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The signals that end a program at a terminal. They are awaited so that the terminal is as before
-/// then.
+/// The signals that end a program at a terminal, awaited so that the terminal is as before.
 struct Signals([(SignalKind, Signal); 4]);
 
 impl Signals {

@@ -75,8 +75,7 @@ impl ImageFile {
     }
 
     /// # Errors
-    /// If machines of this kind do not start from it, it has changed since, or the node does not
-    /// answer.
+    /// If machines of this kind do not start from it, it has changed since, or no node answers.
     pub(crate) async fn upload(&self, client: &Client, kind: &KindName) -> Result<()> {
         let uploaded = match &self.content {
             Content::Bytes(bytes) => client.upload(kind, bytes.clone()).await,

@@ -14,8 +14,7 @@
 //! and devices go another way ([`crate::migration`]).
 //!
 //! QEMU's other way, in which each write of the guest goes to both disks (`write-blocking`), would
-//! make the guest's disk as slow as the way to the target, and stop it with a target that does not
-//! answer.
+//! make the guest's disk as slow as the way to the target, and as fragile as that.
 
 use crate::process::COPY_JOB;
 use crate::qmp::{PATIENCE, QmpError};

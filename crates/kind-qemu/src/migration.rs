@@ -276,14 +276,13 @@ mod tests {
     use super::*;
     use crate::accelerator::Accelerator;
     use crate::arguments::Machine;
+    use crate::relay::tests::links;
     use crate::spec::{Kernel, QemuSpec};
     use crate::vm::Launch;
     use keel_machine::link::Message;
     use keel_machine::log::Log;
-    use keel_net::{ClientTls, PinnedIdentity, ServerTls};
     use keel_testkit::bare_system::qemu_is_installed;
     use keel_testkit::linux_system::LinuxSystem;
-    use std::net::TcpListener;
     use std::path::Path;
     use std::time::Instant;
 
@@ -329,20 +328,6 @@ mod tests {
             assert!(system.vm.end_within(Duration::from_millis(10)).is_none());
             assert!(Instant::now() < deadline, "it prints nothing more");
         }
-    }
-
-    fn links() -> (Link, Link) {
-        let [ours, theirs] = [(); 2].map(|()| PinnedIdentity::generate().unwrap());
-        let server = ServerTls::pinned(&theirs, ours.fingerprint).unwrap();
-        let client = ClientTls::pinned(&ours, theirs.fingerprint).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let accepting = std::thread::spawn(move || {
-            let (socket, _) = listener.accept().unwrap();
-            Link::accept(socket, &server).unwrap()
-        });
-        let source = Link::connect(&address, &client).unwrap();
-        (source, accepting.join().unwrap())
     }
 
     fn receive_all(vm: &Arc<Vm>, mut link: Link) {

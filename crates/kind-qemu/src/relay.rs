@@ -55,8 +55,7 @@ pub(crate) enum Way {
     FromLink,
 }
 
-/// A thread that passes bytes on until one end closes, and closes the other one then. Dropped, it
-/// ends.
+/// A thread that passes bytes on, and their end, until that comes or the relay is dropped.
 pub(crate) struct Relay {
     socket: UnixStream,
     link: TcpStream,
@@ -106,12 +105,13 @@ impl Drop for Relay {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use keel_net::{ClientTls, PinnedIdentity, ServerTls};
     use std::net::TcpListener;
 
-    fn links() -> (Link, Link) {
+    /// Both ends of a connection between workers, the source's first.
+    pub(crate) fn links() -> (Link, Link) {
         let [source, target] = [(); 2].map(|()| PinnedIdentity::generate().unwrap());
         let server = ServerTls::pinned(&target, source.fingerprint).unwrap();
         let client = ClientTls::pinned(&source, target.fingerprint).unwrap();

@@ -53,8 +53,7 @@ pub mod kind {
     /// `i64` → `Option<`[`super::ExecutionEnd`]`>`: how such a process ended, if it has.
     pub const EXECUTED: u16 = 0x0419;
     /// `(`[`keel_cluster::Epoch`]`, `[`super::ConsoleInput`]`)` → `Option<u64>`: types it into the
-    /// machine's console under this epoch; the bytes of its session that were typed, if that is known
-    /// here.
+    /// machine's console under this epoch; how much of its session was typed, if known here.
     pub const TYPE_IN: u16 = 0x041A;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;
