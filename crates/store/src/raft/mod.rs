@@ -276,8 +276,9 @@ impl RaftStore {
         matches!(*self.tasks.leader.serving.borrow(), Serving::Yes { .. })
     }
 
-    /// Why this voter stopped, if it did: its disk could not be written. It is dropped and opened
-    /// again to go on.
+    /// Why this voter stopped, if it did: its disk could not be written; or it led, and a voter that
+    /// needs a snapshot from it has just voted for another one (a fault of `openraft` 0.9.25). It is
+    /// dropped and opened again to go on.
     pub fn stopped(&self) -> Option<String> {
         match &*self.tasks.leader.serving.borrow() {
             Serving::Stopped(reason) => Some(reason.clone()),

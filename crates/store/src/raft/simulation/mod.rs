@@ -11,7 +11,8 @@
 //! 3. Watches see each change once, in order, also across voters.
 //! 4. At most one voter serves in a term.
 //! 5. A machine that is taken over from a node whose lease ended does not run there any more.
-//! 6. No process ends by an error unless its disk was full.
+//! 6. No voter stops by itself unless its disk was full, or it led and another voter was about to
+//!    take over (`scenario::DEPOSED`).
 //! 7. When the faults stop, the store answers within [`SETTLE`].
 //!
 //! `KEEL_SIM_SEEDS=N` sets the number of seeds, `KEEL_SIM_FIRST=N` the first one,
