@@ -268,6 +268,20 @@ impl Client {
         self.call(Method::POST, path, json(body)?).await
     }
 
+    /// `PUT` of JSON.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn put<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
+        let content = Some("application/json");
+        let body = Full::new(json(body)?);
+        decoded(self.send_as(Method::PUT, path, content, body).await?).await
+    }
+
     /// `POST` of JSON with a streamed answer.
     ///
     /// # Errors

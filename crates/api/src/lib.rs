@@ -16,7 +16,12 @@
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |
 //! | `PUT /v1/images?kind=KIND` (a file that machines start from) | [`Uploaded`] |
+//! | `GET /v1/image-files/HASH?kind=KIND` | [`ImageFileInfo`]; 404 if it has to be uploaded |
+//! | `GET /v1/images`, `GET /v1/images/NAME` | (list of) [`ImageInfo`] |
+//! | `PUT /v1/images/NAME` [`ImageRequest`] | [`ImageInfo`] |
+//! | `DELETE /v1/images/NAME` | `{}` |
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
+//! | `POST /v1/machines/NAME/start` (one that has ended) | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
 //! | `POST /v1/machines/NAME/execute` [`ExecuteRequest`] | lines of [`ExecuteLine`] |
 //! | `POST /v1/machines/NAME/input` (what is typed into its console) | `{}` |
@@ -57,6 +62,7 @@
 //!
 //! - `cluster`: the cluster and its nodes
 //! - `machine`: machines, and what is requested of one
+//! - `image`: images of disks that have a name
 //! - `execute`: commands in machines
 //! - `moves`: moves of machines, and their predictions
 //! - `parts`: the parts, threads and objects of a spanning machine
@@ -82,6 +88,7 @@ mod cluster;
 mod event;
 mod execute;
 mod history;
+mod image;
 mod machine;
 mod moves;
 mod parts;
@@ -106,6 +113,7 @@ pub use cluster::{
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use execute::{ExecuteEnd, ExecuteLine, ExecuteRequest};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
+pub use image::{ImageCopy, ImageFileInfo, ImageInfo, ImageRequest};
 pub use machine::{
     CheckpointChange, FieldChange, HighAvailabilityChange, LogOffset, MachineDiff, MachineInfo,
     RunRequest, SetRequest, StartPhaseInfo, Uploaded,

@@ -8,8 +8,8 @@ const GROUPS: &[(&str, &[&str])] = &[
     (
         "Machines",
         &[
-            "run", "ps", "logs", "inspect", "describe", "set", "stop", "kill", "rm", "cp", "exec",
-            "console", "apply", "import",
+            "run", "ps", "logs", "inspect", "describe", "set", "start", "stop", "kill", "rm", "cp",
+            "exec", "console", "apply", "import",
         ],
     ),
     (
@@ -25,8 +25,15 @@ const GROUPS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "Checkpoints and volumes",
-        &["checkpoint", "checkpoints", "restore", "clone", "volume"],
+        "Checkpoints, volumes and images",
+        &[
+            "checkpoint",
+            "checkpoints",
+            "restore",
+            "clone",
+            "volume",
+            "image",
+        ],
     ),
     (
         "Cluster",

@@ -203,6 +203,12 @@ enum Command {
     /// Needs no node. The code of the agents runs with simulated nodes, machines and time; a seed
     /// determines all random values.
     Sim(sim::Args),
+    /// Starts machines again that have ended: each begins anew, with its output and its own disk.
+    Start {
+        /// The machines.
+        #[arg(required = true)]
+        machines: Vec<String>,
+    },
     /// Ends a machine.
     Stop {
         /// The machines.
@@ -281,6 +287,9 @@ enum Command {
     },
     /// Creates a machine from a checkpoint.
     Restore(checkpoint::RestoreArgs),
+    /// Names images of disks, which systems begin with (`keel run --image`).
+    #[command(subcommand)]
+    Image(image::ImageCommand),
     /// Creates, lists and removes the cluster's volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
@@ -453,8 +462,9 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
             ExitCode::from(exec::UNKNOWN_EXIT)
         })),
         Command::Set(args) => set::run(&reach, &args).await,
-        Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
-        Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
+        Command::Start { machines } => machines::tell(&reach, &machines, "start").await,
+        Command::Stop { machines } => machines::tell(&reach, &machines, "stop").await,
+        Command::Kill { machines } => machines::tell(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
         Command::Move(args) => machines::move_machine(&reach, &args).await,
         Command::Span(args) => parts::span(&reach, &args).await,
@@ -475,6 +485,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Checkpoint(args) => checkpoint::checkpoint(&reach, &args).await,
         Command::Checkpoints { machine, from } => checkpoint::list(&reach, &machine, from).await,
         Command::Restore(args) => checkpoint::restore(&reach, &args).await,
+        Command::Image(command) => image::run(&reach, command).await,
         Command::Volume(command) => volume::run(&reach, command).await,
         Command::Clone(args) => checkpoint::clone(&reach, &args).await,
         Command::Debug(command) => debug(&reach, command).await,

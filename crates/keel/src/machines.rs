@@ -322,7 +322,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
                 args.env.is_empty(),
                 "--env is for programs: a system has no environment"
             );
-            let (own, files) = system.read(args.name.as_deref(), None)?;
+            let (own, files) = system.read(client, args.name.as_deref(), None).await?;
             for file in files {
                 file.upload(client, &QemuKind::kind_name()).await?;
             }
@@ -668,11 +668,12 @@ fn describe(machine: &MachineInfo) -> String {
     lines.join("\n")
 }
 
-pub(crate) async fn end(reach: &Reach, machines: &[String], how: &str) -> Result<ExitCode> {
+/// Tells each machine to start or to end; prints their names.
+pub(crate) async fn tell(reach: &Reach, machines: &[String], what: &str) -> Result<ExitCode> {
     let client = reach.client()?;
     for machine in machines {
         let _: serde_json::Value = client
-            .post(&keel_api::path(["machines", machine, how]), &())
+            .post(&keel_api::path(["machines", machine, what]), &())
             .await?;
         outln!("{machine}");
     }

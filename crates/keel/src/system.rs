@@ -1,8 +1,9 @@
 //! What a machine of kind `qemu` is made of, on a command line and in a machine file.
 
 use crate::cloud_init::CloudInit;
-use crate::image::ImageFile;
+use crate::image::{self, ImageArg, ImageDisk, ImageFile};
 use anyhow::{Context, Result, bail, ensure};
+use keel_api::Client;
 use keel_kind_qemu::{
     Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES, SHUTDOWN_S,
 };
@@ -43,10 +44,10 @@ pub(crate) struct System {
         allow_hyphen_values = true
     )]
     pub(crate) append: Option<String>,
-    /// The image of its own disk, qcow2 or raw: the disk begins as a copy of it, is kept on the
-    /// machine's node, and moves along.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) image: Option<PathBuf>,
+    /// The image of its own disk: the disk begins as a copy of it, is kept on the machine's node,
+    /// and moves along. A name of `keel image ls`, or a file (qcow2 or raw), with a dot or a slash.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) image: Option<ImageArg>,
     /// The size of that disk (default: that of the image).
     #[arg(long, value_name = "SIZE", requires = "image", value_parser = crate::size::parse)]
     pub(crate) disk_size: Option<u64>,
@@ -198,8 +199,31 @@ impl System {
     /// interfaces.
     ///
     /// # Errors
-    /// If a file cannot be read, or is not what it has to be.
-    pub(crate) fn read(
+    /// If a file cannot be read, or is not what it has to be; or there is no image of a name.
+    pub(crate) async fn read(
+        &self,
+        client: &Client,
+        name: Option<&str>,
+        before: Option<&QemuSpec>,
+    ) -> Result<(QemuSpec, Vec<ImageFile>)> {
+        let (mut spec, mut files) = self.read_without_root(name, before)?;
+        let (shown, disk) = match &self.image {
+            Some(ImageArg::File(path)) => {
+                let (file, disk) = ImageFile::disk(path)?;
+                files.push(file);
+                (path.display().to_string(), disk)
+            }
+            Some(ImageArg::Name(name)) => {
+                (name.to_string(), image::named_disk(client, name).await?)
+            }
+            None => return Ok((spec, files)),
+        };
+        spec.root = Some(root_disk(&shown, &disk, self.disk_size)?);
+        Ok((spec, files))
+    }
+
+    /// As [`Self::read`], but for its own disk.
+    fn read_without_root(
         &self,
         name: Option<&str>,
         before: Option<&QemuSpec>,
@@ -219,14 +243,6 @@ impl System {
             }),
             None => None,
         };
-        let root = match &self.image {
-            Some(image) => {
-                let (file, disk) = root_disk(image, self.disk_size)?;
-                files.push(file);
-                Some(disk)
-            }
-            None => None,
-        };
         let chosen = |mac: &str| self.net.iter().any(|it| it.mac.as_deref() == Some(mac));
         let interfaces_before = before.map_or(&[][..], |own| &own.interfaces);
         let mut left: Vec<&Interface> = interfaces_before
@@ -243,7 +259,7 @@ impl System {
         let spec = QemuSpec {
             cpus: self.cpu.unwrap_or(1),
             kernel,
-            root,
+            root: None,
             disks: self.disk.clone(),
             interfaces,
             cloud_init: cloud_init.as_ref().map(ImageFile::hash),
@@ -264,22 +280,20 @@ impl System {
     }
 }
 
-/// A disk from an image, of this size if there is one.
-fn root_disk(image: &Path, bytes: Option<u64>) -> Result<(ImageFile, RootDisk)> {
-    let (file, header, image_bytes) = ImageFile::disk(image)?;
-    let bytes = bytes.unwrap_or(image_bytes);
+/// A disk from an image, of this size if there is one. `shown` is the image for users.
+fn root_disk(shown: &str, image: &ImageDisk, bytes: Option<u64>) -> Result<RootDisk> {
+    let bytes = bytes.unwrap_or(image.bytes);
     let bytes = bytes.next_multiple_of(SECTOR_BYTES);
     ensure!(
-        bytes >= image_bytes,
-        "a disk of {bytes} bytes is smaller than that of {}, of {image_bytes} bytes",
-        image.display()
+        bytes >= image.bytes,
+        "a disk of {bytes} bytes is smaller than that of {shown}, of {} bytes",
+        image.bytes
     );
-    let disk = RootDisk {
-        image: file.hash(),
-        format: header.format,
+    Ok(RootDisk {
+        image: image.hash.clone(),
+        format: image.format,
         bytes,
-    };
-    Ok((file, disk))
+    })
 }
 
 #[cfg(test)]
@@ -300,24 +314,21 @@ mod tests {
 
     #[test]
     fn a_disk_is_not_smaller_than_its_image() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
-        let mut image = vec![0; 1000];
-        image[510..512].copy_from_slice(b"\x55\xaa");
-        std::fs::write(&path, &image).unwrap();
-        let (file, disk) = root_disk(&path, None).unwrap();
-        assert_eq!(disk.image, blake3::hash(&image).to_hex().as_str());
-        assert_eq!((disk.format, disk.bytes), (DiskFormat::Raw, 1024));
-        assert_eq!(file.hash(), disk.image);
-        assert_eq!(root_disk(&path, Some(1 << 30)).unwrap().1.bytes, 1 << 30);
-        let smaller = root_disk(&path, Some(512)).err().unwrap().to_string();
-        assert!(smaller.contains("smaller"), "{smaller}");
-        std::fs::write(&path, b"no disk").unwrap();
-        let refused = root_disk(&path, None).err().unwrap();
-        assert!(
-            format!("{refused:#}").contains("image: that is no disk"),
-            "{refused:#}"
+        let image = ImageDisk {
+            hash: "ab".repeat(32),
+            format: DiskFormat::Raw,
+            bytes: 1000,
+        };
+        let sized = |bytes| root_disk("debian", &image, bytes);
+        let disk = sized(None).unwrap();
+        assert_eq!(
+            (disk.image, disk.format),
+            (image.hash.clone(), DiskFormat::Raw)
         );
+        assert_eq!(disk.bytes, 1024);
+        assert_eq!(sized(Some(1 << 30)).unwrap().bytes, 1 << 30);
+        let smaller = sized(Some(512)).unwrap_err().to_string();
+        assert!(smaller.contains("smaller than that of debian"), "{smaller}");
     }
 
     #[test]
@@ -343,7 +354,7 @@ mod tests {
                 interfaces: vec![before.clone()],
                 ..QemuSpec::default()
             };
-            let (spec, _) = system(texts).read(None, Some(&own)).unwrap();
+            let (spec, _) = system(texts).read_without_root(None, Some(&own)).unwrap();
             assert!(!spec.guest_agent);
             spec.interfaces
         };

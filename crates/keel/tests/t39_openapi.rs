@@ -305,8 +305,19 @@ async fn end_machines(bench: &Bench) {
         bench.keel(&format!("stop {machine}")).await;
         bench.cluster.wait_end("a", machine).await.expect("it ends");
     }
+    bench.keel("start m").await;
+    bench.keel("stop m").await;
+    bench.cluster.wait_end("a", "m").await.expect("it ends");
     bench.keel("rm m h r c two t").await;
     bench.keel("volume rm data").await;
+    let mut image = vec![0; 2 << 20];
+    image[510..512].copy_from_slice(b"\x55\xaa");
+    let path = bench.path("disk.raw");
+    std::fs::write(&path, image).expect("an image");
+    let path = path.display();
+    bench.keel(&format!("image import {path}")).await;
+    bench.keel("image ls").await;
+    bench.keel("image rm disk").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

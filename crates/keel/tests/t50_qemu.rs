@@ -572,3 +572,28 @@ async fn a_disk_that_cannot_be_used_is_named() -> Result<()> {
     systems.run("s", "a", &whole).await?;
     systems.counted("s", 0).await.map(drop)
 }
+
+/// Longer than a machine that ends at once is given.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_that_heeds_no_power_button_has_its_time() -> Result<()> {
+    let Some(systems) = Systems::start(&["a", "b"]).await else {
+        return Ok(());
+    };
+    // cli; hlt: nothing that takes time.
+    let mut image = vec![0; 512];
+    image[..2].copy_from_slice(b"\xfa\xf4");
+    image[510..].copy_from_slice(b"\x55\xaa");
+    let path = systems.folder.path().join("disk.raw");
+    std::fs::write(&path, image)?;
+    let path = path.to_str().context("a path of UTF-8")?;
+    let keel = |node, line: &str| {
+        let (is_done, said) = systems.cluster.keel(node, &Vec::from_iter(line.split(' ')));
+        anyhow::ensure!(is_done, "{said}");
+        Ok(())
+    };
+    keel(
+        "a",
+        &format!("run -d --kind qemu --name deaf --memory 16M --shutdown 16s --image {path}"),
+    )?;
+    keel("b", "rm --force deaf")
+}

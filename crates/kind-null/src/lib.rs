@@ -96,8 +96,8 @@ impl Kind for NullKind {
         Err(format!("{field} means nothing to a machine of kind null"))
     }
 
-    fn images(&self, _spec: &Spec) -> Vec<String> {
-        Vec::new()
+    fn images(&self, _spec: &Spec) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
     }
 
     fn summary(&self, _spec: &Spec) -> String {

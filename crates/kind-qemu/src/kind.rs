@@ -6,11 +6,14 @@ use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
 use crate::root_disk::{self, ImageHeader};
 use crate::spec::QemuSpec;
 use keel_machine::cgroup::lacks_for_cpu_limits;
-use keel_machine::kind::{Abilities, Difference, HostFile, Kind, KindName, WorkerFolders};
+use keel_machine::kind::{
+    Abilities, Difference, DiskImage, HostFile, Kind, KindName, WorkerFolders,
+};
 use keel_machine::spec::Spec;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const NAME: &str = "qemu";
 
@@ -94,11 +97,9 @@ impl Kind for QemuKind {
         }
     }
 
-    fn images(&self, spec: &Spec) -> Vec<String> {
-        match QemuSpec::of(spec) {
-            Ok(own) => own.images().map(str::to_owned).collect(),
-            Err(_) => Vec::new(),
-        }
+    fn images(&self, spec: &Spec) -> Result<Vec<String>, String> {
+        let own = QemuSpec::of(spec)?;
+        Ok(own.images().map(str::to_owned).collect())
     }
 
     fn host_files(&self, spec: &Spec) -> Vec<HostFile> {
@@ -170,6 +171,29 @@ impl Kind for QemuKind {
                 )
             }),
         }
+    }
+
+    fn shutdown_time(&self, spec: &Spec) -> Duration {
+        let seconds = QemuSpec::of(spec).map_or(0, |own| own.shutdown_s);
+        Duration::from_secs(seconds.into())
+    }
+
+    fn missing_of_earlier_life(&self, spec: &Spec, folder: &Path) -> Option<String> {
+        let own = QemuSpec::of(spec).ok()?;
+        let is_gone = own.root.is_some() && !root_disk::path(folder).exists();
+        is_gone.then(|| "its own disk".into())
+    }
+
+    fn disk_bytes(&self, folder: &Path) -> u64 {
+        root_disk::occupied_bytes(folder)
+    }
+
+    fn disk_image(&self, beginning: &[u8], file_bytes: u64) -> Result<DiskImage, String> {
+        let header = ImageHeader::read(beginning)?;
+        Ok(DiskImage {
+            format: header.format.word(),
+            bytes: header.disk_bytes.unwrap_or(file_bytes),
+        })
     }
 
     fn summary(&self, spec: &Spec) -> String {

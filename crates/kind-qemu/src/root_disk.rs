@@ -106,7 +106,7 @@ fn qcow2(bytes: &[u8]) -> Option<Result<ImageHeader, String>> {
 }
 
 /// The layer of a worker's machine.
-fn path(folder: &Path) -> PathBuf {
+pub(crate) fn path(folder: &Path) -> PathBuf {
     folder.join(FILE)
 }
 

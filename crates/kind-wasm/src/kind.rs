@@ -66,9 +66,8 @@ impl Kind for WasmKind {
         Ok(())
     }
 
-    fn images(&self, spec: &Spec) -> Vec<String> {
-        let own = WasmSpec::of(spec).ok();
-        own.map(|own| own.module).into_iter().collect()
+    fn images(&self, spec: &Spec) -> Result<Vec<String>, String> {
+        Ok(vec![WasmSpec::of(spec)?.module])
     }
 
     fn image_bytes_max(&self) -> u64 {

@@ -18,6 +18,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How the names of a worker's threads begin whose time is its machine's demand for CPU; that
 /// of other threads counts as the node's own.
@@ -143,6 +144,15 @@ pub struct HostFile {
     pub is_written: bool,
 }
 
+/// The disk in an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskImage {
+    /// What the image is, in the kind's word.
+    pub format: &'static str,
+    /// Size of the disk in bytes.
+    pub bytes: u64,
+}
+
 /// A field of specs in which two of them differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
@@ -181,7 +191,10 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
 
     /// The hashes (BLAKE3, hex) of the files that a machine starts from, which nodes fetch from
     /// each other before it starts: a worker finds them in [`WorkerFolders::images`].
-    fn images(&self, spec: &Spec) -> Vec<String>;
+    ///
+    /// # Errors
+    /// If the spec cannot be read, as one of a later version.
+    fn images(&self, spec: &Spec) -> Result<Vec<String>, String>;
 
     /// The files of hosts that a machine uses wherever it runs, beside volumes. All nodes that may
     /// run it see the same ones.
@@ -216,6 +229,15 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
             "machines of kind {} start from no file",
             self.name()
         ))
+    }
+
+    /// The disk in an image that has been checked, for machines whose disks begin as a copy of it.
+    /// `beginning` are its first [`IMAGE_BEGINNING_BYTES`], or all if it has fewer.
+    ///
+    /// # Errors
+    /// Why it is none.
+    fn disk_image(&self, _beginning: &[u8], _file_bytes: u64) -> Result<DiskImage, String> {
+        Err(format!("machines of kind {} have no disks", self.name()))
     }
 
     /// What a machine runs, in one line: for `wasm`, the program and its arguments.
@@ -260,6 +282,23 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
     /// Without it the memory of the whole process counts.
     fn memory_bytes(&self, _process: &Path) -> Option<u64> {
         None
+    }
+
+    /// How long a machine may take to end after it was told to.
+    fn shutdown_time(&self, _spec: &Spec) -> Duration {
+        Duration::ZERO
+    }
+
+    /// What an earlier life of a machine left in the folder of its worker, and is not there any more
+    /// although its next life needs it; `None` if nothing. Blocks.
+    fn missing_of_earlier_life(&self, _spec: &Spec, _folder: &Path) -> Option<String> {
+        None
+    }
+
+    /// Bytes of what a machine has on disk, beside volumes, in the folder of its worker: a move
+    /// brings them along. Blocks.
+    fn disk_bytes(&self, _folder: &Path) -> u64 {
+        0
     }
 
     /// The program whose compiled code has this file name in the cache; `None` if it is

@@ -342,6 +342,10 @@ pub struct Record {
     pub started_unix_ms: u64,
     /// Whether a user wants it to end: it is not restarted then.
     pub stop_wanted: bool,
+    /// Whether what its last life left is on another node: its owner was given it when that node
+    /// failed, and has not run it since.
+    #[serde(default)]
+    pub left_elsewhere: bool,
     /// Restarts since the last stable run.
     pub restarts: u32,
     /// How often it was given to another node because its own failed.
@@ -410,6 +414,11 @@ impl Record {
 
     /// Sets the status.
     pub fn enter(&mut self, status: Status, now_unix_ms: u64) {
+        let begins = matches!(
+            status,
+            Status::Running | Status::Arriving { .. } | Status::Filling { .. }
+        );
+        self.left_elsewhere &= !begins;
         self.status = status;
         // The former worker waited for disk space.
         self.paused = None;

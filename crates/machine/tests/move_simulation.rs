@@ -1,7 +1,8 @@
 //! Deterministic simulation of both sides of a move, their agents, users and the store:
 //! messages are lost, late and repeated; transactions whose answer was lost are applied
 //! at once, later or never; workers and agents die and restart; the store begins anew, from a
-//! copy that has all or from a backup; users change, remove and recreate the machine.
+//! copy that has all or from a backup; users change and remove the machine, create it again, and
+//! start it again after its end.
 //!
 //! The state machines of both sides and the commit rule
 //! ([`keel_machine::moves::ownership`]) are the real ones. The store, the workers'

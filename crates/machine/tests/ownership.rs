@@ -8,7 +8,7 @@ use keel_machine::high_availability::HighAvailability;
 use keel_machine::moves::ownership::{
     EndEffect, EpochBase, Failover, GivenUp, ResumeDecision, Settlement, Target, Transfer,
     VersionedRecord, announced, created_at, end, enter_incarnation, fail_over, give_up, may_resume,
-    running,
+    running, start_again,
 };
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -153,6 +153,9 @@ fn only_a_machine_that_has_not_run_there_is_taken_back() {
     for (record, expected) in [
         (record("b", epoch(1), arriving()), "write"),
         (record("a", epoch(2), Status::Running), "kept"),
+        // Its target's node failed, and it went on elsewhere, or there again.
+        (record("c", epoch(2), Status::Running), "superseded"),
+        (record("b", epoch(2), Status::Running), "superseded"),
         (record("b", epoch(1), Status::Running), "superseded"),
         (record("b", epoch(1), failed()), "superseded"),
         (record("b", epoch(2), arriving()), "superseded"),
@@ -566,6 +569,37 @@ fn a_machine_is_taken_back_from_a_node_without_a_lease() {
     };
     assert!(compares(Target::Fenced).contains(&fenced));
     assert!(!compares(Target::Without).contains(&fenced));
+}
+
+/// On its node, under a newer epoch, and only one that has ended.
+#[test]
+fn a_machine_that_has_ended_is_started_again() {
+    for status in [Status::Scheduled, Status::Running, arriving(), restarting()] {
+        let again = start_again(&found(record("b", EPOCH, status)), 7);
+        assert_eq!(again, Ok(None));
+    }
+    let cases = [failed(), Status::Stopped, Status::Exited { code: 0 }];
+    for (status, elsewhere) in cases.into_iter().zip([false, true, false]) {
+        let mut now = record("b", EPOCH, status);
+        (now.restarts, now.stop_wanted, now.left_elsewhere) = (3, true, elsewhere);
+        let again = start_again(&found(now.clone()), 7).unwrap().unwrap();
+        (now.restarts, now.stop_wanted, now.epoch) = (0, false, epoch(1));
+        now.enter(again.record.status.clone(), 7);
+        assert_eq!(again.record, now);
+        let anew = format!("at_unix_ms: 0, from_checkpoint: false, elsewhere: {elsewhere} }}");
+        assert!(format!("{:?}", now.status).ends_with(&anew));
+        let key = "alive/b".into();
+        let mut expected = Txn::new()
+            .when_modified_at("machine/m", 60)
+            .when(Compare::Exists { key })
+            .put("machine/m", now.encode().unwrap())
+            .put("schedule/b/m", Vec::new())
+            .delete("newest-checkpoint/m");
+        if !elsewhere {
+            expected = expected.delete("in-sync/m");
+        }
+        assert_eq!(again.txn, expected);
+    }
 }
 
 /// One that ended by itself, and was to begin anew, does so elsewhere.

@@ -12,7 +12,7 @@ use crate::failover;
 use crate::front::{self, Entry, Handles};
 use crate::gossip::{self, NodeGossip};
 use crate::identity::OwnIdentity;
-use crate::images::Images;
+use crate::images::{self, Images};
 use crate::lease;
 use crate::logs::Logs;
 use crate::machines::{self, Machines, Restarts};
@@ -648,6 +648,8 @@ async fn serve(parts: Parts, server: ServerHandle, entry: &Entry) -> Result<Agen
     tokio::spawn(at.restart.clone().end_holds());
     tokio::spawn(failover::run(at.failover.clone(), role("failover")));
     tokio::spawn(checkpoints::sweep(at.checkpoints.clone()));
+    tokio::spawn(images::keep(at.images.clone(), alive.clone()));
+    tokio::spawn(images::remove_unused(at.images.clone()));
     let followed = context.clone();
     tokio::spawn(async move { alive.follow(&followed).await });
     at.rules.cache.follow();

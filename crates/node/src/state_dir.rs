@@ -7,7 +7,7 @@
 //!   api.socket                                the local API
 //!   workers/MACHINE/                          socket and output of a machine
 //!   parts/PART/                                 socket of a part of a machine with another home
-//!   modules/HASH.wasm                         modules as their authors built them
+//!   images/HASH                               what machines start from
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
 //!   replicas/                                 checkpoints of machines with high availability

@@ -28,7 +28,7 @@
 //! | `rules` | all placement rules |
 //! | `rule/ID/DOMAIN` | holders of a placement rule's domain |
 //! | `node-labels/NODE`, `machine-labels/MACHINE` | labels for placement rules |
-//! | `module/HASH` | a module of the cluster, by 64 hex digits |
+//! | `image/IMAGE` | what has this name: a disk that systems begin with, by its hash |
 //! | `token/ID` | a join token, hashed |
 //! | `user-token/ID` | a user's token, hashed |
 //! | `audit/TIME-NUMBER` | a request that was to change something, and whose it was |
@@ -36,7 +36,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use keel_net::{Fingerprint, MachineName, NodeName};
+use keel_net::{MachineName, NodeName};
 use thiserror::Error;
 
 /// A key of the store. `Display` formats it, `FromStr` parses it.
@@ -98,8 +98,8 @@ pub enum Key {
     MachineLabels(MachineName),
     /// `rule/ID/DOMAIN`; both have the form of a name.
     Rule(MachineName, MachineName),
-    /// `module/HASH`: the BLAKE3 hash of a module.
-    Module(Fingerprint),
+    /// `image/IMAGE`; an image's name has the form of a machine's.
+    Image(MachineName),
     /// `token/ID`
     Token(TokenId),
     /// `user-token/ID`
@@ -182,8 +182,8 @@ pub const NODE_LABELS: &str = "node-labels/";
 pub const MACHINE_LABELS: &str = "machine-labels/";
 /// Prefix of all domains of all rules.
 pub const RULES: &str = "rule/";
-/// Prefix of all modules.
-pub const MODULES: &str = "module/";
+/// Prefix of all images that have a name.
+pub const IMAGES: &str = "image/";
 /// Prefix of all join tokens.
 pub const TOKENS: &str = "token/";
 /// Prefix of all users' tokens.
@@ -235,7 +235,7 @@ impl fmt::Display for Key {
             Key::NodeLabels(node) => write!(f, "{NODE_LABELS}{node}"),
             Key::MachineLabels(machine) => write!(f, "{MACHINE_LABELS}{machine}"),
             Key::Rule(rule, domain) => write!(f, "{RULES}{rule}/{domain}"),
-            Key::Module(hash) => write!(f, "{MODULES}{hash}"),
+            Key::Image(image) => write!(f, "{IMAGES}{image}"),
             Key::Token(id) => write!(f, "{TOKENS}{id}"),
             Key::UserToken(id) => write!(f, "{USER_TOKENS}{id}"),
             Key::Audit(at, number) => write!(f, "{AUDIT}{at:016x}-{number:016x}"),
@@ -297,10 +297,7 @@ fn parse(text: &str) -> Option<Key> {
         ("node-labels", Some(node), None) => Key::NodeLabels(node.parse().ok()?),
         ("machine-labels", Some(machine), None) => Key::MachineLabels(machine.parse().ok()?),
         ("rule", Some(rule), Some(domain)) => Key::Rule(rule.parse().ok()?, domain.parse().ok()?),
-        ("module", Some(hash), None) => {
-            let hash: Fingerprint = hash.parse().ok()?;
-            Key::Module(hash)
-        }
+        ("image", Some(image), None) => Key::Image(image.parse().ok()?),
         ("token", Some(id), None) => Key::Token(id.parse().ok()?),
         ("user-token", Some(id), None) => Key::UserToken(id.parse().ok()?),
         ("audit", Some(entry), None) => {
@@ -320,7 +317,6 @@ mod tests {
 
     #[test]
     fn keys_go_both_ways() {
-        let hash = "ab".repeat(32);
         for text in [
             "cluster",
             "epoch-base",
@@ -348,7 +344,7 @@ mod tests {
             "node-labels/a",
             "machine-labels/web-3",
             "rule/spread/rack-1",
-            &format!("module/{hash}"),
+            "image/debian",
             "token/00000000000000ff",
             "user-token/00000000000000ff",
             "audit/0000019a00000000-00000000000000ff",
@@ -372,7 +368,7 @@ mod tests {
             "schedule/a/b/c",
             "token/ff",
             "token/00000000000000FF",
-            "module/ab",
+            "image/Debian",
             "other/a",
             "cluster/",
             "policy/a",

@@ -329,4 +329,28 @@ const MUTANTS: &[Mutant] = &[
         0,
         "&& false && holds_copy(from)",
     ),
+    mutant(
+        "again: what runs, too",
+        "    if !record.status.ended() {\n        return Ok(None);\n    }\n    record.epoch",
+        0,
+        "    record.epoch",
+    ),
+    mutant(
+        "again: its last epoch",
+        "    record.epoch = record.next_epoch();\n    record.restarts = 0;",
+        0,
+        "    record.restarts = 0;",
+    ),
+    mutant(
+        "again: unconditional write",
+        "        .when_modified_at(key.clone(), found.revision)\n        .when(Compare",
+        0,
+        "        .when(Compare",
+    ),
+    mutant(
+        "again: a node that is gone",
+        "            key: Key::Alive(node.clone()).to_string(),",
+        0,
+        "            key: Key::Node(node.clone()).to_string(),",
+    ),
 ];

@@ -18,11 +18,11 @@
 
 use crate::cloud_init::CloudInit;
 use crate::high_availability::FileSettings;
-use crate::image::ImageFile;
+use crate::image::{ImageArg, ImageFile};
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use crate::system::{self, NetworkArg, System};
 use anyhow::Result;
-use keel_api::{MachineInfo, RunRequest};
+use keel_api::{Client, MachineInfo, RunRequest};
 use keel_kind_qemu::{Disk, QemuKind, QemuSpec};
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::kind::{KindName, KindSpec};
@@ -102,9 +102,10 @@ impl Body {
     /// machine as it is: what the file leaves to us stays as it was.
     ///
     /// # Errors
-    /// If a file cannot be read.
-    pub(super) fn read(
+    /// If a file cannot be read, or there is no image of a name.
+    pub(super) async fn read(
         &self,
+        client: &Client,
         name: &str,
         before: Option<&MachineInfo>,
     ) -> Result<(KindSpec, Vec<ImageFile>)> {
@@ -119,7 +120,7 @@ impl Body {
             }
             Body::System(system) => {
                 let before = before.and_then(system_of);
-                let (own, files) = system.read(Some(name), before.as_ref())?;
+                let (own, files) = system.read(client, Some(name), before.as_ref()).await?;
                 (own.to_kind_spec(), files)
             }
         };
@@ -154,7 +155,7 @@ struct Machine {
     kernel: Option<PathBuf>,
     initrd: Option<PathBuf>,
     append: Option<String>,
-    image: Option<PathBuf>,
+    image: Option<ImageArg>,
     disk_size: Option<Size>,
     #[serde(default)]
     disk: Vec<FileDisk>,
@@ -290,7 +291,7 @@ impl Machine {
             kernel: self.kernel.take().map(|file| folder.join(file)),
             initrd: self.initrd.take().map(|file| folder.join(file)),
             append: self.append.take(),
-            image: self.image.take().map(|file| folder.join(file)),
+            image: self.image.take().map(|image| image.beside(folder)),
             disk_size: self.disk_size.take().map(|Size(bytes)| bytes),
             disk: self.disk.drain(..).map(|FileDisk(disk)| disk).collect(),
             net: self.net.drain(..).map(|Network(network)| network).collect(),
@@ -622,7 +623,7 @@ mod tests {
             kernel: Some("/etc/boot/vmlinuz".into()),
             initrd: Some("/boot/initrd".into()),
             append: Some("console=ttyS0".into()),
-            image: Some("/etc/debian.qcow2".into()),
+            image: Some(ImageArg::File("/etc/debian.qcow2".into())),
             disk_size: Some(20 << 30),
             disk: ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
                 .map(|text| system::disk(text).unwrap())

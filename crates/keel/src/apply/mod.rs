@@ -129,7 +129,7 @@ async fn plan(client: &Client, wanted: Wanted, present: &[MachineInfo]) -> Resul
     let machine = request.name.clone().unwrap_or_default();
     let of = || format!("machine {machine:?}");
     let before = present.iter().find(|it| it.name == machine);
-    let (own, files) = body.read(&machine, before).with_context(of)?;
+    let (own, files) = body.read(client, &machine, before).await.with_context(of)?;
     request.kind_spec = own;
     // The node validates the name.
     let path = keel_api::path(["machines", &machine, "diff"]);

@@ -166,6 +166,8 @@ async fn mistakes_are_answered_by_name_and_harm_nothing() {
         (&["move", "nothing", "--to", "b"], "no machine"),
         (&["move", "counter", "--cancel"], "not moving"),
         (&["rm", "counter"], "stop it first"),
+        (&["start", "counter"], "only one that has ended"),
+        (&["start", "nothing"], "no machine"),
         (&["stop", "nothing"], "no machine"),
         (&["logs", "nothing"], "no machine"),
         (&["inspect", "../../etc"], "keel:"),
@@ -184,6 +186,36 @@ async fn mistakes_are_answered_by_name_and_harm_nothing() {
     assert_eq!(info.status, "failed");
     let count = lines(cluster, "a", "counter").await;
     wait_lines(cluster, "a", "counter", count).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_has_ended_starts_again() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    cluster
+        .run(&Guest::new("counter", "b", &counter, &["3", "1"]))
+        .await
+        .expect("it starts");
+    let mut before = cluster.wait_end("a", "counter").await.expect("it ends");
+    let once = cluster.output("a", "counter").await.expect("output");
+    let counter_of = |machine: &MachineInfo| {
+        let (_, counter) = machine.epoch.rsplit_once('.').expect("an epoch");
+        counter.parse::<u64>().expect("a number")
+    };
+    for lives in 2..4 {
+        let (code, _, err) = keel(&bench, "a", &["start", "counter"]);
+        assert_eq!(code, 0, "{err}");
+        let now = cluster.wait_end("b", "counter").await.expect("it ends");
+        assert_eq!(
+            (now.node.as_str(), now.status.as_str()),
+            ("b", "exited (0)")
+        );
+        assert!(counter_of(&now) > counter_of(&before));
+        let output = cluster.output("a", "counter").await.expect("output");
+        assert_eq!(output, once.repeat(lives));
+        before = now;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

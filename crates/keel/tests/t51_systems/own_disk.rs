@@ -4,6 +4,7 @@
 use super::scripted::{NAME, Scripted};
 use anyhow::{Context, Result};
 use keel_machine::moves::Ending;
+use keel_testkit::disk::SmallDisk;
 use keel_testkit::wait_for;
 
 /// A line in the image.
@@ -70,6 +71,19 @@ async fn reads_on(system: &Scripted) -> Result<()> {
     read.await.map(drop)
 }
 
+/// Waits until the system has booted again, and has found so many lines.
+async fn finds(system: &Scripted, lines: u64) -> Result<()> {
+    let found = wait_for("another boot", || async {
+        let output = system.output().await?;
+        let last = output.rsplit_once("found ")?.1;
+        let (found, _) = last.split_once(" lines")?;
+        (output.matches("found ").count() == 2).then(|| found.parse::<u64>().ok())?
+    });
+    let found = found.await?;
+    assert!(found >= lines, "{found} of {lines}");
+    Ok(())
+}
+
 async fn says(system: &Scripted, what: &str) -> Result<()> {
     let said = wait_for(what, || async {
         system.output().await?.contains(what).then_some(())
@@ -123,17 +137,48 @@ async fn the_own_disk_of_a_system_stays_when_its_process_is_lost() -> Result<()>
         read(&system).await.ok()?.last().copied()
     });
     let before = before.await?;
-    let found = wait_for("another boot", || async {
-        let output = system.output().await?;
-        let last = output.rsplit_once("found ")?.1;
-        let (found, _) = last.split_once(" lines")?;
-        (output.matches("found ").count() == 2).then(|| found.parse::<u64>().ok())?
-    });
-    let found = found.await?;
-    assert!(found >= before, "{found} of {before}");
+    finds(&system, before).await?;
     let ha = system.keel("a", &["set", NAME, "--ha"]).output()?;
     let said = String::from_utf8_lossy(&ha.stderr);
     assert!(!ha.status.success());
     assert!(said.contains("own disk is lost with its node"), "{said}");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_own_disk_of_a_system_is_there_when_it_is_started_again() -> Result<()> {
+    let Some(system) = start(&["--shutdown", "1s"]).await? else {
+        return Ok(());
+    };
+    reads_on(&system).await?;
+    let ended = system.keel("b", &["stop", NAME]).output()?;
+    assert!(ended.status.success(), "{ended:?}");
+    let before = read(&system).await?.last().copied();
+    let before = before.context("it has read nothing")?;
+    let again = system.keel("b", &["start", NAME]).output()?;
+    assert!(again.status.success(), "{again:?}");
+    finds(&system, before).await?;
+    reads_on(&system).await?;
+
+    // A node that has no room for it is not sent anything.
+    let small = match SmallDisk::mount(&system.cluster.folder("b").join("workers"), 512) {
+        Ok(small) => small,
+        Err(error) => {
+            eprintln!("skipped: {error:#}");
+            return Ok(());
+        }
+    };
+    small.fill()?;
+    let report = system.cluster.move_machine("a", NAME, "b").await?;
+    let Ending::Stayed { reason } = &report.ending else {
+        anyhow::bail!("there was no room: {}", report.line());
+    };
+    assert!(
+        reason.contains("b refuses it") && reason.contains("its own disk need"),
+        "{reason}"
+    );
+    small.free()?;
+    let report = system.cluster.move_machine("a", NAME, "b").await?;
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+    reads_on(&system).await
 }

@@ -472,6 +472,59 @@ pub fn end(
     EndEffect::Changed
 }
 
+/// A machine that has ended, and is started again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StartedAgain {
+    /// Its new record.
+    pub record: Record,
+    /// Writes the record, if nothing that it depends on has changed. The first compare is the
+    /// machine's record, the second the lease of its node.
+    pub txn: Txn,
+}
+
+/// Starts a machine that has ended: it begins anew, under a newer epoch, on the node where it ended,
+/// with what is there of it. `None` if it has not ended.
+///
+/// # Errors
+/// If the record cannot be encoded.
+pub fn start_again(
+    found: &VersionedRecord,
+    now_unix_ms: u64,
+) -> Result<Option<StartedAgain>, String> {
+    let mut record = found.record.clone();
+    if !record.status.ended() {
+        return Ok(None);
+    }
+    record.epoch = record.next_epoch();
+    record.restarts = 0;
+    record.stop_wanted = false;
+    let elsewhere = record.left_elsewhere;
+    let restarting = Status::Restarting {
+        reason: "it was started again".into(),
+        // At once, whatever the clock of its node says.
+        at_unix_ms: 0,
+        from_checkpoint: false,
+        elsewhere,
+    };
+    record.enter(restarting, now_unix_ms);
+    let (machine, node) = (record.name.clone(), record.owner.clone());
+    let key = Key::Machine(machine.clone());
+    let mut txn = Txn::new()
+        .when_modified_at(key.clone(), found.revision)
+        .when(Compare::Exists {
+            key: Key::Alive(node.clone()).to_string(),
+        })
+        .put(key, record.encode()?)
+        .put(Key::Schedule(node, machine.clone()), Vec::new())
+        // The checkpoints of its earlier lives are of no use to this one.
+        .delete(Key::Checkpoint(machine.clone()));
+    if !elsewhere {
+        // Otherwise it names who has the output of its last life.
+        txn = txn.delete(Key::InSync(machine));
+    }
+    Ok(Some(StartedAgain { record, txn }))
+}
+
 /// A machine that is given to another node because its own failed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Failover {
@@ -510,6 +563,7 @@ pub fn fail_over(
     // source would let the copy there resume.
     record.epoch = found.record.next_epoch().next();
     record.failovers = record.failovers.saturating_add(1);
+    record.left_elsewhere = true;
     // One that ended by itself begins anew.
     let from_checkpoint = !matches!(
         record.status,

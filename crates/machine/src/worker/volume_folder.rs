@@ -34,7 +34,7 @@ pub fn remove(worker: &Path) {
 pub fn no_room(wanted: u64, free: u64, folder: &Path) -> String {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     format!(
-        "its volumes need {:.2} GiB of disk, {:.2} GiB are free in {}",
+        "its volumes and its own disk need {:.2} GiB, {:.2} GiB are free in {}",
         gib(wanted),
         gib(free),
         folder.display()

@@ -37,6 +37,7 @@ pub(crate) fn new(name: MachineName, owner: NodeName, restart: Restart) -> Recor
         stop_wanted: false,
         restarts: 0,
         failovers: 0,
+        left_elsewhere: false,
         created_unix_ms: 0,
         paused: None,
         origin: None,

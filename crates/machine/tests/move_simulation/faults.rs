@@ -79,6 +79,7 @@ impl World {
                 self.create(node, Restart::No);
             }
             10 => self.lose_arrival(),
+            11 => self.start_again(),
             _ => {}
         }
     }

@@ -19,7 +19,7 @@ mod target;
 use crate::store::Store;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::high_availability::HighAvailability;
-use keel_machine::moves::ownership::{Transfer, VersionedRecord};
+use keel_machine::moves::ownership::{self, Transfer, VersionedRecord};
 use keel_machine::moves::{SourceCommand, SourceMove, TargetMove, TargetState};
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Record, Status};
@@ -68,10 +68,12 @@ pub(crate) enum Defect {
     KeepsIncarnation,
     /// A store that begins anew uses revisions again that the former one used.
     RepeatsRevisions,
+    /// A machine that has ended is started again under the epoch of its last life.
+    StartsUnderItsLastEpoch,
 }
 
 impl Defect {
-    pub(crate) const ALL: [Defect; 12] = [
+    pub(crate) const ALL: [Defect; 13] = [
         Defect::OldRule,
         Defect::ReadSettles,
         Defect::ForgetsEarly,
@@ -84,6 +86,7 @@ impl Defect {
         Defect::TakesBackUncompared,
         Defect::KeepsIncarnation,
         Defect::RepeatsRevisions,
+        Defect::StartsUnderItsLastEpoch,
     ];
 }
 
@@ -98,6 +101,8 @@ pub(crate) enum End {
     Moved,
     /// It was restarted.
     Restarted,
+    /// It ended, and was started again.
+    StartedAgain,
     /// A later machine of the same name runs.
     Recreated,
     /// It has ended, and the record says so.
@@ -107,11 +112,12 @@ pub(crate) enum End {
 }
 
 impl End {
-    pub(crate) const ALL: [End; 7] = [
+    pub(crate) const ALL: [End; 8] = [
         End::Stayed,
         End::Kept,
         End::Moved,
         End::Restarted,
+        End::StartedAgain,
         End::Recreated,
         End::Ended,
         End::Removed,
@@ -242,6 +248,8 @@ pub(crate) struct World {
     backup: Option<Backup>,
     began: Epoch,
     creations: u32,
+    /// How often the machine was started again after an end.
+    starts: u32,
 }
 
 impl std::fmt::Debug for World {
@@ -302,6 +310,7 @@ impl World {
             backup: None,
             began: Epoch::default(),
             creations: 0,
+            starts: 0,
             machine,
         };
         for node in [A, B] {
@@ -464,6 +473,7 @@ impl World {
             && self.store.has(&self.entry_key(node));
         settled.then_some(match (self.creations, record.restarts, node) {
             (2.., _, _) => End::Recreated,
+            _ if self.starts > 0 => End::StartedAgain,
             (_, 1.., _) => End::Restarted,
             (_, _, B) => End::Moved,
             (_, _, A) if epoch == self.began => End::Stayed,
@@ -503,6 +513,30 @@ impl World {
         self.processes[owner as usize] = None;
         self.acknowledged = crate::record::MEMORY_BYTES;
         self.say("removed");
+    }
+
+    /// `start`.
+    fn start_again(&mut self) {
+        let Some(found) = self.found() else {
+            return;
+        };
+        let epoch = found.record.epoch;
+        let Some(again) = ownership::start_again(&found, NOW_UNIX_MS).unwrap() else {
+            return;
+        };
+        let mut record = again.record;
+        assert!(record.epoch > epoch, "started under its epoch: {self:?}");
+        let txn = match self.defect {
+            Defect::StartsUnderItsLastEpoch => {
+                record.epoch = epoch;
+                again.txn.put(self.record_key(), record.encode().unwrap())
+            }
+            _ => again.txn,
+        };
+        if self.send(&txn) == Some(true) {
+            self.starts += 1;
+            self.say("started again");
+        }
     }
 
     /// `set`, whose check succeeded before the move began.

@@ -422,8 +422,8 @@ mod tests {
             Ok(())
         }
 
-        fn images(&self, _spec: &Spec) -> Vec<String> {
-            Vec::new()
+        fn images(&self, _spec: &Spec) -> Result<Vec<String>, String> {
+            Ok(Vec::new())
         }
 
         fn summary(&self, _spec: &Spec) -> String {

@@ -11,7 +11,7 @@ use crate::cluster_events::{EVENTS, Question, answer_peer};
 use crate::compilation::{CODE, PROGRAM, program_here};
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::images::FETCH;
+use crate::images::{COPY, FETCH};
 use crate::logs::{LOG, LogOffset, WHOLE_LOG};
 use crate::machines::{
     self, ProcessQuery, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StartProcess,
@@ -166,6 +166,7 @@ impl Service {
                 let (is_program, hash): (bool, String) = unpack(payload)?;
                 at.images.send(is_program, &hash).await
             }
+            COPY => at.images.copy_here(&unpack::<String>(payload)?).await,
             ARRIVAL => {
                 let (machine, epoch): (MachineName, Epoch) = unpack(payload)?;
                 reply(moves::arrival(&at.moves, &machine, epoch).await)

@@ -3,8 +3,17 @@
 //! processor never is, see `compilation`.
 //!
 //! - `writer`: writes an image while its pieces arrive
+//! - `names`: images of disks that have a name in the cluster
+//! - `copies`: copies of these, at two nodes
+//! - `unused`: removes what nothing needs any more
 
+mod copies;
+mod names;
+mod unused;
 mod writer;
+
+pub(crate) use copies::{COPY, keep};
+pub(crate) use unused::remove_unused;
 
 use self::writer::{ImageWriter, WrittenImage};
 use crate::context::Context;
@@ -16,9 +25,10 @@ use keel_cluster::NodeName;
 use keel_machine::kind::{IMAGE_BEGINNING_BYTES, KindName};
 use keel_machine::worker::control::pack;
 use keel_net::{Bytes, Fingerprint, Reply, RpcError};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -34,6 +44,10 @@ const PIECE_PATIENCE: Duration = PROMPT.saturating_mul(6);
 /// The images of this node, and access to those of others.
 pub(crate) struct Images {
     context: Arc<Context>,
+    /// Held while a file is made newer, or is removed because it is old.
+    ages: Arc<Mutex<()>>,
+    /// Why images are not here that this node is to keep, by hash.
+    problems: Mutex<BTreeMap<String, String>>,
 }
 
 impl Images {
@@ -44,7 +58,26 @@ impl Images {
                 tracing::warn!(%error, "unfinished files stay in {}", folder.display());
             }
         }
-        Images { context }
+        Images {
+            context,
+            ages: Arc::default(),
+            problems: Mutex::default(),
+        }
+    }
+
+    fn lock_problems(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file of an image, which may not be here.
+    ///
+    /// # Errors
+    /// If that is no hash.
+    fn image_path(&self, hash: &str) -> Result<PathBuf, ImageError> {
+        match is_hash(hash) {
+            true => Ok(self.context.dir.image(hash)),
+            false => Err(ImageError::NoHash(hash.to_owned())),
+        }
     }
 
     /// Stores an image that a user uploads, for machines of a kind or of any; returns its hash.
@@ -104,7 +137,8 @@ impl Images {
         let image = writer.finish().await.map_err(CommandError::Unavailable)?;
         let hash = image.hash.clone();
         let path = self.context.dir.image(&hash);
-        keep(image, path).await.map_err(CommandError::Unavailable)?;
+        let kept = self.keep_file(image, path).await;
+        kept.map_err(CommandError::Unavailable)?;
         Ok(hash)
     }
 
@@ -139,29 +173,40 @@ impl Images {
         Ok(path)
     }
 
-    /// The file of an image, fetched from any node that has it if necessary.
-    pub(crate) async fn find_image(&self, hash: &str) -> Result<PathBuf, String> {
-        if !is_hash(hash) {
-            return Err(format!("{hash:?} is no hash of an image"));
-        }
-        let path = self.context.dir.image(hash);
-        if is_there(&path).await {
+    /// The file of an image, fetched from any node that has it if necessary. It stays here for a
+    /// while even if nothing needs it.
+    ///
+    /// # Errors
+    /// If no node has it, or it cannot be written.
+    pub(crate) async fn find_image(&self, hash: &str) -> Result<PathBuf, ImageError> {
+        self.find_image_at(hash, []).await
+    }
+
+    /// As [`Self::find_image`]; these nodes are asked first.
+    async fn find_image_at(
+        &self,
+        hash: &str,
+        first: impl IntoIterator<Item = NodeName>,
+    ) -> Result<PathBuf, ImageError> {
+        let path = self.image_path(hash)?;
+        if self.keep_longer(&path).await {
             return Ok(path);
         }
-        for node in self.context.members.all().keys() {
-            if *node == self.context.name {
+        let mut asked = BTreeSet::from([self.context.name.clone()]);
+        let all = self.context.members.all();
+        for node in first.into_iter().chain(all.keys().cloned()) {
+            if !asked.insert(node.clone()) {
                 continue;
             }
-            match self.fetch(node, false, hash, &path).await {
+            match self.fetch(&node, false, hash, &path).await {
                 Ok(()) => return Ok(path),
-                Err(error) => {
+                Err(FetchError::Here(error)) => return Err(ImageError::Unwritten(error)),
+                Err(FetchError::There(error)) => {
                     tracing::info!(%node, error, "cannot fetch an image from the node");
                 }
             }
         }
-        Err(format!(
-            "no node that answers has image {hash}; run it again with its file"
-        ))
+        Err(ImageError::Nowhere(hash.to_owned()))
     }
 
     /// Fetches a file from a node and stores it, if it matches its hash.
@@ -171,43 +216,88 @@ impl Images {
         is_program: bool,
         hash: &str,
         path: &Path,
-    ) -> Result<(), String> {
-        let question = pack(&(is_program, hash.to_owned())).map_err(|error| error.to_string())?;
+    ) -> Result<(), FetchError> {
+        let there = |error: &dyn fmt::Display| FetchError::There(error.to_string());
+        let question = pack(&(is_program, hash.to_owned())).map_err(|error| there(&error))?;
         let stream = self.context.peers.bulk_stream(node, FETCH, question);
         let stream = tokio::time::timeout(PIECE_PATIENCE, stream).await;
-        let stream = stream.map_err(|_| "the node does not answer")?;
-        let mut stream = stream.map_err(|error| error.to_string())?;
-        let folder = path.parent().ok_or("the file has no folder")?;
+        let stream = stream.map_err(|_| there(&"the node does not answer"))?;
+        let mut stream = stream.map_err(|error| there(&error))?;
+        let folder = path.parent().unwrap_or(path);
         let writer = ImageWriter::new(folder);
         let mut received = 0;
         loop {
             let next = tokio::time::timeout(PIECE_PATIENCE, stream.recv()).await;
-            let next = next.map_err(|_| "the node sends nothing any more")?;
+            let next = next.map_err(|_| there(&"the node sends nothing any more"))?;
             let Some(piece) = next else { break };
-            let piece = piece.map_err(|error| error.to_string())?;
+            let piece = piece.map_err(|error| there(&error))?;
             received += piece.len() as u64;
             if received > self.context.kinds.file_bytes_max() {
-                return Err("the file is too large".into());
+                return Err(there(&"the file is too large"));
             }
             if !writer.add(piece).await {
                 break;
             }
         }
-        let image = writer.finish().await?;
+        let image = writer.finish().await.map_err(FetchError::Here)?;
         if image.hash != hash {
-            return Err("the file does not match its hash".into());
+            return Err(there(&"the file does not match its hash"));
         }
-        keep(image, path.to_owned()).await
+        let kept = self.keep_file(image, path.to_owned()).await;
+        kept.map_err(FetchError::Here)
+    }
+
+    /// Gives a whole image its name.
+    async fn keep_file(&self, image: WrittenImage, path: PathBuf) -> Result<(), String> {
+        let ages = self.ages.clone();
+        let kept = tokio::task::spawn_blocking(move || {
+            // What is there now may be about to be removed.
+            let _held = ages.lock().unwrap_or_else(PoisonError::into_inner);
+            let kept = image.keep(&path);
+            kept.map_err(|error| format!("{}: {error}", path.display()))
+        });
+        kept.await.map_err(|error| error.to_string()).flatten()
     }
 }
 
-/// Gives a whole image its name.
-async fn keep(image: WrittenImage, path: PathBuf) -> Result<(), String> {
-    let kept = tokio::task::spawn_blocking(move || {
-        let kept = image.keep(&path);
-        kept.map_err(|error| format!("{}: {error}", path.display()))
-    });
-    kept.await.map_err(|error| error.to_string()).flatten()
+/// Why there is no file of an image here.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImageError {
+    #[error("{0:?} is no hash of an image")]
+    NoHash(String),
+    #[error("no node that answers has image {0}; run it again with its file")]
+    Nowhere(String),
+    /// It cannot be written.
+    #[error("{0}")]
+    Unwritten(String),
+}
+
+impl From<ImageError> for CommandError {
+    fn from(error: ImageError) -> Self {
+        let text = error.to_string();
+        match error {
+            ImageError::NoHash(_) => CommandError::Invalid(text),
+            ImageError::Nowhere(_) => CommandError::NotFound(text),
+            ImageError::Unwritten(_) => CommandError::Unavailable(text),
+        }
+    }
+}
+
+impl From<ImageError> for String {
+    fn from(error: ImageError) -> Self {
+        error.to_string()
+    }
+}
+
+/// Why a file was not fetched.
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    /// Another node may have it.
+    #[error("{0}")]
+    There(String),
+    /// It cannot be written, whoever sends it.
+    #[error("{0}")]
+    Here(String),
 }
 
 /// Whether the file exists; on an error it is fetched.

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
@@ -12,6 +12,9 @@ use tokio::task::JoinHandle;
 
 /// How the names of files begin that are not whole.
 const UNFINISHED: &str = ".unfinished-";
+
+/// Bytes of zeroes that take no room: whole blocks of any file system.
+const HOLE_BYTES: usize = 64 << 10;
 
 /// Pieces that wait for the disk.
 const QUEUE: usize = 4;
@@ -71,11 +74,25 @@ fn write(folder: &Path, mut pieces: mpsc::Receiver<Bytes>) -> io::Result<Written
     let mut hasher = blake3::Hasher::new();
     while let Some(piece) = pieces.blocking_recv() {
         hasher.update(&piece);
-        file.write_all(&piece)?;
+        write_sparse(file.as_file_mut(), &piece)?;
     }
+    // What ends in a hole is as long as it was.
+    let length = file.stream_position()?;
+    file.as_file().set_len(length)?;
     file.as_file().sync_all()?;
     let hash = hasher.finalize().to_hex().to_string();
     Ok(WrittenImage { file, hash })
+}
+
+/// Leaves zeroes out: raw images of disks are full of them.
+fn write_sparse(file: &mut File, piece: &[u8]) -> io::Result<()> {
+    for block in piece.chunks(HOLE_BYTES) {
+        match block.iter().all(|byte| *byte == 0) {
+            true => _ = file.seek(SeekFrom::Current(block.len() as i64))?,
+            false => file.write_all(block)?,
+        }
+    }
+    Ok(())
 }
 
 impl WrittenImage {
@@ -135,6 +152,27 @@ mod tests {
         assert!(writer.add(Bytes::from_static(b"cut off")).await);
         drop(writer.finish().await.unwrap());
         assert_eq!(names(folder.path()).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn zeroes_take_no_room() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let writer = ImageWriter::new(folder.path());
+        let mut whole = Vec::new();
+        // One piece ends in the middle of a block, and the image in a hole.
+        for (bytes, filler) in [(100, 1), (3 << 20, 0), (70_000, 2), (5 << 20, 0)] {
+            let piece = vec![filler; bytes];
+            whole.extend_from_slice(&piece);
+            assert!(writer.add(piece.into()).await);
+        }
+        let image = writer.finish().await.unwrap();
+        assert_eq!(image.hash, blake3::hash(&whole).to_hex().as_str());
+        let path = folder.path().join("image");
+        image.keep(&path).unwrap();
+        assert!(std::fs::read(&path).unwrap() == whole);
+        let occupied = path.metadata().unwrap().blocks() * 512;
+        assert!(occupied < 1 << 20, "{occupied}");
     }
 
     #[tokio::test]

@@ -50,9 +50,8 @@ pub(crate) async fn run(
         )));
     }
     let kind = machines.context.kinds.of(&spec).map_err(bad)?;
-    for image in kind.images(&spec) {
-        let found = machines.images.find_image(&image).await;
-        found.map_err(CommandError::NotFound)?;
+    for image in kind.images(&spec).map_err(bad)? {
+        machines.images.find_image(&image).await?;
     }
     host_files::check_elsewhere(machines, &node, &spec).await?;
     // What it will need is known only if it promises to keep to that.
@@ -71,6 +70,7 @@ pub(crate) async fn run(
         stop_wanted: false,
         restarts: 0,
         failovers: 0,
+        left_elsewhere: false,
         created_unix_ms: unix_ms(),
         paused: None,
         origin: None,

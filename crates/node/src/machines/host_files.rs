@@ -132,7 +132,7 @@ fn place(path: &str) -> Result<(PathBuf, String), String> {
 /// What it lacks.
 pub(crate) async fn sees(machines: &Machines, question: Sees) -> Result<(), String> {
     let kinds = machines.context.kinds.clone();
-    for image in kinds.of(&question.spec)?.images(&question.spec) {
+    for image in kinds.of(&question.spec)?.images(&question.spec)? {
         machines.images.find_image(&image).await?;
     }
     let paths = question.files.iter().map(|file| file.path.clone());

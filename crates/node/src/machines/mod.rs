@@ -3,7 +3,8 @@
 //! its placement, and ending one waits for its move.
 //!
 //! - `handle`: the state of this layer
-//! - `create`, `restore`, `spec_check`: new machines, and the limits of their specs
+//! - `create`, `restore`, `spec_check`: new machines, and the limits of their specs; `start_again`:
+//!   those that have ended
 //! - `reconcile`: schedule → processes
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
@@ -33,6 +34,7 @@ mod spanning_start;
 mod spec_check;
 mod stall_status;
 mod start;
+mod start_again;
 mod stop;
 mod termination;
 mod worker_monitor;
@@ -48,5 +50,6 @@ pub(crate) use reconcile::{follow_restarts, follow_schedule};
 pub(crate) use remove::RemoveMachine;
 pub(crate) use restore::restore;
 pub(crate) use set::SetMachine;
+pub(crate) use start_again::start_again;
 pub(crate) use stop::StopMachine;
 pub(crate) use worker_monitor::watch_worker;

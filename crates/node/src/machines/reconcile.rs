@@ -13,7 +13,7 @@ use super::termination::{named_end, record_end, sweep_ended};
 use super::worker_monitor::watch_worker;
 use crate::events::Note;
 use crate::moves::{is_behind, settle, settle_after_move};
-use crate::processes::PROMPT;
+use crate::processes::{PROMPT, WorkerHandle};
 use crate::records::{self, RecordError};
 use keel_api::EventKind;
 use keel_cluster::{Epoch, MachineName};
@@ -418,20 +418,41 @@ async fn is_settled(machines: &Arc<Machines>, machine: &MachineName) -> bool {
             return false;
         }
         Ok(State::Empty | State::Running { .. } | State::Filling { .. } | State::Held { .. }) => {
-            tracing::warn!(%machine, "no longer scheduled here, ending its worker");
-            let text = "is no longer scheduled here; its process is ended";
-            machines
-                .context
-                .events
-                .record(Note::machine(EventKind::WorkerEnded, machine, text));
-            machines
-                .processes
-                .machines
-                .forget_exactly(&machines.context.dir, machine, Some(&worker))
-                .await;
+            // One that was given up has ended here: its output and its own disk stay.
+            let is_own = match records::get(&*machines.context.store, machine).await {
+                Ok(found) => found.record.owner == machines.context.name,
+                Err(RecordError::NoMachine(_)) => false,
+                Err(_) => return false,
+            };
+            // Nobody starts it in the same folder meanwhile.
+            if !machines.processes.exclusion.busy().insert(machine.clone()) {
+                return false;
+            }
+            end_unscheduled(machines, machine, &worker, is_own).await;
+            machines.processes.exclusion.busy().remove(machine);
         }
     }
     true
+}
+
+async fn end_unscheduled(
+    machines: &Machines,
+    machine: &MachineName,
+    worker: &WorkerHandle,
+    is_own: bool,
+) {
+    let (workers, dir) = (&machines.processes.machines, &machines.context.dir);
+    if !workers.get(machine).is_some_and(|now| now.is(worker)) {
+        return;
+    }
+    tracing::warn!(%machine, "no longer scheduled here, ending its worker");
+    let text = "is no longer scheduled here; its process is ended";
+    let told = Note::machine(EventKind::WorkerEnded, machine, text);
+    machines.context.events.record(told);
+    match is_own {
+        true => workers.end(dir, machine).await,
+        false => workers.forget_exactly(dir, machine, Some(worker)).await,
+    }
 }
 
 /// Whether a machine moves away, arrives, is started, ended or removed at this moment.

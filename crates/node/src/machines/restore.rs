@@ -126,6 +126,7 @@ pub(crate) async fn restore(
         stop_wanted: false,
         restarts: 0,
         failovers: 0,
+        left_elsewhere: false,
         created_unix_ms: unix_ms(),
         paused: None,
         origin: Some(Origin {

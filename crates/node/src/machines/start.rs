@@ -36,6 +36,20 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         }
         _ => (None, Leftovers::Remove),
     };
+    if leftovers == Leftovers::KeepOutput && record.started_unix_ms > 0 {
+        let (kinds, spec) = (machines.context.kinds.clone(), record.spec.clone());
+        let folder = machines.context.dir.worker(&record.name);
+        let looked = tokio::task::spawn_blocking(move || {
+            let kind = kinds.of(&spec)?;
+            Ok::<_, String>(kind.missing_of_earlier_life(&spec, &folder))
+        });
+        let missing = looked.await.map_err(|error| error.to_string()).flatten()?;
+        if let Some(missing) = missing {
+            return Err(format!(
+                "{missing} is gone from its node: remove the machine and run it again to begin with a new one"
+            ));
+        }
+    }
     let is_kept = kept.is_some();
     let mut spread = Vec::new();
     let from = match kept.or_else(|| record.origin.clone()) {
@@ -43,7 +57,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             StartFrom::Checkpoint(spanning_start::placed(machines, record, origin).await?)
         }
         None => {
-            for image in kind.images(&record.spec) {
+            for image in kind.images(&record.spec)? {
                 machines.images.find_image(&image).await?;
             }
             spread = spanning_start::spread_over(machines, record).await;

@@ -7,7 +7,8 @@ use crate::processes::PROMPT;
 use crate::records::{self, MachineCommand, RecordError, at_owner};
 use keel_api::EventKind;
 use keel_cluster::MachineName;
-use keel_machine::spec::{Record, Status};
+use keel_machine::kind::Kind;
+use keel_machine::spec::{Record, Spec, Status};
 use keel_machine::worker::control::kind;
 use keel_net::RpcError;
 use keel_store::clock::unix_ms;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a stopped machine may take to end.
+/// How long a stopped machine may take to end, beside [`Kind::shutdown_time`].
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Stops a machine.
@@ -33,6 +34,10 @@ impl MachineCommand for StopMachine {
 
     fn machine(&self) -> &MachineName {
         &self.machine
+    }
+
+    fn extra_patience(kind: &dyn Kind, spec: &Spec) -> Duration {
+        kind.shutdown_time(spec)
     }
 }
 
@@ -100,7 +105,11 @@ async fn stop(
         None => Ok(()),
     };
     // A machine that has just ended does not answer; its record has the result.
-    let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
+    let kind = machines.context.kinds.of(&found.record.spec);
+    let shutdown = kind.map_or(Duration::ZERO, |kind| {
+        kind.shutdown_time(&found.record.spec)
+    });
+    let deadline = tokio::time::Instant::now() + STOP_PATIENCE + shutdown;
     loop {
         match records::get(&*machines.context.store, machine).await {
             Ok(found) if found.record.status.ended() => return Ok(()),

@@ -34,6 +34,7 @@ pub(super) async fn record_end(
     loop {
         let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
         let set = Key::InSync(machine.clone()).to_string();
+        let newest = Key::Checkpoint(machine.clone()).to_string();
         let end = |record: &mut Record| {
             let was = record.status.clone();
             effect = ownership::end(record, &machines.context.name, epoch, &status, unix_ms());
@@ -53,7 +54,7 @@ pub(super) async fn record_end(
                         ..
                     } => txn,
                     // Its next life begins anew: the checkpoints of this one are of no use.
-                    Status::Restarting { .. } => txn.delete(set.clone()),
+                    Status::Restarting { .. } => txn.delete(set.clone()).delete(newest.clone()),
                     _ if record.status.ended() => txn.delete(entry.clone()),
                     _ => txn,
                 },

@@ -94,16 +94,9 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     if !missing.is_empty() {
         return Err(format!("this node's CPU lacks {}", missing.join(", ")));
     }
+    check_room(moves, offer.volume_bytes).await?;
     let (spec_volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
-    let (workers, volume_bytes) = (moves.context.dir.workers(), offer.volume_bytes);
     tokio::task::spawn_blocking(move || {
-        if volume_bytes > 0 {
-            let free = volume_folder::free_bytes(&workers)
-                .map_err(|error| format!("{}: {error}", workers.display()))?;
-            if volume_bytes > free {
-                return Err(volume_folder::no_room(volume_bytes, free, &workers));
-            }
-        }
         for (volume, proof) in spec_volumes.iter().zip(&proofs) {
             let VolumeKind::Host { path } = &volume.kind else {
                 continue;
@@ -125,6 +118,23 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     })
     .await
     .map_err(|error| error.to_string())?
+}
+
+/// Whether this node has room for the files that a machine brings along.
+async fn check_room(moves: &Moves, bytes: u64) -> Result<(), String> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let workers = moves.context.dir.workers();
+    let looked = tokio::task::spawn_blocking(move || {
+        let free = volume_folder::free_bytes(&workers);
+        let free = free.map_err(|error| format!("{}: {error}", workers.display()))?;
+        match bytes > free {
+            true => Err(volume_folder::no_room(bytes, free, &workers)),
+            false => Ok(()),
+        }
+    });
+    looked.await.map_err(|error| error.to_string())?
 }
 
 /// Holds the output of a machine back as its source does, if its spec says so.
@@ -164,7 +174,7 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     };
     let kind = moves.context.kinds.of(&offer.spec)?;
     if kind.abilities().keeps_images {
-        for image in kind.images(&offer.spec) {
+        for image in kind.images(&offer.spec)? {
             moves.images.find_image(&image).await?;
         }
     }
@@ -172,6 +182,8 @@ async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Mov
     {
         // Serialised: two machines that each fit may not fit together.
         let _reserving = moves.reserving.lock().await;
+        // Its images may have taken what there was.
+        check_room(moves, offer.volume_bytes).await?;
         check_free_memory(&moves.context, machine, &offer.memory_pages, Some(&source)).await?;
         reserve(moves, &source, &offer).await?;
     }

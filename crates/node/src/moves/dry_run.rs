@@ -186,8 +186,11 @@ async fn would_accept(
     let report = worker.report().await.map_err(text)?;
     let proofs = Proofs::make(&record.spec).await?;
     let no_worker = Fingerprint([0; 32]);
-    let offer = offer::offer_of(record, revision, &report, no_worker, &proofs, false);
-    let answer = match offer.and_then(|offer| pack(&offer).map_err(text)) {
+    let context = &moves.context;
+    let offer = offer::offer_of(
+        context, record, revision, &report, no_worker, &proofs, false,
+    );
+    let answer = match offer.await.and_then(|offer| pack(&offer).map_err(text)) {
         Ok(payload) => moves
             .context
             .peers

@@ -1,6 +1,7 @@
 //! Messages from a source to a target, and their answers.
 
 use super::directory_proofs::Proofs;
+use crate::context::Context;
 use crate::host::needed_features;
 use crate::spanning::ROOM_BYTES_MIN;
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -39,7 +40,7 @@ pub(crate) struct Offer {
     pub(crate) worker: Fingerprint,
     /// Size of each memory in 64 KiB pages.
     pub(crate) memory_pages: Vec<u64>,
-    /// Bytes in the volumes that move with the machine.
+    /// Bytes in the volumes that move with the machine, and in its own disk.
     pub(crate) volume_bytes: u64,
     /// CPU features of the cluster's baseline, which the target must have. Those of the source's
     /// compiled code do not matter.
@@ -67,7 +68,8 @@ pub(crate) enum Arrival {
 }
 
 /// Builds the offer for a target.
-pub(super) fn offer_of(
+pub(super) async fn offer_of(
+    context: &Context,
     record: &Record,
     revision: u64,
     report: &Report,
@@ -79,6 +81,15 @@ pub(super) fn offer_of(
     let own = record.spec.own_volumes();
     let volumes = report.volumes.iter();
     let volumes = volumes.filter(|volume| own.contains(&volume.number));
+    let volume_bytes: u64 = volumes.map(|volume| volume.bytes).sum();
+    let (kinds, spec) = (context.kinds.clone(), record.spec.clone());
+    let folder = context.dir.worker(&record.name);
+    let measured =
+        tokio::task::spawn_blocking(move || kinds.of(&spec).map(|kind| kind.disk_bytes(&folder)));
+    let disk_bytes = measured
+        .await
+        .map_err(|error| error.to_string())
+        .flatten()?;
     Ok(Offer {
         machine: record.name.clone(),
         spec: record.spec.clone(),
@@ -87,7 +98,7 @@ pub(super) fn offer_of(
         revision,
         worker,
         memory_pages: to_come(report),
-        volume_bytes: volumes.map(|volume| volume.bytes).sum(),
+        volume_bytes: volume_bytes.saturating_add(disk_bytes),
         features: needed_features(),
         proofs: proofs.list(),
         post_copy,

@@ -375,7 +375,17 @@ impl Driver {
             .await
             .map_err(text)?;
         let (record, post_copy) = (&self.record, self.post_copy);
-        let mut offer = offer_of(record, self.revision, &report, worker, proofs, post_copy)?;
+        let context = &self.moves.context;
+        let offer = offer_of(
+            context,
+            record,
+            self.revision,
+            &report,
+            worker,
+            proofs,
+            post_copy,
+        );
+        let mut offer = offer.await?;
         offer.traceparent = step.traceparent();
         let payload = pack(&offer).map_err(text)?;
         let answer = self

@@ -125,6 +125,18 @@ pub(crate) async fn all(store: &dyn Store) -> Result<Vec<Record>, RecordError> {
         .collect())
 }
 
+/// All machines.
+///
+/// # Errors
+/// [`RecordError`], also if one record is damaged.
+pub(crate) async fn all_or_none(store: &dyn Store) -> Result<Vec<Record>, RecordError> {
+    let listing = store.list(keys::MACHINES).await?;
+    let records = listing.entries.iter();
+    records
+        .map(|entry| found(entry).map(|it| it.record))
+        .collect()
+}
+
 pub(crate) fn encode(record: &Record) -> Result<Vec<u8>, RecordError> {
     record.encode().map_err(RecordError::Damaged)
 }
@@ -295,6 +307,7 @@ pub(crate) mod tests {
             stop_wanted: false,
             restarts: 0,
             failovers: 0,
+            left_elsewhere: false,
             created_unix_ms: 0,
             paused: None,
             origin: None,

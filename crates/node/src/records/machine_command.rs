@@ -9,6 +9,8 @@ use super::machine::get;
 use crate::context::Context;
 use crate::error::CommandError;
 use keel_cluster::MachineName;
+use keel_machine::kind::Kind;
+use keel_machine::spec::Spec;
 use keel_machine::worker::control::{pack, unpack};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +32,11 @@ pub(crate) trait MachineCommand: Serialize + DeserializeOwned + Send {
 
     /// The machine, whose owner carries out the command.
     fn machine(&self) -> &MachineName;
+
+    /// What the machine itself may add to the time limit.
+    fn extra_patience(_kind: &dyn Kind, _spec: &Spec) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Has a command carried out by the owner of its machine: by `here` on this node, by a request on
@@ -46,17 +53,21 @@ where
     C: MachineCommand,
     F: Future<Output = Result<C::Answer, CommandError>>,
 {
-    let owner = get(&*context.store, command.machine()).await?.record.owner;
+    let record = get(&*context.store, command.machine()).await?.record;
+    let owner = record.owner;
     if owner == context.name {
         return here(command).await;
     }
+    let kind = context.kinds.of(&record.spec);
+    let extra = kind.map_or(Duration::ZERO, |kind| C::extra_patience(kind, &record.spec));
+    let patience = C::PATIENCE + extra;
     let invalid = |error: String| CommandError::Invalid(error);
     let unavailable = |error: String| CommandError::Unavailable(error);
     let payload = pack(&command).map_err(|error| invalid(error.to_string()))?;
     let peers = &context.peers;
     let answer = match C::IS_BULK {
-        true => peers.bulk_call(&owner, C::KIND, payload, C::PATIENCE).await,
-        false => peers.call(&owner, C::KIND, payload, C::PATIENCE).await,
+        true => peers.bulk_call(&owner, C::KIND, payload, patience).await,
+        false => peers.call(&owner, C::KIND, payload, patience).await,
     };
     let answer = answer.map_err(|error| unavailable(error.to_string()))?;
     unpack(&answer).map_err(|error| unavailable(error.to_string()))?

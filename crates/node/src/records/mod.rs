@@ -28,8 +28,8 @@ pub(crate) use in_sync_set::{
 #[cfg(test)]
 pub(crate) use machine::tests;
 pub(crate) use machine::{
-    NodeRecord, RecordError, Reservation, VersionedRecord, alive, all, encode, epochs_so_far,
-    first_epoch, get, nodes, schedule, settled, update,
+    NodeRecord, RecordError, Reservation, VersionedRecord, alive, all, all_or_none, encode,
+    epochs_so_far, first_epoch, get, nodes, schedule, settled, update,
 };
 pub(crate) use machine_command::{MachineCommand, at_owner};
 pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};

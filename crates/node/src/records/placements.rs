@@ -51,7 +51,8 @@ impl Placed {
         Placed {
             owner: record.owner.clone(),
             kind: record.spec.kind.clone(),
-            compiled_image: compiled.and_then(|kind| kind.images(&record.spec).into_iter().next()),
+            compiled_image: compiled
+                .and_then(|kind| kind.images(&record.spec).ok()?.into_iter().next()),
             epoch: record.epoch,
             live: !record.status.ended(),
             movable: record.status == Status::Running && record.paused.is_none(),

@@ -20,45 +20,11 @@ use keel_api::{
     CheckpointInfo, CheckpointRequest, DryRun, ExecuteLine, ExecuteRequest, MachineDiff,
     MachineInfo, MoveLine, MoveRequest, Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo,
     PruneRequest, QuotaInfo, QuotaRequest, RestoreRequest, RunRequest, SetRequest, SpanRequest,
-    ThreadMove, Uploaded,
+    ThreadMove,
 };
 use keel_cluster::NodeName;
-use keel_machine::kind::InvalidKindName;
 use serde::Deserialize;
 use utoipa::IntoParams;
-
-#[derive(Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-pub(super) struct UploadQuery {
-    /// The kind of the machines that start from it; any kind if absent.
-    kind: Option<String>,
-}
-
-/// Uploads an image: the file that machines start from.
-///
-/// For machines of kind `wasm` it is a WebAssembly module, for `qemu` a kernel or its initrd.
-#[utoipa::path(
-    put,
-    path = "/v1/images",
-    operation_id = "upload_image",
-    tag = "machines",
-    params(UploadQuery),
-    request_body(content = RawBytes, content_type = "application/octet-stream"),
-    responses((status = 200, description = "Success", body = Uploaded))
-)]
-pub(super) async fn upload(
-    State(at): Shared,
-    Query(query): Query<UploadQuery>,
-    body: Body,
-) -> Reply<Uploaded> {
-    let kind = query.kind.map(|kind| kind.parse()).transpose();
-    let kind = kind.map_err(|error: InvalidKindName| CommandError::Invalid(error.to_string()))?;
-    let hash = at
-        .images
-        .upload(kind.as_ref(), body.into_data_stream())
-        .await?;
-    Ok(Json(Uploaded { hash }))
-}
 
 /// All machines, ended ones included.
 #[utoipa::path(
@@ -112,6 +78,23 @@ pub(super) async fn remove(State(at): Shared, Path(name): Path<String>) -> Reply
     let machine = machine_name(&name)?;
     at.machines.remove(RemoveMachine { machine }).await?;
     Ok(Json(Nothing {}))
+}
+
+/// Starts a machine again that has ended.
+///
+/// It begins anew on the node where it ended, and keeps its output and its own disk. The answer does
+/// not wait until it runs.
+#[utoipa::path(
+    post,
+    path = "/v1/machines/{name}/start",
+    operation_id = "start_machine",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = MachineInfo))
+)]
+pub(super) async fn start_again(State(at): Shared, Path(name): Path<String>) -> Reply<MachineInfo> {
+    let machine = machine_name(&name)?;
+    Ok(Json(machines::start_again(&at.machines, &machine).await?))
 }
 
 /// Stops a machine at its next safepoint.

@@ -17,6 +17,7 @@ mod cluster;
 mod file;
 mod handlers;
 mod health;
+mod image;
 mod logs;
 mod openapi;
 mod reply;

@@ -30,13 +30,14 @@ const ABOUT: &str = "Evenkeel: a self-balancing cluster of virtual machines. Eac
     a request names the role that its token needs; a role includes the lesser ones.";
 
 /// What the tags of requests stand for.
-const TAGS: [(&str, &str); 16] = [
+const TAGS: [(&str, &str); 17] = [
     ("cluster", "The cluster, and the node that answers."),
     ("nodes", "Nodes, their drains and loads."),
     (
         "store",
         "The store of the cluster, and the nodes that hold it.",
     ),
+    ("images", "Files that machines start from."),
     ("machines", "Machines, and what is requested of one."),
     ("moves", "Moves of machines."),
     ("parts", "Parts, threads and objects of spanning machines."),

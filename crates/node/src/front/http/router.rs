@@ -4,7 +4,7 @@ use super::super::handles::Handles;
 use super::caller::check_role;
 use super::openapi::{self, DescribedRoutes, Document};
 use super::reply::problem;
-use super::{audit, balance, cluster, file, handlers, health, logs, volume};
+use super::{audit, balance, cluster, file, handlers, health, image, logs, volume};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Extension, Request};
 use axum::http::{Method, StatusCode, header};
@@ -72,9 +72,16 @@ pub(super) fn described() -> DescribedRoutes {
         .add(routes!(cluster::rotate_authority))
         .add(routes!(cluster::restart_agent))
         .add(routes!(audit::log))
-        .add(routes!(handlers::upload).layer(images))
+        .add(routes!(image::upload, image::list_images).layer(images))
+        .add(routes!(
+            image::inspect_image,
+            image::name_image,
+            image::remove_image
+        ))
+        .add(routes!(image::find_file))
         .add(routes!(handlers::list, handlers::run))
         .add(routes!(handlers::inspect, handlers::remove))
+        .add(routes!(handlers::start_again))
         .add(routes!(handlers::stop))
         .add(routes!(handlers::kill))
         .add(routes!(handlers::execute))
