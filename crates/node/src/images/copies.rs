@@ -1,8 +1,8 @@
 //! Copies of images that have a name: each is kept by [`COPIES`] nodes, so that the loss of a node
 //! loses none. Every node knows which these are from the store, and fetches what it lacks.
 
-use super::names;
-use super::{ImageError, Images};
+use super::files::{ImageError, Images, is_there};
+use super::records::all;
 use crate::records::{self, AliveNodes};
 use futures::StreamExt;
 use futures::future::join_all;
@@ -102,7 +102,7 @@ impl Images {
     ) -> Result<(), String> {
         let text = |error: StoreError| error.to_string();
         let store = &*self.context.store;
-        let all = names::all(store).await.map_err(text)?;
+        let all = all(store).await.map_err(text)?;
         // Before they are fetched, which may take long.
         let watch = store.watch(keys::IMAGES, all.revision + 1).await;
         let mut watch = watch.map_err(text)?;
@@ -154,7 +154,7 @@ impl Images {
     async fn own_copy(&self, hash: &str) -> Result<Copy, ImageError> {
         let path = self.image_path(hash)?;
         Ok(Copy {
-            is_there: super::is_there(&path).await,
+            is_there: is_there(&path).await,
             problem: self.lock_problems().get(hash).cloned(),
         })
     }

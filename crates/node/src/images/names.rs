@@ -1,82 +1,21 @@
-//! Images of disks that have a name in the cluster: its record in the store, and which nodes have
-//! copies.
+//! Requests of users about images of disks that have a name in the cluster.
 
-use super::{ImageError, Images, copies};
+use super::copies;
+use super::files::{ImageError, Images};
+use super::records::{ImageRecord, all, encode, record};
 use crate::error::CommandError;
 use crate::records;
 use futures::future::join_all;
 use keel_api::{ImageInfo, ImageRequest};
+use keel_cluster::MachineName;
 use keel_cluster::failover::ReplicaNode;
-use keel_cluster::{MachineName, NodeName};
 use keel_machine::kind::{DiskImage, IMAGE_BEGINNING_BYTES, KindName, Kinds};
 use keel_store::clock::unix_ms;
-use keel_store::encoding;
-use keel_store::keys::{self, Key};
-use keel_store::{Compare, KeyValue, Revision, Store, StoreError, Txn, TxnOutcome};
-use serde::{Deserialize, Serialize};
+use keel_store::keys::Key;
+use keel_store::{Compare, Txn, TxnOutcome};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
-
-const WHAT: &str = "the record of an image";
-
-/// The record of a name in the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ImageRecord {
-    /// BLAKE3, hex.
-    pub(super) hash: String,
-    file_bytes: u64,
-    /// In the word of the machines' kind.
-    format: String,
-    disk_bytes: u64,
-    /// The node that had it when it got its name.
-    pub(super) first_on: NodeName,
-    created_unix_ms: u64,
-}
-
-/// All images that have a name, by it.
-#[derive(Debug, Clone)]
-pub(super) struct NamedImages {
-    pub(super) images: BTreeMap<MachineName, ImageRecord>,
-    /// The revision of the store that they are of.
-    pub(super) revision: Revision,
-}
-
-fn record(entry: &KeyValue) -> Result<ImageRecord, String> {
-    encoding::decode(WHAT, &entry.value).map_err(|error| format!("{}: {error}", entry.key))
-}
-
-/// All images that have a name. A damaged record is skipped and logged.
-pub(super) async fn all(store: &dyn Store) -> Result<NamedImages, StoreError> {
-    let listing = store.list(keys::IMAGES).await?;
-    let mut images = BTreeMap::new();
-    for entry in &listing.entries {
-        match (entry.key.parse(), record(entry)) {
-            (Ok(Key::Image(name)), Ok(record)) => _ = images.insert(name, record),
-            (_, Err(error)) => tracing::error!(error),
-            (_, Ok(_)) => {}
-        }
-    }
-    Ok(NamedImages {
-        images,
-        revision: listing.revision,
-    })
-}
-
-/// The hashes of all images that have a name.
-///
-/// # Errors
-/// If the store does not answer, or one record is damaged.
-pub(super) async fn all_hashes(store: &dyn Store) -> Result<Vec<(MachineName, String)>, String> {
-    let listing = store.list(keys::IMAGES).await;
-    let listing = listing.map_err(|error| error.to_string())?;
-    let entries = listing.entries.iter();
-    let hashes = entries.map(|entry| match entry.key.parse() {
-        Ok(Key::Image(name)) => Ok((name, record(entry)?.hash)),
-        _ => Err(format!("{:?} is no name of an image", entry.key)),
-    });
-    hashes.collect()
-}
 
 fn image_name(name: &str) -> Result<MachineName, CommandError> {
     MachineName::new(name).map_err(|error| CommandError::Invalid(format!("image: {error}")))
@@ -149,7 +88,7 @@ impl Images {
                 Txn::new().when_modified_at(key.clone(), found.modified)
             }
         };
-        let value = encoding::encode(WHAT, &new);
+        let value = encode(&new);
         let value = value.map_err(|error| CommandError::Unavailable(error.to_string()))?;
         match store.txn(txn.put(key, value)).await? {
             TxnOutcome::Committed { .. } => self.named(name.as_str()).await,

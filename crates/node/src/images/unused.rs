@@ -3,7 +3,9 @@
 //! [`KEPT_FOR`] after it was last needed or looked for: what is uploaded now is started from in a
 //! moment.
 
-use super::{Images, copies, names};
+use super::copies;
+use super::files::{Images, renew};
+use super::records::all_hashes;
 use crate::records;
 use crate::state_dir::is_hash;
 use keel_api::ImageCopy;
@@ -11,7 +13,6 @@ use keel_cluster::NodeName;
 use keel_machine::kind::Kinds;
 use keel_machine::spec::Record;
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,13 +38,6 @@ pub(crate) async fn remove_unused(images: Arc<Images>) {
 }
 
 impl Images {
-    /// Makes the age of a file 0; false if it is not here, or that cannot be told.
-    pub(super) async fn keep_longer(&self, path: &Path) -> bool {
-        let (ages, path) = (self.ages.clone(), path.to_owned());
-        let kept = tokio::task::spawn_blocking(move || renew(&ages, &path, SystemTime::now()));
-        kept.await.is_ok_and(|renewed| renewed.is_ok())
-    }
-
     async fn remove_unused(&self) -> Result<(), String> {
         let store = &*self.context.store;
         let records = records::all_or_none(store).await;
@@ -51,7 +45,7 @@ impl Images {
         let mut needed = of_machines(&self.context.kinds, &records)?;
         let candidates = copies::candidates(store).await;
         let candidates = candidates.map_err(|error| error.to_string())?;
-        for (name, hash) in names::all_hashes(store).await? {
+        for (name, hash) in all_hashes(store).await? {
             let keepers = copies::keepers(&name, &candidates);
             let copies = self.copies_at(&hash, keepers).await;
             if !is_kept_elsewhere(&self.context.name, &copies) {
@@ -91,12 +85,6 @@ fn is_kept_elsewhere(node: &NodeName, copies: &[ImageCopy]) -> bool {
         && copies
             .iter()
             .all(|copy| copy.is_there && copy.node != node.as_str())
-}
-
-/// Makes the age of a file 0.
-fn renew(ages: &Mutex<()>, path: &Path, now: SystemTime) -> io::Result<()> {
-    let _held = ages.lock().unwrap_or_else(PoisonError::into_inner);
-    File::open(path)?.set_modified(now)
 }
 
 /// Removes the images in a folder that are old and not among those that are needed; returns them.
@@ -142,6 +130,7 @@ fn remove_if_old(ages: &Mutex<()>, path: &Path, now: SystemTime) -> io::Result<b
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
 
     #[test]
     fn an_image_is_kept_elsewhere_only_if_all_its_keepers_have_it() {

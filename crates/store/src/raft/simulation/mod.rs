@@ -29,6 +29,7 @@ mod faults;
 mod linearizability;
 mod owners;
 mod scenario;
+mod unconfirmed;
 mod world;
 
 use std::ops::Range;
