@@ -573,7 +573,7 @@ async fn a_disk_that_cannot_be_used_is_named() -> Result<()> {
     systems.counted("s", 0).await.map(drop)
 }
 
-/// Longer than a machine that ends at once is given.
+/// Longer than a machine that ends at once is given, and than a request between agents.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_system_that_heeds_no_power_button_has_its_time() -> Result<()> {
     let Some(systems) = Systems::start(&["a", "b"]).await else {
@@ -593,7 +593,9 @@ async fn a_system_that_heeds_no_power_button_has_its_time() -> Result<()> {
     };
     keel(
         "a",
-        &format!("run -d --kind qemu --name deaf --memory 16M --shutdown 16s --image {path}"),
+        &format!(
+            "run -d --on a --kind qemu --name deaf --memory 16M --shutdown 31s --image {path}"
+        ),
     )?;
     keel("b", "rm --force deaf")
 }

@@ -418,7 +418,15 @@ impl Record {
             status,
             Status::Running | Status::Arriving { .. } | Status::Filling { .. }
         );
-        self.left_elsewhere &= !begins;
+        // (An older agent that gave it to another node does not say so itself.)
+        let elsewhere = matches!(
+            self.status,
+            Status::Restarting {
+                elsewhere: true,
+                ..
+            }
+        );
+        self.left_elsewhere = (self.left_elsewhere || elsewhere) && !begins;
         self.status = status;
         // The former worker waited for disk space.
         self.paused = None;

@@ -571,18 +571,19 @@ fn a_machine_is_taken_back_from_a_node_without_a_lease() {
     assert!(!compares(Target::Without).contains(&fenced));
 }
 
-/// On its node, under a newer epoch, and only one that has ended.
 #[test]
 fn a_machine_that_has_ended_is_started_again() {
     for status in [Status::Scheduled, Status::Running, arriving(), restarting()] {
-        let again = start_again(&found(record("b", EPOCH, status)), 7);
+        let again = start_again(&found(record("b", EPOCH, status)), true, 7);
         assert_eq!(again, Ok(None));
     }
     let cases = [failed(), Status::Stopped, Status::Exited { code: 0 }];
     for (status, elsewhere) in cases.into_iter().zip([false, true, false]) {
         let mut now = record("b", EPOCH, status);
         (now.restarts, now.stop_wanted, now.left_elsewhere) = (3, true, elsewhere);
-        let again = start_again(&found(now.clone()), 7).unwrap().unwrap();
+        let again = start_again(&found(now.clone()), elsewhere, 7)
+            .unwrap()
+            .unwrap();
         (now.restarts, now.stop_wanted, now.epoch) = (0, false, epoch(1));
         now.enter(again.record.status.clone(), 7);
         assert_eq!(again.record, now);
@@ -593,10 +594,9 @@ fn a_machine_that_has_ended_is_started_again() {
             .when_modified_at("machine/m", 60)
             .when(Compare::Exists { key })
             .put("machine/m", now.encode().unwrap())
-            .put("schedule/b/m", Vec::new())
-            .delete("newest-checkpoint/m");
-        if !elsewhere {
-            expected = expected.delete("in-sync/m");
+            .put("schedule/b/m", Vec::new());
+        if elsewhere {
+            expected = expected.delete("newest-checkpoint/m").delete("in-sync/m");
         }
         assert_eq!(again.txn, expected);
     }

@@ -283,9 +283,9 @@ const MUTANTS: &[Mutant] = &[
     ),
     mutant(
         "failover: record's revision",
-        ".when_modified_at(key.clone(), found.revision)",
+        ".when_modified_at(key.clone(), found.revision)\n        .when_absent",
         0,
-        "",
+        ".when_absent",
     ),
     mutant(
         "failover: lease of the node",

@@ -454,18 +454,20 @@ pub fn end(
     record.epoch = record.next_epoch();
     record.restarts = plan.restarts;
     let at_unix_ms = now_unix_ms.saturating_add(plan.delay.as_millis() as u64);
-    // A failed attempt leaves it as it was: what this node has of it is of an earlier time.
-    let elsewhere = matches!(
-        record.status,
+    // A failed attempt leaves it as it was: what this node has of it is of an earlier time, and a
+    // life that was to begin anew does.
+    let (elsewhere, begins_anew) = match record.status {
         Status::Restarting {
-            elsewhere: true,
+            elsewhere,
+            from_checkpoint,
             ..
-        }
-    );
+        } => (elsewhere, !from_checkpoint),
+        _ => (false, false),
+    };
     let restarting = Status::Restarting {
         reason: status.end().unwrap_or_default(),
         at_unix_ms,
-        from_checkpoint: plan.from_checkpoint,
+        from_checkpoint: plan.from_checkpoint && !begins_anew,
         elsewhere,
     };
     record.enter(restarting, now_unix_ms);
@@ -483,12 +485,14 @@ pub struct StartedAgain {
 }
 
 /// Starts a machine that has ended: it begins anew, under a newer epoch, on the node where it ended,
-/// with what is there of it. `None` if it has not ended.
+/// with what is there of it. `None` if it has not ended. The checkpoints of its earlier lives are of
+/// no use to this one, if its kind has any (`has_checkpoints`).
 ///
 /// # Errors
 /// If the record cannot be encoded.
 pub fn start_again(
     found: &VersionedRecord,
+    has_checkpoints: bool,
     now_unix_ms: u64,
 ) -> Result<Option<StartedAgain>, String> {
     let mut record = found.record.clone();
@@ -498,13 +502,12 @@ pub fn start_again(
     record.epoch = record.next_epoch();
     record.restarts = 0;
     record.stop_wanted = false;
-    let elsewhere = record.left_elsewhere;
     let restarting = Status::Restarting {
         reason: "it was started again".into(),
         // At once, whatever the clock of its node says.
         at_unix_ms: 0,
         from_checkpoint: false,
-        elsewhere,
+        elsewhere: record.left_elsewhere,
     };
     record.enter(restarting, now_unix_ms);
     let (machine, node) = (record.name.clone(), record.owner.clone());
@@ -515,12 +518,10 @@ pub fn start_again(
             key: Key::Alive(node.clone()).to_string(),
         })
         .put(key, record.encode()?)
-        .put(Key::Schedule(node, machine.clone()), Vec::new())
-        // The checkpoints of its earlier lives are of no use to this one.
-        .delete(Key::Checkpoint(machine.clone()));
-    if !elsewhere {
-        // Otherwise it names who has the output of its last life.
-        txn = txn.delete(Key::InSync(machine));
+        .put(Key::Schedule(node, machine.clone()), Vec::new());
+    if has_checkpoints {
+        let newest = Key::Checkpoint(machine.clone());
+        txn = txn.delete(newest).delete(Key::InSync(machine));
     }
     Ok(Some(StartedAgain { record, txn }))
 }

@@ -521,7 +521,7 @@ impl World {
             return;
         };
         let epoch = found.record.epoch;
-        let Some(again) = ownership::start_again(&found, NOW_UNIX_MS).unwrap() else {
+        let Some(again) = ownership::start_again(&found, true, NOW_UNIX_MS).unwrap() else {
             return;
         };
         let mut record = again.record;

@@ -74,72 +74,70 @@ pub(super) fn keepers(name: &MachineName, candidates: &[ReplicaNode]) -> Vec<Nod
 /// Keeps this node's share of the images that have a name, until the agent ends.
 pub(crate) async fn keep(images: Arc<Images>, alive: Arc<AliveNodes>) {
     let mut nodes = alive.changes();
-    let mut pause = RETRY_AFTER;
+    let mut retry = RETRY_AFTER;
     loop {
         nodes.mark_unchanged();
-        match images.keep_own_share(&mut nodes).await {
-            Ok(()) => pause = RETRY_AFTER,
+        match images.keep_own_share(&mut nodes, retry).await {
+            Ok(true) => retry = RETRY_AFTER,
+            Ok(false) => retry = LOOK_EVERY.min(retry * 2),
             Err(error) => {
-                tracing::warn!(
-                    error,
-                    "this node may lack images that it is to keep, trying again"
-                );
-                tokio::time::sleep(pause).await;
-                pause = LOOK_EVERY.min(pause * 2);
+                tracing::warn!(%error, "this node does not know which images it is to keep, trying again");
+                tokio::time::sleep(RETRY_AFTER).await;
             }
         }
     }
 }
 
 impl Images {
-    /// Fetches what this node is to keep and lacks, and waits until there may be more.
+    /// Fetches what this node is to keep and lacks, and waits until there may be more, or for
+    /// `retry` if it lacks something still. False then.
     ///
     /// # Errors
-    /// If the store does not answer, or one cannot be fetched. All are tried.
+    /// If the store does not answer.
     async fn keep_own_share(
         &self,
         nodes: &mut watch::Receiver<BTreeSet<NodeName>>,
-    ) -> Result<(), String> {
-        let text = |error: StoreError| error.to_string();
+        retry: Duration,
+    ) -> Result<bool, StoreError> {
         let store = &*self.context.store;
-        let all = all(store).await.map_err(text)?;
+        let all = all(store).await?;
         // Before they are fetched, which may take long.
-        let watch = store.watch(keys::IMAGES, all.revision + 1).await;
-        let mut watch = watch.map_err(text)?;
-        let candidates = candidates(store).await.map_err(text)?;
-        self.lock_problems()
-            .retain(|hash, _| all.images.values().any(|image| image.hash == *hash));
+        let mut watch = store.watch(keys::IMAGES, all.revision + 1).await?;
+        let candidates = candidates(store).await?;
         let own = all.images.iter().filter_map(|(name, image)| {
             let keepers = keepers(name, &candidates);
-            keepers
-                .contains(&self.context.name)
-                .then_some((keepers, image))
+            let is_own = keepers.contains(&self.context.name);
+            is_own.then_some((keepers, image))
         });
+        let own: Vec<_> = own.collect();
+        let is_own = |hash: &str| own.iter().any(|(_, image)| image.hash == hash);
+        self.lock_problems().retain(|hash, _| is_own(hash));
         // A large one does not keep those waiting that come after it.
         futures::stream::iter(own)
             .for_each_concurrent(FETCHES, |(keepers, image)| async move {
+                self.lock_problems().remove(&image.hash);
                 let first = keepers.into_iter().chain([image.first_on.clone()]);
-                let found = self.find_image_at(&image.hash, first).await;
-                let mut problems = self.lock_problems();
-                match found {
-                    Ok(_) => _ = problems.remove(&image.hash),
-                    Err(error) => _ = problems.insert(image.hash.clone(), error.to_string()),
+                if let Err(problem) = self.find_image_at(&image.hash, first).await {
+                    let hash = &image.hash;
+                    tracing::warn!(hash, %problem, "this node lacks an image that it is to keep");
+                    let problem = problem.to_string();
+                    self.lock_problems().insert(hash.clone(), problem);
                 }
             })
             .await;
-        if let Some(problem) = self.lock_problems().values().next() {
-            return Err(problem.clone());
-        }
+        let is_whole = self.lock_problems().is_empty();
+        let pause = if is_whole { LOOK_EVERY } else { retry };
         tokio::select! {
+            // The next look sees what it is.
             changes = watch.next() => match changes {
-                // The next look sees what it is.
-                Some(Ok(_)) => Ok(()),
-                Some(Err(error)) => Err(error.to_string()),
-                None => Err("the store ended the watch".into()),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(error),
+                None => return Err(StoreError::unavailable("the watch ended")),
             },
-            _ = nodes.changed() => Ok(()),
-            () = tokio::time::sleep(LOOK_EVERY) => Ok(()),
+            _ = nodes.changed() => {}
+            () = tokio::time::sleep(pause) => {}
         }
+        Ok(is_whole)
     }
 
     /// Answers [`COPY`].

@@ -20,20 +20,23 @@ use std::time::{Duration, SystemTime};
 
 /// How long an image stays that nothing needs.
 const KEPT_FOR: Duration = Duration::from_secs(24 * 3600);
-/// Pause before the first look of an agent.
-const FIRST_AFTER: Duration = Duration::from_secs(10);
+/// Pause before the first look of an agent, and after one that failed.
+const LOOK_SOON: Duration = Duration::from_secs(10);
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(3600);
 
 /// Removes them, until the agent ends.
 pub(crate) async fn remove_unused(images: Arc<Images>) {
-    let mut pause = FIRST_AFTER;
+    let mut pause = LOOK_SOON;
     loop {
         tokio::time::sleep(pause).await;
-        pause = LOOK_EVERY;
-        if let Err(error) = images.remove_unused().await {
-            tracing::warn!(error, "images that nothing needs stay here");
-        }
+        pause = match images.remove_unused().await {
+            Ok(()) => LOOK_EVERY,
+            Err(error) => {
+                tracing::warn!(error, "images that nothing needs stay here");
+                LOOK_SOON
+            }
+        };
     }
 }
 

@@ -5,6 +5,7 @@ use super::host_files;
 use super::queries::info;
 use crate::error::CommandError;
 use crate::events::Note;
+use crate::failover;
 use crate::records::{self, RecordError};
 use keel_api::MachineInfo;
 use keel_cluster::{MachineName, NodeName};
@@ -28,7 +29,10 @@ pub(crate) async fn start_again(
     let context = &machines.context;
     for _ in 0..ATTEMPTS {
         let found = records::get(&*context.store, name).await?;
-        let again = ownership::start_again(&found, unix_ms());
+        let kind = context.kinds.of(&found.record.spec);
+        let kind = kind.map_err(CommandError::Invalid)?;
+        let has_checkpoints = kind.abilities().checkpoints;
+        let again = ownership::start_again(&found, has_checkpoints, unix_ms());
         let again = again.map_err(|error| CommandError::Unavailable(error.to_string()))?;
         let Some(again) = again else {
             return Err(CommandError::Conflict(format!(
@@ -41,7 +45,12 @@ pub(crate) async fn start_again(
         if context.store.get(&alive).await?.is_none() {
             return Err(not_alive(node));
         }
-        host_files::check_elsewhere(machines, node, &again.record.spec).await?;
+        let spec = &again.record.spec;
+        host_files::check_elsewhere(machines, node, spec).await?;
+        // As for a new one.
+        if let (Some(ha), Some(bytes)) = (&spec.ha, spec.balancing.memory_target_bytes) {
+            failover::check_new(&machines.failover, name, node, ha, bytes).await?;
+        }
         let claims = machines.rules.claim(name, node).await?;
         match context.store.txn(claims.add_to(again.txn)).await? {
             TxnOutcome::Committed { .. } => {

@@ -8,7 +8,7 @@ use crate::records::{self, RecordError};
 use keel_api::EventKind;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::moves::ownership::{self, EndEffect};
-use keel_machine::spec::{Record, Status};
+use keel_machine::spec::{Record, Spec, Status};
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
 use std::sync::Arc;
@@ -54,7 +54,10 @@ pub(super) async fn record_end(
                         ..
                     } => txn,
                     // Its next life begins anew: the checkpoints of this one are of no use.
-                    Status::Restarting { .. } => txn.delete(set.clone()).delete(newest.clone()),
+                    Status::Restarting { .. } => match has_checkpoints(machines, &record.spec) {
+                        true => txn.delete(set.clone()).delete(newest.clone()),
+                        false => txn,
+                    },
                     _ if record.status.ended() => txn.delete(entry.clone()),
                     _ => txn,
                 },
@@ -91,6 +94,12 @@ pub(super) async fn record_end(
         }
     }
 }
+
+fn has_checkpoints(machines: &Machines, spec: &Spec) -> bool {
+    let kind = machines.context.kinds.of(spec);
+    kind.is_ok_and(|kind| kind.abilities().checkpoints)
+}
+
 /// Removes a machine after a delay, so that clients that wait for its end can still read how it
 /// ended.
 fn remove_later(machines: &Arc<Machines>, record: &Record) {

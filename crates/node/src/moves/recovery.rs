@@ -106,7 +106,15 @@ async fn settle_held(moves: &Arc<Moves>, machine: &MachineName) {
                 take_over(moves, record, worker, post_copy).await;
                 return;
             }
-            // It runs elsewhere, or ended: the frozen copy is of no use.
+            // It was given up: its output and its own disk stay.
+            Ok(record) if record.owner == moves.context.name && record.status.ended() => {
+                let workers = &moves.processes.machines;
+                if workers.get(machine).is_some_and(|now| now.is(&worker)) {
+                    workers.end(&moves.context.dir, machine).await;
+                }
+                return;
+            }
+            // It runs elsewhere, or ended there: the frozen copy is of no use.
             Ok(_) | Err(RecordError::NoMachine(_)) => {
                 moves
                     .processes
