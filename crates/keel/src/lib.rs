@@ -287,7 +287,7 @@ enum Command {
     },
     /// Creates a machine from a checkpoint.
     Restore(checkpoint::RestoreArgs),
-    /// Names images of disks, which systems begin with (`keel run --image`).
+    /// Names images of disks, with which systems begin.
     #[command(subcommand)]
     Image(image::ImageCommand),
     /// Creates, lists and removes the cluster's volumes.

@@ -269,7 +269,7 @@ async fn full_disk(folder: &Path) {
     let back = bench.cluster.move_machine("s", "disk", "a").await;
     let back = back.expect("a report");
     match back.ending {
-        Ending::Stayed { reason } => assert!(reason.contains("GiB of disk"), "{reason}"),
+        Ending::Stayed { reason } => assert!(reason.contains("GiB are free"), "{reason}"),
         Ending::Moved => panic!("there was no room"),
     }
     // With room it continues by itself.
