@@ -40,8 +40,7 @@ pub(crate) enum ImageCommand {
         /// Its name (default: that of the file).
         #[arg(long)]
         name: Option<String>,
-        /// The name may have been that of another image. Machines that were made from that one keep
-        /// it.
+        /// Takes the name from the image that has it; machines made from that one keep it.
         #[arg(long)]
         replace: bool,
     },
