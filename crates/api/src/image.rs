@@ -50,10 +50,3 @@ pub struct ImageCopy {
     /// Why it has none so far, if that is known.
     pub problem: Option<String>,
 }
-
-/// A file of the cluster from which machines start.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ImageFileInfo {
-    /// Its hash (BLAKE3, hex).
-    pub hash: String,
-}

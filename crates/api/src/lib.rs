@@ -16,7 +16,7 @@
 //! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
 //! | `GET /v1/schedule/NODE` | list of machine names |
 //! | `PUT /v1/images?kind=KIND` (a file that machines start from) | [`Uploaded`] |
-//! | `GET /v1/image-files/HASH?kind=KIND` | [`ImageFileInfo`]; 404 if it has to be uploaded |
+//! | `GET /v1/image-files/HASH?kind=KIND` | [`Uploaded`]; 404 if it has to be uploaded |
 //! | `GET /v1/images`, `GET /v1/images/NAME` | (list of) [`ImageInfo`] |
 //! | `PUT /v1/images/NAME` [`ImageRequest`] | [`ImageInfo`] |
 //! | `DELETE /v1/images/NAME` | `{}` |
@@ -113,7 +113,7 @@ pub use cluster::{
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use execute::{ExecuteEnd, ExecuteLine, ExecuteRequest};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
-pub use image::{ImageCopy, ImageFileInfo, ImageInfo, ImageRequest};
+pub use image::{ImageCopy, ImageInfo, ImageRequest};
 pub use machine::{
     CheckpointChange, FieldChange, HighAvailabilityChange, LogOffset, MachineDiff, MachineInfo,
     RunRequest, SetRequest, StartPhaseInfo, Uploaded,

@@ -6,7 +6,7 @@ use crate::output;
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{Client, ClientError, ImageFileInfo, ImageInfo, ImageRequest, Nothing};
+use keel_api::{Client, ClientError, ImageInfo, ImageRequest, Nothing, Uploaded};
 use keel_cluster::MachineName;
 use keel_kind_qemu::{DiskFormat, ImageHeader, QemuKind, SIGNATURE_BYTES};
 use keel_machine::kind::KindName;
@@ -323,7 +323,7 @@ impl ImageFile {
             let path = format!("{path}?kind={kind}");
             // Otherwise the answer to the upload says what is wrong. (A node of an earlier version
             // does not know the question.)
-            if client.get::<ImageFileInfo>(&path).await.is_ok() {
+            if client.get::<Uploaded>(&path).await.is_ok() {
                 return Ok(());
             }
         }

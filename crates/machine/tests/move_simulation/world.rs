@@ -515,7 +515,7 @@ impl World {
         self.say("removed");
     }
 
-    /// `start`.
+    /// `start`, of a machine that has ended.
     fn start_again(&mut self) {
         let Some(found) = self.found() else {
             return;

@@ -6,7 +6,7 @@ use crate::error::CommandError;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
-use keel_api::{ImageFileInfo, ImageInfo, ImageRequest, Nothing, Uploaded};
+use keel_api::{ImageInfo, ImageRequest, Nothing, Uploaded};
 use keel_machine::kind::{InvalidKindName, KindName};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -58,16 +58,16 @@ pub(super) async fn upload(
     operation_id = "find_image_file",
     tag = "images",
     params(("hash", description = "Hash of the file (BLAKE3, hex)."), UploadQuery),
-    responses((status = 200, description = "The cluster has it", body = ImageFileInfo))
+    responses((status = 200, description = "The cluster has it", body = Uploaded))
 )]
 pub(super) async fn find_file(
     State(at): Shared,
     Path(hash): Path<String>,
     Query(query): Query<UploadQuery>,
-) -> Reply<ImageFileInfo> {
+) -> Reply<Uploaded> {
     let kind = query.kind()?;
     match at.images.is_known(kind.as_ref(), &hash).await? {
-        true => Ok(Json(ImageFileInfo { hash })),
+        true => Ok(Json(Uploaded { hash })),
         false => Err(CommandError::NotFound(format!("there is no file {hash}: upload it")).into()),
     }
 }
