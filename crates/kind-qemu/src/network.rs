@@ -17,9 +17,12 @@ use tun_rs::{DeviceBuilder, Layer};
 /// How tap devices are named: the kernel puts a number there.
 const NAME: &str = "keel%d";
 
-/// The first byte of a tap's own address, as libvirt has it: a bridge without an address of its own
-/// takes the lowest of its ports', and must not change it with each machine that comes and goes.
-const FIRST_BYTE: u8 = 0xfe;
+/// The first bytes of a tap's own address: a bridge without an address of its own takes the lowest
+/// of its ports', and must not change it with each machine that comes and goes. (libvirt has one
+/// such byte, and after it the guest's. While a machine moves, two nodes have a tap for it, in one
+/// network: with equal addresses, of which one bridge had taken one, its node could not be reached
+/// from the other.)
+const FIRST_BYTES: [u8; 2] = [0xfe, 0xff];
 
 /// The tap devices of one machine.
 #[derive(Debug, Default)]
@@ -42,8 +45,7 @@ impl Taps {
             for interface in interfaces {
                 let bridge = find_bridge(&handle, &interface.bridge).await?;
                 let (index, descriptor) = open_tap()?;
-                let mut address = interface.mac()?.into_array();
-                address[0] = FIRST_BYTE;
+                let address = own_address(rand::random());
                 let port = LinkUnspec::new_with_index(index)
                     .address(address.to_vec())
                     .mtu(bridge.mtu)
@@ -89,6 +91,14 @@ pub(crate) fn check(interfaces: &[Interface]) -> Result<(), String> {
         }
         Ok(())
     })
+}
+
+/// A hardware address for a tap, which no other device has.
+fn own_address(random: [u8; 4]) -> [u8; 6] {
+    let mut address = [0; 6];
+    address[..2].copy_from_slice(&FIRST_BYTES);
+    address[2..].copy_from_slice(&random);
+    address
 }
 
 struct Bridge {

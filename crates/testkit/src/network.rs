@@ -141,10 +141,15 @@ impl Network {
     /// connected to it is in one network with the bridges of other nodes. To be done before the
     /// node runs.
     ///
+    /// The bridge has the hardware address of that link, which is a high one: a bridge takes the
+    /// lowest of its ports', so that it would take one of most others that are connected to it.
+    ///
     /// # Errors
     /// The error of `ip`.
     pub fn bridge(&self, node: &str, name: &str) -> Result<()> {
         let (space, address) = (self.space(node), format!("{}/24", self.host(node)?));
+        let hardware = format!("fe:fe:00:00:00:{:02x}", self.number(node)?);
+        ip(&["-n", &space, "link", "set", "eth0", "address", &hardware])?;
         ip(&["-n", &space, "link", "add", name, "type", "bridge"])?;
         ip(&["-n", &space, "addr", "del", &address, "dev", "eth0"])?;
         ip(&["-n", &space, "link", "set", "eth0", "master", name])?;
