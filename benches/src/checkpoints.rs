@@ -8,10 +8,10 @@
 use crate::signals;
 use crate::table::{Table, median};
 use anyhow::{Context, Result};
-use keel_kind_wasm::checkpoint::{Checkpointer, CreatedCheckpoint, Destination, Subject, restore};
+use keel_kind_wasm::checkpoint::{Checkpointer, Destination, restore};
 use keel_kind_wasm::span::{InProcess, Pages, PartLimits, SpanConfig};
 use keel_kind_wasm::{WasmKind, WasmSpec};
-use keel_machine::checkpoint::{MemoryRestore, Origin, Repository};
+use keel_machine::checkpoint::{CreatedCheckpoint, MemoryRestore, Origin, Repository, Subject};
 use keel_machine::log::Log;
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, Spec};

@@ -107,14 +107,16 @@ pub(crate) const PART_CONNECTION: Target = Target {
     },
 };
 
-/// What QEMU and guest agents say to a worker, specs of its machines, and images of their disks.
+/// What QEMU and guest agents say to a worker, specs of its machines, images of their disks, and what
+/// checkpoints have of them.
 pub(crate) const QEMU: Target = Target {
     name: "qemu",
-    run: |data| match choice(data, 4) {
+    run: |data| match choice(data, 5) {
         Some((0, bytes)) => keel_kind_qemu::is_from_qemu(bytes),
         Some((1, bytes)) => keel_kind_qemu::is_spec(bytes),
         Some((2, bytes)) => keel_kind_qemu::is_from_guest_agent(bytes),
-        Some((_, bytes)) => keel_kind_qemu::ImageHeader::read(bytes).is_ok(),
+        Some((3, bytes)) => keel_kind_qemu::ImageHeader::read(bytes).is_ok(),
+        Some((_, bytes)) => keel_kind_qemu::is_from_checkpoint(bytes),
         None => false,
     },
     seeds: || {
@@ -142,6 +144,28 @@ pub(crate) const QEMU: Target = Target {
             with(1, spec.into()),
             with(2, agent),
             with(3, image),
+            with(4, memory_stream()),
         ]
     },
 };
+
+/// QEMU's copy of two pages of memory, one of which is zero.
+fn memory_stream() -> Vec<u8> {
+    let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x01q".to_vec();
+    // A section of the memory: its number, name, instance and version, and its block.
+    bytes.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
+    bytes.extend(0x2004_u64.to_be_bytes());
+    bytes.extend(b"\x01m");
+    bytes.extend(0x2000_u64.to_be_bytes());
+    bytes.extend(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
+    // A section of pages.
+    bytes.extend(b"\x02\0\0\0\x02");
+    bytes.extend(0x1008_u64.to_be_bytes());
+    bytes.extend(b"\x01m");
+    bytes.extend([7; 4096]);
+    bytes.extend(0x22_u64.to_be_bytes());
+    bytes.extend(b"\0");
+    bytes.extend(b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
+    bytes.extend(b"\x04devices");
+    bytes
+}

@@ -78,6 +78,7 @@ impl Kind for NullKind {
     fn abilities(&self) -> Abilities {
         Abilities {
             checkpoints: true,
+            restarts_from_checkpoints: true,
             changes_memory: true,
             ..Abilities::default()
         }

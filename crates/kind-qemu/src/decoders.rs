@@ -1,5 +1,6 @@
 //! Decoders of what others than this worker wrote, for fuzzing.
 
+use crate::checkpoint::{is_memory_stream, is_system_state};
 use crate::guest_agent;
 use crate::migration_status::Info;
 use crate::qmp::is_conversation;
@@ -25,4 +26,10 @@ pub fn is_from_guest_agent(bytes: &[u8]) -> bool {
 pub fn is_spec(bytes: &[u8]) -> bool {
     let spec = serde_json::from_slice::<QemuSpec>(bytes);
     spec.is_ok_and(|spec| spec.check().is_ok())
+}
+
+/// Whether bytes are what a checkpoint may have of a system: the state of its devices, or QEMU's copy
+/// of its memory.
+pub fn is_from_checkpoint(bytes: &[u8]) -> bool {
+    is_system_state(bytes) || is_memory_stream(bytes)
 }

@@ -16,7 +16,7 @@
 //! QEMU's other way, in which each write of the guest goes to both disks (`write-blocking`), would
 //! make the guest's disk as slow as the way to the target, and as fragile as that.
 
-use crate::process::COPY_JOB;
+use crate::block_job::COPY;
 use crate::qmp::{PATIENCE, QmpError};
 use crate::relay::{Relay, Way};
 use crate::root_disk::ROOT;
@@ -24,34 +24,18 @@ use crate::vm::Vm;
 use keel_machine::link::{Link, Purpose, TargetEndpoint};
 use keel_machine::worker::{Accepted, MoveError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The name of the socket in the worker's folder, which is QEMU's current directory.
 const SOCKET: &str = "disk";
-/// QEMU's name for the target's disk, at the source.
-const COPY: &str = "root-copy";
-/// QEMU's name for what passes the guest's writes on while the disk is copied.
-pub(crate) const FILTER: &str = "root-mirror";
 /// How long QEMU may take to copy the rest of a stopped guest's disk, until the target's disk has it.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// How often QEMU is asked whether a job is gone.
-const POLL: Duration = Duration::from_millis(5);
-
-/// One of the answer to `query-block-jobs`.
-#[derive(Debug, serde::Deserialize)]
-struct Job {
-    device: String,
-    len: u64,
-    offset: u64,
-    ready: bool,
-}
-
 /// The connections for a disk.
 pub(crate) struct DiskLinks {
     requests: Link,
@@ -123,24 +107,24 @@ pub(crate) struct DiskProgress {
 
 impl OutgoingDisk {
     /// Begins to copy the disk to the target, while the guest runs. After an error it may be left in
-    /// part, for [`cancel`].
+    /// part, for [`crate::attempt::undo`].
     ///
     /// # Errors
     /// If one of the QEMUs refuses, or the target does not answer.
     pub(crate) fn begin(vm: &Arc<Vm>, links: DiskLinks) -> Result<Self, MoveError> {
         // What an earlier move has left.
-        cancel(vm)?;
+        COPY.cancel(vm)?;
         let path = vm.folder().join(SOCKET);
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
         let thread = std::thread::Builder::new().name("disk".into());
         let relays = thread.spawn(move || relays(&listener, links))?;
-        vm.forget_copy();
+        vm.forget_job(COPY.id);
         let opened = vm.qmp()?.execute(
             "blockdev-add",
             json!({
                 "driver": "nbd",
-                "node-name": COPY,
+                "node-name": COPY.target,
                 "server": { "type": "unix", "path": SOCKET },
                 "export": ROOT,
                 "discard": "unmap",
@@ -156,12 +140,12 @@ impl OutgoingDisk {
         vm.qmp()?.execute(
             "blockdev-mirror",
             json!({
-                "job-id": COPY_JOB,
+                "job-id": COPY.id,
                 "device": ROOT,
-                "target": COPY,
+                "target": COPY.target,
                 // The image below is there.
                 "sync": "top",
-                "filter-node-name": FILTER,
+                "filter-node-name": COPY.filter,
                 "copy-mode": "background",
             }),
         )?;
@@ -173,9 +157,8 @@ impl OutgoingDisk {
     /// # Errors
     /// If it has failed.
     pub(crate) fn progress(&self) -> Result<DiskProgress, MoveError> {
-        let jobs: Vec<Job> = self.vm.qmp()?.query("query-block-jobs")?;
-        let Some(job) = jobs.into_iter().find(|job| job.device == COPY_JOB) else {
-            let end = self.vm.copy_end_within(PATIENCE);
+        let Some(job) = COPY.state(&self.vm)? else {
+            let end = self.vm.job_end_within(COPY.id, PATIENCE);
             return Err(failed(end.and_then(Result::err)));
         };
         Ok(DiskProgress {
@@ -192,13 +175,13 @@ impl OutgoingDisk {
     pub(crate) fn finish(&self) -> Result<(), MoveError> {
         let qmp = self.vm.qmp()?;
         // Of a disk that was copied once, this copies the rest.
-        match qmp.execute("block-job-cancel", json!({ "device": COPY_JOB })) {
+        match qmp.execute("block-job-cancel", json!({ "device": COPY.id })) {
             // It has ended already.
             Err(QmpError::Refused { .. }) => {}
             told => told?,
         }
-        match self.vm.copy_end_within(END_PATIENCE) {
-            Some(Ok(())) => Ok(qmp.execute("blockdev-del", json!({ "node-name": COPY }))?),
+        match self.vm.job_end_within(COPY.id, END_PATIENCE) {
+            Some(Ok(())) => Ok(qmp.execute("blockdev-del", json!({ "node-name": COPY.target }))?),
             Some(Err(reason)) => Err(failed(Some(reason))),
             None => Err("QEMU does not end the copy of the machine's disk".into()),
         }
@@ -225,38 +208,6 @@ fn relays(listener: &UnixListener, links: DiskLinks) -> Result<[Relay; 2], MoveE
         Relay::start(Way::ToLink, &socket, links.requests)?,
         Relay::start(Way::FromLink, &socket, links.answers)?,
     ])
-}
-
-/// Ends what is left of a copy, if there was one: the guest's disk is the source's again.
-///
-/// # Errors
-/// If QEMU does not end it; it may yet.
-pub(crate) fn cancel(vm: &Vm) -> Result<(), QmpError> {
-    let qmp = vm.qmp()?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let jobs: Vec<Job> = qmp.query("query-block-jobs")?;
-        if !jobs.iter().any(|job| job.device == COPY_JOB) {
-            break;
-        }
-        // It may have ended meanwhile.
-        let _ = qmp.execute(
-            "block-job-cancel",
-            json!({ "device": COPY_JOB, "force": true }),
-        );
-        if Instant::now() > deadline {
-            return Err(QmpError::Silent {
-                command: "block-job-cancel".into(),
-                patience: PATIENCE,
-            });
-        }
-        std::thread::sleep(POLL);
-    }
-    let nodes: Vec<Value> = qmp.query("query-named-block-nodes")?;
-    match nodes.iter().any(|node| node["node-name"] == COPY) {
-        true => qmp.execute("blockdev-del", json!({ "node-name": COPY })),
-        false => Ok(()),
-    }
 }
 
 /// The copy of a disk, at its target.

@@ -6,7 +6,7 @@
 //! the guest's own to handle.
 
 use crate::arguments::DISK;
-use crate::disk_copy::FILTER;
+use crate::block_job::{BACKUP, COPY};
 use crate::root_disk::ROOT;
 use crate::spec::Disk;
 use crate::vm::Vm;
@@ -63,8 +63,8 @@ fn wait_for_room(vm: &Vm) -> bool {
 
 /// Why a guest stands still, for its user. `name` is QEMU's for the disk.
 fn sentence(disks: &[Disk], name: &str) -> String {
-    // While it moves, what passes its writes on.
-    if name == ROOT || name == FILTER {
+    // While it is copied, what its writes pass.
+    if [ROOT, COPY.filter, BACKUP.filter].contains(&name) {
         return "there is no room left where its own disk is, on this node".to_owned();
     }
     let number = name.strip_prefix(DISK).and_then(|it| it.parse().ok());
@@ -88,7 +88,9 @@ mod tests {
             read_only: false,
         });
         assert!(sentence(&disks, "disk1").contains("/b.raw"));
-        assert!(sentence(&disks, ROOT).contains("its own disk"));
+        for own in [ROOT, "root-mirror", "root-before-write"] {
+            assert!(sentence(&disks, own).contains("its own disk"));
+        }
         for other in ["disk2", "disk", "", "cloud-init", "#block123"] {
             assert!(sentence(&disks, other).contains("one of its disks"));
         }

@@ -71,6 +71,7 @@ impl Kind for QemuKind {
     fn abilities(&self) -> Abilities {
         Abilities {
             keeps_images: true,
+            checkpoints: true,
             executes: true,
             has_console: true,
             ..Abilities::default()
@@ -88,13 +89,35 @@ impl Kind for QemuKind {
         }
         let own = QemuSpec::of(spec)?;
         own.check()?;
-        match own.root.is_some() && spec.ha.is_some() {
+        if spec.checkpoints.is_some() {
+            let checked = own.check_checkpoints();
+            checked.map_err(|reason| format!("checkpoint-every: {reason}"))?;
+        }
+        let Some(ha) = &spec.ha else { return Ok(()) };
+        if ha.protects_output() {
+            return Err(
+                "ha: protect: what a system sends to its network would not wait for checkpoints"
+                    .into(),
+            );
+        }
+        if own.root.is_some() && ha.to.is_some() {
+            return Err(
+                "ha: to: other nodes would see the machine's checkpoints there, and not have its images: leave it out, so that they have both (`keel checkpoint --to` stores one there as well)"
+                    .into(),
+            );
+        }
+        match own.root.is_some() && !own.disks.is_empty() {
             true => Err(
-                "ha needs disks that other nodes see: the machine's own disk is lost with its node"
+                "ha: the machine's own disk goes on elsewhere from a checkpoint, its other disks as they are: use the one or the others"
                     .into(),
             ),
             false => Ok(()),
         }
+    }
+
+    /// Its own disk is lost with its node.
+    fn fails_over_from_checkpoint(&self, spec: &Spec) -> bool {
+        QemuSpec::of(spec).is_ok_and(|own| own.root.is_some())
     }
 
     fn images(&self, spec: &Spec) -> Result<Vec<String>, String> {
@@ -134,6 +157,12 @@ impl Kind for QemuKind {
         let disk = disk.map(|disk| format!("disk {}", disk.path));
         let network = || Some(format!("the network of {}", own.interfaces.first()?.bridge));
         disk.or_else(network)
+    }
+
+    fn unique(&self, spec: &Spec) -> Option<String> {
+        let own = QemuSpec::of(spec).ok()?;
+        let mac = &own.interfaces.first()?.mac;
+        Some(format!("the hardware address {mac}"))
     }
 
     fn executed_here(&self, cache: &Path) -> Option<String> {

@@ -12,13 +12,15 @@
 //! ```
 //!
 //! - `kind`: what an agent asks of this kind; `spec`: its part of a spec
-//! - `worker`: the process around one machine; `session`: its moves, at the source
+//! - `worker`: the process around one machine; `session`: its moves, at the source; `checkpoint`: its
+//!   checkpoints; `attempt`: what a failed one of either leaves
+//! - `guest`: the parts of a machine that runs here
 //! - `vm`: a machine's QEMU and its guest; `process`: its process; `arguments`: its command line;
 //!   `qmp`: its protocol
 //! - `migration`: QEMU's migration stream over the link between two workers; `migration_status`: how
 //!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `root_disk`: the disk that belongs to the machine alone; `disk_copy`: its way to the target of a
-//!   move; `relay`: bytes of a socket over a link
+//!   move; `block_job`: QEMU's jobs that copy it; `relay`: bytes of a socket over a link
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
 //! - `guest_agent`: commands to the agent in the guest
@@ -33,11 +35,15 @@
 
 mod accelerator;
 mod arguments;
+mod attempt;
+mod block_job;
+mod checkpoint;
 mod console;
 mod copy_mode;
 mod decoders;
 mod disk_copy;
 mod full_disk;
+mod guest;
 mod guest_agent;
 mod kind;
 mod migration;
@@ -52,7 +58,7 @@ mod spec;
 mod vm;
 mod worker;
 
-pub use decoders::{is_from_guest_agent, is_from_qemu, is_spec};
+pub use decoders::{is_from_checkpoint, is_from_guest_agent, is_from_qemu, is_spec};
 pub use kind::QemuKind;
 pub use root_disk::{ImageHeader, SIGNATURE_BYTES};
 pub use spec::{

@@ -23,14 +23,14 @@ use crate::vm::{RunState, Vm};
 use keel_machine::link::{Link, LinkError};
 use keel_machine::worker::MoveError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The name of the socket in the worker's folder, which is QEMU's current directory.
 const SOCKET: &str = "migration";
@@ -40,6 +40,11 @@ const BYTES_PER_S_MAX: u64 = 1 << 40;
 
 /// How long QEMU may take, once all has been sent, to say that it is done.
 const END_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long QEMU may take, after it has told the end of a copy from one moment, to let go of the memory
+/// for another one, and how often it is tried.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
+const RELEASE_POLL: Duration = Duration::from_millis(10);
 
 /// The most bytes per second until a guest runs that was stopped for the beginning of a migration:
 /// the least that is a limit for QEMU, which divides it by ten.
@@ -63,8 +68,56 @@ pub(crate) struct Outgoing {
     pump: JoinHandle<Pumped>,
 }
 
+fn capability(name: &str, state: bool) -> Value {
+    json!({ "capability": name, "state": state })
+}
+
+/// Prepares QEMU for a copy of its guest from one moment ([`crate::checkpoint`]).
+///
+/// # Errors
+/// If it cannot make one here.
+pub(crate) fn set_up_snapshot(vm: &Vm) -> Result<(), QmpError> {
+    let capabilities = json!([
+        capability("events", true),
+        capability("auto-converge", false),
+        capability("pause-before-switchover", false),
+        capability("late-block-activate", false),
+        capability("background-snapshot", true),
+    ]);
+    let capabilities = json!({ "capabilities": capabilities });
+    let deadline = Instant::now() + RELEASE_PATIENCE;
+    loop {
+        let set = vm
+            .qmp()?
+            .execute("migrate-set-capabilities", capabilities.clone());
+        match set {
+            // The memory may be protected still for the copy before.
+            Err(QmpError::Refused { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(RELEASE_POLL);
+            }
+            set => break set?,
+        }
+    }
+    set_bytes_per_s(vm, BYTES_PER_S_MAX)
+}
+
+/// Takes all that a stopped guest has printed; returns what QEMU says of it then.
+///
+/// # Errors
+/// If QEMU does not answer, or the output cannot be kept.
+pub(crate) fn settle_console(vm: &Vm, console: &Console) -> Result<RunState, MoveError> {
+    let qmp = vm.qmp()?;
+    for _ in 1..SETTLED_ANSWERS {
+        console.drain()?;
+        let _: RunState = qmp.query("query-status")?;
+    }
+    console.drain()?;
+    let state = qmp.query("query-status")?;
+    console.drain()?;
+    Ok(state)
+}
+
 fn set_up(vm: &Vm, mode: Option<CopyMode>) -> Result<(), QmpError> {
-    let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
     let is_source = mode.is_some();
     let capabilities = json!([
         capability("events", true),
@@ -72,6 +125,7 @@ fn set_up(vm: &Vm, mode: Option<CopyMode>) -> Result<(), QmpError> {
         capability("pause-before-switchover", is_source),
         // What arrives has no disk before the commit.
         capability("late-block-activate", !is_source),
+        capability("background-snapshot", false),
     ]);
     let qmp = vm.qmp()?;
     qmp.execute(
@@ -152,16 +206,13 @@ impl Outgoing {
         if status.as_deref() != Some(SWITCHOVER) {
             return Err("QEMU does not finish with the machine's memory".into());
         }
-        let qmp = self.vm.qmp()?;
-        for _ in 0..SETTLED_ANSWERS {
-            console.drain()?;
-            let _: RunState = qmp.query("query-status")?;
-        }
-        console.drain()?;
+        settle_console(&self.vm, console)?;
         if let Some(disk) = disk {
             disk.finish()?;
         }
-        qmp.execute("migrate-continue", json!({ "state": SWITCHOVER }))?;
+        self.vm
+            .qmp()?
+            .execute("migrate-continue", json!({ "state": SWITCHOVER }))?;
         Ok(())
     }
 
@@ -191,8 +242,11 @@ fn join(pump: JoinHandle<Pumped>) -> Pumped {
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Makes QEMU connect to this worker.
-fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
+/// Makes QEMU begin a migration, for which it connects to this worker.
+///
+/// # Errors
+/// If it does not.
+pub(crate) fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
     let path = vm.folder().join(SOCKET);
     // Of an earlier move.
     let _ = fs::remove_file(&path);
@@ -284,7 +338,6 @@ mod tests {
     use keel_testkit::bare_system::qemu_is_installed;
     use keel_testkit::linux_system::LinuxSystem;
     use std::path::Path;
-    use std::time::Instant;
 
     const MEMORY_BYTES: u64 = 128 << 20;
     const PAGE_BYTES: usize = 4096;

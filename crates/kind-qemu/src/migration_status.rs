@@ -1,5 +1,6 @@
 //! What QEMU says of a migration.
 
+use crate::vm::Vm;
 use keel_machine::worker::MoveError;
 use serde::Deserialize;
 
@@ -57,4 +58,11 @@ impl Info {
         let reason = self.error.as_deref().unwrap_or("no reason");
         Err(format!("QEMU's migration has {}: {reason}", self.status).into())
     }
+}
+
+/// # Errors
+/// If the last migration of a guest has ended without success.
+pub(crate) fn check(vm: &Vm) -> Result<(), MoveError> {
+    let info: Info = vm.qmp()?.query("query-migrate")?;
+    info.check()
 }

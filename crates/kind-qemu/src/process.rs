@@ -7,6 +7,7 @@ use crate::qmp::QmpEvent;
 use rustix::fs::{Access, access};
 use rustix::process::set_parent_process_death_signal;
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
@@ -19,8 +20,6 @@ use std::time::{Duration, Instant};
 
 /// The program; which version is the host's affair.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
-/// QEMU's name for the job that copies a machine's own disk.
-pub(crate) const COPY_JOB: &str = "copy";
 /// What is kept of what QEMU says on its standard error, in bytes.
 const SAID_BYTES_MAX: usize = 2 << 10;
 
@@ -57,8 +56,8 @@ pub(crate) struct Known {
     pub(crate) is_to_run: bool,
     /// QEMU's name of the disk without room for which it has stopped the guest.
     pub(crate) full_disk: Option<String>,
-    /// How the last copy of its disk ended, if it has.
-    pub(crate) copy_end: Option<Result<(), String>>,
+    /// How the last jobs with its disk ended, by QEMU's names for them.
+    pub(crate) job_ends: BTreeMap<String, Result<(), String>>,
     /// Since when the guest is stopped, by a command or by a migration.
     pub(crate) stopped: Option<Instant>,
 }
@@ -82,12 +81,14 @@ impl Shared {
             "MIGRATION" => known.migration = text("status"),
             "STOP" => known.stopped = Some(Instant::now()),
             "RESUME" => known.stopped = None,
-            "BLOCK_JOB_COMPLETED" if event.data["device"] == COPY_JOB => {
+            "BLOCK_JOB_COMPLETED" => {
                 let error = event.data["error"].as_str();
-                known.copy_end = Some(error.map_or(Ok(()), |error| Err(error.to_owned())));
+                let end = error.map_or(Ok(()), |error| Err(error.to_owned()));
+                known.job_ends.insert(text("device"), end);
             }
-            "BLOCK_JOB_CANCELLED" if event.data["device"] == COPY_JOB => {
-                known.copy_end = Some(Err("it was cancelled".into()));
+            "BLOCK_JOB_CANCELLED" => {
+                let end = Err("it was cancelled".into());
+                known.job_ends.insert(text("device"), end);
             }
             "SHUTDOWN" => known.reason = Some(text("reason")),
             "BLOCK_IO_ERROR" => {

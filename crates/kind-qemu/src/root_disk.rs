@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 /// QEMU's name for the disk.
 pub(crate) const ROOT: &str = "root";
 /// The name of the layer in the worker's folder, which is QEMU's current directory.
-const FILE: &str = "root.qcow2";
+pub(crate) const FILE: &str = "root.qcow2";
 
 /// How an image in the format qcow2 begins, and how its header goes on: docs/interop/qcow2.txt of
 /// QEMU, "Header". Numbers are big-endian.
@@ -154,8 +154,11 @@ fn check_image(path: &Path, disk: &RootDisk) -> Result<(), String> {
     }
 }
 
-/// Under another name first: a layer that has its name is whole.
-fn make(path: &Path, disk: &RootDisk) -> io::Result<()> {
+/// Makes an empty layer; under another name first: a layer that has its name is whole. Blocks.
+///
+/// # Errors
+/// What the file system says.
+pub(crate) fn make(path: &Path, disk: &RootDisk) -> io::Result<()> {
     let new = path.with_extension("new");
     match std::fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -166,7 +169,15 @@ fn make(path: &Path, disk: &RootDisk) -> io::Result<()> {
         .size(disk.bytes)
         .create()?;
     std::fs::File::open(&new)?.sync_all()?;
-    std::fs::rename(&new, path)?;
+    rename(&new, path)
+}
+
+/// Gives a file that is whole, and on disk, its name. Blocks.
+///
+/// # Errors
+/// What the file system says.
+pub(crate) fn rename(from: &Path, path: &Path) -> io::Result<()> {
+    std::fs::rename(from, path)?;
     match path.parent() {
         Some(folder) => std::fs::File::open(folder)?.sync_all(),
         None => Ok(()),

@@ -1,24 +1,22 @@
 //! A move, at its source: QEMU's migration while the guest runs, then the rest of it with the
 //! guest stopped, and the output.
 
-use crate::console::Console;
-use crate::disk_copy::{self, DiskLinks, DiskProgress, OutgoingDisk};
+use crate::attempt::{undo, undo_later};
+use crate::disk_copy::{DiskLinks, DiskProgress, OutgoingDisk};
+use crate::guest::Guest;
 use crate::migration::Outgoing;
 use crate::migration_status::{Ram, SWITCHOVER};
-use crate::vm::Vm;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::link::{
     HELLO_VERSION, Hello, Link, LinkError, Message, Purpose, TargetEndpoint, use_frozen_timeout,
 };
-use keel_machine::log::Log;
 use keel_machine::moves::convergence::{self, CopyDecision};
 use keel_machine::moves::{FillReport, Phase, Progress, Round};
 use keel_machine::worker::control::{Copy, CopyEvent, Frozen};
 use keel_machine::worker::{LogSource, MoveError, SourceSession};
 use keel_net::PinnedIdentity;
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
@@ -38,17 +36,6 @@ const NOBODY_WAITS: &str = "nobody waits for this move any more";
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
-/// Pause before something is tried again that QEMU did not do.
-const AGAIN_AFTER: Duration = Duration::from_millis(500);
-
-/// The parts of a machine that moves.
-#[derive(Clone)]
-pub(crate) struct Guest {
-    pub(crate) vm: Arc<Vm>,
-    pub(crate) console: Arc<Console>,
-    pub(crate) log: Arc<Log>,
-}
-
 /// One attempt to move a machine.
 pub(crate) struct QemuSession {
     guest: Guest,
@@ -67,37 +54,6 @@ pub(crate) struct QemuSession {
     is_frozen: bool,
     /// Nothing of it is left in QEMU.
     is_cancelled: bool,
-}
-
-/// Ends the migration of an attempt, and lets the guest run on if nobody else does.
-fn cancel(vm: &Vm, attempt: u64, is_frozen: bool) -> Result<(), MoveError> {
-    vm.during(attempt, || {
-        // Perhaps one of an attempt before, which could not end it any more.
-        vm.cancel_migration()?;
-        disk_copy::cancel(vm)?;
-        if !is_frozen {
-            // QEMU has stopped the guest itself if nothing was left.
-            vm.resume()?;
-        }
-        Ok(())
-    })
-}
-
-/// Repeats until done what could not be done at once, of an attempt from which nobody hears any
-/// more: its guest may be stopped. The next attempt takes that over.
-fn cancel_later(vm: Arc<Vm>, attempt: u64, is_frozen: bool) {
-    let thread = std::thread::Builder::new().name("cancel".into());
-    let repeats = move || {
-        while vm.is_last_attempt(attempt)
-            && vm.end_within(AGAIN_AFTER).is_none()
-            && let Err(error) = cancel(&vm, attempt, is_frozen)
-        {
-            tracing::warn!(%error, "a move that was given up is not undone yet");
-        }
-    };
-    if let Err(error) = thread.spawn(repeats) {
-        tracing::error!(%error, "a move that was given up is not undone");
-    }
 }
 
 impl QemuSession {
@@ -358,7 +314,7 @@ impl SourceSession for QemuSession {
             Err(error) => {
                 if let Err(later) = self.cancel() {
                     tracing::warn!(error = %later, "a failed move is not undone yet");
-                    cancel_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
+                    undo_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
                 }
                 Err(error)
             }
@@ -447,7 +403,7 @@ impl SourceSession for QemuSession {
         }
         // What is on its way to a target that does not answer ends with an error.
         self.disk = None;
-        cancel(&self.guest.vm, self.attempt, self.is_frozen)?;
+        undo(&self.guest.vm, self.attempt, self.is_frozen)?;
         self.is_cancelled = true;
         Ok(())
     }
@@ -455,7 +411,7 @@ impl SourceSession for QemuSession {
     fn abort(mut self, reason: &str) {
         self.disk = None;
         if !self.is_cancelled {
-            cancel_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
+            undo_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
         }
         if let Some(outgoing) = self.outgoing.take() {
             // It was cancelled.
@@ -497,14 +453,14 @@ mod tests {
         let _stream = listener.accept().unwrap();
         vm.pause().unwrap();
         let second = vm.begin_attempt();
-        assert!(cancel(&vm, first, false).is_err());
+        assert!(undo(&vm, first, false).is_err());
         assert!(!is_running(&vm));
-        cancel(&vm, second, false).unwrap();
+        undo(&vm, second, false).unwrap();
         assert!(is_running(&vm));
         let info: Info = qmp.query("query-migrate").unwrap();
         assert_eq!(info.status, "cancelled");
         // Where nothing is left to undo, nothing happens.
-        cancel(&vm, second, false).unwrap();
+        undo(&vm, second, false).unwrap();
         assert!(is_running(&vm));
         vm.kill(VmEnd::Discarded);
         vm.wait();

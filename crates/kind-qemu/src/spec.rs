@@ -237,6 +237,20 @@ impl QemuSpec {
         kernel.chain(root).chain(self.cloud_init.as_deref())
     }
 
+    /// Checks that checkpoints have all that the machine writes.
+    ///
+    /// # Errors
+    /// What they would lack.
+    pub fn check_checkpoints(&self) -> Result<(), String> {
+        match self.disks.iter().find(|disk| !disk.read_only) {
+            Some(disk) => Err(format!(
+                "disk {} does not belong to the machine alone, so that no checkpoint has what is written to it (--image gives it one that does)",
+                disk.path
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Checks its values.
     ///
     /// # Errors

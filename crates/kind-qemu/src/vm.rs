@@ -356,6 +356,12 @@ impl Vm {
         })
     }
 
+    /// Whether the last command was that the guest runs, and it is not held.
+    pub(crate) fn is_to_run(&self) -> bool {
+        let known = self.shared.known();
+        known.is_to_run && !known.is_held
+    }
+
     /// Whether the guest was let run here, and nothing has stopped it since.
     pub(crate) fn runs(&self) -> bool {
         let known = self.shared.known();
@@ -393,7 +399,7 @@ impl Vm {
         let last = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
         match *last == attempt {
             true => commands(),
-            false => Err("another attempt to move the machine has begun".into()),
+            false => Err("another move or checkpoint of the machine has begun".into()),
         }
     }
 
@@ -507,17 +513,21 @@ impl Vm {
         self.shared.known().end.is_some()
     }
 
-    /// Forgets how an earlier copy of its disk ended.
-    pub(crate) fn forget_copy(&self) {
-        self.shared.known().copy_end = None;
+    /// Forgets how an earlier job of this name ended.
+    pub(crate) fn forget_job(&self, id: &str) {
+        self.shared.known().job_ends.remove(id);
     }
 
-    /// How the copy of its disk ended, if it does so in time.
-    pub(crate) fn copy_end_within(&self, patience: Duration) -> Option<Result<(), String>> {
+    /// How the job of this name ended, if it does so in time.
+    pub(crate) fn job_end_within(
+        &self,
+        id: &str,
+        patience: Duration,
+    ) -> Option<Result<(), String>> {
         let (known, _) = self.shared.wait(patience, |known| {
-            known.copy_end.is_some() || known.end.is_some()
+            known.job_ends.contains_key(id) || known.end.is_some()
         });
-        known.copy_end.clone()
+        known.job_ends.get(id).cloned()
     }
 
     /// Forgets how an earlier migration ended.
@@ -642,7 +652,7 @@ pub(crate) mod tests {
         let (first, second) = (vm.begin_attempt(), vm.begin_attempt());
         vm.during(second, || Ok(vm.pause()?)).unwrap();
         let late = vm.during(first, || Ok(vm.resume()?));
-        assert!(late.unwrap_err().to_string().contains("another attempt"));
+        assert!(late.unwrap_err().to_string().contains("another move"));
         assert!(!is_running(&vm));
         vm.during(second, || Ok(vm.resume()?)).unwrap();
         assert!(is_running(&vm));

@@ -46,6 +46,8 @@ impl Kind for WasmKind {
             compiles: true,
             keeps_images: false,
             checkpoints: true,
+            restarts_from_checkpoints: true,
+            restores_lazily: true,
             changes_memory: true,
             executes: false,
             has_console: false,

@@ -2,9 +2,9 @@
 //! listings. It implements the necessary part of S3, on loopback.
 
 use keel_cluster::Epoch;
-use keel_kind_wasm::checkpoint::{Checkpointer, Destination, RemainingMemory, Subject, restore};
+use keel_kind_wasm::checkpoint::{Checkpointer, Destination, RemainingMemory, restore};
 use keel_kind_wasm::{WasmKind, WasmSpec};
-use keel_machine::checkpoint::{MemoryRestore, Origin, Repository, Retention, compact};
+use keel_machine::checkpoint::{MemoryRestore, Origin, Repository, Retention, Subject, compact};
 use keel_machine::log::Log;
 use keel_machine::restart_policy::Restart;
 use keel_machine::spec::{Balancing, Spec};
@@ -286,7 +286,7 @@ impl Running {
         }
     }
 
-    fn take(&mut self) -> Result<keel_kind_wasm::checkpoint::CreatedCheckpoint, String> {
+    fn take(&mut self) -> Result<keel_machine::checkpoint::CreatedCheckpoint, String> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: self.spec.clone(),

@@ -124,9 +124,13 @@ pub struct Abilities {
     pub compiles: bool,
     /// It uses its images for as long as it runs, so a move's target needs them too.
     pub keeps_images: bool,
-    /// Its state can be copied while it runs, and it can begin from that copy. Without it a machine
-    /// whose node fails begins anew elsewhere.
+    /// Its state can be copied while it runs, and it can begin from that copy.
     pub checkpoints: bool,
+    /// A machine that fails, and is restarted on its node, goes on from its newest checkpoint. Without
+    /// it a machine begins anew, with what is on its disks.
+    pub restarts_from_checkpoints: bool,
+    /// A machine that is restored can run before all of its memory is read.
+    pub restores_lazily: bool,
     /// Its memory can be changed while it runs.
     pub changes_memory: bool,
     /// Commands can be executed in it.
@@ -208,6 +212,12 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// Whether a machine whose node fails goes on elsewhere from its newest checkpoint, and not from
+    /// its beginning.
+    fn fails_over_from_checkpoint(&self, _spec: &Spec) -> bool {
+        self.abilities().restarts_from_checkpoints
+    }
+
     /// What a machine changes that refuses nobody, in words that follow "it uses": a node that was
     /// cut off and goes on would disturb the one where the machine goes on. `None` if nothing.
     fn unfenced(&self, _spec: &Spec) -> Option<String> {
@@ -248,6 +258,12 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
 
     /// The differences between the kind's parts of two specs.
     fn differences(&self, old: &Spec, new: &Spec) -> Vec<Difference>;
+
+    /// What a machine has that no other may have while it runs, so that no clone of it can run beside
+    /// it; `None` if nothing.
+    fn unique(&self, _spec: &Spec) -> Option<String> {
+        None
+    }
 
     /// Its name, with what executes its machines on this host where that differs between hosts;
     /// `None` if nothing there does. `cache` is the folder of compiled code. May take some seconds.
@@ -375,15 +391,29 @@ impl Kinds {
                 spec.kind
             ));
         }
-        if !kind.abilities().checkpoints
-            && let Some(field) = checkpoint_field(spec)
+        let abilities = kind.abilities();
+        if !abilities.checkpoints && spec.checkpoints.is_some() {
+            return Err(format!(
+                "checkpoint-every means nothing to a machine of kind {}, which has no checkpoints",
+                spec.kind
+            ));
+        }
+        if !kind.fails_over_from_checkpoint(spec)
+            && let Some(field) = failover_field(spec)
         {
             return Err(format!(
-                "{field} means nothing to a machine of kind {}, which has no checkpoints",
+                "{field} means nothing to this machine of kind {}, which begins anew when its node fails",
                 spec.kind
             ));
         }
         kind.check(spec)
+    }
+
+    /// Whether a machine fails over from its newest checkpoint ([`Kind::fails_over_from_checkpoint`]);
+    /// false if this binary does not have its kind.
+    pub fn fails_over_from_checkpoint(&self, spec: &Spec) -> bool {
+        self.of(spec)
+            .is_ok_and(|kind| kind.fails_over_from_checkpoint(spec))
     }
 
     /// The largest file that nodes fetch from each other, in bytes: what machines start from, or
@@ -464,17 +494,15 @@ fn spanning_field(balancing: &Balancing) -> Option<&'static str> {
     }
 }
 
-/// A field that only machines with checkpoints can have, by its name in machine files.
-fn checkpoint_field(spec: &Spec) -> Option<&'static str> {
+/// A field of high availability that only machines can have which fail over from checkpoints, by its
+/// name in machine files.
+fn failover_field(spec: &Spec) -> Option<&'static str> {
     let usual = HighAvailability::default();
-    match (&spec.checkpoints, &spec.ha) {
-        (Some(_), _) => Some("checkpoint-every"),
-        (_, Some(ha)) if ha.to.is_some() => Some("ha: to"),
-        (_, Some(ha)) if ha.protects_output() => Some("ha: protect"),
-        (_, Some(ha)) if ha.replicas != usual.replicas => Some("ha: replicas"),
-        (_, Some(ha)) if ha.checkpoint_every_ms != usual.checkpoint_every_ms => {
-            Some("ha: checkpoint")
-        }
+    match &spec.ha {
+        Some(ha) if ha.to.is_some() => Some("ha: to"),
+        Some(ha) if ha.protects_output() => Some("ha: protect"),
+        Some(ha) if ha.replicas != usual.replicas => Some("ha: replicas"),
+        Some(ha) if ha.checkpoint_every_ms != usual.checkpoint_every_ms => Some("ha: checkpoint"),
         _ => None,
     }
 }

@@ -491,7 +491,11 @@ impl Parts {
             placements.clone(),
             alive.clone(),
         ));
-        let checkpoints = Arc::new(Checkpoints::new(context.clone(), processes.clone()));
+        let checkpoints = Arc::new(Checkpoints::new(
+            context.clone(),
+            processes.clone(),
+            images.clone(),
+        ));
         let spanning = Arc::new(Spanning::new(
             context.clone(),
             processes.clone(),

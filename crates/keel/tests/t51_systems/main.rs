@@ -1,10 +1,11 @@
 //! Linux systems: `agent`, `console`: commands in them, and what is typed there; `networks`: moves and
 //! balancing; `failover`: high availability; `systems`: the cluster in which they run. `cloud_init`:
 //! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
-//! a limit of its CPU time; `own_disk`: a disk from an image; `scripted`: systems that run a script;
-//! `placement`: nodes without QEMU.
+//! a limit of its CPU time; `own_disk`: a disk from an image; `checkpoints`: systems that go on from
+//! one; `scripted`: systems that run a script; `placement`: nodes without QEMU.
 
 mod agent;
+mod checkpoints;
 mod cloud_init;
 mod console;
 mod failover;

@@ -1,4 +1,4 @@
-//! Two nodes, and a Linux system that is told by cloud-init's disk which script to run.
+//! Some nodes, and a Linux system that is told by cloud-init's disk which script to run.
 
 use anyhow::{Context, Result, ensure};
 use keel_testkit::LocalCluster;
@@ -11,6 +11,10 @@ const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 /// The system's machine.
 pub(crate) const NAME: &str = "web";
 
+async fn start_two(folder: &Path) -> Result<LocalCluster> {
+    LocalCluster::start(Path::new(KEEL), folder, &["a", "b"]).await
+}
+
 pub(crate) struct Scripted {
     pub(crate) cluster: LocalCluster,
     linux: LinuxSystem,
@@ -20,16 +24,26 @@ pub(crate) struct Scripted {
 impl Scripted {
     /// Nodes `a` and `b`; none, with the reason, where no system can run.
     pub(crate) async fn start() -> Result<Option<Self>> {
-        Self::start_with(|_, _| Ok(true)).await
+        Self::start_with(|_, _| Ok(true), start_two).await
     }
 
     /// As [`Self::start`], with a guest agent in the system.
     pub(crate) async fn start_with_agent() -> Result<Option<Self>> {
-        Self::start_with(LinuxSystem::add_guest_agent).await
+        Self::start_with(LinuxSystem::add_guest_agent, start_two).await
+    }
+
+    /// Nodes `a`, `b` and `c`, all with copies of the store.
+    pub(crate) async fn start_replicated() -> Result<Option<Self>> {
+        let start = async |folder: &Path| {
+            let names = ["a", "b", "c"];
+            LocalCluster::start_to_be_broken(Path::new(KEEL), folder, &names, None, None).await
+        };
+        Self::start_with(|_, _| Ok(true), start).await
     }
 
     async fn start_with(
         add: impl FnOnce(&mut LinuxSystem, &Path) -> Result<bool>,
+        start: impl AsyncFnOnce(&Path) -> Result<LocalCluster>,
     ) -> Result<Option<Self>> {
         if !qemu_is_installed() {
             return Ok(None);
@@ -41,7 +55,7 @@ impl Scripted {
         if !add(&mut linux, folder.path())? {
             return Ok(None);
         }
-        let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await?;
+        let cluster = start(folder.path()).await?;
         Ok(Some(Scripted {
             cluster,
             linux,
@@ -51,8 +65,14 @@ impl Scripted {
 
     /// Writes a file; returns its path.
     pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<String> {
-        let path = self.folder.path().join(name);
+        let path = self.path(name)?;
         std::fs::write(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// A path in a folder that both nodes see.
+    pub(crate) fn path(&self, name: &str) -> Result<String> {
+        let path = self.folder.path().join(name);
         Ok(path.to_str().context("a path of UTF-8")?.to_owned())
     }
 

@@ -3,16 +3,14 @@
 //! stored. Blocking; runs on a thread of its own.
 
 use super::volumes::VolumeTrackers;
-use crate::span::{Cut, CutPiece, PageDigests, Pages, SpanError, split_unchanged};
-use keel_cluster::{Epoch, MachineName};
+use crate::span::{Cut, CutPiece, Pages, SpanError, agrees, split_unchanged};
 use keel_machine::checkpoint::{
-    BlockRun, CHAIN_MAX, CheckpointId, Manifest, Outline, PackError, PackName, Packer, Repository,
-    RepositoryError, Run, note_page, snapshot_name,
+    BlockRun, CheckpointId, CreatedCheckpoint, Manifest, PackError, PackName, Packer, PageDigests,
+    Predecessor, Repository, RepositoryError, Run, Subject, note_page, snapshot_name,
 };
 use keel_machine::cluster_volume::{CommitHold, UnfinishedSnapshots, VolumeBackend, VolumeError};
 use keel_machine::failpoint::{self, Injected};
 use keel_machine::log::Log;
-use keel_machine::spec::Spec;
 use keel_net::Bytes;
 use keel_store::clock::unix_ms;
 use keel_wasi::volume::Changes;
@@ -87,25 +85,6 @@ impl From<PackError> for CreateError {
     }
 }
 
-/// A checkpoint that was made.
-#[derive(Debug, Clone)]
-pub struct CreatedCheckpoint {
-    pub manifest: Manifest,
-    /// Downtime of the machine.
-    pub pause: Duration,
-    /// Total time.
-    pub total: Duration,
-}
-
-/// The machine of a checkpoint.
-#[derive(Debug, Clone)]
-pub struct Subject {
-    pub name: MachineName,
-    pub spec: Spec,
-    /// The epoch under which it runs.
-    pub epoch: Epoch,
-}
-
 /// Where and how a checkpoint is stored.
 #[derive(Debug)]
 pub struct Destination<'a> {
@@ -129,7 +108,7 @@ pub struct Checkpointer {
     /// For each tracker, dirty ranges that were found and are in no checkpoint.
     seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
-    last: Option<PreviousCheckpoint>,
+    last: Option<Predecessor>,
     /// For a machine with several parts: number and page digests of the cut behind the
     /// last checkpoint.
     last_cut: Option<(u64, PageDigests)>,
@@ -154,47 +133,6 @@ struct Collector {
     runs: Vec<Run>,
     blocks: Packer,
     block_runs: Vec<BlockRun>,
-}
-
-#[derive(Debug)]
-struct PreviousCheckpoint {
-    repository: String,
-    id: CheckpointId,
-    /// Its chain, the full checkpoint first.
-    chain: Vec<Outline>,
-}
-
-impl PreviousCheckpoint {
-    /// The previous checkpoint, if its whole chain still exists, by names and sizes: it
-    /// may have been deleted.
-    async fn if_intact(
-        self,
-        repository: &Repository,
-        machine: &MachineName,
-    ) -> Result<Option<Self>, RepositoryError> {
-        if repository.check_parts(machine, &self.chain).await.is_ok() {
-            return Ok(Some(self));
-        }
-        // It may have been compacted since and still be intact.
-        let chain = match repository.chain(machine, &self.id).await {
-            Ok(chain) => {
-                let chain: Vec<Outline> = chain.iter().map(Manifest::outline).collect();
-                repository
-                    .check_parts(machine, &chain)
-                    .await
-                    .map(|()| chain)
-            }
-            Err(error) => Err(error),
-        };
-        match chain {
-            Ok(chain) => Ok(Some(PreviousCheckpoint { chain, ..self })),
-            Err(error @ RepositoryError::Part { .. }) => {
-                tracing::warn!(%error, "cannot continue the chain: the next checkpoint is a full one");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
-    }
 }
 
 /// Sorts ranges and joins those that overlap.
@@ -261,7 +199,7 @@ impl Checkpointer {
         let parent = self
             .last
             .take()
-            .filter(|last| last.repository == repository.url() && last.chain.len() < CHAIN_MAX)
+            .filter(|last| last.is_continued_in(repository))
             .filter(|_| !full && spanning_pages.is_some() == last_cut.is_some());
         let parent = match parent {
             Some(parent) => runtime.block_on(parent.if_intact(repository, &subject.name))?,
@@ -272,14 +210,8 @@ impl Checkpointer {
             None => (None, PageDigests::default()),
         };
         machine.program().prepare_resume()?;
-        // Ids increase, whatever the clocks of the nodes show.
-        let newest = runtime.block_on(repository.list(&subject.name))?;
-        let newest = newest
-            .iter()
-            .chain(parent.as_ref().map(|last| &last.id))
-            .chain(&after)
-            .max();
-        let id = CheckpointId::after(newest);
+        let id = Predecessor::next_id(repository, &subject.name, parent.as_ref(), after.as_ref());
+        let id = runtime.block_on(id)?;
         let packer = |piece: fn(usize) -> PackName| {
             let name = subject.name.clone();
             Packer::new(
@@ -335,7 +267,7 @@ impl Checkpointer {
         let manifest = Manifest {
             id: id.clone(),
             machine: subject.name,
-            parent: parent.as_ref().map(|last| last.id.clone()),
+            parent: parent.as_ref().map(|last| last.id().clone()),
             generation: 0,
             epoch: subject.epoch,
             created_unix_ms,
@@ -354,14 +286,7 @@ impl Checkpointer {
         snapshots.done();
         runtime.block_on(repository.put_manifest(&manifest))?;
         failpoint::pass("checkpoint.worker.stored")?;
-        let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
-        chain.push(manifest.outline());
-        let last = PreviousCheckpoint {
-            repository: repository.url().to_owned(),
-            id,
-            chain,
-        };
-        self.last = Some(last);
+        self.last = Some(Predecessor::new(repository, parent, &manifest));
         self.last_cut = cut_number.map(|number| (number, known));
         Ok(CreatedCheckpoint {
             manifest,
@@ -571,7 +496,7 @@ impl Collector {
             for piece in pieces {
                 match piece {
                     CutPiece::Unchanged(same) => {
-                        if !known.agrees(&same) {
+                        if !agrees(known, &same) {
                             let what = "a part reported unchanged pages with other content";
                             return Err(disagree(what));
                         }

@@ -18,7 +18,7 @@ mod restore;
 mod spanning_restore;
 mod volumes;
 
-pub use create::{Checkpointer, CreateError, CreatedCheckpoint, Destination, Subject};
+pub use create::{Checkpointer, CreateError, Destination};
 pub use lazy_restore::LazyRestore;
 pub use restore::{RemainingMemory, RestoreError, Restored, restore};
 pub use spanning_restore::SpanningRestore;

@@ -7,8 +7,8 @@ use super::lazy_restore::LazyRestore;
 use super::spanning_restore::SpanningRestore;
 use super::volumes;
 use keel_machine::checkpoint::{
-    Block, CheckpointId, Layout, Manifest, MemoryRestore, Origin, PackName, Repository,
-    RepositoryError,
+    CheckpointId, Layout, Manifest, MemoryRestore, Origin, Repository, RepositoryError, read_pages,
+    restore_newest_intact,
 };
 use keel_machine::failpoint::{self, Injected};
 use keel_wasm::memory::{GuestMemory, MemoryError, Unavailable};
@@ -16,12 +16,8 @@ use keel_wasm::runtime::{
     Engine, Image, Limits, MachineError, Program, ProgramError, make_memories,
 };
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio::runtime::Handle;
-
-/// Threads that read packs, at most.
-const READERS_MAX: usize = 4;
 
 /// Why a machine was not restored.
 #[derive(Debug, thiserror::Error)]
@@ -45,13 +41,6 @@ pub enum RestoreError {
     Volume {
         folder: PathBuf,
         source: std::io::Error,
-    },
-    /// All checkpoints are damaged.
-    #[error("no checkpoint of machine {machine:?} is intact: {}", reasons.join("; "))]
-    NoneWhole {
-        machine: String,
-        /// What is wrong with each, newest first.
-        reasons: Vec<String>,
     },
     /// A memory exceeds the machine's limit.
     #[error(
@@ -104,57 +93,20 @@ pub fn restore(
     runtime: &Handle,
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
-    if let Some(id) = &origin.id {
-        return restore_with_retry(origin, id, repository, engine, limits, runtime, folder);
-    }
-    let candidates = runtime.block_on(repository.list(&origin.machine))?;
-    if candidates.is_empty() {
-        return Err(RepositoryError::None(origin.machine.clone()).into());
-    }
-    let mut passed_over = Vec::new();
-    for id in &candidates {
-        match restore_with_retry(origin, id, repository, engine, limits, runtime, folder) {
-            Ok(restored) => {
-                return Ok(Restored {
-                    passed_over,
-                    ..restored
-                });
-            }
-            Err(RestoreError::Repository(error @ RepositoryError::Part { .. })) => {
-                tracing::warn!(%error, "using an older checkpoint");
-                passed_over.push(error.to_string());
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(RestoreError::NoneWhole {
-        machine: origin.machine.to_string(),
-        reasons: passed_over,
-    })
-}
-
-/// As [`restore_one`]; repeated if the checkpoint was compacted meanwhile.
-fn restore_with_retry(
-    origin: &Origin,
-    id: &CheckpointId,
-    repository: &Repository,
-    engine: &Engine,
-    limits: Limits,
-    runtime: &Handle,
-    folder: &Path,
-) -> Result<Restored, RestoreError> {
-    let generation = || {
-        let manifest = runtime.block_on(repository.manifest(&origin.machine, id));
-        manifest.ok().map(|manifest| manifest.generation)
+    let one =
+        |id: &CheckpointId| restore_one(origin, id, repository, engine, limits, runtime, folder);
+    let is_damaged = |error: &RestoreError| {
+        matches!(
+            error,
+            RestoreError::Repository(RepositoryError::Part { .. })
+        )
     };
-    loop {
-        let before = generation();
-        match restore_one(origin, id, repository, engine, limits, runtime, folder) {
-            Err(RestoreError::Repository(RepositoryError::Part { .. }))
-                if generation() != before => {}
-            other => return other,
-        }
-    }
+    let (restored, passed_over) =
+        restore_newest_intact(origin, repository, runtime, one, is_damaged)?;
+    Ok(Restored {
+        passed_over,
+        ..restored
+    })
 }
 
 fn restore_one(
@@ -270,66 +222,4 @@ fn restore_one(
         passed_over: Vec::new(),
         rest,
     })
-}
-
-/// Receives restored pages: number of the memory, offset, and bytes.
-pub(super) type Write<'a, E> = dyn Fn(usize, u64, &[u8]) -> Result<(), E> + Sync + 'a;
-
-/// Reads the pages of a chain, several packs at a time, each page once.
-pub(super) fn read_pages<E: From<RepositoryError> + Send>(
-    layout: &Layout,
-    chain: &[Manifest],
-    repository: &Repository,
-    runtime: &Handle,
-    write: &Write<'_, E>,
-) -> Result<(), E> {
-    let next = AtomicUsize::new(0);
-    let failure = Mutex::new(None);
-    let read = || {
-        loop {
-            let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some(at) = layout.packs().get(number) else {
-                return;
-            };
-            let manifest = &chain[at.checkpoint];
-            let block = |of_pack| Block {
-                pack: number,
-                number: of_pack,
-            };
-            let result = repository.read_blocks::<E>(
-                runtime,
-                (manifest, PackName::Pages(at.number)),
-                &manifest.packs[at.number],
-                &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
-                &mut |of_pack, bytes| {
-                    for piece in layout.pieces(block(of_pack)) {
-                        write(piece.memory, piece.offset, &bytes[piece.within])?;
-                    }
-                    Ok(())
-                },
-            );
-            if let Err(error) = result {
-                next.store(layout.packs().len(), Ordering::Relaxed);
-                failure
-                    .lock()
-                    .unwrap_or_else(|error| error.into_inner())
-                    .get_or_insert(error);
-                return;
-            }
-        }
-    };
-    // Threads mostly wait for the store, however few processors there are.
-    std::thread::scope(|scope| {
-        for _ in 1..READERS_MAX.min(layout.packs().len()) {
-            scope.spawn(read);
-        }
-        read();
-    });
-    match failure
-        .into_inner()
-        .unwrap_or_else(|error| error.into_inner())
-    {
-        Some(error) => Err(error),
-        None => Ok(()),
-    }
 }

@@ -2,8 +2,9 @@
 //! than a node is never on one. The caller determines where each piece is written; it
 //! moves on according to the parts' limits.
 
-use super::restore::{Write, read_pages};
-use keel_machine::checkpoint::{Layout, Manifest, Repository, RepositoryError};
+use keel_machine::checkpoint::{
+    Layout, Manifest, Repository, RepositoryError, WritePages, read_pages,
+};
 use tokio::runtime::Handle;
 
 /// Memory that is still to be read. Until it is released ([`Self::release`]), or for an
@@ -37,7 +38,7 @@ impl SpanningRestore {
     /// [`RepositoryError`], or the first error of `write`; some pieces are written then.
     pub fn read_pages<E: From<RepositoryError> + Send>(
         &self,
-        write: &Write<'_, E>,
+        write: &WritePages<'_, E>,
     ) -> Result<(), E> {
         read_pages(
             &self.layout,

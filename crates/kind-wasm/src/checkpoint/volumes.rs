@@ -3,7 +3,9 @@
 
 use super::RestoreError;
 use super::create::CreateError;
-use keel_machine::checkpoint::{BlockRun, Manifest, PackName, Packer, Repository, note_block};
+use keel_machine::checkpoint::{
+    BlockRun, BlockTarget, Manifest, Packer, Repository, note_block, replay_blocks,
+};
 use keel_wasi::Wasi;
 use keel_wasi::volume::{BlockReader, BlockWriter, Changes, Tracker};
 use std::collections::HashMap;
@@ -87,35 +89,17 @@ pub(super) fn restore_files(
         let writer = BlockWriter::new(&folder.join(number.to_string())).map_err(disk)?;
         writers.insert(number, writer);
     }
-    let mut filling = VolumeReplay {
-        runs: manifest.block_runs.iter(),
-        now: None,
-        writers,
-        folder,
-    };
-    filling.cuts()?;
-    for (number, pack) in manifest.block_packs.iter().enumerate() {
-        repository.read_blocks(
-            runtime,
-            (manifest, PackName::Blocks(number)),
-            pack,
-            &mut |_| true,
-            &mut |_, bytes| filling.add(bytes),
-        )?;
-    }
-    Ok(())
+    let mut target = Volumes { writers, folder };
+    replay_blocks(manifest, repository, runtime, &mut target)
 }
 
-/// Replays the changes of files as their bytes are read.
-struct VolumeReplay<'a> {
-    runs: std::slice::Iter<'a, BlockRun>,
-    /// Destination of the next bytes: file, offset, and length.
-    now: Option<(u32, u64, u64, u64)>,
+/// The volumes of a machine that is restored.
+struct Volumes<'a> {
     writers: HashMap<u32, BlockWriter>,
     folder: &'a Path,
 }
 
-impl VolumeReplay<'_> {
+impl Volumes<'_> {
     fn failed(&self, source: std::io::Error) -> RestoreError {
         RestoreError::Volume {
             folder: self.folder.to_owned(),
@@ -129,51 +113,24 @@ impl VolumeReplay<'_> {
         )));
         self.writers.get_mut(&volume).ok_or(missing)
     }
+}
 
-    /// Advances to the next run that has bytes.
-    fn cuts(&mut self) -> Result<(), RestoreError> {
-        while let Some(run) = self.runs.next() {
-            match *run {
-                BlockRun::Cut {
-                    volume,
-                    inode,
-                    bytes,
-                } => {
-                    let cut = self.writer(volume)?.cut(inode, bytes);
-                    cut.map_err(|error| self.failed(error))?;
-                }
-                BlockRun::Blocks {
-                    volume,
-                    inode,
-                    offset,
-                    bytes,
-                } => {
-                    self.now = Some((volume, inode, offset, bytes));
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
+impl BlockTarget for Volumes<'_> {
+    type Error = RestoreError;
+
+    fn cut(&mut self, volume: u32, inode: u64, bytes: u64) -> Result<(), RestoreError> {
+        let cut = self.writer(volume)?.cut(inode, bytes);
+        cut.map_err(|error| self.failed(error))
     }
 
-    fn add(&mut self, mut bytes: &[u8]) -> Result<(), RestoreError> {
-        while !bytes.is_empty() {
-            // The manifest's validation ensures that they fit.
-            let Some((volume, inode, offset, left)) = self.now.take() else {
-                return Ok(());
-            };
-            let count = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
-            let (piece, rest) = bytes.split_at(count);
-            let written = self.writer(volume)?.write(inode, offset, piece);
-            written.map_err(|error| self.failed(error))?;
-            bytes = rest;
-            let count = count as u64;
-            if count < left {
-                self.now = Some((volume, inode, offset + count, left - count));
-            } else {
-                self.cuts()?;
-            }
-        }
-        Ok(())
+    fn write(
+        &mut self,
+        volume: u32,
+        inode: u64,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), RestoreError> {
+        let written = self.writer(volume)?.write(inode, offset, bytes);
+        written.map_err(|error| self.failed(error))
     }
 }

@@ -50,7 +50,7 @@ pub use keel_wasm::runtime::parts::SpawnPolicy;
 pub use keel_wasm::runtime::{CoreTime, CpuUsage};
 pub use mesh::{MeshError, MeshListener, PartAddress};
 pub use messages::{CutMessage, CutPages, CutPiece, PartMemory, UnchangedPages};
-pub(crate) use page_digests::{PageDigests, split_unchanged};
+pub(crate) use page_digests::{agrees, split_unchanged};
 pub use pages::{
     BeginError, Cut, Heat, Latency, Listener, Notifier, Object, PART_BYTES_MIN, Pages, PartConfig,
     SpanError,

@@ -1,90 +1,28 @@
-//! Hashes of page contents at the last cut: for memory that many parts hold and whose
-//! writes are not tracked, only changed pages are sent and stored again. 16 bytes per
-//! page of 4 KiB.
+//! Unchanged pages at a cut: of memory that many parts hold and whose writes are not tracked, only
+//! the digest of runs of pages is sent that have the same hashes as at the last cut
+//! ([`PageDigests`]).
 
 use super::messages::{CutPages, CutPiece, UnchangedPages};
+use keel_machine::checkpoint::{PageDigests, page_hash};
 use keel_wasm::memory::PAGE_BYTES;
 
 const PAGE: usize = PAGE_BYTES as usize;
-
-/// The hash of a page: half of a BLAKE3. Collisions do not occur by chance, and a program
-/// that constructed one would only harm itself.
-fn hash(page: &[u8]) -> u128 {
-    let hash = blake3::hash(page);
-    let (half, _) = hash.as_bytes().split_at(16);
-    let half = half.try_into().map_or(0, u128::from_le_bytes);
-    // Zero stands for an unknown page.
-    half.max(1)
-}
 
 /// Chains the digest of the preceding pages with the hash of the next one.
 pub(crate) fn digest(before: u128, of: u128) -> u128 {
     let mut both = [0; 32];
     both[..16].copy_from_slice(&before.to_le_bytes());
     both[16..].copy_from_slice(&of.to_le_bytes());
-    hash(&both)
+    page_hash(&both)
 }
 
-/// Hashes of pages, by memory and number.
-#[derive(Debug, Default)]
-pub(crate) struct PageDigests {
-    memories: Vec<Vec<u128>>,
-}
-
-impl PageDigests {
-    pub(crate) fn get(&self, memory: u32, number: u32) -> Option<u128> {
-        let pages = self.memories.get(memory as usize)?;
-        let hash = pages.get(number as usize)?;
-        (*hash != 0).then_some(*hash)
-    }
-
-    /// Sets the hash of a page; returns the previous one.
-    pub(crate) fn put(&mut self, memory: u32, number: u32, hash: u128) -> Option<u128> {
-        let before = self.get(memory, number);
-        let (memory, number) = (memory as usize, number as usize);
-        if self.memories.len() <= memory {
-            self.memories.resize_with(memory + 1, Vec::new);
-        }
-        let pages = &mut self.memories[memory];
-        if pages.len() <= number {
-            // The range between may stay unused; it costs only address space.
-            let length = (number + 1).next_power_of_two();
-            let mut longer = vec![0; length];
-            longer[..pages.len()].copy_from_slice(pages);
-            *pages = longer;
-        }
-        pages[number] = hash;
-        before
-    }
-
-    /// Whether the hashes of a run are known and match the digest of its sender.
-    pub(crate) fn agrees(&self, same: &UnchangedPages) -> bool {
-        let mut pages = same.first..same.first.saturating_add(same.pages);
-        let known = pages.try_fold(0, |before, number| {
-            Some(digest(before, self.get(same.memory, number)?))
-        });
-        known == Some(same.digest)
-    }
-
-    /// Forgets a page, which is zero from now on.
-    pub(crate) fn forget(&mut self, memory: u32, number: u32) {
-        let pages = self.memories.get_mut(memory as usize);
-        if let Some(hash) = pages.and_then(|pages| pages.get_mut(number as usize)) {
-            *hash = 0;
-        }
-    }
-
-    /// Known pages that satisfy a predicate, by memory and number.
-    pub(crate) fn which(&self, is_so: impl Fn(u32, u32) -> bool) -> Vec<(u32, u32)> {
-        let memories = (0..).zip(&self.memories);
-        let pages = memories.flat_map(|(memory, pages)| {
-            let known = (0..).zip(pages).filter(|(_, hash)| **hash != 0);
-            known.map(move |(number, _)| (memory, number))
-        });
-        pages
-            .filter(|(memory, number)| is_so(*memory, *number))
-            .collect()
-    }
+/// Whether the hashes of a run are known and match the digest of its sender.
+pub(crate) fn agrees(known: &PageDigests, same: &UnchangedPages) -> bool {
+    let mut pages = same.first..same.first.saturating_add(same.pages);
+    let known = pages.try_fold(0, |before, number| {
+        Some(digest(before, known.get(same.memory, number)?))
+    });
+    known == Some(same.digest)
 }
 
 /// Splits pages into runs that are unchanged and runs that changed; the predicate
@@ -98,7 +36,7 @@ pub(crate) fn split_unchanged(
     // A cut has no page beyond the last page number.
     for (at, page) in pages.bytes.chunks_exact(PAGE).enumerate() {
         let first = pages.first + at as u32;
-        let hash = hash(page);
+        let hash = page_hash(page);
         match (is_same(memory, first, hash), pieces.last_mut()) {
             (true, Some(CutPiece::Unchanged(same))) => {
                 same.pages += 1;
@@ -145,7 +83,7 @@ mod tests {
             pages: of.len() as u32,
             digest: of
                 .iter()
-                .fold(0, |it, byte| digest(it, hash(&[*byte; PAGE]))),
+                .fold(0, |it, byte| digest(it, page_hash(&[*byte; PAGE]))),
         };
         let same = |first, of: &[u8]| CutPiece::Unchanged(same_of(first, of));
         let mut known = PageDigests::default();
@@ -167,7 +105,7 @@ mod tests {
             renewed(4, &[9, 1, 8, 7, 4, 0]),
             [same(4, &[9, 1, 8, 7, 4, 0])]
         );
-        let agrees = |first, of: &[u8]| known.agrees(&same_of(first, of));
+        let agrees = |first, of: &[u8]| super::agrees(&known, &same_of(first, of));
         assert!(agrees(4, &[9, 1, 8, 7, 4, 0]) && agrees(5, &[1, 8]));
         // A longer run, and other content.
         assert!(!agrees(4, &[9, 1, 8, 7, 4, 0, 0]) && !agrees(3, &[9]));

@@ -1,8 +1,8 @@
 //! Making checkpoints of the machine, and giving them up for a move.
 
 use super::wasm_worker::WasmWorker;
-use crate::checkpoint::{Destination, Subject};
-use keel_machine::checkpoint::Repository;
+use crate::checkpoint::Destination;
+use keel_machine::checkpoint::{Repository, Subject};
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, State};
 use keel_net::RpcError;
 use keel_store::clock::unix_ms;
@@ -108,28 +108,17 @@ impl WasmWorker {
             all if all.is_all() => Ok(Vec::new()),
             some => repository.apply_retention(runtime, &name, some, unix_ms()),
         };
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        Ok(CheckpointReport {
-            stored_bytes: taken.manifest.stored_bytes(),
-            log_end: taken.manifest.log_end,
-            holds_output: log
-                .held_from()
-                .is_some_and(|from| from <= taken.manifest.log_end),
-            id: taken.manifest.id,
-            parent: taken.manifest.parent,
-            pause_micros: micros(taken.pause),
-            total_micros: micros(taken.total),
-            deleted: match deleted {
-                Ok(gone) => {
-                    cluster_volumes.forget_checkpoints(&name, &gone);
-                    gone.len() as u32
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "cannot delete old checkpoints");
-                    0
-                }
-            },
-        })
+        let deleted = match deleted {
+            Ok(gone) => {
+                cluster_volumes.forget_checkpoints(&name, &gone);
+                gone.len() as u32
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot delete old checkpoints");
+                0
+            }
+        };
+        Ok(CheckpointReport::new(taken, &log, deleted))
     }
 }
 

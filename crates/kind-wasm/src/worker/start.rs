@@ -11,7 +11,7 @@ use keel_machine::checkpoint::{Origin, Repository};
 use keel_machine::log::{Log, LogSink, StreamKind};
 use keel_machine::spec::{Spec, Status, VolumeKind};
 use keel_machine::worker::control::{Start, StartFrom, StartPhase, State};
-use keel_machine::worker::{volume_folder, write_notice};
+use keel_machine::worker::{volume_folder, write_notice, write_restored};
 use keel_net::RpcError;
 use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::{Machine, Program};
@@ -129,19 +129,8 @@ impl WasmWorker {
         // A clone has its own output.
         let base = if origin.is_clone { 0 } else { manifest.log_end };
         let log = Arc::new(Log::open(self.process.folder(), base).map_err(RpcError::failed)?);
-        if let Some(notice) = &start.notice {
-            write_notice(&log, notice);
-        }
-        for why in &restored.passed_over {
-            write_notice(&log, &format!("passed over: {why}"));
-        }
-        write_notice(
-            &log,
-            &format!(
-                "restored from checkpoint {} of machine {}; later changes are discarded",
-                manifest.id, manifest.machine
-            ),
-        );
+        let notice = start.notice.as_deref();
+        write_restored(&log, notice, &restored.passed_over, manifest);
         let mut cluster_volumes = self.open_cluster_volumes(spec, &log, runtime)?;
         cluster_volumes
             .roll_back(start.epoch, &manifest.machine, &manifest.id)

@@ -8,13 +8,14 @@ use running::*;
 
 use keel_cluster::Epoch;
 use keel_kind_wasm::checkpoint::{
-    Checkpointer, CreateError, CreatedCheckpoint, Destination, RemainingMemory, RestoreError,
-    Restored, SpanningRestore, Subject, restore,
+    Checkpointer, CreateError, Destination, RemainingMemory, RestoreError, Restored,
+    SpanningRestore, restore,
 };
 use keel_kind_wasm::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::checkpoint::{
-    CHAIN_MAX, CheckpointId, MemoryRestore, Origin, Repository, RepositoryError, Retention, compact,
+    CHAIN_MAX, CheckpointId, CreatedCheckpoint, MemoryRestore, Origin, Repository, RepositoryError,
+    Retention, Subject, compact,
 };
 use keel_machine::log::Log;
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};

@@ -253,7 +253,13 @@ fn memory_larger_than_a_part_is_restored_to_several() {
     assert!(output.bytes().is_empty());
     let comes = MemoryRestore::Spanning(vec!["b".parse().unwrap()]);
     let error = running.restore_as(None, comes).err().unwrap();
-    assert!(matches!(error, RestoreError::NoneWhole { .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            RestoreError::Repository(RepositoryError::NoneIntact { .. })
+        ),
+        "{error}"
+    );
     // It is not being read any more.
     later.release();
     let reading = files(&running.place().join("machines/m"), ".reading");

@@ -24,6 +24,10 @@ const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
 pub const BLOCK_BYTES: usize = 1 << 20;
 
+/// The number of a machine's own disk, where others are those of volumes in its spec. The disk is
+/// its file 0.
+pub const OWN_DISK: u32 = u32::MAX;
+
 /// Pages of one memory, in the order of the packs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
@@ -33,12 +37,12 @@ pub struct Run {
     pub pages: u32,
 }
 
-/// A change of the machine's own volumes, in order.
+/// A change of the machine's own volumes, or of its own disk, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BlockRun {
     /// A file was truncated; to 0 bytes: it was removed.
     Cut {
-        /// Number of the volume in the spec.
+        /// Number of the volume in the spec, or [`OWN_DISK`].
         volume: u32,
         /// Number of the file.
         inode: u64,
@@ -47,7 +51,7 @@ pub enum BlockRun {
     },
     /// Bytes of a file, which are the next ones in the packs.
     Blocks {
-        /// Number of the volume in the spec.
+        /// Number of the volume in the spec, or [`OWN_DISK`].
         volume: u32,
         /// Number of the file.
         inode: u64,
@@ -111,17 +115,18 @@ pub struct Manifest {
     pub program: Option<[u8; 32]>,
     /// Bytes of output before the freeze.
     pub log_end: u64,
-    /// Size of each memory in 64 KiB pages.
+    /// Size of each memory in 64 KiB pages; for `qemu`, of each block of RAM.
     pub memory_pages: Vec<u64>,
     /// Pages in the packs, in order; the last copy of a page is the valid one.
     pub runs: Vec<Run>,
     /// The packs, in order.
     pub packs: Vec<Pack>,
-    /// Changes of the machine's own volumes since the parent.
+    /// Changes of the machine's own volumes and disk since the parent.
     pub block_runs: Vec<BlockRun>,
     /// The packs with their blocks, in order.
     pub block_packs: Vec<Pack>,
-    /// The machine's state beside its memory; for `wasm`, threads and WASI state.
+    /// The machine's state beside its memory; for `wasm`, threads and WASI state, for `qemu`, the
+    /// state of its devices.
     pub image: Vec<u8>,
 }
 
@@ -234,7 +239,7 @@ impl Manifest {
                     (volume, offset.checked_add(bytes).filter(|_| bytes > 0))
                 }
             };
-            if !own.contains(&volume) || end.is_none() {
+            if !(own.contains(&volume) || volume == OWN_DISK) || end.is_none() {
                 return Err(damaged("it has blocks of a volume that does not exist"));
             }
         }

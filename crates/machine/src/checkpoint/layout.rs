@@ -10,6 +10,8 @@ use std::ops::Range;
 const BLOCK_PAGES: u32 = (BLOCK_BYTES as u64 / PAGE_BYTES) as u32;
 /// The largest memory, in 64 KiB pages: 64 GiB.
 const SIZE_MAX: u64 = 1 << 20;
+/// The most memory of a machine, in 64 KiB pages: each of its pages has an entry here.
+const ALL_MAX: u64 = 4 * SIZE_MAX;
 /// Marks a page that is in no pack and therefore zero.
 const NOWHERE: u32 = u32::MAX;
 
@@ -71,7 +73,11 @@ impl Layout {
     /// A message, if they do not belong together.
     pub fn new(chain: &[Manifest]) -> Result<Self, &'static str> {
         let last = chain.last().ok_or("it is empty")?;
-        if last.memory_pages.iter().any(|size| *size > SIZE_MAX) {
+        let all = last.memory_pages.iter().try_fold(0_u64, |all, size| {
+            let all = all.checked_add(*size)?;
+            (*size <= SIZE_MAX && all <= ALL_MAX).then_some(all)
+        });
+        if all.is_none() {
             return Err("it is larger than any machine");
         }
         let mut newest: Vec<Vec<u32>> = last

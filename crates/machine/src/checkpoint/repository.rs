@@ -48,6 +48,13 @@ pub enum RepositoryError {
     /// The machine has no checkpoint.
     #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
     None(MachineName),
+    /// All of the machine's checkpoints are damaged.
+    #[error("no checkpoint of machine {machine:?} is intact: {}", reasons.join("; "))]
+    NoneIntact {
+        machine: MachineName,
+        /// What is wrong with each, newest first.
+        reasons: Vec<String>,
+    },
 }
 
 /// Names a pack of a checkpoint.

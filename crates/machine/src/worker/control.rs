@@ -3,8 +3,9 @@
 //! every kind of machine; a kind may have more (`keel_kind_wasm::control`).
 
 use crate::cgroup::GroupUsage;
-use crate::checkpoint::{CheckpointId, Origin, Retention};
+use crate::checkpoint::{CheckpointId, CreatedCheckpoint, Origin, Retention};
 use crate::link::{Hello, TargetEndpoint};
+use crate::log::Log;
 use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
@@ -14,6 +15,7 @@ use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Kinds of requests. 0x0420 to 0x043f belong to the kinds of machines.
 pub mod kind {
@@ -204,6 +206,24 @@ pub struct CheckpointReport {
     /// Whether all output behind that is held back.
     #[serde(default)]
     pub holds_output: bool,
+}
+
+impl CheckpointReport {
+    /// Of a checkpoint that was made; `deleted` older ones were deleted then.
+    pub fn new(created: CreatedCheckpoint, log: &Log, deleted: u32) -> Self {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let manifest = created.manifest;
+        CheckpointReport {
+            stored_bytes: manifest.stored_bytes(),
+            log_end: manifest.log_end,
+            holds_output: log.held_from().is_some_and(|from| from <= manifest.log_end),
+            id: manifest.id,
+            parent: manifest.parent,
+            pause_micros: micros(created.pause),
+            total_micros: micros(created.total),
+            deleted,
+        }
+    }
 }
 
 /// Receives a machine.

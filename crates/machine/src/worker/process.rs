@@ -5,6 +5,7 @@ use super::control::{LogChunk, ReadLog, Report, State, pack};
 use super::requests::Service;
 use super::{Guard, SOCKET, Worker};
 use crate::cgroup::{self, Group};
+use crate::checkpoint::Manifest;
 use crate::log::{Log, StreamKind};
 use keel_net::rpc::everyone_is_member;
 use keel_net::{Bytes, Fingerprint, Options as RpcOptions, PeerId, Server};
@@ -225,6 +226,29 @@ pub fn write_notice(log: &Log, text: &str) {
     if let Err(error) = log.append(StreamKind::Error, format!("keel: {text}\n").as_bytes()) {
         tracing::warn!(%error, "cannot write a notice to the output");
     }
+}
+
+/// Says in a machine's error output from which checkpoint it was restored, and why not from newer
+/// ones; `notice` goes before.
+pub fn write_restored(
+    log: &Log,
+    notice: Option<&str>,
+    passed_over: &[String],
+    manifest: &Manifest,
+) {
+    if let Some(notice) = notice {
+        write_notice(log, notice);
+    }
+    for why in passed_over {
+        write_notice(log, &format!("passed over: {why}"));
+    }
+    write_notice(
+        log,
+        &format!(
+            "restored from checkpoint {} of machine {}; later changes are discarded",
+            manifest.id, manifest.machine
+        ),
+    );
 }
 
 /// CPU time of this process so far.

@@ -4,6 +4,7 @@ use super::usage::Usage;
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::events::Note;
+use crate::images::Images;
 use crate::processes::Processes;
 use crate::records::{MachineCommand, at_owner};
 use keel_api::{CheckpointInfo, CheckpointRequest};
@@ -19,7 +20,7 @@ use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
 use keel_store::{Compare, Txn};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -55,9 +56,9 @@ pub(crate) fn repository_error(error: &RepositoryError) -> CommandError {
     match error {
         RepositoryError::Url { .. } => CommandError::Invalid(text),
         RepositoryError::None(_) => CommandError::NotFound(text),
-        RepositoryError::Part { .. } | RepositoryError::Quota { .. } => {
-            CommandError::Conflict(text)
-        }
+        RepositoryError::Part { .. }
+        | RepositoryError::Quota { .. }
+        | RepositoryError::NoneIntact { .. } => CommandError::Conflict(text),
         RepositoryError::Store(_) => CommandError::Unavailable(text),
     }
 }
@@ -83,21 +84,30 @@ impl MachineCommand for CreateCheckpoint {
 pub(crate) struct Checkpoints {
     pub(super) context: Arc<Context>,
     pub(super) processes: Arc<Processes>,
+    pub(super) images: Arc<Images>,
     /// Workers whose machines have scheduled checkpoints.
     scheduled: Mutex<HashSet<u64>>,
     /// Machines whose output is being copied to here.
     pub(super) copied: Mutex<HashSet<MachineName>>,
+    /// Images that are being fetched for machines that may go on here.
+    pub(super) image_fetches: Arc<Mutex<BTreeSet<String>>>,
     /// How much is stored in places with a quota.
     pub(super) usage: Usage,
 }
 
 impl Checkpoints {
-    pub(crate) fn new(context: Arc<Context>, processes: Arc<Processes>) -> Self {
+    pub(crate) fn new(
+        context: Arc<Context>,
+        processes: Arc<Processes>,
+        images: Arc<Images>,
+    ) -> Self {
         Checkpoints {
             context,
             processes,
+            images,
             scheduled: Mutex::default(),
             copied: Mutex::default(),
+            image_fetches: Arc::default(),
             usage: Usage::default(),
         }
     }

@@ -12,6 +12,7 @@
 use super::handle::Checkpoints;
 use super::replication::Unreplicated;
 use crate::error::CommandError;
+use crate::events::Note;
 use crate::processes::WorkerHandle;
 use crate::records::{self, InSyncSet, RecordError};
 use keel_api::CheckpointRequest;
@@ -29,6 +30,8 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Checkpoints that are kept in a repository for a machine with high availability.
 const HA_KEPT: u32 = 2;
+/// Attempts in a row to have a checkpoint on other nodes that fail until users are told.
+const FAILURES_TOLD: u32 = 5;
 /// The longest pause after a failed checkpoint.
 const RETRY_MAX: Duration = Duration::from_secs(60);
 
@@ -136,6 +139,10 @@ impl Checkpoints {
                             }
                             failed += 1;
                             next = Some(boottime() + pause(plan.every, failed));
+                            if failed == FAILURES_TOLD {
+                                let told = Note::checkpoint(&machine, &Err(error));
+                                checkpoints.context.events.record(told);
+                            }
                         }
                     }
                     continue;
@@ -194,10 +201,8 @@ struct Plan {
 }
 
 fn plan_of(kinds: &Kinds, spec: &Spec) -> Option<Plan> {
-    if !kinds.of(spec).ok()?.abilities().checkpoints {
-        return None;
-    }
-    let Some(ha) = &spec.ha else {
+    let ha = spec.ha.as_ref();
+    let Some(ha) = ha.filter(|_| kinds.fails_over_from_checkpoint(spec)) else {
         let plan = spec.checkpoints.clone()?;
         return Some(Plan {
             every: Duration::from_secs(plan.every_s),

@@ -244,11 +244,11 @@ impl Actor {
     fn tell_given(&mut self, failed: &NodeName, record: &Record, placement: &Placement) {
         self.told.remove(&record.name);
         let target = &record.owner;
-        let kind = self.at.context.kinds.of(&record.spec);
-        let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
+        let kinds = &self.at.context.kinds;
+        let from_checkpoint = kinds.fails_over_from_checkpoint(&record.spec);
         let why = match placement {
             Placement::Fetched(_) => "which has room, and fetches its checkpoint",
-            _ if has_checkpoints => "which has its checkpoint, and of those with it most memory",
+            _ if from_checkpoint => "which has its checkpoint, and of those with it most memory",
             _ => "which has its images and disks, and of those with them most memory",
         };
         let text = match record.status.ended() {

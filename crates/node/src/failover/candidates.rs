@@ -75,15 +75,16 @@ pub(super) fn one_homeless(
     was_restored: bool,
 ) -> Homeless {
     let kind = at.context.kinds.get(kind);
-    let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
+    let abilities = kind.map(|kind| kind.abilities()).unwrap_or_default();
     // What they lack cannot be fetched.
-    let members_only = set.as_ref().is_some_and(|set| set.checkpoint.is_none());
+    let lacks = |set: &InSyncSet| set.checkpoint.is_none() || abilities.keeps_images;
+    let members_only = set.as_ref().is_some_and(lacks);
     let (members, memory_bytes) = match set {
         Some(set) if ha.to.is_some() => (None, set.memory_bytes),
         Some(set) => (Some(set.members), set.memory_bytes),
         // Its checkpoint is perhaps in a folder of its node; or it is not known yet who has what it
         // needs.
-        None if was_restored || !has_checkpoints => (Some(BTreeSet::new()), 0),
+        None if was_restored || !abilities.restarts_from_checkpoints => (Some(BTreeSet::new()), 0),
         // It has no checkpoint yet, and begins anew.
         None => (None, 0),
     };

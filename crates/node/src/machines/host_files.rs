@@ -1,6 +1,6 @@
-//! Which nodes can begin a machine anew whose kind has no checkpoints: they have its images and what
-//! its kind needs, and see the same files of hosts (disks) as its node. They are the members of its
-//! in-sync set, to which alone it goes when its node fails.
+//! Which nodes can begin a machine anew whose kind does not restart from checkpoints: they have its
+//! images and what its kind needs, and see the same files of hosts (disks) as its node. They are the
+//! members of its in-sync set, to which alone it goes when its node fails.
 //!
 //! How files are looked at whose server may hang is left to `looks`.
 //!
@@ -227,7 +227,7 @@ pub(super) async fn check_elsewhere(
 ) -> Result<(), CommandError> {
     let kind = machines.context.kinds.of(spec);
     let kind = kind.map_err(CommandError::Invalid)?;
-    if spec.ha.is_none() || kind.abilities().checkpoints {
+    if spec.ha.is_none() || kind.fails_over_from_checkpoint(spec) {
         return Ok(());
     }
     let refused = |reason: String| {
@@ -288,9 +288,8 @@ async fn keep_while_available(
                 continue;
             }
         };
-        let kind = machines.context.kinds.of(&record.spec);
-        let has_checkpoints = kind.is_ok_and(|kind| kind.abilities().checkpoints);
-        if has_checkpoints || record.spec.ha.is_none() {
+        let kinds = &machines.context.kinds;
+        if record.spec.ha.is_none() || kinds.fails_over_from_checkpoint(&record.spec) {
             return;
         }
         let is_own = record.owner == machines.context.name && !record.status.ended();

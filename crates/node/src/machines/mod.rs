@@ -11,8 +11,8 @@
 //! - `stop`, `remove`, `set`: commands of users
 //! - `execute`, `console`: commands of users in machines, and what they type there
 //! - `queries`, `diff`: queries of users
-//! - `host_files`: the nodes that can begin a machine anew that has no checkpoints; `looks`: looks at
-//!   files whose server may hang; `single_tasks`: one task for each worker
+//! - `host_files`: the nodes that can begin a machine anew that does not restart from checkpoints;
+//!   `looks`: looks at files whose server may hang; `single_tasks`: one task for each worker
 //! - `stall_status`: machines that wait for a disk or a volume's backend
 
 mod console;

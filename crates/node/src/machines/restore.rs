@@ -92,6 +92,18 @@ pub(crate) async fn restore(
             manifest.spec.kind
         )));
     }
+    if request.warm && !kind.abilities().restores_lazily {
+        return Err(bad(format!(
+            "a machine of kind {} does not start warm: all of its memory comes first",
+            manifest.spec.kind
+        )));
+    }
+    let is_clone = name != machine;
+    if is_clone && let Some(unique) = kind.unique(&manifest.spec) {
+        return Err(bad(format!(
+            "a clone of machine {machine} would have {unique} as well, which is in the memory of its system: restore it under its own name"
+        )));
+    }
     let memory = match (request.nodes.is_empty(), request.warm) {
         (true, false) => MemoryRestore::Eager,
         (true, true) => MemoryRestore::Lazy,
@@ -111,7 +123,6 @@ pub(crate) async fn restore(
         }
         (false, false) => MemoryRestore::Spanning(parts),
     };
-    let is_clone = name != machine;
     // The epochs in its memory are older, also for a clone.
     let ran = manifest.epoch;
     let record = Record {

@@ -168,7 +168,7 @@ async fn set(
 /// Whether a change depends on what other nodes have.
 fn asks_elsewhere(kinds: &Kinds, before: &Spec, after: &Spec) -> Result<bool, CommandError> {
     let kind = kinds.of(after).map_err(CommandError::Invalid)?;
-    Ok(before.ha != after.ha && !kind.abilities().checkpoints)
+    Ok(before.ha != after.ha && !kind.fails_over_from_checkpoint(after))
 }
 
 /// The spec as other nodes can provide for it: they are asked before all other changes of this

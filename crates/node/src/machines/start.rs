@@ -12,21 +12,28 @@ use std::sync::Arc;
 
 pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(), String> {
     let kind = machines.context.kinds.of(&record.spec)?;
-    let has_checkpoints = kind.abilities().checkpoints;
+    let abilities = kind.abilities();
     let (kept, leftovers) = match &record.status {
         Status::Restarting {
             from_checkpoint,
             elsewhere,
             ..
         } => {
+            let fails_over = *elsewhere && kind.fails_over_from_checkpoint(&record.spec);
+            let restarts = *from_checkpoint && abilities.restarts_from_checkpoints;
             // Its earlier output stays.
-            let kept = match from_checkpoint {
-                true if has_checkpoints => match &record.spec.ha {
-                    Some(ha) => machines.checkpoints.in_sync(&record.name, ha).await?,
-                    None => machines.checkpoints.newest(&record.name).await?,
-                },
+            let kept = match &record.spec.ha {
+                Some(ha) if restarts || fails_over => {
+                    machines.checkpoints.in_sync(&record.name, ha).await?
+                }
+                None if restarts => machines.checkpoints.newest(&record.name).await?,
                 _ => None,
             };
+            if kept.is_none() && fails_over && !abilities.restarts_from_checkpoints {
+                return Err(
+                    "its disk is on a node that is lost, and no checkpoint of it is known".into(),
+                );
+            }
             let leftovers = match elsewhere {
                 // Of a time before the machine was on the node that failed.
                 true => Leftovers::Remove,
@@ -51,15 +58,21 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
         }
     }
     let is_kept = kept.is_some();
+    // A machine that has run begins anew with what is on its disks, and not with what it had once.
+    let begins_from_origin = abilities.restarts_from_checkpoints || record.started_unix_ms == 0;
+    let origin = record.origin.clone().filter(|_| begins_from_origin);
+    let origin = kept.or(origin);
+    if origin.is_none() || abilities.keeps_images {
+        for image in kind.images(&record.spec)? {
+            machines.images.find_image(&image).await?;
+        }
+    }
     let mut spread = Vec::new();
-    let from = match kept.or_else(|| record.origin.clone()) {
+    let from = match origin {
         Some(origin) => {
             StartFrom::Checkpoint(spanning_start::placed(machines, record, origin).await?)
         }
         None => {
-            for image in kind.images(&record.spec)? {
-                machines.images.find_image(&image).await?;
-            }
             spread = spanning_start::spread_over(machines, record).await;
             StartFrom::Beginning {
                 is_held: !spread.is_empty(),

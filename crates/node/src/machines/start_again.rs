@@ -31,8 +31,8 @@ pub(crate) async fn start_again(
         let found = records::get(&*context.store, name).await?;
         let kind = context.kinds.of(&found.record.spec);
         let kind = kind.map_err(CommandError::Invalid)?;
-        let has_checkpoints = kind.abilities().checkpoints;
-        let again = ownership::start_again(&found, has_checkpoints, unix_ms());
+        let from_checkpoints = kind.abilities().restarts_from_checkpoints;
+        let again = ownership::start_again(&found, from_checkpoints, unix_ms());
         let again = again.map_err(|error| CommandError::Unavailable(error.to_string()))?;
         let Some(again) = again else {
             return Err(CommandError::Conflict(format!(

@@ -54,10 +54,12 @@ pub(super) async fn record_end(
                         ..
                     } => txn,
                     // Its next life begins anew: the checkpoints of this one are of no use.
-                    Status::Restarting { .. } => match has_checkpoints(machines, &record.spec) {
-                        true => txn.delete(set.clone()).delete(newest.clone()),
-                        false => txn,
-                    },
+                    Status::Restarting { .. } => {
+                        match begins_from_checkpoints(machines, &record.spec) {
+                            true => txn.delete(set.clone()).delete(newest.clone()),
+                            false => txn,
+                        }
+                    }
                     _ if record.status.ended() => txn.delete(entry.clone()),
                     _ => txn,
                 },
@@ -95,9 +97,9 @@ pub(super) async fn record_end(
     }
 }
 
-fn has_checkpoints(machines: &Machines, spec: &Spec) -> bool {
+fn begins_from_checkpoints(machines: &Machines, spec: &Spec) -> bool {
     let kind = machines.context.kinds.of(spec);
-    kind.is_ok_and(|kind| kind.abilities().checkpoints)
+    kind.is_ok_and(|kind| kind.abilities().restarts_from_checkpoints)
 }
 
 /// Removes a machine after a delay, so that clients that wait for its end can still read how it

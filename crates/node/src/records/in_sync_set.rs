@@ -1,7 +1,7 @@
 //! The in-sync set of a machine with high availability, at `in-sync/MACHINE`: its checkpoint that
-//! survives the loss of its node, and the nodes whose own folder has all of it; or, if its kind has
-//! no checkpoints, the nodes that can begin it anew. Only they can restart the machine after that
-//! loss.
+//! survives the loss of its node, and the nodes whose own folder has all of it; or, if its kind does
+//! not restart from checkpoints, the nodes that can begin it anew. Only they can restart the machine
+//! after that loss.
 //!
 //! As in-sync replicas elsewhere (Kafka's ISR; the configuration store of Vertical Paxos): the set
 //! is changed by compare-and-swap only, by the machine's owner, and only to nodes that have the

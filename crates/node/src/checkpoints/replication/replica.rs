@@ -10,12 +10,13 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{CheckpointId, MemoryRestore, Origin, RepositoryError};
 use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
+use keel_machine::spec::{Record, Spec};
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::{Bytes, Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
@@ -72,12 +73,15 @@ impl Checkpoints {
         request: FetchCheckpoint,
     ) -> Result<(), RpcError> {
         let record = self.owned_by(owner, &request.machine).await?;
-        if record != request.epoch {
+        if record.epoch != request.epoch {
             return Err(RpcError::refused(format!(
-                "machine {:?} runs under epoch {record}, not {}",
-                request.machine, request.epoch
+                "machine {:?} runs under epoch {}, not {}",
+                request.machine, record.epoch, request.epoch
             )));
         }
+        self.prepare_for(record.spec)
+            .await
+            .map_err(RpcError::refused)?;
         let life = OutputLife {
             created_unix_ms: request.created_unix_ms,
             held_unix_ms: request.held_life_unix_ms,
@@ -90,12 +94,47 @@ impl Checkpoints {
             .map_err(RpcError::failed)
     }
 
-    /// The epoch of a machine of this owner.
-    async fn owned_by(&self, owner: &NodeName, machine: &MachineName) -> Result<Epoch, RpcError> {
+    /// Makes sure that a machine could go on here from its checkpoint, if it uses more than that.
+    async fn prepare_for(&self, spec: Spec) -> Result<(), String> {
+        let kinds = self.context.kinds.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let kind = kinds.of(&spec)?;
+            if !kind.abilities().keeps_images {
+                return Ok(Vec::new());
+            }
+            match kind.lacks_here(&spec) {
+                Some(lacking) => Err(lacking),
+                None => kind.images(&spec),
+            }
+        });
+        for image in looked.await.map_err(|error| error.to_string())?? {
+            self.fetch_image(image).await?;
+        }
+        Ok(())
+    }
+
+    /// Has an image fetched that is not here, by a task of its own: it may take longer than the owner
+    /// waits.
+    async fn fetch_image(&self, hash: String) -> Result<(), String> {
+        let Some(fetch) = ImageFetch::begin(&self.image_fetches, &hash) else {
+            return Err(format!("image {hash} is still being fetched"));
+        };
+        let images = self.images.clone();
+        let task = tokio::spawn(async move {
+            let found = images.find_image(&hash).await;
+            drop(fetch);
+            found
+        });
+        let found = task.await.map_err(|error| error.to_string())?;
+        found.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// The record of a machine of this owner.
+    async fn owned_by(&self, owner: &NodeName, machine: &MachineName) -> Result<Record, RpcError> {
         let found = records::get(&*self.context.store, machine).await;
         let record = found.map_err(RpcError::failed)?.record;
         match record.owner == *owner {
-            true => Ok(record.epoch),
+            true => Ok(record),
             false => Err(RpcError::refused(format!(
                 "machine {machine:?} belongs to {}, not to {owner}",
                 record.owner
@@ -395,6 +434,30 @@ impl Checkpoints {
             }
         }
         Ok(())
+    }
+}
+
+/// An image that is being fetched, until it is dropped.
+struct ImageFetch {
+    all: Arc<Mutex<BTreeSet<String>>>,
+    hash: String,
+}
+
+impl ImageFetch {
+    /// `None` if it is being fetched already.
+    fn begin(all: &Arc<Mutex<BTreeSet<String>>>, hash: &str) -> Option<Self> {
+        let mut fetched = all.lock().unwrap_or_else(PoisonError::into_inner);
+        fetched.insert(hash.to_owned()).then(|| ImageFetch {
+            all: all.clone(),
+            hash: hash.to_owned(),
+        })
+    }
+}
+
+impl Drop for ImageFetch {
+    fn drop(&mut self) {
+        let mut fetched = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        fetched.remove(&self.hash);
     }
 }
 

@@ -4,8 +4,9 @@
 use super::super::{SLEEP_MAX, Shared, SpanError, locked};
 use super::{SAME_BYTES, Stage};
 use crate::span::messages::{CutMessage, CutPages, CutPiece};
-use crate::span::page_digests::{self, PageDigests};
+use crate::span::page_digests;
 use crate::span::wire::PeerMessage;
+use keel_machine::checkpoint::PageDigests;
 use keel_wasm::coherence::PartId;
 use std::sync::atomic::Ordering;
 

@@ -1,16 +1,18 @@
 //! The worker process of a machine of this kind: supervises its QEMU.
 
+use super::checkpoints::Checkpoints;
 use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::console::Console;
 use crate::disk_copy::{IncomingDisk, IncomingLinks};
 use crate::full_disk;
+use crate::guest::Guest;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::migration::Incoming;
 use crate::process::VmEnd;
 use crate::qmp::QmpError;
 use crate::root_disk;
-use crate::session::{Guest, QemuSession};
+use crate::session::QemuSession;
 use crate::spec::QemuSpec;
 use crate::vm::{Launch, Vm};
 use keel_cluster::{Epoch, MachineName};
@@ -24,7 +26,7 @@ use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
     Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, Receive, Report,
-    Start, StartFrom, State,
+    Start, StartFrom, StartPhase, StartProgress, State,
 };
 use keel_machine::worker::{
     Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
@@ -33,7 +35,7 @@ use keel_machine::worker::{
 use keel_net::RpcError;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 /// What QEMU may use beside the guest's memory and an eighth of it (its page tables, and what a
@@ -43,18 +45,21 @@ const QEMU_BYTES: u64 = 512 << 20;
 /// How long a guest may take to read what is typed until its user is told how much it has taken.
 const TYPING_PATIENCE: Duration = Duration::from_secs(2);
 
-struct QemuWorker {
-    process: Process,
+pub(super) struct QemuWorker {
+    pub(super) process: Process,
     folders: WorkerFolders,
     inner: Mutex<Inner>,
+    pub(super) checkpoints: Checkpoints,
 }
 
 #[derive(Default)]
-struct Inner {
-    moves: MoveState<QemuSession>,
-    name: Option<MachineName>,
-    spec: Option<Spec>,
-    guest: Option<Guest>,
+pub(super) struct Inner {
+    pub(super) moves: MoveState<QemuSession>,
+    pub(super) name: Option<MachineName>,
+    pub(super) spec: Option<Spec>,
+    pub(super) guest: Option<Guest>,
+    /// Since when the machine is being restored from a checkpoint.
+    restoring: Option<Instant>,
 }
 
 /// Runs a worker until its agent ends it.
@@ -67,12 +72,13 @@ pub(crate) fn run(folders: &WorkerFolders) -> Result<(), String> {
             process,
             folders: folders.clone(),
             inner: Mutex::default(),
+            checkpoints: Checkpoints::default(),
         })
     })
 }
 
 impl QemuWorker {
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -104,7 +110,10 @@ impl QemuWorker {
     }
 
     /// Starts QEMU with a guest that does not run yet.
-    fn launch(
+    ///
+    /// # Errors
+    /// A message for the user.
+    pub(super) fn launch(
         self: &Arc<Self>,
         name: &MachineName,
         spec: &Spec,
@@ -138,6 +147,17 @@ impl QemuWorker {
             format!("its console cannot be read: {error}")
         })?;
         Ok(Guest { vm, console, log })
+    }
+
+    /// A guest at its beginning.
+    fn boot(self: &Arc<Self>, start: &Start) -> Result<Guest, RpcError> {
+        let log = Log::open(self.process.folder(), 0);
+        let log = Arc::new(log.map_err(RpcError::failed)?);
+        if let Some(notice) = &start.notice {
+            write_notice(&log, &format!("{notice}; it boots again"));
+        }
+        let guest = self.launch(&start.machine, &start.spec, log, false);
+        guest.map_err(RpcError::failed)
     }
 
     /// Limits the CPU time of the guest, or ends its limit.
@@ -320,20 +340,17 @@ impl Worker for QemuWorker {
         access(&mut self.inner().moves)
     }
 
-    fn start(self: &Arc<Self>, start: Start, _runtime: &Handle) -> Result<(), RpcError> {
-        if let StartFrom::Checkpoint(_) = start.from {
-            return Err(RpcError::failed(
-                "a machine of kind qemu has no checkpoints",
-            ));
-        }
-        let log = Log::open(self.process.folder(), 0);
-        let log = Arc::new(log.map_err(RpcError::failed)?);
-        if let Some(notice) = &start.notice {
-            write_notice(&log, &format!("{notice}; it boots again"));
-        }
-        let guest = self.launch(&start.machine, &start.spec, log.clone(), false);
-        let guest = guest.map_err(RpcError::failed)?;
-        self.process.set_log(log);
+    fn start(self: &Arc<Self>, start: Start, runtime: &Handle) -> Result<(), RpcError> {
+        let guest = match &start.from {
+            StartFrom::Beginning { .. } => self.boot(&start)?,
+            StartFrom::Checkpoint(origin) => {
+                self.inner().restoring = Some(Instant::now());
+                let restored = self.restore(origin, &start, runtime);
+                self.inner().restoring = None;
+                restored?
+            }
+        };
+        self.process.set_log(guest.log.clone());
         {
             let mut inner = self.inner();
             inner.name = Some(start.machine);
@@ -352,6 +369,11 @@ impl Worker for QemuWorker {
 
     fn describe(&self, report: &mut Report) {
         let inner = self.inner();
+        report.start = inner.restoring.map(|since| StartProgress {
+            phase: StartPhase::Restore,
+            elapsed_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            percent: None,
+        });
         let (Some(guest), Some(spec)) = (&inner.guest, &inner.spec) else {
             return;
         };
@@ -399,10 +421,11 @@ impl Worker for QemuWorker {
         let (guest, name, epoch) = (guest.clone(), name.clone(), inner.moves.epoch);
         let own = inner.spec.as_ref().map(QemuSpec::of).transpose()?;
         let has_root_disk = own.is_some_and(|own| own.root.is_some());
-        let copy = copy.clone();
+        let (copy, worker) = (copy.clone(), self.clone());
         Ok(Connect {
             give_up: None,
             connect: Box::new(move |identity| {
+                worker.checkpoints.end().map_err(LinkError::Aborted)?;
                 QemuSession::connect(name, epoch, guest, has_root_disk, identity, &copy)
             }),
         })
@@ -483,12 +506,14 @@ impl Worker for QemuWorker {
 
     fn checkpoint(
         &self,
-        _request: &Checkpoint,
-        _runtime: &Handle,
+        request: &Checkpoint,
+        runtime: &Handle,
     ) -> Result<CheckpointReport, RpcError> {
-        Err(RpcError::failed(
-            "a machine of kind qemu has no checkpoints",
-        ))
+        self.make_checkpoint(request, runtime)
+    }
+
+    fn end_checkpoint(&self) -> Result<(), RpcError> {
+        self.checkpoints.end().map_err(RpcError::failed)
     }
 
     fn execute(&self, process: &Execute) -> Result<i64, RpcError> {
