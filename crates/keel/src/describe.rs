@@ -66,7 +66,7 @@ impl Page {
     fn line(&mut self, word: &str, text: impl AsRef<str>) {
         for (number, line) in text.as_ref().lines().enumerate() {
             let word = if number == 0 { word } else { "" };
-            self.0.push(format!("  {word:<12}{line}"));
+            self.0.push(format!("  {word:<19}{line}"));
         }
     }
 

@@ -395,16 +395,16 @@ async fn a_machine_is_described_on_one_page() {
     assert_eq!(code, 0, "{err}");
     for part in [
         "lines\n",
-        "  status      running, since 2",
-        &format!("  node        b, epoch {}\n", moved.epoch),
-        "  program     counter.wasm 1000000 2\n",
-        "  threads max 7\n",
+        "  status             running, since 2",
+        &format!("  node               b, epoch {}\n", moved.epoch),
+        "  program            counter.wasm 1000000 2\n",
+        "  threads max        7\n",
         "at most 64.00 MiB in each",
         "at most 0.5 core(s)\n",
-        &format!("  directory   {shown} as /data (read only)\n"),
-        "  environment COLOUR\n",
-        "  network     none\n",
-        "  restart     no (0 so far)\n",
+        &format!("  directory          {shown} as /data (read only)\n"),
+        "  environment        COLOUR\n",
+        "  network            none\n",
+        "  restart            no (0 so far)\n",
         "Last moves\n  2",
         "lines a → b in ",
         &format!(" in {kept}\n"),
@@ -424,12 +424,13 @@ async fn a_machine_is_described_on_one_page() {
     assert_eq!(code, 0, "{err}");
     let page = wait_for("it runs again", || async {
         let (_, page, _) = bench.keel("b", &["describe", "lines"]);
-        page.contains("  status      running, ").then_some(page)
+        page.contains("  status             running, ")
+            .then_some(page)
     })
     .await
     .expect("it runs again");
     assert!(
-        page.contains("  origin      the newest checkpoint of lines in "),
+        page.contains("  origin             the newest checkpoint of lines in "),
         "{page}"
     );
     assert!(page.contains("Last moves\n  none\n"), "{page}");

@@ -55,7 +55,7 @@ async fn programs_are_compiled_where_machines_may_go() {
     // c has checked both, and compiled the one.
     ready_on(&cluster, "bound", &["a", "b"]).await;
     let page = keel(&["describe", "bound"]);
-    assert!(page.contains("compiled    on a, b"), "{page}");
+    assert!(page.contains("compiled           on a, b"), "{page}");
 }
 
 /// A move at once waits for the code, reports that, and loses no output.

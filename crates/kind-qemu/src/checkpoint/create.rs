@@ -251,6 +251,7 @@ fn copy(
 ) -> Result<Copied, CreateError> {
     let vm = &guest.vm;
     migration::set_up_snapshot(vm)?;
+    let file = tempfile::tempfile_in(vm.folder())?;
     failpoint::pass("checkpoint.worker.round")?;
     if let Some(disk) = disk {
         disk.flush()?;
@@ -274,7 +275,7 @@ fn copy(
         disk.begin()?;
     }
     let socket = migration::accept(vm).map_err(CreateError::Memory)?;
-    let pump = Pump::start(socket, vm.folder(), known)?;
+    let pump = Pump::start(socket, file, vm.folder(), known)?;
     // Some versions of QEMU let the guest run on themselves, others leave that to others.
     let deadline = Instant::now() + DEVICES_PATIENCE;
     while vm.stopped_for().is_some()

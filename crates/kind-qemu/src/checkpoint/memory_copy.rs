@@ -99,10 +99,13 @@ pub(super) struct Pump {
 }
 
 impl Pump {
+    /// Begins; `file` is an empty one in `folder`.
+    ///
     /// # Errors
-    /// If no file or thread can be made.
+    /// If no thread can be started.
     pub(super) fn start(
         socket: UnixStream,
+        file: File,
         folder: &Path,
         known: KnownMemory,
     ) -> Result<Self, CreateError> {
@@ -110,7 +113,7 @@ impl Pump {
         socket.set_read_timeout(None)?;
         let bytes = Arc::<AtomicU64>::default();
         let mut counted = Counted(socket, bytes.clone());
-        let (file, folder) = (tempfile::tempfile_in(folder)?, folder.to_owned());
+        let folder = folder.to_owned();
         let thread = std::thread::Builder::new().name("snapshot".into());
         let thread = thread.spawn(move || {
             let copied = take(&mut counted, file, &folder, known);
@@ -272,7 +275,8 @@ mod tests {
     fn what_fails_takes_the_rest_all_the_same() {
         let (mut qemu, ours) = UnixStream::pair().unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let pump = Pump::start(ours, folder.path(), KnownMemory::default()).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let pump = Pump::start(ours, file, folder.path(), KnownMemory::default()).unwrap();
         qemu.write_all(b"something else").unwrap();
         // More than a socket holds.
         qemu.write_all(&vec![7; 16 << 20]).unwrap();
