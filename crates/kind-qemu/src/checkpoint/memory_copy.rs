@@ -16,8 +16,7 @@ use std::thread::JoinHandle;
 
 /// QEMU's name for the memory that its board has; all of it is zero at first, unlike that of firmware.
 const MAIN_MEMORY: &str = "pc.ram";
-/// Bytes of QEMU's stream after which it has the state of the devices: more than its beginning may
-/// have.
+/// Bytes of QEMU's stream after which it has the state of the devices: more than it begins with.
 const BEGINNING_BYTES: u64 = 64 << 10;
 /// Bytes that are taken at once.
 const PIECE_BYTES: usize = 256 << 10;

@@ -40,8 +40,7 @@ impl Checkpoints {
         }
     }
 
-    /// Gives up the one that is made, if there is one: a move takes precedence. The next one is a full
-    /// one.
+    /// Gives up the one that is made, if there is one: a move takes precedence. The next one is full.
     ///
     /// # Errors
     /// If it does not end.

@@ -13,8 +13,8 @@ use tokio::runtime::Handle;
 const READERS_MAX: usize = 4;
 
 /// Restores the checkpoint that an origin names with `one`, or the newest one that is intact;
-/// returns with it why newer ones were passed over, which are damaged according to `is_damaged`.
-/// Blocking.
+/// returns with it why newer ones were passed over, which are damaged according to `is_damaged`. It
+/// blocks for as long as `one` does.
 ///
 /// # Errors
 /// Those of `one`; or no checkpoint is intact.

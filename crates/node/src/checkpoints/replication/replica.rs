@@ -113,8 +113,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Has an image fetched that is not here, by a task of its own: it may take longer than the owner
-    /// waits.
+    /// Has an image fetched that is not here, by a task of its own: the owner may not wait as long.
     async fn fetch_image(&self, hash: String) -> Result<(), String> {
         let Some(fetch) = ImageFetch::begin(&self.image_fetches, &hash) else {
             return Err(format!("image {hash} is still being fetched"));
