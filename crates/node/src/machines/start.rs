@@ -19,8 +19,11 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
             elsewhere,
             ..
         } => {
-            let fails_over = *elsewhere && kind.fails_over_from_checkpoint(&record.spec);
             let restarts = *from_checkpoint && abilities.restarts_from_checkpoints;
+            // Its disk is nowhere else, whether its next life begins anew or not.
+            let fails_over = *elsewhere
+                && !abilities.restarts_from_checkpoints
+                && kind.fails_over_from_checkpoint(&record.spec);
             // Its earlier output stays.
             let kept = match &record.spec.ha {
                 Some(ha) if restarts || fails_over => {
@@ -29,7 +32,7 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
                 None if restarts => machines.checkpoints.newest(&record.name).await?,
                 _ => None,
             };
-            if kept.is_none() && fails_over && !abilities.restarts_from_checkpoints {
+            if kept.is_none() && fails_over {
                 return Err(
                     "its disk is on a node that is lost, and no checkpoint of it is known".into(),
                 );
