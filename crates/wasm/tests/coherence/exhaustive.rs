@@ -2,7 +2,8 @@
 //! the litmus tests of memory models (Alglave, Maranget and Tautschnig, "Herding Cats", 2014) with
 //! their threads on different parts.
 
-use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
+use crate::setup::{Action, InjectedBug, Op, Operation, Setup};
+use crate::simulator::Simulator;
 use stateright::{Checker, Model, Property};
 use std::collections::BTreeSet;
 use std::sync::Mutex;

@@ -4,4 +4,5 @@
 mod exhaustive;
 mod hostile;
 mod randomized;
+mod setup;
 mod simulator;

@@ -1,6 +1,7 @@
 //! Larger machines, in random orders. A failing seed is printed; to run it alone:
 
-use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
+use crate::setup::{Action, InjectedBug, Op, Operation, Setup};
+use crate::simulator::Simulator;
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
