@@ -31,12 +31,13 @@ pub(crate) const MANIFEST: Target = Target {
     run: |data| match checkpoint::Manifest::decode(&sealed(b"KCKP", 2, data)) {
         Ok(_) => true,
         Err(checkpoint::FormatError::Version(version)) => panic!("it is {version} now"),
-        Err(_) => checkpoint::Manifest::decode(data).is_ok(),
+        Err(_) => checkpoint::Manifest::decode(data).is_ok() || checkpoint::is_image_index(data),
     },
     seeds: || {
         let specs = frozen_of("spec::Spec").into_iter();
         let specs = specs.filter_map(|spec| encoding::from_cbor(&spec).ok());
-        specs.filter_map(manifest).collect()
+        let index = br#"{"bytes":9000000,"pieces":[0,2]}"#.to_vec();
+        specs.filter_map(manifest).chain([index]).collect()
     },
 };
 

@@ -141,6 +141,10 @@ pub(crate) const QEMU: Target = Target {
         image[27] = 1;
         vec![
             with(0, said.into()),
+            with(
+                0,
+                br#"{"stats": {"stat-available-memory": 5}, "last-update": 7}"#.to_vec(),
+            ),
             with(1, spec.into()),
             with(2, agent),
             with(3, image),

@@ -148,6 +148,18 @@ pub(crate) const LONG: &[Group] = &[
         ],
     },
     Group {
+        name: "memory and disks of whole systems",
+        crates: &["kind-qemu", "machine", "node", "balance"],
+        message_delay_ms: None,
+        tests: &[
+            "checkpoints::a_system_goes_on_from_its_checkpoint_with_its_disk",
+            "checkpoints::a_move_gives_a_checkpoint_up_and_a_damaged_one_is_passed_over",
+            "checkpoints::what_a_checkpoint_of_a_system_cannot_be_is_refused",
+            "memory::a_system_gives_memory_back_to_its_node",
+            "a_system_that_heeds_no_power_button_has_its_time",
+        ],
+    },
+    Group {
         name: "clusters with late messages",
         crates: &["store", "cluster", "net", "node"],
         message_delay_ms: Some("30"),

@@ -79,7 +79,13 @@ pub struct PruneInfo {
     pub programs: u64,
     /// Bytes of those.
     pub program_bytes: u64,
-    /// Why programs stay, if that could not be found out.
+    /// Number of images that no checkpoint needed.
+    #[serde(default)]
+    pub images: u64,
+    /// Bytes of those, as they are stored.
+    #[serde(default)]
+    pub image_bytes: u64,
+    /// Why programs and images stay, if that could not be found out.
     #[serde(default)]
     pub message: Option<String>,
 }

@@ -88,6 +88,14 @@ pub struct MachineInfo {
     pub since_unix_ms: u64,
     /// Its bytes of memory; only while it runs.
     pub memory_bytes: Option<u64>,
+    /// What the programs in its system could use without swap space, in bytes; `None` if the system
+    /// does not tell.
+    #[serde(default)]
+    pub memory_available_bytes: Option<u64>,
+    /// What its system has given back to the node when it was asked to, in bytes; `None` if it has no
+    /// balloon.
+    #[serde(default)]
+    pub memory_given_back_bytes: Option<u64>,
     /// Its threads; only while it runs.
     pub threads: Option<u32>,
     /// CPU time of its worker on this node, in microseconds.

@@ -8,6 +8,7 @@
 //! - [`cost`]: the cost and the gain of a move, each with a confidence interval
 //! - [`select`]: selection of the machine to move, with a verdict for each candidate
 //! - [`fine_grained`]: placement of the threads and the memory of one machine
+//! - [`memory_reclaim`]: memory that systems give back to their node
 //! - [`round`]: one node's side of the decentralised rounds
 //! - [`plan`]: an ordered plan of moves for the whole cluster
 //! - [`rules`]: placement rules
@@ -21,6 +22,7 @@ pub mod cost;
 pub mod fine_grained;
 pub mod ledger;
 pub mod load;
+pub mod memory_reclaim;
 pub mod plan;
 pub mod policy;
 pub mod round;

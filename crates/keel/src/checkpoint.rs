@@ -211,9 +211,13 @@ fn pruned_text(info: &PruneInfo, dry_run: bool) -> String {
         };
         lines.push(format!("{}: {what} ({bytes}) {done}", machine.machine));
     }
-    if info.programs > 0 {
-        let bytes = output::bytes(info.program_bytes);
-        lines.push(format!("{} programs ({bytes}) {done}", info.programs));
+    for (count, what, bytes) in [
+        (info.programs, "programs", info.program_bytes),
+        (info.images, "images", info.image_bytes),
+    ] {
+        if count > 0 {
+            lines.push(format!("{count} {what} ({}) {done}", output::bytes(bytes)));
+        }
     }
     if lines.is_empty() {
         lines.push(format!("nothing {done} in {}", info.repository));

@@ -205,6 +205,16 @@ fn write_resources(page: &mut Page, machine: &MachineInfo) {
             output::bytes(machine.memory_limit_bytes)
         ),
     );
+    if let Some(given_back) = machine.memory_given_back_bytes {
+        page.line(
+            "memory inside",
+            format!(
+                "{} available to its programs, {} given back to its node",
+                now(machine.memory_available_bytes.map(output::bytes)),
+                output::bytes(given_back)
+            ),
+        );
+    }
     page.line(
         "cpu",
         format!(

@@ -65,6 +65,10 @@ pub(crate) struct System {
     /// Whether it has a port for a QEMU guest agent, which `keel exec` needs (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) guest_agent: Option<bool>,
+    /// Whether it has a balloon, by which its node gets memory back that it does not use (default:
+    /// true).
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) balloon: Option<bool>,
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     pub(crate) shutdown: Option<Duration>,
@@ -187,6 +191,7 @@ impl System {
             ("net", !self.net.is_empty()),
             ("cpu", self.cpu.is_some()),
             ("guest-agent", self.guest_agent.is_some()),
+            ("balloon", self.balloon.is_some()),
             ("shutdown", self.shutdown.is_some()),
         ];
         let given = given.into_iter().chain(self.cloud_init.given());
@@ -195,8 +200,8 @@ impl System {
     }
 
     /// Its part of the spec, and the files to upload. Its system is given the machine's name, if it
-    /// has one yet. What is not said stays as it was `before`: a guest agent's port, and addresses of
-    /// interfaces.
+    /// has one yet. What is not said stays as it was `before`: a guest agent's port, a balloon, and
+    /// addresses of interfaces.
     ///
     /// # Errors
     /// If a file cannot be read, or is not what it has to be; or there is no image of a name.
@@ -266,6 +271,10 @@ impl System {
             guest_agent: self
                 .guest_agent
                 .or_else(|| before.map(|own| own.guest_agent))
+                .unwrap_or(true),
+            balloon: self
+                .balloon
+                .or_else(|| before.map(|own| own.balloon))
                 .unwrap_or(true),
             shutdown_s: match self.shutdown {
                 Some(time) => {

@@ -230,6 +230,46 @@ async fn machines_of_a_node_that_fails_run_on_from_their_checkpoint() {
     }
 }
 
+/// The node that restarts it has a damaged copy, and a third one an intact one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_copy_of_a_checkpoint_is_fetched_again() {
+    let mut bench = Bench::new().await;
+    bench.witness("w", "c").await;
+    bench.keel(
+        "c",
+        &["set", "w", "--ha=checkpoint=1s,fence=timer,replicas=2"],
+    );
+    wait_for("all nodes have its checkpoint", || async {
+        let machine = bench.cluster.inspect("a", "w").await.ok()?;
+        (machine.in_sync.len() == NODES.len()).then_some(())
+    })
+    .await
+    .expect("it is copied");
+    bench.keel("a", &["drain", "a"]);
+    bench.writes_on("w", 100).await;
+    let before = bench.evidence("w");
+    bench.cluster.power_off("c");
+    let copy = bench.cluster.folder("b").join("replicas/machines/w");
+    let mut damaged = 0;
+    for entry in std::fs::read_dir(copy).expect("its copy") {
+        let path = entry.expect("a file").path();
+        if path.extension().is_some_and(|it| it == "pack") {
+            let mut bytes = std::fs::read(&path).expect("a pack");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            std::fs::write(&path, bytes).expect("it is damaged");
+            damaged += 1;
+        }
+    }
+    assert!(damaged > 0);
+    bench.fails_over("w", before.epochs).await;
+    bench.writes_on("w", 100).await;
+    assert_eq!(bench.evidence("w").rewinds, before.rewinds + 1);
+    assert_eq!(bench.machine("a", "w").await.node, "b");
+    let events = bench.keel("a", &["events", "--limit", "200"]);
+    assert!(events.contains("is fetched again"), "{events}");
+}
+
 /// The agent is back before its node's lease ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_killed_is_no_reason_for_a_failover() {

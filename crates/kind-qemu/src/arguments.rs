@@ -4,6 +4,7 @@
 //! in the same order. The machine type has a version for the same reason: `q35` alone means
 //! another one in each version of QEMU.
 
+use crate::balloon;
 use crate::root_disk::{self, ROOT};
 use crate::spec::{Disk, DiskFormat, QemuSpec};
 use rustix::fs::{Mode, OFlags, open};
@@ -126,6 +127,9 @@ impl Machine<'_> {
                 "-device",
                 format!("virtserialport,chardev=agent,name={AGENT_PORT}"),
             );
+        }
+        if self.spec.balloon {
+            add("-device", balloon::DEVICE.into());
         }
         let [sandbox, denied] = SANDBOX;
         add(sandbox, denied.into());

@@ -1,5 +1,6 @@
 //! Decoders of what others than this worker wrote, for fuzzing.
 
+use crate::balloon;
 use crate::checkpoint::{is_memory_stream, is_system_state};
 use crate::guest_agent;
 use crate::migration_status::Info;
@@ -7,14 +8,16 @@ use crate::qmp::is_conversation;
 use crate::spec::QemuSpec;
 use serde::Deserialize;
 
-/// Whether bytes are lines that QEMU may send. Its answers are decoded as the status of a migration.
+/// Whether bytes are lines that QEMU may send, or what a system may tell of its memory. QEMU's answers
+/// are decoded as the status of a migration.
 pub fn is_from_qemu(bytes: &[u8]) -> bool {
-    is_conversation(bytes, |answer| {
-        // Not every answer is one.
-        if let Ok(info) = Info::deserialize(answer) {
-            let _ = info.check();
-        }
-    })
+    balloon::is_told(bytes)
+        || is_conversation(bytes, |answer| {
+            // Not every answer is one.
+            if let Ok(info) = Info::deserialize(answer) {
+                let _ = info.check();
+            }
+        })
 }
 
 /// Whether bytes are an answer that an agent in a guest may give.

@@ -259,13 +259,25 @@ impl GuestAgent {
         Ok(end)
     }
 
-    /// Asks the guest to shut down.
+    /// Sets the guest's clock, and its hardware clock; `time` is since 1970-01-01 UTC.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub(crate) fn set_time(&self, time: Duration) -> Result<(), AgentError> {
+        let nanoseconds = i64::try_from(time.as_nanos()).unwrap_or(i64::MAX);
+        let set: Value = self.query("guest-set-time", &json!({ "time": nanoseconds }))?;
+        drop(set);
+        Ok(())
+    }
+
+    /// Asks the guest to shut down, until `deadline` at the latest.
     ///
     /// # Errors
     /// [`AgentError`], if it was not asked.
-    pub(crate) fn shut_down(&self) -> Result<(), AgentError> {
-        let mut turn = self.turn(PATIENCE)?;
-        let deadline = Instant::now() + PATIENCE;
+    pub(crate) fn shut_down(&self, deadline: Instant) -> Result<(), AgentError> {
+        let begun = Instant::now();
+        let mut turn = self.turn(PATIENCE.min(deadline.saturating_duration_since(begun)))?;
+        let deadline = deadline.min(Instant::now() + PATIENCE);
         let channel = turn.channel()?;
         // It does not answer, unless it refuses.
         let command = json!({ "execute": "guest-shutdown", "arguments": { "mode": "powerdown" } });

@@ -102,7 +102,7 @@ impl Kind for QemuKind {
         }
         if own.root.is_some() && ha.to.is_some() {
             return Err(
-                "ha: to: other nodes would see the machine's checkpoints there, and not have its images: leave it out, so that they have both (`keel checkpoint --to` stores one there as well)"
+                "ha: to: only nodes that have the machine's checkpoint themselves say whether they can run it: leave it out (`keel checkpoint --to` stores one there as well)"
                     .into(),
             );
         }
@@ -262,6 +262,7 @@ impl Kind for QemuKind {
             ("net", "interfaces"),
             ("user-data, network-config or ssh-key", "cloud_init"),
             ("guest-agent", "guest_agent"),
+            ("balloon", "balloon"),
             ("shutdown", "shutdown_s"),
             ("unreadable", "unreadable"),
         ];
@@ -269,7 +270,7 @@ impl Kind for QemuKind {
         for (name, field) in fields {
             // A field that is left out is false.
             let [old, new] = [&old, &new].map(|own| match &own[field] {
-                Value::Null if field == "guest_agent" => Value::Bool(false),
+                Value::Null if matches!(field, "guest_agent" | "balloon") => Value::Bool(false),
                 value => value.clone(),
             });
             if old != new {

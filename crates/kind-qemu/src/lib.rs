@@ -23,7 +23,8 @@
 //!   move; `block_job`: QEMU's jobs that copy it; `relay`: bytes of a socket over a link
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
-//! - `guest_agent`: commands to the agent in the guest
+//! - `balloon`: memory that the guest gives back
+//! - `guest_agent`: commands to the agent in the guest; `guest_clock`: the time of a restored guest
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
@@ -36,6 +37,7 @@
 mod accelerator;
 mod arguments;
 mod attempt;
+mod balloon;
 mod block_job;
 mod checkpoint;
 mod console;
@@ -45,6 +47,7 @@ mod disk_copy;
 mod full_disk;
 mod guest;
 mod guest_agent;
+mod guest_clock;
 mod kind;
 mod migration;
 mod migration_status;

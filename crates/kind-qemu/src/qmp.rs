@@ -143,7 +143,19 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`], also if the answer has another form.
     pub(crate) fn query<T: for<'de> Deserialize<'de>>(&self, command: &str) -> Result<T, QmpError> {
-        let value = self.execute_within(command, json!({}), PATIENCE)?;
+        self.query_with(command, json!({}))
+    }
+
+    /// As [`Self::query`], with arguments.
+    ///
+    /// # Errors
+    /// [`QmpError`], also if the answer has another form.
+    pub(crate) fn query_with<T: for<'de> Deserialize<'de>>(
+        &self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<T, QmpError> {
+        let value = self.execute_within(command, arguments, PATIENCE)?;
         T::deserialize(value).map_err(|error| QmpError::Lost(format!("`{command}`: {error}")))
     }
 

@@ -54,6 +54,9 @@ pub struct QemuSpec {
     /// older version understand the rest.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// Whether it has a balloon, by which it gives memory back to its node. (Left out likewise.)
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// How long it may take to shut down before its power is cut, in seconds.
     pub shutdown_s: u32,
 }
@@ -190,6 +193,7 @@ impl Default for QemuSpec {
             interfaces: Vec::new(),
             cloud_init: None,
             guest_agent: false,
+            balloon: false,
             shutdown_s: SHUTDOWN_S,
         }
     }

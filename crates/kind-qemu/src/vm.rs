@@ -455,7 +455,7 @@ impl Vm {
                     if ends_before(deadline.min(Instant::now() + BUTTON_PATIENCE)) {
                         return;
                     }
-                    if let Err(error) = agent.shut_down() {
+                    if let Err(error) = agent.shut_down(deadline) {
                         tracing::info!(%error, "its guest agent does not shut it down");
                     }
                 }

@@ -166,8 +166,20 @@ impl ObjectStorage {
     /// # Errors
     /// Those of the store.
     pub async fn read(&self, path: &Path) -> Result<Bytes, object_store::Error> {
+        self.read_at_most(path, READ_BYTES_MAX).await
+    }
+
+    /// Reads an object of at most so many bytes.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn read_at_most(
+        &self,
+        path: &Path,
+        bytes_max: u64,
+    ) -> Result<Bytes, object_store::Error> {
         let got = self.store.get(path).await?;
-        if got.meta.size > READ_BYTES_MAX {
+        if got.meta.size > bytes_max {
             return Err(object_store::Error::Generic {
                 store: "place",
                 source: format!("{path} has {} bytes", got.meta.size).into(),

@@ -17,7 +17,7 @@ const UNPACKED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/linux"
 const AGENT: &str = "/usr/sbin/qemu-ga";
 
 /// The kernel's modules that it needs, each after those that it uses itself.
-const MODULES: [&str; 14] = [
+const MODULES: [&str; 15] = [
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_pci_modern_dev.ko",
@@ -28,6 +28,7 @@ const MODULES: [&str; 14] = [
     "drivers/net/virtio_net.ko",
     "drivers/block/virtio_blk.ko",
     "drivers/char/virtio_console.ko",
+    "drivers/virtio/virtio_balloon.ko",
     "fs/nls/nls_ascii.ko",
     "fs/nls/nls_cp437.ko",
     "fs/fat/fat.ko",

@@ -38,7 +38,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 37] = [
+const KEYS: [&str; 38] = [
     "module",
     "kind",
     "kernel",
@@ -50,6 +50,7 @@ const KEYS: [&str; 37] = [
     "net",
     "cpu",
     "guest-agent",
+    "balloon",
     "shutdown",
     "user-data",
     "network-config",
@@ -163,6 +164,7 @@ struct Machine {
     net: Vec<Network>,
     cpu: Option<u32>,
     guest_agent: Option<bool>,
+    balloon: Option<bool>,
     shutdown: Option<Time>,
     user_data: Option<PathBuf>,
     network_config: Option<PathBuf>,
@@ -297,6 +299,7 @@ impl Machine {
             net: self.net.drain(..).map(|Network(network)| network).collect(),
             cpu: self.cpu,
             guest_agent: self.guest_agent,
+            balloon: self.balloon,
             shutdown: self.shutdown.take().map(|Time(time)| time),
             cloud_init: cloud_init.beside(folder),
         };
@@ -613,6 +616,7 @@ mod tests {
             net = ["br0,mac=02:00:00:00:00:01"]
             cpu = 2
             guest-agent = false
+            balloon = false
             shutdown = "10s"
             user-data = "db.yaml"
             ssh-key = ["/keys/admin.pub"]
@@ -631,6 +635,7 @@ mod tests {
             net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
             cpu: Some(2),
             guest_agent: Some(false),
+            balloon: Some(false),
             shutdown: Some(Duration::from_secs(10)),
             cloud_init: CloudInit {
                 user_data: Some("/etc/db.yaml".into()),
@@ -652,7 +657,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, guest-agent, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, guest-agent, balloon, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

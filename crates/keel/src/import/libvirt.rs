@@ -153,6 +153,11 @@ fn add(device: Node<'_, '_>, read: &mut Imported) {
     match device.tag_name().name() {
         "disk" => add_disk(device, read),
         "interface" => add_interface(device, read),
+        "memballoon" => {
+            if device.attribute("model") == Some("none") {
+                read.machine.balloon = Some(false);
+            }
+        }
         provided if PROVIDED.contains(&provided) => {}
         // Every system has a port for it.
         "channel" if is_agent_port(device) => {}
@@ -305,6 +310,7 @@ mod tests {
     </channel>
     <graphics type='vnc' port='-1'/>
     <video/>
+    <memballoon model='none'/>
   </devices>
 </domain>"#;
 
@@ -332,6 +338,7 @@ kind = "qemu"
 disk = ["/srv/vm/web.qcow2,format=qcow2", "/dev/vg/data,format=raw,ro"]
 net = ["br0,mac=52:54:00:aa:00:01"]
 cpu = 2
+balloon = false
 memory = "2048M"
 "#
         );

@@ -61,6 +61,8 @@ struct Machine {
     #[serde(rename = "guest-agent", skip_serializing_if = "Option::is_none")]
     guest_agent: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    balloon: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<String>,
 }
 

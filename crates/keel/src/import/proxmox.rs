@@ -54,6 +54,8 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             }
             "arch" => {}
             "agent" => add_agent(value, &mut read),
+            // Others are the least memory that it leaves the system.
+            "balloon" if value == "0" => read.machine.balloon = Some(false),
             "name" => read.name = value.to_owned(),
             "cores" => cores = Some(count()?),
             "sockets" => sockets = Some(count()?),
@@ -252,7 +254,6 @@ cores: 9
         assert_eq!(
             text,
             r#"# From 100.conf. Left out:
-#   balloon: 0
 #   cpu: host
 #   net0: firewall=1,tag=10
 #   net1: e1000, it is of virtio here
@@ -269,6 +270,7 @@ kind = "qemu"
 disk = ["/dev/pve/vm-100-disk-0,format=raw", "/mnt/vz/images/100/vm-100-disk-1.qcow2", "/dev/disk/by-id/x,format=raw,ro"]
 net = ["vmbr0,mac=bc:24:11:aa:00:01", "vmbr1,mac=bc:24:11:aa:00:02"]
 cpu = 4
+balloon = false
 memory = "2048M"
 "#
         );

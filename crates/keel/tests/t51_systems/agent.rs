@@ -6,6 +6,7 @@ use keel_machine::moves::Ending;
 use keel_testkit::wait_for;
 use std::io::Write;
 use std::process::{Output, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Does nothing for ever.
 const SCRIPT: &str = "#!/bin/sh\n";
@@ -106,6 +107,35 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
     assert_eq!(code, Some(255));
     assert!(error.contains("nobody"), "{error}");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_system_has_the_time_of_its_host() -> Result<()> {
+    let Some(system) = Scripted::start_with_agent().await? else {
+        return Ok(());
+    };
+    system.run(SCRIPT, &[])?;
+    agent_answers(&system).await?;
+    let long_ago = [NAME, "--", "date", "-s", "@1000000000"];
+    let (code, _, error) = exec(&system, "a", &long_ago)?;
+    assert_eq!(code, Some(0), "{error}");
+    let place = system.path("checkpoints")?;
+    for arguments in [
+        &["checkpoint", NAME, "--to", &place][..],
+        &["rm", "--force", NAME],
+        &["restore", NAME, "--from", &place, "--detach"],
+    ] {
+        let done = system.keel("a", arguments).output()?;
+        ensure!(done.status.success(), "{done:?}");
+    }
+    let is_right = wait_for("it has the time", || async {
+        let asked = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        let (_, output, _) = exec(&system, "a", &[NAME, "--", "date", "+%s"]).ok()?;
+        let there: u64 = output.trim().parse().ok()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs();
+        (asked - 2..=now + 2).contains(&there).then_some(())
+    });
+    is_right.await
 }
 
 /// Its system does not heed the power button, and its power would be cut much later.

@@ -2,7 +2,7 @@
 //! balancing; `failover`: high availability; `systems`: the cluster in which they run. `cloud_init`:
 //! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
 //! a limit of its CPU time; `own_disk`: a disk from an image; `checkpoints`: systems that go on from
-//! one; `scripted`: systems that run a script; `placement`: nodes without QEMU.
+//! one; `memory`: memory that they give back; `scripted`: systems that run a script; `placement`: nodes without QEMU.
 
 mod agent;
 mod checkpoints;
@@ -11,6 +11,7 @@ mod console;
 mod failover;
 mod full_disk;
 mod limits;
+mod memory;
 mod networks;
 mod own_disk;
 mod placement;

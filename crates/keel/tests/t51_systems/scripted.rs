@@ -78,8 +78,13 @@ impl Scripted {
 
     /// Runs the system at `a` as a user does, with more options.
     pub(crate) fn run(&self, script: &str, options: &[&str]) -> Result<()> {
+        let memory: &[&str] = match options.contains(&"--memory") {
+            true => &[],
+            false => &["--memory", "128M"],
+        };
         let started = Command::new(KEEL)
-            .args(["run", "--detach", "--name", NAME, "--memory", "128M"])
+            .args(["run", "--detach", "--name", NAME])
+            .args(memory)
             .args(["--kind", "qemu"])
             .args(["--append", &LinuxSystem::append("", "")])
             .args(["--kernel", &self.write("vmlinuz", &self.linux.kernel)?])

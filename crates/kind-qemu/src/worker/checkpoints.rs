@@ -40,6 +40,11 @@ impl Checkpoints {
         }
     }
 
+    /// Whether one is made now.
+    pub(super) fn are_made(&self) -> bool {
+        self.try_lock().is_none()
+    }
+
     /// Gives up the one that is made, if there is one: a move takes precedence. The next one is full.
     ///
     /// # Errors
@@ -94,6 +99,7 @@ impl QemuWorker {
         };
         let own = QemuSpec::of(&subject.spec).map_err(RpcError::failed)?;
         own.check_checkpoints().map_err(RpcError::failed)?;
+        self.stop_giving_back()?;
         let name = subject.name.clone();
         let destination = Destination {
             repository: &repository,

@@ -3,11 +3,13 @@
 use super::checkpoints::Checkpoints;
 use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
+use crate::balloon::Balloon;
 use crate::console::Console;
 use crate::disk_copy::{IncomingDisk, IncomingLinks};
 use crate::full_disk;
 use crate::guest::Guest;
 use crate::guest_agent::{AgentError, GuestAgent};
+use crate::guest_clock;
 use crate::migration::Incoming;
 use crate::process::VmEnd;
 use crate::qmp::QmpError;
@@ -25,8 +27,8 @@ use keel_machine::moves::TargetEvent;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
-    Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, Receive, Report,
-    Start, StartFrom, StartPhase, StartProgress, State,
+    Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, GuestMemory, Receive,
+    Report, Start, StartFrom, StartPhase, StartProgress, State,
 };
 use keel_machine::worker::{
     Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
@@ -50,6 +52,7 @@ pub(super) struct QemuWorker {
     folders: WorkerFolders,
     inner: Mutex<Inner>,
     pub(super) checkpoints: Checkpoints,
+    balloon: Mutex<Balloon>,
 }
 
 #[derive(Default)]
@@ -60,6 +63,8 @@ pub(super) struct Inner {
     pub(super) guest: Option<Guest>,
     /// Since when the machine is being restored from a checkpoint.
     restoring: Option<Instant>,
+    /// The guest's memory as it was when that was asked for last.
+    memory: Option<GuestMemory>,
 }
 
 /// Runs a worker until its agent ends it.
@@ -73,6 +78,7 @@ pub(crate) fn run(folders: &WorkerFolders) -> Result<(), String> {
             folders: folders.clone(),
             inner: Mutex::default(),
             checkpoints: Checkpoints::default(),
+            balloon: Mutex::default(),
         })
     })
 }
@@ -87,6 +93,19 @@ impl QemuWorker {
         let inner = self.inner();
         let vm = inner.guest.as_ref().map(|guest| guest.vm.clone());
         vm.ok_or_else(|| RpcError::failed("no machine runs here"))
+    }
+
+    /// Lets the guest give back no more memory than it has, if it is about to.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub(super) fn stop_giving_back(&self) -> Result<(), RpcError> {
+        let Some((vm, memory_bytes)) = self.with_balloon()? else {
+            return Ok(());
+        };
+        let qmp = vm.qmp().map_err(RpcError::failed)?;
+        let stopped = self.lock_balloon().stop(qmp, memory_bytes);
+        stopped.map_err(RpcError::failed)
     }
 
     /// Has something done by the agent in the guest.
@@ -200,6 +219,21 @@ impl QemuWorker {
         }
         lease.machine_changed(self);
         Ok(())
+    }
+
+    fn lock_balloon(&self) -> MutexGuard<'_, Balloon> {
+        self.balloon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine with the memory that it was started with, in bytes, if it has a balloon.
+    fn with_balloon(&self) -> Result<Option<(Arc<Vm>, u64)>, RpcError> {
+        let inner = self.inner();
+        let (Some(guest), Some(spec)) = (&inner.guest, &inner.spec) else {
+            return Err(RpcError::failed("no machine runs here"));
+        };
+        let own = QemuSpec::of(spec).map_err(RpcError::failed)?;
+        let memory_bytes = spec.memory_bytes;
+        Ok(own.balloon.then(|| (guest.vm.clone(), memory_bytes)))
     }
 
     /// Follows a guest's process to its end, also that of one that arrives and never runs here.
@@ -361,8 +395,14 @@ impl Worker for QemuWorker {
         let running = State::Running { epoch: start.epoch };
         self.process.state.send_replace(running);
         self.watch(&guest, &start.spec).map_err(RpcError::failed)?;
-        if let Err(reason) = self.let_run(&guest) {
-            guest.vm.kill(VmEnd::Failed(reason));
+        match self.let_run(&guest) {
+            Ok(()) if matches!(start.from, StartFrom::Checkpoint(_)) => {
+                if let Err(error) = guest_clock::set_after_restore(guest) {
+                    tracing::warn!(%error, "the clock of a restored system is not set");
+                }
+            }
+            Ok(()) => {}
+            Err(reason) => guest.vm.kill(VmEnd::Failed(reason)),
         }
         Ok(())
     }
@@ -380,6 +420,7 @@ impl Worker for QemuWorker {
         report.threads = QemuSpec::of(spec).map_or(0, |own| own.cpus);
         report.memory_pages = vec![spec.memory_bytes >> 16];
         report.memory_bytes = guest.vm.resident_bytes();
+        report.guest_memory = inner.memory;
     }
 
     fn stop(&self) {
@@ -544,5 +585,35 @@ impl Worker for QemuWorker {
             volume_bytes: root_disk::occupied_bytes(self.process.folder()),
             written: Vec::new(),
         })
+    }
+
+    fn memory(&self) -> Result<Option<GuestMemory>, RpcError> {
+        let Some((vm, memory_bytes)) = self.with_balloon()? else {
+            return Ok(None);
+        };
+        if !vm.runs() {
+            return Err(RpcError::refused("it stands still"));
+        }
+        let qmp = vm.qmp().map_err(RpcError::failed)?;
+        let memory = self.lock_balloon().memory(qmp, memory_bytes);
+        let memory = memory.map_err(RpcError::failed)?;
+        self.inner().memory = Some(memory);
+        Ok(Some(memory))
+    }
+
+    fn give_back(&self, bytes: u64) -> Result<(), RpcError> {
+        let Some((vm, memory_bytes)) = self.with_balloon()? else {
+            return Err(RpcError::failed("it has no balloon"));
+        };
+        if bytes >= memory_bytes {
+            return Err(RpcError::failed(format!("it has {memory_bytes} bytes")));
+        }
+        if !vm.runs() || self.inner().moves.is_moving_away() || self.checkpoints.are_made() {
+            let why = "it moves, stands still, or a checkpoint of it is made; try again";
+            return Err(RpcError::refused(why));
+        }
+        let qmp = vm.qmp().map_err(RpcError::failed)?;
+        let asked = self.lock_balloon().ask(qmp, memory_bytes, bytes);
+        asked.map_err(RpcError::failed)
     }
 }

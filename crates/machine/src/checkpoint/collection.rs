@@ -1,18 +1,19 @@
 //! Deletes what nothing needs: checkpoints that a retention policy does not keep, parts of
-//! checkpoints that were never completed, and programs that no checkpoint names.
+//! checkpoints that were never completed, and programs and images that no checkpoint names.
 //!
 //! A writer that was killed leaves parts without a manifest. They look like those of one that still
 //! writes, which may be slow: only time tells them apart ([`UNFINISHED_MS`]).
 
 use super::compaction::{bytes_of, compact};
 use super::id::CheckpointId;
+use super::image::INDEX;
 use super::packer::PackError;
 use super::repository::{READING, Repository, RepositoryError, modified_unix_ms};
 use super::retention::Retention;
+use crate::spec::Spec;
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use object_store::ObjectMeta;
-use object_store::path::Path;
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::runtime::Handle;
 
@@ -34,6 +35,19 @@ pub struct Pruned {
     pub objects: u64,
     /// Their size in bytes.
     pub bytes: u64,
+}
+
+/// What was deleted, or would be, of what checkpoints of several machines share.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SharedPruned {
+    /// Number of programs.
+    pub programs: u64,
+    /// Their size in bytes.
+    pub program_bytes: u64,
+    /// Number of images.
+    pub images: u64,
+    /// Their size in bytes, as they are stored.
+    pub image_bytes: u64,
 }
 
 /// What nothing needs, in the order in which it is to be deleted.
@@ -75,43 +89,84 @@ impl Repository {
             .await?;
         let pruned = found.pruned();
         if !dry_run {
-            self.delete(found).await?;
+            self.delete(found.objects).await?;
         }
         Ok(pruned)
     }
 
-    /// Deletes programs that no checkpoint here names. With `dry_run` nothing is deleted.
+    /// Deletes programs and images that no checkpoint here names. `images_of` tells which images
+    /// (BLAKE3, hex) a machine with this spec uses. With `dry_run` nothing is deleted.
     ///
     /// # Errors
-    /// [`RepositoryError`]; also if a manifest cannot be read, as it may name any program.
-    pub async fn prune_programs(
+    /// [`RepositoryError`]; also if a manifest cannot be read, as it may name any of them.
+    pub async fn prune_shared(
         &self,
         now_unix_ms: u64,
+        images_of: impl Fn(&Spec) -> Result<Vec<String>, String>,
         dry_run: bool,
-    ) -> Result<Pruned, RepositoryError> {
+    ) -> Result<SharedPruned, RepositoryError> {
         // Listed before the manifests: what one names that is written meanwhile is young here.
-        let mut unnamed = self.objects(&["programs"]).await?;
-        unnamed.retain(|object| is_over(object, UNFINISHED_MS, now_unix_ms));
-        if unnamed.is_empty() {
-            return Ok(Pruned::default());
+        let mut programs = self.objects(&["programs"]).await?;
+        programs.retain(|object| is_over(object, UNFINISHED_MS, now_unix_ms));
+        let mut images: BTreeMap<String, Vec<ObjectMeta>> = BTreeMap::new();
+        for object in self.objects(&["images"]).await? {
+            if let Some(hash) = image_of(&object) {
+                images.entry(hash).or_default().push(object);
+            }
+        }
+        // Of one that is being written, or was put again, something is young.
+        let is_old = |object: &ObjectMeta| is_over(object, UNFINISHED_MS, now_unix_ms);
+        images.retain(|_, objects| objects.iter().all(is_old));
+        if programs.is_empty() && images.is_empty() {
+            return Ok(SharedPruned::default());
         }
         let mut named = BTreeSet::new();
         for machine in self.machines().await? {
             for id in self.list(&machine).await? {
-                named.extend(self.manifest(&machine, &id).await?.program);
+                let manifest = self.manifest(&machine, &id).await?;
+                let used = images_of(&manifest.spec).map_err(|reason| RepositoryError::Part {
+                    machine: machine.clone(),
+                    id,
+                    part: "its spec".into(),
+                    reason,
+                })?;
+                named.extend(manifest.program.map(|program| self.program_place(&program)));
+                images.retain(|hash, _| !used.contains(hash));
             }
         }
-        let named: BTreeSet<Path> = named.iter().map(|it| self.program_place(it)).collect();
-        unnamed.retain(|object| !named.contains(&object.location));
-        let found = Superfluous {
-            objects: unnamed,
-            ..Superfluous::default()
+        programs.retain(|object| !named.contains(&object.location));
+        let bytes = |objects: &[ObjectMeta]| objects.iter().map(|object| object.size).sum();
+        let mut pruned = SharedPruned {
+            programs: programs.len() as u64,
+            program_bytes: bytes(&programs),
+            ..SharedPruned::default()
         };
-        let pruned = found.pruned();
         if !dry_run {
-            self.delete(found).await?;
+            self.delete(programs).await?;
+        }
+        for (hash, image) in images {
+            if dry_run || self.delete_image(&hash, now_unix_ms).await? {
+                pruned.images += 1;
+                pruned.image_bytes += bytes(&image);
+            }
         }
         Ok(pruned)
+    }
+
+    /// Deletes an old image, unless a writer has put it again since it was listed; false then. The
+    /// index goes first, so that an image does not lack a piece while it has one. (A writer that puts
+    /// the index of an old image looks again later whether all is there.)
+    async fn delete_image(&self, hash: &str, now_unix_ms: u64) -> Result<bool, RepositoryError> {
+        for only_index in [true, false] {
+            let mut objects = self.objects(&["images", hash]).await?;
+            let is_old = |object: &ObjectMeta| is_over(object, UNFINISHED_MS, now_unix_ms);
+            if !objects.iter().all(is_old) {
+                return Ok(false);
+            }
+            objects.retain(|it| !only_index || it.location.filename() == Some(INDEX));
+            self.delete(objects).await?;
+        }
+        Ok(true)
     }
 
     async fn objects(&self, folder: &[&str]) -> Result<Vec<ObjectMeta>, RepositoryError> {
@@ -119,8 +174,8 @@ impl Repository {
         Ok(self.store().list(Some(&folder)).try_collect().await?)
     }
 
-    async fn delete(&self, found: Superfluous) -> Result<(), RepositoryError> {
-        let places = found.objects.into_iter().map(|object| Ok(object.location));
+    async fn delete(&self, objects: Vec<ObjectMeta>) -> Result<(), RepositoryError> {
+        let places = objects.into_iter().map(|object| Ok(object.location));
         let places = futures::stream::iter(places).boxed();
         let mut deleted = self.store().delete_stream(places);
         while let Some(outcome) = deleted.next().await {
@@ -166,7 +221,7 @@ impl Repository {
         let found = runtime.block_on(found)?;
         let deleted = found.checkpoints.iter().chain(&found.unfinished);
         let deleted = deleted.cloned().collect();
-        runtime.block_on(self.delete(found))?;
+        runtime.block_on(self.delete(found.objects))?;
         Ok(deleted)
     }
 
@@ -281,6 +336,12 @@ fn is_over(object: &ObjectMeta, ms: u64, now_unix_ms: u64) -> bool {
     now_unix_ms.saturating_sub(modified_unix_ms(object)) >= ms
 }
 
+/// The hash of the image that an object belongs to.
+fn image_of(object: &ObjectMeta) -> Option<String> {
+    let hash = object.location.parts().nth_back(1)?;
+    Some(hash.as_ref().to_owned())
+}
+
 /// The checkpoint and generation that an object belongs to.
 fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
     let (id, rest) = name.split_once('.')?;
@@ -333,6 +394,16 @@ mod tests {
         let name = name();
         let put = repository.put_pack(&name, of, PackName::Pages(0), bytes);
         put.await.unwrap();
+    }
+
+    /// Of machines without images.
+    async fn prune_shared(
+        repository: &Repository,
+        now_unix_ms: u64,
+        dry_run: bool,
+    ) -> Result<SharedPruned, RepositoryError> {
+        let none = |_: &Spec| Ok(Vec::new());
+        repository.prune_shared(now_unix_ms, none, dry_run).await
     }
 
     /// Ids in ascending order.
@@ -409,22 +480,22 @@ mod tests {
         }
         put(&repository, &first, Some([1; 32])).await;
         let later = unix_ms() + UNFINISHED_MS;
-        let young = repository.prune_programs(unix_ms(), false).await.unwrap();
-        assert_eq!(young.objects, 0);
+        let young = prune_shared(&repository, unix_ms(), false).await.unwrap();
+        assert_eq!(young, SharedPruned::default());
         // A manifest that cannot be read may name any.
         put(&repository, &second, None).await;
         let place = repository.manifest_place(&name(), &second);
         let place = repository.place.file(&place).unwrap().unwrap();
         let manifest = std::fs::read(&place).unwrap();
         std::fs::write(&place, b"?").unwrap();
-        let unknown = repository.prune_programs(later, false).await;
+        let unknown = prune_shared(&repository, later, false).await;
         assert!(matches!(unknown, Err(RepositoryError::Part { .. })));
         std::fs::write(&place, manifest).unwrap();
         assert_eq!(left(&folder, "programs"), 2);
-        let seen = repository.prune_programs(later, true).await.unwrap();
-        let done = repository.prune_programs(later, false).await.unwrap();
+        let seen = prune_shared(&repository, later, true).await.unwrap();
+        let done = prune_shared(&repository, later, false).await.unwrap();
         assert_eq!(seen, done);
-        assert_eq!(done.objects, 1);
+        assert_eq!((done.programs, done.images), (1, 0));
         let rest = repository.objects(&["programs"]).await.unwrap();
         let kept = repository.program_place(&[1; 32]);
         let places: Vec<_> = rest.into_iter().map(|object| object.location).collect();
@@ -446,8 +517,52 @@ mod tests {
         let file = std::fs::File::options().write(true).open(path).unwrap();
         file.set_modified(old).unwrap();
         put().await;
-        let pruned = repository.prune_programs(unix_ms(), false).await.unwrap();
-        assert_eq!(pruned.objects, 0);
+        let pruned = prune_shared(&repository, unix_ms(), false).await.unwrap();
+        assert_eq!(pruned, SharedPruned::default());
         assert_eq!(left(&folder, "programs"), 1);
+    }
+
+    #[tokio::test]
+    async fn images_stay_while_a_machine_with_a_checkpoint_uses_them() {
+        let (folder, repository) = repository();
+        let file = folder.path().join("file");
+        let mut hashes = Vec::new();
+        for content in [b"used", b"left"] {
+            std::fs::write(&file, content).unwrap();
+            let hash = keel_net::Fingerprint(*blake3::hash(content).as_bytes());
+            repository.put_image(&hash, file.clone()).await.unwrap();
+            hashes.push(hash);
+        }
+        // An upload that was cut off has no index.
+        let cut_off = folder.path().join("images").join(hashes[1].to_string());
+        std::fs::remove_file(cut_off.join(INDEX)).unwrap();
+        let [id] = ids();
+        put(&repository, &id, None).await;
+        let used = vec![hashes[0].to_string()];
+        let prune = async |now, dry_run| {
+            let images_of = |_: &Spec| Ok(used.clone());
+            repository.prune_shared(now, images_of, dry_run).await
+        };
+        let later = unix_ms() + UNFINISHED_MS;
+        assert_eq!(
+            prune(unix_ms(), false).await.unwrap(),
+            SharedPruned::default()
+        );
+        let seen = prune(later, true).await.unwrap();
+        let done = prune(later, false).await.unwrap();
+        assert_eq!(seen, done);
+        assert_eq!((done.programs, done.images), (0, 1));
+        assert!(done.image_bytes > 0);
+        assert!(repository.image(&hashes[0]).await.unwrap().is_some());
+        assert_eq!(prune(later, false).await.unwrap(), SharedPruned::default());
+        // Whose images are not known may use any.
+        let unknown = |_: &Spec| Err("its kind is not known".to_owned());
+        let unknown = repository.prune_shared(later, unknown, false).await;
+        assert!(matches!(unknown, Err(RepositoryError::Part { .. })));
+        let manifest = repository.manifest_place(&name(), &id);
+        let manifest = repository.place.file(&manifest).unwrap().unwrap();
+        std::fs::remove_file(manifest).unwrap();
+        assert_eq!(prune(later, false).await.unwrap().images, 1);
+        assert!(repository.image(&hashes[0]).await.unwrap().is_none());
     }
 }

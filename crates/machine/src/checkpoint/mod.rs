@@ -4,6 +4,7 @@
 //! - `id`: the ids of checkpoints
 //! - `origin`: which checkpoint a machine is restored from
 //! - `retention`: which checkpoints are kept
+//! - `image`: files that a machine uses wherever it runs, in a repository
 //! - `collection`: deletes what nothing needs
 //! - `quota`: how many bytes a repository may have
 //! - `format`: the stored form and its validation
@@ -28,6 +29,7 @@
 //!   machines/NAME/ID.vN.pack      blocks of files in the machine's own volumes, and of its own disk
 //!   machines/NAME/ID.gG.…pack     the same, after compaction
 //!   programs/HASH.wasm            the instrumented module, shared
+//!   images/HASH/…                 an image that machines use wherever they run, shared
 //!   quota.json                    how many bytes all of it may have, if that is limited
 //! ```
 //!
@@ -45,6 +47,7 @@ mod compaction;
 mod direct_io;
 mod format;
 mod id;
+mod image;
 mod layout;
 pub(crate) mod origin;
 mod packer;
@@ -56,11 +59,12 @@ mod repository;
 mod restore_memory_size;
 pub(crate) mod retention;
 
-pub use collection::{Pruned, UNFINISHED_MS};
+pub use collection::{Pruned, SharedPruned, UNFINISHED_MS};
 pub use compaction::compact;
 pub use direct_io::AlignedBuffer;
 pub use format::{BLOCK_BYTES, BlockRun, FormatError, Manifest, OWN_DISK, Pack, Run};
 pub use id::CheckpointId;
+pub use image::{KeptImage, StoredImage, is_image_index};
 pub use layout::{Block, Layout, LiveRange, PackAt};
 pub use origin::{MemoryRestore, Origin};
 pub use packer::{PackError, Packer, note_block, note_page};

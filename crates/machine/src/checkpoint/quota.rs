@@ -62,13 +62,13 @@ impl Repository {
         Ok(())
     }
 
-    /// Bytes of all checkpoints and programs, and of what killed writers left. Lists all objects.
+    /// Bytes of all checkpoints, programs and images, and of what killed writers left. Lists all objects.
     ///
     /// # Errors
     /// [`RepositoryError`].
     pub async fn used_bytes(&self) -> Result<u64, RepositoryError> {
         let mut used = 0;
-        for folder in ["machines", "programs"] {
+        for folder in ["machines", "programs", "images"] {
             let folder = self.place.path(&[folder]);
             let mut objects = self.store().list(Some(&folder));
             while let Some(object) = objects.try_next().await? {

@@ -19,6 +19,7 @@ use keel_store::clock::unix_ms;
 use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
@@ -45,6 +46,13 @@ pub enum RepositoryError {
         "the quota in {url} cannot be used: {reason} (`keel checkpoint quota` sets another one)"
     )]
     Quota { url: String, reason: String },
+    /// An image is damaged, or cannot be read where it comes from.
+    #[error("image {hash} cannot be used in {url}: {reason}")]
+    Image {
+        hash: Fingerprint,
+        url: String,
+        reason: String,
+    },
     /// The machine has no checkpoint.
     #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
     None(MachineName),
@@ -264,6 +272,45 @@ impl Repository {
             }
         }
         Ok(())
+    }
+
+    /// Reads all of a checkpoint and of those that it depends on; returns the files that are missing
+    /// or damaged. For a repository in a directory. Blocking, outside of the runtime.
+    ///
+    /// # Errors
+    /// [`RepositoryError`], also if a manifest is damaged.
+    pub fn damaged_files(
+        &self,
+        runtime: &Handle,
+        machine: &MachineName,
+        id: &CheckpointId,
+    ) -> Result<Vec<PathBuf>, RepositoryError> {
+        let mut damaged = Vec::new();
+        for manifest in runtime.block_on(self.chain(machine, id))? {
+            let pages = (0..).zip(&manifest.packs);
+            let pages = pages.map(|(number, pack)| (PackName::Pages(number), pack));
+            let blocks = (0..).zip(&manifest.block_packs);
+            let blocks = blocks.map(|(number, pack)| (PackName::Blocks(number), pack));
+            let mut is_intact = |place: &Path, read| match read {
+                Err(RepositoryError::Part { .. }) => {
+                    damaged.extend(self.place.file(place)?);
+                    Ok(())
+                }
+                read => read,
+            };
+            for (piece, pack) in pages.chain(blocks) {
+                let of = (&manifest.id, manifest.generation);
+                let place = self.pack_place(machine, of, piece);
+                let (mut all, mut take) = (|_| true, |_, _: &[u8]| Ok(()));
+                let read = self.read_blocks(runtime, (&manifest, piece), pack, &mut all, &mut take);
+                is_intact(&place, read)?;
+            }
+            if let Some(program) = &manifest.program {
+                let read = runtime.block_on(self.program(&manifest));
+                is_intact(&self.program_place(program), read.map(drop))?;
+            }
+        }
+        Ok(damaged)
     }
 
     /// Checks that all parts of a machine's checkpoints exist, by name and size.

@@ -57,6 +57,10 @@ pub mod kind {
     /// `(`[`keel_cluster::Epoch`]`, `[`super::ConsoleInput`]`)` → `Option<u64>`: types it into the
     /// machine's console under this epoch; how much of its session was typed, if known here.
     pub const TYPE_IN: u16 = 0x041A;
+    /// `()` → `Option<`[`super::GuestMemory`]`>`: none if the machine has nothing to give back.
+    pub const MEMORY: u16 = 0x041B;
+    /// `u64` → `()`: how many bytes of memory the machine is to have given back to its node.
+    pub const GIVE_BACK: u16 = 0x041C;
     /// `u64` → `()`: shows output up to this offset, which was held back.
     pub const SHOW_OUTPUT: u16 = 0x0417;
     /// [`super::FileRequest`] → [`super::FileDone`].
@@ -316,6 +320,24 @@ pub struct Frozen {
     pub bytes: u64,
 }
 
+/// The memory of a machine that can give some back to its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// What it was started with, in bytes.
+    pub memory_bytes: u64,
+    /// What its programs could use without swap space, in bytes; `None` if it has not told, or not
+    /// since it gave something back or got it again.
+    pub available_bytes: Option<u64>,
+    /// What is not used for anything, in bytes; `None` likewise.
+    pub free_bytes: Option<u64>,
+    /// Whether it has told nothing new for long.
+    pub is_silent: bool,
+    /// What it has given back, in bytes.
+    pub given_back_bytes: u64,
+    /// What it was last asked to have given back, in bytes.
+    pub asked_bytes: u64,
+}
+
 /// A worker's report on its machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
@@ -356,6 +378,9 @@ pub struct Report {
     /// What remains to be done before the machine runs or can be received; `None`
     /// afterwards.
     pub start: Option<StartProgress>,
+    /// Its memory as it was when that was asked for last, if it can give some back.
+    #[serde(default)]
+    pub guest_memory: Option<GuestMemory>,
 }
 
 /// Progress of a worker before its machine runs.

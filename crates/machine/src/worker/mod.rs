@@ -43,7 +43,7 @@ pub use target::{Accepted, Receiver, step_target};
 
 use self::control::{
     Checkpoint, CheckpointReport, ConsoleInput, Copy, CopyEvent, Execute, ExecutionEnd, FileDone,
-    FileRequest, Frozen, Receive, Report, Start, State,
+    FileRequest, Frozen, GuestMemory, Receive, Report, Start, State,
 };
 use self::source::SourceTask;
 use crate::link::{Link, LinkError, Message};
@@ -317,6 +317,22 @@ pub trait Worker: Send + Sync + Sized + 'static {
     /// # Errors
     /// Why they cannot be sampled now.
     fn activity(&self) -> Result<Activity, RpcError>;
+
+    /// The machine's memory, if it can give some back to its node.
+    ///
+    /// # Errors
+    /// If that cannot be told now.
+    fn memory(&self) -> Result<Option<GuestMemory>, RpcError> {
+        Ok(None)
+    }
+
+    /// Asks the machine to have given back so many bytes of memory.
+    ///
+    /// # Errors
+    /// If it cannot be asked now, or has nothing to give back.
+    fn give_back(&self, _bytes: u64) -> Result<(), RpcError> {
+        Err(RpcError::failed("it has no memory to give back"))
+    }
 
     /// Performs a user's operation on a file in one of the machine's own volumes.
     ///

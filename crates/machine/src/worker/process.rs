@@ -169,6 +169,7 @@ impl Process {
             group: self.group.as_ref().map(Group::usage),
             parts: 0,
             start: None,
+            guest_memory: None,
         };
         worker.describe(&mut report);
         report

@@ -175,6 +175,11 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             reply(move || worker.checkpoint(&request, &runtime)).await
         }
         kind::ACTIVITY => reply(move || worker.activity()).await,
+        kind::MEMORY => reply(move || worker.memory()).await,
+        kind::GIVE_BACK => {
+            let bytes: u64 = unpack(&payload)?;
+            reply(move || worker.give_back(bytes)).await
+        }
         kind::LOG => {
             let read: ReadLog = unpack(&payload)?;
             let (send, chunks) = mpsc::channel(16);

@@ -18,6 +18,7 @@
 //! - `ledger`, `ledger_transfer`, `recorder`, `database`: records of decisions and loads
 //! - `peers`, `answers`, `queries`: requests between balancers, and queries of users
 //! - `placement`: where new machines start
+//! - `memory_reclaim`: memory that systems give back to this node
 //! - `compile_ahead`: compiles programs before they are needed here
 //! - `plan`, `plan_confirmation`: plans for all nodes, and their execution
 //! - `drain`, `drain_progress`: drains this node
@@ -40,6 +41,7 @@ mod handle;
 mod ledger;
 mod ledger_transfer;
 mod links;
+mod memory_reclaim;
 mod meter;
 mod move_tokens;
 mod peers;

@@ -9,7 +9,7 @@ use super::ledger_transfer::{send_along, send_ledger_lines};
 use super::meter::{Measured, Meter, RunningMachine};
 use super::peers::ask;
 use super::policy::follow_policy;
-use super::{compile_ahead, dirty_rate_sampler, drain, fine_grained, speed};
+use super::{compile_ahead, dirty_rate_sampler, drain, fine_grained, memory_reclaim, speed};
 use crate::events::Note;
 use crate::records::PlacementChange;
 use keel_api::EventKind;
@@ -49,6 +49,7 @@ pub(crate) fn start(
     tokio::spawn(drain::follow(handle.clone()));
     tokio::spawn(dirty_rate_sampler::follow(handle.clone()));
     tokio::spawn(fine_grained::follow(handle.clone()));
+    tokio::spawn(memory_reclaim::follow(handle.clone()));
     tokio::spawn(compile_ahead::run(handle.clone()));
     tokio::spawn(send_ledger_lines(handle.clone(), inbox.ended_moves));
     tokio::spawn(follow_policy(handle.clone(), events.clone()));

@@ -4,9 +4,9 @@ use super::usage::Usage;
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::images::Images;
+use crate::images::{Images, StoredImages};
 use crate::processes::Processes;
-use crate::records::{MachineCommand, at_owner};
+use crate::records::{self, MachineCommand, at_owner};
 use keel_api::{CheckpointInfo, CheckpointRequest};
 use keel_cluster::MachineName;
 use keel_machine::checkpoint::{
@@ -58,6 +58,7 @@ pub(crate) fn repository_error(error: &RepositoryError) -> CommandError {
         RepositoryError::None(_) => CommandError::NotFound(text),
         RepositoryError::Part { .. }
         | RepositoryError::Quota { .. }
+        | RepositoryError::Image { .. }
         | RepositoryError::NoneIntact { .. } => CommandError::Conflict(text),
         RepositoryError::Store(_) => CommandError::Unavailable(text),
     }
@@ -165,6 +166,14 @@ impl Checkpoints {
             ))
         })?;
         self.check_quota(&checked).await?;
+        let found = records::get(&*self.context.store, machine).await?;
+        let spec = &found.record.spec;
+        // Before there is a checkpoint that needs them. Its own folder is where they are already.
+        let images = match request.to {
+            Some(_) => self.images.store_in(&checked, spec).await?,
+            None => StoredImages::default(),
+        };
+        self.usage.stored(checked.url(), images.bytes);
         let question = Checkpoint {
             repository: repository.clone(),
             full: request.full,
@@ -188,6 +197,10 @@ impl Checkpoints {
             .map_err(injected)?;
         self.context.metrics.checkpoint_made(taken.pause_micros);
         self.usage.stored(checked.url(), taken.stored_bytes);
+        let again = self.images.store_again(&checked, spec, images).await;
+        if let Err(error) = again {
+            tracing::warn!(%machine, %error, "its images may be missing beside its checkpoint");
+        }
         self.note_newest(machine, &repository).await;
         Ok(CheckpointInfo {
             machine: machine.to_string(),

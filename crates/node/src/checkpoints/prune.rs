@@ -8,6 +8,7 @@ use crate::volumes::delete_snapshots;
 use keel_api::{PruneInfo, PruneRequest, PrunedMachine};
 use keel_cluster::MachineName;
 use keel_machine::checkpoint::{Repository, Retention, snapshot_name};
+use keel_machine::spec::Spec;
 use keel_store::clock::unix_ms;
 
 impl Checkpoints {
@@ -46,6 +47,8 @@ impl Checkpoints {
             machines: Vec::new(),
             programs: 0,
             program_bytes: 0,
+            images: 0,
+            image_bytes: 0,
             message: None,
         };
         for machine in machines {
@@ -53,12 +56,15 @@ impl Checkpoints {
             info.machines.extend(pruned.await?);
         }
         if request.machine.is_none() {
-            match repository.prune_programs(unix_ms(), request.dry_run).await {
+            let kinds = &self.context.kinds;
+            let images_of = |spec: &Spec| kinds.of(spec)?.images(spec);
+            let pruned = repository.prune_shared(unix_ms(), images_of, request.dry_run);
+            match pruned.await {
                 Ok(pruned) => {
-                    info.programs = pruned.objects;
-                    info.program_bytes = pruned.bytes;
+                    (info.programs, info.program_bytes) = (pruned.programs, pruned.program_bytes);
+                    (info.images, info.image_bytes) = (pruned.images, pruned.image_bytes);
                 }
-                Err(error) => info.message = Some(format!("all programs stay: {error}")),
+                Err(error) => info.message = Some(format!("all programs and images stay: {error}")),
             }
         }
         Ok(info)

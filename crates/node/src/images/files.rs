@@ -8,6 +8,7 @@ use crate::processes::PROMPT;
 use crate::state_dir::is_hash;
 use futures::{Stream, StreamExt};
 use keel_cluster::NodeName;
+use keel_machine::checkpoint::RepositoryError;
 use keel_machine::kind::{IMAGE_BEGINNING_BYTES, KindName};
 use keel_machine::worker::control::pack;
 use keel_net::{Bytes, Fingerprint, Reply, RpcError};
@@ -34,6 +35,8 @@ pub(crate) struct Images {
     pub(super) context: Arc<Context>,
     /// Held while a file is made newer, or is removed because it is old.
     pub(super) ages: Arc<Mutex<()>>,
+    /// Held while an image is read from a repository.
+    pub(super) reading: tokio::sync::Mutex<()>,
     /// Why images are not here that this node is to keep, by hash.
     problems: Mutex<BTreeMap<String, String>>,
 }
@@ -49,6 +52,7 @@ impl Images {
         Images {
             context,
             ages: Arc::default(),
+            reading: tokio::sync::Mutex::default(),
             problems: Mutex::default(),
         }
     }
@@ -243,7 +247,7 @@ impl Images {
     }
 
     /// Gives a whole image its name.
-    async fn keep_file(&self, image: WrittenImage, path: PathBuf) -> Result<(), String> {
+    pub(super) async fn keep_file(&self, image: WrittenImage, path: PathBuf) -> Result<(), String> {
         let ages = self.ages.clone();
         let kept = tokio::task::spawn_blocking(move || {
             // What is there now may be about to be removed.
@@ -271,6 +275,9 @@ pub(crate) enum ImageError {
     /// It cannot be written.
     #[error("{0}")]
     Unwritten(String),
+    /// No node has it, and it cannot be read from where the machine's checkpoint is.
+    #[error(transparent)]
+    Repository(RepositoryError),
 }
 
 impl From<ImageError> for CommandError {
@@ -279,7 +286,7 @@ impl From<ImageError> for CommandError {
         match error {
             ImageError::NoHash(_) => CommandError::Invalid(text),
             ImageError::Nowhere(_) => CommandError::NotFound(text),
-            ImageError::Unwritten(_) => CommandError::Unavailable(text),
+            ImageError::Unwritten(_) | ImageError::Repository(_) => CommandError::Unavailable(text),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::records;
 use crate::state_dir::is_hash;
 use keel_api::ImageCopy;
 use keel_cluster::NodeName;
+use keel_machine::checkpoint::{Repository, RepositoryError};
 use keel_machine::kind::Kinds;
 use keel_machine::spec::Record;
 use std::collections::BTreeSet;
@@ -55,6 +56,7 @@ impl Images {
                 needed.insert(hash);
             }
         }
+        needed.extend(self.of_own_checkpoints().await?);
         let (ages, folder) = (self.ages.clone(), self.context.dir.images());
         let removing = tokio::task::spawn_blocking(move || {
             remove_old(&ages, &folder, &needed, SystemTime::now())
@@ -64,6 +66,35 @@ impl Images {
             tracing::info!("removed {}, which nothing needed", path.display());
         }
         Ok(())
+    }
+}
+
+impl Images {
+    /// What machines need that have checkpoints in this node's own folder.
+    ///
+    /// # Errors
+    /// If that cannot be read, or is not known of one of them.
+    async fn of_own_checkpoints(&self) -> Result<BTreeSet<String>, String> {
+        let place = self.context.dir.checkpoints().display().to_string();
+        let opened = tokio::task::spawn_blocking(move || Repository::open(&place)).await;
+        let opened = opened.map_err(|error| error.to_string())?;
+        // There may be none yet.
+        let Ok(repository) = opened else {
+            return Ok(BTreeSet::new());
+        };
+        let text = |error: RepositoryError| error.to_string();
+        let mut needed = BTreeSet::new();
+        for machine in repository.machines().await.map_err(text)? {
+            for id in repository.list(&machine).await.map_err(text)? {
+                match repository.manifest(&machine, &id).await {
+                    Ok(manifest) => needed.extend(self.used(&manifest.spec)?),
+                    // Nothing is restored from it.
+                    Err(RepositoryError::Part { .. }) => {}
+                    Err(error) => return Err(text(error)),
+                }
+            }
+        }
+        Ok(needed)
     }
 }
 

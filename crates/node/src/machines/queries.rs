@@ -101,6 +101,7 @@ pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> M
     let kind = kinds.of(&record.spec).ok();
     let running = report
         .filter(|report| matches!(report.state, State::Running { .. } | State::Filling { .. }));
+    let guest_memory = running.and_then(|report| report.guest_memory);
     MachineInfo {
         name: record.name.to_string(),
         node: record.owner.to_string(),
@@ -141,6 +142,8 @@ pub(super) fn info(kinds: &Kinds, record: &Record, report: Option<&Report>) -> M
         restarts: record.restarts,
         since_unix_ms: record.since_unix_ms,
         memory_bytes: running.map(|report| report.memory_bytes),
+        memory_available_bytes: guest_memory.and_then(|it| it.available_bytes),
+        memory_given_back_bytes: guest_memory.map(|it| it.given_back_bytes),
         threads: running.map(|report| report.threads),
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),

@@ -66,8 +66,10 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
     let origin = record.origin.clone().filter(|_| begins_from_origin);
     let origin = kept.or(origin);
     if origin.is_none() || abilities.keeps_images {
+        let stored = origin.as_ref().or(record.origin.as_ref());
+        let stored = stored.map(|origin| origin.repository.as_str());
         for image in kind.images(&record.spec)? {
-            machines.images.find_image(&image).await?;
+            machines.images.find_image_or_in(&image, stored).await?;
         }
     }
     let mut spread = Vec::new();
@@ -131,6 +133,12 @@ pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(
     match started {
         Ok(()) => {}
         Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => {
+            if let (true, Some(ha)) = (is_kept, &record.spec.ha) {
+                machines
+                    .checkpoints
+                    .put_damage_aside(&record.name, ha)
+                    .await;
+            }
             return Err(reason);
         }
         Err(other) => return Err(other.to_string()),

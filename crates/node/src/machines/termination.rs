@@ -55,7 +55,7 @@ pub(super) async fn record_end(
                     } => txn,
                     // Its next life begins anew: the checkpoints of this one are of no use.
                     Status::Restarting { .. } => {
-                        match begins_from_checkpoints(machines, &record.spec) {
+                        match restarts_from_checkpoints(machines, &record.spec) {
                             true => txn.delete(set.clone()).delete(newest.clone()),
                             false => txn,
                         }
@@ -97,7 +97,7 @@ pub(super) async fn record_end(
     }
 }
 
-fn begins_from_checkpoints(machines: &Machines, spec: &Spec) -> bool {
+fn restarts_from_checkpoints(machines: &Machines, spec: &Spec) -> bool {
     let kind = machines.context.kinds.of(spec);
     kind.is_ok_and(|kind| kind.abilities().restarts_from_checkpoints)
 }

@@ -14,6 +14,7 @@
 //!
 //! - `objects`: the files of a machine's checkpoints in a node's folder
 //! - `owner`: the owner's part
+//! - `damage`: a damaged copy is put aside, so that it is fetched again
 //! - `output`: the machine's output up to the checkpoint, which is fetched along with it
 //! - `replica`: the part of the other nodes; also a node that restarts a machine and lacks its
 //!   checkpoint
@@ -21,6 +22,7 @@
 //! **Invariant:** the in-sync set names only nodes that have its checkpoint durably, and nothing
 //! that it names is deleted before the set names another one.
 
+mod damage;
 mod objects;
 mod output;
 mod owner;
