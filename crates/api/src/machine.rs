@@ -92,8 +92,7 @@ pub struct MachineInfo {
     /// does not tell.
     #[serde(default)]
     pub memory_available_bytes: Option<u64>,
-    /// What its system has given back to the node when it was asked to, in bytes; `None` if it has no
-    /// balloon.
+    /// What its system has given back to its node as it was asked to, in bytes; `None` if it cannot.
     #[serde(default)]
     pub memory_given_back_bytes: Option<u64>,
     /// Its threads; only while it runs.

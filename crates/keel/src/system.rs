@@ -65,8 +65,7 @@ pub(crate) struct System {
     /// Whether it has a port for a QEMU guest agent, which `keel exec` needs (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) guest_agent: Option<bool>,
-    /// Whether it has a balloon, by which its node gets memory back that it does not use (default:
-    /// true).
+    /// Whether it has a balloon, by which it gives memory back to its node (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) balloon: Option<bool>,
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
