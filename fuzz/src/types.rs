@@ -143,7 +143,8 @@ pub(crate) const QEMU: Target = Target {
             with(0, said.into()),
             with(
                 0,
-                br#"{"stats": {"stat-available-memory": 5}, "last-update": 7}"#.to_vec(),
+                br#"{"stats": {"stat-available-memory": 5, "stat-free-memory": 3}, "last-update": 7}"#
+                    .to_vec(),
             ),
             with(1, spec.into()),
             with(2, agent),
