@@ -679,6 +679,24 @@ mod tests {
         }
     }
 
+    /// A candidate may lead by a vote that it was told: after a loss of power this voter must know of it,
+    /// or it would give another one to somebody else in the same term.
+    #[tokio::test]
+    async fn a_vote_is_told_once_it_is_on_disk() {
+        let (mut log, mut written) = log_of(1..2);
+        let vote = Vote::new(2, 3);
+        let told = tokio::spawn(async move { log.save_vote(&vote).await });
+        let Some(Write::Meta("vote", _, done)) = written.recv().await else {
+            panic!("it is not written");
+        };
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!told.is_finished());
+        done.send(Ok(())).unwrap();
+        told.await.unwrap().unwrap();
+    }
+
     /// Entries are sent early only where another voter is needed: a sole one could lose what it has
     /// answered to its clients.
     #[tokio::test]
