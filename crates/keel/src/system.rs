@@ -5,7 +5,8 @@ use crate::image::{self, ImageArg, ImageDisk, ImageFile};
 use anyhow::{Context, Result, bail, ensure};
 use keel_api::Client;
 use keel_kind_qemu::{
-    Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES, SHUTDOWN_S,
+    CpuModel, Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES,
+    SHUTDOWN_S,
 };
 use keel_kind_wasm::WasmKind;
 use keel_machine::kind::KindName;
@@ -62,6 +63,11 @@ pub(crate) struct System {
     /// Its virtual processors (default: 1).
     #[arg(long, value_name = "N")]
     pub(crate) cpu: Option<u32>,
+    /// What its processors have: `common`, what the nodes have in common on which it may run; or a
+    /// level of x86-64, on the nodes that have it: `x86-64` (what all have), `x86-64-v2`, `-v3`, `-v4`
+    /// (default: common with KVM, x86-64 where systems are translated).
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) cpu_model: Option<CpuModel>,
     /// Whether it has a port for a QEMU guest agent, which `keel exec` needs (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) guest_agent: Option<bool>,
@@ -189,6 +195,7 @@ impl System {
             ("disk", !self.disk.is_empty()),
             ("net", !self.net.is_empty()),
             ("cpu", self.cpu.is_some()),
+            ("cpu-model", self.cpu_model.is_some()),
             ("guest-agent", self.guest_agent.is_some()),
             ("balloon", self.balloon.is_some()),
             ("shutdown", self.shutdown.is_some()),
@@ -275,6 +282,9 @@ impl System {
                 .balloon
                 .or_else(|| before.map(|own| own.balloon))
                 .unwrap_or(true),
+            cpu_model: self.cpu_model,
+            // Nodes know what they can give it.
+            processor: None,
             shutdown_s: match self.shutdown {
                 Some(time) => {
                     let seconds = time.as_millis().div_ceil(1000);

@@ -7,10 +7,9 @@
 //! Linux hangs, so the processor's own module must be there. The answer holds until the host boots
 //! again.
 
-pub(crate) use crate::arguments::Accelerator;
-
 use crate::arguments::SANDBOX;
 use crate::process::{QEMU, die_with_parent};
+use crate::processor::Accelerator;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -66,14 +65,6 @@ const PAYLOAD: [u8; 39] = {
 };
 
 impl Accelerator {
-    /// Its name for users.
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Accelerator::Kvm => "kvm",
-            Accelerator::Tcg => "tcg",
-        }
-    }
-
     /// What works on this host. Blocks for some seconds at the first call since the host booted,
     /// if it has KVM. `cache` keeps the answer.
     pub(crate) fn of_host(cache: &Path) -> Self {
@@ -87,7 +78,7 @@ impl Accelerator {
     /// The answer that is kept, or that of `boots`, which is kept if there is one.
     fn probed(cache: &Path, boots: impl FnOnce() -> Option<bool>) -> Self {
         let file = cache.join(CACHED);
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let boot = boot_id();
         let known = fs::read_to_string(&file).unwrap_or_default();
         let known = known.split_once(' ').filter(|(_, of)| *of == boot);
         match known {
@@ -107,6 +98,11 @@ impl Accelerator {
         }
         found
     }
+}
+
+/// What tells this start of the host from others: proc_sys_kernel(5), `random/boot_id`.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// Whether the processor has virtualisation, and the kernel uses it.

@@ -5,6 +5,7 @@
 //! another one in each version of QEMU.
 
 use crate::balloon;
+use crate::processor::{Accelerator, Processor};
 use crate::root_disk::{self, ROOT};
 use crate::spec::{Disk, DiskFormat, QemuSpec};
 use rustix::fs::{Mode, OFlags, open};
@@ -15,9 +16,6 @@ use std::path::Path;
 
 /// The machine type: of the oldest QEMU that is supported, which later versions have too.
 const MACHINE: &str = "pc-q35-7.2";
-
-/// A processor that every x86-64 host has and both accelerators emulate.
-const CPU: &str = "qemu64";
 
 /// Memory for translated code, in MiB. QEMU's own default grows with the host's memory.
 const TRANSLATED_MIB: u32 = 128;
@@ -42,15 +40,6 @@ pub(crate) const INTERFACES_FD: i32 = 6;
 
 /// The port by which agents in guests know theirs.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
-
-/// What executes the guest's instructions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Accelerator {
-    /// The host's processor.
-    Kvm,
-    /// Translation, some ten times slower.
-    Tcg,
-}
 
 /// What the command line depends on.
 #[derive(Debug)]
@@ -83,7 +72,11 @@ impl Machine<'_> {
                 Accelerator::Tcg => format!("tcg,tb-size={TRANSLATED_MIB}"),
             },
         );
-        add("-cpu", CPU.into());
+        let processor = self.spec.processor.as_ref();
+        add(
+            "-cpu",
+            processor.map_or_else(Processor::base_argument, Processor::argument),
+        );
         add("-smp", self.spec.cpus.to_string());
         add("-m", format!("{}M", self.memory_bytes >> 20));
         add("-display", "none".into());

@@ -8,8 +8,8 @@
 //! the log is cleared twice only, at the beginning and at the end, both times with the guest
 //! stopped.
 
-use crate::arguments::Accelerator;
 use crate::migration_status::Info;
+use crate::processor::Accelerator;
 use crate::vm::Vm;
 use keel_machine::worker::MoveError;
 use serde::Deserialize;

@@ -1,13 +1,15 @@
 //! What an agent asks of this kind of machine.
 
-use crate::accelerator::Accelerator;
+use crate::host_processors;
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
+use crate::processor::{Accelerator, Processor};
 use crate::root_disk::{self, ImageHeader};
 use crate::spec::QemuSpec;
 use keel_machine::cgroup::lacks_for_cpu_limits;
 use keel_machine::kind::{
-    Abilities, Difference, DiskImage, HostFile, Kind, KindName, WorkerFolders,
+    Abilities, Difference, DiskImage, Features, HostFile, Kind, KindName, KindSpec, NodeFeatures,
+    WorkerFolders,
 };
 use keel_machine::spec::Spec;
 use serde_json::{Value, json};
@@ -134,7 +136,37 @@ impl Kind for QemuKind {
         files.collect()
     }
 
-    fn lacks_here(&self, spec: &Spec) -> Option<String> {
+    /// The processors that its QEMU can give to systems, in words; none if it does not say it.
+    fn features_here(&self, cache: &Path) -> Features {
+        let processors = host_processors::of_host(cache).unwrap_or_else(|error| {
+            tracing::warn!(
+                error,
+                "it is not known which processors systems can have here"
+            );
+            Vec::new()
+        });
+        processors.iter().flat_map(Processor::words).collect()
+    }
+
+    fn features_needed(&self, spec: &Spec) -> Features {
+        let processor = QemuSpec::of(spec).ok().and_then(|own| own.processor);
+        processor.map_or_else(Features::new, |processor| processor.words())
+    }
+
+    /// Decides on its processor.
+    fn complete(
+        &self,
+        spec: &mut Spec,
+        nodes: &[NodeFeatures<'_>],
+        on: Option<&str>,
+    ) -> Result<(), String> {
+        let mut own = QemuSpec::of(spec)?;
+        own.processor = Processor::chosen(own.cpu_model, nodes, on)?;
+        spec.kind_spec = KindSpec::new(&own)?;
+        Ok(())
+    }
+
+    fn lacks_here(&self, spec: &Spec, cache: &Path) -> Option<String> {
         if !is_installed() {
             return Some(format!(
                 "{QEMU} is not installed (apt-get install qemu-system-x86)"
@@ -145,8 +177,13 @@ impl Kind for QemuKind {
         {
             return Some(format!("it lacks {lacking}, for the machine's cpu-limit"));
         }
-        let interfaces = QemuSpec::of(spec).map(|own| own.interfaces);
-        network::check(&interfaces.unwrap_or_default()).err()
+        let own = QemuSpec::of(spec).ok()?;
+        if let Some(processor) = &own.processor
+            && let Err(lacking) = host_processors::check(processor, cache)
+        {
+            return Some(lacking);
+        }
+        network::check(&own.interfaces).err()
     }
 
     /// A disk is locked, but a node that was cut off may hold its lock; and nothing keeps two
@@ -256,6 +293,7 @@ impl Kind for QemuKind {
         // By their names in machine files.
         let fields = [
             ("cpu", "cpus"),
+            ("cpu-model", "cpu_model"),
             ("kernel", "kernel"),
             ("image or disk-size", "root"),
             ("disk", "disks"),

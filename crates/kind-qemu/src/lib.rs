@@ -27,7 +27,8 @@
 //! - `guest_agent`: commands to the agent in the guest; `guest_clock`: the time of a restored guest
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
-//! - `accelerator`: whether the host's processor executes guests, or QEMU translates them
+//! - `processor`: the features of a machine's processor; `host_processors`: those that this host can
+//!   give; `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
 //! The worker supervises QEMU: the kernel ends QEMU with it. So who may run a machine is decided
 //! for workers alone, as for every kind.
@@ -48,11 +49,13 @@ mod full_disk;
 mod guest;
 mod guest_agent;
 mod guest_clock;
+mod host_processors;
 mod kind;
 mod migration;
 mod migration_status;
 mod network;
 mod process;
+mod processor;
 mod qmp;
 mod relay;
 mod root_disk;
@@ -63,6 +66,7 @@ mod worker;
 
 pub use decoders::{is_from_checkpoint, is_from_guest_agent, is_from_qemu, is_spec};
 pub use kind::QemuKind;
+pub use processor::{Accelerator, CpuModel, Processor};
 pub use root_disk::{ImageHeader, SIGNATURE_BYTES};
 pub use spec::{
     CPUS_MAX, Disk, DiskFormat, Interface, Kernel, QemuSpec, ROOT_BYTES_MAX, RootDisk,

@@ -328,8 +328,8 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::accelerator::Accelerator;
     use crate::arguments::Machine;
+    use crate::processor::Accelerator;
     use crate::relay::tests::links;
     use crate::spec::{Kernel, QemuSpec};
     use crate::vm::Launch;

@@ -12,7 +12,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -125,11 +125,16 @@ pub(crate) struct Launched {
     pub(crate) process: OwnedFd,
 }
 
-/// Whether the program is installed.
-pub(crate) fn is_installed() -> bool {
+/// The program's file; `None` if it is not installed.
+pub(crate) fn program_file() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut programs = std::env::split_paths(&path).map(|folder| folder.join(QEMU));
-    programs.any(|program| access(program, Access::EXEC_OK).is_ok())
+    programs.find(|program| access(program, Access::EXEC_OK).is_ok())
+}
+
+/// Whether the program is installed.
+pub(crate) fn is_installed() -> bool {
+    program_file().is_some()
 }
 
 /// The version of the program that is installed; `None` if there is none.

@@ -1,5 +1,6 @@
 //! The part of a machine's spec that only this kind understands.
 
+use crate::processor::{CpuModel, Processor};
 use keel_machine::kind::KindSpec;
 use keel_machine::spec::Spec;
 use macaddr::MacAddr6;
@@ -57,6 +58,13 @@ pub struct QemuSpec {
     /// Whether it has a balloon, by which it gives memory back to its node. (Left out likewise.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub balloon: bool,
+    /// What its user asks of its processor. (Left out likewise.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_model: Option<CpuModel>,
+    /// The processor that it was given when it was made. (Left out likewise; machines without one have
+    /// the base model, with whatever executes systems on their node.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processor: Option<Processor>,
     /// How long it may take to shut down before its power is cut, in seconds.
     pub shutdown_s: u32,
 }
@@ -194,6 +202,8 @@ impl Default for QemuSpec {
             cloud_init: None,
             guest_agent: false,
             balloon: false,
+            cpu_model: None,
+            processor: None,
             shutdown_s: SHUTDOWN_S,
         }
     }
@@ -270,6 +280,7 @@ impl QemuSpec {
             let count = self.disks.len();
             return Err(format!("{count} disks: at most {DISKS_MAX} are possible"));
         }
+        self.processor.as_ref().map_or(Ok(()), Processor::check)?;
         if self.kernel.is_none() && self.root.is_none() && self.disks.is_empty() {
             return Err("there is nothing to boot: it needs a kernel, an image or a disk".into());
         }

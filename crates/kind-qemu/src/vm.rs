@@ -6,7 +6,7 @@
 //!                 └──────pause───────┘          held: the process itself is stopped (SIGSTOP)
 //! ```
 
-use crate::arguments::{AGENT_FD, Accelerator, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::arguments::{AGENT_FD, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
 use crate::console::Sockets;
 use crate::guest_agent::GuestAgent;
 use crate::migration_status::Info;
@@ -15,6 +15,7 @@ use crate::process::{
     Known, Launched, QEMU, Shared, VmEnd, all_threads_stopped, die_with_parent, resident_bytes,
     supervise,
 };
+use crate::processor::Accelerator;
 use crate::qmp::{PATIENCE, Qmp, QmpError};
 use command_fds::{CommandFdExt, FdMapping};
 use keel_machine::worker::MoveError;
@@ -47,7 +48,7 @@ pub(crate) struct RunState {
 
 /// One of the answer to `query-cpus-fast`.
 #[derive(Debug, serde::Deserialize)]
-struct Processor {
+struct ProcessorThread {
     #[serde(rename = "thread-id")]
     thread: u32,
 }
@@ -187,7 +188,7 @@ impl Vm {
     /// # Errors
     /// What QEMU says.
     pub(crate) fn processor_threads(&self) -> Result<Vec<u32>, QmpError> {
-        let processors: Vec<Processor> = self.qmp()?.query("query-cpus-fast")?;
+        let processors: Vec<ProcessorThread> = self.qmp()?.query("query-cpus-fast")?;
         let threads: BTreeSet<u32> = processors.into_iter().map(|it| it.thread).collect();
         Ok(threads.into_iter().collect())
     }
@@ -577,7 +578,6 @@ fn continue_guest(qmp: &Qmp) -> Result<(), QmpError> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::accelerator::Accelerator;
     use crate::qmp::tests::{answer, connect};
     use crate::spec::QemuSpec;
     use keel_testkit::bare_system::{counting_system, qemu_is_installed};

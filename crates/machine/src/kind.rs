@@ -14,6 +14,7 @@ use crate::high_availability::HighAvailability;
 use crate::spec::{Balancing, Spawn, Spec};
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -157,6 +158,26 @@ pub struct DiskImage {
     pub bytes: u64,
 }
 
+/// What a host offers to machines of a kind where hosts differ, or what such a machine needs: words
+/// that only the kind understands. A machine may run where all that it needs is offered.
+pub type Features = BTreeSet<String>;
+
+/// A kind whose machines a host executes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Executed {
+    pub kind: KindName,
+    /// As [`Kind::executed_here`] says it.
+    pub how: String,
+    pub features: Features,
+}
+
+/// What a node's host offers to machines of one kind.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeFeatures<'a> {
+    pub node: &'a str,
+    pub features: &'a Features,
+}
+
 /// A field of specs in which two of them differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
@@ -206,9 +227,33 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
         Vec::new()
     }
 
+    /// What this host offers. `cache` is the folder of compiled code. May take some seconds.
+    fn features_here(&self, _cache: &Path) -> Features {
+        Features::new()
+    }
+
+    /// What a machine needs of its host, wherever it runs and whenever: of [`Self::features_here`].
+    fn features_needed(&self, _spec: &Spec) -> Features {
+        Features::new()
+    }
+
+    /// Completes the spec of a new machine with what depends on the hosts on which it may run, as far
+    /// as they say what they offer. `on` is the node where it begins, if that is known.
+    ///
+    /// # Errors
+    /// Why none of them can run it: a message for the user, which names the field.
+    fn complete(
+        &self,
+        _spec: &mut Spec,
+        _nodes: &[NodeFeatures<'_>],
+        _on: Option<&str>,
+    ) -> Result<(), String> {
+        Ok(())
+    }
+
     /// What a machine lacks on this host that it uses wherever it runs, beside files; `None` if
-    /// nothing. Blocks.
-    fn lacks_here(&self, _spec: &Spec) -> Option<String> {
+    /// nothing. `cache` is the folder of compiled code. Blocks.
+    fn lacks_here(&self, _spec: &Spec, _cache: &Path) -> Option<String> {
         None
     }
 
@@ -465,11 +510,15 @@ impl Kinds {
         self.all().find_map(|kind| kind.program_of_code(file_name))
     }
 
-    /// The kinds whose machines this host executes, each with [`Kind::executed_here`]. Blocks.
-    pub fn executed_here(&self, cache: &Path) -> Vec<(KindName, String)> {
-        let executed = self
-            .all()
-            .filter_map(|kind| Some((kind.name(), kind.executed_here(cache)?)));
+    /// The kinds whose machines this host executes. Blocks.
+    pub fn executed_here(&self, cache: &Path) -> Vec<Executed> {
+        let executed = self.all().filter_map(|kind| {
+            Some(Executed {
+                kind: kind.name(),
+                how: kind.executed_here(cache)?,
+                features: kind.features_here(cache),
+            })
+        });
         executed.collect()
     }
 

@@ -7,9 +7,11 @@ use crate::processes::Processes;
 use crate::records::NodeRecord;
 use keel_cluster::gossip::Start;
 use keel_cluster::members::{self, MemberError};
+use keel_machine::kind::Executed;
 use keel_store::encoding;
 use keel_store::keys::Key;
 use keel_store::{Txn, TxnOutcome};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,8 +27,18 @@ pub(crate) async fn publish(context: Arc<Context>, processes: Arc<Processes>) ->
         let executed = tokio::task::spawn_blocking(move || kinds.executed_here(&cache)).await;
         // (An error means that the agent ends.)
         if let Ok(executed) = executed {
-            record.executes = Some(executed.iter().map(|(kind, _)| kind.clone()).collect());
-            record.kinds = executed.into_iter().map(|(_, how)| how).collect();
+            record.executes = Some(executed.iter().map(|it| it.kind.clone()).collect());
+            for Executed {
+                kind,
+                how,
+                features,
+            } in executed
+            {
+                record.kinds.push(how);
+                if !features.is_empty() {
+                    record.offers.insert(kind, features);
+                }
+            }
             write(&context, &record).await;
         }
     });
@@ -68,6 +80,7 @@ fn describe(context: &Context, processes: &Processes) -> NodeRecord {
         lacks,
         kinds: Vec::new(),
         executes: None,
+        offers: BTreeMap::new(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }

@@ -7,7 +7,7 @@
 mod ownership;
 mod voters;
 
-use crate::command::cargo;
+use crate::command::{cargo, root};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::Path;
@@ -54,6 +54,14 @@ impl Drop for Original {
 
 /// Runs all mutants, or those whose name contains `only`.
 pub(crate) fn run(only: Option<&str>) -> Result<()> {
+    // Files are changed here, and tests built where this program was: if that were not the same
+    // place, no mutant would be caught.
+    let (here, built) = (std::env::current_dir()?, root().canonicalize()?);
+    ensure!(
+        here.canonicalize()? == built,
+        "this program was built in {}: run `cargo xtask mutants` there, or build it here",
+        built.display()
+    );
     let mut survivors = Vec::new();
     let chosen = |name: &str| only.is_none_or(|part| name.contains(part));
     for subject in &SUBJECTS {
@@ -109,7 +117,6 @@ impl Mutant {
     /// Changes its file, until the original is dropped.
     fn apply(&self) -> Result<Original> {
         let file = self.file;
-        ensure!(Path::new(file).exists(), "run it in the workspace's folder");
         let content = fs::read_to_string(file)?;
         let changed = self.changed(&content)?;
         let original = Original { file, content };

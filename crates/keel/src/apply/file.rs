@@ -23,7 +23,7 @@ use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use crate::system::{self, NetworkArg, System};
 use anyhow::Result;
 use keel_api::{Client, MachineInfo, RunRequest};
-use keel_kind_qemu::{Disk, QemuKind, QemuSpec};
+use keel_kind_qemu::{CpuModel, Disk, QemuKind, QemuSpec};
 use keel_kind_wasm::{WasmKind, WasmSpec};
 use keel_machine::kind::{KindName, KindSpec};
 use keel_machine::restart_policy::Restart;
@@ -38,7 +38,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 38] = [
+const KEYS: [&str; 39] = [
     "module",
     "kind",
     "kernel",
@@ -49,6 +49,7 @@ const KEYS: [&str; 38] = [
     "disk",
     "net",
     "cpu",
+    "cpu-model",
     "guest-agent",
     "balloon",
     "shutdown",
@@ -163,6 +164,7 @@ struct Machine {
     #[serde(default)]
     net: Vec<Network>,
     cpu: Option<u32>,
+    cpu_model: Option<CpuModel>,
     guest_agent: Option<bool>,
     balloon: Option<bool>,
     shutdown: Option<Time>,
@@ -298,6 +300,7 @@ impl Machine {
             disk: self.disk.drain(..).map(|FileDisk(disk)| disk).collect(),
             net: self.net.drain(..).map(|Network(network)| network).collect(),
             cpu: self.cpu,
+            cpu_model: self.cpu_model,
             guest_agent: self.guest_agent,
             balloon: self.balloon,
             shutdown: self.shutdown.take().map(|Time(time)| time),
@@ -615,6 +618,7 @@ mod tests {
             disk = ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
             net = ["br0,mac=02:00:00:00:00:01"]
             cpu = 2
+            cpu-model = "x86-64-v2"
             guest-agent = false
             balloon = false
             shutdown = "10s"
@@ -634,6 +638,7 @@ mod tests {
                 .to_vec(),
             net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
             cpu: Some(2),
+            cpu_model: Some(CpuModel::Level2),
             guest_agent: Some(false),
             balloon: Some(false),
             shutdown: Some(Duration::from_secs(10)),
@@ -657,7 +662,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, guest-agent, balloon, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, balloon, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

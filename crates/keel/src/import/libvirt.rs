@@ -55,6 +55,17 @@ pub(super) fn read(text: &str) -> Result<Imported, String> {
                     read.leave_out(format!("vcpu {name}={value}"));
                 }
             }
+            "cpu" => {
+                let model = match part.attribute("mode") {
+                    None | Some("custom") => child(part, "model").map(content),
+                    Some(mode) => Some(mode.to_owned()),
+                };
+                // What else it says is of that model.
+                match model {
+                    Some(model) => read.set_cpu_model(&model),
+                    None => read.leave_out("cpu"),
+                }
+            }
             "os" => system(part, &mut read)?,
             "devices" => {
                 let mut devices: Vec<Node<'_, '_>> = elements(part).collect();
@@ -323,7 +334,6 @@ mod tests {
             r#"# From web.xml. Left out:
 #   uuid
 #   vcpu placement=static
-#   cpu
 #   disk vda: iotune
 #   disk sda: cdrom of type file /srv/iso/debian.iso
 #   disk vdc: disk of type network
@@ -338,6 +348,7 @@ kind = "qemu"
 disk = ["/srv/vm/web.qcow2,format=qcow2", "/dev/vg/data,format=raw,ro"]
 net = ["br0,mac=52:54:00:aa:00:01"]
 cpu = 2
+cpu-model = "common"
 balloon = false
 memory = "2048M"
 "#

@@ -9,6 +9,7 @@ mod proxmox;
 
 use crate::system;
 use anyhow::{Context, Result, bail};
+use keel_kind_qemu::CpuModel;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -58,6 +59,8 @@ struct Machine {
     net: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cpu: Option<u32>,
+    #[serde(rename = "cpu-model", skip_serializing_if = "Option::is_none")]
+    cpu_model: Option<CpuModel>,
     #[serde(rename = "guest-agent", skip_serializing_if = "Option::is_none")]
     guest_agent: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,6 +117,27 @@ impl Imported {
             Ok(_) => self.machine.net.push(text),
             Err(why) => self.leave_out(format!("{of}: {why}")),
         }
+    }
+
+    /// The model of its processors, by QEMU's name or one of libvirt or Proxmox VE. Only levels are the
+    /// same everywhere: of other models it is not known which nodes have them.
+    fn set_cpu_model(&mut self, name: &str) {
+        let model = match name {
+            "host" | "max" | "host-passthrough" | "host-model" | "maximum" => CpuModel::Common,
+            "qemu64" | "kvm64" => CpuModel::Level1,
+            "x86-64-v2-AES" => CpuModel::Level2,
+            _ => match name.parse() {
+                Ok(model) => model,
+                Err(_) => {
+                    self.leave_out(format!("cpu {name}"));
+                    return;
+                }
+            },
+        };
+        if name.ends_with("-AES") {
+            self.leave_out(format!("cpu {name}: AES"));
+        }
+        self.machine.cpu_model = Some(model);
     }
 
     /// Devices are of virtio here, and have other names in the guest.

@@ -56,6 +56,13 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             "agent" => add_agent(value, &mut read),
             // Others are the least memory that it leaves the system.
             "balloon" if value == "0" => read.machine.balloon = Some(false),
+            "cpu" => {
+                let (model, options) = value.split_once(',').unwrap_or((value, ""));
+                read.set_cpu_model(model.strip_prefix("cputype=").unwrap_or(model));
+                if !options.is_empty() {
+                    read.leave_out(format!("cpu: {options}"));
+                }
+            }
             "name" => read.name = value.to_owned(),
             "cores" => cores = Some(count()?),
             "sockets" => sockets = Some(count()?),
@@ -228,7 +235,7 @@ agent: 1
 balloon: 0
 boot: order=scsi1;ide2;net0
 cores: 2
-cpu: host
+cpu: host,flags=+aes
 ide2: none,media=cdrom
 memory: 2048
 name: web
@@ -254,7 +261,7 @@ cores: 9
         assert_eq!(
             text,
             r#"# From 100.conf. Left out:
-#   cpu: host
+#   cpu: flags=+aes
 #   net0: firewall=1,tag=10
 #   net1: e1000, it is of virtio here
 #   scsihw: virtio-scsi-single
@@ -270,6 +277,7 @@ kind = "qemu"
 disk = ["/dev/pve/vm-100-disk-0,format=raw", "/mnt/vz/images/100/vm-100-disk-1.qcow2", "/dev/disk/by-id/x,format=raw,ro"]
 net = ["vmbr0,mac=bc:24:11:aa:00:01", "vmbr1,mac=bc:24:11:aa:00:02"]
 cpu = 4
+cpu-model = "common"
 balloon = false
 memory = "2048M"
 "#

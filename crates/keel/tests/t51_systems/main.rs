@@ -2,7 +2,8 @@
 //! balancing; `failover`: high availability; `systems`: the cluster in which they run. `cloud_init`:
 //! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
 //! a limit of its CPU time; `own_disk`: a disk from an image; `checkpoints`: systems that go on from
-//! one; `memory`: memory that they give back; `scripted`: systems that run a script; `placement`: nodes without QEMU.
+//! one; `memory`: memory that they give back; `scripted`: systems that run a script; `placement`:
+//! nodes without QEMU; `processors`: nodes that lack a feature.
 
 mod agent;
 mod checkpoints;
@@ -15,5 +16,6 @@ mod memory;
 mod networks;
 mod own_disk;
 mod placement;
+mod processors;
 mod scripted;
 mod systems;

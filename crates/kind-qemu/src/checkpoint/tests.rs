@@ -3,10 +3,11 @@
 use super::create::{Checkpointer, CreateError, Destination};
 use super::restore::restore;
 use crate::QemuKind;
-use crate::arguments::{Accelerator, Machine};
+use crate::arguments::Machine;
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::process::VmEnd;
+use crate::processor::Accelerator;
 use crate::spec::QemuSpec;
 use crate::vm::{Launch, Vm};
 use keel_cluster::Epoch;

@@ -1,7 +1,6 @@
 //! The worker process of a machine of this kind: supervises its QEMU.
 
 use super::checkpoints::Checkpoints;
-use crate::accelerator::Accelerator;
 use crate::arguments::Machine;
 use crate::balloon::Balloon;
 use crate::console::Console;
@@ -10,8 +9,10 @@ use crate::full_disk;
 use crate::guest::Guest;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::guest_clock;
+use crate::host_processors;
 use crate::migration::Incoming;
 use crate::process::VmEnd;
+use crate::processor::Accelerator;
 use crate::qmp::QmpError;
 use crate::root_disk;
 use crate::session::QemuSession;
@@ -146,12 +147,21 @@ impl QemuWorker {
                 tracing::warn!(error, "cannot limit the memory of this worker");
             }
         }
+        let cache = &self.folders.cache;
+        let accelerator = match &own.processor {
+            Some(processor) => {
+                let checked = host_processors::check(processor, cache);
+                checked.map_err(|lacking| format!("it cannot run here: {lacking}"))?;
+                processor.accelerator
+            }
+            None => Accelerator::of_host(cache),
+        };
         let machine = Machine {
             name: name.as_str(),
             spec: &own,
             memory_bytes: spec.memory_bytes,
             images: &self.folders.images,
-            accelerator: Accelerator::of_host(&self.folders.cache),
+            accelerator,
             is_incoming,
         };
         root_disk::prepare(self.process.folder(), &self.folders.images, &own)?;

@@ -96,7 +96,7 @@ fn eligible(handle: &NodeBalancer) -> Vec<Eligible> {
             Some(Eligible {
                 name,
                 owner: placed.owner,
-                kind: placed.kind,
+                kind: placed.needs.kind,
                 image: placed.compiled_image?,
             })
         })

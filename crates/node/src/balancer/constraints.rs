@@ -4,14 +4,13 @@
 use super::links::Links;
 use super::spreading::Spreading;
 use crate::compilation::Code;
-use crate::records::Placements;
+use crate::records::{Needs, Placements};
 use crate::rules::RuleSnapshot;
 use keel_balance::Name;
 use keel_balance::cost::Link;
 use keel_balance::round::Constraints;
 use keel_balance::rules::Violation;
 use keel_balance::select::{Constraint, Spreadable};
-use keel_machine::kind::KindName;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -63,9 +62,9 @@ impl Snapshot {
         self.rules.broken_on(node)
     }
 
-    /// That a node's host does not execute machines of a kind, if that is known.
-    pub(super) fn lacks_kind(&self, kind: &KindName, node: &str) -> Option<Violation> {
-        self.rules.lacks_kind(kind, node)
+    /// That a node's host cannot run a machine, if that is known.
+    pub(super) fn host_forbids(&self, needs: &Needs, node: &str) -> Option<Violation> {
+        self.rules.host_forbids(needs, node)
     }
 
     /// The rule that forbids a machine on a node.

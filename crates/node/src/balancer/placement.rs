@@ -9,12 +9,12 @@ use super::ledger::LedgerFilter;
 use super::peers::{LOAD, ask_node};
 use super::queries::load;
 use crate::gossip::Known;
+use crate::records::Needs;
 use keel_api::NodeLoad;
 use keel_balance::Name;
 use keel_balance::policy::Mode;
 use keel_balance::select::NodeState;
 use keel_cluster::NodeName;
-use keel_machine::kind::KindName;
 use rand::Rng;
 use rand::seq::IteratorRandom;
 use std::collections::BTreeMap;
@@ -36,10 +36,10 @@ impl NodeBalancer {
     pub(crate) async fn choose_node(
         self: &Arc<Self>,
         machine: &str,
-        kind: &KindName,
+        needs: &Needs,
         memory_bytes: u64,
     ) -> NodeName {
-        choose(self, machine, kind, memory_bytes).await
+        choose(self, machine, needs, memory_bytes).await
     }
 }
 
@@ -48,14 +48,14 @@ impl NodeBalancer {
 async fn choose(
     handle: &Arc<NodeBalancer>,
     machine: &str,
-    kind: &KindName,
+    needs: &Needs,
     memory_bytes: u64,
 ) -> NodeName {
     let here = handle.context.name.clone();
-    let (machine, kind) = (Name::from(machine), kind.clone());
+    let (machine, needs) = (Name::from(machine), needs.clone());
     let peers = handle.query(move |balancer, _, rules| {
         let may = |node: &Name| {
-            rules.forbids(&machine, node).is_none() && rules.lacks_kind(&kind, node).is_none()
+            rules.forbids(&machine, node).is_none() && rules.host_forbids(&needs, node).is_none()
         };
         let others: Vec<Name> = rules.nodes().iter().filter(|it| may(it)).cloned().collect();
         (balancer.policy().0.mode, others)

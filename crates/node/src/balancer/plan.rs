@@ -7,7 +7,7 @@ use super::handle::NodeBalancer;
 use super::plan_confirmation;
 use super::queries::gather_loads;
 use crate::error::CommandError;
-use crate::records;
+use crate::records::{self, Needs};
 use crate::rules::RuleSet;
 use keel_api::{
     LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanRequest, PlanStep, PlannedMachine,
@@ -20,7 +20,6 @@ use keel_balance::load::{Factors, MachineSample, Weights};
 use keel_balance::plan::{Amounts, Goal, Plan, Problem, RESOURCES, Site, Workload, plan};
 use keel_balance::select::Constraint;
 use keel_cluster::MachineName;
-use keel_machine::kind::KindName;
 use keel_machine::spec::BalanceBy;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
@@ -79,7 +78,7 @@ impl View {
         }
         let (mut loads, mut factors, mut fixed) = (Vec::new(), Vec::new(), BTreeMap::new());
         let mut epochs = Vec::new();
-        let mut of_kinds: BTreeMap<KindName, Vec<String>> = BTreeMap::new();
+        let mut by_needs: BTreeMap<Needs, Vec<String>> = BTreeMap::new();
         let mut live = handle.placements.live();
         live.sort();
         for (name, owner) in live {
@@ -91,8 +90,8 @@ impl View {
             let thing = rules_now.machine(&name);
             let placed = handle.placements.get(&name);
             if let Some(placed) = &placed {
-                let of_kind = of_kinds.entry(placed.kind.clone()).or_default();
-                of_kind.push(name.to_string());
+                let equal = by_needs.entry(placed.needs.clone()).or_default();
+                equal.push(name.to_string());
             }
             let mut rules = rules_now.rules.iter();
             let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
@@ -128,7 +127,7 @@ impl View {
             loads,
             weights: weighed(weights),
             hard: [false; RESOURCES],
-            rules: [&rules_now.rules[..], &rules_now.kind_rules(&of_kinds)].concat(),
+            rules: [&rules_now.rules[..], &rules_now.hosts.as_rules(&by_needs)].concat(),
             gain_min: GAIN_MIN / count,
             at_once: AT_ONCE,
         };

@@ -47,7 +47,7 @@ impl Expected {
             let Some(ha) = &placed.ha else { continue };
             let set = sets.remove(&machine);
             let was_restored = placed.was_restored;
-            let homeless = one_homeless(at, &machine, &placed.kind, ha, set, was_restored);
+            let homeless = one_homeless(at, &machine, &placed.needs.kind, ha, set, was_restored);
             of_nodes.entry(placed.owner).or_default().push(homeless);
         }
         Ok(Expected { of_nodes, free })

@@ -15,13 +15,18 @@ fn fingerprint(hash: &str) -> Result<Fingerprint, ImageError> {
         .map_err(|_| ImageError::NoHash(hash.to_owned()))
 }
 
+fn unavailable(error: RepositoryError) -> CommandError {
+    CommandError::Unavailable(error.to_string())
+}
+
 /// What was done for the images of a machine.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StoredImages {
     /// Bytes that were stored.
     pub(crate) bytes: u64,
-    /// Whether one of them was so old that somebody may have begun to delete it.
-    was_old: bool,
+    /// Whether somebody may have begun to delete one of them: it was old, or perhaps what is left of an
+    /// earlier upload was.
+    may_go: bool,
 }
 
 impl Images {
@@ -44,22 +49,26 @@ impl Images {
         repository: &Repository,
         spec: &Spec,
     ) -> Result<StoredImages, CommandError> {
-        let unavailable = |error: RepositoryError| CommandError::Unavailable(error.to_string());
         let mut stored = StoredImages::default();
         for hash in self.used(spec).map_err(CommandError::Unavailable)? {
-            let fingerprint = fingerprint(&hash)?;
-            match repository.keep_image(&fingerprint).await {
+            match repository.keep_image(&fingerprint(&hash)?).await {
                 Ok(KeptImage::Young) => {}
-                Ok(KeptImage::Renewed) => stored.was_old = true,
+                Ok(KeptImage::Renewed) => stored.may_go = true,
                 Ok(KeptImage::Absent) => {
-                    let file = self.find_image(&hash).await?;
-                    let put = repository.put_image(&fingerprint, file).await;
-                    stored.bytes += put.map_err(unavailable)?;
+                    stored.may_go = true;
+                    stored.bytes += self.put_in(repository, &hash).await?;
                 }
                 Err(error) => return Err(unavailable(error)),
             }
         }
         Ok(stored)
+    }
+
+    /// Stores an image in a repository that lacks it; the bytes that were stored.
+    async fn put_in(&self, repository: &Repository, hash: &str) -> Result<u64, CommandError> {
+        let file = self.find_image(hash).await?;
+        let put = repository.put_image(&fingerprint(hash)?, file).await;
+        put.map_err(unavailable)
     }
 
     /// Looks again whether a repository has the images of a machine that has a checkpoint there now,
@@ -73,17 +82,13 @@ impl Images {
         spec: &Spec,
         before: StoredImages,
     ) -> Result<(), CommandError> {
-        if !before.was_old {
+        if !before.may_go {
             return Ok(());
         }
-        let unavailable = |error: RepositoryError| CommandError::Unavailable(error.to_string());
         for hash in self.used(spec).map_err(CommandError::Unavailable)? {
-            let fingerprint = fingerprint(&hash)?;
-            let is_there = repository.has_image(&fingerprint).await;
+            let is_there = repository.has_image(&fingerprint(&hash)?).await;
             if !is_there.map_err(unavailable)? {
-                let file = self.find_image(&hash).await?;
-                let put = repository.put_image(&fingerprint, file).await;
-                put.map_err(unavailable)?;
+                self.put_in(repository, &hash).await?;
             }
         }
         Ok(())

@@ -7,10 +7,11 @@ use super::spec_check::spec;
 use crate::error::CommandError;
 use crate::events::Note;
 use crate::failover;
-use crate::records;
+use crate::records::{self, Needs};
 use crate::volumes;
 use keel_api::{MachineInfo, RunRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::kind::NodeFeatures;
 use keel_machine::moves::ownership;
 use keel_machine::spec::{Record, Status, Volume, VolumeKind};
 use keel_store::clock::unix_ms;
@@ -29,7 +30,17 @@ pub(crate) async fn run(
         None => MachineName::new(&format!("m-{:08x}", rand::random::<u32>()))
             .map_err(|error| bad(error.to_string()))?,
     };
-    let spec = spec(&machines.context.kinds, &request)?;
+    let kinds = &machines.context.kinds;
+    let mut spec = spec(kinds, &request)?;
+    let kind = kinds.of(&spec).map_err(bad)?;
+    let offers = machines.rules.cache.offers_for(name.as_str(), &spec.kind);
+    let offers: Vec<NodeFeatures<'_>> = offers
+        .iter()
+        .map(|(node, features)| NodeFeatures { node, features })
+        .collect();
+    let on = request.on.as_deref();
+    kind.complete(&mut spec, &offers, on).map_err(bad)?;
+    let needs = Needs::of(kinds, &spec);
     let of_host = |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. });
     let node = match &request.on {
         Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
@@ -40,7 +51,7 @@ pub(crate) async fn run(
             let memory_bytes = promised.unwrap_or(request.memory_bytes);
             machines
                 .balancer
-                .choose_node(name.as_str(), &spec.kind, memory_bytes)
+                .choose_node(name.as_str(), &needs, memory_bytes)
                 .await
         }
     };
@@ -49,7 +60,6 @@ pub(crate) async fn run(
             "there is no node {node:?} (see `keel nodes`)"
         )));
     }
-    let kind = machines.context.kinds.of(&spec).map_err(bad)?;
     for image in kind.images(&spec).map_err(bad)? {
         machines.images.find_image(&image).await?;
     }

@@ -136,10 +136,11 @@ pub(crate) async fn sees(machines: &Machines, question: Sees) -> Result<(), Stri
         machines.images.find_image(&image).await?;
     }
     let paths = question.files.iter().map(|file| file.path.clone());
+    let cache = machines.context.dir.cache();
     let looked = machines.looks.look(paths.collect(), move || {
         let mut files = question.files.iter();
         files.try_for_each(SeenFile::check)?;
-        let lacks = kinds.of(&question.spec)?.lacks_here(&question.spec);
+        let lacks = kinds.of(&question.spec)?.lacks_here(&question.spec, &cache);
         lacks.map_or(Ok(()), Err)
     });
     looked.await?

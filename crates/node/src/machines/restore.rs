@@ -5,6 +5,7 @@ use super::handle::Machines;
 use super::spec_check::LIMITED_HAS_NO_PARTS;
 use crate::checkpoints::{open, place, repository_error};
 use crate::error::CommandError;
+use crate::records::Needs;
 use keel_api::{MachineInfo, RestoreRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::span::PARTS_MAX;
@@ -97,6 +98,11 @@ pub(crate) async fn restore(
             "a machine of kind {} does not start warm: all of its memory comes first",
             manifest.spec.kind
         )));
+    }
+    let needs = Needs::of(kinds, &manifest.spec);
+    if let Some(why) = machines.rules.cache.host_forbids(&needs, node.as_str()) {
+        let why = format!("machine {machine} cannot go on on {node}: {why}");
+        return Err(CommandError::Conflict(why));
     }
     let is_clone = name != machine;
     if is_clone && let Some(unique) = kind.unique(&manifest.spec) {

@@ -94,6 +94,14 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
     if !missing.is_empty() {
         return Err(format!("this node's CPU lacks {}", missing.join(", ")));
     }
+    let (kinds, spec) = (moves.context.kinds.clone(), offer.spec.clone());
+    let cache = moves.context.dir.cache();
+    let looked =
+        tokio::task::spawn_blocking(move || match kinds.of(&spec)?.lacks_here(&spec, &cache) {
+            Some(lacking) => Err(lacking),
+            None => Ok(()),
+        });
+    looked.await.map_err(|error| error.to_string())??;
     check_room(moves, offer.volume_bytes).await?;
     let (spec_volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
     tokio::task::spawn_blocking(move || {

@@ -3,7 +3,7 @@
 
 use crate::error::CommandError;
 use keel_cluster::{Epoch, MachineName, NodeName, members};
-use keel_machine::kind::KindName;
+use keel_machine::kind::{Features, KindName};
 use keel_machine::moves::ownership::EpochBase;
 pub(crate) use keel_machine::moves::ownership::{self, VersionedRecord};
 use keel_machine::spec::{Record, Status};
@@ -12,7 +12,7 @@ use keel_store::StoreError;
 use keel_store::keys::{self, Key};
 use keel_store::{KeyValue, Txn, TxnOutcome};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -38,6 +38,9 @@ pub(crate) struct NodeRecord {
     /// The names of these kinds; `None` until that is known, and from agents that do not say it.
     #[serde(default)]
     pub(crate) executes: Option<BTreeSet<KindName>>,
+    /// What its host offers to machines of these kinds, where hosts differ.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) offers: BTreeMap<KindName, Features>,
     pub(crate) version: String,
 }
 

@@ -32,5 +32,5 @@ pub(crate) use machine::{
     epochs_so_far, first_epoch, get, nodes, schedule, settled, update,
 };
 pub(crate) use machine_command::{MachineCommand, at_owner};
-pub(crate) use placements::{PlacementChange, Placements, follow_arrivals};
+pub(crate) use placements::{Needs, PlacementChange, Placements, follow_arrivals};
 pub(crate) use zones::{draining, zones};

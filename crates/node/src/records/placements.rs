@@ -6,25 +6,45 @@ use keel_balance::Name;
 use keel_balance::select::Spreadable;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::high_availability::HighAvailability;
-use keel_machine::kind::{KindName, Kinds};
+use keel_machine::kind::{Features, KindName, Kinds};
 use keel_machine::moves::ownership::VersionedRecord;
-use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
+use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Spec, Status};
 use keel_store::StoreError;
 use keel_store::keys::{self, Key};
 use keel_store::{Change, KeyValue};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 
 /// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// What a machine needs of its host, whatever else it runs beside.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Needs {
+    pub(crate) kind: KindName,
+    pub(crate) features: Arc<Features>,
+}
+
+impl Needs {
+    /// Those of a machine with this spec.
+    pub(crate) fn of(kinds: &Kinds, spec: &Spec) -> Self {
+        // A kind that this node lacks runs elsewhere only.
+        let kind = kinds.of(spec).ok();
+        let features = kind.map(|kind| kind.features_needed(spec));
+        Needs {
+            kind: spec.kind.clone(),
+            features: Arc::new(features.unwrap_or_default()),
+        }
+    }
+}
+
 /// A machine as the balancer needs it.
 #[derive(Debug, Clone)]
 pub(crate) struct Placed {
     pub(crate) owner: NodeName,
-    pub(crate) kind: KindName,
+    pub(crate) needs: Needs,
     /// Hash of the program's image, if it is compiled before it runs.
     pub(crate) compiled_image: Option<String>,
     /// Raised by each change of owner, and by each restart.
@@ -45,12 +65,11 @@ pub(crate) struct Placed {
 
 impl Placed {
     fn of(kinds: &Kinds, record: &Record) -> Self {
-        // A kind that this node lacks runs elsewhere only.
         let kind = kinds.of(&record.spec).ok();
         let compiled = kind.filter(|kind| kind.abilities().compiles);
         Placed {
             owner: record.owner.clone(),
-            kind: record.spec.kind.clone(),
+            needs: Needs::of(kinds, &record.spec),
             compiled_image: compiled
                 .and_then(|kind| kind.images(&record.spec).ok()?.into_iter().next()),
             epoch: record.epoch,
@@ -85,11 +104,31 @@ pub(crate) enum PlacementChange {
 
 /// All machines.
 #[derive(Debug, Default)]
-pub(crate) struct Placements(Mutex<HashMap<MachineName, Placed>>);
+pub(crate) struct Placements {
+    table: Mutex<HashMap<MachineName, Placed>>,
+    /// What machines need: many need the same, which is kept once.
+    needs: Mutex<BTreeSet<Needs>>,
+}
+
+/// The most distinct needs that are kept although no machine may have them any more.
+const NEEDS_MAX: usize = 64;
 
 impl Placements {
     fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Placed>> {
-        self.0.lock().unwrap_or_else(|error| error.into_inner())
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same needs, which share their memory with equal ones.
+    fn shared(&self, needs: Needs) -> Needs {
+        let mut all = self.needs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = all.get(&needs) {
+            return known.clone();
+        }
+        if all.len() >= NEEDS_MAX {
+            all.retain(|known| Arc::strong_count(&known.features) > 1);
+        }
+        all.insert(needs.clone());
+        needs
     }
 
     /// One machine.
@@ -166,7 +205,8 @@ impl Placements {
             return None;
         };
         let record = VersionedRecord::read(entry).ok()?.record;
-        let placed = Placed::of(kinds, &record);
+        let mut placed = Placed::of(kinds, &record);
+        placed.needs = self.shared(placed.needs);
         let owner = placed.owner.clone();
         let before = self.table().insert(machine.clone(), placed);
         let before = before.filter(|before| before.live)?.owner;

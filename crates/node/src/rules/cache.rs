@@ -1,14 +1,15 @@
-//! The rules, drains and labels, and which kinds of machines hosts execute: a watch on the store. The transaction of a move decides; the
-//! cache avoids attempts that it would refuse, and finds machines that violate a rule.
+//! The rules, drains and labels, and what hosts execute and offer: a watch on the store. The
+//! transaction of a move decides; the cache avoids attempts that it would refuse, and finds machines
+//! that violate a rule.
 
 use super::rule_set::{Drain, RuleSet};
 use crate::context::Context;
-use crate::records::{AliveNodes, Placements};
+use crate::records::{AliveNodes, Needs, Placements};
 use keel_balance::Name;
 use keel_balance::rules::{
     Holders, Rule, Subject, Violation, domains_of, forbidden, holders_of, violations_of,
 };
-use keel_machine::kind::KindName;
+use keel_machine::kind::{Features, KindName};
 use keel_store::Change;
 use keel_store::StoreError;
 use keel_store::keys::{self, Key};
@@ -76,6 +77,17 @@ impl RuleCache {
         let forbidden = self.snapshot().forbids(&machine.into(), &node.into());
         forbidden.map(|broken| broken.why)
     }
+
+    /// That a node's host cannot run a machine, if that is known.
+    pub(crate) fn host_forbids(&self, needs: &Needs, node: &str) -> Option<String> {
+        let forbidden = self.locked().hosts.forbids(needs, node);
+        forbidden.map(|broken| broken.why)
+    }
+
+    /// What hosts offer to a machine of a kind on the nodes where it may run, as far as it is known.
+    pub(crate) fn offers_for(&self, machine: &str, kind: &KindName) -> Vec<(Name, Features)> {
+        self.locked().offers_for(machine, kind)
+    }
 }
 
 impl RuleCache {
@@ -139,7 +151,7 @@ pub(crate) struct RuleSnapshot {
     alive: Vec<Name>,
     placed: Vec<(Subject, Name)>,
     nodes: Vec<Subject>,
-    /// For the kinds of machines, which never change; only where hosts execute different ones.
+    /// For what machines need, which never changes; only where hosts differ.
     placements: Option<Arc<Placements>>,
     held: OnceCell<Held>,
 }
@@ -159,7 +171,7 @@ impl RuleSnapshot {
             )
         };
         RuleSnapshot {
-            placements: set.kinds_differ().then_some(placements),
+            placements: set.hosts.differ().then_some(placements),
             set,
             alive,
             placed,
@@ -204,9 +216,9 @@ impl RuleSnapshot {
         broken
     }
 
-    /// That a node's host does not execute machines of a kind, if that is known.
-    pub(crate) fn lacks_kind(&self, kind: &KindName, node: &str) -> Option<Violation> {
-        self.set.lacks_kind(kind, node)
+    /// That a node's host cannot run a machine, if that is known.
+    pub(crate) fn host_forbids(&self, needs: &Needs, node: &str) -> Option<Violation> {
+        self.set.hosts.forbids(needs, node)
     }
 
     /// The rule, drain or host that forbids a machine on a node.
@@ -218,9 +230,9 @@ impl RuleSnapshot {
             });
         }
         let placed = self.placements.as_ref().and_then(|all| all.get(machine));
-        let lacks = placed.and_then(|placed| self.lacks_kind(&placed.kind, target));
-        if lacks.is_some() {
-            return lacks;
+        let by_host = placed.and_then(|placed| self.host_forbids(&placed.needs, target));
+        if by_host.is_some() {
+            return by_host;
         }
         let thing = self.set.machine(machine);
         let node = self.set.node(target);

@@ -10,10 +10,12 @@
 //! - `claims`: the compares and writes of a placement
 //! - `cache`: the rules, followed, for frequent decisions without requests
 //! - `rule_set`: rules and labels of one instant
+//! - `hosts`: what hosts execute and offer, and so which machines can run there
 
 mod cache;
 mod claims;
 mod handle;
+mod hosts;
 mod rule_set;
 
 pub(crate) use cache::RuleSnapshot;

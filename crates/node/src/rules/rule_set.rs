@@ -1,12 +1,13 @@
 //! Rules, the labels that they select by, and what else decides where machines may be, at one instant
 //! of the store.
 
+use super::hosts::Hosts;
 use crate::records::NodeRecord;
 use keel_balance::Name;
-use keel_balance::rules::{Labels, Requirement, Rule, Selector, Subject, Violation};
+use keel_balance::rules::{Holders, Labels, Rule, Subject};
 use keel_cluster::failover::ZONE;
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::kind::KindName;
+use keel_machine::kind::{Features, KindName};
 use keel_machine::spec::Record;
 use keel_store::Store;
 use keel_store::StoreError;
@@ -15,13 +16,8 @@ use keel_store::{Compare, KeyValue, Revision};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
-/// What forbids a machine on a node whose host does not execute its kind, as rules have names.
-const KIND: &str = "kind";
-
-/// Rules, the labels that they select by, drains, and the kinds that hosts execute, at one instant of
-/// the store.
+/// Rules, the labels that they select by, drains, and what hosts execute, at one instant of the store.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RuleSet {
     pub(crate) rules: Vec<Rule>,
@@ -30,8 +26,7 @@ pub(crate) struct RuleSet {
     machine_labels: BTreeMap<Name, Labels>,
     /// Nodes that are being drained.
     pub(crate) drains: BTreeMap<Name, Drain>,
-    /// Of the nodes of which that is known, the kinds that their hosts execute.
-    executed: BTreeMap<Name, Arc<BTreeSet<KindName>>>,
+    pub(crate) hosts: Hosts,
 }
 
 /// The drain of a node in the store.
@@ -75,10 +70,7 @@ impl RuleSet {
                 let record = entry.and_then(|entry| {
                     keel_store::encoding::decode::<NodeRecord>("a node's record", &entry.value).ok()
                 });
-                match record.and_then(|record| record.executes) {
-                    Some(kinds) => self.executed.insert(node, Arc::new(kinds)),
-                    None => self.executed.remove(&node),
-                };
+                self.hosts.take(node, record);
             }
             Ok(Key::Drain(node)) => {
                 let node: Name = node.as_str().into();
@@ -113,8 +105,8 @@ impl RuleSet {
             .retain(|it, _| !node(it).is_some_and(|it| is_gone(Key::NodeLabels(it))));
         self.drains
             .retain(|it, _| !node(it).is_some_and(|it| is_gone(Key::Drain(it))));
-        self.executed
-            .retain(|it, _| !node(it).is_some_and(|it| is_gone(Key::Node(it))));
+        self.hosts
+            .retain(|it| !node(it).is_some_and(|it| is_gone(Key::Node(it))));
         self.machine_labels.retain(|it, _| {
             let machine = MachineName::new(it).ok();
             !machine.is_some_and(|it| is_gone(Key::MachineLabels(it)))
@@ -133,41 +125,21 @@ impl RuleSet {
         }
     }
 
-    /// Whether hosts execute different kinds.
-    pub(super) fn kinds_differ(&self) -> bool {
-        let mut all = self.executed.values();
-        let first = all.next();
-        all.any(|kinds| Some(kinds) != first)
+    /// Whether a rule forbids a machine on a node for good, whatever else is placed where.
+    fn forbids_for_good(&self, machine: &Subject, node: &Subject) -> bool {
+        let lasting = self.rules.iter();
+        let mut lasting = lasting.filter(|rule| !rule.counts() && rule.applies_to(machine));
+        let (nobody, nowhere) = (Holders::new(), BTreeSet::new());
+        lasting.any(|rule| rule.claim(machine, node, &nobody, &nowhere).is_err())
     }
 
-    /// That a node's host does not execute machines of a kind, if that is known. It may be outdated:
-    /// a host says it when its agent starts.
-    pub(crate) fn lacks_kind(&self, kind: &KindName, node: &str) -> Option<Violation> {
-        let lacks = !self.executed.get(node)?.contains(kind);
-        lacks.then(|| Violation {
-            rule: KIND.into(),
-            why: format!("the host of {node} does not execute machines of kind {kind}"),
-        })
-    }
-
-    /// The same as rules, for machines each with its kind.
-    pub(crate) fn kind_rules(&self, machines: &BTreeMap<KindName, Vec<String>>) -> Vec<Rule> {
-        let rules = machines.iter().filter_map(|(kind, machines)| {
-            let lacking = self.executed.iter().filter(|(_, it)| !it.contains(kind));
-            let lacking: Vec<String> = lacking.map(|(node, _)| node.to_string()).collect();
-            // An empty selector would select everything.
-            let matters = !lacking.is_empty() && !machines.is_empty();
-            let of = |names: Vec<String>| Selector {
-                names,
-                ..Selector::default()
-            };
-            matters.then(|| Rule {
-                name: KIND.into(),
-                machines: of(machines.clone()),
-                requirement: Requirement::Avoid { nodes: of(lacking) },
-            })
-        });
-        rules.collect()
+    /// What hosts offer to a machine of a kind on the nodes where it may run, as far as it is known.
+    pub(super) fn offers_for(&self, machine: &str, kind: &KindName) -> Vec<(Name, Features)> {
+        let machine = self.machine(machine);
+        let offers = self.hosts.offers(kind);
+        let may = offers.filter(|(node, _)| !self.forbids_for_good(&machine, &self.node(node)));
+        may.map(|(node, features)| (node.clone(), features.clone()))
+            .collect()
     }
 
     pub(crate) fn node(&self, name: &str) -> Subject {
@@ -283,58 +255,6 @@ mod tests {
         assert!(set.rules.is_empty() && !set.machine("m").labels.is_empty());
         set.forget(keys::MACHINE_LABELS, &[]);
         assert!(set.machine("m").labels.is_empty());
-    }
-
-    #[test]
-    fn a_node_lacks_what_its_host_does_not_execute() {
-        let record = |executes: Option<&[&str]>| {
-            let kinds = |all: &[&str]| all.iter().map(|it| it.parse().unwrap()).collect();
-            let record = NodeRecord {
-                address: String::new(),
-                cpus: 1,
-                memory_bytes: 1,
-                features: Vec::new(),
-                lacks: Vec::new(),
-                kinds: Vec::new(),
-                executes: executes.map(kinds),
-                version: String::new(),
-            };
-            keel_store::encoding::encode("a node's record", &record).unwrap()
-        };
-        let entry = |name: &str, executes: Option<&[&str]>| KeyValue {
-            value: record(executes),
-            ..entry(Key::Node(node(name)), "")
-        };
-        let both: &[&str] = &["qemu", "wasm"];
-        let mut entries = vec![entry("a", Some(both)), entry("c", None)];
-        assert!(!set(&entries).kinds_differ());
-        entries.push(entry("b", Some(&["wasm"])));
-        let mut set = set(&entries);
-        assert!(set.kinds_differ());
-        let (qemu, wasm): (KindName, KindName) = ("qemu".parse().unwrap(), "wasm".parse().unwrap());
-        let lacks = set.lacks_kind(&qemu, "b").unwrap();
-        assert!(
-            lacks.why.contains("host of b does not execute"),
-            "{}",
-            lacks.why
-        );
-        for (kind, node) in [(&qemu, "a"), (&qemu, "c"), (&qemu, "d"), (&wasm, "b")] {
-            assert_eq!(set.lacks_kind(kind, node), None, "{kind} on {node}");
-        }
-        let machines = BTreeMap::from([
-            (qemu.clone(), vec!["s".to_owned()]),
-            (wasm, vec!["w".to_owned()]),
-        ]);
-        let rules = set.kind_rules(&machines);
-        assert_eq!(rules.len(), 1);
-        assert_eq!(rules[0].requirement.to_string(), "not on b");
-        assert!(rules[0].applies_to(&set.machine("s")) && !rules[0].applies_to(&set.machine("w")));
-        assert!(
-            set.kind_rules(&BTreeMap::from([(qemu, Vec::new())]))
-                .is_empty()
-        );
-        set.forget(keys::NODES, &entries[..1]);
-        assert!(!set.kinds_differ());
     }
 
     #[test]

@@ -325,6 +325,23 @@ mod tests {
         assert_eq!(found.meta.last_log_id, meta(9).last_log_id);
     }
 
+    /// One that is built takes long; one that is received meanwhile may be of a later entry, and the log
+    /// before that is gone.
+    #[test]
+    fn an_older_snapshot_does_not_replace_a_newer_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = SnapshotFile::new(folder.path().join("snapshot"));
+        let state = encode(&Model::default()).unwrap();
+        file.save(&meta(9), &state).unwrap();
+        file.save(&meta(7), &state).unwrap();
+        let newest = meta(9).last_log_id;
+        assert_eq!(file.load().unwrap().unwrap().meta.last_log_id, newest);
+        assert_eq!(file.saved().borrow().last, newest);
+        file.save(&meta(12), &state).unwrap();
+        let newest = meta(12).last_log_id;
+        assert_eq!(file.load().unwrap().unwrap().meta.last_log_id, newest);
+    }
+
     #[test]
     fn what_is_longer_than_a_flush_is_whole() {
         let folder = tempfile::tempdir().unwrap();

@@ -229,3 +229,57 @@ impl RaftSnapshotBuilder<Types> for Builder {
 fn failed(error: std::io::Error) -> StorageError {
     StorageIoError::write_snapshot(None, &error).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use openraft::{CommittedLeaderId, Entry};
+
+    use super::*;
+    use crate::interface::Txn;
+
+    fn machine(folder: &std::path::Path) -> (StateMachine, Arc<View>) {
+        let model = Model {
+            bytes_max: 1 << 20,
+            ..Model::default()
+        };
+        let view = Arc::new(View::new(0, model.entries.clone(), 10, 1 << 20));
+        let shared = Shared {
+            view: view.clone(),
+            deadlines: Arc::default(),
+            file: SnapshotFile::new(folder.join("snapshot")),
+            bytes: Arc::default(),
+        };
+        (StateMachine::new(model, None, shared), view)
+    }
+
+    /// A voter that was far behind has all of a snapshot at once: its readers see it, its leases count,
+    /// and what it passes on says how far it reaches.
+    #[tokio::test]
+    async fn a_snapshot_that_is_installed_counts_at_once() {
+        let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let (mut ahead, _) = machine(folders[0].path());
+        let put = Txn::new().put("a/1".to_owned(), b"x".to_vec());
+        let commands = [Command::Txn(put.into()), Command::Grant(1_500)];
+        let entry = Entry {
+            log_id: LogId::new(CommittedLeaderId::new(3, 1), 7),
+            payload: EntryPayload::Normal(Proposal::new(&commands).unwrap()),
+        };
+        ahead.apply([entry]).await.unwrap();
+        let sent = ahead.get_snapshot_builder().await.build_snapshot().await;
+        let Snapshot { meta, snapshot } = sent.unwrap();
+
+        let (mut behind, view) = machine(folders[1].path());
+        behind.install_snapshot(&meta, snapshot).await.unwrap();
+        assert_eq!(
+            behind.applied_state().await.unwrap(),
+            ahead.applied_state().await.unwrap()
+        );
+        assert_eq!(view.revision().unwrap(), ahead.model.revision);
+        assert_eq!(view.get("a/1").unwrap().unwrap().value, b"x");
+        assert_eq!(behind.model.leases.len(), 1);
+        let kept = behind.get_current_snapshot().await.unwrap().unwrap();
+        assert_eq!(kept.meta, meta);
+        let passed_on = behind.get_snapshot_builder().await.build_snapshot().await;
+        assert_eq!(passed_on.unwrap().meta.last_log_id, meta.last_log_id);
+    }
+}

@@ -96,13 +96,13 @@ impl Checkpoints {
 
     /// Makes sure that a machine could go on here from its checkpoint, if it uses more than that.
     async fn prepare_for(&self, spec: Spec) -> Result<(), String> {
-        let kinds = self.context.kinds.clone();
+        let (kinds, cache) = (self.context.kinds.clone(), self.context.dir.cache());
         let looked = tokio::task::spawn_blocking(move || {
             let kind = kinds.of(&spec)?;
             if !kind.abilities().keeps_images {
                 return Ok(Vec::new());
             }
-            match kind.lacks_here(&spec) {
+            match kind.lacks_here(&spec, &cache) {
                 Some(lacking) => Err(lacking),
                 None => kind.images(&spec),
             }

@@ -1,0 +1,204 @@
+//! The processors that this host can give to systems: its QEMU says it, for each accelerator.
+//!
+//! It is asked once for each version of the program and each start of the host, in less than 100 ms;
+//! the answer is kept in a file, which the workers read. Whether KVM works at all is found by
+//! [`crate::accelerator`].
+
+use crate::accelerator::boot_id;
+use crate::arguments::{QMP_FD, SANDBOX};
+use crate::process::{QEMU, die_with_parent, program_file};
+use crate::processor::{Accelerator, Processor, known_features};
+use crate::qmp::{PATIENCE, Qmp, QmpError};
+use command_fds::{CommandFdExt, FdMapping};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// The file, among compiled code, that has the answer.
+const CACHED: &str = "qemu-processors.json";
+
+/// The answer, and what it holds for.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    of: Program,
+    processors: Vec<Processor>,
+}
+
+/// One version of the program, on a host that was started once.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Program {
+    boot: String,
+    file: (u64, u64, i64, i64, u64),
+    accelerator: Accelerator,
+}
+
+/// The answer to `query-cpu-model-expansion`.
+#[derive(Debug, Deserialize)]
+struct Expansion {
+    model: Model,
+}
+
+#[derive(Debug, Deserialize)]
+struct Model {
+    props: Map<String, Value>,
+}
+
+/// What this host can give: with KVM, if guests run with it, and translated. Blocks; `cache` keeps
+/// the answer.
+///
+/// # Errors
+/// If QEMU is not installed, or does not say it.
+pub(crate) fn of_host(cache: &Path) -> Result<Vec<Processor>, String> {
+    let program = program_file().ok_or_else(|| format!("{QEMU} is not installed"))?;
+    let file = fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
+    let best = Accelerator::of_host(cache);
+    let of = Program {
+        boot: boot_id(),
+        file: (
+            file.dev(),
+            file.ino(),
+            file.mtime(),
+            file.mtime_nsec(),
+            file.size(),
+        ),
+        accelerator: best,
+    };
+    let path = cache.join(CACHED);
+    let kept = fs::read(&path).ok();
+    let kept: Option<Kept> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if let Some(kept) = kept.filter(|kept| kept.of == of) {
+        return Ok(kept.processors);
+    }
+    let mut processors = vec![asked(Accelerator::Tcg)?];
+    if best == Accelerator::Kvm {
+        processors.insert(0, asked(Accelerator::Kvm)?);
+    }
+    let kept = Kept { of, processors };
+    if let Err(error) = keep(&path, &kept) {
+        tracing::warn!(%error, "{} cannot be written", path.display());
+    }
+    Ok(kept.processors)
+}
+
+/// Checks that this host can give a processor. Blocks, as [`of_host`].
+///
+/// # Errors
+/// What it lacks, in a sentence.
+pub(crate) fn check(processor: &Processor, cache: &Path) -> Result<(), String> {
+    match processor.lacking_in(&of_host(cache)?) {
+        Some(lacking) => Err(lacking),
+        None => Ok(()),
+    }
+}
+
+/// Writes a file that others may read meanwhile.
+fn keep(path: &Path, kept: &Kept) -> io::Result<()> {
+    let new = path.with_extension(format!("json.{}", std::process::id()));
+    fs::write(&new, serde_json::to_vec(kept)?)?;
+    fs::rename(&new, path).inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+/// What QEMU can give with an accelerator.
+fn asked(accelerator: Accelerator) -> Result<Processor, String> {
+    let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
+    let (ours, of_qemu) = UnixStream::pair().map_err(failed)?;
+    let mut command = Command::new(QEMU);
+    command
+        .args(SANDBOX)
+        .args(["-no-user-config", "-nodefaults", "-display", "none", "-S"])
+        .args(["-machine", "none", "-accel", accelerator.word()])
+        .args(["-chardev", &format!("socket,id=qmp,fd={QMP_FD}")])
+        .args(["-mon", "chardev=qmp,mode=control"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .fd_mappings(vec![FdMapping {
+            parent_fd: of_qemu.into(),
+            child_fd: QMP_FD,
+        }])
+        .map_err(|error| failed(io::Error::other(error)))?;
+    die_with_parent(&mut command);
+    let mut qemu = command.spawn().map_err(failed)?;
+    // QEMU alone keeps its end open.
+    drop(command);
+    let told = expansion(ours);
+    let _ = qemu.kill();
+    let _ = qemu.wait();
+    let told = told.map_err(|error| format!("{QEMU} does not say its processors: {error}"))?;
+    Ok(processor(accelerator, &told.model.props))
+}
+
+fn expansion(socket: UnixStream) -> Result<Expansion, QmpError> {
+    let qmp = Qmp::connect(socket, PATIENCE, |_| {})?;
+    // All that this accelerator can give and that can be moved, by its migration-safe names.
+    let all = json!({ "type": "static", "model": { "name": "max" } });
+    qmp.query_with("query-cpu-model-expansion", all)
+}
+
+/// A processor, from the properties that QEMU tells.
+fn processor(accelerator: Accelerator, props: &Map<String, Value>) -> Processor {
+    let is_there = |name: &&str| props.get(*name) == Some(&Value::Bool(true));
+    let vendor = props.get("vendor").and_then(Value::as_str);
+    Processor {
+        accelerator,
+        vendor: match accelerator {
+            Accelerator::Kvm => vendor.map(str::to_owned),
+            // That of QEMU's models.
+            Accelerator::Tcg => None,
+        },
+        features: known_features()
+            .filter(is_there)
+            .map(str::to_owned)
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::is_installed;
+
+    #[test]
+    fn the_answer_is_kept_until_the_program_is_another_one() {
+        if !is_installed() {
+            eprintln!("skipped: {QEMU} is not installed");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        // (KVM is looked up in a folder of its own: what is known of it is kept there.)
+        let found = of_host(folder.path()).unwrap();
+        let translated = found.last().unwrap();
+        assert_eq!(translated.accelerator, Accelerator::Tcg);
+        // Since QEMU 7.2, and never: see "TCG: AVX" in its change log.
+        assert!(translated.features.contains("avx2"), "{translated:?}");
+        assert!(!translated.features.contains("avx512f"), "{translated:?}");
+        translated.check().unwrap();
+        let path = folder.path().join(CACHED);
+        let mut kept: Kept = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        kept.processors = Vec::new();
+        keep(&path, &kept).unwrap();
+        assert_eq!(of_host(folder.path()), Ok(Vec::new()), "the file is read");
+        kept.of.file.2 += 1;
+        keep(&path, &kept).unwrap();
+        assert_eq!(of_host(folder.path()).as_ref(), Ok(&found));
+        fs::write(&path, "{").unwrap();
+        assert_eq!(of_host(folder.path()).as_ref(), Ok(&found));
+    }
+
+    #[test]
+    fn properties_become_features_if_they_are_known_and_true() {
+        let props = json!({
+            "avx": true, "avx2": false, "vmx": true, "family": 15, "vendor": "GenuineIntel",
+        });
+        let props = props.as_object().unwrap();
+        let found = processor(Accelerator::Kvm, props);
+        assert_eq!(found.vendor.as_deref(), Some("GenuineIntel"));
+        assert_eq!(found.features.into_iter().collect::<Vec<_>>(), ["avx"]);
+        assert_eq!(processor(Accelerator::Tcg, props).vendor, None);
+    }
+}
