@@ -13,7 +13,8 @@ pub struct MoveRequest {
     /// The target node.
     pub to: String,
     /// Whether the move is post-copy: the downtime is shorter, but the machine does not survive
-    /// the loss of its source before all memory has arrived. A checkpoint is made first.
+    /// the loss of its source before all memory has arrived. A checkpoint is made first, unless it is
+    /// a whole system, which boots again then.
     #[serde(default)]
     pub post_copy: bool,
     /// The place of that checkpoint; the node's own folder if absent.

@@ -281,8 +281,8 @@ pub(crate) struct MoveArgs {
     #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
     to: Option<String>,
     /// Moves by post-copy: the machine resumes first and part of its memory follows. The downtime
-    /// is shorter, but if the source is lost before all memory has arrived, the machine restarts
-    /// from the checkpoint that is made first.
+    /// is shorter, but if the source is lost before all memory has arrived, a program restarts
+    /// from the checkpoint that is made first, and a whole system has to boot again.
     #[arg(long)]
     post_copy: bool,
     /// The place of that checkpoint: a directory that all nodes see, or s3://bucket/prefix

@@ -17,12 +17,12 @@
 //! make the guest's disk as slow as the way to the target, and as fragile as that.
 
 use crate::block_job::COPY;
+use crate::channel::{Channel, IncomingChannels};
 use crate::qmp::{PATIENCE, QmpError};
-use crate::relay::{Relay, Way};
+use crate::relay::Relay;
 use crate::root_disk::ROOT;
 use crate::vm::Vm;
-use keel_machine::link::{Link, Purpose, TargetEndpoint};
-use keel_machine::worker::{Accepted, MoveError};
+use keel_machine::worker::MoveError;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use std::fs;
@@ -36,60 +36,6 @@ use std::time::Duration;
 const SOCKET: &str = "disk";
 /// How long QEMU may take to copy the rest of a stopped guest's disk, until the target's disk has it.
 const END_PATIENCE: Duration = Duration::from_secs(10);
-/// The connections for a disk.
-pub(crate) struct DiskLinks {
-    requests: Link,
-    answers: Link,
-}
-
-impl DiskLinks {
-    /// Connects to the target.
-    ///
-    /// # Errors
-    /// If it does not answer.
-    pub(crate) fn connect(target: &TargetEndpoint) -> Result<Self, MoveError> {
-        Ok(DiskLinks {
-            requests: target.connect(Purpose::DiskRequests)?,
-            answers: target.connect(Purpose::DiskAnswers)?,
-        })
-    }
-
-    /// Waits for the source.
-    fn accept(accepted: &Accepted) -> Result<Self, MoveError> {
-        let (mut requests, mut answers) = (None, None);
-        loop {
-            match accepted.another_link()? {
-                (link, Purpose::DiskRequests) => requests = Some(link),
-                (link, Purpose::DiskAnswers) => answers = Some(link),
-                (_, other) => return Err(format!("{other:?} out of turn").into()),
-            }
-            (requests, answers) = match (requests, answers) {
-                (Some(requests), Some(answers)) => return Ok(DiskLinks { requests, answers }),
-                one => one,
-            };
-        }
-    }
-}
-
-/// The connections for a disk, once the source has connected.
-pub(crate) struct IncomingLinks(JoinHandle<Result<DiskLinks, MoveError>>);
-
-impl IncomingLinks {
-    /// Begins to wait for them: the source connects before this side's QEMU is ready.
-    ///
-    /// # Errors
-    /// If no thread can be started.
-    pub(crate) fn begin(accepted: Accepted) -> io::Result<Self> {
-        let thread = std::thread::Builder::new().name("disk".into());
-        let accepts = move || DiskLinks::accept(&accepted);
-        thread.spawn(accepts).map(IncomingLinks)
-    }
-
-    fn wait(self) -> Result<DiskLinks, MoveError> {
-        join(self.0)
-    }
-}
-
 /// The copy of a disk, at its source.
 pub(crate) struct OutgoingDisk {
     vm: Arc<Vm>,
@@ -111,14 +57,14 @@ impl OutgoingDisk {
     ///
     /// # Errors
     /// If one of the QEMUs refuses, or the target does not answer.
-    pub(crate) fn begin(vm: &Arc<Vm>, links: DiskLinks) -> Result<Self, MoveError> {
+    pub(crate) fn begin(vm: &Arc<Vm>, channel: Channel) -> Result<Self, MoveError> {
         // What an earlier move has left.
         COPY.cancel(vm)?;
         let path = vm.folder().join(SOCKET);
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path)?;
         let thread = std::thread::Builder::new().name("disk".into());
-        let relays = thread.spawn(move || relays(&listener, links))?;
+        let relays = thread.spawn(move || relays(&listener, channel))?;
         vm.forget_job(COPY.id);
         let opened = vm.qmp()?.execute(
             "blockdev-add",
@@ -194,7 +140,7 @@ fn failed(reason: Option<String>) -> MoveError {
 }
 
 /// Accepts QEMU, and connects it with the target.
-fn relays(listener: &UnixListener, links: DiskLinks) -> Result<[Relay; 2], MoveError> {
+fn relays(listener: &UnixListener, channel: Channel) -> Result<[Relay; 2], MoveError> {
     let mut wait = [PollFd::new(listener, PollFlags::IN)];
     let patience = Timespec {
         tv_sec: PATIENCE.as_secs() as i64,
@@ -204,10 +150,7 @@ fn relays(listener: &UnixListener, links: DiskLinks) -> Result<[Relay; 2], MoveE
         return Err("QEMU does not begin to copy the machine's disk".into());
     }
     let (socket, _) = listener.accept()?;
-    Ok([
-        Relay::start(Way::ToLink, &socket, links.requests)?,
-        Relay::start(Way::FromLink, &socket, links.answers)?,
-    ])
+    channel.at_source(&socket)
 }
 
 /// The copy of a disk, at its target.
@@ -221,7 +164,7 @@ impl IncomingDisk {
     ///
     /// # Errors
     /// If QEMU refuses.
-    pub(crate) fn begin(vm: &Arc<Vm>, links: IncomingLinks) -> Result<Self, MoveError> {
+    pub(crate) fn begin(vm: &Arc<Vm>, channels: Arc<IncomingChannels>) -> Result<Self, MoveError> {
         let qmp = vm.qmp()?;
         let address = json!({ "type": "unix", "data": { "path": SOCKET } });
         qmp.execute(
@@ -235,14 +178,11 @@ impl IncomingDisk {
         let path = vm.folder().join(SOCKET);
         let thread = std::thread::Builder::new().name("disk".into());
         let relays = thread.spawn(move || {
-            let links = links.wait()?;
+            let channel = channels.disk.first()?;
             // QEMU closes a connection over which nothing comes for some seconds.
             let socket = UnixStream::connect(&path)?;
             let _ = fs::remove_file(&path);
-            Ok([
-                Relay::start(Way::FromLink, &socket, links.requests)?,
-                Relay::start(Way::ToLink, &socket, links.answers)?,
-            ])
+            channel.at_target(&socket)
         })?;
         Ok(IncomingDisk {
             vm: vm.clone(),

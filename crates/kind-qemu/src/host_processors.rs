@@ -5,19 +5,15 @@
 //! [`crate::accelerator`].
 
 use crate::accelerator::boot_id;
-use crate::arguments::{QMP_FD, SANDBOX};
-use crate::process::{QEMU, die_with_parent, program_file};
-use crate::processor::{Accelerator, Processor, known_features};
-use crate::qmp::{PATIENCE, Qmp, QmpError};
-use command_fds::{CommandFdExt, FdMapping};
+use crate::bare_qemu::ask;
+use crate::process::{QEMU, program_file};
+use crate::processor::{Accelerator, Processor, is_vendor, known_features};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 /// The file, among compiled code, that has the answer.
 const CACHED: &str = "qemu-processors.json";
@@ -98,52 +94,29 @@ pub(crate) fn check(processor: &Processor, cache: &Path) -> Result<(), String> {
 
 /// Writes a file that others may read meanwhile.
 fn keep(path: &Path, kept: &Kept) -> io::Result<()> {
-    let new = path.with_extension(format!("json.{}", std::process::id()));
-    fs::write(&new, serde_json::to_vec(kept)?)?;
-    fs::rename(&new, path).inspect_err(|_| drop(fs::remove_file(&new)))
+    let mut new = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(path))?;
+    new.write_all(&serde_json::to_vec(kept)?)?;
+    new.persist(path)?;
+    Ok(())
 }
 
 /// What QEMU can give with an accelerator.
 fn asked(accelerator: Accelerator) -> Result<Processor, String> {
-    let failed = |error: io::Error| format!("{QEMU} cannot be started: {error}");
-    let (ours, of_qemu) = UnixStream::pair().map_err(failed)?;
-    let mut command = Command::new(QEMU);
-    command
-        .args(SANDBOX)
-        .args(["-no-user-config", "-nodefaults", "-display", "none", "-S"])
-        .args(["-machine", "none", "-accel", accelerator.word()])
-        .args(["-chardev", &format!("socket,id=qmp,fd={QMP_FD}")])
-        .args(["-mon", "chardev=qmp,mode=control"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .fd_mappings(vec![FdMapping {
-            parent_fd: of_qemu.into(),
-            child_fd: QMP_FD,
-        }])
-        .map_err(|error| failed(io::Error::other(error)))?;
-    die_with_parent(&mut command);
-    let mut qemu = command.spawn().map_err(failed)?;
-    // QEMU alone keeps its end open.
-    drop(command);
-    let told = expansion(ours);
-    let _ = qemu.kill();
-    let _ = qemu.wait();
+    let told = ask(&["-accel", accelerator.word()], |qmp| {
+        // All that can be moved, by its migration-safe names.
+        let all = json!({ "type": "static", "model": { "name": "max" } });
+        qmp.query_with::<Expansion>("query-cpu-model-expansion", all)
+    });
     let told = told.map_err(|error| format!("{QEMU} does not say its processors: {error}"))?;
     Ok(processor(accelerator, &told.model.props))
-}
-
-fn expansion(socket: UnixStream) -> Result<Expansion, QmpError> {
-    let qmp = Qmp::connect(socket, PATIENCE, |_| {})?;
-    // All that this accelerator can give and that can be moved, by its migration-safe names.
-    let all = json!({ "type": "static", "model": { "name": "max" } });
-    qmp.query_with("query-cpu-model-expansion", all)
 }
 
 /// A processor, from the properties that QEMU tells.
 fn processor(accelerator: Accelerator, props: &Map<String, Value>) -> Processor {
     let is_there = |name: &&str| props.get(*name) == Some(&Value::Bool(true));
     let vendor = props.get("vendor").and_then(Value::as_str);
+    // Some are padded.
+    let vendor = vendor.map(str::trim).filter(|vendor| is_vendor(vendor));
     Processor {
         accelerator,
         vendor: match accelerator {
@@ -200,5 +173,11 @@ mod tests {
         assert_eq!(found.vendor.as_deref(), Some("GenuineIntel"));
         assert_eq!(found.features.into_iter().collect::<Vec<_>>(), ["avx"]);
         assert_eq!(processor(Accelerator::Tcg, props).vendor, None);
+        for (told, vendor) in [("  Shanghai  ", Some("Shanghai")), ("VIA VIA VIA ", None)] {
+            let props = json!({ "vendor": told });
+            let found = processor(Accelerator::Kvm, props.as_object().unwrap());
+            assert_eq!(found.vendor.as_deref(), vendor);
+            found.check().unwrap();
+        }
     }
 }

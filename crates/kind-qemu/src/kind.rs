@@ -1,5 +1,6 @@
 //! What an agent asks of this kind of machine.
 
+use crate::bare_qemu;
 use crate::host_processors;
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
@@ -74,6 +75,7 @@ impl Kind for QemuKind {
         Abilities {
             keeps_images: true,
             checkpoints: true,
+            post_copy: true,
             executes: true,
             has_console: true,
             ..Abilities::default()
@@ -209,6 +211,10 @@ impl Kind for QemuKind {
             Accelerator::Tcg => "translated, without KVM",
         };
         Some(format!("{NAME} (QEMU {version}, {how})"))
+    }
+
+    fn missing_for_post_copy(&self) -> Option<String> {
+        bare_qemu::check_post_copy().err()
     }
 
     fn image_bytes_max(&self) -> u64 {

@@ -21,6 +21,7 @@
 //!   far it is; `copy_mode`: whether memory is copied in rounds
 //! - `root_disk`: the disk that belongs to the machine alone; `disk_copy`: its way to the target of a
 //!   move; `block_job`: QEMU's jobs that copy it; `relay`: bytes of a socket over a link
+//! - `post_copy`: memory that follows a guest; `channel`: bytes between the QEMUs of a move
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
 //! - `balloon`: memory that the guest gives back
@@ -28,7 +29,7 @@
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `processor`: the features of a machine's processor; `host_processors`: those that this host can
-//!   give; `accelerator`: whether the host's processor executes guests, or QEMU translates them
+//!   give; `bare_qemu`: questions to the host's QEMU; `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
 //! The worker supervises QEMU: the kernel ends QEMU with it. So who may run a machine is decided
 //! for workers alone, as for every kind.
@@ -39,7 +40,9 @@ mod accelerator;
 mod arguments;
 mod attempt;
 mod balloon;
+mod bare_qemu;
 mod block_job;
+mod channel;
 mod checkpoint;
 mod console;
 mod copy_mode;
@@ -54,6 +57,7 @@ mod kind;
 mod migration;
 mod migration_status;
 mod network;
+mod post_copy;
 mod process;
 mod processor;
 mod qmp;

@@ -8,17 +8,19 @@
 //!
 //! QEMU itself decides what of the memory to send again, and throttles a guest that writes faster
 //! than the link (auto-converge). The worker stops the guest; QEMU does so itself only when as good as
-//! nothing is left, or in [`CopyMode::OnePass`]. With the guest stopped and its memory sent, QEMU
+//! nothing is left, or in [`CopyMode::OnePass`]; or the memory follows ([`crate::post_copy`]), over a
+//! channel of its own. With the guest stopped and its memory sent, QEMU
 //! waits (`pause-before-switchover`): what is still in the serial line is printed before the devices
 //! are sent, or it would be printed twice.
 
+use crate::channel::Channel;
 use crate::console::Console;
 use crate::copy_mode::CopyMode;
 use crate::disk_copy::OutgoingDisk;
-use crate::migration_status::{BEGUN, ENDED, Info, SWITCHOVER};
+use crate::migration_status::{BEGUN, ENDED, Info, Ram, SWITCHOVER};
 use crate::process::VmEnd;
 use crate::qmp::{PATIENCE, QmpError};
-use crate::relay;
+use crate::relay::{self, Relay};
 use crate::vm::{RunState, Vm};
 use keel_machine::link::{Link, LinkError};
 use keel_machine::worker::MoveError;
@@ -50,6 +52,10 @@ const RELEASE_POLL: Duration = Duration::from_millis(10);
 /// the least that is a limit for QEMU, which divides it by ten.
 const BYTES_PER_S_BEFORE: u64 = 10;
 
+/// What part of the memory may be left, as a divisor, when the guest goes ahead of it: QEMU sends the
+/// rest of a first pass in the background then, with what was written during that.
+const REST_OF_MEMORY: u64 = 16;
+
 /// Answers of QEMU after which it has written what it could write before the first: one of the
 /// round of its main loop in which that became possible, one of the next, in which it noticed, and
 /// one after that.
@@ -61,11 +67,19 @@ struct Pumped {
     result: Result<(), MoveError>,
 }
 
+/// How what QEMU sends gets to the target.
+enum Stream {
+    /// By a thread that has the link of the move until all is sent.
+    Pumped(JoinHandle<Pumped>),
+    /// By a channel, whose target may ask for memory.
+    Relayed([Relay; 2]),
+}
+
 /// The migration of a machine to another worker.
 pub(crate) struct Outgoing {
     vm: Arc<Vm>,
     mode: CopyMode,
-    pump: JoinHandle<Pumped>,
+    stream: Stream,
 }
 
 fn capability(name: &str, state: bool) -> Value {
@@ -82,6 +96,7 @@ pub(crate) fn set_up_snapshot(vm: &Vm) -> Result<(), QmpError> {
         capability("auto-converge", false),
         capability("pause-before-switchover", false),
         capability("late-block-activate", false),
+        capability("postcopy-ram", false),
         capability("background-snapshot", true),
     ]);
     let capabilities = json!({ "capabilities": capabilities });
@@ -117,7 +132,7 @@ pub(crate) fn settle_console(vm: &Vm, console: &Console) -> Result<RunState, Mov
     Ok(state)
 }
 
-fn set_up(vm: &Vm, mode: Option<CopyMode>) -> Result<(), QmpError> {
+fn set_up(vm: &Vm, mode: Option<CopyMode>, post_copy: bool) -> Result<(), QmpError> {
     let is_source = mode.is_some();
     let capabilities = json!([
         capability("events", true),
@@ -125,6 +140,7 @@ fn set_up(vm: &Vm, mode: Option<CopyMode>) -> Result<(), QmpError> {
         capability("pause-before-switchover", is_source),
         // What arrives has no disk before the commit.
         capability("late-block-activate", !is_source),
+        capability("postcopy-ram", post_copy),
         capability("background-snapshot", false),
     ]);
     let qmp = vm.qmp()?;
@@ -148,27 +164,44 @@ impl Outgoing {
     /// # Errors
     /// If QEMU refuses; the link is closed then, and the guest may be stopped.
     pub(crate) fn begin(vm: &Arc<Vm>, link: Link) -> Result<Self, MoveError> {
+        Self::begin_with(vm, false, |socket| {
+            let thread = std::thread::Builder::new().name("migration".into());
+            let pump = thread.spawn(move || {
+                let mut link = link;
+                let result = relay::send(&socket, &mut link);
+                // A QEMU that still sends fails at once.
+                let _ = socket.shutdown(Shutdown::Both);
+                Pumped { link, result }
+            })?;
+            Ok(Stream::Pumped(pump))
+        })
+    }
+
+    /// As [`Self::begin`], so that memory may follow the guest.
+    ///
+    /// # Errors
+    /// If QEMU refuses; the guest may be stopped.
+    pub(crate) fn begin_to_follow(vm: &Arc<Vm>, channel: Channel) -> Result<Self, MoveError> {
+        Self::begin_with(vm, true, |socket| Stream::relayed(channel, &socket))
+    }
+
+    fn begin_with(
+        vm: &Arc<Vm>,
+        post_copy: bool,
+        stream: impl FnOnce(UnixStream) -> Result<Stream, MoveError>,
+    ) -> Result<Self, MoveError> {
         let mode = CopyMode::of(vm)?;
         vm.expect_migration();
-        set_up(vm, Some(mode))?;
+        set_up(vm, Some(mode), post_copy)?;
         if mode == CopyMode::OnePass {
             // The log of what it writes begins while it writes nothing.
             set_bytes_per_s(vm, BYTES_PER_S_BEFORE)?;
             vm.pause()?;
         }
-        let socket = accept(vm)?;
-        let thread = std::thread::Builder::new().name("migration".into());
-        let pump = thread.spawn(move || {
-            let mut link = link;
-            let result = relay::send(&socket, &mut link);
-            // A QEMU that still sends fails at once.
-            let _ = socket.shutdown(Shutdown::Both);
-            Pumped { link, result }
-        })?;
         let outgoing = Outgoing {
             vm: vm.clone(),
             mode,
-            pump,
+            stream: stream(accept(vm, Attempt::First)?)?,
         };
         vm.wait_for_migration(PATIENCE, &BEGUN)
             .ok_or("QEMU does not begin its migration")?;
@@ -190,36 +223,98 @@ impl Outgoing {
         Ok(info)
     }
 
-    /// Waits until the memory of a stopped guest has been sent, and lets QEMU go on with its
-    /// devices once the console has all that was printed, and the target all of its own disk.
+    /// Stops the guest where all but little of its memory has been sent once: the rest follows it, unless
+    /// QEMU has stopped it itself since all was sent.
+    ///
+    /// QEMU lets a guest run on that it has stopped itself if the migration fails, even after its devices
+    /// were sent. One that was stopped before by a command it leaves alone.
+    ///
+    /// # Errors
+    /// If QEMU does not.
+    pub(crate) fn stop_to_follow(&self) -> Result<Sent, MoveError> {
+        self.vm.pause()?;
+        let qmp = self.vm.qmp()?;
+        // QEMU stops a guest, and says that it waits, in one step.
+        let sent = match self.info()?.status.as_str() {
+            SWITCHOVER => Sent::All,
+            _ => {
+                qmp.execute("migrate-start-postcopy", json!({}))?;
+                Sent::Most
+            }
+        };
+        set_bytes_per_s(&self.vm, BYTES_PER_S_MAX)?;
+        self.wait_for_switchover()?;
+        Ok(sent)
+    }
+
+    /// Whether what QEMU sends gets to the target, as far as it is known.
+    pub(crate) fn is_connected(&self) -> bool {
+        match &self.stream {
+            Stream::Pumped(pump) => !pump.is_finished(),
+            Stream::Relayed(relays) => !relays.iter().any(Relay::has_ended),
+        }
+    }
+
+    /// Whether all but little of the memory has been sent once; QEMU does not go on then, so that the
+    /// guest need not stop for the rest.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub(crate) fn waits_to_follow(&self, ram: Ram) -> Result<bool, MoveError> {
+        let is_little = ram.total > 0 && ram.remaining <= ram.total / REST_OF_MEMORY;
+        if is_little {
+            set_bytes_per_s(&self.vm, BYTES_PER_S_BEFORE)?;
+        }
+        Ok(is_little)
+    }
+
+    fn wait_for_switchover(&self) -> Result<(), MoveError> {
+        let ends = [&[SWITCHOVER], &ENDED[..]].concat();
+        let status = self.vm.wait_for_migration(END_PATIENCE, &ends);
+        self.info()?;
+        match status.as_deref() {
+            Some(SWITCHOVER) => Ok(()),
+            _ => Err("QEMU does not finish with the machine's memory".into()),
+        }
+    }
+
+    /// Waits until QEMU is about to send the devices of a stopped guest, the console has all that was
+    /// printed, and the target all of its own disk.
     ///
     /// # Errors
     /// If the migration fails, or the output cannot be kept.
-    pub(crate) fn switch_over(
+    pub(crate) fn reach_devices(
         &self,
         console: &Console,
         disk: Option<&OutgoingDisk>,
     ) -> Result<(), MoveError> {
-        let ends = [&[SWITCHOVER], &ENDED[..]].concat();
-        let status = self.vm.wait_for_migration(END_PATIENCE, &ends);
-        self.info()?;
-        if status.as_deref() != Some(SWITCHOVER) {
-            return Err("QEMU does not finish with the machine's memory".into());
-        }
+        self.wait_for_switchover()?;
         settle_console(&self.vm, console)?;
         if let Some(disk) = disk {
             disk.finish()?;
         }
-        self.vm
-            .qmp()?
-            .execute("migrate-continue", json!({ "state": SWITCHOVER }))?;
         Ok(())
     }
 
-    /// Waits until all of a stopped guest has been sent; gives the link back.
-    pub(crate) fn finish(self) -> (Link, Result<(), MoveError>) {
-        let Pumped { link, result } = join(self.pump);
+    /// Lets QEMU send the devices.
+    ///
+    /// # Errors
+    /// What QEMU says.
+    pub(crate) fn send_devices(&self) -> Result<(), QmpError> {
+        let waits = json!({ "state": SWITCHOVER });
+        self.vm.qmp()?.execute("migrate-continue", waits)
+    }
+
+    /// Waits until all of a stopped guest has been sent; gives the link back, if it had it.
+    pub(crate) fn finish(self) -> (Option<Link>, Result<(), MoveError>) {
+        // A channel is needed until QEMU has ended; a link is free once QEMU has no more for it.
+        let (stream, pumped) = match self.stream {
+            Stream::Pumped(_) => (None, Some(self.stream.end())),
+            Stream::Relayed(_) => (Some(self.stream), None),
+        };
         let has_ended = self.vm.wait_for_migration(END_PATIENCE, &ENDED).is_some();
+        let (link, result) = pumped.unwrap_or((None, Ok(())));
+        drop(stream);
         let info = self.vm.qmp().and_then(|qmp| qmp.query("query-migrate"));
         let checked = match info {
             // What QEMU says of it would only follow from this.
@@ -231,27 +326,83 @@ impl Outgoing {
         (link, checked)
     }
 
-    /// The link of a migration that was cancelled.
-    pub(crate) fn into_link(self) -> Link {
-        join(self.pump).link
+    /// The link of a migration that was cancelled, if it had it.
+    pub(crate) fn into_link(self) -> Option<Link> {
+        self.stream.end().0
+    }
+
+    /// What follows the guest, over another channel after a connection was lost.
+    ///
+    /// # Errors
+    /// If QEMU refuses.
+    pub(crate) fn go_on(&mut self, channel: Channel) -> Result<(), MoveError> {
+        let socket = accept(&self.vm, Attempt::Again)?;
+        self.stream = Stream::relayed(channel, &socket)?;
+        Ok(())
+    }
+
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// As a network does that fails.
+    #[cfg(test)]
+    pub(crate) fn cut(&mut self, channel: Channel) {
+        let (socket, _) = UnixStream::pair().unwrap();
+        self.stream = Stream::relayed(channel, &socket).unwrap();
     }
 }
 
-fn join(pump: JoinHandle<Pumped>) -> Pumped {
-    pump.join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+impl Stream {
+    fn relayed(channel: Channel, socket: &UnixStream) -> Result<Self, MoveError> {
+        // QEMU says nothing while it waits for the commit, or for somebody who needs a page.
+        socket.set_read_timeout(None)?;
+        Ok(Stream::Relayed(channel.at_source(socket)?))
+    }
+
+    /// Waits until a migration that has ended, or is about to, sends nothing any more.
+    fn end(self) -> (Option<Link>, Result<(), MoveError>) {
+        match self {
+            Stream::Pumped(pump) => {
+                let Pumped { link, result } = pump
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                (Some(link), result)
+            }
+            Stream::Relayed(_) => (None, Ok(())),
+        }
+    }
+}
+
+/// How much of the memory of a guest has been sent when it stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sent {
+    All,
+    /// The rest follows.
+    Most,
+}
+
+/// Whether a migration begins, or goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Attempt {
+    First,
+    /// One that was interrupted while memory followed the guest.
+    Again,
 }
 
 /// Makes QEMU begin a migration, for which it connects to this worker.
 ///
 /// # Errors
 /// If it does not.
-pub(crate) fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
+pub(crate) fn accept(vm: &Vm, attempt: Attempt) -> Result<UnixStream, MoveError> {
     let path = vm.folder().join(SOCKET);
     // Of an earlier move.
     let _ = fs::remove_file(&path);
     let listener = UnixListener::bind(&path)?;
-    let migrate = json!({ "uri": format!("unix:{SOCKET}") });
+    let migrate = match attempt {
+        Attempt::First => json!({ "uri": format!("unix:{SOCKET}") }),
+        Attempt::Again => json!({ "uri": format!("unix:{SOCKET}"), "resume": true }),
+    };
     vm.qmp()?.execute("migrate", migrate)?;
     let mut wait = [PollFd::new(&listener, PollFlags::IN)];
     let patience = Timespec {
@@ -268,6 +419,35 @@ pub(crate) fn accept(vm: &Vm) -> Result<UnixStream, MoveError> {
     Ok(socket)
 }
 
+/// Prepares QEMU, which was started for this, for a machine whose memory may follow it; returns its
+/// end of the channel.
+///
+/// # Errors
+/// If it refuses.
+pub(crate) fn listen_to_follow(vm: &Vm) -> Result<UnixStream, MoveError> {
+    set_up(vm, None, true)?;
+    connect(vm, "migrate-incoming")
+}
+
+/// The same again, after a connection was lost.
+///
+/// # Errors
+/// If it refuses.
+pub(crate) fn listen_again(vm: &Vm) -> Result<UnixStream, MoveError> {
+    connect(vm, "migrate-recover")
+}
+
+/// Makes QEMU listen by a command, and connects to it.
+fn connect(vm: &Vm, command: &str) -> Result<UnixStream, MoveError> {
+    let path = vm.folder().join(SOCKET);
+    let _ = fs::remove_file(&path);
+    let listen = json!({ "uri": format!("unix:{SOCKET}") });
+    vm.qmp()?.execute(command, listen)?;
+    let socket = UnixStream::connect(&path)?;
+    let _ = fs::remove_file(&path);
+    Ok(socket)
+}
+
 /// The migration of a machine from another worker.
 pub(crate) struct Incoming {
     vm: Arc<Vm>,
@@ -280,16 +460,10 @@ impl Incoming {
     /// # Errors
     /// If it refuses.
     pub(crate) fn begin(vm: &Arc<Vm>) -> Result<Self, MoveError> {
-        set_up(vm, None)?;
-        let path = vm.folder().join(SOCKET);
-        let _ = fs::remove_file(&path);
-        let listen = json!({ "uri": format!("unix:{SOCKET}") });
-        vm.qmp()?.execute("migrate-incoming", listen)?;
-        let socket = UnixStream::connect(&path)?;
-        let _ = fs::remove_file(&path);
+        set_up(vm, None, false)?;
         Ok(Incoming {
             vm: vm.clone(),
-            socket,
+            socket: connect(vm, "migrate-incoming")?,
         })
     }
 
@@ -326,7 +500,7 @@ impl Incoming {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::arguments::Machine;
     use crate::processor::Accelerator;
@@ -339,17 +513,17 @@ mod tests {
     use keel_testkit::linux_system::LinuxSystem;
     use std::path::Path;
 
-    const MEMORY_BYTES: u64 = 128 << 20;
-    const PAGE_BYTES: usize = 4096;
+    pub(crate) const MEMORY_BYTES: u64 = 128 << 20;
+    pub(crate) const PAGE_BYTES: usize = 4096;
 
-    struct System {
-        vm: Arc<Vm>,
-        console: Arc<Console>,
+    pub(crate) struct System {
+        pub(crate) vm: Arc<Vm>,
+        pub(crate) console: Arc<Console>,
         log: Arc<Log>,
     }
 
     /// A busy Linux that does not run yet.
-    fn launched(images: &Path, folder: &Path, is_incoming: bool) -> System {
+    pub(crate) fn launched(images: &Path, folder: &Path, is_incoming: bool) -> System {
         let spec = QemuSpec {
             kernel: Some(Kernel {
                 image: "kernel".into(),
@@ -374,7 +548,7 @@ mod tests {
     }
 
     /// Waits until it has printed something more.
-    fn wait_output(system: &System) {
+    pub(crate) fn wait_output(system: &System) {
         let before = system.log.end();
         let deadline = Instant::now() + Duration::from_secs(60);
         while system.log.end() < before + 200 {
@@ -395,24 +569,38 @@ mod tests {
     }
 
     /// The memory of a stopped guest.
-    fn memory(vm: &Vm) -> Vec<u8> {
+    pub(crate) fn memory(vm: &Vm) -> Vec<u8> {
         let path = vm.folder().join("memory");
         let arguments = json!({ "val": 0, "size": MEMORY_BYTES, "filename": "memory" });
         vm.qmp().unwrap().execute("pmemsave", arguments).unwrap();
         std::fs::read(path).unwrap()
     }
 
+    /// How many pages of two memories differ.
+    pub(crate) fn different(one: &[u8], other: &[u8]) -> usize {
+        assert_eq!(one.len(), other.len());
+        let pages = one.chunks(PAGE_BYTES).zip(other.chunks(PAGE_BYTES));
+        pages.filter(|(one, other)| one != other).count()
+    }
+
+    /// A Linux whose kernel and first file system are in this folder; false if there is none here.
+    pub(crate) fn make_linux(folder: &Path) -> bool {
+        let linux = LinuxSystem::make(&folder.join("parts")).unwrap();
+        let Some(linux) = linux.filter(|_| qemu_is_installed()) else {
+            return false;
+        };
+        std::fs::write(folder.join("kernel"), linux.kernel).unwrap();
+        std::fs::write(folder.join("initrd"), linux.initrd).unwrap();
+        true
+    }
+
     /// Compares each page, after several rounds while a system is busy.
     #[test]
     fn the_target_has_all_that_a_busy_system_wrote() {
         let folder = tempfile::tempdir().unwrap();
-        let parts = folder.path().join("parts");
-        let linux = LinuxSystem::make(&parts).unwrap();
-        let Some(linux) = linux.filter(|_| qemu_is_installed()) else {
+        if !make_linux(folder.path()) {
             return;
-        };
-        std::fs::write(folder.path().join("kernel"), linux.kernel).unwrap();
-        std::fs::write(folder.path().join("initrd"), linux.initrd).unwrap();
+        }
         let place = |number: usize| folder.path().join(format!("place-{number}"));
         let mut source = launched(folder.path(), &place(0), false);
         source.vm.resume().unwrap();
@@ -431,18 +619,16 @@ mod tests {
                     .is_none()
             {}
             source.vm.pause().unwrap();
-            outgoing.switch_over(&source.console, None).unwrap();
-            let (mut link, finished) = outgoing.finish();
+            outgoing.reach_devices(&source.console, None).unwrap();
+            outgoing.send_devices().unwrap();
+            let (link, finished) = outgoing.finish();
             finished.unwrap();
+            let mut link = link.unwrap();
             link.send(&Message::ImageEnd).unwrap();
             link.flush().unwrap();
             receiving.join().unwrap();
             let (sent, arrived) = (memory(&source.vm), memory(&target.vm));
-            let pages = sent
-                .chunks(PAGE_BYTES)
-                .zip(arrived.chunks(PAGE_BYTES))
-                .filter(|(sent, arrived)| sent != arrived);
-            assert_eq!(pages.count(), 0, "pages differ after move {number}");
+            assert_eq!(different(&sent, &arrived), 0, "pages, after move {number}");
             source.vm.kill(VmEnd::Discarded);
             target.vm.resume().unwrap();
             wait_output(&target);

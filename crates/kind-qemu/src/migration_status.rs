@@ -7,6 +7,15 @@ use serde::Deserialize;
 /// The status of a migration that waits, with the guest stopped, until it may send the devices.
 pub(crate) const SWITCHOVER: &str = "pre-switchover";
 
+/// The status of a migration whose guest may run at the target, and whose memory follows it.
+pub(crate) const FOLLOWS: &str = "postcopy-active";
+
+/// The status of one that has lost its connection then.
+pub(crate) const INTERRUPTED: &str = "postcopy-paused";
+
+/// How the statuses begin of one that is about to go on after that.
+pub(crate) const RECOVERY: &str = "postcopy-recover";
+
 /// Statuses from which on it is known what the guest writes.
 pub(crate) const BEGUN: [&str; 6] = [
     "active",
@@ -38,6 +47,15 @@ pub(crate) struct Ram {
     pub(crate) transferred: u64,
     /// Bytes that are known to be left.
     pub(crate) remaining: u64,
+    /// Bytes of all of it.
+    #[serde(default)]
+    pub(crate) total: u64,
+    /// Bytes that were sent after the guest.
+    #[serde(default, rename = "postcopy-bytes")]
+    pub(crate) followed: u64,
+    /// Pages for which the guest had to wait.
+    #[serde(default, rename = "postcopy-requests")]
+    pub(crate) requests: u64,
     /// How often the pages that were written meanwhile were looked up.
     #[serde(rename = "dirty-sync-count")]
     pub(crate) rounds: u64,

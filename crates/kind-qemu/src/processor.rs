@@ -188,6 +188,13 @@ impl FromStr for CpuModel {
     }
 }
 
+/// Whether a text is the name of a maker of processors, which begins with a capital: features do not.
+pub(crate) fn is_vendor(text: &str) -> bool {
+    (1..=VENDOR_BYTES_MAX).contains(&text.len())
+        && text.starts_with(|first: char| first.is_ascii_uppercase())
+        && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
 /// A processor that a system has, or that a host can give to systems.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -225,12 +232,7 @@ impl Processor {
                 "its processor has the feature {name:?}, which this version does not know"
             ));
         }
-        let is_name = |vendor: &String| {
-            let bytes = vendor.as_bytes();
-            (1..=VENDOR_BYTES_MAX).contains(&bytes.len())
-                && bytes.iter().all(|byte| byte.is_ascii_graphic())
-        };
-        match self.vendor.as_ref().filter(|vendor| !is_name(vendor)) {
+        match self.vendor.as_ref().filter(|vendor| !is_vendor(vendor)) {
             Some(vendor) => Err(format!("{vendor:?} is no maker of processors")),
             None => Ok(()),
         }
@@ -259,9 +261,7 @@ impl Processor {
             // Names of a later version are not for this one to give.
             match known_features().any(|known| known == part) {
                 true => drop(features.insert(part.to_owned())),
-                false if part.starts_with(|first: char| first.is_ascii_uppercase()) => {
-                    vendor = Some(part.to_owned());
-                }
+                false if is_vendor(part) => vendor = Some(part.to_owned()),
                 false => {}
             }
         }

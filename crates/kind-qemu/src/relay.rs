@@ -7,6 +7,8 @@ use rustix::io::ioctl_fionread;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes in one message.
 const PIECE_BYTES: usize = 64 << 10;
@@ -59,6 +61,7 @@ pub(crate) enum Way {
 pub(crate) struct Relay {
     socket: UnixStream,
     link: TcpStream,
+    has_ended: Arc<AtomicBool>,
 }
 
 impl Relay {
@@ -66,11 +69,13 @@ impl Relay {
     /// If the thread cannot be started.
     pub(crate) fn start(way: Way, socket: &UnixStream, link: Link) -> Result<Self, MoveError> {
         let (socket, mut link) = (socket.try_clone()?, link);
-        // A disk may be idle; a host that is gone is noticed by the kernel.
+        // QEMU may have nothing to say for a while; a host that is gone is noticed by the kernel.
         link.wait_without_timeout()?;
+        let has_ended = Arc::new(AtomicBool::new(false));
         let relay = Relay {
             socket: socket.try_clone()?,
             link: link.closer()?,
+            has_ended: has_ended.clone(),
         };
         let passes = move || {
             let passed = match way {
@@ -80,8 +85,9 @@ impl Relay {
                 }),
                 Way::FromLink => receive(&mut link, &socket),
             };
+            has_ended.store(true, Ordering::Release);
             if let Err(error) = passed {
-                tracing::debug!(%error, ?way, "no more bytes of a disk are passed on");
+                tracing::debug!(%error, ?way, "no more bytes are passed on");
                 let _ = socket.shutdown(Shutdown::Both);
                 return;
             }
@@ -91,9 +97,14 @@ impl Relay {
                 Way::FromLink => socket.shutdown(Shutdown::Write),
             };
         };
-        let thread = std::thread::Builder::new().name("disk".into());
+        let thread = std::thread::Builder::new().name("relay".into());
         thread.spawn(passes)?;
         Ok(relay)
+    }
+
+    /// Whether the end was passed on, or one of both ends is lost.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Acquire)
     }
 }
 

@@ -2,10 +2,14 @@
 //! guest stopped, and the output.
 
 use crate::attempt::{undo, undo_later};
-use crate::disk_copy::{DiskLinks, DiskProgress, OutgoingDisk};
+use crate::channel::{Channel, Use};
+use crate::disk_copy::{DiskProgress, OutgoingDisk};
 use crate::guest::Guest;
-use crate::migration::Outgoing;
+use crate::migration::{Outgoing, Sent};
 use crate::migration_status::{Ram, SWITCHOVER};
+use crate::post_copy;
+use crate::process::VmEnd;
+use crate::qmp::QmpError;
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::failpoint;
 use keel_machine::link::{
@@ -36,6 +40,10 @@ const NOBODY_WAITS: &str = "nobody waits for this move any more";
 
 /// How often QEMU is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
+/// How often, where memory is to follow the guest and a part of it is left (a divisor): a fast link sends
+/// the rest in little time, and what follows must not be sent before.
+const NEAR_POLL: Duration = Duration::from_millis(2);
+const NEAR_THE_END: u64 = 4;
 /// One attempt to move a machine.
 pub(crate) struct QemuSession {
     guest: Guest,
@@ -44,6 +52,8 @@ pub(crate) struct QemuSession {
     link: Option<Link>,
     target: TargetEndpoint,
     has_root_disk: bool,
+    /// Whether memory may follow the guest.
+    post_copy: bool,
     disk: Option<CopiedDisk>,
     closer: TcpStream,
     outgoing: Option<Outgoing>,
@@ -54,6 +64,8 @@ pub(crate) struct QemuSession {
     is_frozen: bool,
     /// Nothing of it is left in QEMU.
     is_cancelled: bool,
+    /// QEMU was told to let the guest go ahead of its memory: it cannot run here any more.
+    has_gone_ahead: bool,
 }
 
 impl QemuSession {
@@ -73,7 +85,7 @@ impl QemuSession {
             epoch,
             program: None,
             log_base: guest.log.base(),
-            post_copy: false,
+            post_copy: copy.post_copy,
             purpose: Purpose::Move,
         };
         let target = copy.target.target(identity, hello)?;
@@ -88,12 +100,14 @@ impl QemuSession {
             link: Some(link),
             target,
             has_root_disk,
+            post_copy: copy.post_copy,
             disk: None,
             outgoing: None,
             budget: Duration::from_micros(copy.budget_micros),
             attempt,
             is_frozen: false,
             is_cancelled: false,
+            has_gone_ahead: false,
         })
     }
 
@@ -118,11 +132,11 @@ impl QemuSession {
     /// Copies the machine's own disk until what is left can be copied while it stands still.
     fn copy_disk(
         &mut self,
-        links: DiskLinks,
+        channel: Channel,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<(), MoveError> {
         let vm = &self.guest.vm;
-        let disk = vm.during(self.attempt, || OutgoingDisk::begin(vm, links))?;
+        let disk = vm.during(self.attempt, || OutgoingDisk::begin(vm, channel))?;
         self.disk = Some(CopiedDisk::new(disk, self.budget));
         let mut said = Instant::now();
         while let Some(disk) = &mut self.disk
@@ -154,13 +168,13 @@ impl QemuSession {
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<Vec<Round>, MoveError> {
         failpoint::pass("source.hello")?;
-        let links = match self.has_root_disk {
-            true => Some(DiskLinks::connect(&self.target)?),
+        let channel = match self.has_root_disk {
+            true => Some(Channel::connect(&self.target, Use::Disk)?),
             false => None,
         };
         self.send_output()?;
-        if let Some(links) = links {
-            self.copy_disk(links, tell)?;
+        if let Some(channel) = channel {
+            self.copy_disk(channel, tell)?;
             self.send_output()?;
         }
         let rounds = self.copy_rounds(tell)?;
@@ -168,30 +182,59 @@ impl QemuSession {
         Ok(rounds)
     }
 
-    /// Copies until little is left.
+    /// Begins the migration of memory and devices.
+    fn begin_migration(&mut self) -> Result<Outgoing, MoveError> {
+        if self.post_copy {
+            let channel = Channel::connect(&self.target, Use::Memory)?;
+            let vm = &self.guest.vm;
+            return vm.during(self.attempt, || Outgoing::begin_to_follow(vm, channel));
+        }
+        let link = self.link.take().ok_or("the connection is in use")?;
+        let vm = &self.guest.vm;
+        vm.during(self.attempt, || Outgoing::begin(vm, link))
+    }
+
+    /// Copies until little is left; or, if memory may follow the guest, all but little of it once.
     fn copy_rounds(
         &mut self,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<Vec<Round>, MoveError> {
-        let link = self.link.take().ok_or("the connection is in use")?;
-        let vm = &self.guest.vm;
-        let outgoing = vm.during(self.attempt, || Outgoing::begin(vm, link))?;
-        let outgoing = self.outgoing.insert(outgoing);
+        let outgoing = self.begin_migration()?;
+        self.outgoing = Some(outgoing);
         let mut rounds = Rounds::default();
+        let mut said = Instant::now();
+        let mut poll = POLL;
         loop {
-            let vm = &self.guest.vm;
-            let is_over = vm.wait_for_migration(POLL, &[SWITCHOVER, "failed"]);
+            let outgoing = self.outgoing.as_ref().ok_or("there is no migration")?;
+            let is_over = self
+                .guest
+                .vm
+                .wait_for_migration(poll, &[SWITCHOVER, "failed"]);
             let info = outgoing.info()?;
             if is_over.is_some() {
                 // QEMU has stopped the guest itself.
                 return Ok(rounds.done);
             }
             let disk_fits = self.disk.as_mut().map_or(Ok(true), CopiedDisk::fits)?;
-            if !rounds.take(info.ram) {
+            let has_ended = rounds.take(info.ram);
+            if self.post_copy && info.ram.remaining < info.ram.total / NEAR_THE_END {
+                poll = NEAR_POLL;
+            }
+            if self.post_copy && disk_fits && (has_ended || outgoing.waits_to_follow(info.ram)?) {
+                return Ok(rounds.done);
+            }
+            // The target waits for a few seconds until it takes a silent source for lost; where memory
+            // has a channel of its own, this connection is silent.
+            let is_time = self.post_copy && said.elapsed() > OUTPUT_INTERVAL;
+            if is_time {
+                said = Instant::now();
+                self.send_output()?;
+            }
+            if !has_ended && !is_time {
                 continue;
             }
             let memory = convergence::next(&rounds.done, info.ram.remaining, self.budget);
-            if memory == CopyDecision::Freeze && disk_fits {
+            if has_ended && memory == CopyDecision::Freeze && disk_fits {
                 return Ok(rounds.done);
             }
             let told = tell(CopyEvent::Progress(Progress {
@@ -331,18 +374,24 @@ impl SourceSession for QemuSession {
         let untyped = self.guest.console.quiet();
         let begun = Instant::now();
         let outgoing = self.outgoing.take().ok_or("nothing was copied")?;
-        let left = outgoing.info().map(|info| info.ram.remaining);
+        let ram = outgoing.info().map(|info| info.ram).unwrap_or_default();
         let vm = &self.guest.vm;
         self.is_frozen = true;
-        let paused = vm.during(self.attempt, || Ok(vm.pause()?));
+        let paused = vm.during(self.attempt, || match self.post_copy {
+            true => outgoing.stop_to_follow(),
+            false => Ok(vm.pause().map(|()| Sent::All)?),
+        });
         drop((quiet, untyped));
-        if let Err(error) = paused {
-            self.outgoing = Some(outgoing);
-            return Err(match vm.has_ended() {
-                true => "the machine has ended".into(),
-                false => error,
-            });
-        }
+        let sent = match paused {
+            Ok(sent) => sent,
+            Err(error) => {
+                self.outgoing = Some(outgoing);
+                return Err(match vm.has_ended() {
+                    true => "the machine has ended".into(),
+                    false => error,
+                });
+            }
+        };
         // QEMU may have stopped it itself, a while ago.
         let freeze_micros = micros(vm.stopped_for().unwrap_or_default().max(begun.elapsed()));
         if let Err(error) = failpoint::pass("source.frozen") {
@@ -350,18 +399,34 @@ impl SourceSession for QemuSession {
             return Err(error.into());
         }
         use_frozen_timeout(&self.closer)?;
-        let sent = Instant::now();
-        if let Err(error) =
-            outgoing.switch_over(&self.guest.console, self.disk.as_ref().map(|it| &it.disk))
-        {
+        let begun_rest = Instant::now();
+        let disk = self.disk.as_ref().map(|it| &it.disk);
+        if let Err(error) = outgoing.reach_devices(&self.guest.console, disk) {
             self.outgoing = Some(outgoing);
             return Err(error);
         }
-        let (link, finished) = outgoing.finish();
-        let link = self.link.insert(link);
-        finished?;
+        if sent == Sent::Most {
+            if !outgoing.is_connected() {
+                self.outgoing = Some(outgoing);
+                return Err("the connection for its memory is lost".into());
+            }
+            // The devices go with the guest: from then on it cannot run here any more.
+            self.outgoing = Some(outgoing);
+        } else if let Err(error) = outgoing.send_devices() {
+            self.outgoing = Some(outgoing);
+            return Err(error.into());
+        } else {
+            let (link, finished) = outgoing.finish();
+            self.link = link.or(self.link.take());
+            finished?;
+        }
+        let beside_bytes = match self.post_copy {
+            true => ram.transferred,
+            false => 0,
+        };
+        let link = self.link.as_mut().ok_or("there is no connection")?;
         failpoint::pass("source.last-pages")?;
-        let last_pages_micros = micros(sent.elapsed());
+        let last_pages_micros = micros(begun_rest.elapsed());
         let state = Instant::now();
         link.send(&Message::Frozen)?;
         self.output.send(link)?;
@@ -375,14 +440,26 @@ impl SourceSession for QemuSession {
         Ok(Frozen {
             freeze_micros,
             last_pages_micros,
-            last_bytes: left.unwrap_or(0),
+            last_bytes: ram.remaining,
             state_micros: micros(state.elapsed()),
-            bytes: link.sent_bytes(),
+            bytes: link.sent_bytes().saturating_add(beside_bytes),
         })
     }
 
     fn go(&mut self, epoch: Epoch) -> Result<(), MoveError> {
         failpoint::pass("source.go")?;
+        if let Some(outgoing) = &self.outgoing
+            && !self.has_gone_ahead
+        {
+            if !outgoing.is_connected() {
+                return Err("the connection for its memory is lost".into());
+            }
+            let vm = &self.guest.vm;
+            let sent = vm.during(self.attempt, || Ok(outgoing.send_devices()))?;
+            // What was refused was not done.
+            self.has_gone_ahead = !matches!(sent, Err(QmpError::Refused { .. }));
+            sent?;
+        }
         let link = self.link()?;
         link.send(&Message::Go(epoch))?;
         link.flush()?;
@@ -392,14 +469,22 @@ impl SourceSession for QemuSession {
         }
     }
 
-    /// Everything was sent before the machine resumed.
-    fn serve(self, _unsent: &AtomicU64) -> FillReport {
-        FillReport::default()
+    fn serve(mut self, unsent: &AtomicU64) -> FillReport {
+        match self.outgoing.take() {
+            Some(outgoing) => post_copy::follow(outgoing, &self.target, unsent),
+            // Everything was sent before the machine resumed.
+            None => FillReport::default(),
+        }
     }
 
     fn cancel(&mut self) -> Result<(), MoveError> {
         if self.is_cancelled {
             return Ok(());
+        }
+        if self.has_gone_ahead {
+            let reason = "it went ahead of its memory to a node that lost it (post-copy)";
+            self.guest.vm.kill(VmEnd::Failed(reason.into()));
+            return Err("the machine has ended".into());
         }
         // What is on its way to a target that does not answer ends with an error.
         self.disk = None;
@@ -410,12 +495,12 @@ impl SourceSession for QemuSession {
 
     fn abort(mut self, reason: &str) {
         self.disk = None;
-        if !self.is_cancelled {
+        if !self.is_cancelled && !self.has_gone_ahead {
             undo_later(self.guest.vm.clone(), self.attempt, self.is_frozen);
         }
         if let Some(outgoing) = self.outgoing.take() {
             // It was cancelled.
-            self.link = Some(outgoing.into_link());
+            self.link = outgoing.into_link().or(self.link.take());
         }
         // The target notices in any case when the connection closes.
         if let Some(link) = &mut self.link {
@@ -430,7 +515,6 @@ impl SourceSession for QemuSession {
 mod tests {
     use super::*;
     use crate::migration_status::Info;
-    use crate::process::VmEnd;
     use crate::vm::tests::{is_running, launched};
     use serde_json::json;
     use std::os::unix::net::UnixListener;

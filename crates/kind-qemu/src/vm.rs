@@ -304,13 +304,13 @@ impl Vm {
     }
 
     /// How often the process was held.
-    fn holds(&self) -> u64 {
+    pub(crate) fn holds(&self) -> u64 {
         self.shared.known().holds
     }
 
     /// Whether the process was held since `holds` was counted, and waits until it is not: what did
     /// not happen in time may happen yet. False if it has ended.
-    fn was_held_since(&self, holds: u64) -> bool {
+    pub(crate) fn was_held_since(&self, holds: u64) -> bool {
         let mut known = self.shared.known();
         if !known.is_held && known.holds == holds {
             return false;

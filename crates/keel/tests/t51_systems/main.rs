@@ -3,7 +3,8 @@
 //! what a system is told at its first boot; `full_disk`: one whose disk has no room; `limits`: one with
 //! a limit of its CPU time; `own_disk`: a disk from an image; `checkpoints`: systems that go on from
 //! one; `memory`: memory that they give back; `scripted`: systems that run a script; `placement`:
-//! nodes without QEMU; `processors`: nodes that lack a feature.
+//! nodes without QEMU; `processors`: nodes that lack a feature; `post_copy`: memory that comes
+//! after its system.
 
 mod agent;
 mod checkpoints;
@@ -16,6 +17,7 @@ mod memory;
 mod networks;
 mod own_disk;
 mod placement;
+mod post_copy;
 mod processors;
 mod scripted;
 mod systems;

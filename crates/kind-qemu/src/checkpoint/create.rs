@@ -274,7 +274,7 @@ fn copy(
     if let Some(disk) = disk {
         disk.begin()?;
     }
-    let socket = migration::accept(vm).map_err(CreateError::Memory)?;
+    let socket = migration::accept(vm, migration::Attempt::First).map_err(CreateError::Memory)?;
     let pump = Pump::start(socket, file, vm.folder(), known)?;
     // Some versions of QEMU let the guest run on themselves, others leave that to others.
     let deadline = Instant::now() + DEVICES_PATIENCE;

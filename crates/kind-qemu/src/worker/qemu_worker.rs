@@ -3,14 +3,16 @@
 use super::checkpoints::Checkpoints;
 use crate::arguments::Machine;
 use crate::balloon::Balloon;
+use crate::channel::IncomingChannels;
 use crate::console::Console;
-use crate::disk_copy::{IncomingDisk, IncomingLinks};
+use crate::disk_copy::IncomingDisk;
 use crate::full_disk;
 use crate::guest::Guest;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::guest_clock;
 use crate::host_processors;
 use crate::migration::Incoming;
+use crate::post_copy::IncomingMemory;
 use crate::process::VmEnd;
 use crate::processor::Accelerator;
 use crate::qmp::QmpError;
@@ -66,6 +68,8 @@ pub(super) struct Inner {
     restoring: Option<Instant>,
     /// The guest's memory as it was when that was asked for last.
     memory: Option<GuestMemory>,
+    /// Memory that follows the guest here, until all of it has come.
+    incoming: Option<Arc<IncomingMemory>>,
 }
 
 /// Runs a worker until its agent ends it.
@@ -271,7 +275,10 @@ impl QemuWorker {
             watched.console.close();
             if let VmEnd::Failed(reason) = &end {
                 let failed = TargetEvent::Failed(reason.clone());
-                if !step_target(&worker, failed).is_empty() {
+                let is_dropped = |state: &State| matches!(state, State::Dropped { .. });
+                if !step_target(&worker, failed).is_empty()
+                    || is_dropped(&worker.process.state.borrow())
+                {
                     // Its source still has it.
                     return;
                 }
@@ -297,6 +304,29 @@ impl QemuWorker {
         guest.log.close();
     }
 
+    /// Follows the memory of a guest that runs here, and publishes how far it is.
+    fn follow_memory(self: &Arc<Self>, incoming: Arc<IncomingMemory>) {
+        let worker = self.clone();
+        let thread = std::thread::Builder::new().name("memory".into());
+        let follows = move || {
+            // What is told before the machine counts as one whose memory is to come would be lost.
+            let mut state = worker.process.state.subscribe();
+            let runs =
+                |state: &State| !matches!(state, State::Receiving { .. } | State::Prepared { .. });
+            let runs = futures::executor::block_on(state.wait_for(runs)).is_ok();
+            if runs {
+                incoming.follow(&|now| worker.process.publish_post_copy(now));
+            }
+            worker.inner().incoming = None;
+        };
+        if let Err(error) = thread.spawn(follows) {
+            let reason = format!("it is not known when all of its memory is here: {error}");
+            if let Ok(vm) = self.vm() {
+                vm.kill(VmEnd::Failed(reason));
+            }
+        }
+    }
+
     /// Receives the machine from a source that has connected.
     fn take_over(
         self: &Arc<Self>,
@@ -307,18 +337,26 @@ impl QemuWorker {
         let log_base = accepted.hello.log_base;
         let log = Arc::new(Log::open(self.process.folder(), log_base)?);
         let mut output = LogTarget::new(log.clone());
-        let links = match QemuSpec::of(&request.spec)?.root {
-            Some(_) => Some(IncomingLinks::begin(accepted)?),
-            None => None,
+        let post_copy = accepted.hello.post_copy;
+        let has_root_disk = QemuSpec::of(&request.spec)?.root.is_some();
+        let channels = match has_root_disk || post_copy {
+            true => Some(Arc::new(IncomingChannels::begin(accepted)?)),
+            false => None,
         };
         let guest = self.launch(&request.machine, &request.spec, log.clone(), true)?;
         // Dropped from here on, if the move fails.
         self.inner().guest = Some(guest.clone());
         self.watch(&guest, &request.spec)?;
-        let mut incoming = Some(Incoming::begin(&guest.vm)?);
-        let mut disk = match links {
-            Some(links) => Some(IncomingDisk::begin(&guest.vm, links)?),
-            None => None,
+        let (mut incoming, follows) = match &channels {
+            Some(channels) if post_copy => {
+                let follows = IncomingMemory::begin(&guest.vm, channels.clone())?;
+                (None, Some(follows))
+            }
+            _ => (Some(Incoming::begin(&guest.vm)?), None),
+        };
+        let mut disk = match channels {
+            Some(channels) if has_root_disk => Some(IncomingDisk::begin(&guest.vm, channels)?),
+            _ => None,
         };
         loop {
             match link.receive()? {
@@ -342,6 +380,9 @@ impl QemuWorker {
                     if let Some(incoming) = incoming.take() {
                         incoming.finish()?;
                     }
+                    if let Some(follows) = &follows {
+                        follows.check()?;
+                    }
                     match output.request_missing(link)? {
                         true => link.flush()?,
                         false => break,
@@ -353,6 +394,7 @@ impl QemuWorker {
         failpoint::pass("target.image")?;
         failpoint::pass("target.ready")?;
         self.process.set_log(log);
+        self.inner().incoming = follows.map(Arc::new);
         Ok(())
     }
 }
@@ -535,6 +577,11 @@ impl Worker for QemuWorker {
     fn resume(self: &Arc<Self>, _epoch: Epoch) -> Result<(), String> {
         let guest = self.inner().guest.clone();
         let guest = guest.ok_or("no machine has arrived here")?;
+        let incoming = self.inner().incoming.clone();
+        if let Some(incoming) = incoming {
+            let arrived = incoming.wait_for_devices();
+            arrived.map_err(|error| error.to_string())?;
+        }
         self.let_run(&guest)?;
         let thread = std::thread::Builder::new().name("announce".into());
         if let Err(error) = thread.spawn(move || guest.vm.announce()) {
@@ -544,7 +591,19 @@ impl Worker for QemuWorker {
     }
 
     fn resumed(self: &Arc<Self>, epoch: Epoch) -> State {
-        State::Running { epoch }
+        let incoming = self.inner().incoming.clone();
+        let Some(incoming) = incoming else {
+            return State::Running { epoch };
+        };
+        let is_complete = incoming.is_complete();
+        self.follow_memory(incoming);
+        match is_complete {
+            true => State::Running { epoch },
+            false => State::Filling {
+                epoch,
+                source_lost: false,
+            },
+        }
     }
 
     fn drop_received(&self, reason: &str) {
@@ -560,6 +619,9 @@ impl Worker for QemuWorker {
         request: &Checkpoint,
         runtime: &Handle,
     ) -> Result<CheckpointReport, RpcError> {
+        if self.inner().incoming.is_some() {
+            return Err(RpcError::refused("some of its memory is still to come"));
+        }
         self.make_checkpoint(request, runtime)
     }
 
@@ -618,7 +680,11 @@ impl Worker for QemuWorker {
         if bytes >= memory_bytes {
             return Err(RpcError::failed(format!("it has {memory_bytes} bytes")));
         }
-        if !vm.runs() || self.inner().moves.is_moving_away() || self.checkpoints.are_made() {
+        let is_copied = {
+            let inner = self.inner();
+            inner.moves.is_moving_away() || inner.incoming.is_some()
+        };
+        if !vm.runs() || is_copied || self.checkpoints.are_made() {
             let why = "it moves, stands still, or a checkpoint of it is made; try again";
             return Err(RpcError::refused(why));
         }

@@ -2,7 +2,7 @@
 //! builds a machine that is ready to resume. Blocking; runs on a thread of its own.
 
 use super::cluster_volumes::ClusterVolumes;
-use super::post_copy::{PostCopyStatus, PostCopyTarget};
+use super::post_copy::PostCopyTarget;
 use super::stack_functions::Compilation;
 use super::volumes::{TargetVolumes, VolumeError};
 use super::wasm_worker::WasmWorker;
@@ -15,7 +15,7 @@ use keel_machine::failpoint::{self, Injected};
 use keel_machine::link::{Hello, ImageBytes, Link, LinkError, Message};
 use keel_machine::log::Log;
 use keel_machine::worker::control::{Receive, State};
-use keel_machine::worker::{Accepted, LogTarget, MoveError, Receiver};
+use keel_machine::worker::{Accepted, LogTarget, MoveError, PostCopyStatus, Receiver};
 use keel_net::{RpcError, ServerTls};
 use keel_wasi::Wasi;
 use keel_wasi::volume::LocalBlocks;
@@ -348,24 +348,7 @@ impl WasmWorker {
 
     /// Publishes the progress of post-copy.
     fn publish_post_copy(&self, filling: PostCopyStatus) {
-        self.process.state.send_if_modified(|state| {
-            let State::Filling { epoch, source_lost } = state else {
-                return false;
-            };
-            let epoch = *epoch;
-            let was_lost = *source_lost;
-            let now = match filling {
-                PostCopyStatus::Done => State::Running { epoch },
-                PostCopyStatus::Receiving | PostCopyStatus::SourceLost => State::Filling {
-                    epoch,
-                    source_lost: filling == PostCopyStatus::SourceLost,
-                },
-            };
-            let changes = filling == PostCopyStatus::Done
-                || was_lost != (filling == PostCopyStatus::SourceLost);
-            *state = now;
-            changes
-        });
+        self.process.publish_post_copy(filling);
         if filling == PostCopyStatus::Done {
             // Its threads have ended or are about to.
             self.inner().post_copy_target = None;

@@ -68,9 +68,9 @@ impl Hello {
 pub enum Purpose {
     /// The move itself.
     Move,
-    /// Background transfer of pages, after the first connection was lost.
+    /// Memory, beside the first connection or after that was lost.
     Push,
-    /// Pages that threads wait for.
+    /// Requests for pages that threads wait for; and the pages, where the source reads them itself.
     Pull,
     /// What is to be read and written of the target's disk.
     DiskRequests,

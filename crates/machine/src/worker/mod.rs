@@ -36,7 +36,7 @@ pub mod volume_folder;
 
 pub use lease::Guard;
 pub use log_transfer::{LogSource, LogTarget};
-pub use process::{Process, publish_resumed, run, write_notice, write_restored};
+pub use process::{PostCopyStatus, Process, publish_resumed, run, write_notice, write_restored};
 pub use requests::blocking;
 pub use source::{Connect, ConnectToTarget, copy};
 pub use target::{Accepted, Receiver, step_target};

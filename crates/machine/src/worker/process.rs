@@ -18,6 +18,17 @@ use tokio::sync::{mpsc, watch};
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
+/// How far the memory is of a machine that runs here before all of it has arrived (post-copy).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PostCopyStatus {
+    /// Pages are arriving.
+    Receiving,
+    /// The source is disconnected.
+    SourceLost,
+    /// All pages have arrived.
+    Done,
+}
+
 /// The part of a worker that does not depend on the kind of its machine.
 #[derive(Debug)]
 pub struct Process {
@@ -99,6 +110,25 @@ async fn serve<W: Worker>(worker: Arc<W>) -> Result<(), String> {
 }
 
 impl Process {
+    /// Publishes how far the memory of the machine is, if some of it was to come.
+    pub fn publish_post_copy(&self, now: PostCopyStatus) {
+        self.state.send_if_modified(|state| {
+            let State::Filling { epoch, .. } = *state else {
+                return false;
+            };
+            let next = match now {
+                PostCopyStatus::Done => State::Running { epoch },
+                PostCopyStatus::Receiving | PostCopyStatus::SourceLost => State::Filling {
+                    epoch,
+                    source_lost: now == PostCopyStatus::SourceLost,
+                },
+            };
+            let changes = *state != next;
+            *state = next;
+            changes
+        });
+    }
+
     /// The worker's folder.
     pub fn folder(&self) -> &Path {
         &self.folder

@@ -101,7 +101,7 @@ pub(crate) async fn restore(
     }
     let needs = Needs::of(kinds, &manifest.spec);
     if let Some(why) = machines.rules.cache.host_forbids(&needs, node.as_str()) {
-        let why = format!("machine {machine} cannot go on on {node}: {why}");
+        let why = format!("machine {machine} cannot run on {node}: {why}");
         return Err(CommandError::Conflict(why));
     }
     let is_clone = name != machine;

@@ -75,15 +75,7 @@ pub(crate) async fn would_accept(
 }
 
 async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
-    let kind = moves.context.kinds.of(&offer.spec)?;
     moves.context.kinds.check(&offer.spec)?;
-    if offer.post_copy
-        && let Some(missing) = kind.missing_for_post_copy()
-    {
-        return Err(format!(
-            "memory cannot come after a machine here: {missing}"
-        ));
-    }
     let here = cpu_features();
     let missing: Vec<&str> = offer
         .features
@@ -95,12 +87,16 @@ async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
         return Err(format!("this node's CPU lacks {}", missing.join(", ")));
     }
     let (kinds, spec) = (moves.context.kinds.clone(), offer.spec.clone());
-    let cache = moves.context.dir.cache();
-    let looked =
-        tokio::task::spawn_blocking(move || match kinds.of(&spec)?.lacks_here(&spec, &cache) {
-            Some(lacking) => Err(lacking),
-            None => Ok(()),
-        });
+    let (cache, post_copy) = (moves.context.dir.cache(), offer.post_copy);
+    let looked = tokio::task::spawn_blocking(move || {
+        let kind = kinds.of(&spec)?;
+        if post_copy && let Some(missing) = kind.missing_for_post_copy() {
+            return Err(format!(
+                "memory cannot come after a machine here: {missing}"
+            ));
+        }
+        kind.lacks_here(&spec, &cache).map_or(Ok(()), Err)
+    });
     looked.await.map_err(|error| error.to_string())??;
     check_room(moves, offer.volume_bytes).await?;
     let (spec_volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());

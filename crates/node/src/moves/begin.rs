@@ -68,17 +68,17 @@ pub(crate) async fn begin(
                 record.spec.kind
             ));
         }
-        let request = CheckpointRequest {
-            to: order.checkpoint_to.clone(),
-            ..CheckpointRequest::default()
-        };
-        moves
-            .checkpoints
-            .create_here(machine, request)
-            .await
-            .map_err(|error| {
+        // What begins anew when it fails needs no checkpoint.
+        if kind.abilities().restarts_from_checkpoints {
+            let request = CheckpointRequest {
+                to: order.checkpoint_to.clone(),
+                ..CheckpointRequest::default()
+            };
+            let made = moves.checkpoints.create_here(machine, request).await;
+            made.map_err(|error| {
                 format!("a post-copy move needs a checkpoint to fall back on: {error}")
             })?;
+        }
     }
     // A move to this node may have committed without having resumed the machine yet.
     match worker.state().await {

@@ -35,7 +35,7 @@ mod target;
 
 pub(super) use page_set::PageSet;
 pub(super) use source::serve;
-pub(super) use target::{PostCopyStatus, PostCopyTarget};
+pub(super) use target::PostCopyTarget;
 
 use keel_machine::link::LinkError;
 use std::net::TcpStream;

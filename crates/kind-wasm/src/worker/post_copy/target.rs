@@ -6,6 +6,7 @@ use super::page_set::PageSet;
 use super::{locked, lower_priority, passed, shut};
 use keel_machine::link::{Hello, Link, LinkError, Message, Purpose, WritePages};
 use keel_machine::moves::FillReport;
+use keel_machine::worker::PostCopyStatus;
 use keel_net::ServerTls;
 use keel_wasm::memory::{FaultKind, GuestMemory, MemoryError, PAGE_BYTES, PageFaults, Unavailable};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -68,17 +69,6 @@ struct Pages {
     /// When a thread began to wait for a page, by memory and page.
     waited: Vec<(u32, u64, Instant)>,
     report: FillReport,
-}
-
-/// Progress of post-copy, for reports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::worker) enum PostCopyStatus {
-    /// Pages are arriving.
-    Receiving,
-    /// The source is disconnected.
-    SourceLost,
-    /// All pages have arrived.
-    Done,
 }
 
 impl PostCopyTarget {

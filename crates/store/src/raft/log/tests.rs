@@ -171,41 +171,45 @@ async fn what_a_log_removes_is_removed_on_disk() {
         mut writes,
         ..
     } = Log::open(&path, Some(1), saved.clone()).unwrap();
-    let records = (1..=5).map(|index| (index, encoded(&entry(1, index)).unwrap()));
-    let flush = log.flushes.begin(Some(5), None);
+    let records = (0..=4).map(|index| (index, encoded(&entry(1, index)).unwrap()));
+    let flush = log.flushes.begin(Some(4), None);
     assert!(
         disk.write(vec![Write::Append(records.collect(), flush)])
             .finish()
     );
-    log.lock().entries = (1..=5).map(|index| (index, entry(1, index))).collect();
+    {
+        let mut state = log.lock();
+        state.entries = (0..=4).map(|index| (index, entry(1, index))).collect();
+        state.bytes = state.entries.values().map(size).sum();
+    }
 
     // Another leader's entries replace the last three, of which it has one so far.
     let mut truncated = log.clone();
-    let done = tokio::spawn(async move { truncated.truncate(id(1, 3)).await });
+    let done = tokio::spawn(async move { truncated.truncate(id(1, 2)).await });
     let write = writes.recv().await.unwrap();
     assert!(disk.write(vec![write]).finish());
     done.await.unwrap().unwrap();
-    let record = vec![(3, encoded(&entry(2, 3)).unwrap())];
-    let flush = log.flushes.begin(Some(3), None);
+    let record = vec![(2, encoded(&entry(2, 2)).unwrap())];
+    let flush = log.flushes.begin(Some(2), None);
     assert!(disk.write(vec![Write::Append(record, flush)]).finish());
     drop(disk);
-    assert_eq!(reopened(), (vec![(1, 1), (1, 2), (2, 3)], None));
+    assert_eq!(reopened(), (vec![(1, 0), (1, 1), (2, 2)], None));
 
     // A snapshot has the first two.
     let disk = Log::open(&path, None, saved.clone()).unwrap().disk;
-    snapshot.send_modify(|saved| saved.last = Some(id(1, 1)));
+    snapshot.send_modify(|saved| saved.last = Some(id(1, 0)));
     let mut purged = log.clone();
-    let done = tokio::spawn(async move { purged.purge(id(1, 2)).await });
+    let done = tokio::spawn(async move { purged.purge(id(1, 1)).await });
     for _ in 0..100 {
         tokio::task::yield_now().await;
     }
     // Before that is in its file nothing leaves the log: the power may fail in between.
     assert!(!done.is_finished() && writes.try_recv().is_err());
     assert_eq!(log.lock().entries.len(), 2);
-    snapshot.send_modify(|saved| saved.last = Some(id(1, 2)));
+    snapshot.send_modify(|saved| saved.last = Some(id(1, 1)));
     let write = writes.recv().await.unwrap();
     assert!(disk.write(vec![write]).finish());
     done.await.unwrap().unwrap();
     drop(disk);
-    assert_eq!(reopened(), (vec![(2, 3)], Some((1, 2))));
+    assert_eq!(reopened(), (vec![(2, 2)], Some((1, 1))));
 }

@@ -27,6 +27,7 @@ mod far_apart;
 mod faults;
 #[path = "../../../tests/linearizability/mod.rs"]
 mod linearizability;
+mod numbers;
 mod owners;
 mod scenario;
 mod unconfirmed;
