@@ -235,9 +235,10 @@ async fn machines_of_a_node_that_fails_run_on_from_their_checkpoint() {
 async fn a_damaged_copy_of_a_checkpoint_is_fetched_again() {
     let mut bench = Bench::new().await;
     bench.witness("w", "c").await;
+    bench.writes_on("w", 100).await;
     bench.keel(
         "c",
-        &["set", "w", "--ha=checkpoint=1s,fence=timer,replicas=2"],
+        &["set", "w", "--ha=checkpoint=5s,fence=timer,replicas=2"],
     );
     wait_for("all nodes have its checkpoint", || async {
         let machine = bench.cluster.inspect("a", "w").await.ok()?;
@@ -245,9 +246,9 @@ async fn a_damaged_copy_of_a_checkpoint_is_fetched_again() {
     })
     .await
     .expect("it is copied");
-    bench.keel("a", &["drain", "a"]);
-    bench.writes_on("w", 100).await;
     let before = bench.evidence("w");
+    // Before the next checkpoint: a node that is being drained is given no copy of it.
+    bench.keel("a", &["drain", "a"]);
     bench.cluster.power_off("c");
     let copy = bench.cluster.folder("b").join("replicas/machines/w");
     let mut damaged = 0;

@@ -123,7 +123,12 @@ async fn a_system_has_what_nodes_have_in_common_and_goes_where_nothing_is_missin
     let goal = PlanGoal::Drain {
         node: other.to_owned(),
     };
-    let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
+    // Once the nodes have been measured.
+    let plan = wait_for("a plan", || async {
+        let plan: PlanInfo = client.post("/v1/plan", &goal).await.ok()?;
+        (!plan.steps.is_empty()).then_some(plan)
+    });
+    let plan = plan.await?;
     let targets: BTreeSet<&str> = plan.steps.iter().map(|step| &*step.to).collect();
     assert_eq!(targets, BTreeSet::from([&*third.node]), "{plan:?}");
 
