@@ -69,9 +69,8 @@ pub(crate) struct Options {
     /// Folder of the kernels.
     #[arg(long, default_value = "benches/kernels")]
     kernels: PathBuf,
-    /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`,
-    /// `directories`) whose
-    /// name contains this.
+    /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`, `directories`)
+    /// or of `qemu` (`moves`, `boots`, `cost`) whose name contains this.
     #[arg(long)]
     only: Option<String>,
     /// Rounds of `store`, each with both engines.
@@ -223,7 +222,7 @@ fn main() -> Result<()> {
         store::bench(&options)?;
     }
     if wanted(What::Qemu) {
-        qemu::bench(&options.program()?, &options.guests, options.moves)?;
+        qemu::bench(&options.program()?, &options)?;
     }
     if wanted(What::FarApart) {
         far_apart::bench(&options)?;

@@ -291,7 +291,6 @@ fn runner(message_delay_ms: Option<&str>) -> Command {
     command
 }
 
-/// Installs missing programs, or reports them.
 #[cfg(test)]
 mod tests {
     use super::*;

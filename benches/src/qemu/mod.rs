@@ -20,6 +20,7 @@ mod boots;
 mod by_hand;
 mod cost;
 
+use crate::Options;
 use crate::signals;
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
@@ -32,6 +33,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
 
 const MEMORY_MIB: &str = "256";
 const MEMORY_BYTES: u64 = 256 << 20;
@@ -94,14 +96,31 @@ enum Machine<'a> {
     System(&'a Path),
 }
 
-pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
+pub(crate) fn bench(keel: &Path, options: &Options) -> Result<()> {
     if !qemu_is_installed() {
         return Ok(());
     }
+    let wanted = |figures: &str| {
+        let only = options.only.as_deref();
+        only.is_none_or(|only| figures.contains(only))
+    };
     let runtime = tokio::runtime::Runtime::new()?;
+    if wanted("moves") {
+        bench_moves(&runtime, keel, options)?;
+    }
+    if wanted("boots") {
+        runtime.block_on(signals::until(boots::bench(keel, options.moves)))?;
+    }
+    if wanted("cost") {
+        runtime.block_on(signals::until(cost::bench(keel)))?;
+    }
+    Ok(())
+}
+
+fn bench_moves(runtime: &Runtime, keel: &Path, options: &Options) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let payload = assemble(folder.path(), PAYLOAD)?;
-    let module = std::fs::read(guests.join("hot.wasm")).context("the guest `hot`")?;
+    let module = std::fs::read(options.guests.join("hot.wasm")).context("the guest `hot`")?;
     by_hand::write_key(folder.path())?;
     let names = [
         "QEMU by hand, TLS",
@@ -111,7 +130,7 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     ];
     let mut pauses = names.map(|name| (name, Vec::new()));
     // Alternately, so that other load of the host affects all.
-    for round in 0..moves.div_ceil(4) {
+    for round in 0..options.moves.div_ceil(4) {
         let place = folder.path().join(round.to_string());
         std::fs::create_dir_all(&place)?;
         for _ in 0..4 {
@@ -129,8 +148,7 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         }
     }
     print(&pauses);
-    runtime.block_on(signals::until(boots::bench(keel, moves)))?;
-    runtime.block_on(signals::until(cost::bench(keel)))
+    Ok(())
 }
 
 fn print(pauses: &[(&str, Vec<Pause>)]) {

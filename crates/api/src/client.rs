@@ -1,11 +1,13 @@
 //! A client of the API: one connection per request, on a node's Unix socket or
 //! over TLS with a token.
 
+use crate::web_socket::WebSocket;
 use crate::{Problem, Uploaded};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Frame, Incoming};
-use hyper::{Method, Request, Response};
+use hyper::http::request;
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use keel_machine::kind::KindName;
 use keel_net::{ClientTls, Fingerprint};
@@ -18,6 +20,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 /// How long connecting over TLS may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
@@ -73,6 +77,9 @@ pub enum ClientError {
     /// The answer cannot be decoded.
     #[error("the node's answer cannot be decoded: {0}")]
     Answer(String),
+    /// The node has closed a WebSocket.
+    #[error("{0}")]
+    Closed(String),
 }
 
 /// Why a node does not answer, with advice unless the reason includes it.
@@ -99,7 +106,7 @@ pub struct Client {
     place: Place,
 }
 
-fn broken(error: impl std::fmt::Display) -> ClientError {
+pub(crate) fn broken(error: impl std::fmt::Display) -> ClientError {
     ClientError::Broken(error.to_string())
 }
 
@@ -150,18 +157,34 @@ impl Client {
     where
         B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
     {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "keel");
+        let mut request = self.request(method, path);
         if let Some(content) = content {
             request = request.header("content-type", content);
         }
-        if let Place::Tls { token, .. } = &self.place {
-            request = request.header("authorization", format!("Bearer {token}"));
+        let response = self.exchange(request.body(body).map_err(broken)?).await?;
+        if response.status().is_success() {
+            return Ok(response);
         }
-        let request = request.body(body).map_err(broken)?;
-        let response = match &self.place {
+        Err(refusal(response).await?)
+    }
+
+    /// A request with what all have.
+    fn request(&self, method: Method, path: &str) -> request::Builder {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "keel");
+        match &self.place {
+            Place::Tls { token, .. } => request.header("authorization", format!("Bearer {token}")),
+            Place::Socket(_) => request,
+        }
+    }
+
+    async fn exchange<B>(&self, request: Request<B>) -> Result<Response<Incoming>, ClientError>
+    where
+        B: Body<Data = Bytes, Error = Infallible> + Send + 'static,
+    {
+        match &self.place {
             Place::Socket(path) => {
                 let stream =
                     UnixStream::connect(path)
@@ -170,7 +193,7 @@ impl Client {
                             place: path.display().to_string(),
                             reason: error.to_string(),
                         })?;
-                exchange(TokioIo::new(stream), request).await?
+                exchange(TokioIo::new(stream), request).await
             }
             Place::Tls { address, tls, .. } => {
                 let stream =
@@ -180,21 +203,9 @@ impl Client {
                             place: address.clone(),
                             reason: error.to_string(),
                         })?;
-                exchange(TokioIo::new(stream), request).await?
+                exchange(TokioIo::new(stream), request).await
             }
-        };
-        if response.status().is_success() {
-            return Ok(response);
         }
-        let status = response.status();
-        let body = response.into_body().collect().await.map_err(broken)?;
-        let text = body.to_bytes();
-        let reason = match serde_json::from_slice::<Problem>(&text) {
-            Ok(problem) => problem.error,
-            Err(_) => format!("{status}: {}", String::from_utf8_lossy(&text)),
-        };
-        let status = status.as_u16();
-        Err(ClientError::Problem { status, reason })
     }
 
     /// Sends a request and reads the whole answer.
@@ -303,6 +314,47 @@ impl Client {
         let response = self.send(Method::GET, path, Bytes::new()).await?;
         Ok(Lines::new(response.into_body()))
     }
+
+    /// `GET` that becomes a WebSocket (RFC 6455).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn web_socket(&self, path: &str) -> Result<WebSocket, ClientError> {
+        let key = generate_key();
+        let request = self
+            .request(Method::GET, path)
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-key", &key);
+        let request = request.body(Full::<Bytes>::default()).map_err(broken)?;
+        let response = self.exchange(request).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refusal(response).await?);
+        }
+        let accepted = response.headers().get("sec-websocket-accept");
+        if accepted.is_none_or(|it| it.as_bytes() != derive_accept_key(key.as_bytes()).as_bytes()) {
+            return Err(ClientError::Answer("it is no WebSocket".into()));
+        }
+        let stream = hyper::upgrade::on(response).await.map_err(broken)?;
+        Ok(WebSocket::over(stream).await)
+    }
+}
+
+/// Why a node refuses.
+///
+/// # Errors
+/// If it does not say.
+async fn refusal(response: Response<Incoming>) -> Result<ClientError, ClientError> {
+    let status = response.status();
+    let body = response.into_body().collect().await.map_err(broken)?;
+    let text = body.to_bytes();
+    let reason = match serde_json::from_slice::<Problem>(&text) {
+        Ok(problem) => problem.error,
+        Err(_) => format!("{status}: {}", String::from_utf8_lossy(&text)),
+    };
+    let status = status.as_u16();
+    Ok(ClientError::Problem { status, reason })
 }
 
 /// The body of a request that is sent piece by piece.
@@ -343,7 +395,7 @@ where
     let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
         .await
         .map_err(broken)?;
-    tokio::spawn(connection);
+    tokio::spawn(connection.with_upgrades());
     sender.send_request(request).await.map_err(broken)
 }
 

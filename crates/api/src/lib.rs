@@ -25,6 +25,8 @@
 //! | `POST /v1/machines/NAME/stop`, `/kill` | `{}` |
 //! | `POST /v1/machines/NAME/execute` [`ExecuteRequest`] | lines of [`ExecuteLine`] |
 //! | `POST /v1/machines/NAME/input` (what is typed into its console) | `{}` |
+//! | `GET /v1/machines/NAME/system` (what its guest agent tells) | [`SystemInfo`] |
+//! | `GET /v1/machines/NAME/display` (RFB over a WebSocket) | a [`WebSocket`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
@@ -92,8 +94,10 @@ mod image;
 mod machine;
 mod moves;
 mod parts;
+mod system;
 mod token;
 mod volume;
+mod web_socket;
 
 pub use audit::{AUDIT_DEFAULT, AUDIT_MAX, AuditEntry};
 pub use authority::{AuthorityChange, AuthorityInfo, CertificateInfo, TrustedAuthority};
@@ -123,11 +127,13 @@ pub use parts::{
     ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest, ThreadInfo,
     ThreadMove, object_range, object_range_name,
 };
+pub use system::{FileSystemInfo, InterfaceInfo, SystemInfo};
 pub use token::{Token, TokenInfo, TokenRequest, TokenUseInfo};
 pub use volume::{
     ClusterVolumeInfo, FileStat, RenameRequest, VolumeContent, VolumeCreateRequest, VolumeInfo,
     VolumeRequest,
 };
+pub use web_socket::WebSocket;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -6,7 +6,7 @@ use crate::events::{self, EventPage};
 use crate::output::{self, Format};
 use crate::when;
 use anyhow::Result;
-use keel_api::{EventKind, MachineInfo, PartInfo, PartsInfo};
+use keel_api::{Client, EventKind, MachineInfo, PartInfo, PartsInfo, SystemInfo};
 use keel_machine::cgroup::GroupUsage;
 use serde::Serialize;
 use std::process::ExitCode;
@@ -22,6 +22,11 @@ const EVENTS_ASKED: u32 = 1000;
 #[derive(Serialize)]
 struct Described {
     machine: MachineInfo,
+    /// The system in it, if it has a guest agent that answers.
+    system: Option<SystemInfo>,
+    /// Why that is not known, if a guest agent could tell it.
+    #[serde(skip)]
+    system_unknown: Option<String>,
     /// Its parts, if it is on several nodes.
     parts: Vec<PartInfo>,
     #[serde(flatten)]
@@ -36,6 +41,7 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     history
         .events
         .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
+    let (system, system_unknown) = system(&client, &machine).await;
     // A machine that does not run has no parts.
     let parts = client
         .get(&keel_api::path(["machines", name, "parts"]))
@@ -44,6 +50,8 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     let parts = if parts.len() > 1 { parts } else { Vec::new() };
     let described = Described {
         machine,
+        system,
+        system_unknown,
         parts,
         history,
     };
@@ -106,6 +114,7 @@ fn page(described: &Described) -> String {
         page.line("parts", parts.collect::<Vec<_>>().join("\n"));
     }
     write_permissions(&mut page, machine);
+    write_system(&mut page, described);
     page.list(
         "Last moves",
         machine.moves.iter().rev().take(MOVES).map(|report| {
@@ -268,6 +277,51 @@ pub(crate) fn kernel(group: &GroupUsage) -> String {
         parts.push(format!("throttled {:.1} s", micros as f64 / 1e6));
     }
     parts.join("; ")
+}
+
+/// What the guest agent of a machine that runs tells of the system in it, or why it does not.
+async fn system(client: &Client, machine: &MachineInfo) -> (Option<SystemInfo>, Option<String>) {
+    let has_agent = machine.kind_spec.get("guest_agent") == Some(&true.into());
+    if !has_agent || machine.status != "running" {
+        return (None, None);
+    }
+    let path = keel_api::path(["machines", &machine.name, "system"]);
+    match client.get(&path).await {
+        Ok(system) => (Some(system), None),
+        Err(error) => (None, Some(error.to_string())),
+    }
+}
+
+fn write_system(page: &mut Page, described: &Described) {
+    if let Some(reason) = &described.system_unknown {
+        page.head("System inside");
+        page.line("not known", reason);
+    }
+    let Some(system) = &described.system else {
+        return;
+    };
+    page.head("System inside");
+    let mut line = |word: &str, text: Option<String>| {
+        if let Some(text) = text.filter(|text| !text.is_empty()) {
+            page.line(word, text);
+        }
+    };
+    line("host name", system.host_name.clone());
+    line("system", system.name.clone());
+    line("its kernel", system.kernel.clone());
+    let interfaces = system.interfaces.iter();
+    let interfaces = interfaces.map(|it| format!("{}: {}", it.name, it.addresses.join(", ")));
+    line("addresses", Some(interfaces.collect::<Vec<_>>().join("\n")));
+    let load = system.load.iter().map(|load| format!("{load:.2}"));
+    line("load", Some(load.collect::<Vec<_>>().join(" ")));
+    let file_systems = system.file_systems.iter().map(|it| {
+        let (used, total) = (output::bytes(it.used_bytes), output::bytes(it.total_bytes));
+        format!("{}: {used} of {total}", it.mount_point)
+    });
+    line(
+        "file systems",
+        Some(file_systems.collect::<Vec<_>>().join("\n")),
+    );
 }
 
 fn write_permissions(page: &mut Page, machine: &MachineInfo) {

@@ -9,7 +9,7 @@ const GROUPS: &[(&str, &[&str])] = &[
         "Machines",
         &[
             "run", "ps", "logs", "inspect", "describe", "set", "start", "stop", "kill", "rm", "cp",
-            "exec", "console", "apply", "import",
+            "exec", "console", "vnc", "apply", "import",
         ],
     ),
     (

@@ -25,6 +25,7 @@
 //! - `size`: sizes on command lines
 //! - `started`: waits until a machine runs
 //! - `system`: what a machine of kind `qemu` is made of, on command lines and in machine files
+//! - `vnc`: `keel vnc`
 //! - `when`: times on command lines
 
 #![warn(clippy::print_stdout)]
@@ -72,6 +73,7 @@ mod store;
 mod system;
 mod tokens;
 mod up;
+mod vnc;
 mod volume;
 mod wasm;
 mod when;
@@ -194,6 +196,8 @@ enum Command {
     /// Attaches this terminal to a machine's serial console; Ctrl-] leaves it. Types a file if the
     /// standard input is one.
     Console(console::Args),
+    /// Lets VNC viewers see a machine's display, at an address of this computer.
+    Vnc(vnc::Args),
     /// Executes a command in a machine, by its guest agent; exits with the command's exit code.
     Exec(exec::Args),
     /// Changes limits, restart policy or checkpoints of a machine; it may run.
@@ -457,6 +461,7 @@ async fn with_runtime(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         Command::Events(args) => events::run(&reach, &args).await,
         Command::Cp(args) => cp::run(&reach, &args).await,
         Command::Console(args) => console::run(&reach, &args).await,
+        Command::Vnc(args) => vnc::run(&reach, &args).await,
         Command::Exec(args) => Ok(exec::run(&reach, &args).await.unwrap_or_else(|error| {
             eprintln!("keel: {}", sentence(&error));
             ExitCode::from(exec::UNKNOWN_EXIT)

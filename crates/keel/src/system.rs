@@ -74,6 +74,9 @@ pub(crate) struct System {
     /// Whether it has a balloon, by which it gives memory back to its node (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) balloon: Option<bool>,
+    /// Whether it has a display, with a keyboard and a pointer, for `keel vnc` (default: false).
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) display: Option<bool>,
     /// How long it may take to shut down at `keel stop` before its power is cut (default: 30s).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     pub(crate) shutdown: Option<Duration>,
@@ -198,6 +201,7 @@ impl System {
             ("cpu-model", self.cpu_model.is_some()),
             ("guest-agent", self.guest_agent.is_some()),
             ("balloon", self.balloon.is_some()),
+            ("display", self.display.is_some()),
             ("shutdown", self.shutdown.is_some()),
         ];
         let given = given.into_iter().chain(self.cloud_init.given());
@@ -206,8 +210,8 @@ impl System {
     }
 
     /// Its part of the spec, and the files to upload. Its system is given the machine's name, if it
-    /// has one yet. What is not said stays as it was `before`: a guest agent's port, a balloon, and
-    /// addresses of interfaces.
+    /// has one yet. What is not said stays as it was `before`: a guest agent's port, a balloon, a
+    /// display, and addresses of interfaces.
     ///
     /// # Errors
     /// If a file cannot be read, or is not what it has to be; or there is no image of a name.
@@ -282,6 +286,10 @@ impl System {
                 .balloon
                 .or_else(|| before.map(|own| own.balloon))
                 .unwrap_or(true),
+            display: self
+                .display
+                .or_else(|| before.map(|own| own.display))
+                .unwrap_or(false),
             cpu_model: self.cpu_model,
             // Nodes know what they can give it.
             processor: None,

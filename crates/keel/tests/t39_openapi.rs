@@ -11,8 +11,9 @@ use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// Operations that no command requests.
-const WITHOUT_COMMAND: [&str; 4] = [
+/// Operations that no command requests, or only of whole systems (`t51_systems/agent.rs`).
+const WITHOUT_COMMAND: [&str; 5] = [
+    "inspect_system",
     "get_liveness",
     "get_readiness",
     "get_metrics",
@@ -166,6 +167,8 @@ async fn use_machines(bench: &Bench) {
     assert!(!executed && said.contains("of kind wasm"), "{said}");
     let (typed, said) = bench.try_keel(&["console", "m"]).await;
     assert!(!typed && said.contains("have no console"), "{said}");
+    let (seen, said) = bench.try_keel(&["vnc", "m"]).await;
+    assert!(!seen && said.contains("have no display"), "{said}");
     let machines = bench.file(
         "machines.toml",
         &format!("[machine.two]\nmodule = \"{counter}\"\nargs = [\"1000000\", \"20\"]\n"),

@@ -5,6 +5,7 @@
 //! another one in each version of QEMU.
 
 use crate::balloon;
+use crate::display;
 use crate::processor::{Accelerator, Processor};
 use crate::root_disk::{self, ROOT};
 use crate::spec::{Disk, DiskFormat, QemuSpec};
@@ -38,6 +39,8 @@ pub(crate) const AGENT_FD: i32 = 5;
 /// That of the first network interface; others follow.
 pub(crate) const INTERFACES_FD: i32 = 6;
 
+/// QEMU's name for the host's end of the guest agent's port.
+pub(crate) const AGENT: &str = "agent";
 /// The port by which agents in guests know theirs.
 const AGENT_PORT: &str = "org.qemu.guest_agent.0";
 
@@ -115,14 +118,20 @@ impl Machine<'_> {
         // Behind all others: those keep their places on the bus.
         if self.spec.guest_agent {
             add("-device", "virtio-serial-pci".into());
-            add("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
+            add("-chardev", format!("socket,id={AGENT},fd={AGENT_FD}"));
             add(
                 "-device",
-                format!("virtserialport,chardev=agent,name={AGENT_PORT}"),
+                format!("virtserialport,chardev={AGENT},name={AGENT_PORT}"),
             );
         }
         if self.spec.balloon {
             add("-device", balloon::DEVICE.into());
+        }
+        if self.spec.display {
+            add("-vnc", display::SERVER.into());
+            for device in display::DEVICES {
+                add("-device", device.into());
+            }
         }
         let [sandbox, denied] = SANDBOX;
         add(sandbox, denied.into());

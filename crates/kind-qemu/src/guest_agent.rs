@@ -8,6 +8,7 @@
 //! few of them, each for a limited time: a silent guest holds up nothing else of its worker. Which
 //! process a user wants is left to [`crate::worker`].
 
+use crate::guest_system;
 use data_encoding::BASE64;
 use keel_machine::worker::control::{Execute, ExecutionEnd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -93,9 +94,9 @@ impl AgentError {
 
 /// An answer.
 #[derive(Debug, Deserialize)]
-struct Answer<T> {
+pub(crate) struct Answer<T> {
     #[serde(rename = "return")]
-    value: Option<T>,
+    pub(crate) value: Option<T>,
     error: Option<Failure>,
 }
 
@@ -324,19 +325,8 @@ impl GuestAgent {
         command: &'static str,
         arguments: &Value,
     ) -> Result<T, AgentError> {
-        let mut turn = self.turn(PATIENCE)?;
-        let channel = turn.channel()?;
-        channel
-            .synchronise(Instant::now() + PATIENCE)
-            .map_err(|error| AgentError::before_command(&error))?;
         let lost = |reason: String| AgentError::Lost { command, reason };
-        let line = json!({ "execute": command, "arguments": arguments });
-        let until = Instant::now() + ANSWER_PATIENCE;
-        let answer = channel
-            .send(format!("{line}\n").as_bytes(), until)
-            .and_then(|()| channel.answer(until));
-        let answer = answer.map_err(|error| lost(error.to_string()))?;
-        drop(turn);
+        let answer = self.ask(command, arguments, LINE_BYTES_MAX)?;
         let answer: Answer<T> =
             serde_json::from_slice(&answer).map_err(|error| lost(error.to_string()))?;
         match (answer.value, answer.error) {
@@ -347,6 +337,30 @@ impl GuestAgent {
             (Some(value), None) => Ok(value),
             (None, None) => Err(lost("it says nothing".into())),
         }
+    }
+
+    /// The line that answers a command, of so many bytes at most.
+    ///
+    /// # Errors
+    /// [`AgentError`], if there is none.
+    pub(crate) fn ask(
+        &self,
+        command: &'static str,
+        arguments: &Value,
+        bytes_max: usize,
+    ) -> Result<Vec<u8>, AgentError> {
+        let mut turn = self.turn(PATIENCE)?;
+        let channel = turn.channel()?;
+        channel
+            .synchronise(Instant::now() + PATIENCE)
+            .map_err(|error| AgentError::before_command(&error))?;
+        let lost = |reason: String| AgentError::Lost { command, reason };
+        let line = json!({ "execute": command, "arguments": arguments });
+        let until = Instant::now() + ANSWER_PATIENCE;
+        let answer = channel
+            .send(format!("{line}\n").as_bytes(), until)
+            .and_then(|()| channel.answer(until, bytes_max));
+        answer.map_err(|error| lost(error.to_string()))
     }
 }
 
@@ -378,7 +392,7 @@ impl Channel {
         frame.extend_from_slice(format!("{command}\n").as_bytes());
         self.send(&frame, deadline)?;
         loop {
-            let line = self.line(deadline, Duration::ZERO)?;
+            let line = self.line(deadline, Duration::ZERO, LINE_BYTES_MAX)?;
             // Earlier answers are in front of the delimiter, on the same line or not.
             let Some(at) = line.iter().rposition(|byte| *byte == DELIMITER) else {
                 continue;
@@ -405,14 +419,14 @@ impl Channel {
     }
 
     /// An answer to what was sent, of which some comes at least every [`PATIENCE`].
-    fn answer(&mut self, until: Instant) -> io::Result<Vec<u8>> {
+    fn answer(&mut self, until: Instant, bytes_max: usize) -> io::Result<Vec<u8>> {
         let first = until.min(Instant::now() + PATIENCE);
-        self.line(first, until.saturating_duration_since(first))
+        self.line(first, until.saturating_duration_since(first), bytes_max)
     }
 
     /// The next line, with its end. If some of it comes before `deadline`, there is more time for the
     /// rest, `more` altogether.
-    fn line(&mut self, deadline: Instant, more: Duration) -> io::Result<Vec<u8>> {
+    fn line(&mut self, deadline: Instant, more: Duration, bytes_max: usize) -> io::Result<Vec<u8>> {
         let (mut searched, mut deadline, last) = (0, deadline, deadline + more);
         loop {
             let rest = &self.unread[searched..];
@@ -421,7 +435,7 @@ impl Channel {
                 return Ok(std::mem::replace(&mut self.unread, after));
             }
             searched = self.unread.len();
-            if searched > LINE_BYTES_MAX {
+            if searched > bytes_max {
                 self.unread = Vec::new();
                 let text = "it sends a line without an end";
                 return Err(io::Error::new(io::ErrorKind::InvalidData, text));
@@ -477,17 +491,17 @@ pub(crate) fn is_answer(bytes: &[u8]) -> bool {
         serde_json::from_slice::<Answer<Started>>(line).is_ok_and(|answer| answer.value.is_some());
     let is_number =
         serde_json::from_slice::<Answer<u32>>(line).is_ok_and(|answer| answer.value.is_some());
-    is_status || is_start || is_number
+    is_status || is_start || is_number || guest_system::is_told(line)
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::io::{BufRead, BufReader};
 
     /// An agent in which `act` is called with each command and its arguments, and says what to
     /// answer; `before` is what the guest has said before.
-    fn agent(
+    pub(crate) fn agent(
         before: &'static [u8],
         mut act: impl FnMut(&str, &Value) -> Option<String> + Send + 'static,
     ) -> GuestAgent {

@@ -3,7 +3,7 @@
 use crate::bare_qemu;
 use crate::host_processors;
 use crate::network;
-use crate::process::{QEMU, installed_version, is_installed, resident_bytes};
+use crate::process::{QEMU, installed_version, is_installed};
 use crate::processor::{Accelerator, Processor};
 use crate::root_disk::{self, ImageHeader};
 use crate::spec::QemuSpec;
@@ -307,6 +307,7 @@ impl Kind for QemuKind {
             ("user-data, network-config or ssh-key", "cloud_init"),
             ("guest-agent", "guest_agent"),
             ("balloon", "balloon"),
+            ("display", "display"),
             ("shutdown", "shutdown_s"),
             ("unreadable", "unreadable"),
         ];
@@ -314,7 +315,9 @@ impl Kind for QemuKind {
         for (name, field) in fields {
             // A field that is left out is false.
             let [old, new] = [&old, &new].map(|own| match &own[field] {
-                Value::Null if matches!(field, "guest_agent" | "balloon") => Value::Bool(false),
+                Value::Null if matches!(field, "guest_agent" | "balloon" | "display") => {
+                    Value::Bool(false)
+                }
                 value => value.clone(),
             });
             if old != new {
@@ -335,10 +338,6 @@ impl Kind for QemuKind {
     /// QEMU names the threads of virtual processors `CPU 0/KVM` and `CPU 0/TCG`, or `ALL CPUs/TCG`.
     fn is_guest_thread(&self, name: &str) -> bool {
         name.starts_with("CPU ") || name.starts_with("ALL CPUs")
-    }
-
-    fn memory_bytes(&self, process: &Path) -> Option<u64> {
-        qemu_of(process).map(|qemu| resident_bytes(&qemu))
     }
 
     fn run_worker(&self, folders: &WorkerFolders) -> Result<(), String> {

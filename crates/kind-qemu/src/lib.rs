@@ -24,8 +24,10 @@
 //! - `post_copy`: memory that follows a guest; `channel`: bytes between the QEMUs of a move
 //! - `network`: tap devices on bridges of the node
 //! - `console`: the serial console, which is the machine's output
+//! - `display`: its screen, keyboard and pointer, for viewers
 //! - `balloon`: memory that the guest gives back
-//! - `guest_agent`: commands to the agent in the guest; `guest_clock`: the time of a restored guest
+//! - `guest_agent`: commands to the agent in the guest; `guest_system`: what it tells; `guest_clock`: the
+//!   time of a restored guest
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
 //! - `processor`: the features of a machine's processor; `host_processors`: those that this host can
@@ -48,10 +50,12 @@ mod console;
 mod copy_mode;
 mod decoders;
 mod disk_copy;
+mod display;
 mod full_disk;
 mod guest;
 mod guest_agent;
 mod guest_clock;
+mod guest_system;
 mod host_processors;
 mod kind;
 mod migration;

@@ -5,7 +5,7 @@
 //! Nodes tell each other in words what they have ([`Processor::words`]). What this host has is looked
 //! up by [`crate::host_processors`].
 
-use keel_machine::kind::{Features, NodeFeatures};
+use keel_machine::kind::{Features, NodeFeatures, some_of};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -91,9 +91,6 @@ pub(crate) fn known_features() -> impl Iterator<Item = &'static str> {
         .flatten()
         .copied()
 }
-
-/// How many missing features a message names.
-const NAMED: usize = 8;
 
 /// The longest name of a processor's maker, in bytes, as `cpuid` tells it.
 const VENDOR_BYTES_MAX: usize = 12;
@@ -289,13 +286,10 @@ impl Processor {
                 made_by(self)
             ));
         }
-        let missing: Vec<&str> = self
-            .features
-            .difference(&given.features)
-            .map(String::as_str)
-            .collect();
-        (!missing.is_empty())
-            .then(|| format!("its processor ({accelerator}) lacks {}", listed(&missing)))
+        let mut missing = self.features.difference(&given.features).peekable();
+        missing.peek()?;
+        let missing = some_of(missing);
+        Some(format!("its processor ({accelerator}) lacks {missing}"))
     }
 
     /// The processor of a new machine, from what nodes have on which it may run, of which `on` is the
@@ -351,10 +345,9 @@ impl Processor {
         }
         match model {
             Some(model) if !refusals.is_empty() => {
-                let refusals: Vec<&str> = refusals.iter().map(String::as_str).collect();
+                let refusals = some_of(&refusals);
                 Err(format!(
-                    "cpu-model: no node where it may begin has all of {model}: {}",
-                    listed(&refusals)
+                    "cpu-model: no node where it may begin has all of {model}: {refusals}"
                 ))
             }
             Some(_) => Err(
@@ -374,16 +367,6 @@ fn most_frequent<T: Ord>(all: impl Iterator<Item = T>) -> Option<T> {
     }
     let most = counts.into_iter().rev().max_by_key(|(_, count)| *count);
     most.map(|(value, _)| value)
-}
-
-/// Some of these texts, and how many more there are.
-fn listed(all: &[&str]) -> String {
-    let named = all.iter().take(NAMED).copied();
-    let named = named.collect::<Vec<_>>().join(", ");
-    match all.len().saturating_sub(NAMED) {
-        0 => named,
-        more => format!("{named} and {more} more"),
-    }
 }
 
 #[cfg(test)]

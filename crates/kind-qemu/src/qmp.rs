@@ -9,10 +9,13 @@
 //! that it was generated from and ends the connection at one of a later version; here unknown
 //! events are passed on by name.
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -138,6 +141,23 @@ impl Qmp {
         self.execute_within(command, arguments, PATIENCE).map(drop)
     }
 
+    /// As [`Self::execute`], with a descriptor that the command takes. Callers wait for one such
+    /// command until they give the next: QEMU keeps only the last descriptor that it was passed.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub(crate) fn execute_with_descriptor(
+        &self,
+        command: &str,
+        arguments: Value,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<(), QmpError> {
+        self.exchange(command, arguments, PATIENCE, |socket, line| {
+            send_with_descriptor(socket, line, descriptor)
+        })
+        .map(drop)
+    }
+
     /// Asks for something.
     ///
     /// # Errors
@@ -165,9 +185,21 @@ impl Qmp {
         arguments: Value,
         patience: Duration,
     ) -> Result<Value, QmpError> {
+        self.exchange(command, arguments, patience, |mut socket, line| {
+            socket.write_all(line)
+        })
+    }
+
+    fn exchange(
+        &self,
+        command: &str,
+        arguments: Value,
+        patience: Duration,
+        send: impl FnOnce(&UnixStream, &[u8]) -> io::Result<()>,
+    ) -> Result<Value, QmpError> {
         let (id, answer) = self.register()?;
         let line = json!({ "execute": command, "arguments": arguments, "id": id });
-        let sent = lock(&self.writer).write_all(format!("{line}\n").as_bytes());
+        let sent = send(&lock(&self.writer), format!("{line}\n").as_bytes());
         let received = match sent {
             Ok(()) => answer.recv_timeout(patience),
             Err(error) => {
@@ -206,6 +238,23 @@ impl Qmp {
         pending.waiting.insert(id, send);
         Ok((id, receive))
     }
+}
+
+/// Sends a line, and a descriptor with its first byte (`SCM_RIGHTS`).
+fn send_with_descriptor(
+    mut socket: &UnixStream,
+    line: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let descriptors = [descriptor];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut beside = SendAncillaryBuffer::new(&mut space);
+    if !beside.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+        return Err(io::Error::other("no space for a descriptor"));
+    }
+    let pieces = [IoSlice::new(line)];
+    let sent = sendmsg(socket, &pieces, &mut beside, SendFlags::NOSIGNAL)?;
+    socket.write_all(line.get(sent..).unwrap_or_default())
 }
 
 /// Reads until QEMU closes the socket.

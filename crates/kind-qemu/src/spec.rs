@@ -58,6 +58,9 @@ pub struct QemuSpec {
     /// Whether it has a balloon, by which it gives memory back to its node. (Left out likewise.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub balloon: bool,
+    /// Whether it has a display, with a keyboard and a pointer. (Left out likewise.)
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub display: bool,
     /// What its user asks of its processor. (Left out likewise.)
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_model: Option<CpuModel>,
@@ -202,6 +205,7 @@ impl Default for QemuSpec {
             cloud_init: None,
             guest_agent: false,
             balloon: false,
+            display: false,
             cpu_model: None,
             processor: None,
             shutdown_s: SHUTDOWN_S,

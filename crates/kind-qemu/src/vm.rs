@@ -6,8 +6,9 @@
 //!                 └──────pause───────┘          held: the process itself is stopped (SIGSTOP)
 //! ```
 
-use crate::arguments::{AGENT_FD, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
+use crate::arguments::{AGENT, AGENT_FD, CONSOLE_FD, INTERFACES_FD, Machine, QMP_FD};
 use crate::console::Sockets;
+use crate::display::Display;
 use crate::guest_agent::GuestAgent;
 use crate::migration_status::Info;
 use crate::network::Taps;
@@ -53,6 +54,15 @@ struct ProcessorThread {
     thread: u32,
 }
 
+/// One of the answer to `query-chardev`.
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct CharacterDevice {
+    label: String,
+    /// Whether the guest has opened it.
+    frontend_open: bool,
+}
+
 /// A machine's QEMU. Methods block.
 pub(crate) struct Vm {
     pid: u32,
@@ -67,6 +77,8 @@ pub(crate) struct Vm {
     run: Mutex<()>,
     /// If the guest has a port for one.
     agent: Option<GuestAgent>,
+    /// If the guest has one.
+    display: Option<Display>,
     qmp: OnceLock<Qmp>,
 }
 
@@ -141,6 +153,7 @@ impl Vm {
             attempt: Mutex::default(),
             run: Mutex::default(),
             agent,
+            display: machine.spec.display.then(Display::default),
             qmp: OnceLock::new(),
         });
         let connected = Qmp::connect(qmp, START_PATIENCE, move |event| shared.take(&event));
@@ -196,6 +209,27 @@ impl Vm {
     /// The agent in the guest; `None` if the guest has no port for one.
     pub(crate) fn agent(&self) -> Option<&GuestAgent> {
         self.agent.as_ref()
+    }
+
+    /// Whether a program in the guest has the port of its agent open; true if it has no port.
+    ///
+    /// # Errors
+    /// What QEMU says.
+    pub(crate) fn is_agent_connected(&self) -> Result<bool, QmpError> {
+        let ports: Vec<CharacterDevice> = self.qmp()?.query("query-chardev")?;
+        let mut ports = ports.iter().filter(|port| port.label == AGENT);
+        Ok(ports.all(|port| port.frontend_open))
+    }
+
+    /// A new viewer's connection to the guest's display.
+    ///
+    /// # Errors
+    /// If it has none, or what QEMU says.
+    pub(crate) fn connect_viewer(&self) -> Result<UnixStream, String> {
+        let display = self.display.as_ref();
+        let display = display.ok_or("it has no display (run it again, with display = true)")?;
+        let connected = self.qmp().and_then(|qmp| display.connect(qmp));
+        connected.map_err(|error| error.to_string())
     }
 
     /// What executes the guest.

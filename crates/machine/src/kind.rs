@@ -162,6 +162,28 @@ pub struct DiskImage {
 /// that only the kind understands. A machine may run where all that it needs is offered.
 pub type Features = BTreeSet<String>;
 
+/// How many of several things a message names.
+const NAMED: usize = 8;
+
+/// Some of these texts for a message, such as missing [`Features`], and how many more there are.
+///
+/// ```
+/// let all: Vec<String> = (1..=10).map(|number| number.to_string()).collect();
+/// let text = keel_machine::kind::some_of(&all);
+/// assert_eq!(text, "1, 2, 3, 4, 5, 6, 7, 8 and 2 more");
+/// assert_eq!(keel_machine::kind::some_of(["aes"]), "aes");
+/// ```
+pub fn some_of<T: AsRef<str>>(all: impl IntoIterator<Item = T>) -> String {
+    let mut all = all.into_iter();
+    let named: Vec<T> = all.by_ref().take(NAMED).collect();
+    let words: Vec<&str> = named.iter().map(AsRef::as_ref).collect();
+    let text = words.join(", ");
+    match all.count() {
+        0 => text,
+        more => format!("{text} and {more} more"),
+    }
+}
+
 /// A kind whose machines a host executes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Executed {
@@ -340,7 +362,7 @@ pub trait Kind: fmt::Debug + Send + Sync + 'static {
 
     /// Bytes of memory that the machine of a worker occupies; `None` if it has none yet, or
     /// if that process is no worker of this kind. `process` is its folder in `/proc`.
-    /// Without it the memory of the whole process counts.
+    /// Without it the memory of the whole process counts. (That of processes beside it does always.)
     fn memory_bytes(&self, _process: &Path) -> Option<u64> {
         None
     }

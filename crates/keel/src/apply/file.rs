@@ -38,7 +38,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 39] = [
+const KEYS: [&str; 40] = [
     "module",
     "kind",
     "kernel",
@@ -52,6 +52,7 @@ const KEYS: [&str; 39] = [
     "cpu-model",
     "guest-agent",
     "balloon",
+    "display",
     "shutdown",
     "user-data",
     "network-config",
@@ -167,6 +168,7 @@ struct Machine {
     cpu_model: Option<CpuModel>,
     guest_agent: Option<bool>,
     balloon: Option<bool>,
+    display: Option<bool>,
     shutdown: Option<Time>,
     user_data: Option<PathBuf>,
     network_config: Option<PathBuf>,
@@ -303,6 +305,7 @@ impl Machine {
             cpu_model: self.cpu_model,
             guest_agent: self.guest_agent,
             balloon: self.balloon,
+            display: self.display,
             shutdown: self.shutdown.take().map(|Time(time)| time),
             cloud_init: cloud_init.beside(folder),
         };
@@ -621,6 +624,7 @@ mod tests {
             cpu-model = "x86-64-v2"
             guest-agent = false
             balloon = false
+            display = true
             shutdown = "10s"
             user-data = "db.yaml"
             ssh-key = ["/keys/admin.pub"]
@@ -641,6 +645,7 @@ mod tests {
             cpu_model: Some(CpuModel::Level2),
             guest_agent: Some(false),
             balloon: Some(false),
+            display: Some(true),
             shutdown: Some(Duration::from_secs(10)),
             cloud_init: CloudInit {
                 user_data: Some("/etc/db.yaml".into()),
@@ -662,7 +667,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, balloon, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, balloon, display, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

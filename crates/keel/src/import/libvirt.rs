@@ -169,6 +169,26 @@ fn add(device: Node<'_, '_>, read: &mut Imported) {
                 read.machine.balloon = Some(false);
             }
         }
+        "input"
+            if matches!(
+                device.attribute("type"),
+                Some("tablet" | "mouse" | "keyboard")
+            ) => {}
+        "video" => add_video(device, read),
+        "graphics" => {
+            read.machine.display = Some(true);
+            let kind = device.attribute("type").unwrap_or_default();
+            if kind != "vnc" {
+                read.leave_out(format!("graphics {kind}: it is vnc here"));
+            }
+            // Where it listens is decided by `keel vnc`.
+            let known = ["type", "port", "autoport"];
+            let attributes = device.attributes().map(|it| it.name());
+            let rest: Vec<&str> = attributes.filter(|it| !known.contains(it)).collect();
+            if !rest.is_empty() {
+                read.leave_out(format!("graphics {kind}: {}", rest.join(", ")));
+            }
+        }
         provided if PROVIDED.contains(&provided) => {}
         // Every system has a port for it.
         "channel" if is_agent_port(device) => {}
@@ -179,6 +199,17 @@ fn add(device: Node<'_, '_>, read: &mut Imported) {
             let text = format!("{other} {}", kind.unwrap_or_default());
             read.leave_out(text.trim_end());
         }
+    }
+}
+
+fn add_video(video: Node<'_, '_>, read: &mut Imported) {
+    let model = child(video, "model").and_then(|it| it.attribute("type"));
+    if model == Some("none") {
+        return;
+    }
+    read.machine.display = Some(true);
+    if let Some(model) = model.filter(|model| *model != "vga") {
+        read.leave_out(format!("video {model}: it is vga here"));
     }
 }
 
@@ -319,7 +350,9 @@ mod tests {
     <channel type='spicevmc'>
       <target type='virtio' name='com.redhat.spice.0'/>
     </channel>
-    <graphics type='vnc' port='-1'/>
+    <input type='tablet' bus='usb'/>
+    <input type='evdev'/>
+    <graphics type='vnc' port='-1' passwd='secret' keymap='de'/>
     <video/>
     <memballoon model='none'/>
   </devices>
@@ -340,8 +373,8 @@ mod tests {
 #   interface 52:54:00:AA:00:01: vlan
 #   interface 52:54:00:aa:00:02: type network default, which is no bridge
 #   channel spicevmc
-#   graphics vnc
-#   video
+#   input evdev
+#   graphics vnc: passwd, keymap
 #   name Web_1: a machine cannot have it
 [machine.web-1]
 kind = "qemu"
@@ -350,6 +383,7 @@ net = ["br0,mac=52:54:00:aa:00:01"]
 cpu = 2
 cpu-model = "common"
 balloon = false
+display = true
 memory = "2048M"
 "#
         );

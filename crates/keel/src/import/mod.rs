@@ -66,6 +66,8 @@ struct Machine {
     #[serde(skip_serializing_if = "Option::is_none")]
     balloon: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    display: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<String>,
 }
 

@@ -56,6 +56,7 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             "agent" => add_agent(value, &mut read),
             // Others are the least memory that it leaves the system.
             "balloon" if value == "0" => read.machine.balloon = Some(false),
+            "vga" => set_display(value, &mut read),
             "cpu" => {
                 let (model, options) = value.split_once(',').unwrap_or((value, ""));
                 read.set_cpu_model(model.strip_prefix("cputype=").unwrap_or(model));
@@ -91,6 +92,8 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
             _ => read.leave_out(format!("{key}: {value}")),
         }
     }
+    // It has one unless it says otherwise.
+    read.machine.display = read.machine.display.or(Some(true)).filter(|it| *it);
     if read.machine.memory.is_none() {
         read.set_memory(MEMORY_BYTES)?;
     }
@@ -108,6 +111,24 @@ pub(super) fn read(text: &str, storages: &Storages) -> Result<Imported, String> 
         add_disk(&disk, storages, &mut read);
     }
     Ok(read)
+}
+
+/// What `vga` says: the type of its graphics card, or where its console is instead.
+fn set_display(value: &str, read: &mut Imported) {
+    let value = value.strip_prefix("type=").unwrap_or(value);
+    let (kind, options) = match value.split_once(',') {
+        Some(parts) => parts,
+        None if value.contains('=') => ("std", value),
+        None => (value, ""),
+    };
+    let has_display = kind != "none" && !is_numbered(kind, "serial");
+    read.machine.display = Some(has_display);
+    if has_display && kind != "std" {
+        read.leave_out(format!("vga: {kind}, it is std here"));
+    }
+    if !options.is_empty() {
+        read.leave_out(format!("vga: {options}"));
+    }
 }
 
 /// Whether a key is this name with a number.
@@ -247,6 +268,7 @@ scsi2: ceph:vm-100-disk-2,size=8G
 scsi3: /dev/disk/by-id/x,ro=1
 scsihw: virtio-scsi-single
 sockets: 2
+vga: qxl,memory=32
 
 [before-upgrade]
 cores: 9
@@ -265,6 +287,8 @@ cores: 9
 #   net0: firewall=1,tag=10
 #   net1: e1000, it is of virtio here
 #   scsihw: virtio-scsi-single
+#   vga: qxl, it is std here
+#   vga: memory=32
 #   snapshot before-upgrade, and what follows it
 #   scsi1: scsi, it is of virtio here
 #   ide2: none
@@ -279,6 +303,7 @@ net = ["vmbr0,mac=bc:24:11:aa:00:01", "vmbr1,mac=bc:24:11:aa:00:02"]
 cpu = 4
 cpu-model = "common"
 balloon = false
+display = true
 memory = "2048M"
 "#
         );
@@ -295,6 +320,7 @@ virtio0: local:100/vm-100-disk-0.vmdk,size=32G
 virtio1: local:9000/base-9000-disk-0.qcow2/100/vm-100-disk-1.qcow2
 virtio2: zfs:base-9000-disk-0/vm-100-disk-2
 virtio3: /mnt/a.raw,ro=on
+vga: serial0
 ";
         let read = read(text, &Storages::from(storages)).unwrap();
         let disks = [
@@ -304,6 +330,7 @@ virtio3: /mnt/a.raw,ro=on
         ];
         assert_eq!(read.machine.disk, disks);
         assert_eq!(read.machine.guest_agent, Some(false));
+        assert_eq!(read.machine.display, None);
         let left_out = &read.left_out;
         assert!(left_out[0].contains("type=isa"), "{left_out:?}");
         assert!(left_out[1].contains("vm-100-disk-0.vmdk"), "{left_out:?}");

@@ -52,6 +52,10 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
     ];
     let expected = (Some(3), "a  b $HOME\n".to_owned(), String::new());
     assert_eq!(exec(&system, "b", &words)?, expected);
+    let (_, page, _) = said(&system.keel("b", &["describe", NAME]).output()?);
+    let (_, kernel, _) = exec(&system, "a", &[NAME, "--", "uname", "-r"])?;
+    let told = page.lines().find(|line| line.contains("its kernel"));
+    assert!(told.is_some_and(|it| it.contains(kernel.trim())), "{page}");
     let environment = [
         "--env",
         "A=b c",
@@ -159,10 +163,18 @@ async fn a_system_without_an_agent_executes_nothing() -> Result<()> {
     let Some(system) = Scripted::start().await? else {
         return Ok(());
     };
-    system.run(SCRIPT, &["--guest-agent", "false"])?;
+    system.run(SCRIPT, &["--guest-agent", "false", "--shutdown", "1s"])?;
     let (code, _, error) = exec(&system, "b", &[NAME, "--", "true"])?;
     assert_eq!(code, Some(255));
     assert!(error.contains("no port for a guest agent"), "{error}");
+    let (_, page, _) = said(&system.keel("b", &["describe", NAME]).output()?);
+    assert!(!page.contains("System inside"), "{page}");
+    let removed = system.keel("a", &["rm", "--force", NAME]).output()?;
+    ensure!(removed.status.success(), "{:?}", said(&removed));
+    // One that has the port, and nobody who reads it.
+    system.run(SCRIPT, &[])?;
+    let (_, page, _) = said(&system.keel("b", &["describe", NAME]).output()?);
+    assert!(page.contains("no guest agent runs in it"), "{page}");
     let counter =
         std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
     let counter = counter.to_str().context("a path of UTF-8")?;

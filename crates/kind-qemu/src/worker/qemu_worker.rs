@@ -30,8 +30,8 @@ use keel_machine::moves::TargetEvent;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::spec::{Spec, Status};
 use keel_machine::worker::control::{
-    Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, GuestMemory, Receive,
-    Report, Start, StartFrom, StartPhase, StartProgress, State,
+    Checkpoint, CheckpointReport, ConsoleInput, Copy, Execute, ExecutionEnd, GuestMemory,
+    GuestSystem, Receive, Report, Start, StartFrom, StartPhase, StartProgress, State,
 };
 use keel_machine::worker::{
     Accepted, Connect, LogTarget, MoveError, MoveState, Process, Receiver, Worker, step_target,
@@ -39,6 +39,7 @@ use keel_machine::worker::{
 };
 use keel_net::RpcError;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -56,6 +57,8 @@ pub(super) struct QemuWorker {
     inner: Mutex<Inner>,
     pub(super) checkpoints: Checkpoints,
     balloon: Mutex<Balloon>,
+    /// Locked while the guest's agent is asked for its system.
+    asks_system: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -84,6 +87,7 @@ pub(crate) fn run(folders: &WorkerFolders) -> Result<(), String> {
             inner: Mutex::default(),
             checkpoints: Checkpoints::default(),
             balloon: Mutex::default(),
+            asks_system: Mutex::default(),
         })
     })
 }
@@ -638,6 +642,18 @@ impl Worker for QemuWorker {
             .and_then(|end| end.map_err(RpcError::failed))
     }
 
+    fn system(&self) -> Result<GuestSystem, RpcError> {
+        if !self.vm()?.is_agent_connected().map_err(RpcError::failed)? {
+            return Err(RpcError::failed(
+                "no guest agent runs in it (install qemu-guest-agent there)",
+            ));
+        }
+        // It takes several turns at its agent, which others wait for.
+        let asked = self.asks_system.try_lock();
+        let _one = asked.map_err(|_| RpcError::refused("it is being asked already; try again"))?;
+        self.ask_agent(GuestAgent::system)
+    }
+
     fn type_in(&self, epoch: Epoch, input: &ConsoleInput) -> Result<Option<u64>, RpcError> {
         let guest = {
             let inner = self.inner();
@@ -649,6 +665,20 @@ impl Worker for QemuWorker {
         };
         let typed = console.type_in(input, TYPING_PATIENCE, || vm.runs());
         typed.map_err(RpcError::failed)
+    }
+
+    fn connect_viewer(&self, epoch: Epoch) -> Result<UnixStream, RpcError> {
+        {
+            let inner = self.inner();
+            if inner.moves.epoch != epoch {
+                return Err(RpcError::refused("it runs under another epoch"));
+            }
+            // QEMU would wait for a page of the screen, and carry out no command meanwhile.
+            if inner.incoming.is_some() {
+                return Err(RpcError::refused("some of its memory is still to come"));
+            }
+        }
+        self.vm()?.connect_viewer().map_err(RpcError::failed)
     }
 
     fn activity(&self) -> Result<Activity, RpcError> {

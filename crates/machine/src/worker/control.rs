@@ -57,6 +57,13 @@ pub mod kind {
     /// `(`[`keel_cluster::Epoch`]`, `[`super::ConsoleInput`]`)` → `Option<u64>`: types it into the
     /// machine's console under this epoch; how much of its session was typed, if known here.
     pub const TYPE_IN: u16 = 0x041A;
+    /// `()` → [`super::GuestSystem`].
+    pub const SYSTEM: u16 = 0x041F;
+    /// `(`[`keel_cluster::Epoch`]`, u64)` → stream of bytes: connects a viewer of this number with the
+    /// display that the machine has under this epoch (RFB, RFC 6143).
+    pub const VIEW: u16 = 0x041D;
+    /// `(u64, Vec<u8>)` → `()`: what such a viewer sends, in order.
+    pub const VIEWER_INPUT: u16 = 0x041E;
     /// `()` → `Option<`[`super::GuestMemory`]`>`: none if the machine has nothing to give back.
     pub const MEMORY: u16 = 0x041B;
     /// `u64` → `()`: how many bytes of memory the machine is to have given back to its node.
@@ -539,6 +546,32 @@ pub struct ExecutionEnd {
     pub error_output: Vec<u8>,
     /// Whether it printed more than that.
     pub is_cut: bool,
+}
+
+/// What the guest agent of a machine tells of the system in it, as far as it knows it. Texts are the
+/// guest's: whatever it says, they have no control characters, and are not long.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct GuestSystem {
+    pub host_name: Option<String>,
+    /// Its name and version, as `Debian GNU/Linux 12 (bookworm)`.
+    pub name: Option<String>,
+    /// The release of its kernel.
+    pub kernel: Option<String>,
+    /// The names of its network interfaces, each with its addresses as `10.0.0.5/24`.
+    pub interfaces: Vec<(String, Vec<String>)>,
+    /// Processes that run or wait for a processor or a disk, on average over 1, 5 and 15 minutes.
+    pub load: Option<[f64; 3]>,
+    pub file_systems: Vec<GuestFileSystem>,
+}
+
+/// A file system that is mounted in a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFileSystem {
+    /// Where.
+    pub mount_point: String,
+    pub used_bytes: u64,
+    /// What its users may use, in bytes.
+    pub total_bytes: u64,
 }
 
 /// A piece of what is typed into a machine's console.

@@ -7,6 +7,7 @@
 //! - `target`: receiving a machine, until the store has decided
 //! - `lease`: keeps a machine from running when its node's lease has ended
 //! - `log_transfer`: the machine's output during a move
+//! - `viewers`: who sees the machine's display
 //! - `files`: operations of users on files in volumes
 //! - `volume_folder`: where the machine's own volumes are stored
 //!
@@ -32,6 +33,7 @@ mod process;
 mod requests;
 mod source;
 mod target;
+mod viewers;
 pub mod volume_folder;
 
 pub use lease::Guard;
@@ -43,7 +45,7 @@ pub use target::{Accepted, Receiver, step_target};
 
 use self::control::{
     Checkpoint, CheckpointReport, ConsoleInput, Copy, CopyEvent, Execute, ExecutionEnd, FileDone,
-    FileRequest, Frozen, GuestMemory, Receive, Report, Start, State,
+    FileRequest, Frozen, GuestMemory, GuestSystem, Receive, Report, Start, State,
 };
 use self::source::SourceTask;
 use crate::link::{Link, LinkError, Message};
@@ -53,6 +55,7 @@ use crate::spec::Spec;
 use keel_cluster::Epoch;
 use keel_net::{BoxFuture, Bytes, PinnedIdentity, Reply, RpcError};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use tokio::runtime::Handle;
@@ -318,6 +321,15 @@ pub trait Worker: Send + Sync + Sized + 'static {
     /// Why they cannot be sampled now.
     fn activity(&self) -> Result<Activity, RpcError>;
 
+    /// A new viewer's connection to the machine's display, if that runs here under this epoch. What
+    /// goes over it is the protocol of RFC 6143 (RFB), of which the machine is the server.
+    ///
+    /// # Errors
+    /// If it has none, or does not run here.
+    fn connect_viewer(&self, _epoch: Epoch) -> Result<UnixStream, RpcError> {
+        Err(RpcError::failed("machines of its kind have no display"))
+    }
+
     /// The machine's memory, if it can give some back to its node.
     ///
     /// # Errors
@@ -348,6 +360,14 @@ pub trait Worker: Send + Sync + Sized + 'static {
     /// Why none was started, or that it is unknown whether one was.
     fn execute(&self, _process: &Execute) -> Result<i64, RpcError> {
         Err(RpcError::failed(NO_PROCESSES))
+    }
+
+    /// What the machine's guest agent tells of the system in it.
+    ///
+    /// # Errors
+    /// If it has none, or none that answers.
+    fn system(&self) -> Result<GuestSystem, RpcError> {
+        Err(RpcError::failed("machines of its kind have no guest agent"))
     }
 
     /// How such a process ended; `None` while it runs.

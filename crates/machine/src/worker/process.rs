@@ -3,6 +3,7 @@
 
 use super::control::{LogChunk, ReadLog, Report, State, pack};
 use super::requests::Service;
+use super::viewers::Viewers;
 use super::{Guard, SOCKET, Worker};
 use crate::cgroup::{self, Group};
 use crate::checkpoint::Manifest;
@@ -42,6 +43,7 @@ pub struct Process {
     log: Mutex<Option<Arc<Log>>>,
     freezing: Mutex<()>,
     lease: Guard,
+    pub(super) viewers: Arc<Viewers>,
     /// Held during a step of the target's state machine.
     pub(super) stepping: Mutex<()>,
 }
@@ -73,6 +75,7 @@ pub fn run<W: Worker>(
         log: Mutex::default(),
         freezing: Mutex::default(),
         lease: Guard::default(),
+        viewers: Arc::default(),
         stepping: Mutex::default(),
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

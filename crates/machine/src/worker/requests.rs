@@ -159,6 +159,18 @@ async fn answer<W: Worker>(worker: Arc<W>, kind: u16, payload: Bytes) -> Result<
             let (epoch, input): (Epoch, ConsoleInput) = unpack(&payload)?;
             reply(move || worker.type_in(epoch, &input)).await
         }
+        kind::SYSTEM => reply(move || worker.system()).await,
+        kind::VIEW => {
+            let (epoch, viewer): (Epoch, u64) = unpack(&payload)?;
+            let viewers = worker.process().viewers.clone();
+            let socket = blocking(move || worker.connect_viewer(epoch)).await?;
+            Ok(Reply::Stream(viewers.add(viewer, socket)?))
+        }
+        kind::VIEWER_INPUT => {
+            let (viewer, input): (u64, Vec<u8>) = unpack(&payload)?;
+            worker.process().viewers.send(viewer, &input).await?;
+            Ok(pack(&())?.into())
+        }
         kind::FORGET => {
             let release = tokio::task::spawn_blocking(move || worker.release());
             // The answer is sent first; nothing here needs to be saved.

@@ -4,7 +4,8 @@
 //! A working set is measured by clearing the kernel's referenced bits and counting the pages with
 //! the bit set later (`/proc/PID/clear_refs`, `smaps_rollup`). The larger the memory, the less
 //! often this is done. Pages with translations still in the TLB are missed: some MiB of a machine
-//! with a small working set.
+//! with a small working set. Of a whole system it is not known: where its processor executes it, the
+//! bits are those of another table.
 
 use super::process_counters::{
     ProcessCounters, Processes, mapped_bytes, rates, read_processes, usage,
@@ -171,7 +172,7 @@ impl Meter {
         };
         let budget = &self.budget.insert(budget).1;
         let host = read_host();
-        let own = Processes::of(Path::new("/proc/self"), None);
+        let own = Processes::of(Path::new("/proc/self"), None, None);
         let own = read_processes(&own, None, Some(&self.own));
         let pressure = pressure(workers, budget);
         let traffic = traffic.so_far();
@@ -199,13 +200,14 @@ impl Meter {
             }
             let kind = self.kind_names.get(&pid);
             let kind = kind.and_then(|name| self.kinds.get(name).ok());
-            let processes = Processes::of(&process, kind);
-            let mut now = read_processes(&processes, group, self.previous.get(&pid));
-            let last = self.previous.get(&pid).and_then(|last| last.resident);
-            let resident = now.read_resident(&self.kinds, &process, last);
+            let before = self.previous.get(&pid);
+            let processes = Processes::of(&process, kind, before);
+            let mut now = read_processes(&processes, group, before);
+            let last = before.and_then(|before| before.resident);
+            let resident = now.read_resident(&processes, last);
             memory_bytes = memory_bytes.saturating_add(resident);
             let touched = self.touched.get(&pid).and_then(|it| it.bytes);
-            if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
+            if let (Some(before), Some(seconds)) = (before, seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += other.cpu_cores;
                 let factors = Factors {
@@ -219,12 +221,14 @@ impl Meter {
                 machines.insert(machine, (factors, usage));
             }
             counters.insert(pid, now);
-            residents.push((pid, resident));
+            if !processes.has_others() {
+                residents.push((pid, resident));
+            }
         }
         // Parts of other nodes' machines are load that no round can move.
         for (_, pid) in parts.processes() {
             let process = PathBuf::from(format!("/proc/{pid}"));
-            let processes = Processes::of(&process, None);
+            let processes = Processes::of(&process, None, None);
             let now = read_processes(&processes, None, self.previous.get(&pid));
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);

@@ -10,7 +10,7 @@
 use keel_balance::load::{Factors, Usage};
 use keel_machine::cgroup::{Group, GroupCounts};
 use keel_machine::kernel_file::read_short;
-use keel_machine::kind::{GUEST_THREAD_PREFIX, Kind, Kinds};
+use keel_machine::kind::{GUEST_THREAD_PREFIX, Kind};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -40,42 +40,87 @@ struct Thread {
     is_old: bool,
 }
 
-/// Counters of one process.
+/// What `/proc/PID/stat` tells of a process, in ticks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    /// When it began, since the boot of the host: with its number, which process it is.
+    began: u64,
+    /// How long all of its threads ran, those that ended too.
+    ran: u64,
+}
+
+/// Counters of one process, as they were at one reading.
+#[derive(Debug, Clone)]
+struct Reading {
+    /// Its folder in `/proc`.
+    folder: PathBuf,
+    at: Instant,
+    /// `None` if it was not there.
+    stat: Option<Stat>,
+    threads: HashMap<u32, Thread>,
+    io_bytes: u64,
+}
+
+impl Reading {
+    /// Of a process that is not there any more.
+    fn gone(folder: &Path) -> Self {
+        Reading {
+            folder: folder.to_owned(),
+            at: Instant::now(),
+            stat: None,
+            threads: HashMap::new(),
+            io_bytes: 0,
+        }
+    }
+
+    /// Whether all is as it was, if this is told of the process now. A thread that waits for a core has
+    /// not run either: it is looked at.
+    fn has_rested(&self, now: Option<Stat>) -> bool {
+        let mut threads = self.threads.values();
+        now.is_some()
+            && self.stat == now
+            && self.at.elapsed() < AGE_MAX
+            && threads.all(|it| it.is_old && !it.runnable)
+    }
+}
+
+/// Counters of processes that are read as one.
 #[derive(Debug, Default, Clone)]
 pub(super) struct ProcessCounters {
-    threads: HashMap<u32, Thread>,
-    /// When the threads were read, and the ticks that the process had run.
-    threads_read: Option<(Instant, u64)>,
+    readings: Vec<Reading>,
+    /// When these processes were looked for.
+    found: Option<Instant>,
     pub(super) resident: Option<Resident>,
-    io_bytes: u64,
     /// Microseconds stalled for memory and disks.
     stalled_micros: u64,
     group: GroupCounts,
 }
 
 impl ProcessCounters {
-    /// Whether the threads are as they were, if the process has run `ticks`. A thread that waits
-    /// for a core has not run either: it is looked at.
-    fn has_rested(&self, ticks: u64) -> bool {
-        let read = self
-            .threads_read
-            .filter(|(at, before)| *before == ticks && at.elapsed() < AGE_MAX);
-        let mut threads = self.threads.values();
-        read.is_some() && threads.all(|it| it.is_old && !it.runnable)
+    fn threads(&self) -> impl Iterator<Item = (&u32, &Thread)> {
+        self.readings.iter().flat_map(|reading| &reading.threads)
+    }
+
+    fn thread(&self, tid: u32) -> Option<&Thread> {
+        let mut readings = self.readings.iter();
+        readings.find_map(|reading| reading.threads.get(&tid))
+    }
+
+    fn io_bytes(&self) -> u64 {
+        self.readings.iter().map(|reading| reading.io_bytes).sum()
     }
 
     /// Nanoseconds that its threads ran. Falls when one of them ends.
     fn ran_nanos(&self) -> u64 {
-        let nanos = self.threads.values().map(|thread| thread.nanos);
+        let nanos = self.threads().map(|(_, thread)| thread.nanos);
         nanos.fold(0, u64::saturating_add)
     }
 
-    /// The bytes that the process, whose counters these are, occupies, and keeps them; `last` is
-    /// the reading before.
+    /// The bytes that the processes, whose counters these are, occupy, and keeps them; `last` is the
+    /// reading before.
     pub(super) fn read_resident(
         &mut self,
-        kinds: &Kinds,
-        process: &Path,
+        processes: &Processes<'_>,
         last: Option<Resident>,
     ) -> u64 {
         let ran_nanos = self.ran_nanos();
@@ -85,7 +130,7 @@ impl ProcessCounters {
             has_rested && last.at.elapsed() < AGE_MAX
         });
         let resident = last.unwrap_or_else(|| Resident {
-            bytes: resident_bytes(kinds, process),
+            bytes: resident_bytes(processes),
             at: Instant::now(),
             ran_nanos,
         });
@@ -108,12 +153,9 @@ pub(super) fn usage(before: &ProcessCounters, now: &ProcessCounters, seconds: f6
         let more = now?.saturating_sub(before?);
         Some(more as f64 / seconds)
     };
-    let waited = now.threads.iter().filter(|(_, thread)| thread.is_guest);
+    let waited = now.threads().filter(|(_, thread)| thread.is_guest);
     let waited = waited.map(|(tid, thread)| {
-        let earlier = before
-            .threads
-            .get(tid)
-            .map_or(thread.waited, |it| it.waited);
+        let earlier = before.thread(*tid).map_or(thread.waited, |it| it.waited);
         thread.waited.saturating_sub(earlier)
     });
     Usage {
@@ -131,8 +173,8 @@ pub(super) fn rates(
     seconds: f64,
 ) -> (Factors, Factors) {
     let (mut guest, mut other) = (Factors::default(), Factors::default());
-    for (tid, thread) in &now.threads {
-        let earlier = before.threads.get(tid);
+    for (tid, thread) in now.threads() {
+        let earlier = before.thread(*tid);
         let since = earlier.map_or(0, |it| it.nanos);
         let cores = thread.nanos.saturating_sub(since) as f64 / 1e9 / seconds;
         let never_rested =
@@ -151,7 +193,8 @@ pub(super) fn rates(
             guest.cpu_cores += cores.min(1.0);
         }
     }
-    guest.io_bytes_per_s = now.io_bytes.saturating_sub(before.io_bytes) as f64 / seconds;
+    let io_bytes = now.io_bytes().saturating_sub(before.io_bytes());
+    guest.io_bytes_per_s = io_bytes as f64 / seconds;
     let stalled = now.stalled_micros.saturating_sub(before.stalled_micros);
     guest.stalled = (stalled as f64 / 1e6 / seconds).clamp(0.0, 1.0);
     (guest, other)
@@ -159,18 +202,48 @@ pub(super) fn rates(
 
 /// The processes that are read as one, and which of their threads execute a machine.
 pub(super) struct Processes<'a> {
-    /// Folders in `/proc`.
-    folders: Vec<PathBuf>,
+    /// Folders in `/proc`: that of the worker, or process of no kind, and those beside it.
+    worker: PathBuf,
+    beside: Vec<PathBuf>,
+    found: Instant,
     kind: Option<&'a dyn Kind>,
 }
 
 impl<'a> Processes<'a> {
-    /// A worker of a kind and what is beside it, or a process of no kind.
-    pub(super) fn of(process: &Path, kind: Option<&'a dyn Kind>) -> Self {
-        let beside = kind.map(|kind| kind.processes_beside(process));
-        let mut folders = beside.unwrap_or_default();
-        folders.push(process.to_owned());
-        Processes { folders, kind }
+    /// A worker of a kind and what is beside it, or a process of no kind. What is beside it is not
+    /// looked for again as long as all of it was there `before`, for some time.
+    pub(super) fn of(
+        process: &Path,
+        kind: Option<&'a dyn Kind>,
+        before: Option<&ProcessCounters>,
+    ) -> Self {
+        let known = before.and_then(|before| {
+            let found = before.found.filter(|found| found.elapsed() < AGE_MAX)?;
+            let beside = before.readings.iter().filter(|it| it.folder != process);
+            let beside = beside.map(|reading| reading.stat.map(|_| reading.folder.clone()));
+            let beside: Vec<PathBuf> = beside.collect::<Option<_>>()?;
+            (!beside.is_empty()).then_some((beside, found))
+        });
+        let look = || {
+            let beside = kind.map(|kind| kind.processes_beside(process));
+            (beside.unwrap_or_default(), Instant::now())
+        };
+        let (beside, found) = known.unwrap_or_else(look);
+        Processes {
+            worker: process.to_owned(),
+            beside,
+            found,
+            kind,
+        }
+    }
+
+    fn folders(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.worker).chain(&self.beside)
+    }
+
+    /// Whether other processes than the worker execute the machine.
+    pub(super) fn has_others(&self) -> bool {
+        !self.beside.is_empty()
     }
 
     fn is_guest(&self, thread: &str) -> bool {
@@ -187,41 +260,54 @@ pub(super) fn read_processes(
     group: Option<&Group>,
     before: Option<&ProcessCounters>,
 ) -> ProcessCounters {
-    let ticks = processes.folders.iter().map(|process| {
-        let stat = read_short(&process.join("stat"))?;
-        ran_ticks(&stat)
-    });
-    let ticks: Option<u64> = ticks.sum();
-    let rested = before.filter(|before| ticks.is_some_and(|ticks| before.has_rested(ticks)));
-    let mut counters = match rested {
-        Some(before) => before.clone(),
-        None => {
-            let io = processes.folders.iter().map(|process| {
-                let io = read_short(&process.join("io")).unwrap_or_default();
-                field(&io, "read_bytes:") + field(&io, "write_bytes:")
-            });
-            ProcessCounters {
-                threads_read: ticks.map(|ticks| (Instant::now(), ticks)),
-                threads: read_threads(processes, before),
-                io_bytes: io.sum(),
-                group: group.map_or_else(GroupCounts::default, Group::counts),
-                ..ProcessCounters::default()
+    let mut has_rested = before.is_some();
+    let readings = processes.folders().map(|folder| {
+        let last = before.and_then(|before| {
+            let mut readings = before.readings.iter();
+            readings.find(|reading| reading.folder == *folder)
+        });
+        let stat = read_short(&folder.join("stat")).and_then(|stat| parse_stat(&stat));
+        let began = last.and_then(|last| Some(last.stat?.began));
+        if stat.is_some_and(|stat| began.is_some_and(|began| began != stat.began)) {
+            // Another process has its number by now.
+            has_rested = false;
+            return Reading::gone(folder);
+        }
+        match last.filter(|last| last.has_rested(stat)) {
+            Some(last) => last.clone(),
+            None => {
+                has_rested = false;
+                let io = read_short(&folder.join("io")).unwrap_or_default();
+                Reading {
+                    folder: folder.clone(),
+                    at: Instant::now(),
+                    stat,
+                    threads: read_threads(folder, processes, last),
+                    io_bytes: field(&io, "read_bytes:") + field(&io, "write_bytes:"),
+                }
             }
         }
-    };
-    // Whoever waits for a disk does not run.
-    counters.stalled_micros = group.map_or(0, Group::stalled_micros);
-    counters
+    });
+    let readings = readings.collect();
+    let known = before.filter(|_| has_rested).map(|before| before.group);
+    ProcessCounters {
+        readings,
+        found: Some(processes.found),
+        resident: None,
+        // Whoever waits for a disk does not run.
+        stalled_micros: group.map_or(0, Group::stalled_micros),
+        group: known.unwrap_or_else(|| group.map_or_else(GroupCounts::default, Group::counts)),
+    }
 }
 
 fn read_threads(
+    process: &Path,
     processes: &Processes<'_>,
-    before: Option<&ProcessCounters>,
+    before: Option<&Reading>,
 ) -> HashMap<u32, Thread> {
     let mut threads = HashMap::new();
-    let folders = processes.folders.iter();
-    let tasks = folders.flat_map(|process| std::fs::read_dir(process.join("task")));
-    for task in tasks.flatten().flatten() {
+    let tasks = std::fs::read_dir(process.join("task"));
+    for task in tasks.into_iter().flatten().flatten() {
         let path = task.path();
         let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok());
         // A thread may end during the reading.
@@ -269,12 +355,17 @@ fn read_threads(
     threads
 }
 
-/// Ticks that all threads of a process ran, those that ended too: `utime` and `stime` of
-/// proc_pid_stat(5), fields 14 and 15. The name, in brackets, may have spaces.
-fn ran_ticks(stat: &str) -> Option<u64> {
-    let mut words = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let (user, system): (u64, u64) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-    Some(user.saturating_add(system))
+/// `utime`, `stime` and `starttime` of proc_pid_stat(5), fields 14, 15 and 22. The name, in brackets, may
+/// have spaces.
+fn parse_stat(stat: &str) -> Option<Stat> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    let words: Vec<&str> = after_name.split_whitespace().collect();
+    // The first of them is field 3.
+    let field = |number: usize| words.get(number - 3)?.parse::<u64>().ok();
+    Some(Stat {
+        began: field(22)?,
+        ran: field(14)?.saturating_add(field(15)?),
+    })
 }
 
 /// Nanoseconds of run time and run-queue wait: `RUN WAITED SLICES`.
@@ -289,14 +380,16 @@ fn field(text: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Memory that a process occupies. All present pages of a machine's memory count, not only those
-/// in the process's page table.
-fn resident_bytes(kinds: &Kinds, process: &Path) -> u64 {
-    let mapped = mapped_bytes(process);
-    let Some(memory) = kinds.memory_bytes(process) else {
+/// Memory that processes occupy. All present pages of a machine's memory count, not only those in the
+/// worker's page table.
+fn resident_bytes(processes: &Processes<'_>) -> u64 {
+    let Processes { worker, kind, .. } = processes;
+    let mapped = processes.folders().map(|process| mapped_bytes(process));
+    let mapped = mapped.fold(0, u64::saturating_add);
+    let Some(memory) = kind.and_then(|kind| kind.memory_bytes(worker)) else {
         return mapped;
     };
-    let status = read_short(&process.join("status")).unwrap_or_default();
+    let status = read_short(&worker.join("status")).unwrap_or_default();
     let kib = status.lines().find_map(|line| {
         let rest = line.strip_prefix("RssShmem:")?;
         rest.split_whitespace().next()?.parse::<u64>().ok()
@@ -320,7 +413,6 @@ mod tests {
     use super::*;
     use keel_machine::kind::{Abilities, Difference, KindName, WorkerFolders};
     use keel_machine::spec::Spec;
-    use std::sync::Arc;
 
     fn thread(is_guest: bool, nanos: u64, rests: u64) -> Thread {
         Thread {
@@ -333,9 +425,21 @@ mod tests {
         }
     }
 
+    const STAT: Stat = Stat { began: 6, ran: 300 };
+
+    fn reading(threads: &[(u32, Thread)]) -> Reading {
+        Reading {
+            folder: "/proc/1".into(),
+            at: Instant::now(),
+            stat: Some(STAT),
+            threads: threads.iter().copied().collect(),
+            io_bytes: 0,
+        }
+    }
+
     fn counters(threads: &[(u32, Thread)]) -> ProcessCounters {
         ProcessCounters {
-            threads: threads.iter().copied().collect(),
+            readings: vec![reading(threads)],
             ..ProcessCounters::default()
         }
     }
@@ -378,7 +482,7 @@ mod tests {
                 }
             })
             .unwrap();
-        let own = &Processes::of(Path::new("/proc/self"), None);
+        let own = &Processes::of(Path::new("/proc/self"), None, None);
         let before = read_processes(own, None, None);
         let at = Instant::now();
         std::thread::sleep(std::time::Duration::from_millis(200));
@@ -393,16 +497,62 @@ mod tests {
     #[test]
     fn memory_that_a_kind_knows_is_counted() {
         let own = Path::new("/proc/self");
-        let none = Kinds::new([]);
-        let before = resident_bytes(&none, own);
+        let before = resident_bytes(&Processes::of(own, None, None));
         assert!(before > 1 << 20);
         let memory_bytes = 24 << 20;
-        let known = Kinds::new([Arc::new(KnownMemory(memory_bytes)) as Arc<dyn Kind>]);
-        let whole = resident_bytes(&known, own);
+        let kind = KnownMemory(memory_bytes);
+        let whole = resident_bytes(&Processes::of(own, Some(&kind), None));
         assert!(
             whole >= memory_bytes && whole >= before / 2 + memory_bytes,
             "{whole}, {before}"
         );
+    }
+
+    /// They are looked for again once one of them is gone, or after some time.
+    #[test]
+    fn processes_beside_a_worker_are_remembered() {
+        let (worker, other) = (Path::new("/proc/self"), Path::new("/proc/1"));
+        let found = Instant::now();
+        let with = |stat, found| {
+            let beside = Reading {
+                stat,
+                ..reading(&[])
+            };
+            let own = Reading {
+                folder: worker.to_owned(),
+                ..reading(&[])
+            };
+            ProcessCounters {
+                readings: vec![own, beside],
+                found: Some(found),
+                ..ProcessCounters::default()
+            }
+        };
+        let beside = |before: &ProcessCounters| Processes::of(worker, None, Some(before)).beside;
+        assert_eq!(beside(&with(Some(STAT), found)), [other]);
+        // Whoever has no kind has nothing beside it.
+        assert!(beside(&with(None, found)).is_empty());
+        if let Some(long_ago) = found.checked_sub(AGE_MAX) {
+            assert!(beside(&with(Some(STAT), long_ago)).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_number_that_another_process_has_by_now_counts_for_nothing() {
+        let own = Path::new("/proc/self");
+        let before = Reading {
+            folder: own.to_owned(),
+            ..reading(&[(1, thread(true, 7, 0))])
+        };
+        let before = ProcessCounters {
+            readings: vec![before],
+            ..ProcessCounters::default()
+        };
+        let now = read_processes(&Processes::of(own, None, None), None, Some(&before));
+        assert_eq!((now.threads().count(), now.readings[0].stat), (0, None));
+        // From then on it is what it is.
+        let later = read_processes(&Processes::of(own, None, None), None, Some(&now));
+        assert!(later.threads().count() > 0);
     }
 
     /// A kind whose machines occupy a number of bytes.
@@ -451,17 +601,18 @@ mod tests {
     /// waits for a core, is new, or they were read long ago.
     #[test]
     fn threads_of_a_process_that_rests_are_not_read_again() {
-        let stat = "7 (a ) b) S 1 7 7 0 -1 4194304 9 9 0 0 250 50 0 0 20 0 1 0 5 6 7";
-        assert_eq!(ran_ticks(stat), Some(300));
-        assert_eq!(ran_ticks("7 (a) S 1"), None);
+        let stat = "7 (a ) b) S 1 7 7 0 -1 4194304 9 9 0 0 250 50 0 0 20 0 1 0 6 7 8";
+        assert_eq!(parse_stat(stat), Some(STAT));
+        assert_eq!(parse_stat("7 (a) S 1"), None);
         let now = Instant::now();
         let rested = |thread: Thread, at| {
-            let threads_read = Some((at, 300));
-            let read = ProcessCounters {
-                threads_read,
-                ..counters(&[(1, thread)])
+            let read = Reading {
+                at,
+                ..reading(&[(1, thread)])
             };
-            (read.has_rested(300), read.has_rested(301))
+            assert!(!read.has_rested(None));
+            let ran_on = Stat { ran: 301, ..STAT };
+            (read.has_rested(Some(STAT)), read.has_rested(Some(ran_on)))
         };
         let resting = Thread {
             runnable: false,
@@ -480,15 +631,14 @@ mod tests {
     /// that lost a thread, it is.
     #[test]
     fn memory_of_a_process_that_rests_is_not_read_again() {
-        let kinds = Kinds::new([]);
-        let own = Path::new("/proc/self");
+        let own = Processes::of(Path::new("/proc/self"), None, None);
         let ran = |nanos| counters(&[(1, thread(true, nanos, 0))]);
         let known = Resident {
             bytes: 7,
             at: Instant::now(),
             ran_nanos: 5_000_000,
         };
-        let read = |nanos, last| ran(nanos).read_resident(&kinds, own, last);
+        let read = |nanos, last| ran(nanos).read_resident(&own, last);
         assert_eq!(read(6_000_000, Some(known)), 7);
         assert!(read(7_000_000, Some(known)) > 1 << 20);
         assert!(read(4_000_000, Some(known)) > 1 << 20);

@@ -15,7 +15,7 @@ use crate::images::{COPY, FETCH};
 use crate::logs::{LOG, LogOffset, WHOLE_LOG};
 use crate::machines::{
     self, ProcessQuery, RemoveMachine, ReportQuery, SEEN_BY, SEES, Sees, SetMachine, StartProcess,
-    StopMachine, TypeIn,
+    StopMachine, SystemQuery, TypeIn, VIEW, VIEWER_INPUT,
 };
 use crate::moves::{
     self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
@@ -131,6 +131,7 @@ impl Service {
             SetMachine::KIND => command(payload, |it| at.machines.set_here(it)).await,
             StartProcess::KIND => command(payload, |it| at.machines.start_process_here(it)).await,
             ProcessQuery::KIND => command(payload, |it| at.machines.process_here(it)).await,
+            SystemQuery::KIND => command(payload, |it| at.machines.system_here(it)).await,
             TypeIn::KIND => command(payload, |it| at.machines.type_in_here(it)).await,
             ReportQuery::KIND => command(payload, |it| at.machines.report_here(it)).await,
             CancelMove::KIND => command(payload, |it| at.moves.cancel_here(it)).await,
@@ -213,6 +214,21 @@ impl Service {
                 };
                 let stream = at.logs.here(&machine, read).await;
                 Ok(Reply::Stream(stream.map_err(RpcError::failed)?))
+            }
+            VIEW => {
+                let (machine, viewer): (MachineName, u64) = unpack(payload)?;
+                let view = at.machines.view_for(&machine, viewer).await;
+                view.map_err(|error| match error {
+                    CommandError::Unavailable(reason) => RpcError::refused(reason),
+                    error => RpcError::failed(error),
+                })
+            }
+            VIEWER_INPUT => {
+                let (machine, viewer, bytes): (MachineName, u64, Vec<u8>) = unpack(payload)?;
+                at.machines
+                    .viewer_input_here(&machine, viewer, bytes)
+                    .await?;
+                Ok(pack(&())?.into())
             }
             TRIAL => Ok(pack(&())?.into()),
             WOULD_ACCEPT => {

@@ -9,7 +9,8 @@
 //! - `start`, `spanning_start`: start a machine in a worker, on one node or several
 //! - `worker_monitor`, `record_running`, `termination`: states of workers → records
 //! - `stop`, `remove`, `set`: commands of users
-//! - `execute`, `console`: commands of users in machines, and what they type there
+//! - `execute`, `console`, `display`: commands of users in machines, what they type there, and what they
+//!   see there; `guest_system`: what is in them
 //! - `queries`, `diff`: queries of users
 //! - `host_files`: the nodes that can begin a machine anew that does not restart from checkpoints;
 //!   `looks`: looks at files whose server may hang; `single_tasks`: one task for each worker
@@ -18,8 +19,10 @@
 mod console;
 mod create;
 mod diff;
+mod display;
 mod execute;
 mod give_up;
+mod guest_system;
 mod handle;
 mod host_files;
 mod looks;
@@ -42,7 +45,9 @@ mod worker_monitor;
 pub(crate) use console::TypeIn;
 pub(crate) use create::run;
 pub(crate) use diff::diff;
+pub(crate) use display::{VIEW, VIEWER_INPUT, ViewerInput};
 pub(crate) use execute::{ProcessQuery, StartProcess};
+pub(crate) use guest_system::SystemQuery;
 pub(crate) use handle::{Dependencies, Machines, Restarts};
 pub(crate) use host_files::{SEEN_BY, SEES, Sees, seen_by, sees};
 pub(crate) use queries::ReportQuery;

@@ -5,7 +5,7 @@
 use crate::records::{Needs, NodeRecord};
 use keel_balance::Name;
 use keel_balance::rules::{Requirement, Rule, Selector, Violation};
-use keel_machine::kind::{Features, KindName};
+use keel_machine::kind::{Features, KindName, some_of};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -13,9 +13,6 @@ use std::sync::Arc;
 const KIND: &str = "kind";
 /// What forbids a machine on a node whose host does not offer what it needs.
 const FEATURES: &str = "features";
-
-/// How many missing features a message names.
-const NAMED: usize = 8;
 
 /// What a host executes and offers.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,21 +32,9 @@ impl Host {
         let nothing = Features::new();
         // An agent that says nothing of it may be of a version that cannot read what the machine needs.
         let offers = self.offers.get(kind).unwrap_or(&nothing);
-        let missing: Vec<&str> = needs
-            .features
-            .difference(offers)
-            .map(String::as_str)
-            .collect();
-        if missing.is_empty() {
-            return None;
-        }
-        let named = missing.iter().take(NAMED).copied();
-        let named = named.collect::<Vec<_>>().join(", ");
-        let more = match missing.len().saturating_sub(NAMED) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
-        };
-        Some((FEATURES, format!("lacks {named}{more}")))
+        let mut missing = needs.features.difference(offers).peekable();
+        missing.peek()?;
+        Some((FEATURES, format!("lacks {}", some_of(missing))))
     }
 }
 

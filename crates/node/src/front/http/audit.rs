@@ -64,7 +64,8 @@ fn enters_refusal(
 fn is_audited(method: &Method, path: &str) -> bool {
     let only_looks = ["/dry-run", "/diff", "/plan"];
     match *method {
-        Method::GET => path == "/v1/store/backup",
+        // Whoever sees a display types there too.
+        Method::GET => path == "/v1/store/backup" || path.ends_with("/display"),
         Method::HEAD | Method::OPTIONS => false,
         // The pieces of a file; what begins and ends it is there.
         Method::PUT => !path.ends_with("/files"),
@@ -207,6 +208,7 @@ mod tests {
             (Method::POST, "/v1/machines/m/move", true),
             (Method::POST, "/v1/machines/m/execute", true),
             (Method::POST, "/v1/machines/m/input", true),
+            (Method::GET, "/v1/machines/m/display", true),
             (Method::POST, "/v1/machines/m/dry-run", false),
             (Method::POST, "/v1/machines/m/diff", false),
             (Method::POST, "/v1/plan", false),

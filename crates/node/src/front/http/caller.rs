@@ -31,6 +31,11 @@ impl BearerToken {
         BearerToken(text.into())
     }
 
+    #[cfg(test)]
+    pub(super) fn text(&self) -> &str {
+        &self.0
+    }
+
     /// Whose it is.
     ///
     /// # Errors
@@ -78,7 +83,7 @@ pub(super) fn needed_role(method: &Method, path: &str) -> Option<Role> {
         (&Method::POST, path) if path.starts_with("/v1/nodes/") && path.ends_with("/give-up") => {
             Role::Admin
         }
-        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
+        (_, path) if matches!(path.split('/').nth(4), Some("files" | "display")) => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     })
@@ -121,6 +126,7 @@ mod tests {
             (Method::POST, "/v1/machines/m/stop", Some(Role::Operator)),
             (Method::POST, "/v1/machines/m/execute", Some(Role::Operator)),
             (Method::POST, "/v1/machines/m/input", Some(Role::Operator)),
+            (Method::GET, "/v1/machines/m/display", Some(Role::Operator)),
             (Method::PUT, "/v1/images", Some(Role::Operator)),
             (Method::GET, "/v1/tokens", Some(Role::Admin)),
             (Method::DELETE, "/v1/tokens/7", Some(Role::Admin)),

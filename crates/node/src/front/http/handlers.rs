@@ -6,7 +6,7 @@ use super::openapi::RawBytes;
 use super::reply::{Failure, Reply, Shared, line_by_line, machine_name, problem};
 use crate::checkpoints::CreateCheckpoint;
 use crate::error::CommandError;
-use crate::machines::{self, RemoveMachine, SetMachine, StopMachine};
+use crate::machines::{self, RemoveMachine, SetMachine, StopMachine, SystemQuery};
 use crate::moves::{CancelMove, DryRunCommand, MoveOrder};
 use crate::spanning::{
     MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PartsQuery, SpanCommand, UnspanCommand,
@@ -20,7 +20,7 @@ use keel_api::{
     CheckpointInfo, CheckpointRequest, DryRun, ExecuteLine, ExecuteRequest, MachineDiff,
     MachineInfo, MoveLine, MoveRequest, Nothing, ObjectInfo, ObjectMoved, PartsInfo, PruneInfo,
     PruneRequest, QuotaInfo, QuotaRequest, RestoreRequest, RunRequest, SetRequest, SpanRequest,
-    ThreadMove,
+    SystemInfo, ThreadMove,
 };
 use keel_cluster::NodeName;
 use serde::Deserialize;
@@ -148,6 +148,20 @@ pub(super) async fn execute(
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
     Ok(line_by_line(at.machines.execute(machine, request).await?))
+}
+
+/// What the guest agent of a machine tells of the system in it.
+#[utoipa::path(
+    get,
+    path = "/v1/machines/{name}/system",
+    operation_id = "inspect_system",
+    tag = "machines",
+    params(("name", description = "Name of the machine.")),
+    responses((status = 200, description = "Success", body = SystemInfo))
+)]
+pub(super) async fn system(State(at): Shared, Path(name): Path<String>) -> Reply<SystemInfo> {
+    let machine = machine_name(&name)?;
+    Ok(Json(at.machines.system(SystemQuery { machine }).await?))
 }
 
 /// Types what comes into the console of a machine, as it comes.

@@ -6,6 +6,7 @@
 //! - `openapi`: describes all requests
 //! - `caller`: who makes a request, and the role that it needs
 //! - `cluster`, `handlers`, `file`, `volume`, `balance`, `logs`: handlers
+//! - `display`: the handler of a machine's display, over a WebSocket
 //! - `audit`: enters requests that change something in the audit log, and answers it
 //! - `health`: metrics, and whether the agent lives and is ready
 //! - `reply`: shared by the handlers
@@ -14,6 +15,7 @@ mod audit;
 mod balance;
 mod caller;
 mod cluster;
+mod display;
 mod file;
 mod handlers;
 mod health;

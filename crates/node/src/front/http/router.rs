@@ -4,7 +4,7 @@ use super::super::handles::Handles;
 use super::caller::check_role;
 use super::openapi::{self, DescribedRoutes, Document};
 use super::reply::problem;
-use super::{audit, balance, cluster, file, handlers, health, image, logs, volume};
+use super::{audit, balance, cluster, display, file, handlers, health, image, logs, volume};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Extension, Request};
 use axum::http::{Method, StatusCode, header};
@@ -85,7 +85,9 @@ pub(super) fn described() -> DescribedRoutes {
         .add(routes!(handlers::stop))
         .add(routes!(handlers::kill))
         .add(routes!(handlers::execute))
+        .add(routes!(handlers::system))
         .add(routes!(handlers::type_in))
+        .add(routes!(display::view))
         .add(routes!(handlers::move_machine))
         .add(routes!(handlers::dry_run))
         .add(routes!(handlers::cancel_move))

@@ -18,6 +18,8 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tower::ServiceExt;
 
+/// What a token begins with that is among the protocols of a WebSocket.
+const TOKEN_PROTOCOL: &str = "keel.bearer.";
 /// How long a TLS handshake may take.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -101,17 +103,49 @@ where
         });
     let served = hyper::server::conn::http1::Builder::new()
         .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+        // A WebSocket begins as a request.
+        .with_upgrades()
         .await;
     if let Err(error) = served {
         tracing::debug!(%peer, %error, "a connection to the API failed");
     }
 }
 
+/// The token of a request. A script in a browser can set no header of a WebSocket, so there it may be
+/// among the protocols that are offered, of which another one is chosen.
 fn bearer(request: &Request) -> Option<BearerToken> {
-    let header = request
-        .headers()
-        .get(header::AUTHORIZATION)?
-        .to_str()
-        .ok()?;
-    header.strip_prefix("Bearer ").map(BearerToken::new)
+    let header = |name| request.headers().get(name)?.to_str().ok();
+    if let Some(authorization) = header(header::AUTHORIZATION) {
+        return authorization.strip_prefix("Bearer ").map(BearerToken::new);
+    }
+    let mut protocols = header(header::SEC_WEBSOCKET_PROTOCOL)?.split(',');
+    let token = protocols.find_map(|it| it.trim().strip_prefix(TOKEN_PROTOCOL));
+    token.map(BearerToken::new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_in_a_header_or_among_the_protocols_of_a_web_socket() {
+        let authorization = (header::AUTHORIZATION, "Bearer one");
+        let protocols = (header::SEC_WEBSOCKET_PROTOCOL, "binary, keel.bearer.two");
+        for (headers, token) in [
+            (vec![authorization.clone()], Some("one")),
+            (vec![protocols.clone()], Some("two")),
+            (vec![protocols, authorization], Some("one")),
+            (vec![(header::SEC_WEBSOCKET_PROTOCOL, "binary")], None),
+            (vec![(header::AUTHORIZATION, "Basic one")], None),
+            (vec![], None),
+        ] {
+            let mut request = Request::new(Body::empty());
+            for (name, value) in &headers {
+                let value = header::HeaderValue::from_static(value);
+                request.headers_mut().insert(name, value);
+            }
+            let found = bearer(&request);
+            assert_eq!(found.as_ref().map(BearerToken::text), token, "{headers:?}");
+        }
+    }
 }
