@@ -196,7 +196,7 @@ enum Command {
     /// Attaches this terminal to a machine's serial console; Ctrl-] leaves it. Types a file if the
     /// standard input is one.
     Console(console::Args),
-    /// Lets VNC viewers see a machine's display, at an address of this computer.
+    /// Shows a machine's display to VNC viewers, at an address here.
     Vnc(vnc::Args),
     /// Executes a command in a machine, by its guest agent; exits with the command's exit code.
     Exec(exec::Args),

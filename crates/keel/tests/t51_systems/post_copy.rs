@@ -62,12 +62,14 @@ async fn memory_comes_after_a_system() -> Result<()> {
     let report = go_ahead(&system, "b").await?;
     assert_eq!(report.ending, Ending::Moved, "{}", report.line());
     cluster.failpoint("a", "post-copy.serve", None).await?;
-    wait_for("it runs again", || async {
+    let runs = wait_for("it runs again", || async {
         let shown = cluster.inspect("a", NAME).await.ok()?;
         let runs = shown.status == "running" && shown.node == "b" && shown.epoch > epoch;
         runs.then_some(())
-    })
-    .await?;
+    });
+    let runs = runs.await;
+    let shown = cluster.inspect("a", NAME).await;
+    runs.with_context(|| format!("{shown:?}, moved as {}", report.line()))?;
     reads_on(&system).await?;
     let output = system.output().await.context("its output")?;
     assert!(!output.contains("1 wrong"), "{output}");
