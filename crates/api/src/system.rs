@@ -33,7 +33,7 @@ pub struct InterfaceInfo {
 /// A file system that is mounted in a system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FileSystemInfo {
-    /// Where.
+    /// The directory in the system at which it is mounted.
     pub mount_point: String,
     /// Bytes in use.
     pub used_bytes: u64,

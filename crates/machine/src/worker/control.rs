@@ -567,7 +567,7 @@ pub struct GuestSystem {
 /// A file system that is mounted in a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestFileSystem {
-    /// Where.
+    /// The directory in the machine at which it is mounted.
     pub mount_point: String,
     pub used_bytes: u64,
     /// What its users may use, in bytes.

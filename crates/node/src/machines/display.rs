@@ -20,8 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Request between agents: `(machine, viewer)` → stream of what the display sends. A viewer is a random
-/// number.
+/// Request between agents: `(machine, viewer)` → stream of what the display sends. A random number
+/// stands for the viewer.
 pub(crate) const VIEW: u16 = 0x0334;
 /// `(machine, viewer, bytes)` → `()`: what such a viewer sends, in order.
 pub(crate) const VIEWER_INPUT: u16 = 0x0335;
