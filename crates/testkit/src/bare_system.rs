@@ -57,17 +57,7 @@ out:
     decl %ecx
     jnz out
     movb $10, %al
-put:
-    movb %al, %ah
-    movw $0x3fd, %dx
-full:
-    inb %dx, %al
-    testb $0x20, %al
-    jz full
-    movb %ah, %al
-    movw $0x3f8, %dx
-    outb %al, %dx
-    ret
+    jmp put
 bad:
     movb $'X', %al
     call put
@@ -81,6 +71,21 @@ off:
     movw $0x2000, %ax
     outw %ax, %dx
     jmp halt
+"#;
+
+/// Prints the byte in `%al` to the first serial line.
+const PUT: &str = r#"
+put:
+    movb %al, %ah
+    movw $0x3fd, %dx
+full:
+    inb %dx, %al
+    testb $0x20, %al
+    jz full
+    movb %ah, %al
+    movw $0x3f8, %dx
+    outb %al, %dx
+    ret
 "#;
 
 /// Whether QEMU is installed; if not, says that the test is skipped.
@@ -107,13 +112,14 @@ pub fn counting_system(folder: &Path, last: Option<u32>) -> Result<Vec<u8>> {
     Ok(std::fs::read(system)?)
 }
 
-/// Assembles and links a system that is loaded at 1 MiB; returns its file.
+/// Assembles and links a system that is loaded at 1 MiB; returns its file. It may call `put`, which prints
+/// the byte in `%al` to the first serial line.
 ///
 /// # Errors
 /// If it cannot be assembled.
 pub fn assemble(folder: &Path, source: &str) -> Result<PathBuf> {
     let (text, system) = (folder.join("system.S"), folder.join("system"));
-    std::fs::write(&text, source)?;
+    std::fs::write(&text, format!("{source}{PUT}"))?;
     let status = Command::new("cc")
         .args(["-m32", "-nostdlib", "-static", "-Wl,--build-id=none"])
         .args(["-Wl,-Ttext=0x100000", "-o"])

@@ -48,17 +48,7 @@ digit:
     cmpb $'9' + 1, %al
     jb put
     addb $39, %al
-put:
-    movb %al, %ah
-    movw $0x3fd, %dx
-full:
-    inb %dx, %al
-    testb $0x20, %al
-    jz full
-    movb %ah, %al
-    movw $0x3f8, %dx
-    outb %al, %dx
-    ret
+    jmp put
 "#;
 
 /// `keel vnc`, and where viewers find it.

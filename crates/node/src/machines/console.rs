@@ -7,7 +7,7 @@
 
 use super::handle::{Machines, starts};
 use crate::error::CommandError;
-use crate::processes::is_older;
+use crate::processes::explained;
 use crate::records::{self, MachineCommand, at_owner};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -129,18 +129,16 @@ impl Machines {
         let request = (record.epoch, command.input);
         let typed = worker.ask(kind::TYPE_IN, &request, WORKER_PATIENCE).await;
         let typed: Option<u64> = typed.or_else(|error| match error {
-            RpcError::Refused { reason, .. } if is_older(&reason) => {
-                Err(CommandError::Conflict(format!(
-                    "machine {machine:?} was started by a version of keel without consoles: run it again"
-                )))
-            }
             RpcError::NotSent { .. } => Ok(None),
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
-                Err(CommandError::Conflict(format!("machine {machine:?}: {reason}")))
+                let reason = explained(reason);
+                Err(CommandError::Conflict(format!(
+                    "machine {machine:?}: {reason}"
+                )))
             }
-            RpcError::Unknown { reason, .. } => {
-                Err(CommandError::Unavailable(format!("machine {machine:?}: {reason}")))
-            }
+            RpcError::Unknown { reason, .. } => Err(CommandError::Unavailable(format!(
+                "machine {machine:?}: {reason}"
+            ))),
         })?;
         Ok(typed.map(|offset| Typed {
             offset,

@@ -10,7 +10,7 @@
 
 use super::handle::{Machines, starts};
 use crate::error::CommandError;
-use crate::processes::is_older;
+use crate::processes::{OLDER, is_older};
 use crate::records;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::worker::control::{kind, pack, unpack};
@@ -119,9 +119,7 @@ impl Machines {
         let view = worker.stream(kind::VIEW, &(record.epoch, viewer)).await;
         view.map_err(|error| match error {
             RpcError::Refused { reason, .. } if is_older(&reason) => {
-                CommandError::Conflict(format!(
-                    "machine {machine:?} was started by a version of keel without displays: run it again"
-                ))
+                CommandError::Conflict(format!("machine {machine:?}: {OLDER}"))
             }
             RpcError::Failed { reason, .. } => {
                 CommandError::Conflict(format!("machine {machine:?}: {reason}"))

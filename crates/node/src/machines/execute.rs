@@ -6,7 +6,7 @@
 
 use super::handle::Machines;
 use crate::error::CommandError;
-use crate::processes::is_older;
+use crate::processes::explained;
 use crate::records::{self, MachineCommand, at_owner};
 use data_encoding::BASE64;
 use keel_api::{ExecuteEnd, ExecuteLine, ExecuteRequest};
@@ -140,11 +140,8 @@ impl Machines {
         };
         let started = worker.ask(kind::EXECUTE, &command.process, WORKER_PATIENCE);
         let number = started.await.map_err(|error| match error {
-            RpcError::Refused { reason, .. } if is_older(&reason) => CommandError::Conflict(format!(
-                "machine {machine:?} was started by a version of keel that executes no commands: run it again"
-            )),
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
-                CommandError::Conflict(format!("machine {machine:?}: {reason}"))
+                CommandError::Conflict(format!("machine {machine:?}: {}", explained(reason)))
             }
             RpcError::NotSent { reason, .. } => {
                 CommandError::Unavailable(format!("machine {machine:?}: {reason}"))

@@ -2,7 +2,7 @@
 
 use super::handle::Machines;
 use crate::error::CommandError;
-use crate::processes::is_older;
+use crate::processes::explained;
 use crate::records::{self, MachineCommand, at_owner};
 use keel_api::{FileSystemInfo, InterfaceInfo, SystemInfo};
 use keel_cluster::MachineName;
@@ -56,11 +56,8 @@ impl Machines {
         };
         let told = worker.ask(kind::SYSTEM, &(), WORKER_PATIENCE).await;
         told.map_err(|error| match error {
-            RpcError::Refused { reason, .. } if is_older(&reason) => CommandError::Conflict(format!(
-                "machine {machine:?} was started by a version of keel that does not ask guest agents for this: run it again"
-            )),
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
-                CommandError::Conflict(format!("machine {machine:?}: {reason}"))
+                CommandError::Conflict(format!("machine {machine:?}: {}", explained(reason)))
             }
             RpcError::NotSent { reason, .. } | RpcError::Unknown { reason, .. } => {
                 CommandError::Unavailable(format!("machine {machine:?}: {reason}"))

@@ -15,7 +15,7 @@ use super::spec_check::{
 use crate::checkpoints::check_plan;
 use crate::error::CommandError;
 use crate::events::Note;
-use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older, prove_guard};
+use crate::processes::{PROMPT, WorkerHandle, explained, prove_guard};
 use crate::records::{self, MachineCommand, RecordError, at_owner};
 use keel_api::{CheckpointChange, EventKind, HighAvailabilityChange, SetRequest};
 use keel_cluster::MachineName;
@@ -125,10 +125,8 @@ async fn set(
         if let Err(error) = told.await {
             apply_until_done(machines, machine, worker);
             return Err(match error {
-                RpcError::Refused { reason, .. } if is_older(&reason) => {
-                    CommandError::Conflict(format!("machine {machine:?} stays as it is: {OLDER}"))
-                }
                 RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                    let reason = explained(reason);
                     CommandError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
                 }
                 other => CommandError::Unavailable(other.to_string()),

@@ -9,7 +9,7 @@ use super::directory_proofs::Proofs;
 use super::handle::Moves;
 use super::offer::{self, TRIAL, WOULD_ACCEPT};
 use crate::error::CommandError;
-use crate::processes::{OLDER, PROMPT, WorkerHandle, is_older};
+use crate::processes::{PROMPT, WorkerHandle, explained};
 use crate::records;
 use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
@@ -136,8 +136,7 @@ async fn look(
     let activity = async {
         let looked: Result<Activity, RpcError> = worker.ask(kind::ACTIVITY, &(), PROMPT).await;
         looked.map_err(|error| match error {
-            RpcError::Refused { reason, .. } if is_older(&reason) => OLDER.to_owned(),
-            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => explained(reason),
             other => other.to_string(),
         })
     };

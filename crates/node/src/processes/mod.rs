@@ -28,4 +28,6 @@ pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
 pub(crate) use lease_extension::{LeaseExtension, extend_new, prove_guard};
 pub(crate) use planned_restart::PlannedRestart;
-pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, is_older};
+pub(crate) use workers::{
+    COMPILE_PATIENCE, OLDER, PROMPT, WorkerHandle, Workers, explained, is_older,
+};

@@ -47,6 +47,14 @@ pub(crate) fn is_older(reason: &str) -> bool {
     reason.contains("no request of kind")
 }
 
+/// What a worker says that did not do what it was asked for, for users.
+pub(crate) fn explained(reason: String) -> String {
+    match is_older(&reason) {
+        true => OLDER.to_owned(),
+        false => reason,
+    }
+}
+
 /// The agent's handle to a worker process that answers: its client and its process.
 #[derive(Debug, Clone)]
 pub(crate) struct WorkerHandle {

@@ -2,7 +2,7 @@
 
 use super::reply::problem;
 use crate::context::Context;
-use axum::extract::Request;
+use axum::extract::{Extension, Request};
 use axum::http::{Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -48,16 +48,22 @@ impl BearerToken {
             user: user.name.into(),
         })
     }
+}
 
-    /// Returns once it is not valid any more.
-    pub(super) async fn until_refused(&self, context: &Context) -> TokenError {
-        loop {
-            tokio::time::sleep(VERIFY_INTERVAL).await;
-            match self.caller(context).await {
-                // It was valid when the store last said.
-                Ok(_) | Err(TokenError::Store(_)) => {}
-                Err(error) => return error,
-            }
+/// Returns once the token of a request is not valid any more; never for one that has none.
+pub(super) async fn until_refused(
+    token: Option<Extension<BearerToken>>,
+    context: &Context,
+) -> TokenError {
+    let Some(Extension(token)) = token else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(VERIFY_INTERVAL).await;
+        match token.caller(context).await {
+            // It was valid when the store last said.
+            Ok(_) | Err(TokenError::Store(_)) => {}
+            Err(error) => return error,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! framebuffer protocol (RFB, RFC 6143), in both directions and however they are cut, as noVNC and websockify
 //! have them.
 
-use super::caller::BearerToken;
+use super::caller::{BearerToken, until_refused};
 use super::reply::{Failure, Shared, machine_name};
 use crate::machines::ViewerInput;
 use axum::extract::ws::{CloseCode, CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures::future::try_join;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{FutureExt, SinkExt, StreamExt};
+use keel_cluster::tokens::TokenError;
 use keel_net::rpc::StreamReceiver;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,12 +65,7 @@ pub(super) async fn view(
         .max_message_size(INPUT_BYTES_MAX)
         .max_frame_size(INPUT_BYTES_MAX);
     Ok(upgrade.on_upgrade(async move |socket| {
-        let refused = async {
-            match &token {
-                Some(Extension(token)) => token.until_refused(&at.context).await.to_string(),
-                None => std::future::pending().await,
-            }
-        };
+        let refused = until_refused(token, &at.context);
         pass_on(socket, display, input, refused).await;
     }))
 }
@@ -79,7 +75,7 @@ async fn pass_on(
     socket: WebSocket,
     display: StreamReceiver,
     input: ViewerInput,
-    refused: impl Future<Output = String>,
+    refused: impl Future<Output = TokenError>,
 ) {
     let (mut to_viewer, from_viewer) = socket.split();
     let answers = AtomicBool::new(true);
@@ -95,7 +91,7 @@ async fn pass_on(
                 Ok((close, ())) => close,
                 Err(reason) => frame(close_code::RESTART, &reason),
             },
-            reason = refused => frame(close_code::POLICY, &reason),
+            error = refused => frame(close_code::POLICY, &error.to_string()),
         }
     };
     // It may be gone, or read nothing any more.

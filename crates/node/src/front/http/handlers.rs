@@ -1,7 +1,7 @@
 //! Requests about machines, their moves, parts and checkpoints.
 
 use super::super::handles::Handles;
-use super::caller::BearerToken;
+use super::caller::{BearerToken, until_refused};
 use super::openapi::RawBytes;
 use super::reply::{Failure, Reply, Shared, line_by_line, machine_name, problem};
 use crate::checkpoints::CreateCheckpoint;
@@ -184,18 +184,12 @@ pub(super) async fn type_in(
     body: Body,
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
-    let refused = async {
-        match &token {
-            Some(Extension(token)) => token.until_refused(&at.context).await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         typed = at.machines.type_in(machine, body.into_data_stream()) => {
             typed?;
             Ok(Json(Nothing {}).into_response())
         }
-        error = refused => Ok(problem(StatusCode::UNAUTHORIZED, error.to_string())),
+        error = until_refused(token, &at.context) => Ok(problem(StatusCode::UNAUTHORIZED, error.to_string())),
     }
 }
 
