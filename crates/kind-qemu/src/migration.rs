@@ -19,7 +19,7 @@ use crate::copy_mode::CopyMode;
 use crate::disk_copy::OutgoingDisk;
 use crate::migration_status::{BEGUN, ENDED, Info, Ram, SWITCHOVER};
 use crate::process::VmEnd;
-use crate::qmp::{PATIENCE, QmpError};
+use crate::qmp::{PATIENCE, Qmp, QmpError};
 use crate::relay::{self, Relay};
 use crate::vm::{RunState, Vm};
 use keel_machine::link::{Link, LinkError};
@@ -426,23 +426,29 @@ pub(crate) fn accept(vm: &Vm, attempt: Attempt) -> Result<UnixStream, MoveError>
 /// If it refuses.
 pub(crate) fn listen_to_follow(vm: &Vm) -> Result<UnixStream, MoveError> {
     set_up(vm, None, true)?;
-    connect(vm, "migrate-incoming")
+    connect(vm, begin)
 }
 
-/// The same again, after a connection was lost.
+fn begin(qmp: &Qmp, at: Value) -> Result<(), QmpError> {
+    qmp.execute("migrate-incoming", at)
+}
+
+/// The same again, after a connection was lost. QEMU may be waiting for what was to come over it.
 ///
 /// # Errors
 /// If it refuses.
 pub(crate) fn listen_again(vm: &Vm) -> Result<UnixStream, MoveError> {
-    connect(vm, "migrate-recover")
+    connect(vm, |qmp, at| qmp.execute_at_once("migrate-recover", at))
 }
 
 /// Makes QEMU listen by a command, and connects to it.
-fn connect(vm: &Vm, command: &str) -> Result<UnixStream, MoveError> {
+fn connect(
+    vm: &Vm,
+    execute: impl FnOnce(&Qmp, Value) -> Result<(), QmpError>,
+) -> Result<UnixStream, MoveError> {
     let path = vm.folder().join(SOCKET);
     let _ = fs::remove_file(&path);
-    let listen = json!({ "uri": format!("unix:{SOCKET}") });
-    vm.qmp()?.execute(command, listen)?;
+    execute(vm.qmp()?, json!({ "uri": format!("unix:{SOCKET}") }))?;
     let socket = UnixStream::connect(&path)?;
     let _ = fs::remove_file(&path);
     Ok(socket)
@@ -463,7 +469,7 @@ impl Incoming {
         set_up(vm, None, false)?;
         Ok(Incoming {
             vm: vm.clone(),
-            socket: connect(vm, "migrate-incoming")?,
+            socket: connect(vm, begin)?,
         })
     }
 

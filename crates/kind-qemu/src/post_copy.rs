@@ -23,13 +23,14 @@
 use crate::channel::{Channel, IncomingChannels, Use};
 use crate::migration::{Outgoing, listen_again, listen_to_follow};
 use crate::migration_status::{ENDED, FOLLOWS, INTERRUPTED, Info, RECOVERY};
-use crate::qmp::QmpError;
+use crate::qmp::{PATIENCE, QmpError};
 use crate::relay::Relay;
 use crate::vm::{RunState, Vm};
 use keel_machine::failpoint;
 use keel_machine::link::TargetEndpoint;
 use keel_machine::moves::FillReport;
 use keel_machine::worker::{MoveError, PostCopyStatus};
+use serde_json::json;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,6 +44,9 @@ const POLL: Duration = Duration::from_millis(50);
 const DEVICES_PATIENCE: Duration = Duration::from_secs(20);
 /// How often QEMU is asked whether it has them all.
 const DEVICES_POLL: Duration = Duration::from_millis(1);
+/// How long QEMU may take to say how far it is. It may wait for a page itself, and a source that is
+/// connected again gives up long before other questions do.
+const ASK_PATIENCE: Duration = Duration::from_secs(1);
 /// How long QEMU may take, once it has a connection again, until it goes on.
 const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -218,45 +222,55 @@ impl IncomingMemory {
 
     /// Whether all memory is there, if QEMU says so.
     pub(crate) fn is_complete(&self) -> bool {
-        self.status().is_ok_and(|status| status == "completed")
+        self.status(PATIENCE)
+            .is_ok_and(|status| status == "completed")
     }
 
-    fn status(&self) -> Result<String, QmpError> {
-        let info: Info = self.vm.qmp()?.query("query-migrate")?;
-        Ok(info.status)
+    fn status(&self, patience: Duration) -> Result<String, QmpError> {
+        let qmp = self.vm.qmp()?;
+        let told = qmp.execute_within("query-migrate", json!({}), patience)?;
+        Ok(told["status"].as_str().unwrap_or_default().to_owned())
     }
 
     /// Follows the memory of a guest that runs here until all of it is there, or the guest has ended.
     /// `tell` is called with each change.
     pub(crate) fn follow(&self, tell: &dyn Fn(PostCopyStatus)) {
         let changes = [&[INTERRUPTED], &ENDED[..]].concat();
-        let mut newer = None;
+        let (mut newer, mut is_interrupted) = (None, false);
         while !self.vm.has_ended() {
-            self.vm.wait_for_migration(POLL, &changes);
-            let status = self.status().unwrap_or_default();
-            match status.as_str() {
-                "completed" => {
-                    tell(PostCopyStatus::Done);
-                    self.await_last_word();
-                    put(&self.relays, None);
-                    return;
-                }
-                INTERRUPTED => {
-                    put(&self.relays, None);
-                    tell(PostCopyStatus::SourceLost);
-                    let channel = newer.take().or_else(|| self.channels.memory.within(POLL));
-                    let Some(channel) = channel else { continue };
-                    match self.go_on(channel) {
-                        Ok(()) => tell(PostCopyStatus::Receiving),
-                        Err(error) => tracing::warn!(%error, "memory does not arrive yet"),
-                    }
-                }
-                // A source that connects again has lost the connection before, whatever this side sees.
-                _ => {
-                    if let Some(channel) = self.channels.memory.within(Duration::ZERO) {
+            let seen = self.vm.wait_for_migration(POLL, &changes);
+            // It may answer nothing then, for it may wait for a page itself; and an answer may be ahead of
+            // the event, which would be taken for that of another connection.
+            is_interrupted |= seen.as_deref() == Some(INTERRUPTED);
+            if !is_interrupted {
+                match self.status(ASK_PATIENCE).unwrap_or_default().as_str() {
+                    "completed" => {
+                        tell(PostCopyStatus::Done);
+                        self.await_last_word();
                         put(&self.relays, None);
-                        newer = Some(channel);
+                        return;
                     }
+                    // A source that connects again has lost the connection before, whatever this side
+                    // sees.
+                    _ => {
+                        if let Some(channel) = self.channels.memory.within(Duration::ZERO) {
+                            put(&self.relays, None);
+                            newer = Some(channel);
+                        }
+                    }
+                }
+            }
+            if is_interrupted {
+                put(&self.relays, None);
+                tell(PostCopyStatus::SourceLost);
+                let channel = newer.take().or_else(|| self.channels.memory.within(POLL));
+                let Some(channel) = channel else { continue };
+                match self.go_on(channel) {
+                    Ok(()) => {
+                        is_interrupted = false;
+                        tell(PostCopyStatus::Receiving);
+                    }
+                    Err(error) => tracing::warn!(%error, "memory does not arrive yet"),
                 }
             }
         }
@@ -297,15 +311,73 @@ mod tests {
     use super::*;
     use crate::channel::tests::{channels, incoming};
     use crate::migration::Sent;
-    use crate::migration::tests::{different, launched, make_linux, memory, wait_output};
+    use crate::migration::tests::{
+        MEMORY_BYTES, System, different, launched, make_linux, memory, wait_output,
+    };
     use crate::migration_status::SWITCHOVER;
     use crate::process::VmEnd;
-    use serde_json::json;
+    use std::sync::mpsc::Sender;
 
     fn set_bytes_per_s(vm: &Vm, most: u64) {
         let parameters = json!({ "max-postcopy-bandwidth": most });
         let qmp = vm.qmp().unwrap();
         qmp.execute("migrate-set-parameters", parameters).unwrap();
+    }
+
+    /// So slowly nearly all that follows is left when a connection is lost.
+    const SLOW_BYTES_PER_S: u64 = 1 << 17;
+
+    /// The guest goes ahead, `early` before most of its memory.
+    fn go_ahead(
+        source: &System,
+        opened: &Sender<Channel>,
+        arriving: &IncomingMemory,
+        early: bool,
+    ) -> (Outgoing, Sent) {
+        let (ours, theirs) = channels();
+        opened.send(theirs).unwrap();
+        let outgoing = Outgoing::begin_to_follow(&source.vm, ours).unwrap();
+        let patience = Duration::from_millis(2);
+        while !early
+            && !outgoing
+                .waits_to_follow(outgoing.info().unwrap().ram)
+                .unwrap()
+            && source
+                .vm
+                .wait_for_migration(patience, &[SWITCHOVER])
+                .is_none()
+        {}
+        let sent = outgoing.stop_to_follow().unwrap();
+        outgoing.reach_devices(&source.console, None).unwrap();
+        arriving.check().unwrap();
+        outgoing.send_devices().unwrap();
+        arriving.wait_for_devices().unwrap();
+        (outgoing, sent)
+    }
+
+    struct KilledOnDrop<'a>(&'a Vm);
+
+    impl Drop for KilledOnDrop<'_> {
+        fn drop(&mut self) {
+            self.0.kill(VmEnd::Discarded);
+        }
+    }
+
+    fn cut(outgoing: &mut Outgoing) {
+        outgoing.cut(channels().0);
+        let paused = outgoing
+            .vm()
+            .wait_for_migration(RESUME_PATIENCE, &[INTERRUPTED]);
+        assert_eq!(paused.as_deref(), Some(INTERRUPTED));
+    }
+
+    /// Over another connection, and fast.
+    fn go_on(outgoing: &mut Outgoing, opened: &Sender<Channel>) {
+        set_bytes_per_s(outgoing.vm(), 0);
+        let (ours, theirs) = channels();
+        opened.send(theirs).unwrap();
+        outgoing.vm().expect_migration();
+        outgoing.go_on(ours).unwrap();
     }
 
     /// Each page of a busy system, of which some follow it, also over a second connection.
@@ -325,26 +397,8 @@ mod tests {
             let target = launched(folder.path(), &place(number), true);
             let (arriving, opened) = incoming();
             let arriving = IncomingMemory::begin(&target.vm, arriving).unwrap();
-            let (ours, theirs) = channels();
-            opened.send(theirs).unwrap();
-            set_bytes_per_s(&source.vm, if is_early { 1 << 17 } else { 0 });
-            let mut outgoing = Outgoing::begin_to_follow(&source.vm, ours).unwrap();
-            let patience = Duration::from_millis(2);
-            // Early: nearly all of it follows, and slowly, so that a connection can be lost meanwhile.
-            while !is_early
-                && !outgoing
-                    .waits_to_follow(outgoing.info().unwrap().ram)
-                    .unwrap()
-                && source
-                    .vm
-                    .wait_for_migration(patience, &[SWITCHOVER])
-                    .is_none()
-            {}
-            let sent = outgoing.stop_to_follow().unwrap();
-            outgoing.reach_devices(&source.console, None).unwrap();
-            arriving.check().unwrap();
-            outgoing.send_devices().unwrap();
-            arriving.wait_for_devices().unwrap();
+            set_bytes_per_s(&source.vm, if is_early { SLOW_BYTES_PER_S } else { 0 });
+            let (mut outgoing, sent) = go_ahead(&source, &opened, &arriving, is_early);
             let is_cut = is_early && sent == Sent::Most;
             cuts += u64::from(is_cut);
             let statuses = Mutex::new(Vec::new());
@@ -352,16 +406,8 @@ mod tests {
             std::thread::scope(|scope| {
                 scope.spawn(|| arriving.follow(&tell));
                 if is_cut {
-                    outgoing.cut(channels().0);
-                    let paused = outgoing
-                        .vm()
-                        .wait_for_migration(RESUME_PATIENCE, &[INTERRUPTED]);
-                    assert_eq!(paused.as_deref(), Some(INTERRUPTED));
-                    set_bytes_per_s(&source.vm, 0);
-                    let (ours, theirs) = channels();
-                    opened.send(theirs).unwrap();
-                    source.vm.expect_migration();
-                    outgoing.go_on(ours).unwrap();
+                    cut(&mut outgoing);
+                    go_on(&mut outgoing, &opened);
                 }
                 let completed = source.vm.wait_for_migration(RESUME_PATIENCE, &ENDED);
                 assert_eq!(completed.as_deref(), Some("completed"));
@@ -379,6 +425,64 @@ mod tests {
         assert!(cuts > 0, "nothing was left to follow, three times");
         source.vm.kill(VmEnd::Discarded);
         source.vm.wait();
+    }
+
+    /// QEMU itself waits for pages that do not come, and so answers nothing: it is told all the same
+    /// that its memory comes over another connection.
+    #[test]
+    fn memory_follows_to_a_qemu_that_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        if check_here().is_err() || !make_linux(folder.path()) {
+            return;
+        }
+        let place = |name: String| folder.path().join(name);
+        // All may be there before it is stopped, on a busy host.
+        let mut attempts = (1..=5).filter_map(|number| {
+            let source = launched(folder.path(), &place(format!("source-{number}")), false);
+            source.vm.resume().unwrap();
+            wait_output(&source);
+            let target = launched(folder.path(), &place(format!("target-{number}")), true);
+            let (arriving, opened) = incoming();
+            let arriving = IncomingMemory::begin(&target.vm, arriving).unwrap();
+            set_bytes_per_s(&source.vm, SLOW_BYTES_PER_S);
+            let (outgoing, sent) = go_ahead(&source, &opened, &arriving, true);
+            let is_left = sent == Sent::Most;
+            if !is_left {
+                source.vm.kill(VmEnd::Discarded);
+                target.vm.kill(VmEnd::Discarded);
+            }
+            is_left.then_some((source, target, arriving, opened, outgoing))
+        });
+        let (source, target, arriving, opened, mut outgoing) = attempts.next().unwrap();
+        cut(&mut outgoing);
+        let lost = target
+            .vm
+            .wait_for_migration(RESUME_PATIENCE, &[INTERRUPTED]);
+        assert_eq!(lost.as_deref(), Some(INTERRUPTED));
+        std::thread::scope(|scope| {
+            // Whoever waits for it goes on, if this fails.
+            let source_end = KilledOnDrop(&source.vm);
+            let target_end = KilledOnDrop(&target.vm);
+            // All of the guest's memory.
+            let whole = json!({ "val": 0, "size": MEMORY_BYTES, "filename": "/dev/null" });
+            let qmp = target.vm.qmp().unwrap();
+            scope.spawn(|| qmp.execute("pmemsave", whole));
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let answers = || qmp.execute_within("query-status", json!({}), ASK_PATIENCE);
+            while !matches!(answers(), Err(QmpError::Silent { .. })) {
+                assert!(Instant::now() < deadline, "it does not wait for a page");
+            }
+            scope.spawn(|| arriving.follow(&|_| {}));
+            go_on(&mut outgoing, &opened);
+            let completed = source.vm.wait_for_migration(RESUME_PATIENCE, &ENDED);
+            assert_eq!(completed.as_deref(), Some("completed"));
+            std::mem::forget(target_end);
+            drop(source_end);
+        });
+        target.vm.resume().unwrap();
+        wait_output(&target);
+        target.vm.kill(VmEnd::Discarded);
+        target.vm.wait();
     }
 
     fn check_here() -> Result<(), String> {

@@ -5,6 +5,12 @@
 //! excess, in a form that is not known, or without an end is bounded here. Which commands mean
 //! what is left to [`crate::vm`] and [`crate::migration`].
 //!
+//! QEMU carries out commands one after the other, in the thread that also serves its guest's devices.
+//! That may wait for a page of a guest whose memory follows it, and for ever if the connection is lost
+//! over which the page was to come. So what mends the connection is carried out of this order
+//! ([`Qmp::execute_at_once`], "out-of-band execution" in the specification); QEMU reads such a command
+//! only while few others wait, which is seen to here.
+//!
 //! Of the crates for this protocol, `qapi` decodes events into an enumeration of the QEMU version
 //! that it was generated from and ends the connection at one of a later version; here unknown
 //! events are passed on by name.
@@ -12,14 +18,14 @@
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The longest line that is accepted, in bytes: some answers describe many devices.
 const LINE_BYTES_MAX: u64 = 4 << 20;
@@ -27,6 +33,10 @@ const LINE_BYTES_MAX: u64 = 4 << 20;
 /// How long a command may take that does not say otherwise. QEMU answers within milliseconds
 /// unless its disk hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Commands that QEMU has not answered, at most: with eight that wait it reads no more
+/// (`QMP_REQ_QUEUE_LEN_MAX` in monitor/qmp.c of QEMU).
+const UNANSWERED_MAX: usize = 6;
 
 /// Why a command was not carried out.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -82,14 +92,36 @@ type Answer = Result<Value, String>;
 struct Pending {
     next: u64,
     waiting: HashMap<u64, SyncSender<Answer>>,
+    /// Commands in their order of which QEMU has said nothing, also those that nobody waits for any
+    /// more.
+    unanswered: HashSet<u64>,
     /// Why no answer comes any more.
     lost: Option<String>,
+}
+
+/// What is shared with the thread that reads.
+#[derive(Default)]
+struct Shared {
+    pending: Mutex<Pending>,
+    /// A command was answered, or none will be.
+    answered: Condvar,
+}
+
+/// How a command is carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// Once those before it are.
+    Queue,
+    /// At once, whatever QEMU does.
+    AtOnce,
 }
 
 /// A connection to one QEMU process. Its methods block.
 pub(crate) struct Qmp {
     writer: Mutex<UnixStream>,
-    pending: Arc<Mutex<Pending>>,
+    shared: Arc<Shared>,
+    /// Whether QEMU can carry a command out at once.
+    executes_at_once: bool,
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -111,8 +143,8 @@ impl Qmp {
         let reader = socket.try_clone().map_err(lost)?;
         // A QEMU that reads nothing must not hold a command up for ever.
         socket.set_write_timeout(Some(PATIENCE)).map_err(lost)?;
-        let pending: Arc<Mutex<Pending>> = Arc::default();
-        let answers = pending.clone();
+        let shared: Arc<Shared> = Arc::default();
+        let answers = shared.clone();
         let thread = std::thread::Builder::new().name("qmp".into());
         thread
             .spawn(move || {
@@ -120,16 +152,25 @@ impl Qmp {
                     Ok(()) => "QEMU has ended".to_owned(),
                     Err(error) => error.to_string(),
                 };
-                let mut answers = lock(&answers);
-                answers.lost = Some(reason);
-                answers.waiting.clear();
+                let mut pending = lock(&answers.pending);
+                pending.lost = Some(reason);
+                pending.waiting.clear();
+                answers.answered.notify_all();
             })
             .map_err(lost)?;
-        let qmp = Qmp {
+        let mut qmp = Qmp {
             writer: Mutex::new(socket),
-            pending,
+            shared,
+            executes_at_once: true,
         };
-        qmp.execute_within("qmp_capabilities", json!({}), patience)?;
+        let negotiation = "qmp_capabilities";
+        let enabled = qmp.execute_within(negotiation, json!({ "enable": ["oob"] }), patience);
+        if let Err(QmpError::Refused { .. }) = enabled {
+            qmp.executes_at_once = false;
+            qmp.execute_within(negotiation, json!({}), patience)?;
+        } else {
+            enabled?;
+        }
         Ok(qmp)
     }
 
@@ -139,6 +180,20 @@ impl Qmp {
     /// [`QmpError`].
     pub(crate) fn execute(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
         self.execute_within(command, arguments, PATIENCE).map(drop)
+    }
+
+    /// As [`Self::execute`], whatever QEMU does meanwhile. Few commands can be: see the schema.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub(crate) fn execute_at_once(&self, command: &str, arguments: Value) -> Result<(), QmpError> {
+        let order = match self.executes_at_once {
+            true => Order::AtOnce,
+            false => Order::Queue,
+        };
+        let send = |mut socket: &UnixStream, line: &[u8]| socket.write_all(line);
+        self.exchange(order, command, arguments, PATIENCE, send)
+            .map(drop)
     }
 
     /// As [`Self::execute`], with a descriptor that the command takes. Callers wait for one such
@@ -152,10 +207,10 @@ impl Qmp {
         arguments: Value,
         descriptor: BorrowedFd<'_>,
     ) -> Result<(), QmpError> {
-        self.exchange(command, arguments, PATIENCE, |socket, line| {
-            send_with_descriptor(socket, line, descriptor)
-        })
-        .map(drop)
+        let send =
+            |socket: &UnixStream, line: &[u8]| send_with_descriptor(socket, line, descriptor);
+        self.exchange(Order::Queue, command, arguments, PATIENCE, send)
+            .map(drop)
     }
 
     /// Asks for something.
@@ -179,31 +234,47 @@ impl Qmp {
         T::deserialize(value).map_err(|error| QmpError::Lost(format!("`{command}`: {error}")))
     }
 
-    fn execute_within(
+    /// As [`Self::execute`], within a time of the caller's; with the answer.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub(crate) fn execute_within(
         &self,
         command: &str,
         arguments: Value,
         patience: Duration,
     ) -> Result<Value, QmpError> {
-        self.exchange(command, arguments, patience, |mut socket, line| {
-            socket.write_all(line)
-        })
+        let send = |mut socket: &UnixStream, line: &[u8]| socket.write_all(line);
+        self.exchange(Order::Queue, command, arguments, patience, send)
     }
 
     fn exchange(
         &self,
+        order: Order,
         command: &str,
         arguments: Value,
         patience: Duration,
         send: impl FnOnce(&UnixStream, &[u8]) -> io::Result<()>,
     ) -> Result<Value, QmpError> {
-        let (id, answer) = self.register()?;
-        let line = json!({ "execute": command, "arguments": arguments, "id": id });
+        let silent = || QmpError::Silent {
+            command: command.to_owned(),
+            patience,
+        };
+        let deadline = Instant::now() + patience;
+        let (id, answer) = self.register(order, patience)?.ok_or_else(silent)?;
+        let execute = match order {
+            Order::Queue => "execute",
+            Order::AtOnce => "exec-oob",
+        };
+        let line = json!({ execute: command, "arguments": arguments, "id": id });
         let sent = send(&lock(&self.writer), format!("{line}\n").as_bytes());
         let received = match sent {
-            Ok(()) => answer.recv_timeout(patience),
+            Ok(()) => answer.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             Err(error) => {
-                lock(&self.pending).waiting.remove(&id);
+                let mut pending = lock(&self.shared.pending);
+                pending.waiting.remove(&id);
+                pending.unanswered.remove(&id);
+                self.shared.answered.notify_one();
                 return Err(QmpError::Lost(error.to_string()));
             }
         };
@@ -214,29 +285,45 @@ impl Qmp {
                 reason,
             }),
             Err(RecvTimeoutError::Timeout) => {
-                lock(&self.pending).waiting.remove(&id);
-                Err(QmpError::Silent {
-                    command: command.to_owned(),
-                    patience,
-                })
+                lock(&self.shared.pending).waiting.remove(&id);
+                Err(silent())
             }
             Err(RecvTimeoutError::Disconnected) => {
-                let reason = lock(&self.pending).lost.clone();
+                let reason = lock(&self.shared.pending).lost.clone();
                 Err(QmpError::Lost(reason.unwrap_or_default()))
             }
         }
     }
 
-    fn register(&self) -> Result<(u64, Receiver<Answer>), QmpError> {
-        let mut pending = lock(&self.pending);
+    /// A number for a command, once QEMU has answered enough of those before it; `None` if it does not
+    /// in time.
+    fn register(
+        &self,
+        order: Order,
+        patience: Duration,
+    ) -> Result<Option<(u64, Receiver<Answer>)>, QmpError> {
+        let is_full = |pending: &mut Pending| {
+            let waits = order == Order::Queue && pending.unanswered.len() >= UNANSWERED_MAX;
+            waits && pending.lost.is_none()
+        };
+        let pending = lock(&self.shared.pending);
+        let answered = &self.shared.answered;
+        let waited = answered.wait_timeout_while(pending, patience, is_full);
+        let (mut pending, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if let Some(reason) = &pending.lost {
             return Err(QmpError::Lost(reason.clone()));
+        }
+        if waited.timed_out() {
+            return Ok(None);
         }
         let id = pending.next;
         pending.next += 1;
         let (send, receive) = sync_channel(1);
         pending.waiting.insert(id, send);
-        Ok((id, receive))
+        if order == Order::Queue {
+            pending.unanswered.insert(id);
+        }
+        Ok(Some((id, receive)))
     }
 }
 
@@ -258,11 +345,7 @@ fn send_with_descriptor(
 }
 
 /// Reads until QEMU closes the socket.
-fn read_lines(
-    socket: UnixStream,
-    pending: &Mutex<Pending>,
-    on_event: &dyn Fn(QmpEvent),
-) -> io::Result<()> {
+fn read_lines(socket: UnixStream, shared: &Shared, on_event: &dyn Fn(QmpEvent)) -> io::Result<()> {
     each_line(BufReader::new(socket), |line| {
         let (id, answer) = match line {
             Line::Greeting { .. } => return,
@@ -270,7 +353,13 @@ fn read_lines(
             Line::Success { value, id } => (id, Ok(value)),
             Line::Failure { error, id } => (id, Err(error.desc)),
         };
-        let waiting = id.and_then(|id| lock(pending).waiting.remove(&id));
+        let waiting = id.and_then(|id| {
+            let mut pending = lock(&shared.pending);
+            if pending.unanswered.remove(&id) {
+                shared.answered.notify_one();
+            }
+            pending.waiting.remove(&id)
+        });
         if let Some(waiting) = waiting {
             // Whoever asked may have stopped waiting.
             let _ = waiting.try_send(answer);
@@ -368,6 +457,50 @@ pub(crate) mod tests {
         assert_eq!(names[0].name, "LATER");
         assert_eq!(names[0].data["a"], 1);
         assert_eq!(names[1].name, "STOP");
+    }
+
+    /// What QEMU does not answer is not asked again and again, so that it reads what it is to carry out
+    /// at once.
+    #[test]
+    fn a_command_is_carried_out_at_once_whatever_qemu_does() {
+        let (qmp, _events) = connect(|reader, writer| {
+            let mut line = String::new();
+            for _ in 0..UNANSWERED_MAX {
+                reader.read_line(&mut line).unwrap();
+            }
+            let asked = answer(reader, writer, r#""return": {}"#);
+            assert_eq!(asked["exec-oob"], "migrate-recover");
+            // At last.
+            let first: Value = serde_json::from_str(line.lines().next().unwrap()).unwrap();
+            let late = format!("{{\"return\": {{}}, \"id\": {}}}\n", first["id"]);
+            writer.write_all(late.as_bytes()).unwrap();
+            let asked = answer(reader, writer, r#""return": {}"#);
+            assert_eq!(asked["execute"], "cont");
+        });
+        let qmp = qmp.unwrap();
+        let patience = Duration::from_millis(1);
+        for _ in 0..2 * UNANSWERED_MAX {
+            let silent = qmp.execute_within("query-status", json!({}), patience);
+            assert!(matches!(silent, Err(QmpError::Silent { .. })), "{silent:?}");
+        }
+        qmp.execute_at_once("migrate-recover", json!({})).unwrap();
+        qmp.execute("cont", json!({})).unwrap();
+    }
+
+    #[test]
+    fn a_qemu_that_has_one_order_is_used_so() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut writer = theirs.try_clone().unwrap();
+            let mut reader = BufReader::new(theirs);
+            let asked = answer(&mut reader, &mut writer, r#""error": {"desc": "no such"}"#);
+            assert_eq!(asked["arguments"]["enable"][0], "oob");
+            answer(&mut reader, &mut writer, r#""return": {}"#);
+            let asked = answer(&mut reader, &mut writer, r#""return": {}"#);
+            assert_eq!(asked["execute"], "migrate-recover");
+        });
+        let qmp = Qmp::connect(ours, PATIENCE, |_| {}).unwrap();
+        qmp.execute_at_once("migrate-recover", json!({})).unwrap();
     }
 
     #[test]
