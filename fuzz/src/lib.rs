@@ -51,6 +51,7 @@ pub const TARGETS: &[Target] = &[
     modules::METADATA,
     modules::THREAD,
     types::CLUSTER_TYPES,
+    types::GUEST_AGENT,
     types::NODE_TYPES,
     types::PART_CONNECTION,
     types::QEMU,

@@ -154,6 +154,21 @@ pub(crate) const QEMU: Target = Target {
     },
 };
 
+/// What a node sends to Evenkeel's agent in a guest.
+pub(crate) const GUEST_AGENT: Target = Target {
+    name: "guest-agent",
+    run: keel_guest::is_request,
+    seeds: || {
+        let start = r#"{"execute": "guest-exec", "arguments": {"path": "cat", "arg": ["-n"], "env": ["A=b"], "input-data": "b2s=", "capture-output": true}}"#;
+        let sync = "\n{\"execute\": \"guest-sync-delimited\", \"arguments\": {\"id\": 7}}\n";
+        let shutdown = r#"{"execute": "guest-shutdown", "arguments": {"mode": "halt"}, "id": [1]}"#;
+        vec![
+            [b"{\"half\xff", start.as_bytes(), sync.as_bytes()].concat(),
+            format!("{shutdown}\n").into_bytes(),
+        ]
+    },
+};
+
 /// QEMU's copy of two pages of memory, one of which is zero.
 fn memory_stream() -> Vec<u8> {
     let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x01q".to_vec();

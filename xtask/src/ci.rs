@@ -1,7 +1,7 @@
 //! Checks of a change: lints, the usual tests, and as many long tests as fit into ten
 //! minutes, those that it may affect first.
 
-use crate::command::{cargo, check, has, root};
+use crate::command::{cargo, check, guest_agent, has, root};
 use crate::suite::{self, LONG};
 use crate::{imports, licences, mutants, pages};
 use anyhow::Result;
@@ -42,6 +42,7 @@ pub(crate) fn lint() -> Result<()> {
 /// All that `.ci/run` runs.
 pub(crate) fn run() -> Result<()> {
     lint()?;
+    guest_agent()?;
     // Long tests first, so that the summary of the usual ones is at the end.
     check(Command::new(std::env::current_exe()?).arg("long-tests"))?;
     suite::run(&[], false)

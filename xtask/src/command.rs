@@ -58,8 +58,31 @@ pub(crate) fn has(program: &str) -> bool {
 /// Builds `keel` and returns its path.
 pub(crate) fn keel() -> Result<PathBuf> {
     check(cargo().args(["build", "--release", "--package", "keel"]))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from);
-    Ok(target.join("release/keel"))
+    Ok(releases().join("keel"))
+}
+
+/// Builds `keel-guest`, which needs no library of the system in which it runs, and returns its path.
+pub(crate) fn guest_agent() -> Result<PathBuf> {
+    let program = [
+        "rustc",
+        "--release",
+        "--package",
+        "keel-guest",
+        "--bin",
+        "keel-guest",
+    ];
+    let mut build = cargo();
+    build.args(program).args(["--features", "program", "--"]);
+    // Of the dependencies' flags nothing depends on it.
+    check(build.args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"]))?;
+    Ok(releases().join("keel-guest"))
+}
+
+/// Where programs are built.
+fn releases() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or(root().join("target"), PathBuf::from);
+    target.join("release")
 }
 
 /// The result of a finished program.

@@ -118,7 +118,9 @@ enum Task {
         #[arg(long)]
         keep: bool,
     },
-    /// Makes an archive for servers: binary, manual, completions, service.
+    /// Builds `keel-guest`, the guest agent for whole systems, beside `keel`.
+    GuestAgent,
+    /// Makes an archive for servers: binary, guest agent, manual, completions, service.
     Package,
     /// Moves machines while faults are injected.
     Nemesis {
@@ -202,6 +204,7 @@ fn main() -> ExitCode {
         Task::LongTests => ci::long_tests(),
         Task::Imports => imports::check(&command::root()),
         Task::Licences => licences::check(),
+        Task::GuestAgent => command::guest_agent().map(drop),
         Task::Package => package::make(),
         Task::Fuzz {
             names,

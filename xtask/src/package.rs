@@ -1,7 +1,7 @@
-//! `cargo xtask package`: one archive for servers with the binary, the manual, completions, the
+//! `cargo xtask package`: one archive for servers with the binary, the guest agent, the manual, completions, the
 //! service and licences. The packaged binary itself generates the pages and completions.
 
-use crate::command::{check, keel, root};
+use crate::command::{check, guest_agent, keel, root};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ const TEXTS: [&str; 4] = ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENS
 
 /// Builds `target/package/keel-VERSION-ARCH.tar.gz`, and prints its path.
 pub(crate) fn make() -> Result<()> {
-    let keel = keel()?;
+    let (keel, guest_agent) = (keel()?, guest_agent()?);
     let name = format!(
         "keel-{}-{}",
         env!("CARGO_PKG_VERSION"),
@@ -28,7 +28,7 @@ pub(crate) fn make() -> Result<()> {
     if stage.exists() {
         fs::remove_dir_all(&stage).with_context(|| stage.display().to_string())?;
     }
-    fill(&stage, &keel)?;
+    fill(&stage, &keel, &guest_agent)?;
     let archive = place.join(format!("{name}.tar.gz"));
     check(
         Command::new("tar")
@@ -48,7 +48,7 @@ pub(crate) fn make() -> Result<()> {
     Ok(())
 }
 
-fn fill(stage: &Path, keel: &Path) -> Result<()> {
+fn fill(stage: &Path, keel: &Path, guest_agent: &Path) -> Result<()> {
     let folder = |path: &str| -> Result<std::path::PathBuf> {
         let folder = stage.join(path);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
@@ -61,6 +61,8 @@ fn fill(stage: &Path, keel: &Path) -> Result<()> {
             .with_context(|| format!("{} to {}", source.display(), target.display()))
     };
     copy(keel, &folder("bin")?.join("keel"))?;
+    // `keel` looks for it beside itself.
+    copy(guest_agent, &folder("bin")?.join("keel-guest"))?;
     check(Command::new(keel).arg("man").arg(folder("share/man/man1")?))?;
     for (shell, path) in COMPLETIONS {
         let made = Command::new(keel).args(["completions", shell]).output()?;

@@ -1,7 +1,7 @@
 //! The test-suite in two parts: the usual one, which takes some minutes, and groups of long tests,
 //! each about one subject. `all` runs both, followed by the soak and nemesis.
 
-use crate::command::{cargo, check, has, provide};
+use crate::command::{cargo, check, guest_agent, has, provide};
 use crate::linux;
 use crate::nemesis;
 use crate::soak::{self, Soak};
@@ -233,6 +233,9 @@ pub(crate) const LONG: &[Group] = &[
 pub(crate) fn run(args: &[String], all: bool) -> Result<()> {
     provide(&NEEDED)?;
     linux::provide();
+    if let Err(error) = guest_agent() {
+        println!("a test with Evenkeel's guest agent will be skipped: {error:#}");
+    }
     if !args.is_empty() {
         return check(runner(None).args(args));
     }

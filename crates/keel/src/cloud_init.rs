@@ -4,26 +4,24 @@
 //!
 //! ```text
 //!   user-data         --user-data, as it is
-//!   network-config    --network-config, as it is
+//!   network-config    --network-config, as it is, or the addresses of --net
 //!   meta-data         the machine's name, the keys of --ssh-key, and an identity
+//!   vendor-data       a script that installs the guest agent, if the machine is given one
 //! ```
 //!
 //! Equal settings make equal bytes, so a machine file that has not changed changes no machine. The
 //! identity follows from the settings: where they change, cloud-init begins anew. What a system makes
 //! of its settings is left to cloud-init.
 
+use crate::fat;
 use crate::image::ImageFile;
-use anyhow::{Context, Result, ensure};
-use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use ssh_key::PublicKey;
-use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 
 /// The most bytes of a file: what is larger belongs into the system's image.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-/// Room for the file system's own tables.
-const TABLES_BYTES: usize = 128 << 10;
 /// The label by which cloud-init knows it, padded as in a boot sector.
 const LABEL: [u8; 11] = *b"CIDATA     ";
 
@@ -88,18 +86,34 @@ impl CloudInit {
         }
     }
 
-    /// The disk for a machine; `None` if nothing was given. Without a name its system keeps its own.
+    /// The disk for a machine; `None` if there is nothing to set up. Without a name its system keeps its
+    /// own. `network` is how its network is set up, if no file says it; `vendor_script` is what is done
+    /// beside the user's settings.
     ///
     /// # Errors
     /// If a file cannot be read, or cloud-init would make nothing of it.
-    pub(crate) fn disk(&self, name: Option<&str>) -> Result<Option<ImageFile>> {
-        if self.given().iter().all(|(_, is_given)| !is_given) {
+    pub(crate) fn disk(
+        &self,
+        name: Option<&str>,
+        network: Option<Vec<u8>>,
+        vendor_script: Option<&str>,
+    ) -> Result<Option<ImageFile>> {
+        let given = self.given();
+        let is_given = given.iter().any(|(_, is_given)| *is_given);
+        if network.is_none() && vendor_script.is_none() && !is_given {
             return Ok(None);
         }
         let user_data = self.user_data.as_deref().map(user_data).transpose()?;
         // It ignores a disk without the file.
         let user_data = user_data.unwrap_or_default();
-        let network = self.network_config.as_deref().map(read).transpose()?;
+        let network = match (&self.network_config, network) {
+            (Some(file), None) => Some(read(file)?),
+            (None, network) => network,
+            (Some(file), Some(_)) => bail!(
+                "{} and an interface with ip= both say how the network is set up: leave one of them out",
+                file.display()
+            ),
+        };
         let mut keys = Vec::new();
         for file in &self.ssh_key {
             keys.extend(public_keys(file)?);
@@ -107,6 +121,7 @@ impl CloudInit {
         let mut identity = blake3::Hasher::new();
         let settings = (name, &keys, &user_data, &network);
         identity.update(&serde_json::to_vec(&settings)?);
+        identity.update(vendor_script.unwrap_or_default().as_bytes());
         let meta_data = MetaData {
             instance_id: format!("iid-{}", &identity.finalize().to_hex()[..16]),
             local_hostname: name,
@@ -117,7 +132,9 @@ impl CloudInit {
             ("meta-data", serde_json::to_vec_pretty(&meta_data)?),
         ];
         files.extend(network.map(|text| ("network-config", text)));
-        let disk = file_system(&files).context("the disk for cloud-init cannot be made")?;
+        files.extend(vendor_script.map(|script| ("vendor-data", script.into())));
+        let disk =
+            fat::file_system(LABEL, &files).context("the disk for cloud-init cannot be made")?;
         Ok(Some(ImageFile::made("the disk for cloud-init", disk)))
     }
 }
@@ -164,43 +181,17 @@ fn public_keys(path: &Path) -> Result<Vec<String>> {
     Ok(keys)
 }
 
-fn file_system(files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
-    let content: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
-    // Whole KiB, and a FAT of 12 bits has some thousand clusters.
-    let bytes = (TABLES_BYTES + content + content / 4).next_multiple_of(64 << 10);
-    let mut disk = Cursor::new(vec![0; bytes]);
-    let options = FormatVolumeOptions::new()
-        .volume_label(LABEL)
-        .volume_id(0)
-        .fat_type(FatType::Fat12);
-    fatfs::format_volume(&mut disk, options)?;
-    {
-        let system = FileSystem::new(&mut disk, FsOptions::new())?;
-        for (name, bytes) in files {
-            let mut file = system.root_dir().create_file(name)?;
-            file.write_all(bytes)?;
-            file.flush()?;
-        }
-        system.unmount()?;
-    }
-    Ok(disk.into_inner())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
 
     const KEY: &str =
         "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ me";
 
     fn content(disk: &[u8], name: &str) -> String {
-        let system = FileSystem::new(Cursor::new(disk.to_vec()), FsOptions::new()).unwrap();
-        assert_eq!(system.volume_label(), "CIDATA");
-        let mut text = String::new();
-        let mut file = system.root_dir().open_file(name).unwrap();
-        file.read_to_string(&mut text).unwrap();
-        text
+        let (label, content) = fat::tests::content(disk, name);
+        assert_eq!(label, "CIDATA");
+        String::from_utf8(content).unwrap()
     }
 
     #[test]
@@ -217,7 +208,7 @@ mod tests {
             ssh_key: vec![at("keys", format!("# mine\n\n{KEY}\n").as_bytes())],
         };
         let disk = |settings: &CloudInit, name| {
-            let made = settings.disk(name).unwrap().unwrap();
+            let made = settings.disk(name, None, None).unwrap().unwrap();
             made.bytes().to_vec()
         };
         let first = disk(&settings, Some("web"));
@@ -240,29 +231,26 @@ mod tests {
         let other = disk(&settings, None);
         assert_ne!(meta_data(&other)["instance-id"], known["instance-id"]);
         assert_eq!(meta_data(&other)["local-hostname"], serde_json::Value::Null);
-        assert_eq!(
-            CloudInit::default().disk(Some("web")).unwrap().map(drop),
-            None
-        );
-    }
-
-    /// A large file fits, and the disk is little larger.
-    #[test]
-    fn the_disk_has_room_for_what_is_on_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("user");
-        for bytes in [20, 100 << 10, FILE_BYTES_MAX as usize] {
-            let mut text = b"#!/bin/sh\n".to_vec();
-            text.resize(bytes, b'#');
-            std::fs::write(&file, &text).unwrap();
-            let settings = CloudInit {
-                user_data: Some(file.clone()),
-                ..CloudInit::default()
-            };
-            let disk = settings.disk(None).unwrap().unwrap();
-            assert_eq!(content(disk.bytes(), "user-data").len(), bytes);
-            assert!(disk.bytes().len() < bytes * 3 / 2 + (256 << 10));
-        }
+        // And with a network of its interfaces.
+        let none = CloudInit::default();
+        let network = || Some(b"{}".to_vec());
+        let disk = none.disk(None, network(), None).unwrap().unwrap();
+        assert_eq!(content(disk.bytes(), "network-config"), "{}");
+        settings.network_config = Some(folder.path().join("network"));
+        let twice = settings.disk(None, network(), None).map(drop);
+        let said = twice.unwrap_err().to_string();
+        assert!(said.contains("leave one of them out"), "{said}");
+        // Also with a script, for which nothing else is needed.
+        assert!(none.disk(Some("web"), None, None).unwrap().is_none());
+        let disk = none.disk(None, None, Some("#!/bin/sh\n")).unwrap().unwrap();
+        assert_eq!(content(disk.bytes(), "vendor-data"), "#!/bin/sh\n");
+        assert_eq!(content(disk.bytes(), "user-data"), "");
+        let other = none
+            .disk(None, None, Some("#!/bin/sh\n:\n"))
+            .unwrap()
+            .unwrap();
+        let [one, other] = [disk, other].map(|it| meta_data(it.bytes())["instance-id"].clone());
+        assert_ne!(one, other);
     }
 
     #[test]
@@ -270,7 +258,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         let said = |settings: &CloudInit| {
-            let refused = settings.disk(None).map(drop);
+            let refused = settings.disk(None, None, None).map(drop);
             format!("{:#}", refused.unwrap_err())
         };
         let of_user = CloudInit {

@@ -319,11 +319,9 @@ impl ImageFile {
     /// If machines of this kind do not start from it, it has changed since, or no node answers.
     pub(crate) async fn upload(&self, client: &Client, kind: &KindName) -> Result<()> {
         if self.is_large() {
-            let path = keel_api::path(["image-files", &self.hash()]);
-            let path = format!("{path}?kind={kind}");
             // Otherwise the answer to the upload says what is wrong. (A node of an earlier version
             // does not know the question.)
-            if client.get::<Uploaded>(&path).await.is_ok() {
+            if known(client, kind, &self.hash()).await.is_ok() {
                 return Ok(());
             }
         }
@@ -343,6 +341,19 @@ impl ImageFile {
         anyhow::ensure!(is_same, "{} has changed while it was read", self.what);
         Ok(())
     }
+}
+
+/// Asks the cluster for an image from which machines of a kind start.
+///
+/// # Errors
+/// If it has none of this hash, or no node answers.
+pub(crate) async fn known(
+    client: &Client,
+    kind: &KindName,
+    hash: &str,
+) -> Result<Uploaded, ClientError> {
+    let path = keel_api::path(["image-files", hash]);
+    client.get(&format!("{path}?kind={kind}")).await
 }
 
 /// A file, and the disk in it.

@@ -1,12 +1,13 @@
 //! What a machine of kind `qemu` is made of, on a command line and in a machine file.
 
 use crate::cloud_init::CloudInit;
+use crate::guest_agent;
 use crate::image::{self, ImageArg, ImageDisk, ImageFile};
+use crate::network::{self, NetworkArg};
 use anyhow::{Context, Result, bail, ensure};
-use keel_api::Client;
+use keel_api::{Client, ClientError};
 use keel_kind_qemu::{
-    CpuModel, Disk, DiskFormat, Interface, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES,
-    SHUTDOWN_S,
+    CpuModel, Disk, DiskFormat, Kernel, QemuKind, QemuSpec, RootDisk, SECTOR_BYTES, SHUTDOWN_S,
 };
 use keel_kind_wasm::WasmKind;
 use keel_machine::kind::KindName;
@@ -57,8 +58,13 @@ pub(crate) struct System {
     #[arg(long, value_name = "PATH[,format=FORMAT][,ro]", value_parser = disk)]
     pub(crate) disk: Vec<Disk>,
     /// A network interface, on a bridge that every node where it may run has under this name. It
-    /// keeps its hardware address wherever it runs (default: one at random).
-    #[arg(long, value_name = "BRIDGE[,mac=ADDRESS]", value_parser = network)]
+    /// keeps its hardware address wherever it runs (default: one at random). Cloud-init gives it the
+    /// addresses of ip=, with a gateway= and name servers (dns=); others then ask by DHCP.
+    #[arg(
+        long,
+        value_name = "BRIDGE[,mac=ADDRESS][,ip=ADDRESS/BITS]",
+        value_parser = network::parse
+    )]
     pub(crate) net: Vec<NetworkArg>,
     /// Its virtual processors (default: 1).
     #[arg(long, value_name = "N")]
@@ -71,6 +77,10 @@ pub(crate) struct System {
     /// Whether it has a port for a QEMU guest agent, which `keel exec` needs (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) guest_agent: Option<bool>,
+    /// Whether cloud-init installs Evenkeel's own guest agent at its first boot, for an image that has
+    /// none (default: false).
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) install_guest_agent: Option<bool>,
     /// Whether it has a balloon, by which it gives memory back to its node (default: true).
     #[arg(long, value_name = "BOOL")]
     pub(crate) balloon: Option<bool>,
@@ -82,25 +92,6 @@ pub(crate) struct System {
     pub(crate) shutdown: Option<Duration>,
     #[command(flatten)]
     pub(crate) cloud_init: CloudInit,
-}
-
-/// A network interface, as users write it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct NetworkArg {
-    bridge: String,
-    /// None if nobody has chosen one.
-    mac: Option<String>,
-}
-
-impl NetworkArg {
-    /// The interface: with its own address, or that of the one `before`, or one at random.
-    fn interface(&self, before: Option<&Interface>) -> Interface {
-        let bridge = self.bridge.clone();
-        match self.mac.clone().or_else(|| Some(before?.mac.clone())) {
-            Some(mac) => Interface { bridge, mac },
-            None => Interface::with_random_mac(bridge, rand::random()),
-        }
-    }
 }
 
 /// A disk as users write it.
@@ -137,25 +128,6 @@ pub(crate) fn disk(text: &str) -> Result<Disk, String> {
         format,
         read_only,
     })
-}
-
-/// A network interface as users write it.
-pub(crate) fn network(text: &str) -> Result<NetworkArg, String> {
-    let (bridge, options) = match text.split_once(',') {
-        Some((bridge, options)) => (bridge, Some(options)),
-        None => (text, None),
-    };
-    let mac = match options.map(|options| options.strip_prefix("mac=").ok_or(options)) {
-        None => None,
-        Some(Ok(mac)) => Some(mac.to_lowercase()),
-        Some(Err(other)) => return Err(format!("{other:?} is not mac=ADDRESS")),
-    };
-    let network = NetworkArg {
-        bridge: bridge.to_owned(),
-        mac,
-    };
-    network.interface(None).check()?;
-    Ok(network)
 }
 
 impl SystemArgs {
@@ -200,6 +172,7 @@ impl System {
             ("cpu", self.cpu.is_some()),
             ("cpu-model", self.cpu_model.is_some()),
             ("guest-agent", self.guest_agent.is_some()),
+            ("install-guest-agent", self.install_guest_agent.is_some()),
             ("balloon", self.balloon.is_some()),
             ("display", self.display.is_some()),
             ("shutdown", self.shutdown.is_some()),
@@ -210,8 +183,8 @@ impl System {
     }
 
     /// Its part of the spec, and the files to upload. Its system is given the machine's name, if it
-    /// has one yet. What is not said stays as it was `before`: a guest agent's port, a balloon, a
-    /// display, and addresses of interfaces.
+    /// has one yet. What is not said stays as it was `before`: a guest agent's port, whether one is
+    /// installed, a balloon, a display, and addresses of interfaces; and so does the disk with the agent.
     ///
     /// # Errors
     /// If a file cannot be read, or is not what it has to be; or there is no image of a name.
@@ -222,6 +195,18 @@ impl System {
         before: Option<&QemuSpec>,
     ) -> Result<(QemuSpec, Vec<ImageFile>)> {
         let (mut spec, mut files) = self.read_without_root(name, before)?;
+        let kept = before.and_then(|own| own.agent_disk.as_ref());
+        if let Some(disk) = kept.filter(|kept| spec.agent_disk.as_ref() == Some(kept)) {
+            let kind = QemuKind::kind_name();
+            // The nodes that had it may be gone. (Other errors say nothing of that.)
+            if let Err(ClientError::Problem { status: 404, .. }) =
+                image::known(client, &kind, disk).await
+            {
+                let disk = guest_agent::disk()?;
+                spec.agent_disk = Some(disk.hash());
+                files.push(disk);
+            }
+        }
         let (shown, disk) = match &self.image {
             Some(ImageArg::File(path)) => {
                 let (file, disk) = ImageFile::disk(path)?;
@@ -258,19 +243,32 @@ impl System {
             }),
             None => None,
         };
-        let chosen = |mac: &str| self.net.iter().any(|it| it.mac.as_deref() == Some(mac));
-        let interfaces_before = before.map_or(&[][..], |own| &own.interfaces);
-        let mut left: Vec<&Interface> = interfaces_before
-            .iter()
-            .filter(|it| !chosen(&it.mac))
-            .collect();
-        let interfaces = self.net.iter().map(|network| {
-            let is_kept = |it: &&Interface| network.mac.is_none() && it.bridge == network.bridge;
-            let kept = left.iter().position(is_kept).map(|at| left.remove(at));
-            network.interface(kept)
-        });
-        let interfaces: Vec<Interface> = interfaces.collect();
-        let cloud_init = self.cloud_init.disk(name)?;
+        let known = before.map_or(&[][..], |own| &own.interfaces);
+        let interfaces = network::interfaces(&self.net, known);
+        let guest_agent = self
+            .guest_agent
+            .or_else(|| before.map(|own| own.guest_agent))
+            .unwrap_or(true);
+        let agent_before = before.and_then(|own| own.agent_disk.clone());
+        let is_installed = self.install_guest_agent.unwrap_or(agent_before.is_some());
+        ensure!(
+            guest_agent || !is_installed,
+            "a guest agent that is installed needs its port: leave guest-agent false out, or say \
+             install-guest-agent false"
+        );
+        let agent_disk = match (is_installed, agent_before) {
+            (true, Some(disk)) => Some(disk),
+            (true, None) => {
+                let disk = guest_agent::disk()?;
+                let hash = disk.hash();
+                files.push(disk);
+                Some(hash)
+            }
+            (false, _) => None,
+        };
+        let script = is_installed.then_some(guest_agent::INSTALL_SCRIPT);
+        let network = network::config(&self.net, &interfaces);
+        let cloud_init = self.cloud_init.disk(name, network, script)?;
         let spec = QemuSpec {
             cpus: self.cpu.unwrap_or(1),
             kernel,
@@ -278,10 +276,8 @@ impl System {
             disks: self.disk.clone(),
             interfaces,
             cloud_init: cloud_init.as_ref().map(ImageFile::hash),
-            guest_agent: self
-                .guest_agent
-                .or_else(|| before.map(|own| own.guest_agent))
-                .unwrap_or(true),
+            guest_agent,
+            agent_disk,
             balloon: self
                 .balloon
                 .or_else(|| before.map(|own| own.balloon))
@@ -358,48 +354,27 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_keeps_its_address_or_gets_one() {
-        let given = network("br0,mac=02:AB:00:00:00:01").unwrap();
-        let before = Interface {
-            bridge: "br0".into(),
-            mac: "02:00:00:00:00:07".into(),
+    fn a_machine_keeps_the_disk_with_its_guest_agent() {
+        let own = QemuSpec {
+            guest_agent: true,
+            agent_disk: Some("ab".repeat(32)),
+            ..QemuSpec::default()
         };
-        assert_eq!(given.interface(Some(&before)).mac, "02:ab:00:00:00:01");
-        let open = network("br0").unwrap();
-        let (first, second) = (open.interface(None), open.interface(None));
-        assert_eq!(first.bridge, "br0");
-        assert_ne!(first.mac, second.mac);
-        assert_eq!(open.interface(Some(&before)), before);
-        // The first one of that bridge, wherever it is, unless it is given away.
-        let system = |texts: &[&str]| System {
-            net: texts.iter().map(|text| network(text).unwrap()).collect(),
-            ..System::default()
-        };
-        let read = |texts: &[&str]| {
-            let own = QemuSpec {
-                interfaces: vec![before.clone()],
-                ..QemuSpec::default()
+        let read = |install_guest_agent| {
+            let system = System {
+                install_guest_agent,
+                ..System::default()
             };
-            let (spec, _) = system(texts).read_without_root(None, Some(&own)).unwrap();
-            assert!(!spec.guest_agent);
-            spec.interfaces
+            system.read_without_root(None, Some(&own)).unwrap()
         };
-        let (first, second) = ("br0,mac=02:00:00:00:00:07", "br0");
-        let moved = read(&["br1", "br0"]);
-        assert_ne!(moved[0].mac, before.mac);
-        assert_eq!(moved[1], before);
-        assert_ne!(read(&[first, second])[1].mac, before.mac);
-        for wrong in [
-            "",
-            "a/b",
-            "a-name-of-16-byt",
-            "br0,mac=",
-            "br0,mac=01:00:5e:00:00:01",
-            "br0,mac=fe:00:00:00:00:01",
-            "br0,mac=0200.0000.0107",
-            "br0,vlan=3",
-        ] {
-            network(wrong).unwrap_err();
+        for said in [None, Some(true)] {
+            let (spec, files) = read(said);
+            assert_eq!(spec.agent_disk, own.agent_disk);
+            // Of which cloud-init is told.
+            assert_eq!(files.len(), 1);
+            assert_eq!(spec.cloud_init, Some(files[0].hash()));
         }
+        let (spec, files) = read(Some(false));
+        assert_eq!((spec.agent_disk, files.len()), (None, 0));
     }
 }

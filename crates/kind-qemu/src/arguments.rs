@@ -25,6 +25,8 @@ const TRANSLATED_MIB: u32 = 128;
 pub(crate) const DISK: &str = "disk";
 /// QEMU's name for the file system for cloud-init.
 const CLOUD_INIT: &str = "cloud-init";
+/// That of the disk with a guest agent.
+const AGENT_DISK: &str = "agent-disk";
 
 /// QEMU itself may start nothing and gain no rights, whatever a guest makes of it.
 pub(crate) const SANDBOX: [&str; 2] = [
@@ -100,7 +102,10 @@ impl Machine<'_> {
             add("-device", format!("virtio-blk-pci,drive={DISK}{number}"));
         }
         if let Some(image) = &self.spec.cloud_init {
-            add("-blockdev", image_device(&self.images.join(image)));
+            add(
+                "-blockdev",
+                image_device(CLOUD_INIT, &self.images.join(image)),
+            );
             add("-device", format!("virtio-blk-pci,drive={CLOUD_INIT}"));
         }
         for (number, interface) in (0..).zip(&self.spec.interfaces) {
@@ -132,6 +137,13 @@ impl Machine<'_> {
             for device in display::DEVICES {
                 add("-device", device.into());
             }
+        }
+        if let Some(image) = &self.spec.agent_disk {
+            add(
+                "-blockdev",
+                image_device(AGENT_DISK, &self.images.join(image)),
+            );
+            add("-device", format!("virtio-blk-pci,drive={AGENT_DISK}"));
         }
         let [sandbox, denied] = SANDBOX;
         add(sandbox, denied.into());
@@ -173,11 +185,11 @@ fn block_device(number: usize, disk: &Disk) -> String {
     .to_string()
 }
 
-/// The file system for cloud-init, which nobody writes.
-fn image_device(path: &Path) -> String {
+/// A file system of which QEMU has this name, and which nobody writes.
+fn image_device(name: &str, path: &Path) -> String {
     json!({
         "driver": DiskFormat::Raw.word(),
-        "node-name": CLOUD_INIT,
+        "node-name": name,
         "read-only": true,
         "file": { "driver": "file", "filename": path.to_string_lossy() },
     })

@@ -306,6 +306,7 @@ impl Kind for QemuKind {
             ("net", "interfaces"),
             ("user-data, network-config or ssh-key", "cloud_init"),
             ("guest-agent", "guest_agent"),
+            ("install-guest-agent", "agent_disk"),
             ("balloon", "balloon"),
             ("display", "display"),
             ("shutdown", "shutdown_s"),

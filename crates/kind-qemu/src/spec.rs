@@ -55,6 +55,10 @@ pub struct QemuSpec {
     /// older version understand the rest.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
+    /// Hash (BLAKE3, hex) of the file system with the guest agent that the system installs. (Left out
+    /// likewise.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_disk: Option<String>,
     /// Whether it has a balloon, by which it gives memory back to its node. (Left out likewise.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub balloon: bool,
@@ -204,6 +208,7 @@ impl Default for QemuSpec {
             interfaces: Vec::new(),
             cloud_init: None,
             guest_agent: false,
+            agent_disk: None,
             balloon: false,
             display: false,
             cpu_model: None,
@@ -252,7 +257,9 @@ impl QemuSpec {
             std::iter::once(kernel.image.as_str()).chain(initrd)
         });
         let root = self.root.iter().map(|root| root.image.as_str());
-        kernel.chain(root).chain(self.cloud_init.as_deref())
+        let made = [&self.cloud_init, &self.agent_disk];
+        let made = made.into_iter().filter_map(Option::as_deref);
+        kernel.chain(root).chain(made)
     }
 
     /// Checks that checkpoints have all that the machine writes.

@@ -36,7 +36,7 @@ const MODULES: [&str; 15] = [
 ];
 
 /// Its first process. Its address is on the kernel's command line, and whether it is busy. It runs
-/// a script for cloud-init as that would.
+/// scripts for cloud-init as that would.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -57,6 +57,7 @@ fi
 for disk in /dev/vd?; do
     if mount -t vfat -o ro $disk /cloud-init 2> /dev/null; then
         sh /cloud-init/user-data &
+        if [ -e /cloud-init/vendor-data ]; then sh /cloud-init/vendor-data; fi
         break
     fi
 done

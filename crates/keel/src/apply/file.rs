@@ -20,7 +20,8 @@ use crate::cloud_init::CloudInit;
 use crate::high_availability::FileSettings;
 use crate::image::{ImageArg, ImageFile};
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
-use crate::system::{self, NetworkArg, System};
+use crate::network::{self, NetworkArg};
+use crate::system::{self, System};
 use anyhow::Result;
 use keel_api::{Client, MachineInfo, RunRequest};
 use keel_kind_qemu::{CpuModel, Disk, QemuKind, QemuSpec};
@@ -38,7 +39,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 40] = [
+const KEYS: [&str; 41] = [
     "module",
     "kind",
     "kernel",
@@ -51,6 +52,7 @@ const KEYS: [&str; 40] = [
     "cpu",
     "cpu-model",
     "guest-agent",
+    "install-guest-agent",
     "balloon",
     "display",
     "shutdown",
@@ -167,6 +169,7 @@ struct Machine {
     cpu: Option<u32>,
     cpu_model: Option<CpuModel>,
     guest_agent: Option<bool>,
+    install_guest_agent: Option<bool>,
     balloon: Option<bool>,
     display: Option<bool>,
     shutdown: Option<Time>,
@@ -304,6 +307,7 @@ impl Machine {
             cpu: self.cpu,
             cpu_model: self.cpu_model,
             guest_agent: self.guest_agent,
+            install_guest_agent: self.install_guest_agent,
             balloon: self.balloon,
             display: self.display,
             shutdown: self.shutdown.take().map(|Time(time)| time),
@@ -508,7 +512,7 @@ impl<'de> Deserialize<'de> for Network {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let what = "a network interface (examples: \"br0\", \"br0,mac=02:00:00:00:00:01\")";
         deserializer
-            .deserialize_any(Written(system::network, what))
+            .deserialize_any(Written(network::parse, what))
             .map(Network)
     }
 }
@@ -623,6 +627,7 @@ mod tests {
             cpu = 2
             cpu-model = "x86-64-v2"
             guest-agent = false
+            install-guest-agent = false
             balloon = false
             display = true
             shutdown = "10s"
@@ -640,10 +645,11 @@ mod tests {
             disk: ["/shared/db.qcow2", "/dev/vg/b,format=raw,ro"]
                 .map(|text| system::disk(text).unwrap())
                 .to_vec(),
-            net: vec![system::network("br0,mac=02:00:00:00:00:01").unwrap()],
+            net: vec![network::parse("br0,mac=02:00:00:00:00:01").unwrap()],
             cpu: Some(2),
             cpu_model: Some(CpuModel::Level2),
             guest_agent: Some(false),
+            install_guest_agent: Some(false),
             balloon: Some(false),
             display: Some(true),
             shutdown: Some(Duration::from_secs(10)),
@@ -667,7 +673,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, balloon, display, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, kind, kernel, initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, install-guest-agent, balloon, display, shutdown, user-data, network-config, ssh-key, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, ha, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

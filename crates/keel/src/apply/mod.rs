@@ -38,8 +38,8 @@ pub(crate) struct Args {
     /// The file: a table [machine.NAME] for each machine, with `module` and any options of `keel
     /// run` (args, env, volume, memory, threads, cpu-limit, output-rate, restart, rm, on, ha,
     /// checkpoint-every, -to, -keep, -keep-for); for a whole system with `kind = "qemu"` (kernel,
-    /// initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, balloon, display,
-    /// shutdown). An interface keeps the address that it has.
+    /// initrd, append, image, disk-size, disk, net, cpu, cpu-model, guest-agent, install-guest-agent,
+    /// balloon, display, shutdown, user-data, network-config, ssh-key). An interface keeps the address that it has.
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Only shows the changes.

@@ -7,7 +7,7 @@
 mod libvirt;
 mod proxmox;
 
-use crate::system;
+use crate::{network, system};
 use anyhow::{Context, Result, bail};
 use keel_kind_qemu::CpuModel;
 use serde::Serialize;
@@ -115,7 +115,7 @@ impl Imported {
     fn add_interface(&mut self, of: &str, bridge: &str, mac: Option<&str>) {
         let mac = mac.map_or_else(String::new, |mac| format!(",mac={}", mac.to_lowercase()));
         let text = format!("{bridge}{mac}");
-        match system::network(&text) {
+        match network::parse(&text) {
             Ok(_) => self.machine.net.push(text),
             Err(why) => self.leave_out(format!("{of}: {why}")),
         }

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use keel_machine::moves::Ending;
 use keel_testkit::wait_for;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -40,7 +41,40 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
         return Ok(());
     };
     system.run(SCRIPT, &[])?;
-    agent_answers(&system).await?;
+    executes_commands(&system).await
+}
+
+/// The agent of Evenkeel, in a system that has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_system_installs_the_agent_that_it_is_given() -> Result<()> {
+    let program = Path::new(env!("CARGO_BIN_EXE_keel")).with_file_name("keel-guest");
+    if !program.exists() {
+        eprintln!("skipped: no keel-guest here (`cargo xtask guest-agent` builds it)");
+        return Ok(());
+    }
+    let Some(system) = Scripted::start().await? else {
+        return Ok(());
+    };
+    let contrary = ["--install-guest-agent", "true", "--guest-agent", "false"];
+    let refused = format!("{:#}", system.run(SCRIPT, &contrary).unwrap_err());
+    assert!(refused.contains("needs its port"), "{refused}");
+    system.run(
+        SCRIPT,
+        &["--install-guest-agent", "true", "--shutdown", "600s"],
+    )?;
+    executes_commands(&system).await?;
+    let (_, page, _) = said(&system.keel("a", &["describe", NAME]).output()?);
+    assert!(page.contains("its load"), "{page}");
+    // Its system does not heed the power button.
+    system.keel("a", &["stop", NAME]).output()?;
+    let info = system.cluster.wait_end("a", NAME).await?;
+    assert_eq!(info.status, "stopped");
+    Ok(())
+}
+
+/// What a guest agent executes, also while its system moves.
+async fn executes_commands(system: &Scripted) -> Result<()> {
+    agent_answers(system).await?;
     let words = [
         NAME,
         "--",
@@ -51,9 +85,9 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
         "$HOME",
     ];
     let expected = (Some(3), "a  b $HOME\n".to_owned(), String::new());
-    assert_eq!(exec(&system, "b", &words)?, expected);
+    assert_eq!(exec(system, "b", &words)?, expected);
     let (_, page, _) = said(&system.keel("b", &["describe", NAME]).output()?);
-    let (_, kernel, _) = exec(&system, "a", &[NAME, "--", "uname", "-r"])?;
+    let (_, kernel, _) = exec(system, "a", &[NAME, "--", "uname", "-r"])?;
     let told = page.lines().find(|line| line.contains("its kernel"));
     assert!(told.is_some_and(|it| it.contains(kernel.trim())), "{page}");
     let environment = [
@@ -66,7 +100,7 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
         "echo \"$A\" >&2; kill -9 $$",
     ];
     let expected = (Some(137), String::new(), "b c\n".to_owned());
-    assert_eq!(exec(&system, "a", &environment)?, expected);
+    assert_eq!(exec(system, "a", &environment)?, expected);
     let mut cat = system.keel("b", &["exec", "--input", NAME, "--", "cat"]);
     let cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut cat = cat.stderr(Stdio::piped()).spawn()?;
@@ -86,28 +120,28 @@ async fn commands_are_executed_in_a_system_that_moves() -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()?;
     wait_for("it was started", || async {
-        let looked = exec(&system, "a", &[NAME, "--", "test", "-e", "/run/waits"]).ok()?;
+        let looked = exec(system, "a", &[NAME, "--", "test", "-e", "/run/waits"]).ok()?;
         (looked.0 == Some(0)).then_some(())
     })
     .await?;
     let report = system.cluster.move_machine("a", NAME, "b").await?;
     assert_eq!(report.ending, Ending::Moved, "{}", report.line());
-    let (code, _, error) = exec(&system, "a", &[NAME, "--", "touch", "/run/go"])?;
+    let (code, _, error) = exec(system, "a", &[NAME, "--", "touch", "/run/go"])?;
     assert_eq!(code, Some(0), "{error}");
     let expected = (Some(7), "went\n".to_owned(), "late\n".to_owned());
     assert_eq!(said(&waits.wait_with_output()?), expected);
 
     // Of much output the beginning is passed on, and the end of the command is known.
     let much = "head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2; exit 4";
-    let (code, output, error) = exec(&system, "a", &[NAME, "--", "sh", "-c", much])?;
+    let (code, output, error) = exec(system, "a", &[NAME, "--", "sh", "-c", much])?;
     assert_eq!((code, output.len()), (Some(4), 1 << 20));
     assert!(error.ends_with("keel: the command printed more than is shown here\n"));
 
     // What cannot be.
-    let (code, _, error) = exec(&system, "a", &[NAME, "--", "no-such-program"])?;
+    let (code, _, error) = exec(system, "a", &[NAME, "--", "no-such-program"])?;
     assert_eq!(code, Some(255));
     assert!(error.contains("guest agent refuses"), "{error}");
-    let (code, _, error) = exec(&system, "a", &["nobody", "--", "true"])?;
+    let (code, _, error) = exec(system, "a", &["nobody", "--", "true"])?;
     assert_eq!(code, Some(255));
     assert!(error.contains("nobody"), "{error}");
     Ok(())
@@ -175,8 +209,7 @@ async fn a_system_without_an_agent_executes_nothing() -> Result<()> {
     system.run(SCRIPT, &[])?;
     let (_, page, _) = said(&system.keel("b", &["describe", NAME]).output()?);
     assert!(page.contains("no guest agent runs in it"), "{page}");
-    let counter =
-        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
+    let counter = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
     let counter = counter.to_str().context("a path of UTF-8")?;
     let run = system
         .keel("a", &["run", "-d", "--name", "m", counter])
