@@ -1,5 +1,5 @@
-//! Network interfaces of whole systems, as users write them, and what cloud-init is told of their
-//! addresses.
+//! Network interfaces of whole systems, as users write them, with the addresses that
+//! cloud-init gives them.
 //!
 //! ```text
 //!   br0                                            a hardware address at random, DHCP

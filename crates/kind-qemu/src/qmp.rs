@@ -92,8 +92,7 @@ type Answer = Result<Value, String>;
 struct Pending {
     next: u64,
     waiting: HashMap<u64, SyncSender<Answer>>,
-    /// Commands in their order of which QEMU has said nothing, also those that nobody waits for any
-    /// more.
+    /// Commands in their order that QEMU has not answered, whether somebody still waits or not.
     unanswered: HashSet<u64>,
     /// Why no answer comes any more.
     lost: Option<String>,

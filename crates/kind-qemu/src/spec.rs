@@ -55,8 +55,8 @@ pub struct QemuSpec {
     /// older version understand the rest.)
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
-    /// Hash (BLAKE3, hex) of the file system with the guest agent that the system installs. (Left out
-    /// likewise.)
+    /// Hash (BLAKE3, hex) of the file system with the guest agent that the system installs; left out
+    /// where there is none, likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_disk: Option<String>,
     /// Whether it has a balloon, by which it gives memory back to its node. (Left out likewise.)
