@@ -9,6 +9,7 @@
 //! - [`rpc`]: multiplexed requests, answers and pushed streams on one
 //!   connection; a pool of connections by node name.
 //! - [`traffic`]: bytes to and from each node.
+//! - [`coarse_timer`]: timers of all parts of an agent that end together.
 //!
 //! Invariant: a request whose outcome is not known is never reported as
 //! failed. [`rpc::RpcError::NotSent`] and [`rpc::RpcError::Refused`] mean
@@ -16,6 +17,7 @@
 #![deny(unsafe_code)]
 
 pub mod bulk;
+pub mod coarse_timer;
 pub mod delay;
 pub mod frame;
 pub mod name;

@@ -1,26 +1,35 @@
 //! The host of this node: its memory and its processor's features.
 
+use keel_machine::kernel_file::read_short;
+use std::path::Path;
+
 /// CPU features that a guest may rely on: the baseline of the architecture. Guests see no others,
 /// since every node compiles for itself.
 const BASELINE: [&str; 4] = ["sse2", "ssse3", "sse4_1", "sse4_2"];
 
 /// Memory of the host, in bytes; 0 if `/proc` is not readable.
-pub(crate) fn memory_bytes() -> u64 {
-    meminfo("MemTotal:")
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HostMemory {
+    pub(crate) bytes: u64,
+    pub(crate) available_bytes: u64,
 }
 
-/// Available memory, in bytes.
-pub(crate) fn memory_available_bytes() -> u64 {
-    meminfo("MemAvailable:")
-}
-
-fn meminfo(field: &str) -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix(field))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kib| kib.trim().parse::<u64>().ok())
-        .map_or(0, |kib| kib << 10)
+impl HostMemory {
+    /// As it is now.
+    pub(crate) fn read() -> Self {
+        let text = read_short(Path::new("/proc/meminfo")).unwrap_or_default();
+        let field = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name))
+                .and_then(|rest| rest.trim().strip_suffix("kB"))
+                .and_then(|kib| kib.trim().parse::<u64>().ok())
+                .map_or(0, |kib| kib << 10)
+        };
+        HostMemory {
+            bytes: field("MemTotal:"),
+            available_bytes: field("MemAvailable:"),
+        }
+    }
 }
 
 /// The CPU's features, by the kernel's names.

@@ -168,7 +168,10 @@ pub(crate) fn keep(
         .spawn(move || {
             // Without the privilege it renews at normal priority.
             let _ = rustix::process::nice(-5);
-            runtime.block_on(keeper.run(requested));
+            // A task costs less than what the thread itself waits for: that wakes the thread once
+            // more each time.
+            let keeping = runtime.spawn(keeper.run(requested));
+            let _ = runtime.block_on(keeping);
         })?;
     Ok(NodeLease {
         current: current_receiver,

@@ -2,7 +2,7 @@
 //! which kinds of machines this host executes, and how, since that may have to be tried.
 
 use crate::context::Context;
-use crate::host::{cpu_features, memory_bytes};
+use crate::host::{HostMemory, cpu_features};
 use crate::processes::Processes;
 use crate::records::NodeRecord;
 use keel_cluster::gossip::Start;
@@ -75,7 +75,7 @@ fn describe(context: &Context, processes: &Processes) -> NodeRecord {
     NodeRecord {
         address: context.settings.listen.to_string(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
-        memory_bytes: memory_bytes(),
+        memory_bytes: HostMemory::read().bytes,
         features: cpu_features(),
         lacks,
         kinds: Vec::new(),

@@ -18,6 +18,14 @@ pub struct Pressure {
 }
 
 impl Pressure {
+    /// Whether no task has stalled for memory or disks between two readings, as far as the kernel
+    /// reports it.
+    pub fn has_same_stalls(&self, before: &Pressure) -> bool {
+        let is_known = self.memory_micros.is_some() && self.io_micros.is_some();
+        let stalls = |it: &Pressure| (it.memory_micros, it.io_micros);
+        is_known && stalls(self) == stalls(before)
+    }
+
     /// That of the host.
     pub fn of_host() -> Self {
         let total = |what: &str| total(&Path::new("/proc/pressure").join(what));

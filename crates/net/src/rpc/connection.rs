@@ -1,16 +1,18 @@
 //! The writing half that client and server share: one loop that batches
 //! queued frames into few writes.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
-use tokio::time::{interval, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::round_trip::RoundTrips;
 use super::wire;
+use crate::coarse_timer;
 use crate::frame::{Class, Frame, FrameError};
 
 /// Bytes gathered before a write.
@@ -37,12 +39,8 @@ impl Outgoing {
         mut stream: W,
         mut take: impl FnMut(&Frame) -> bool,
     ) -> Result<(), FrameError> {
-        let period = match &self.keepalive {
-            Some((period, _)) => *period,
-            None => Duration::from_secs(3600),
-        };
-        let mut pings = interval(period);
-        pings.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The first one measures a new connection.
+        let mut ping = pin!(sleep_until(Instant::now()));
         let mut batch = BytesMut::with_capacity(BATCH_BYTES);
         loop {
             let frame = tokio::select! {
@@ -53,9 +51,10 @@ impl Outgoing {
                     Some(_) => continue,
                     None => break,
                 },
-                _ = pings.tick(), if self.keepalive.is_some() => {
-                    if let Some((_, round_trips)) = &self.keepalive {
+                () = &mut ping, if self.keepalive.is_some() => {
+                    if let Some((period, round_trips)) = &self.keepalive {
                         round_trips.sent();
+                        ping.as_mut().reset(coarse_timer::after(*period));
                     }
                     wire::signal(wire::PING, 0)
                 }

@@ -7,7 +7,7 @@ use keel_balance::Name;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::kind::KindName;
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::Fingerprint;
+use keel_net::{Fingerprint, coarse_timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,7 +59,7 @@ pub(super) async fn run(handle: Arc<NodeBalancer>) {
             handle.code.prepare(&machine.kind, program, &machine.owner);
         }
         handle.code.set_running(running);
-        tokio::time::sleep(LOOK_EVERY).await;
+        coarse_timer::sleep(LOOK_EVERY).await;
     }
 }
 

@@ -5,6 +5,7 @@ use super::handle::NodeBalancer;
 use keel_cluster::MachineName;
 use keel_machine::moves::prediction::Activity;
 use keel_machine::worker::control::kind;
+use keel_net::coarse_timer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) async fn follow(handle: Arc<NodeBalancer>) {
     let rates = handle.dirty_rates.clone();
     loop {
-        tokio::time::sleep(EVERY).await;
+        coarse_timer::sleep(EVERY).await;
         if !handle.processes.exclusion.moves().is_empty() {
             continue;
         }

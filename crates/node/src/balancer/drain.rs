@@ -19,9 +19,9 @@ use keel_store::{Txn, TxnOutcome};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause between checks for a drain of this node.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Pause before a new plan, if the last one moved no machine.
+/// Pause before the next plan, if the last one moved machines.
+const NEXT_AFTER: Duration = Duration::from_millis(250);
+/// The same if it moved none.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// The longest downtime of a machine close to the deadline.
 const HURRIED_STILL: Duration = Duration::from_secs(1);
@@ -149,7 +149,7 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
         let Some(drain) = ordered(&handle) else {
             // The machines that stayed, or left, belong to an earlier drain.
             *handle.drain.locked() = State::default();
-            tokio::time::sleep(LOOK_EVERY).await;
+            handle.rules.cache.drains_changed().await;
             continue;
         };
         let late = drain.deadline_unix_ms.is_some_and(|at| at <= unix_ms());
@@ -158,7 +158,7 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
         } else {
             empty(&handle, &drain).await
         };
-        let pause = if moved > 0 { LOOK_EVERY } else { AGAIN_AFTER };
+        let pause = if moved > 0 { NEXT_AFTER } else { AGAIN_AFTER };
         tokio::time::sleep(pause).await;
     }
 }

@@ -8,6 +8,7 @@ use keel_balance::memory_reclaim::{NodeMemory, SystemMemory, Told, reclaim};
 use keel_balance::policy::Mode;
 use keel_cluster::MachineName;
 use keel_machine::worker::control::{GuestMemory, kind};
+use keel_net::coarse_timer;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +39,7 @@ pub(super) async fn follow(handle: Arc<NodeBalancer>) {
     // Workers whose machines have nothing to give back.
     let mut others = HashSet::new();
     loop {
-        tokio::time::sleep(EVERY).await;
+        coarse_timer::sleep(EVERY).await;
         let systems = look(&handle, &mut others).await;
         if systems.is_empty() {
             continue;

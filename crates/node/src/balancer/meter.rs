@@ -8,16 +8,19 @@
 //! bits are those of another table.
 
 use super::process_counters::{
-    ProcessCounters, Processes, mapped_bytes, rates, read_processes, usage,
+    ProcessCounters, Processes, Stalls, mapped_bytes, rates, read_processes, usage,
 };
+use crate::host::HostMemory;
 use crate::processes::Workers;
 use crate::state_dir::StateDir;
 use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, Pressure};
+use keel_machine::kernel_file::read_short;
 use keel_machine::kind::{KindName, Kinds};
 use keel_net::traffic::{self, Traffic};
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,7 +30,9 @@ const IO_BYTES_PER_S: f64 = 1e9;
 /// The least time between two readings.
 const APART_S_MIN: f64 = 0.05;
 /// What this node may use changes rarely.
-const BUDGET_AGE: Duration = Duration::from_secs(10);
+const LIMITS_AGE: Duration = Duration::from_secs(10);
+/// The kernel adds stalls up every two seconds, those of a group and of one in it at different times.
+const STALLS_LATE_MAX: Duration = Duration::from_secs(5);
 /// How long referenced pages of a working set are collected; the time is added again for each GiB
 /// that the machine occupies.
 const WORKING_SET_SPAN: Duration = Duration::from_secs(60);
@@ -118,15 +123,18 @@ struct Host {
 pub(super) struct Meter {
     dir: StateDir,
     kinds: Kinds,
-    budget: Option<(Instant, Budget)>,
+    limits: Option<Limits>,
     groups: HashMap<u32, Group>,
     /// The kind of each worker's machine.
     kind_names: HashMap<u32, KindName>,
     previous: HashMap<u32, ProcessCounters>,
     touched: HashMap<u32, WorkingSetScan>,
-    own: ProcessCounters,
+    /// The processor time of this process so far.
+    own: Duration,
     host: Host,
     pressure: Pressure,
+    /// When machines, all together, were last seen to have stalled.
+    stalled: Option<Instant>,
     /// For how long machines were held back by their limits.
     throttled: HashMap<u32, u64>,
     traffic: BTreeMap<NodeName, traffic::Bytes>,
@@ -138,14 +146,15 @@ impl Meter {
         Meter {
             dir,
             kinds,
-            budget: None,
+            limits: None,
             groups: HashMap::new(),
             kind_names: HashMap::new(),
             previous: HashMap::new(),
             touched: HashMap::new(),
-            own: ProcessCounters::default(),
+            own: own_time(),
             host: Host::default(),
             pressure: Pressure::default(),
+            stalled: None,
             throttled: HashMap::new(),
             traffic: BTreeMap::new(),
             at: None,
@@ -166,15 +175,20 @@ impl Meter {
             return None;
         }
         self.at = Some(now);
-        let budget = match self.budget.take() {
-            Some((read, budget)) if read.elapsed() < BUDGET_AGE => (read, budget),
-            _ => (now, Budget::read()),
-        };
-        let budget = &self.budget.insert(budget).1;
+        let known = self.limits.take();
+        let known = known.filter(|known| known.read.elapsed() < LIMITS_AGE);
+        let limits = self.limits.insert(known.unwrap_or_else(Limits::read));
+        let (budget, cores_of_host) = (&limits.budget, limits.cores_of_host);
         let host = read_host();
-        let own = Processes::of(Path::new("/proc/self"), None, None);
-        let own = read_processes(&own, None, Some(&self.own));
+        let own = own_time();
         let pressure = pressure(workers, budget);
+        if !pressure.has_same_stalls(&self.pressure) {
+            self.stalled = Some(now);
+        }
+        let stalls = match self.stalled {
+            Some(at) if at.elapsed() < STALLS_LATE_MAX => Stalls::Possible,
+            _ => Stalls::None,
+        };
         let traffic = traffic.so_far();
         let mut counters = HashMap::new();
         let mut residents = Vec::new();
@@ -190,9 +204,6 @@ impl Meter {
                 self.groups.insert(pid, group);
             }
             let group = self.groups.get(&pid);
-            if let Some(micros) = group.and_then(Group::throttled_micros) {
-                throttled.insert(pid, micros);
-            }
             if !self.kind_names.contains_key(&pid)
                 && let Some(kind) = self.kinds.of_worker(&process)
             {
@@ -202,7 +213,16 @@ impl Meter {
             let kind = kind.and_then(|name| self.kinds.get(name).ok());
             let before = self.previous.get(&pid);
             let processes = Processes::of(&process, kind, before);
-            let mut now = read_processes(&processes, group, before);
+            let mut now = read_processes(&processes, group, stalls, before);
+            // What does not run is not held back.
+            let known = self.throttled.get(&pid).copied();
+            let micros = match now.has_rested {
+                true => known,
+                false => group.and_then(Group::throttled_micros),
+            };
+            if let Some(micros) = micros {
+                throttled.insert(pid, micros);
+            }
             let last = before.and_then(|before| before.resident);
             let resident = now.read_resident(&processes, last);
             memory_bytes = memory_bytes.saturating_add(resident);
@@ -229,7 +249,7 @@ impl Meter {
         for (_, pid) in parts.processes() {
             let process = PathBuf::from(format!("/proc/{pid}"));
             let processes = Processes::of(&process, None, None);
-            let now = read_processes(&processes, None, self.previous.get(&pid));
+            let now = read_processes(&processes, None, stalls, self.previous.get(&pid));
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += guest.cpu_cores + other.cpu_cores;
@@ -237,10 +257,8 @@ impl Meter {
             counters.insert(pid, now);
         }
         let measured = seconds.map(|seconds| {
-            let own_rates = rates(&self.own, &own, seconds);
-            let own_cores = own_rates.0.cpu_cores + own_rates.1.cpu_cores;
+            let own_cores = own.saturating_sub(self.own).as_secs_f64() / seconds;
             let guests: f64 = machines.values().map(|(it, _)| it.cpu_cores).sum();
-            let cores_of_host = cores_of_host();
             let host_share = host_shares(&self.host, &host);
             // A node with a limit of its own shares it with no other process.
             let (cores, others) = match budget.cores {
@@ -374,12 +392,33 @@ fn share(before: Option<u64>, now: Option<u64>, seconds: f64) -> f64 {
     }
 }
 
-fn cores_of_host() -> f64 {
-    std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64)
+/// What this node may use.
+#[derive(Debug)]
+struct Limits {
+    read: Instant,
+    budget: Budget,
+    cores_of_host: f64,
+}
+
+impl Limits {
+    fn read() -> Self {
+        let cores = std::thread::available_parallelism();
+        Limits {
+            read: Instant::now(),
+            budget: Budget::read(),
+            cores_of_host: cores.map_or(1.0, |cores| cores.get() as f64),
+        }
+    }
+}
+
+/// The processor time of this process so far.
+fn own_time() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
 fn read_host() -> Host {
-    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    // (All processors come first.)
+    let text = read_short(Path::new("/proc/stat")).unwrap_or_default();
     parse_host(&text).unwrap_or_default()
 }
 
@@ -417,12 +456,13 @@ fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
 
 /// The node's memory, and the part that other processes than machines occupy.
 fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
-    let total = crate::host::memory_bytes();
+    let host = HostMemory::read();
+    let total = host.bytes;
     match budget.memory_bytes {
         // An agent runs no machine itself.
         Some(limit) if limit < total => (limit, mapped_bytes(Path::new("/proc/self"))),
         _ => {
-            let used = total.saturating_sub(crate::host::memory_available_bytes());
+            let used = total.saturating_sub(host.available_bytes);
             (total, used.saturating_sub(machines_bytes))
         }
     }

@@ -91,6 +91,8 @@ pub(super) struct ProcessCounters {
     /// When these processes were looked for.
     found: Option<Instant>,
     pub(super) resident: Option<Resident>,
+    /// Whether none of them has run since the reading before.
+    pub(super) has_rested: bool,
     /// Microseconds stalled for memory and disks.
     stalled_micros: u64,
     group: GroupCounts,
@@ -254,10 +256,19 @@ impl<'a> Processes<'a> {
     }
 }
 
+/// Whether machines may have stalled for memory or disks since the reading before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stalls {
+    /// None of this node has.
+    None,
+    Possible,
+}
+
 /// Reads the counters of processes. What `before` knows of their threads is not read again.
 pub(super) fn read_processes(
     processes: &Processes<'_>,
     group: Option<&Group>,
+    stalls: Stalls,
     before: Option<&ProcessCounters>,
 ) -> ProcessCounters {
     let mut has_rested = before.is_some();
@@ -290,12 +301,15 @@ pub(super) fn read_processes(
     });
     let readings = readings.collect();
     let known = before.filter(|_| has_rested).map(|before| before.group);
+    // Whoever waits for a disk does not run, so that it rested says nothing.
+    let stalled = before.filter(|_| stalls == Stalls::None);
+    let stalled = stalled.map(|before| before.stalled_micros);
     ProcessCounters {
         readings,
         found: Some(processes.found),
         resident: None,
-        // Whoever waits for a disk does not run.
-        stalled_micros: group.map_or(0, Group::stalled_micros),
+        has_rested,
+        stalled_micros: stalled.unwrap_or_else(|| group.map_or(0, Group::stalled_micros)),
         group: known.unwrap_or_else(|| group.map_or_else(GroupCounts::default, Group::counts)),
     }
 }
@@ -483,10 +497,10 @@ mod tests {
             })
             .unwrap();
         let own = &Processes::of(Path::new("/proc/self"), None, None);
-        let before = read_processes(own, None, None);
+        let before = read_processes(own, None, Stalls::None, None);
         let at = Instant::now();
         std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = read_processes(own, None, Some(&before));
+        let now = read_processes(own, None, Stalls::None, Some(&before));
         let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
         burner.join().unwrap();
         // Run time or wait: independent of the load of the host.
@@ -548,10 +562,20 @@ mod tests {
             readings: vec![before],
             ..ProcessCounters::default()
         };
-        let now = read_processes(&Processes::of(own, None, None), None, Some(&before));
+        let now = read_processes(
+            &Processes::of(own, None, None),
+            None,
+            Stalls::None,
+            Some(&before),
+        );
         assert_eq!((now.threads().count(), now.readings[0].stat), (0, None));
         // From then on it is what it is.
-        let later = read_processes(&Processes::of(own, None, None), None, Some(&now));
+        let later = read_processes(
+            &Processes::of(own, None, None),
+            None,
+            Stalls::None,
+            Some(&now),
+        );
         assert!(later.threads().count() > 0);
     }
 

@@ -14,6 +14,7 @@ use keel_machine::failpoint;
 use keel_machine::high_availability::Fence;
 use keel_machine::moves::ownership::{self, Failover};
 use keel_machine::spec::Record;
+use keel_net::coarse_timer;
 use keel_store::TxnOutcome;
 use keel_store::clock::unix_ms;
 use keel_store::keys::Key;
@@ -85,7 +86,7 @@ pub(crate) async fn run(at: Arc<Dependencies>, mut role: Role) {
     let mut changes = actor.at.alive.changes();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = coarse_timer::sleep(LOOK_EVERY) => {}
             // (An error means that the agent ends.)
             _ = changes.changed() => {}
             () = role.changed() => {}

@@ -11,6 +11,7 @@ use keel_api::NodeLoss;
 use keel_cluster::failover::{Headroom, Homeless, Placement, headroom, place};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::high_availability::HighAvailability;
+use keel_net::coarse_timer;
 use keel_store::encoding;
 use keel_store::keys::{HEADROOM, Key};
 use keel_store::{StoreError, Txn};
@@ -148,7 +149,7 @@ pub(super) async fn keep(at: Arc<Dependencies>, mut role: Role) {
     let mut keeper = Keeper::default();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(KEEP_EVERY) => {}
+            () = coarse_timer::sleep(KEEP_EVERY) => {}
             () = role.changed() => {}
         }
         if !role.is_held() {

@@ -8,6 +8,7 @@ use crate::context::Context;
 use keel_cluster::NodeName;
 use keel_cluster::gossip::datagram::{DATAGRAM_BYTES_MAX, Opener, Sealer};
 use keel_cluster::gossip::{Event, Gossip, Outgoing, Start};
+use keel_net::coarse_timer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
@@ -229,7 +230,7 @@ async fn resolve(context: Arc<Context>, addresses: watch::Sender<BTreeMap<NodeNa
             changed = members.changed() => if changed.is_err() {
                 return;
             },
-            () = tokio::time::sleep(RESOLVE_EVERY) => {}
+            () = coarse_timer::sleep(RESOLVE_EVERY) => {}
         }
     }
 }

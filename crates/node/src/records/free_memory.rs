@@ -3,7 +3,7 @@
 
 use super::machine::Reservation;
 use crate::context::Context;
-use crate::host::memory_available_bytes;
+use crate::host::HostMemory;
 use keel_cluster::failover::Headroom;
 use keel_cluster::{MachineName, NodeName};
 use keel_store::keys::{self, Key};
@@ -70,7 +70,8 @@ async fn available(context: &Context, machine: &MachineName) -> Result<(u64, u64
 
 /// Free bytes here, reserved or not.
 pub(crate) fn free_bytes() -> u64 {
-    memory_available_bytes().saturating_sub(SPARE_BYTES)
+    let host = HostMemory::read();
+    host.available_bytes.saturating_sub(SPARE_BYTES)
 }
 
 /// Bytes of memories in 64 KiB pages.

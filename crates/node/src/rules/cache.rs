@@ -17,6 +17,7 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// Pause before the watch is restarted.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -25,6 +26,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 pub(crate) struct RuleCache {
     context: Arc<Context>,
     set: Mutex<RuleSet>,
+    /// A drain began, changed or ended.
+    drains: Notify,
     placements: Arc<Placements>,
     alive: Arc<AliveNodes>,
 }
@@ -38,6 +41,7 @@ impl RuleCache {
         RuleCache {
             context,
             set: Mutex::default(),
+            drains: Notify::new(),
             placements,
             alive,
         }
@@ -55,6 +59,11 @@ impl RuleCache {
     /// The drain of a node, with its deadline, if it has one.
     pub(crate) fn drain_of(&self, node: &str) -> Option<Drain> {
         self.locked().drains.get(node).cloned()
+    }
+
+    /// Waits until a drain has begun, changed or ended since the last call; for one caller.
+    pub(crate) async fn drains_changed(&self) {
+        self.drains.notified().await;
     }
 
     /// Rules, this node and those that are alive, and machines of this instant.
@@ -124,6 +133,7 @@ impl RuleCache {
                 set.take(&entry.key, Some(entry));
             }
         }
+        self.tell(prefix);
         let mut watch = store.watch(prefix, listing.revision + 1).await?;
         while let Some(changes) = watch.next().await {
             let changes = changes?.changes;
@@ -134,8 +144,16 @@ impl RuleCache {
                     Change::Delete { key } => set.take(key, None),
                 }
             }
+            drop(set);
+            self.tell(prefix);
         }
         Ok(())
+    }
+
+    fn tell(&self, prefix: &str) {
+        if prefix == keys::DRAINS {
+            self.drains.notify_one();
+        }
     }
 }
 

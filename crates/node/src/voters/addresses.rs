@@ -13,7 +13,7 @@ use futures::StreamExt;
 use keel_cluster::NodeName;
 use keel_cluster::members::{self, MemberError};
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::{Bytes, PeerId, RpcError};
+use keel_net::{Bytes, PeerId, RpcError, coarse_timer};
 use rand::seq::SliceRandom;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -77,7 +77,7 @@ pub(crate) async fn tell_address(voters: Arc<Voters>) {
         if is_recorded && !members.is_empty() && members.keys().all(|it| told.contains(it)) {
             break;
         }
-        tokio::time::sleep(TELL_EVERY).await;
+        coarse_timer::sleep(TELL_EVERY).await;
     }
     let all_know = |settings: &mut crate::context::Settings| settings.address_is_new = false;
     voters.change_settings(all_know).await;
@@ -86,7 +86,7 @@ pub(crate) async fn tell_address(voters: Arc<Voters>) {
 /// Asks other members who the voters are, every few seconds, until it is aborted.
 pub(crate) async fn find_voters(voters: Arc<Voters>) {
     loop {
-        tokio::time::sleep(ASK_EVERY).await;
+        coarse_timer::sleep(ASK_EVERY).await;
         voters.ask_who_votes().await;
     }
 }

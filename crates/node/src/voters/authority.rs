@@ -7,6 +7,7 @@ use super::manage::NodeStates;
 use keel_cluster::NodeName;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
+use keel_net::coarse_timer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ pub(crate) async fn spread_authority(voters: Arc<Voters>, all: Arc<MemberSet>) {
     }
     let mut states = NodeStates::default();
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        coarse_timer::sleep(LOOK_EVERY).await;
         if !voters.serves() {
             states = NodeStates::default();
             continue;

@@ -6,7 +6,7 @@ use keel_cluster::failover::zone_of;
 use keel_cluster::members::{self, MemberSet, Voter, VoterList};
 use keel_cluster::voters::{Candidate, VoterCount, next_voters};
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::RpcError;
+use keel_net::{RpcError, coarse_timer};
 use keel_store::keys::{ALIVE, Key, NODE_LABELS};
 use keel_store::{RaftStatus, RaftStore, Store, StoreError, encoding};
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,7 +33,7 @@ pub(crate) async fn manage(voters: Arc<Voters>, all: Arc<MemberSet>) {
     }
     let mut states = NodeStates::default();
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        coarse_timer::sleep(LOOK_EVERY).await;
         let Some(store) = voters.store().filter(|store| store.is_serving()) else {
             // Another leader saw more meanwhile.
             states = NodeStates::default();

@@ -11,7 +11,7 @@ use keel_cluster::NodeName;
 use keel_cluster::certificates::{self, Authorities, CertificateError, Step};
 use keel_cluster::identity::CertificateAuthority;
 use keel_cluster::members::{self, MemberSet};
-use keel_net::Fingerprint;
+use keel_net::{Fingerprint, coarse_timer};
 use keel_store::{Store, StoreError};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ pub(crate) async fn rotate_authority(context: Arc<Context>, voters: Arc<Voters>)
             }
             Err(error) => tracing::debug!(%error, "it is not known who cares for the authority"),
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        coarse_timer::sleep(LOOK_EVERY).await;
     }
 }
 

@@ -48,8 +48,10 @@ const PROPOSALS_MAX: usize = 2;
 /// Longest time a change may take; a disk may stand still for seconds. After it, its outcome is
 /// unknown.
 pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
-/// How often leadership, the quorum and the clock are looked at.
+/// How often a leader looks at its quorum and its clock.
 const TICK: Duration = Duration::from_millis(200);
+/// How often a voter that does not lead looks at its disk; all else is told to it.
+const FOLLOWER_TICK: Duration = Duration::from_secs(1);
 /// Longest time between the beginnings of two rounds of confirmation, and so the time that a renewal
 /// may wait for one: half of the time between two renewals of a node.
 pub(super) const HEARTBEAT: Duration = Duration::from_millis(150);
@@ -126,6 +128,7 @@ pub(super) struct Leader {
     /// Bytes of proposals applied since the newest snapshot.
     pub(super) unsaved: Arc<AtomicUsize>,
     clock: Clock,
+    begun: Instant,
     /// When a quorum last confirmed this leader, in milliseconds of the clock.
     confirmed_ms: AtomicU64,
 }
@@ -154,6 +157,7 @@ impl Leader {
             renewals,
             unsaved,
             clock,
+            begun: Instant::now(),
             confirmed_ms: AtomicU64::new(0),
         };
         let barriers = Barriers {
@@ -165,6 +169,13 @@ impl Leader {
 
     fn now_ms(&self) -> u64 {
         u64::try_from(self.clock.now().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The end of the present period: all tasks that look at something each period do so at once.
+    fn next_tick(&self, period: Duration) -> Instant {
+        let periods = self.begun.elapsed().as_nanos() / period.as_nanos();
+        let periods = u32::try_from(periods).unwrap_or(u32::MAX - 1);
+        self.begun + period * (periods + 1)
     }
 
     /// Time since a quorum confirmed this leader.
@@ -292,14 +303,13 @@ impl Leader {
     /// Follows leadership until the store stops.
     pub(super) async fn follow(self: Arc<Self>) {
         let mut metrics = self.raft.metrics();
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut tick = Instant::now();
         loop {
             tokio::select! {
                 changed = metrics.changed() => if changed.is_err() {
                     return self.stop("the store is closed");
                 },
-                _ = tick.tick() => {}
+                () = tokio::time::sleep_until(tick) => {}
             }
             self.deadlines.tick();
             let (state, term, leader, failed) = {
@@ -329,6 +339,7 @@ impl Leader {
                 ServerState::Leader => self.lead(term).await,
                 _ => self.set_serving(Serving::No { leader }),
             }
+            tick = self.next_tick(if leads { TICK } else { FOLLOWER_TICK });
             if self.unsaved.load(Ordering::Relaxed) > SNAPSHOT_BYTES
                 || self.log.bytes() > 4 * SNAPSHOT_BYTES
             {
@@ -382,7 +393,10 @@ impl Leader {
             let serves = serving.borrow_and_update().check().is_ok();
             let next_end = async {
                 match serves {
-                    true => tokio::time::sleep(self.deadlines.wait(TICK)).await,
+                    true => {
+                        let end = Instant::now() + self.deadlines.wait(TICK);
+                        tokio::time::sleep_until(end.min(self.next_tick(TICK))).await;
+                    }
                     // Another voter hears of no renewals: all leases look ended there, and nothing
                     // is to do.
                     false => std::future::pending().await,

@@ -37,6 +37,7 @@ mod simulation;
 mod snapshot;
 mod start;
 mod state_machine;
+mod thread;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,6 +57,7 @@ use self::network::AgentConnections;
 use self::open_error::OpenError;
 use self::snapshot::SnapshotFile;
 use self::start::{Host, Loaded, Tasks, load, start};
+use self::thread::StoreThread;
 use self::types::{Command, CommandOutcome};
 use crate::clock::Clock;
 use crate::interface::{
@@ -70,8 +72,6 @@ pub use self::types::Voter;
 
 /// Time for a learner to catch up.
 const LEARNER_PATIENCE: Duration = Duration::from_secs(60);
-/// Priority of the store's thread; lower is more urgent. Kept where it is permitted.
-const NICE: i32 = -5;
 
 /// State of a voter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,8 +98,8 @@ pub struct RaftStore {
     tasks: Tasks,
     folder: PathBuf,
     file: SnapshotFile,
-    // In this order: tasks, then the thread of the log.
-    runtime: Option<tokio::runtime::Runtime>,
+    // In this order: tasks, then what writes the log.
+    thread: Option<StoreThread>,
     writer: Option<Writer>,
 }
 
@@ -143,16 +143,7 @@ impl RaftStore {
         } = opened;
         let no_thread = |error: std::io::Error| fail(format!("no thread for it: {error}"));
         let writer = disk.write_on_thread(&log, writes).map_err(no_thread)?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("keel-raft")
-            .on_thread_start(|| {
-                // Without the privilege it runs at normal priority.
-                let _ = rustix::process::nice(NICE);
-            })
-            .enable_all()
-            .build()
-            .map_err(no_thread)?;
+        let thread = StoreThread::start().map_err(no_thread)?;
         let connections = peers.map(|peers| Arc::new(AgentConnections::new(peers)) as _);
         let host = Host {
             transport: connections,
@@ -160,16 +151,16 @@ impl RaftStore {
             random: rand::make_rng(),
         };
         let starting = start(log, id, (file.clone(), model, meta), host, options);
-        let tasks = match runtime.spawn(starting).await {
-            Ok(Ok(tasks)) => tasks,
-            Ok(Err(error)) => return Err(close(runtime, &file, writer, fail(error))),
-            Err(_) => return Err(close(runtime, &file, writer, fail("it panicked".into()))),
+        let tasks = match thread.run(starting).await {
+            Some(Ok(tasks)) => tasks,
+            Some(Err(error)) => return Err(close(thread, &file, writer, fail(error))),
+            None => return Err(close(thread, &file, writer, fail("it panicked".into()))),
         };
         let store = Self {
             tasks,
             folder: folder.into(),
             file,
-            runtime: Some(runtime),
+            thread: Some(thread),
             writer: Some(writer),
         };
         store.begin(if_absent).await.map_err(&fail)?;
@@ -407,7 +398,7 @@ impl RaftStore {
 }
 
 fn close(
-    runtime: tokio::runtime::Runtime,
+    thread: StoreThread,
     file: &SnapshotFile,
     writer: Writer,
     error: StoreError,
@@ -415,26 +406,23 @@ fn close(
     file.close();
     // With it the log can be opened by another.
     drop(writer);
-    runtime.shutdown_background();
+    drop(thread);
     error
 }
 
 impl Drop for RaftStore {
     fn drop(&mut self) {
-        let Some(runtime) = self.runtime.take() else {
+        let Some(thread) = self.thread.take() else {
             return;
         };
         let raft = self.tasks.leader.raft.clone();
-        let (stopped, wait) = std::sync::mpsc::channel();
-        runtime.spawn(async move {
+        thread.run_last(async move {
             raft.shutdown().await.ok();
-            stopped.send(()).ok();
         });
-        wait.recv_timeout(Duration::from_secs(5)).ok();
         self.tasks.leader.view.fail("the store was closed");
         self.file.close();
         drop(self.writer.take());
-        runtime.shutdown_background();
+        drop(thread);
     }
 }
 

@@ -19,6 +19,7 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_kind_wasm::span::Heat;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn};
 use keel_machine::worker::control::State;
+use keel_net::coarse_timer;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,7 +49,7 @@ pub(in crate::balancer) async fn follow(handle: Arc<NodeBalancer>) {
         let policy = handle.query(|balancer, _, _| balancer.policy().0.clone());
         let Ok(policy) = policy.await else { return };
         observe_all(&handle, &policy, &mut known).await;
-        tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
+        coarse_timer::sleep(Duration::from_millis(policy.sample_ms)).await;
     }
 }
 

@@ -17,7 +17,7 @@ use keel_machine::checkpoint::{CheckpointId, Repository, Retention};
 use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::worker::control::{Checkpoint, CheckpointReport, kind, pack};
-use keel_net::{Reply, RpcError};
+use keel_net::{Reply, RpcError, coarse_timer};
 use keel_store::clock::boottime;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -58,7 +58,7 @@ impl Unreplicated {
 /// Returns when a node has no lease any more: it may not answer for a long time.
 async fn lease_ends(context: &Context, node: &NodeName) {
     loop {
-        tokio::time::sleep(LEASE_LOOK_EVERY).await;
+        coarse_timer::sleep(LEASE_LOOK_EVERY).await;
         let alive = records::alive(&*context.store).await;
         if alive.is_ok_and(|alive| !alive.contains(node)) {
             return;

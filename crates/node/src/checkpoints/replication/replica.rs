@@ -12,7 +12,7 @@ use keel_machine::failpoint;
 use keel_machine::high_availability::HighAvailability;
 use keel_machine::spec::{Record, Spec};
 use keel_machine::worker::control::{pack, unpack};
-use keel_net::{Bytes, Fingerprint, RpcError};
+use keel_net::{Bytes, Fingerprint, RpcError, coarse_timer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -474,7 +474,7 @@ fn settled(folder: &Path) -> Vec<PathBuf> {
 /// Deletes what no machine needs, until the agent ends.
 pub(crate) async fn sweep(checkpoints: Arc<Checkpoints>) {
     loop {
-        tokio::time::sleep(SWEEP_EVERY).await;
+        coarse_timer::sleep(SWEEP_EVERY).await;
         if let Err(error) = checkpoints.sweep_once().await {
             tracing::warn!(
                 error,

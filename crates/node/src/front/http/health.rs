@@ -6,7 +6,7 @@
 
 use super::super::handles::Handles;
 use super::reply::{Shared, problem};
-use crate::host::{memory_available_bytes, memory_bytes};
+use crate::host::HostMemory;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -155,15 +155,11 @@ fn add_node(registry: &Registry, at: &Handles) -> Result<(), prometheus::Error> 
     let help = "Time until this node's lease ends, unless it is renewed.";
     let seconds = rest.unwrap_or_default().as_secs_f64();
     gauge(registry, "keel_lease_remaining_seconds", help, seconds)?;
+    let host = HostMemory::read();
     let help = "Memory of the host.";
-    gauge(
-        registry,
-        "keel_node_memory_bytes",
-        help,
-        memory_bytes() as f64,
-    )?;
+    gauge(registry, "keel_node_memory_bytes", help, host.bytes as f64)?;
     let help = "Memory of the host that is available.";
-    let available = memory_available_bytes() as f64;
+    let available = host.available_bytes as f64;
     gauge(
         registry,
         "keel_node_memory_available_bytes",

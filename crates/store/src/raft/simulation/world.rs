@@ -261,7 +261,7 @@ impl World {
             tasks,
             folder: PathBuf::from(name),
             file,
-            runtime: None,
+            thread: None,
             writer: None,
         };
         store.begin(if_absent).await?;
