@@ -8,7 +8,13 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
-/// A graphics card that all systems know, and a pointer that is where the viewer's is, which a PS/2
+/// A graphics card that all systems know.
+pub(crate) const CARD: &str = "VGA";
+
+/// The word by which a host tells that it can give systems a display.
+pub(crate) const WORD: &str = "display";
+
+/// The card, and a pointer that is where the viewer's is, which a PS/2
 /// mouse cannot be. (The chipset has a keyboard.) The room for the card's program is fixed: it has to be
 /// the same at the target of a move, whose QEMU may have a longer one.
 pub(crate) const DEVICES: [&str; 3] = ["VGA,romsize=65536", "qemu-xhci", "usb-tablet"];

@@ -1,7 +1,8 @@
 //! What an agent asks of this kind of machine.
 
 use crate::bare_qemu;
-use crate::host_processors;
+use crate::display;
+use crate::host_offers::{self, Offers};
 use crate::network;
 use crate::process::{QEMU, installed_version, is_installed};
 use crate::processor::{Accelerator, Processor};
@@ -138,21 +139,25 @@ impl Kind for QemuKind {
         files.collect()
     }
 
-    /// The processors that its QEMU can give to systems, in words; none if it does not say it.
+    /// The processors that its QEMU can give to systems, and whether it can give them a display, in words;
+    /// none if it does not say it.
     fn features_here(&self, cache: &Path) -> Features {
-        let processors = host_processors::of_host(cache).unwrap_or_else(|error| {
-            tracing::warn!(
-                error,
-                "it is not known which processors systems can have here"
-            );
-            Vec::new()
+        let offers = host_offers::of_host(cache).unwrap_or_else(|error| {
+            tracing::warn!(error, "it is not known what systems can have here");
+            Offers::default()
         });
-        processors.iter().flat_map(Processor::words).collect()
+        let display = offers.has_display.then(|| display::WORD.to_owned());
+        let words = offers.processors.iter().flat_map(Processor::words);
+        words.chain(display).collect()
     }
 
     fn features_needed(&self, spec: &Spec) -> Features {
-        let processor = QemuSpec::of(spec).ok().and_then(|own| own.processor);
-        processor.map_or_else(Features::new, |processor| processor.words())
+        let Ok(own) = QemuSpec::of(spec) else {
+            return Features::new();
+        };
+        let words = own.processor.map(|processor| processor.words());
+        let display = own.display.then(|| display::WORD.to_owned());
+        words.into_iter().flatten().chain(display).collect()
     }
 
     /// Decides on its processor.
@@ -181,9 +186,12 @@ impl Kind for QemuKind {
         }
         let own = QemuSpec::of(spec).ok()?;
         if let Some(processor) = &own.processor
-            && let Err(lacking) = host_processors::check(processor, cache)
+            && let Err(lacking) = host_offers::check(processor, cache)
         {
             return Some(lacking);
+        }
+        if own.display && !host_offers::of_host(cache).is_ok_and(|it| it.has_display) {
+            return Some(format!("its {QEMU} has no graphics card or no VNC"));
         }
         network::check(&own.interfaces).err()
     }
@@ -365,4 +373,40 @@ fn qemu_of(worker: &Path) -> Option<PathBuf> {
         // The kernel keeps 15 bytes of it.
         QEMU.starts_with(name.trim_end()).then_some(process)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_display_is_needed_of_the_host_by_systems_that_have_one() {
+        let spec = |display| {
+            let own = QemuSpec {
+                display,
+                ..QemuSpec::of_kernel("ab".repeat(32))
+            };
+            own.in_spec(64 << 20)
+        };
+        let needed = |display| QemuKind.features_needed(&spec(display));
+        assert!(needed(true).contains(display::WORD));
+        assert!(needed(false).is_empty());
+        if !is_installed() {
+            eprintln!("skipped: {QEMU} is not installed");
+            return;
+        }
+        let cache = tempfile::tempdir().unwrap();
+        let here = QemuKind.features_here(cache.path());
+        assert!(here.contains(display::WORD), "{here:?}");
+        assert_eq!(QemuKind.lacks_here(&spec(true), cache.path()), None);
+        // What QEMU was asked for is kept: as if it had none.
+        let without = host_offers::Offers {
+            has_display: false,
+            ..host_offers::of_host(cache.path()).unwrap()
+        };
+        host_offers::replace(cache.path(), without);
+        let lacking = QemuKind.lacks_here(&spec(true), cache.path()).unwrap();
+        assert!(lacking.contains("no VNC"), "{lacking}");
+        assert_eq!(QemuKind.lacks_here(&spec(false), cache.path()), None);
+    }
 }

@@ -30,8 +30,8 @@
 //!   time of a restored guest
 //! - `full_disk`: a guest whose disk has no room waits for it
 //! - `decoders`: decoders of what comes from outside, for fuzzing
-//! - `processor`: the features of a machine's processor; `host_processors`: those that this host can
-//!   give; `bare_qemu`: questions to the host's QEMU; `accelerator`: whether the host's processor executes guests, or QEMU translates them
+//! - `processor`: the features of a machine's processor; `host_offers`: what this host can give
+//!   to systems; `bare_qemu`: questions to the host's QEMU; `accelerator`: whether the host's processor executes guests, or QEMU translates them
 //!
 //! The worker supervises QEMU: the kernel ends QEMU with it. So who may run a machine is decided
 //! for workers alone, as for every kind.
@@ -56,7 +56,7 @@ mod guest;
 mod guest_agent;
 mod guest_clock;
 mod guest_system;
-mod host_processors;
+mod host_offers;
 mod kind;
 mod migration;
 mod migration_status;

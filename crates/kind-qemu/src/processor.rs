@@ -3,7 +3,7 @@
 //! A system that has used a feature cannot go on where there is none, so what it has is decided once,
 //! when the machine is made, from what the nodes have on which it may run, and kept in its spec.
 //! Nodes tell each other in words what they have ([`Processor::words`]). What this host has is looked
-//! up by [`crate::host_processors`].
+//! up by [`crate::host_offers`].
 
 use keel_machine::kind::{Features, NodeFeatures, some_of};
 use serde::{Deserialize, Serialize};

@@ -330,3 +330,23 @@ impl QemuSpec {
         }
     }
 }
+
+#[cfg(test)]
+impl QemuSpec {
+    /// A whole spec, for tests.
+    pub(crate) fn in_spec(&self, memory_bytes: u64) -> Spec {
+        Spec {
+            kind: crate::kind::QemuKind::kind_name(),
+            kind_spec: self.to_kind_spec().unwrap(),
+            volumes: Vec::new(),
+            memory_bytes,
+            cpu_limit_millis: None,
+            output_bytes_per_s: u64::MAX,
+            remove_at_end: false,
+            restart: keel_machine::restart_policy::Restart::No,
+            checkpoints: None,
+            ha: None,
+            balancing: keel_machine::spec::Balancing::default(),
+        }
+    }
+}

@@ -2,7 +2,6 @@
 
 use super::create::{Checkpointer, CreateError, Destination};
 use super::restore::restore;
-use crate::QemuKind;
 use crate::arguments::Machine;
 use crate::console::Console;
 use crate::guest::Guest;
@@ -15,8 +14,6 @@ use keel_machine::checkpoint::{
     CreatedCheckpoint, MemoryRestore, Origin, Repository, Subject, compact,
 };
 use keel_machine::log::{Log, split_records};
-use keel_machine::restart_policy::Restart;
-use keel_machine::spec::{Balancing, Spec};
 use keel_testkit::bare_system::{counting_system, qemu_is_installed};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -80,26 +77,10 @@ impl Counting {
         Guest { vm, console, log }
     }
 
-    fn spec(&self) -> Spec {
-        Spec {
-            kind: QemuKind::kind_name(),
-            kind_spec: self.own.to_kind_spec().unwrap(),
-            volumes: Vec::new(),
-            memory_bytes: MEMORY_BYTES,
-            cpu_limit_millis: None,
-            output_bytes_per_s: u64::MAX,
-            remove_at_end: false,
-            restart: Restart::No,
-            checkpoints: None,
-            ha: None,
-            balancing: Balancing::default(),
-        }
-    }
-
     fn take(&mut self, guest: &Guest, give_up: bool) -> Result<CreatedCheckpoint, CreateError> {
         let subject = Subject {
             name: "s".parse().unwrap(),
-            spec: self.spec(),
+            spec: self.own.in_spec(MEMORY_BYTES),
             epoch: Epoch::default(),
         };
         let destination = Destination {

@@ -10,7 +10,7 @@ use crate::full_disk;
 use crate::guest::Guest;
 use crate::guest_agent::{AgentError, GuestAgent};
 use crate::guest_clock;
-use crate::host_processors;
+use crate::host_offers;
 use crate::migration::Incoming;
 use crate::post_copy::IncomingMemory;
 use crate::process::VmEnd;
@@ -158,7 +158,7 @@ impl QemuWorker {
         let cache = &self.folders.cache;
         let accelerator = match &own.processor {
             Some(processor) => {
-                let checked = host_processors::check(processor, cache);
+                let checked = host_offers::check(processor, cache);
                 checked.map_err(|lacking| format!("it cannot run here: {lacking}"))?;
                 processor.accelerator
             }

@@ -1,4 +1,5 @@
-//! The processors that this host can give to systems: its QEMU says it, for each accelerator.
+//! The processors that this host can give to systems, and whether it can give them a display: its QEMU
+//! says it, for each accelerator.
 //!
 //! It is asked once for each version of the program and each start of the host, in less than 100 ms;
 //! the answer is kept in a file, which the workers read. Whether KVM works at all is found by
@@ -6,6 +7,7 @@
 
 use crate::accelerator::boot_id;
 use crate::bare_qemu::ask;
+use crate::display;
 use crate::process::{QEMU, program_file};
 use crate::processor::{Accelerator, Processor, is_vendor, known_features};
 use serde::{Deserialize, Serialize};
@@ -16,13 +18,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// The file, among compiled code, that has the answer.
-const CACHED: &str = "qemu-processors.json";
+const CACHED: &str = "qemu-offers.json";
 
 /// The answer, and what it holds for.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
     of: Program,
-    processors: Vec<Processor>,
+    offers: Offers,
+}
+
+/// What this host can give to systems.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Offers {
+    pub(crate) processors: Vec<Processor>,
+    pub(crate) has_display: bool,
 }
 
 /// One version of the program, on a host that was started once.
@@ -39,6 +48,10 @@ struct Expansion {
     model: Model,
 }
 
+/// A part of the answer to `qom-list-types`.
+#[derive(Debug, Deserialize)]
+struct Type {}
+
 #[derive(Debug, Deserialize)]
 struct Model {
     props: Map<String, Value>,
@@ -49,7 +62,7 @@ struct Model {
 ///
 /// # Errors
 /// If QEMU is not installed, or does not say it.
-pub(crate) fn of_host(cache: &Path) -> Result<Vec<Processor>, String> {
+pub(crate) fn of_host(cache: &Path) -> Result<Offers, String> {
     let program = program_file().ok_or_else(|| format!("{QEMU} is not installed"))?;
     let file = fs::metadata(&program).map_err(|error| format!("{}: {error}", program.display()))?;
     let best = Accelerator::of_host(cache);
@@ -68,17 +81,22 @@ pub(crate) fn of_host(cache: &Path) -> Result<Vec<Processor>, String> {
     let kept = fs::read(&path).ok();
     let kept: Option<Kept> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     if let Some(kept) = kept.filter(|kept| kept.of == of) {
-        return Ok(kept.processors);
+        return Ok(kept.offers);
     }
     let mut processors = vec![asked(Accelerator::Tcg)?];
     if best == Accelerator::Kvm {
         processors.insert(0, asked(Accelerator::Kvm)?);
     }
-    let kept = Kept { of, processors };
+    let has_display = has_display()?;
+    let offers = Offers {
+        processors,
+        has_display,
+    };
+    let kept = Kept { of, offers };
     if let Err(error) = keep(&path, &kept) {
         tracing::warn!(%error, "{} cannot be written", path.display());
     }
-    Ok(kept.processors)
+    Ok(kept.offers)
 }
 
 /// Checks that this host can give a processor. Blocks, as [`of_host`].
@@ -86,7 +104,7 @@ pub(crate) fn of_host(cache: &Path) -> Result<Vec<Processor>, String> {
 /// # Errors
 /// What it lacks, in a sentence.
 pub(crate) fn check(processor: &Processor, cache: &Path) -> Result<(), String> {
-    match processor.lacking_in(&of_host(cache)?) {
+    match processor.lacking_in(&of_host(cache)?.processors) {
         Some(lacking) => Err(lacking),
         None => Ok(()),
     }
@@ -111,6 +129,16 @@ fn asked(accelerator: Accelerator) -> Result<Processor, String> {
     Ok(processor(accelerator, &told.model.props))
 }
 
+/// Whether QEMU has a graphics card and a server for viewers: distributions leave them out of some.
+fn has_display() -> Result<bool, String> {
+    ask(&["-accel", Accelerator::Tcg.word()], |qmp| {
+        let card = json!({ "implements": display::CARD });
+        let cards: Vec<Type> = qmp.query_with("qom-list-types", card)?;
+        let server = qmp.query::<Value>("query-vnc");
+        Ok(!cards.is_empty() && server.is_ok())
+    })
+}
+
 /// A processor, from the properties that QEMU tells.
 fn processor(accelerator: Accelerator, props: &Map<String, Value>) -> Processor {
     let is_there = |name: &&str| props.get(*name) == Some(&Value::Bool(true));
@@ -131,6 +159,14 @@ fn processor(accelerator: Accelerator, props: &Map<String, Value>) -> Processor 
     }
 }
 
+/// Lets a host offer this, for tests.
+#[cfg(test)]
+pub(crate) fn replace(cache: &Path, offers: Offers) {
+    let path = cache.join(CACHED);
+    let kept: Kept = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    keep(&path, &Kept { offers, ..kept }).unwrap();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,7 +181,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         // (KVM is looked up in a folder of its own: what is known of it is kept there.)
         let found = of_host(folder.path()).unwrap();
-        let translated = found.last().unwrap();
+        // That of Debian has one.
+        assert!(found.has_display);
+        let translated = found.processors.last().unwrap();
         assert_eq!(translated.accelerator, Accelerator::Tcg);
         // Since QEMU 7.2, and never: see "TCG: AVX" in its change log.
         assert!(translated.features.contains("avx2"), "{translated:?}");
@@ -153,9 +191,10 @@ mod tests {
         translated.check().unwrap();
         let path = folder.path().join(CACHED);
         let mut kept: Kept = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        kept.processors = Vec::new();
+        kept.offers = Offers::default();
         keep(&path, &kept).unwrap();
-        assert_eq!(of_host(folder.path()), Ok(Vec::new()), "the file is read");
+        let read = of_host(folder.path());
+        assert_eq!(read, Ok(Offers::default()), "the file is read");
         kept.of.file.2 += 1;
         keep(&path, &kept).unwrap();
         assert_eq!(of_host(folder.path()).as_ref(), Ok(&found));
