@@ -336,7 +336,7 @@ impl QemuSpec {
     /// A whole spec, for tests.
     pub(crate) fn in_spec(&self, memory_bytes: u64) -> Spec {
         Spec {
-            kind: crate::kind::QemuKind::kind_name(),
+            kind: "qemu".parse().unwrap(),
             kind_spec: self.to_kind_spec().unwrap(),
             volumes: Vec::new(),
             memory_bytes,
