@@ -200,7 +200,7 @@ pub struct Options {
     pub retry_after: Duration,
     /// How long a connection of [`Peers`] for bulk data stays when nobody uses it: once to twice this
     /// time. Default 30 s.
-    pub bulk_idle: Duration,
+    pub idle_after: Duration,
     /// Where bytes to and from nodes are counted.
     pub traffic: Traffic,
 }
@@ -220,7 +220,7 @@ impl Default for Options {
             dead_after: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             retry_after: Duration::from_millis(200),
-            bulk_idle: Duration::from_secs(30),
+            idle_after: Duration::from_secs(30),
             traffic: Traffic::default(),
         }
     }

@@ -636,7 +636,7 @@ async fn bulk_data_has_a_connection_of_its_own() -> Outcome {
     let address = server.address().to_string();
     let options = Options {
         in_flight_max: 1,
-        bulk_idle: Duration::from_millis(50),
+        idle_after: Duration::from_millis(50),
         ..Options::default()
     };
     let tls = ClientTls::node(&ca.node("b")?)?;
@@ -654,7 +654,7 @@ async fn bulk_data_has_a_connection_of_its_own() -> Outcome {
     }
     eventually("it is measured", || peers.round_trip(&a).is_some()).await?;
     // Both are open as long as they are used: there is no room for a third one.
-    tokio::time::sleep(4 * options.bulk_idle).await;
+    tokio::time::sleep(4 * options.idle_after).await;
     let third = async || Client::connect(&address, &tls, &a, options.clone()).await;
     assert!(third().await.is_err());
     handler.release.notify_one();
@@ -662,13 +662,72 @@ async fn bulk_data_has_a_connection_of_its_own() -> Outcome {
     let begun = std::time::Instant::now();
     while third().await.is_err() {
         assert!(begun.elapsed() < LONG, "the connection stays");
-        tokio::time::sleep(options.bulk_idle).await;
+        tokio::time::sleep(options.idle_after).await;
     }
     // It is made again when it is needed, once the third one has ended.
     let again = async || peers.bulk_call(&a, ECHO, "3".into(), LONG).await;
     while again().await.is_err() {
         assert!(begun.elapsed() < LONG, "it is not made again");
-        tokio::time::sleep(options.bulk_idle).await;
+        tokio::time::sleep(options.idle_after).await;
+    }
+    Ok(())
+}
+
+/// Its caller may go, and another one come, as the store's thread does when a node ceases to be a voter.
+#[tokio::test]
+async fn an_urgent_connection_is_made_again_after_the_end_of_its_runtime() -> Outcome {
+    let ca = Authority::new()?;
+    let handler = Arc::new(TestHandler::default());
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let server = serve(tls, everyone_is_member(), handler, Options::default()).await?;
+    let tls = ClientTls::node(&ca.node("b")?)?;
+    let peers = Arc::new(Peers::new(tls, Options::default()));
+    let a = name("a");
+    peers.set_address(&a, &server.address().to_string());
+    assert_eq!(peers.call(&a, ECHO, "0".into(), LONG).await?, "0");
+    for text in ["1", "2"] {
+        let (peers, a) = (peers.clone(), a.clone());
+        let calling = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = { runtime }.enable_all().build()?;
+            let calling = peers.urgent_call(&a, ECHO, text.into(), LONG);
+            runtime.block_on(calling).map_err(std::io::Error::other)
+        });
+        let answer = tokio::task::spawn_blocking(move || calling.join()).await?;
+        assert_eq!(answer.map_err(|_| "the thread panicked")??, text);
+    }
+    // The one for control is of this runtime.
+    assert_eq!(peers.call(&a, ECHO, "3".into(), LONG).await?, "3");
+    Ok(())
+}
+
+/// Between two looks it carries requests, though none is under way at either.
+#[tokio::test]
+async fn a_connection_that_is_used_now_and_then_stays() -> Outcome {
+    let ca = Authority::new()?;
+    let limited = Options {
+        connections_max: 1,
+        ..Options::default()
+    };
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let handler = Arc::new(TestHandler::default());
+    let server = serve(tls, everyone_is_member(), handler, limited).await?;
+    let address = server.address().to_string();
+    let options = Options {
+        idle_after: Duration::from_secs(1),
+        ..Options::default()
+    };
+    let tls = ClientTls::node(&ca.node("b")?)?;
+    let peers = Peers::new(tls.clone(), options.clone());
+    let a = name("a");
+    peers.set_address(&a, &address);
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < 3 * options.idle_after {
+        assert_eq!(peers.urgent_call(&a, ECHO, "1".into(), LONG).await?, "1");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        // It still takes the only place.
+        let another = Client::connect(&address, &tls, &a, options.clone()).await;
+        assert!(another.is_err());
     }
     Ok(())
 }
@@ -686,7 +745,7 @@ async fn a_removed_node_keeps_no_connection_for_bulk_data() -> Outcome {
     let server = serve(tls, everyone_is_member(), handler, limited).await?;
     let address = server.address().to_string();
     let options = Options {
-        bulk_idle: 100 * LONG,
+        idle_after: 100 * LONG,
         ..Options::default()
     };
     let tls = ClientTls::node(&ca.node("b")?)?;

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -29,6 +29,11 @@ use crate::tls::{self, ClientTls};
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
+}
+
+/// Tells a connection from others without keeping it open.
+pub(super) struct WeakClient {
+    inner: Weak<Inner>,
 }
 
 struct Inner {
@@ -178,14 +183,31 @@ impl Client {
         &self.inner.shared.peer
     }
 
-    /// Whether the connection is lost; a lost one never recovers.
+    /// Whether the connection is lost; a lost one never recovers. One whose runtime has ended is.
     pub fn is_lost(&self) -> bool {
-        self.inner.shared.lock().lost.is_some()
+        self.inner.queue.is_closed() || self.inner.shared.lock().lost.is_some()
     }
 
     /// Clones of this handle and open streams, with this one: 1 if there is no other.
     pub(super) fn handles(&self) -> usize {
         Arc::strong_count(&self.inner)
+    }
+
+    /// Requests so far.
+    pub(super) fn requests(&self) -> u64 {
+        self.inner.shared.lock().request_next
+    }
+
+    /// Whether this is a handle of the same connection as `other`.
+    pub(super) fn is_same(&self, other: &WeakClient) -> bool {
+        std::ptr::eq(Arc::as_ptr(&self.inner), other.inner.as_ptr())
+    }
+
+    /// A handle that does not keep the connection open.
+    pub(super) fn downgrade(&self) -> WeakClient {
+        WeakClient {
+            inner: Arc::downgrade(&self.inner),
+        }
     }
 
     /// The round-trip time of the connection, from its pings: the least of the last few. `None` until

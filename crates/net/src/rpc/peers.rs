@@ -1,16 +1,19 @@
-//! A pool with two connections per node, created on first use and again after a loss: one for control
-//! and one for bulk data, so that a request never waits behind what is copied. The one for bulk data is
-//! closed when it was not used for some time.
+//! A pool with up to three connections per node, created on first use and again after a loss: one for
+//! control; one for bulk data, so that a request never waits behind what is copied; and one for urgent
+//! requests, whose caller may have a runtime of its own. All but the one for control are closed when
+//! they were not used for some time.
+//!
+//! A connection lives on the runtime of the task that asked for it first, and is lost when that ends.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use super::client::WeakClient;
 use super::{Client, Options, RpcError, StreamReceiver};
 use crate::name::NodeName;
 use crate::tls::ClientTls;
@@ -25,15 +28,15 @@ pub struct Peers {
 struct Peer {
     address: String,
     control: Way,
+    urgent: Way,
     bulk: Way,
-    /// Whether something closes `bulk` when it is idle; changed under its lock.
-    is_watched: AtomicBool,
 }
 
 /// What a connection carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sort {
     Control,
+    Urgent,
     Bulk,
 }
 
@@ -45,40 +48,39 @@ impl Peer {
         Arc::new(Peer {
             address: address.into(),
             control: Way::new(Link::None),
+            urgent: Way::new(Link::None),
             bulk: Way::new(Link::None),
-            is_watched: AtomicBool::new(false),
         })
     }
 
     fn way(&self, sort: Sort) -> &Way {
         match sort {
             Sort::Control => &self.control,
+            Sort::Urgent => &self.urgent,
             Sort::Bulk => &self.bulk,
         }
     }
 
-    /// Closes the connection for bulk data once nobody has used it for a time. Ends with that, or
-    /// once the connection is lost; a peer that was replaced or removed goes with its connections.
-    async fn close_when_idle(peer: Weak<Self>, after: Duration) {
-        let mut idle = false;
+    /// Closes a connection once nobody has used it for a time. Ends with that, or once it is
+    /// lost; a peer that was replaced or removed goes with its connections.
+    async fn close_when_idle(peer: Weak<Self>, sort: Sort, watched: WeakClient, after: Duration) {
+        // Of the last look at which nobody but the pool held it.
+        let mut requests = None;
         loop {
             tokio::time::sleep(after).await;
             let Some(peer) = peer.upgrade() else { return };
-            let mut link = peer.bulk.lock().await;
-            // Held by nobody but the pool, twice in turn.
-            let rests = match &*link {
-                Link::Up(client) if !client.is_lost() => client.handles() == 1,
-                Link::Up(_) | Link::Failed { .. } | Link::None => {
-                    peer.is_watched.store(false, Ordering::Relaxed);
-                    return;
+            let mut link = peer.way(sort).lock().await;
+            let now = match &*link {
+                Link::Up(client) if client.is_same(&watched) && !client.is_lost() => {
+                    (client.handles() == 1).then(|| client.requests())
                 }
+                Link::Up(_) | Link::Failed { .. } | Link::None => return,
             };
-            if rests && idle {
+            if now.is_some() && now == requests {
                 *link = Link::None;
-                peer.is_watched.store(false, Ordering::Relaxed);
                 return;
             }
-            idle = rests;
+            requests = now;
         }
     }
 }
@@ -133,7 +135,7 @@ impl Peers {
         let Some(peer) = self.lock().get(node).cloned() else {
             return;
         };
-        for sort in [Sort::Control, Sort::Bulk] {
+        for sort in [Sort::Control, Sort::Urgent, Sort::Bulk] {
             // (It is held while connecting.)
             if let Ok(mut link) = peer.way(sort).try_lock()
                 && matches!(*link, Link::Failed { .. })
@@ -180,9 +182,10 @@ impl Peers {
         match Client::connect(&peer.address, &tls, node, self.options.clone()).await {
             Ok(client) => {
                 *link = Link::Up(client.clone());
-                if sort == Sort::Bulk && !peer.is_watched.swap(true, Ordering::Relaxed) {
-                    let idle = self.options.bulk_idle;
-                    tokio::spawn(Peer::close_when_idle(Arc::downgrade(&peer), idle));
+                if sort != Sort::Control {
+                    let (weak, watched) = (Arc::downgrade(&peer), client.downgrade());
+                    let idle = self.options.idle_after;
+                    tokio::spawn(Peer::close_when_idle(weak, sort, watched, idle));
                 }
                 Ok(client)
             }
@@ -220,6 +223,21 @@ impl Peers {
         timeout: Duration,
     ) -> Result<Bytes, RpcError> {
         self.call_over(Sort::Control, (node, kind, payload), timeout)
+            .await
+    }
+
+    /// As [`call`](Self::call), over a connection for urgent requests alone: those of one runtime.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub async fn urgent_call(
+        &self,
+        node: &NodeName,
+        kind: u16,
+        payload: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, RpcError> {
+        self.call_over(Sort::Urgent, (node, kind, payload), timeout)
             .await
     }
 

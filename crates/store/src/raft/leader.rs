@@ -48,13 +48,13 @@ const PROPOSALS_MAX: usize = 2;
 /// Longest time a change may take; a disk may stand still for seconds. After it, its outcome is
 /// unknown.
 pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
-/// How often a leader looks at its quorum and its clock.
-const TICK: Duration = Duration::from_millis(200);
+/// How often a leader looks at its quorum and its clock: together with its heartbeats.
+const TICK: Duration = HEARTBEAT;
 /// How often a voter that does not lead looks at its disk; all else is told to it.
 const FOLLOWER_TICK: Duration = Duration::from_secs(1);
 /// Longest time between the beginnings of two rounds of confirmation, and so the time that a renewal
-/// may wait for one: half of the time between two renewals of a node.
-pub(super) const HEARTBEAT: Duration = Duration::from_millis(150);
+/// may wait for one: less than the time between two renewals of a node.
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(250);
 /// Shortest time between the beginnings of two rounds while one is under way: reads from far away
 /// come in fewer rounds.
 const ROUND_EVERY: Duration = Duration::from_millis(20);
@@ -171,9 +171,14 @@ impl Leader {
         u64::try_from(self.clock.now().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The end of the present period: all tasks that look at something each period do so at once.
+    /// The end of the present period: all tasks that do something each period do so at once.
     fn next_tick(&self, period: Duration) -> Instant {
-        let periods = self.begun.elapsed().as_nanos() / period.as_nanos();
+        self.tick_after(Instant::now(), period)
+    }
+
+    /// The end of the period in which `time` is.
+    fn tick_after(&self, time: Instant, period: Duration) -> Instant {
+        let periods = time.duration_since(self.begun).as_nanos() / period.as_nanos();
         let periods = u32::try_from(periods).unwrap_or(u32::MAX - 1);
         self.begun + period * (periods + 1)
     }
@@ -261,6 +266,7 @@ impl Leader {
                 true => last_round,
                 false => last_round + ROUND_EVERY,
             };
+            let next_round = self.tick_after(last_round, HEARTBEAT);
             let urgent = async {
                 tokio::time::sleep_until(free_at).await;
                 barriers.urgent.recv().await
@@ -271,7 +277,7 @@ impl Leader {
                     Some(urgent) => vec![urgent],
                     None => return,
                 },
-                () = tokio::time::sleep_until(last_round + HEARTBEAT), if is_leader => Vec::new(),
+                () = tokio::time::sleep_until(next_round), if is_leader => Vec::new(),
                 // Whoever waits for a leader that is none any more is told.
                 changed = leads.changed() => match changed {
                     Ok(()) => Vec::new(),

@@ -28,7 +28,7 @@ type Failed<E> = RPCError<u64, Voter, E>;
 
 /// Carries requests to the nodes of other voters.
 pub(super) trait Transport: Send + Sync {
-    /// Sends a request; its answer within `patience`.
+    /// Sends a request; its answer within `patience`. Polled on the store's thread.
     ///
     /// # Errors
     /// [`RpcError::NotSent`] if the node certainly did not get it.
@@ -41,11 +41,12 @@ pub(super) trait Transport: Send + Sync {
     ) -> BoxFuture<'static, Result<Bytes, RpcError>>;
 }
 
-/// The connections of the agent.
+/// The connections of the agent. Those for voters live on the store's thread, where they wait for
+/// nothing else that the agent does; only a snapshot goes over one of the agent's own.
 pub(super) struct AgentConnections {
     peers: Arc<Peers>,
-    /// The agent's runtime. The connections are shared with the rest of the agent and outlive
-    /// this store, so their tasks must not run on the store's own runtime.
+    /// The agent's runtime. Its connections are shared with the rest of the agent and outlive this
+    /// store, so their tasks must not run on the store's own runtime.
     runtime: Handle,
 }
 
@@ -77,12 +78,12 @@ impl Transport for AgentConnections {
             self.peers.set_address(&node, &voter.address);
         }
         let peers = self.peers.clone();
-        let calling = async move {
-            match kind {
-                kind::RAFT_SNAPSHOT => peers.bulk_call(&node, kind, request, patience).await,
-                _ => peers.call(&node, kind, request, patience).await,
-            }
-        };
+        if kind != kind::RAFT_SNAPSHOT {
+            return Box::pin(
+                async move { peers.urgent_call(&node, kind, request, patience).await },
+            );
+        }
+        let calling = async move { peers.bulk_call(&node, kind, request, patience).await };
         let calling = self.runtime.spawn(calling);
         Box::pin(async move {
             let answer = calling.await;
