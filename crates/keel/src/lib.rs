@@ -424,11 +424,14 @@ fn dispatch(cli: Cli, kinds: Kinds) -> anyhow::Result<ExitCode> {
         }
         _ => {}
     }
+    let origin = tokio::time::Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .on_thread_start(move || keel_net::coarse_timer::set_origin(origin))
         // A second one would be woken for each message, to find that there is nothing left to do.
         .worker_threads(1)
         .enable_all()
         .build()?;
+    keel_net::coarse_timer::set_origin(origin);
     runtime.block_on(with_runtime(cli, kinds))
 }
 

@@ -1,4 +1,4 @@
-//! The host of this node: its memory and its processor's features.
+//! The host of this node: its memory, its processors' time and their features.
 
 use keel_machine::kernel_file::read_short;
 use std::path::Path;
@@ -28,6 +28,60 @@ impl HostMemory {
         HostMemory {
             bytes: field("MemTotal:"),
             available_bytes: field("MemAvailable:"),
+        }
+    }
+}
+
+/// Time of all processors of the host since it booted, in ticks.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct HostProcessors {
+    pub(crate) busy: u64,
+    pub(crate) stolen: u64,
+    pub(crate) all: u64,
+}
+
+/// Shares of all processors' time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct ProcessorShares {
+    pub(crate) busy: f64,
+    /// By the hypervisor.
+    pub(crate) stolen: f64,
+}
+
+impl HostProcessors {
+    /// As it is now; all 0 if `/proc` is not readable.
+    pub(crate) fn read() -> Self {
+        // (All processors come first.)
+        let text = read_short(Path::new("/proc/stat")).unwrap_or_default();
+        Self::parse(&text).unwrap_or_default()
+    }
+
+    /// `cpu  user nice system idle iowait irq softirq steal guest guest_nice`
+    fn parse(text: &str) -> Option<Self> {
+        let line = text.lines().find(|line| line.starts_with("cpu "))?;
+        let ticks: Vec<u64> = line
+            .split_whitespace()
+            .skip(1)
+            .map_while(|word| word.parse().ok())
+            .collect();
+        // The run time of KVM guests is included in `user`.
+        let all: u64 = ticks.iter().take(8).sum();
+        let idle = ticks.get(3)? + ticks.get(4)?;
+        let stolen = ticks.get(7).copied().unwrap_or(0);
+        Some(HostProcessors {
+            busy: all - idle - stolen,
+            stolen,
+            all,
+        })
+    }
+
+    /// What of the time since an earlier reading was busy or stolen; nothing of no time.
+    pub(crate) fn shares_since(&self, before: &Self) -> ProcessorShares {
+        let all = self.all.saturating_sub(before.all).max(1);
+        let share = |before: u64, now: u64| now.saturating_sub(before) as f64 / all as f64;
+        ProcessorShares {
+            busy: share(before.busy, self.busy),
+            stolen: share(before.stolen, self.stolen),
         }
     }
 }
@@ -63,5 +117,22 @@ pub(crate) fn check_features(needed: &[String]) -> Result<(), String> {
     match missing.is_empty() {
         true => Ok(()),
         false => Err(format!("this node's CPU lacks {}", missing.join(", "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_of_processor_time_are_read() {
+        let read = |text| HostProcessors::parse(text).unwrap();
+        let before = read("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n");
+        let now = read("cpu  150 0 100 730 100 0 0 20 50 0\n");
+        let shares = |busy, stolen| ProcessorShares { busy, stolen };
+        assert_eq!(now.shares_since(&before), shares(0.5, 0.2));
+        assert_eq!(now.shares_since(&now), shares(0.0, 0.0));
+        assert!(HostProcessors::parse("nothing").is_none());
+        assert!(HostProcessors::read().all > 0);
     }
 }

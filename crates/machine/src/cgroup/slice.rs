@@ -1,8 +1,9 @@
 //! The folder of all groups of one node's workers, in each hierarchy of use.
 
 use super::cpu_limit::GUEST_LEAF;
-use super::group::{Folder, Group, REMOVE_PATIENCE, make, named};
+use super::group::{Folder, Group, REMOVE_PATIENCE, field, make, named};
 use super::layout::{AGENT_LEAF, HierarchyRoot, Layout, Version};
+use crate::kernel_file::read_short;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,13 @@ impl Slice {
             threads,
             missing,
         }
+    }
+
+    /// Processor time of all processes in it so far, in microseconds, where it is accounted.
+    pub fn cpu_micros(&self) -> Option<u64> {
+        let mut folders = self.folders.iter();
+        let unified = folders.find(|folder| folder.version == Version::V2)?;
+        field(&read_short(&unified.path.join("cpu.stat"))?, "usage_usec")
     }
 
     /// What this node's groups lack, and the consequence; `None` if nothing.

@@ -10,14 +10,14 @@
 use super::process_counters::{
     ProcessCounters, Processes, Stalls, mapped_bytes, rates, read_processes, usage,
 };
-use crate::host::HostMemory;
+use super::rest::{Look, Rest};
+use crate::host::{HostMemory, HostProcessors};
 use crate::processes::Workers;
 use crate::state_dir::StateDir;
 use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, Pressure};
-use keel_machine::kernel_file::read_short;
 use keel_machine::kind::{KindName, Kinds};
 use keel_net::traffic::{self, Traffic};
 use rustix::time::{ClockId, clock_gettime};
@@ -111,14 +111,6 @@ struct WorkingSetScan {
     bytes: Option<u64>,
 }
 
-/// ProcessCounters of the whole host, in ticks of all cores.
-#[derive(Debug, Default, Clone, Copy)]
-struct Host {
-    busy: u64,
-    stolen: u64,
-    all: u64,
-}
-
 /// Takes readings and keeps the last one.
 pub(super) struct Meter {
     dir: StateDir,
@@ -131,8 +123,13 @@ pub(super) struct Meter {
     touched: HashMap<u32, WorkingSetScan>,
     /// The processor time of this process so far.
     own: Duration,
-    host: Host,
+    host: HostProcessors,
     pressure: Pressure,
+    rest: Rest,
+    /// The last measurement.
+    last: Option<Measured>,
+    /// Of processes that machines have for themselves, with the bytes that they occupy.
+    residents: Vec<(u32, u64)>,
     /// When machines, all together, were last seen to have stalled.
     stalled: Option<Instant>,
     /// For how long machines were held back by their limits.
@@ -152,8 +149,11 @@ impl Meter {
             previous: HashMap::new(),
             touched: HashMap::new(),
             own: own_time(),
-            host: Host::default(),
+            host: HostProcessors::default(),
             pressure: Pressure::default(),
+            rest: Rest::default(),
+            last: None,
+            residents: Vec::new(),
             stalled: None,
             throttled: HashMap::new(),
             traffic: BTreeMap::new(),
@@ -179,9 +179,35 @@ impl Meter {
         let known = known.filter(|known| known.read.elapsed() < LIMITS_AGE);
         let limits = self.limits.insert(known.unwrap_or_else(Limits::read));
         let (budget, cores_of_host) = (&limits.budget, limits.cores_of_host);
-        let host = read_host();
+        let host = HostProcessors::read();
+        let host_memory = HostMemory::read();
         let own = own_time();
         let pressure = pressure(workers, budget);
+        let (of_machines, of_parts) = (workers.processes(), parts.processes());
+        let mut processes: Vec<u32> = of_machines.iter().chain(&of_parts).map(|it| it.1).collect();
+        processes.sort_unstable();
+        let look = Look {
+            at: now,
+            // (Parts have groups of their own.)
+            machines_micros: of_parts
+                .is_empty()
+                .then(|| workers.slice().cpu_micros())
+                .flatten(),
+            pressure,
+            host,
+            cores_of_host,
+            memory: host_memory,
+            processes,
+        };
+        if self.rest.stands(look)
+            && let Some(last) = self.last.clone()
+        {
+            self.look_at_working_sets();
+            self.traffic = traffic.so_far();
+            self.own = own;
+            self.host = host;
+            return Some(last);
+        }
         if !pressure.has_same_stalls(&self.pressure) {
             self.stalled = Some(now);
         }
@@ -196,7 +222,7 @@ impl Meter {
         let mut throttled = HashMap::new();
         let mut helpers = Factors::default();
         let mut memory_bytes = 0u64;
-        for (machine, pid) in workers.processes() {
+        for (machine, pid) in of_machines {
             let process = PathBuf::from(format!("/proc/{pid}"));
             if !self.groups.contains_key(&pid)
                 && let Some(group) = Group::load(&self.dir.worker(&machine))
@@ -246,7 +272,7 @@ impl Meter {
             }
         }
         // Parts of other nodes' machines are load that no round can move.
-        for (_, pid) in parts.processes() {
+        for (_, pid) in of_parts {
             let process = PathBuf::from(format!("/proc/{pid}"));
             let processes = Processes::of(&process, None, None);
             let now = read_processes(&processes, None, stalls, self.previous.get(&pid));
@@ -259,14 +285,14 @@ impl Meter {
         let measured = seconds.map(|seconds| {
             let own_cores = own.saturating_sub(self.own).as_secs_f64() / seconds;
             let guests: f64 = machines.values().map(|(it, _)| it.cpu_cores).sum();
-            let host_share = host_shares(&self.host, &host);
+            let host_share = host.shares_since(&self.host);
             // A node with a limit of its own shares it with no other process.
             let (cores, others) = match budget.cores {
                 Some(cores) => (cores.min(cores_of_host), 0.0),
                 None => {
                     let ours = own_cores + helpers.cpu_cores + guests;
-                    let busy = host_share.0 * cores_of_host;
-                    let stolen = host_share.1 * cores_of_host;
+                    let busy = host_share.busy * cores_of_host;
+                    let stolen = host_share.stolen * cores_of_host;
                     (cores_of_host - stolen, (busy - ours).max(0.0))
                 }
             };
@@ -279,7 +305,7 @@ impl Meter {
                 share(self.throttled.get(pid).copied(), Some(*micros), seconds)
             });
             let waited = share(self.pressure.cpu_micros, pressure.cpu_micros, seconds);
-            let (capacity_bytes, base_bytes) = memory(budget, memory_bytes);
+            let (capacity_bytes, base_bytes) = memory(budget, host_memory, memory_bytes);
             Measured {
                 capacity: Capacity {
                     cores: cores.max(0.01),
@@ -300,7 +326,9 @@ impl Meter {
                 traffic,
             }
         });
-        self.look_at_working_sets(&residents);
+        self.residents = residents;
+        self.look_at_working_sets();
+        self.last = measured.clone();
         self.traffic = traffic;
         self.groups.retain(|pid, _| counters.contains_key(pid));
         self.kind_names.retain(|pid, _| counters.contains_key(pid));
@@ -316,7 +344,8 @@ impl Meter {
 impl Meter {
     /// Measures working sets: of the processes that are due the one that waits longest, since the
     /// time grows with the memory to scan.
-    fn look_at_working_sets(&mut self, residents: &[(u32, u64)]) {
+    fn look_at_working_sets(&mut self) {
+        let residents = &self.residents;
         self.touched
             .retain(|pid, _| residents.iter().any(|(it, _)| it == pid));
         let waits = |(pid, resident): &(u32, u64)| {
@@ -416,47 +445,8 @@ fn own_time() -> Duration {
     Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default()
 }
 
-fn read_host() -> Host {
-    // (All processors come first.)
-    let text = read_short(Path::new("/proc/stat")).unwrap_or_default();
-    parse_host(&text).unwrap_or_default()
-}
-
-/// `cpu  user nice system idle iowait irq softirq steal guest guest_nice`
-fn parse_host(text: &str) -> Option<Host> {
-    let line = text.lines().find(|line| line.starts_with("cpu "))?;
-    let ticks: Vec<u64> = line
-        .split_whitespace()
-        .skip(1)
-        .map_while(|word| word.parse().ok())
-        .collect();
-    // The run time of KVM guests is included in `user`.
-    let all: u64 = ticks.iter().take(8).sum();
-    let idle = ticks.get(3)? + ticks.get(4)?;
-    let stolen = ticks.get(7).copied().unwrap_or(0);
-    Some(Host {
-        busy: all - idle - stolen,
-        stolen,
-        all,
-    })
-}
-
-/// Shares of all cores' time that were busy, and stolen by the hypervisor.
-fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
-    let all = now.all.saturating_sub(before.all);
-    if all == 0 {
-        return (0.0, 0.0);
-    }
-    let share = |before: u64, now: u64| now.saturating_sub(before) as f64 / all as f64;
-    (
-        share(before.busy, now.busy),
-        share(before.stolen, now.stolen),
-    )
-}
-
 /// The node's memory, and the part that other processes than machines occupy.
-fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
-    let host = HostMemory::read();
+fn memory(budget: &Budget, host: HostMemory, machines_bytes: u64) -> (u64, u64) {
     let total = host.bytes;
     match budget.memory_bytes {
         // An agent runs no machine itself.
@@ -531,15 +521,5 @@ mod tests {
         // Other tests run in processes of their own. Pages with translations still in the TLB,
         // some MiB, are not seen as referenced again.
         assert!((48 << 20..96 << 20).contains(&touched), "{touched}");
-    }
-
-    #[test]
-    fn the_hosts_counters_are_read() {
-        let before = parse_host("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n").unwrap();
-        let now = parse_host("cpu  150 0 100 730 100 0 0 20 50 0\n").unwrap();
-        assert_eq!(host_shares(&before, &now), (0.5, 0.2));
-        assert!(parse_host("nothing").is_none());
-        assert_eq!(host_shares(&now, &now), (0.0, 0.0));
-        assert!(read_host().all > 0);
     }
 }

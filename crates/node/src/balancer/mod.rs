@@ -52,6 +52,7 @@ mod policy;
 mod process_counters;
 mod queries;
 mod recorder;
+mod rest;
 mod speed;
 mod spreading;
 mod task;

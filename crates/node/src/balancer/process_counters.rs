@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 const RESIDENT_RAN_NANOS: u64 = 2_000_000;
 /// Readings of a process that rests are not older. What its threads ran in that time, less than a
 /// tick of 10 ms, counts in one second.
-const AGE_MAX: Duration = Duration::from_secs(10);
+const AGE_MAX: Duration = Duration::from_secs(30);
 
 /// Counters of one thread.
 #[derive(Debug, Default, Clone, Copy)]

@@ -36,6 +36,8 @@ const REPAIR_EVERY: Duration = Duration::from_secs(2);
 const HELPLESS_EVERY: Duration = Duration::from_secs(60);
 /// How long a repair may take.
 const ARRIVAL_MAX: Duration = Duration::from_secs(3600);
+/// Most milliseconds between two steps of the state machine, which are events mostly.
+const WAIT_MS_MAX: u64 = 5_000;
 /// Samples between two attempts to measure the speed of this node.
 const CALIBRATE_EVERY: u32 = 30;
 
@@ -129,7 +131,8 @@ impl Task {
     async fn run(mut self, mut inputs: UnboundedReceiver<Input>) {
         loop {
             let now_ms = self.now_ms();
-            let wait = self.balancer.wake_at_ms().saturating_sub(now_ms).min(1000);
+            let wait = self.balancer.wake_at_ms().saturating_sub(now_ms);
+            let wait = wait.min(WAIT_MS_MAX);
             let input = tokio::time::timeout(Duration::from_millis(wait), inputs.recv()).await;
             let event = match input {
                 Err(_) => Event::Tick,

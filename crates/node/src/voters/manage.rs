@@ -377,7 +377,7 @@ async fn nodes_under<T>(
 /// Opens this node's copy again whenever it stopped or could not be opened, until the process ends.
 pub(crate) async fn reopen(voters: Arc<Voters>) {
     loop {
-        tokio::time::sleep(RETRY_AFTER).await;
+        coarse_timer::sleep(RETRY_AFTER).await;
         match voters.store() {
             Some(store) => {
                 let Some(reason) = store.stopped() else {

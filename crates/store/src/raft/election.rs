@@ -51,6 +51,9 @@ const AFTER_PRE_VOTE_MS: std::ops::Range<u64> = 100..350;
 const PRE_VOTE_PATIENCE: Duration = Duration::from_millis(250);
 const PRE_VOTE_PATIENCE_MAX: Duration = Duration::from_millis(1000);
 
+/// How often a voter that cannot be elected looks whether it can, beside being told.
+const LOOK_EVERY: Duration = Duration::from_secs(4);
+
 /// What a voter knows of its group's leader.
 #[derive(Debug, Clone)]
 struct Seen {
@@ -147,16 +150,22 @@ impl Election {
     /// Asks for votes when it is due, until the store stops.
     pub(super) async fn run(self: Arc<Self>, random: StdRng) {
         let mut timer = Timer::new(random);
+        let mut group = self.raft.server_metrics();
         let begun = Instant::now();
         let mut patience = PRE_VOTE_PATIENCE;
         while let Some(seen) = self.look(begun).await {
             if seen.has_leader && seen.heard.elapsed() < LEASE {
                 patience = PRE_VOTE_PATIENCE;
             }
-            let due = match seen.is_electable {
-                true => timer.due(&seen),
-                false => Instant::now() + LEASE,
-            };
+            if !seen.is_electable {
+                // Whether it leads, and the group's voters, are told.
+                let changed = tokio::time::timeout(LOOK_EVERY, group.changed()).await;
+                if let Ok(Err(_)) = changed {
+                    return;
+                }
+                continue;
+            }
+            let due = timer.due(&seen);
             if Instant::now() < due {
                 tokio::select! {
                     () = tokio::time::sleep_until(due) => {}

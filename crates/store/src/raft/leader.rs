@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use keel_net::coarse_timer;
 use openraft::raft::ClientWriteResponse;
 use openraft::{RaftMetrics, ServerState};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -51,10 +52,11 @@ pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a leader looks at its quorum and its clock: together with its heartbeats.
 const TICK: Duration = HEARTBEAT;
 /// How often a voter that does not lead looks at its disk; all else is told to it.
-const FOLLOWER_TICK: Duration = Duration::from_secs(1);
+const FOLLOWER_TICK: Duration = Duration::from_millis(1024);
 /// Longest time between the beginnings of two rounds of confirmation, and so the time that a renewal
 /// may wait for one: less than the time between two renewals of a node.
-pub(super) const HEARTBEAT: Duration = Duration::from_millis(250);
+/// (Of a length that wakes the thread once, see [`coarse_timer`].)
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(256);
 /// Shortest time between the beginnings of two rounds while one is under way: reads from far away
 /// come in fewer rounds.
 const ROUND_EVERY: Duration = Duration::from_millis(20);
@@ -128,7 +130,8 @@ pub(super) struct Leader {
     /// Bytes of proposals applied since the newest snapshot.
     pub(super) unsaved: Arc<AtomicUsize>,
     clock: Clock,
-    begun: Instant,
+    /// Periods are counted from here.
+    origin: Instant,
     /// When a quorum last confirmed this leader, in milliseconds of the clock.
     confirmed_ms: AtomicU64,
 }
@@ -157,7 +160,7 @@ impl Leader {
             renewals,
             unsaved,
             clock,
-            begun: Instant::now(),
+            origin: coarse_timer::origin().unwrap_or_else(Instant::now),
             confirmed_ms: AtomicU64::new(0),
         };
         let barriers = Barriers {
@@ -178,9 +181,9 @@ impl Leader {
 
     /// The end of the period in which `time` is.
     fn tick_after(&self, time: Instant, period: Duration) -> Instant {
-        let periods = time.duration_since(self.begun).as_nanos() / period.as_nanos();
+        let periods = time.duration_since(self.origin).as_nanos() / period.as_nanos();
         let periods = u32::try_from(periods).unwrap_or(u32::MAX - 1);
-        self.begun + period * (periods + 1)
+        self.origin + period * (periods + 1)
     }
 
     /// Time since a quorum confirmed this leader.
@@ -192,8 +195,10 @@ impl Leader {
     fn is_sole_voter(&self) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow();
-        let mut voters = metrics.membership_config.membership().voter_ids();
-        voters.next() == Some(self.id) && voters.next().is_none()
+        let groups = metrics.membership_config.membership().get_joint_config();
+        groups
+            .iter()
+            .all(|it| it.len() == 1 && it.contains(&self.id))
     }
 
     /// Confirms that this node leads and that the view has everything that was answered before the

@@ -5,8 +5,10 @@
 
 use std::time::Duration;
 
+use keel_net::coarse_timer;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 /// Priority of the thread; lower is more urgent. Kept where it is permitted.
 const NICE: i32 = -5;
@@ -25,6 +27,7 @@ impl StoreThread {
     /// # Errors
     /// The system's, if it has no thread for it.
     pub(super) fn start() -> std::io::Result<Self> {
+        let origin = Instant::now();
         let runtime = Builder::new_current_thread()
             .thread_name("keel-raft")
             .enable_all()
@@ -34,6 +37,7 @@ impl StoreThread {
         std::thread::Builder::new()
             .name("keel-raft".into())
             .spawn(move || {
+                coarse_timer::set_origin(origin);
                 // Without the privilege it runs at normal priority.
                 let _ = rustix::process::nice(NICE);
                 // (An error, since nothing is ever sent.)
