@@ -7,7 +7,7 @@ use keel_store::decoders::Decoder;
 use keel_store::frozen_messages;
 use std::sync::LazyLock;
 
-const FROZEN: &str = include_str!("../../crates/keel/tests/frozen_messages.txt");
+const FROZEN: &str = include_str!("../../crates/keel/tests/cli/frozen_messages.txt");
 
 static STORE: LazyLock<Vec<Decoder>> = LazyLock::new(keel_store::decoders::decoders);
 static CLUSTER: LazyLock<Vec<Decoder>> = LazyLock::new(keel_cluster::decoders::decoders);

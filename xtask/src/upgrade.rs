@@ -1,12 +1,12 @@
 //! Builds an earlier revision and runs the tests of a cluster in which it and this one work
-//! together: `crates/keel/tests/t31_upgrade.rs`, with `KEEL_OLDER`.
+//! together: `crates/keel/tests/cluster/upgrade.rs`, with `KEEL_OLDER`.
 
 use crate::command::{cargo, check, root};
 use anyhow::{Context, Result, ensure};
 use std::process::Command;
 
 /// The test that needs an earlier binary.
-const TEST: &str = "an_earlier_version_works_beside_this_one";
+const TEST: &str = "upgrade::an_earlier_version_works_beside_this_one";
 
 pub(crate) fn run(from: &str) -> Result<()> {
     let root = root();

@@ -10,7 +10,7 @@
 //!   it also reads the frozen ones of that type, and writes the result. A field that this version
 //!   does not read is a failure, too: it would be lost.
 //!
-//! What is written has no keys, certificates or paths in it (`anonymous`). `t31_frozen_messages.rs`
+//! What is written has no keys, certificates or paths in it (`anonymous`). `cli/frozen_messages.rs`
 //! does both.
 
 use ciborium::Value;

@@ -1,9 +1,7 @@
 //! The guests plain, instrumented, and shaken: the output and exit code are the same, however
 //! often their threads are captured and resumed.
 
-mod common;
-
-use common::{Finished, MODES, finish, guest, keel, run};
+use crate::keel_wasm::{Finished, MODES, finish, guest, keel, run};
 
 /// Runs a guest in every mode and compares the results. Returns the number of captures.
 fn same_in_every_mode(name: &str, args: &[&str]) -> u64 {

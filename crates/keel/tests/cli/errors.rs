@@ -76,6 +76,9 @@ const ALONE: &[&str] = &[
     "run --ha=fence=wall counter.wasm",
     "run --ha --checkpoint-every 10s counter.wasm",
     "run",
+    "run --kind wasm",
+    "run --kind qemu",
+    "run --kind qemu --net none",
     "apply -f bad.toml",
     "apply -f missing.toml",
     "sim bad.toml",
@@ -238,7 +241,7 @@ async fn errors_say_what_happened_to_what_and_what_to_do() {
     for line in WITH_NODE {
         text += &said(folder, line, &mut wrong);
     }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/errors.txt");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/errors.txt");
     if std::env::var_os("UPDATE_EXPECT").is_some() {
         std::fs::write(&path, &text).expect("the file is written");
     }

@@ -1,8 +1,6 @@
 //! Modules and programs that misbehave: a clear error, and no harm.
 
-mod common;
-
-use common::{MODES, Running, finish, guest, keel, run};
+use crate::keel_wasm::{MODES, Running, finish, guest, keel, run};
 use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::process::Stdio;

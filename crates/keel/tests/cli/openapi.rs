@@ -1,17 +1,19 @@
 //! The description of the API at `/v1/openapi.json`, compared with what the command line and nodes
 //! send each other.
 
-mod openapi;
+mod checker;
+mod recorder;
 
+use checker::Description;
 use keel_testkit::{LocalCluster, wait_for};
-use openapi::{Description, Exchange, Recorder};
+use recorder::{Exchange, Recorder};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// Operations that no command requests, or only of whole systems (`t51_systems/agent.rs`).
+/// Operations that no command requests, or only of whole systems (`systems/agent.rs`).
 const WITHOUT_COMMAND: [&str; 5] = [
     "inspect_system",
     "get_liveness",
@@ -162,7 +164,7 @@ async fn use_machines(bench: &Bench) {
     let large = bench.file("large", &"x".repeat(3 << 20));
     let (copied, said) = bench.try_keel(&["cp", &large, "m:/scratch/large"]).await;
     assert!(!copied, "{said}");
-    // A program executes no commands; for those of systems see `t51_systems`.
+    // A program executes no commands; for those of systems see `systems`.
     let (executed, said) = bench.try_keel(&["exec", "m", "--", "true"]).await;
     assert!(!executed && said.contains("of kind wasm"), "{said}");
     let (typed, said) = bench.try_keel(&["console", "m"]).await;

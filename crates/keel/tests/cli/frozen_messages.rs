@@ -3,7 +3,7 @@
 //! store. Each of its processes reads the frozen messages of the types that it meets.
 //!
 //! The file is made anew once for each version that is released, by that version:
-//! `KEEL_FREEZE=1 cargo nextest run -E 'test(=messages_of_an_earlier_version_are_read)'`.
+//! `KEEL_FREEZE=1 cargo nextest run -E 'test(=frozen_messages::messages_of_an_earlier_version_are_read)'`.
 
 use keel_machine::high_availability::HighAvailability;
 use keel_store::frozen_messages;
@@ -19,7 +19,7 @@ const RESULTS: &str = "results";
 const BALANCERS_ANSWER: &str = "messages::Response";
 
 fn file() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frozen_messages.txt")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/frozen_messages.txt")
 }
 
 struct Bench {
@@ -219,7 +219,7 @@ fn freeze(found: &BTreeSet<String>) {
     }
     let mut text = String::from(
         "# Messages and records of the version before, one for each shape of each type.\n\
-         # t31_frozen_messages.rs says how this file is made.\n",
+         # cli/frozen_messages.rs says how this file is made.\n",
     );
     for (name, messages) in of_type {
         for message in messages.into_iter().take(frozen_messages::SHAPES_MAX) {

@@ -171,7 +171,7 @@ fn every_failpoint_is_driven_by_one_of_these_tests() {
             Site::TargetWorker,
             Site::SourceWorker,
         ];
-        // Adding and removing parts: `t70_spanning`. Workers left over: `t41_ownership`.
+        // Adding and removing parts: `spanning`. Workers left over: `ownership`.
         let others = [
             "checkpoint.",
             "restore.",

@@ -20,5 +20,6 @@ mod own_disk;
 mod placement;
 mod post_copy;
 mod processors;
+mod qemu;
 mod scripted;
 mod systems;
