@@ -182,7 +182,7 @@ pub(crate) struct RunArgs {
     /// The program, a WASI preview 1 core module with or without threads, and its arguments.
     /// Options before it are keel's, those after it are the program's.
     #[arg(trailing_var_arg = true, num_args = 1.., value_names = ["MODULE", "ARGS"],
-          required_unless_present_any = ["image", "kernel", "disk"])]
+          required_unless_present_any = ["kind", "image", "kernel", "disk"])]
     program: Vec<OsString>,
     #[command(flatten)]
     system: SystemArgs,

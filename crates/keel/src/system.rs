@@ -137,12 +137,20 @@ impl SystemArgs {
             if let Some(option) = self.system.given() {
                 bail!("--{option} is for whole systems: add --kind qemu");
             }
+            ensure!(
+                has_program,
+                "a machine of kind wasm needs a MODULE, its program"
+            );
             return Ok(None);
         }
         check_kind(&self.kind)?;
         ensure!(
             !has_program,
             "a machine of kind qemu runs no module: its system is --kernel, or on --image or --disk"
+        );
+        ensure!(
+            self.system.boots(),
+            "a machine of kind qemu needs a system to boot: --image, --kernel or --disk"
         );
         Ok(Some(&self.system))
     }
@@ -159,6 +167,11 @@ pub(crate) fn check_kind(kind: &KindName) -> Result<()> {
 }
 
 impl System {
+    /// Whether there is anything that may have a system on it.
+    fn boots(&self) -> bool {
+        self.image.is_some() || self.kernel.is_some() || !self.disk.is_empty()
+    }
+
     /// The first option that was given, which means nothing to a program.
     pub(crate) fn given(&self) -> Option<&'static str> {
         let given = [
