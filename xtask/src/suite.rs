@@ -265,6 +265,7 @@ pub(crate) const LONG: &[Group] = &[
             "references_and_tables",
             "guests::programs_with_threads",
             "guests::threads_at_a_high_rate",
+            "guests::zstd",
             "zstd",
             "bad_input::descriptors_end_at_their_limit",
         ],
@@ -353,30 +354,58 @@ mod tests {
     use crate::command::root;
     use std::path::Path;
 
-    fn sources(folder: &Path, text: &mut String) {
+    /// The files of a test program, each with the path of its module.
+    fn modules(folder: &Path, path: &str, found: &mut Vec<(String, String)>) {
         for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                sources(&path, text);
-            } else if path.extension().is_some_and(|it| it == "rs") {
-                text.push_str(&std::fs::read_to_string(&path).unwrap());
+            let file = entry.unwrap().path();
+            let name = file.file_stem().unwrap().to_str().unwrap();
+            let module = match name {
+                "main" | "mod" => path.to_owned(),
+                name => format!("{path}{name}::"),
+            };
+            if file.is_dir() {
+                modules(&file, &module, found);
+            } else if file.extension().is_some_and(|it| it == "rs") {
+                found.push((module, std::fs::read_to_string(&file).unwrap()));
             }
         }
+    }
+
+    /// The files of all test programs: of each crate, the files and folders in `tests`.
+    fn tests() -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for of_crate in std::fs::read_dir(root().join("crates")).unwrap() {
+            let Ok(programs) = std::fs::read_dir(of_crate.unwrap().path().join("tests")) else {
+                continue;
+            };
+            for program in programs {
+                let program = program.unwrap().path();
+                if program.is_dir() {
+                    modules(&program, "", &mut found);
+                } else if let Ok(text) = std::fs::read_to_string(&program) {
+                    found.push((String::new(), text));
+                }
+            }
+        }
+        found
     }
 
     /// A renamed test would silently move from its group to the usual suite.
     #[test]
     fn long_tests_exist() {
-        let mut text = String::new();
-        sources(&root().join("crates"), &mut text);
+        let files = tests();
         for group in LONG {
             for crate_name in group.crates {
                 let folder = root().join("crates").join(crate_name);
                 assert!(folder.is_dir(), "{}: {crate_name}", group.name);
             }
             for test in group.tests {
-                let name = test.rsplit("::").next().unwrap();
-                let is_there = text.contains(&format!("fn {name}("));
+                let at = test.rfind("::").map_or(0, |at| at + 2);
+                let (module, name) = test.split_at(at);
+                let is_there = |(of, text): &(String, String)| {
+                    of == module && text.contains(&format!("fn {name}("))
+                };
+                let is_there = files.iter().any(is_there);
                 assert!(is_there, "{}: there is no test {test}", group.name);
             }
         }

@@ -15,6 +15,7 @@
 
 use crate::fat;
 use crate::image::ImageFile;
+use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use ssh_key::PublicKey;
@@ -141,13 +142,7 @@ impl CloudInit {
 
 fn read(path: &Path) -> Result<Vec<u8>> {
     let of = || format!("cannot read {}", path.display());
-    let bytes = std::fs::metadata(path).with_context(of)?.len();
-    ensure!(
-        bytes <= FILE_BYTES_MAX,
-        "{} has {bytes} bytes; cloud-init is given {FILE_BYTES_MAX} at most",
-        path.display()
-    );
-    std::fs::read(path).with_context(of)
+    input::read(path, FILE_BYTES_MAX).with_context(of)
 }
 
 fn user_data(path: &Path) -> Result<Vec<u8>> {
@@ -270,7 +265,7 @@ mod tests {
         assert!(said(&of_user).contains("would ignore it"));
         let large = vec![b'#'; FILE_BYTES_MAX as usize + 1];
         std::fs::write(&file, large).unwrap();
-        assert!(said(&of_user).contains("at most"));
+        assert!(said(&of_user).contains("longer than 1 MiB"));
         let of_keys = CloudInit {
             ssh_key: vec![file.clone()],
             ..CloudInit::default()

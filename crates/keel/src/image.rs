@@ -2,6 +2,7 @@
 //! asked unless the cluster has them; and `keel image`, which gives those of disks a name.
 
 use crate::cluster::Reach;
+use crate::input;
 use crate::output;
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::Bytes;
@@ -266,7 +267,7 @@ impl ImageFile {
     /// # Errors
     /// If it cannot be read.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let read = std::fs::read(path);
+        let read = input::read(path, input::IMAGE_BYTES_MAX);
         let bytes = read.with_context(|| format!("cannot read {}", path.display()))?;
         Ok(ImageFile::made(&path.display().to_string(), bytes))
     }

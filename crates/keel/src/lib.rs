@@ -59,6 +59,7 @@ mod high_availability;
 mod history;
 mod image;
 mod import;
+mod input;
 mod leave;
 mod machines;
 mod network;

@@ -2,6 +2,7 @@
 //! shown, and then carried out.
 
 use crate::cluster::Reach;
+use crate::input;
 use crate::output::{self, Format};
 use crate::when;
 use anyhow::{Context, Result, bail};
@@ -145,8 +146,8 @@ pub(crate) fn parse(text: &[u8]) -> Result<PlanInfo> {
 /// A plan in a file.
 fn read(file: &Path) -> Result<PlanInfo> {
     let name = file.display();
-    let text = std::fs::read(file).with_context(|| format!("cannot read plan {name}"))?;
-    parse(&text)
+    let text = input::read_text(file).with_context(|| format!("cannot read plan {name}"))?;
+    parse(text.as_bytes())
         .with_context(|| format!("{name} is not a plan as `keel -o json balance --plan` prints it"))
 }
 

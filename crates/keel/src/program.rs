@@ -1,5 +1,6 @@
 //! A program on a command line: the module, followed by the program's own arguments.
 
+use crate::input;
 use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::path::Path;
@@ -29,7 +30,8 @@ impl Invocation {
     /// The module's bytes.
     pub(crate) fn read(&self) -> Result<Vec<u8>> {
         let module = self.module();
-        std::fs::read(module).with_context(|| format!("cannot read module {}", module.display()))
+        let read = input::read(module, input::MODULE_BYTES_MAX);
+        read.with_context(|| format!("cannot read module {}", module.display()))
     }
 
     /// The arguments of the program; the first is its name.

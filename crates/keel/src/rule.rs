@@ -1,6 +1,7 @@
 //! `keel rule` and `keel label`: placement rules and labels.
 
 use crate::cluster::Reach;
+use crate::input;
 use crate::output::{self, Format};
 use anyhow::{Context, Result, ensure};
 use hyper::Method;
@@ -106,7 +107,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
         }
         RuleCommand::Set { file } => {
             let shown = file.display();
-            let text = std::fs::read_to_string(&file).with_context(|| shown.to_string())?;
+            let text = input::read_text(&file).with_context(|| shown.to_string())?;
             for rule in &parse(&text).with_context(|| shown.to_string())? {
                 let _: serde_json::Value = client.post("/v1/rules", rule).await?;
                 outln!("{}", rule.name);

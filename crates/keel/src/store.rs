@@ -1,6 +1,7 @@
 //! `keel store` and `keel recover`: who holds the store, its backups, and its end without a quorum.
 
 use crate::cluster::Reach;
+use crate::input;
 use crate::output;
 use crate::up::StoreArgs;
 use anyhow::{Context, Result, bail, ensure};
@@ -144,7 +145,8 @@ async fn backup(reach: &Reach, file: &Path) -> Result<ExitCode> {
 
 async fn restore(reach: &Reach, file: &Path, others_are_lost: bool) -> Result<ExitCode> {
     check_confirmed(reach, others_are_lost)?;
-    let bytes = std::fs::read(file).with_context(|| format!("{}", file.display()))?;
+    let bytes = input::read(file, input::BACKUP_BYTES_MAX)
+        .with_context(|| format!("{}", file.display()))?;
     let rebuilt = keel_node::restore(&reach.state_dir(), &bytes).await?;
     tell(&rebuilt);
     Ok(ExitCode::SUCCESS)

@@ -14,6 +14,8 @@ use tokio::time::Instant;
 
 /// The shortest time between two of the common times.
 const TICK: Duration = Duration::from_millis(256);
+/// Slots of tokio's timer wheel.
+const SLOT: Duration = Duration::from_millis(64);
 /// Durations that are as much shorter, as a part of them, count as one of the powers of two.
 const SHORTER_PART: u32 = 32;
 
@@ -40,6 +42,25 @@ pub fn after(duration: Duration) -> Instant {
     let now = Instant::now();
     let first = origin().unwrap_or_else(|| *FIRST.get_or_init(|| now));
     nearest(first, now, duration)
+}
+
+/// Waits for `duration`, and up to 64 ms more: until the next slot of this runtime's timer wheel. For
+/// what must not be early, as a time limit.
+pub async fn sleep_at_least(duration: Duration) {
+    let end = Instant::now() + duration;
+    tokio::time::sleep_until(origin().map_or(end, |origin| slot_from(origin, end))).await;
+}
+
+/// The beginning of the first slot at `end` or after it.
+fn slot_from(origin: Instant, end: Instant) -> Instant {
+    let Some(since_origin) = end.checked_duration_since(origin) else {
+        return end;
+    };
+    let over = (since_origin.as_nanos() % SLOT.as_nanos()) as u64;
+    match over {
+        0 => end,
+        over => end + (SLOT - Duration::from_nanos(over)),
+    }
 }
 
 /// Waits for [about](after) `duration`.
@@ -122,6 +143,18 @@ mod tests {
             assert_eq!((end - origin).as_nanos() % TICK.as_nanos(), 0);
         }
         assert_eq!(super::origin(), None);
+    }
+
+    #[test]
+    fn a_time_limit_is_never_early() {
+        let origin = Instant::now();
+        let end = |ms: u32| slot_from(origin, origin + ms * MS) - origin;
+        assert_eq!(end(0), 0 * MS);
+        assert_eq!(end(1), 64 * MS);
+        assert_eq!(end(64), 64 * MS);
+        assert_eq!(end(65), 128 * MS);
+        assert_eq!(end(4_097), 4_160 * MS);
+        assert_eq!(slot_from(origin + MS, origin), origin);
     }
 
     #[test]

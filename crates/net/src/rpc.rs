@@ -198,8 +198,8 @@ pub struct Options {
     /// After a failed attempt, the time in which [`Peers`] answers with the
     /// same error without another attempt. Default 200 ms.
     pub retry_after: Duration,
-    /// How long a connection of [`Peers`] for bulk data stays when nobody uses it: once to twice this
-    /// time. Default 30 s.
+    /// How long a connection of [`Peers`] for bulk data or urgent requests stays when nobody uses it:
+    /// once to twice this time. Default 30 s.
     pub idle_after: Duration,
     /// Where bytes to and from nodes are counted.
     pub traffic: Traffic,

@@ -701,6 +701,39 @@ async fn an_urgent_connection_is_made_again_after_the_end_of_its_runtime() -> Ou
     Ok(())
 }
 
+/// A far node may take longer to be connected than any of those wait who call it: nobody begins anew.
+#[tokio::test]
+async fn an_urgent_connection_is_made_whoever_gives_up_meanwhile() -> Outcome {
+    const LATE: Duration = Duration::from_millis(300);
+    let ca = Authority::new()?;
+    let handler = Arc::new(TestHandler::default());
+    let tls = ServerTls::node(&ca.node("a")?)?;
+    let server = serve(tls, everyone_is_member(), handler, Options::default()).await?;
+    let address = server.address();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let far = listener.local_addr()?;
+    let relaying = tokio::spawn(async move {
+        while let Ok((mut from, _)) = listener.accept().await {
+            tokio::time::sleep(LATE).await;
+            tokio::spawn(async move {
+                let mut to = tokio::net::TcpStream::connect(address).await?;
+                tokio::io::copy_bidirectional(&mut from, &mut to).await
+            });
+        }
+    });
+    let tls = ClientTls::node(&ca.node("b")?)?;
+    let peers = Peers::new(tls, Options::default());
+    let a = name("a");
+    peers.set_address(&a, &far.to_string());
+    let begun = std::time::Instant::now();
+    let call = async || peers.urgent_call(&a, ECHO, "1".into(), LATE / 3).await;
+    while call().await.is_err() {
+        assert!(begun.elapsed() < LONG, "it is never connected");
+    }
+    relaying.abort();
+    Ok(())
+}
+
 /// Between two looks it carries requests, though none is under way at either.
 #[tokio::test]
 async fn a_connection_that_is_used_now_and_then_stays() -> Outcome {

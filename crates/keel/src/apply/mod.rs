@@ -9,6 +9,7 @@ mod file;
 
 use crate::cluster::Reach;
 use crate::image::ImageFile;
+use crate::input;
 use crate::output::Format;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -83,8 +84,7 @@ struct Plan {
 
 pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     let shown = args.file.display();
-    let text =
-        std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {shown}"))?;
+    let text = input::read_text(&args.file).with_context(|| format!("cannot read {shown}"))?;
     let wanted = file::read(&args.file, &text).map_err(|error| anyhow!(error))?;
     let client = reach.client()?;
     let present: Vec<MachineInfo> = client.get("/v1/machines").await?;

@@ -7,7 +7,7 @@
 mod libvirt;
 mod proxmox;
 
-use crate::{network, system};
+use crate::{input, network, system};
 use anyhow::{Context, Result, bail};
 use keel_kind_qemu::CpuModel;
 use serde::Serialize;
@@ -233,7 +233,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let (mut parts, mut names) = (Vec::new(), BTreeSet::new());
     for file in &args.files {
         let shown = file.display();
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+        let text = input::read_text(file).with_context(|| format!("cannot read {shown}"))?;
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
         let read =
             read(&stem, &text, &storages).map_err(|error| anyhow::anyhow!("{shown}: {error}"))?;

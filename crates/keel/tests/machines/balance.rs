@@ -12,9 +12,6 @@ use std::time::{Duration, Instant};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
-/// One at a time: they measure processors.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
 /// A cluster in which target loads count, so that other load of this computer does not matter.
 async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
     let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
@@ -91,7 +88,7 @@ fn keel(cluster: &LocalCluster, args: &[&str]) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hot_node_cures_itself_and_says_why() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
     burn(&cluster, "a", 12).await;
@@ -172,7 +169,7 @@ async fn a_hot_node_cures_itself_and_says_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unlike_nodes_end_level_in_relative_load() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.2), ("b", 0.4), ("c", 0.8)]).await;
     burn(&cluster, "a", 14).await;
@@ -197,7 +194,7 @@ async fn unlike_nodes_end_level_in_relative_load() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_only_suggested_waits_for_a_person() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.5), ("b", 0.5)]).await;
     cluster
@@ -261,7 +258,7 @@ fn try_keel(cluster: &LocalCluster, args: &[&str]) -> (bool, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_hold_for_everyone_and_are_repaired() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let names = ["a", "b", "c"];
     let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &names)
@@ -350,7 +347,7 @@ async fn rules_hold_for_everyone_and_are_repaired() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_who_race_for_a_rule_one_is_refused() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b", "c"])
         .await
@@ -396,7 +393,7 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
 /// history is kept by time.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_past_is_known_when_the_source_is_gone() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let mut cluster = start(folder.path(), &[("b", 0.4), ("a", 0.4), ("c", 0.4)]).await;
     cluster.set_policy("mode", "suggest").await.unwrap();
@@ -463,7 +460,7 @@ async fn the_past_is_known_when_the_source_is_gone() {
 /// except in a drain.
 #[tokio::test(flavor = "multi_thread")]
 async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.5), ("b", 0.5)]).await;
     let (counter, spinner) = (guest("counter"), guest("spinner"));
@@ -531,7 +528,7 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
 /// matter.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
     cluster.set_policy("mode", "off").await.unwrap();
@@ -602,7 +599,7 @@ async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
 /// it was named.
 #[tokio::test(flavor = "multi_thread")]
 async fn new_machines_start_where_there_is_least_to_do() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
     cluster.set_policy("mode", "suggest").await.unwrap();

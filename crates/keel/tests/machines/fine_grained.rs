@@ -22,9 +22,6 @@ fn guest(name: &str) -> Vec<u8> {
     std::fs::read(guest_path(name)).expect("a prebuilt guest")
 }
 
-/// One at a time: they measure processors.
-static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
 async fn start(folder: &Path, policy: &[(&str, &str)]) -> LocalCluster {
     let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, &NODES).await;
     let cluster = cluster.expect("a cluster whose nodes have quotas");
@@ -118,7 +115,7 @@ fn folder() -> tempfile::TempDir {
 /// same; when a node is drained its part leaves, and the renderer continues.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_program_outgrows_its_node_by_itself() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = folder();
     let cluster = start(folder.path(), &[("mode", "automatic")]).await;
     let module = guest("render");
@@ -198,7 +195,7 @@ async fn a_program_outgrows_its_node_by_itself() {
 /// Two threads on two nodes that contend for one page are moved together.
 #[tokio::test(flavor = "multi_thread")]
 async fn threads_that_share_pages_are_brought_together() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = folder();
     let nodes = [("a", 4.0), ("b", 4.0)];
     let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder.path(), &nodes).await;
@@ -255,7 +252,7 @@ async fn threads_that_share_pages_are_brought_together() {
 /// other parts, with the threads of the drained one.
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_leave_a_node_that_is_drained() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = folder();
     let cluster = start(folder.path(), &[("mode", "off")]).await;
     let module = guest("threads");
@@ -285,7 +282,7 @@ async fn parts_leave_a_node_that_is_drained() {
 /// More memory than the limit of a part: it gets parts, and its unused memory moves there.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_that_rests_goes_where_it_fits() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = folder();
     let cluster = start(folder.path(), &[("mode", "automatic")]).await;
     let module = guest("writer");
@@ -357,7 +354,7 @@ async fn memory_that_rests_goes_where_it_fits() {
 /// parts from its beginning has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_suggested_is_not_done() {
-    let _alone = ALONE.lock().await;
+    let _alone = crate::ALONE.lock().await;
     let folder = folder();
     let cluster = start(folder.path(), &[("mode", "suggest")]).await;
     let module = guest("threads");

@@ -14,3 +14,6 @@ mod images;
 mod logs_since;
 mod set;
 mod volumes;
+
+/// Held by tests that measure processors: one at a time.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

@@ -75,6 +75,20 @@ impl Slice {
         }
     }
 
+    /// Whether the processor time of a worker's group counts as the slice's: not that of an agent
+    /// that was started elsewhere.
+    pub fn holds(&self, group: &Group) -> bool {
+        let unified = |folders: &[Folder]| {
+            let mut folders = folders.iter();
+            let folder = folders.find(|folder| folder.version == Version::V2)?;
+            Some(folder.path.clone())
+        };
+        let own = unified(&self.folders);
+        let of_group = unified(&group.folders);
+        own.zip(of_group)
+            .is_some_and(|(own, of_group)| of_group.starts_with(own))
+    }
+
     /// Processor time of all processes in it so far, in microseconds, where it is accounted.
     pub fn cpu_micros(&self) -> Option<u64> {
         let mut folders = self.folders.iter();

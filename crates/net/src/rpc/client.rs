@@ -185,7 +185,7 @@ impl Client {
 
     /// Whether the connection is lost; a lost one never recovers. One whose runtime has ended is.
     pub fn is_lost(&self) -> bool {
-        self.inner.queue.is_closed() || self.inner.shared.lock().lost.is_some()
+        self.inner.shared.lock().lost.is_some()
     }
 
     /// Clones of this handle and open streams, with this one: 1 if there is no other.
@@ -548,15 +548,32 @@ async fn run<S: AsyncRead + AsyncWrite>(
     outgoing: Outgoing,
     options: Options,
 ) {
-    let reason = tokio::select! {
+    // Of a runtime that ends it is dropped.
+    let mut ended = Ended {
+        shared: shared.clone(),
+        reason: "its runtime has ended".into(),
+    };
+    ended.reason = tokio::select! {
         reason = read(&shared, reader, &options) => reason,
         written = outgoing.write(writer, |frame| shared.mark_sent(frame.request)) => match written {
             Ok(()) => "the connection was closed by this side".into(),
             Err(error) => format!("the connection was lost: {}", io_text(&error)),
         },
     };
-    tracing::debug!(peer = shared.peer, reason, "connection ended");
-    shared.lose(reason);
+}
+
+/// Tells all that wait, when it is dropped, that the connection has ended.
+struct Ended {
+    shared: Arc<Shared>,
+    reason: String,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let reason = std::mem::take(&mut self.reason);
+        tracing::debug!(peer = self.shared.peer, reason, "connection ended");
+        self.shared.lose(reason);
+    }
 }
 
 async fn read<R: AsyncRead + Unpin>(

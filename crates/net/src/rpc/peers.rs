@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 
 use super::client::WeakClient;
@@ -41,15 +42,19 @@ enum Sort {
 }
 
 /// Held while connecting, so that callers share one attempt.
-type Way = tokio::sync::Mutex<Link>;
+type Way = Arc<tokio::sync::Mutex<Link>>;
+
+/// Time for an urgent connection to be made. What is lost on the way is sent again sooner by the next
+/// attempt than by TCP.
+const URGENT_CONNECT_PATIENCE: Duration = Duration::from_millis(1500);
 
 impl Peer {
     fn new(address: &str) -> Arc<Self> {
         Arc::new(Peer {
             address: address.into(),
-            control: Way::new(Link::None),
-            urgent: Way::new(Link::None),
-            bulk: Way::new(Link::None),
+            control: Way::default(),
+            urgent: Way::default(),
+            bulk: Way::default(),
         })
     }
 
@@ -85,10 +90,15 @@ impl Peer {
     }
 }
 
+#[derive(Default)]
 enum Link {
+    #[default]
     None,
     Up(Client),
-    Failed { at: Instant, reason: String },
+    Failed {
+        at: Instant,
+        reason: String,
+    },
 }
 
 impl Peers {
@@ -162,41 +172,35 @@ impl Peers {
                 reason: "its address is not known; is it in `keel nodes`?".into(),
             });
         };
-        let not_sent = |reason: String| RpcError::NotSent {
-            peer: format!("node {node} at {}", peer.address),
-            reason,
-        };
-        let mut link = peer.way(sort).lock().await;
+        let link = peer.way(sort).clone().lock_owned().await;
         match &*link {
             Link::Up(client) if !client.is_lost() => return Ok(client.clone()),
             Link::Failed { at, reason } if at.elapsed() < self.options.retry_after => {
-                return Err(not_sent(reason.clone()));
+                return Err(not_sent(node, &peer, reason.clone()));
             }
             Link::Up(_) | Link::Failed { .. } | Link::None => {}
         }
+        let options = self.options.clone();
         let tls = self
             .tls
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
-        match Client::connect(&peer.address, &tls, node, self.options.clone()).await {
-            Ok(client) => {
-                *link = Link::Up(client.clone());
-                if sort != Sort::Control {
-                    let (weak, watched) = (Arc::downgrade(&peer), client.downgrade());
-                    let idle = self.options.idle_after;
-                    tokio::spawn(Peer::close_when_idle(weak, sort, watched, idle));
-                }
-                Ok(client)
-            }
-            Err(error) => {
-                let reason = error.to_string();
-                *link = Link::Failed {
-                    at: Instant::now(),
-                    reason: reason.clone(),
-                };
-                Err(not_sent(reason))
-            }
+        if sort != Sort::Urgent {
+            return connect(peer, node, sort, link, (tls, options)).await;
+        }
+        // Whoever waits for an urgent connection may give up sooner than one can be made, and so would the
+        // next one.
+        let node = node.clone();
+        let (name, address) = (node.clone(), peer.clone());
+        let connecting = async move {
+            let connecting = connect(peer, &node, sort, link, (tls, options));
+            tokio::time::timeout(URGENT_CONNECT_PATIENCE, connecting).await
+        };
+        match tokio::spawn(connecting).await {
+            Ok(Ok(connected)) => connected,
+            Ok(Err(error)) => Err(not_sent(&name, &address, error.to_string())),
+            Err(error) => Err(not_sent(&name, &address, error.to_string())),
         }
     }
 
@@ -305,6 +309,42 @@ impl Peers {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NodeName, Arc<Peer>>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes a connection; `link` is held meanwhile.
+async fn connect(
+    peer: Arc<Peer>,
+    node: &NodeName,
+    sort: Sort,
+    mut link: OwnedMutexGuard<Link>,
+    (tls, options): (ClientTls, Options),
+) -> Result<Client, RpcError> {
+    let idle = options.idle_after;
+    match Client::connect(&peer.address, &tls, node, options).await {
+        Ok(client) => {
+            *link = Link::Up(client.clone());
+            if sort != Sort::Control {
+                let (weak, watched) = (Arc::downgrade(&peer), client.downgrade());
+                tokio::spawn(Peer::close_when_idle(weak, sort, watched, idle));
+            }
+            Ok(client)
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            *link = Link::Failed {
+                at: Instant::now(),
+                reason: reason.clone(),
+            };
+            Err(not_sent(node, &peer, reason))
+        }
+    }
+}
+
+fn not_sent(node: &NodeName, peer: &Peer, reason: String) -> RpcError {
+    RpcError::NotSent {
+        peer: format!("node {node} at {}", peer.address),
+        reason,
     }
 }
 

@@ -135,7 +135,9 @@ pub(super) struct Meter {
     /// For how long machines were held back by their limits.
     throttled: HashMap<u32, u64>,
     traffic: BTreeMap<NodeName, traffic::Bytes>,
+    /// When the node was last looked at, and when it was last measured.
     at: Option<Instant>,
+    measured_at: Option<Instant>,
 }
 
 impl Meter {
@@ -158,6 +160,7 @@ impl Meter {
             throttled: HashMap::new(),
             traffic: BTreeMap::new(),
             at: None,
+            measured_at: None,
         }
     }
 
@@ -170,44 +173,50 @@ impl Meter {
         speed: f64,
     ) -> Option<Measured> {
         let now = Instant::now();
-        let seconds = self.at.map(|at| now.duration_since(at).as_secs_f64());
-        if seconds.is_some_and(|seconds| seconds < APART_S_MIN) {
+        let since = |at: Instant| now.duration_since(at).as_secs_f64();
+        if self.at.is_some_and(|at| since(at) < APART_S_MIN) {
             return None;
         }
         self.at = Some(now);
+        let seconds = self.measured_at.map(since);
         let known = self.limits.take();
         let known = known.filter(|known| known.read.elapsed() < LIMITS_AGE);
         let limits = self.limits.insert(known.unwrap_or_else(Limits::read));
-        let (budget, cores_of_host) = (&limits.budget, limits.cores_of_host);
-        let host = HostProcessors::read();
-        let host_memory = HostMemory::read();
-        let own = own_time();
-        let pressure = pressure(workers, budget);
+        let (budget, cores_of_host) = (limits.budget, limits.cores_of_host);
+        let traffic = traffic.so_far();
         let (of_machines, of_parts) = (workers.processes(), parts.processes());
         let mut processes: Vec<u32> = of_machines.iter().chain(&of_parts).map(|it| it.1).collect();
         processes.sort_unstable();
+        let in_slice = |pid: &u32| {
+            let group = self.groups.get(pid);
+            group.is_some_and(|group| workers.slice().holds(group))
+        };
+        let is_accounted = processes.iter().all(in_slice);
+        let network = traffic
+            .values()
+            .map(|it| it.sent.saturating_add(it.received));
         let look = Look {
             at: now,
-            // (Parts have groups of their own.)
-            machines_micros: of_parts
-                .is_empty()
-                .then(|| workers.slice().cpu_micros())
-                .flatten(),
-            pressure,
-            host,
+            machines_micros: is_accounted.then(|| workers.slice().cpu_micros()).flatten(),
+            pressure: pressure(workers, &budget),
+            host: HostProcessors::read(),
+            memory: HostMemory::read(),
+            network_bytes: network.fold(0, u64::saturating_add),
+            budget,
             cores_of_host,
-            memory: host_memory,
             processes,
         };
+        let (pressure, host, host_memory) = (look.pressure, look.host, look.memory);
         if self.rest.stands(look)
-            && let Some(last) = self.last.clone()
+            && let Some(last) = &mut self.last
         {
+            last.capacity.speed = speed;
+            let last = last.clone();
             self.look_at_working_sets();
-            self.traffic = traffic.so_far();
-            self.own = own;
-            self.host = host;
             return Some(last);
         }
+        self.measured_at = Some(now);
+        let own = own_time();
         if !pressure.has_same_stalls(&self.pressure) {
             self.stalled = Some(now);
         }
@@ -215,7 +224,6 @@ impl Meter {
             Some(at) if at.elapsed() < STALLS_LATE_MAX => Stalls::Possible,
             _ => Stalls::None,
         };
-        let traffic = traffic.so_far();
         let mut counters = HashMap::new();
         let mut residents = Vec::new();
         let mut machines = HashMap::new();
@@ -305,7 +313,7 @@ impl Meter {
                 share(self.throttled.get(pid).copied(), Some(*micros), seconds)
             });
             let waited = share(self.pressure.cpu_micros, pressure.cpu_micros, seconds);
-            let (capacity_bytes, base_bytes) = memory(budget, host_memory, memory_bytes);
+            let (capacity_bytes, base_bytes) = memory(&budget, host_memory, memory_bytes);
             Measured {
                 capacity: Capacity {
                     cores: cores.max(0.01),

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 /// The memory of a process is not read again before it ran for so long, in which it occupies some
 /// MiB at most, or [`AGE_MAX`] passed.
 const RESIDENT_RAN_NANOS: u64 = 2_000_000;
-/// Readings of a process that rests are not older. What its threads ran in that time, less than a
-/// tick of 10 ms, counts in one second.
+/// A reading of a process that rests is not taken again before it is so old. What its threads ran
+/// meanwhile, less than a tick of 10 ms, counts when it is.
 const AGE_MAX: Duration = Duration::from_secs(30);
 
 /// Counters of one thread.

@@ -2,14 +2,15 @@
 //! measurement stands then, and not even one file of each machine is read. A node at rest has many.
 
 use crate::host::{HostMemory, HostProcessors};
-use keel_machine::cgroup::Pressure;
+use keel_machine::cgroup::{Budget, Pressure};
 use std::time::{Duration, Instant};
 
-/// Machines that use no more rest, in cores for each of them. What they use while a measurement stands
-/// counts in the second after it: of 30 s a hundredth of a core for each.
+/// Machines that use no more rest, in cores for each of them.
 const MACHINE_CORES_MAX: f64 = 0.0005;
 /// What the host's processes use by more or less is no change, in cores.
 const HOST_CORES_MAX: f64 = 0.05;
+/// What the node sends and receives by more is no rest, in bytes a second.
+const NETWORK_BYTES_PER_S_MAX: f64 = 1e6;
 /// What the free memory differs by without a change, as a part of all memory.
 const MEMORY_PART: u64 = 200;
 /// The longest time for which a measurement stands.
@@ -23,6 +24,10 @@ pub(super) struct Look {
     pub(super) machines_micros: Option<u64>,
     pub(super) pressure: Pressure,
     pub(super) host: HostProcessors,
+    /// To and from other nodes.
+    pub(super) network_bytes: u64,
+    /// What this node may use.
+    pub(super) budget: Budget,
     pub(super) cores_of_host: f64,
     pub(super) memory: HostMemory,
     /// Of machines here, whether they run here or not. Sorted.
@@ -30,18 +35,29 @@ pub(super) struct Look {
 }
 
 impl Look {
-    /// Cores that machines and all processes of the host used since an earlier look; `None` if it is not
+    /// Whether machines, and the links to other nodes, have rested since an earlier look, as far as it is
     /// known.
-    fn cores_since(&self, before: &Look) -> Option<(f64, f64)> {
+    fn has_rested_since(&self, before: &Look) -> bool {
         let seconds = self.at.duration_since(before.at).as_secs_f64();
-        let micros = self.machines_micros?.checked_sub(before.machines_micros?)?;
-        let busy = self.host.shares_since(&before.host).busy * self.cores_of_host;
-        (seconds > 0.0).then(|| (micros as f64 / 1e6 / seconds, busy))
+        let micros = self.machines_micros.zip(before.machines_micros);
+        let micros = micros.and_then(|(now, before)| now.checked_sub(before));
+        let machines_s = MACHINE_CORES_MAX * self.processes.len() as f64 * seconds;
+        let network = self.network_bytes.saturating_sub(before.network_bytes);
+        micros.is_some_and(|micros| micros as f64 / 1e6 <= machines_s)
+            && network as f64 <= NETWORK_BYTES_PER_S_MAX * seconds
     }
 
-    /// Whether machines are other ones, or may have waited for memory or a disk.
+    /// Cores of the host that were busy since an earlier look.
+    fn host_cores_since(&self, before: &Look) -> f64 {
+        self.host.shares_since(&before.host).busy * self.cores_of_host
+    }
+
+    /// Whether machines are other ones or may have waited for memory or a disk, or the node may use more or
+    /// less.
     fn differs(&self, before: &Look) -> bool {
-        self.processes != before.processes || !self.pressure.has_same_stalls(&before.pressure)
+        self.processes != before.processes
+            || self.budget != before.budget
+            || !self.pressure.has_same_stalls(&before.pressure)
     }
 }
 
@@ -58,10 +74,9 @@ pub(super) struct Rest {
 impl Rest {
     /// Takes another look. Whether the last measurement stands.
     pub(super) fn stands(&mut self, look: Look) -> bool {
-        let cores = self.last.as_ref().and_then(|last| look.cores_since(last));
-        let most = MACHINE_CORES_MAX * look.processes.len() as f64;
-        let rests = cores.is_some_and(|(machines, _)| machines <= most);
-        let host_cores = cores.map_or(0.0, |(_, host)| host);
+        let last = self.last.as_ref();
+        let rests = last.is_some_and(|last| look.has_rested_since(last));
+        let host_cores = last.map_or(0.0, |last| look.host_cores_since(last));
         let stands = self.measured.as_ref().is_some_and(|(measured, cores)| {
             let available = measured.memory.available_bytes;
             let freed_or_used = look.memory.available_bytes.abs_diff(available);
@@ -73,7 +88,6 @@ impl Rest {
         });
         if !stands {
             // What a machine uses is known from its second measurement on.
-            let last = self.last.as_ref();
             let is_whole = last.is_some_and(|last| last.processes == look.processes);
             self.measured = (rests && is_whole).then(|| (look.clone(), host_cores));
         }
@@ -100,6 +114,8 @@ mod tests {
                 stolen: 0,
                 all: 200 * second,
             },
+            network_bytes: 1_000 * second,
+            budget: Budget::default(),
             cores_of_host: 2.0,
             memory: HostMemory {
                 bytes: 1 << 30,
@@ -143,6 +159,8 @@ mod tests {
         assert!(is_measured(|it| it.host.busy += 6));
         assert!(is_measured(|it| it.memory.available_bytes -= 6 << 20));
         assert!(is_measured(|it| it.memory.available_bytes += 6 << 20));
+        assert!(is_measured(|it| it.network_bytes += 1_000_000));
+        assert!(is_measured(|it| it.budget.cores = Some(0.5)));
         assert!(is_measured(|it| it.processes = vec![7]));
         assert!(is_measured(|it| it.processes = vec![7, 9]));
     }

@@ -109,7 +109,7 @@ impl Task<'_> {
                     let datagram = received.get_mut(..length).unwrap_or_default();
                     wake_at = self.receive(socket, datagram, from).unwrap_or(wake_at);
                 }
-                () = tokio::time::sleep(wait) => {
+                () = coarse_timer::sleep_at_least(wait) => {
                     wake_at = self.step(socket, Event::Tick);
                     self.update_doubts();
                 }

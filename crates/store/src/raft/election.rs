@@ -41,7 +41,7 @@ pub(super) const ELECTION_MAX: u64 = 350;
 pub(super) const LEASE: Duration = Duration::from_millis(ELECTION_MAX);
 /// Bounds, in milliseconds, of the random time on top of [`LEASE`] after which a silent leader is
 /// to be replaced. The heartbeats of a busy computer are late, so it does not begin at zero.
-const AFTER_LEADER_MS: std::ops::Range<u64> = 100..400;
+const AFTER_LEADER_MS: std::ops::Range<u64> = 150..450;
 /// Bounds of the time for an election to be won; a vote takes two writes to disk.
 const AFTER_ELECTION_MS: std::ops::Range<u64> = 200..500;
 /// Bounds of the pause after a pre-vote that failed, or was given to another.
@@ -284,7 +284,7 @@ mod tests {
             let due = timer.due(&seen(heard, true));
             let wait = due - heard;
             assert!(wait > LEASE, "{wait:?}");
-            assert!(wait < LEASE + Duration::from_millis(400), "{wait:?}");
+            assert!(wait < LEASE + Duration::from_millis(450), "{wait:?}");
             // Looking again changes nothing.
             assert_eq!(timer.due(&seen(heard, true)), due);
             waits.insert(wait);

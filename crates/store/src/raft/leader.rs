@@ -297,7 +297,8 @@ impl Leader {
             last_round = Instant::now();
             let lacks = is_any_behind(&self.raft.metrics().borrow());
             let resend_after = if lacks { HEARTBEAT } else { RESEND_EVERY };
-            if last_round.duration_since(last_resend) >= resend_after {
+            // (Rounds are late by this and that.)
+            if last_round.duration_since(last_resend) + HEARTBEAT / 2 >= resend_after {
                 last_resend = last_round;
                 self.raft.trigger().heartbeat().await.ok();
             }

@@ -41,8 +41,9 @@ pub(super) trait Transport: Send + Sync {
     ) -> BoxFuture<'static, Result<Bytes, RpcError>>;
 }
 
-/// The connections of the agent. Those for voters live on the store's thread, where they wait for
-/// nothing else that the agent does; only a snapshot goes over one of the agent's own.
+/// The connections of the agent. Those for entries and heartbeats live on the store's thread, where
+/// they wait for nothing else that the agent does. Votes go over those of the agent, which are there
+/// already: a voter that becomes the leader has no others yet.
 pub(super) struct AgentConnections {
     peers: Arc<Peers>,
     /// The agent's runtime. Its connections are shared with the rest of the agent and outlive this
@@ -78,12 +79,17 @@ impl Transport for AgentConnections {
             self.peers.set_address(&node, &voter.address);
         }
         let peers = self.peers.clone();
-        if kind != kind::RAFT_SNAPSHOT {
+        if kind == kind::RAFT_APPEND {
             return Box::pin(
                 async move { peers.urgent_call(&node, kind, request, patience).await },
             );
         }
-        let calling = async move { peers.bulk_call(&node, kind, request, patience).await };
+        let calling = async move {
+            match kind {
+                kind::RAFT_SNAPSHOT => peers.bulk_call(&node, kind, request, patience).await,
+                _ => peers.call(&node, kind, request, patience).await,
+            }
+        };
         let calling = self.runtime.spawn(calling);
         Box::pin(async move {
             let answer = calling.await;
