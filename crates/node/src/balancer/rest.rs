@@ -35,8 +35,8 @@ pub(super) struct Look {
 }
 
 impl Look {
-    /// Whether machines, and the links to other nodes, have rested since an earlier look, as far as it is
-    /// known.
+    /// Whether machines, and links to other nodes, have rested since an earlier look; `false` if it is
+    /// not known.
     fn has_rested_since(&self, before: &Look) -> bool {
         let seconds = self.at.duration_since(before.at).as_secs_f64();
         let micros = self.machines_micros.zip(before.machines_micros);
@@ -52,8 +52,8 @@ impl Look {
         self.host.shares_since(&before.host).busy * self.cores_of_host
     }
 
-    /// Whether machines are other ones or may have waited for memory or a disk, or the node may use more or
-    /// less.
+    /// Whether machines are other ones or may have waited for memory or a disk, or what the node may use
+    /// is another.
     fn differs(&self, before: &Look) -> bool {
         self.processes != before.processes
             || self.budget != before.budget
@@ -66,8 +66,8 @@ impl Look {
 pub(super) struct Rest {
     /// The last one.
     last: Option<Look>,
-    /// That of the last measurement, with the cores that the host used then; `None` if machines did not
-    /// rest.
+    /// That of the last measurement, with the cores that the host used then; `None` if the node did
+    /// not rest.
     measured: Option<(Look, f64)>,
 }
 
