@@ -172,8 +172,9 @@ mod tests {
             let now = first + begun * MS;
             for ms in [250, 499, 500, 1_999, 2_000] {
                 let waits = nearest(first, now, ms * MS) - now;
+                // Half of a step earlier or later, which may be a little longer than what was asked for.
                 assert!(
-                    waits >= ms * MS / 2 && waits <= 3 * ms * MS / 2,
+                    waits * 32 >= ms * MS * 15 && waits * 32 <= ms * MS * 49,
                     "{begun}, {ms}"
                 );
             }
