@@ -112,7 +112,7 @@ async fn a_machine_spans_nodes_while_it_runs() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
     let module = guest("threads");
-    let args = ["6", "600000"];
+    let args = ["6", "1000000"];
     run(&bench, &Guest::new("alone", "b", &module, &args)).await;
     run(&bench, &Guest::new("spread", "a", &module, &args)).await;
     let mut rng = SmallRng::seed_from_u64(9);
