@@ -149,7 +149,7 @@ mod tests {
     fn a_time_limit_is_never_early() {
         let origin = Instant::now();
         let end = |ms: u32| slot_from(origin, origin + ms * MS) - origin;
-        assert_eq!(end(0), 0 * MS);
+        assert_eq!(end(0), Duration::ZERO);
         assert_eq!(end(1), 64 * MS);
         assert_eq!(end(64), 64 * MS);
         assert_eq!(end(65), 128 * MS);
