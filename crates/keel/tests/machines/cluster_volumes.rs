@@ -424,11 +424,13 @@ async fn a_place_that_vanishes_pauses_machines() {
     }
     let error = bench.fails(&["volume", "inspect", "data"]);
     assert!(error.is_empty(), "{error}");
-    // Writes in progress have created folders again; these do not count.
-    if there.exists() {
-        std::fs::remove_dir_all(&there).expect("nothing of value");
-    }
-    std::fs::rename(&away, &there).expect("it is put back");
+    // Writes in progress create folders again, also while these are removed.
+    wait_for("the place is put back", || async {
+        let _ = std::fs::remove_dir_all(&there);
+        std::fs::rename(&away, &there).ok()
+    })
+    .await
+    .expect("the place");
     let after = bench.goes_on("m", 1).await;
     assert!(after.last > before.last);
     bench.status("m", "running").await;
