@@ -51,6 +51,7 @@ pub(crate) const LONG: &[Group] = &[
             "failpoints::agents_killed_or_failed_at_each_step_of_a_home_migration",
             "failpoints::workers_killed_or_failed_at_each_step_of_a_home_migration",
             "ownership::a_worker_that_dies_in_doubt_leaves_one_copy",
+            "ownership::a_worker_in_arrival_is_not_taken_for_one_left_over",
         ],
     },
     Group {
@@ -77,6 +78,7 @@ pub(crate) const LONG: &[Group] = &[
             "null_moves_survive_faults_of_agents",
             "null_moves_survive_faults_of_workers",
             "null_checkpoints_and_starts_survive_faults",
+            "a_drain_moves_machines_of_all_kinds",
         ],
     },
     Group {
@@ -95,6 +97,8 @@ pub(crate) const LONG: &[Group] = &[
             "the_home_moves_while_it_runs",
             "limits::idle_memory_is_reported",
             "fine_grained::threads_that_share_pages_are_brought_together",
+            "zstd_compresses_the_same_on_three_parts",
+            "parts_join_and_leave_while_it_runs",
         ],
     },
     Group {
@@ -132,6 +136,9 @@ pub(crate) const LONG: &[Group] = &[
             "store_voters::a_zone_that_comes_later_gets_a_voter",
             "addresses::each_voter_of_three_gets_another_address",
             "leave::a_node_leaves_and_joins_again",
+            "leave::the_machines_of_a_dead_node_are_given_up_when_somebody_says_so",
+            "store_voters::a_voter_whose_copy_is_damaged_gets_another_one",
+            "certificates::a_replacement_waits_for_every_node_and_survives_its_leader",
         ],
     },
     Group {
@@ -180,6 +187,7 @@ pub(crate) const LONG: &[Group] = &[
             "own_disk::the_own_disk_of_a_system_moves_along",
             "full_disk::a_system_waits_for_room_on_its_disk",
             "images::systems_begin_with_images_that_have_a_name",
+            "images::two_nodes_keep_an_image_whichever_node_is_lost",
         ],
     },
     Group {
@@ -209,6 +217,7 @@ pub(crate) const LONG: &[Group] = &[
             "failover::a_damaged_copy_of_a_checkpoint_is_fetched_again",
             "failover::a_machine_with_parts_goes_on_whole_from_its_checkpoint",
             "failover::high_availability_is_turned_on_and_off_while_a_machine_runs",
+            "failover::a_worker_that_stands_still_is_killed_when_the_lease_ends",
         ],
     },
     Group {
@@ -226,7 +235,10 @@ pub(crate) const LONG: &[Group] = &[
         name: "volumes",
         crates: &["wasi", "kind-wasm", "machine", "node"],
         message_delay_ms: None,
-        tests: &["cluster_volumes::nothing_synced_is_lost_at_any_step_of_a_move"],
+        tests: &[
+            "cluster_volumes::nothing_synced_is_lost_at_any_step_of_a_move",
+            "cluster_volumes::checkpoints_take_volumes_along",
+        ],
     },
     Group {
         name: "balancing",
@@ -238,6 +250,9 @@ pub(crate) const LONG: &[Group] = &[
             "drain::a_drained_node_is_empty_closed_and_opened_again",
             "fine_grained::a_program_outgrows_its_node_by_itself",
             "fine_grained::what_is_suggested_is_not_done",
+            "fine_grained::memory_that_rests_goes_where_it_fits",
+            "balance::promises_count_where_they_are_wanted_and_who_opted_out_stays",
+            "balance::new_machines_start_where_there_is_least_to_do",
             "it_converges_from_any_start",
             "no_move_breaks_a_rule_on_any_seed",
         ],
@@ -263,6 +278,7 @@ pub(crate) const LONG: &[Group] = &[
             "core",
             "operands::a_block_with_very_many_operands",
             "references_and_tables",
+            "several_wide_memories",
             "guests::programs_with_threads",
             "guests::threads_at_a_high_rate",
             "guests::zstd",

@@ -20,6 +20,7 @@ pub mod install;
 pub mod port;
 mod power;
 mod processes;
+mod programs;
 mod requests;
 mod system;
 

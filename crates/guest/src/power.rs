@@ -1,7 +1,7 @@
 //! The end of the system, as its host asks for it.
 
 use crate::failure::Failure;
-use crate::processes::PATH;
+use crate::programs::PATH;
 use std::io;
 use std::process::{Command, Stdio};
 use std::thread::sleep;

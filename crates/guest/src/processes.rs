@@ -1,14 +1,13 @@
 //! Processes that the host has started here, until it has learnt their ends.
 
 use crate::failure::Failure;
+use crate::programs;
 use data_encoding::BASE64;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::env;
 use std::io::{self, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,9 +19,6 @@ const RUNNING_MAX: usize = 64;
 const ENDS_MAX: usize = 32;
 /// Bytes of each output that are kept: as many as a node passes on to a user.
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
-
-/// Where programs are, for an agent that was started without a path.
-pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The arguments of `guest-exec`.
 #[derive(Debug, Default, Deserialize)]
@@ -184,7 +180,9 @@ fn command(start: &Start, has_input: bool) -> Command {
         true => Stdio::piped(),
         false => Stdio::null(),
     };
-    let mut command = Command::new(found(&start.path));
+    // (Its own environment may have no path.)
+    let program = programs::find(&start.path).unwrap_or_else(|| start.path.clone().into());
+    let mut command = Command::new(program);
     command
         .args(&start.arg)
         .stdin(match has_input {
@@ -201,18 +199,6 @@ fn command(start: &Start, has_input: bool) -> Command {
         command.env_clear().envs(pairs);
     }
     command
-}
-
-/// A program that is given by its name, where the agent finds it: its environment may have no path.
-fn found(program: &str) -> PathBuf {
-    if program.contains('/') {
-        return program.into();
-    }
-    let path = env::var_os("PATH").unwrap_or_else(|| PATH.into());
-    let mut places = env::split_paths(&path).map(|folder| folder.join(program));
-    places
-        .find(|place| place.is_file())
-        .unwrap_or_else(|| program.into())
 }
 
 fn spawn<T: Send + 'static>(

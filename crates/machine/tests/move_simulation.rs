@@ -39,7 +39,7 @@ use std::ops::Range;
 use world::{CALM_STEPS, Defect, End, FAULTY_STEPS, World};
 
 /// Seeds of the usual suite; the long test tries those up to [`MANY_SEEDS`].
-const SEEDS: u64 = 25_000;
+const SEEDS: u64 = 12_500;
 const MANY_SEEDS: u64 = 200_000;
 
 fn run(seed: u64, defect: Defect, trace: bool) -> End {

@@ -189,7 +189,8 @@ pub struct Options {
     pub anonymous_connections_max: usize,
     /// How long an anonymous connection may last. Default 30 s.
     pub anonymous_lifetime: Duration,
-    /// How often the client sends a ping. Default 2 s.
+    /// How often the client sends a ping. Default 4 s: each wakes both sides, on all connections of an
+    /// agent that rests.
     pub keepalive: Duration,
     /// Silence after which either side gives the connection up. Default 10 s.
     pub dead_after: Duration,
@@ -216,7 +217,7 @@ impl Default for Options {
             connections_max: 4096,
             anonymous_connections_max: 32,
             anonymous_lifetime: Duration::from_secs(30),
-            keepalive: Duration::from_secs(2),
+            keepalive: Duration::from_secs(4),
             dead_after: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             retry_after: Duration::from_millis(200),
