@@ -235,7 +235,10 @@ impl World {
 
     fn sees(&self, node: usize, other: usize) -> Option<Liveness> {
         let gossip = self.nodes[node].as_ref().expect("it runs");
-        gossip.liveness().get(&name(other)).copied()
+        let seen = gossip.liveness().get(&name(other)).copied();
+        let is_silent = seen.is_some_and(|seen| seen != Liveness::Alive);
+        assert_eq!(gossip.silent().contains(&name(other)), is_silent);
+        seen
     }
 
     fn running(&self) -> Vec<usize> {

@@ -160,16 +160,30 @@ impl Gossip {
 
     /// What is known of the other members; nothing of those that were never heard of.
     pub fn liveness(&self) -> BTreeMap<NodeName, Liveness> {
+        self.known()
+            .map(|(node, state)| (node.clone(), state))
+            .collect()
+    }
+
+    /// The other members that are known not to answer: usually none.
+    pub fn silent(&self) -> BTreeSet<NodeName> {
+        self.known()
+            .filter(|(_, state)| *state != Liveness::Alive)
+            .map(|(node, _)| node.clone())
+            .collect()
+    }
+
+    fn known(&self) -> impl Iterator<Item = (&NodeName, Liveness)> {
         let known = self.swim.iter_membership_state();
         let known = known.filter(|member| self.members.contains(member.id().node()));
-        let state = |member: &Member<Instance>| match member.state() {
-            State::Alive => Liveness::Alive,
-            State::Suspect => Liveness::Suspected,
-            State::Down => Liveness::Down,
-        };
-        known
-            .map(|member| (member.id().node().clone(), state(member)))
-            .collect()
+        known.map(|member| {
+            let state = match member.state() {
+                State::Alive => Liveness::Alive,
+                State::Suspect => Liveness::Suspected,
+                State::Down => Liveness::Down,
+            };
+            (member.id().node(), state)
+        })
     }
 
     /// How often this node was taken to be down since its agent began, and went on.

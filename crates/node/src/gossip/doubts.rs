@@ -1,7 +1,6 @@
 //! Which nodes are better not asked just now.
 
 use keel_cluster::NodeName;
-use keel_cluster::gossip::Liveness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -14,20 +13,15 @@ const DOUBT_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Doubts(BTreeMap<NodeName, Duration>);
 
 impl Doubts {
-    /// The nodes to avoid at `now`.
+    /// The nodes to avoid at `now`, of those that do not answer.
     pub(super) fn update(
         &mut self,
-        liveness: &BTreeMap<NodeName, Liveness>,
+        silent: BTreeSet<NodeName>,
         now: Duration,
     ) -> BTreeSet<NodeName> {
-        let answers = |node: &NodeName| {
-            liveness
-                .get(node)
-                .is_none_or(|liveness| *liveness == Liveness::Alive)
-        };
-        self.0.retain(|node, _| !answers(node));
-        for node in liveness.keys().filter(|node| !answers(node)) {
-            self.0.entry(node.clone()).or_insert(now);
+        self.0.retain(|node, _| silent.contains(node));
+        for node in silent {
+            self.0.entry(node).or_insert(now);
         }
         let recent = self.0.iter();
         let recent = recent.filter(|(_, since)| now.saturating_sub(**since) < DOUBT_MAX);
@@ -43,18 +37,14 @@ mod tests {
     fn a_doubt_counts_for_a_while_only() {
         let node: NodeName = "b".parse().expect("a name");
         let mut doubts = Doubts::default();
-        let mut doubted = |liveness, at| {
-            let liveness = BTreeMap::from([(node.clone(), liveness)]);
-            !doubts.update(&liveness, Duration::from_secs(at)).is_empty()
+        let mut doubted = |is_silent: bool, at| {
+            let silent = is_silent.then(|| node.clone()).into_iter().collect();
+            !doubts.update(silent, Duration::from_secs(at)).is_empty()
         };
-        assert!(!doubted(Liveness::Alive, 0));
-        assert!(doubted(Liveness::Suspected, 1) && doubted(Liveness::Down, 10));
-        assert!(!doubted(Liveness::Down, 11) && !doubted(Liveness::Down, 500));
-        assert!(!doubted(Liveness::Alive, 501) && doubted(Liveness::Suspected, 502));
-        assert!(
-            doubts
-                .update(&BTreeMap::new(), Duration::from_secs(503))
-                .is_empty()
-        );
+        assert!(!doubted(false, 0));
+        assert!(doubted(true, 1) && doubted(true, 10));
+        assert!(!doubted(true, 11) && !doubted(true, 500));
+        assert!(!doubted(false, 501) && doubted(true, 502));
+        assert!(!doubted(false, 503));
     }
 }

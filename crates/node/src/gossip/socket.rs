@@ -188,12 +188,12 @@ impl Task<'_> {
     }
 
     fn update_doubts(&mut self) {
-        let liveness = {
+        let silent = {
             let machine = self.gossip.machine.lock();
             let machine = machine.unwrap_or_else(PoisonError::into_inner);
-            machine.as_ref().map(Gossip::liveness).unwrap_or_default()
+            machine.as_ref().map(Gossip::silent).unwrap_or_default()
         };
-        let doubted = self.doubts.update(&liveness, self.gossip.now());
+        let doubted = self.doubts.update(silent, self.gossip.now());
         self.gossip.doubted.send_if_modified(|known| {
             let is_other = *known != doubted;
             for node in doubted.difference(known) {
