@@ -1,15 +1,13 @@
 //! The directory half of a part: holders of its pages, queued requests, and the known locations of
 //! all other directories.
 
-mod entry;
-
+use super::directory_entry::{Entry, incremented};
 use super::message::{Holders, Message, PageEntry, Request, Txn};
 use super::page_map::PageMap;
 use super::{
     Access, Command, Config, Output, PageId, PartId, PartSet, Placement, ProtocolError, Segment,
     pages_from,
 };
-use entry::{Entry, incremented};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 

@@ -81,6 +81,7 @@
 
 mod copies;
 mod directory;
+mod directory_entry;
 mod home_migration;
 mod message;
 mod page_map;

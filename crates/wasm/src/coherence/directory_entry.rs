@@ -1,7 +1,7 @@
 //! What a directory knows of one page, and the beginning of its transactions.
 
-use crate::coherence::message::{Holders, Message, Request, Txn};
-use crate::coherence::{Access, Output, PageId, PartId, PartSet, ProtocolError};
+use super::message::{Holders, Message, Request, Txn};
+use super::{Access, Output, PageId, PartId, PartSet, ProtocolError};
 use std::collections::VecDeque;
 
 /// A page that is not in its initial state.
@@ -153,7 +153,7 @@ impl Holders {
     }
 
     /// Whether they are consistent, and among these parts.
-    pub(in crate::coherence) fn are_subset_of(self, parts: PartSet) -> bool {
+    pub(super) fn are_subset_of(self, parts: PartSet) -> bool {
         match self {
             Holders::Owner(owner) => parts.contains(owner),
             Holders::Readers { owner, readers } => {
