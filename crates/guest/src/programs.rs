@@ -6,8 +6,7 @@ use std::path::PathBuf;
 /// The folders of programs, for an agent that was started without a path.
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A program by its name, as a shell would find it; a name with a slash is its place, whatever is
-/// there.
+/// A program by its name, as a shell would find it; a name with a slash is its place.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return Some(program.into());

@@ -74,3 +74,20 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) -> Outc
     }
     Err(format!("never happened: {what}").into())
 }
+
+/// Waits until `attempt` succeeds, at most ten seconds: what it returned then.
+pub async fn succeeds<T, E: std::fmt::Display>(
+    what: &str,
+    attempt: impl AsyncFn() -> Result<T, E>,
+) -> Result<T, Box<dyn Error>> {
+    let begun = std::time::Instant::now();
+    loop {
+        match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(error) if begun.elapsed() > Duration::from_secs(10) => {
+                return Err(format!("never happened: {what}: {error}").into());
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    }
+}

@@ -33,8 +33,7 @@ impl Entry {
         self.busy.is_none() && self.queue.is_empty()
     }
 
-    /// Whether a part has the page, or is involved in its transaction: the receiver may not have it
-    /// yet.
+    /// Whether a part has the page, or is involved in its transaction, as one that will receive it.
     pub(super) fn involves(&self, part: PartId) -> bool {
         let is_requested = |request: &Request| match request {
             Request::Want { part: by, .. } => *by == part,
@@ -123,8 +122,7 @@ impl Entry {
         Ok(true)
     }
 
-    /// The supplier of the page for a part (`None`: it has a copy), and the other parts to
-    /// invalidate.
+    /// The supplier of the page for a part (`None`: it has a copy), and the parts to invalidate.
     fn data_source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
         match (self.holders, access) {
             (Holders::Owner(owner), _) => ((owner != to).then_some(owner), PartSet::default()),
