@@ -125,9 +125,9 @@ pub enum AgentError {
     /// The settings file.
     #[error("{0} is damaged: {1}")]
     Settings(String, String),
-    /// The ledger of the balancer's decisions.
-    #[error("the ledger of the balancer cannot be opened: {0}")]
-    Ledger(String),
+    /// The ledger of the balancer's decisions, or the history of loads.
+    #[error("{0}")]
+    Database(String),
     /// Two metrics have one name, or a name is not valid.
     #[error("the metrics: {0}")]
     Metrics(prometheus::Error),
@@ -378,8 +378,9 @@ pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError>
     let metrics = Metrics::new().map_err(AgentError::Metrics)?;
     let events = Events::open(&dir.events(), &identity.node, metrics.clone())
         .map_err(system(dir.events().display().to_string()))?;
-    let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
-    let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
+    let ledger =
+        Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Database)?;
+    let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Database)?;
     let traffic = Traffic::default();
     let options = RpcOptions {
         traffic: traffic.clone(),

@@ -87,9 +87,8 @@ impl Ledger {
     /// # Errors
     /// If the file cannot be used, in a sentence.
     pub(crate) fn open(path: &Path, node: &str) -> Result<Self, String> {
-        let said = |error: redb::Error| format!("{}: {error}", path.display());
-        let database = database::open(path, "the ledger")?;
-        let next = last(&database).map_err(said)?.map_or(0, |last| last + 1);
+        let (database, last) = database::open(path, "the ledger", last)?;
+        let next = last.map_or(0, |last| last + 1);
         let database = Arc::new(database);
         let lines = VecDeque::new();
         let unwritten = Arc::new(Mutex::new(Unwritten { lines, next }));

@@ -101,10 +101,10 @@ impl Recorder {
     /// # Errors
     /// If the file cannot be used, in a sentence.
     pub(crate) fn open(path: &Path) -> Result<Self, String> {
-        let database = Arc::new(database::open(path, "the history of loads")?);
-        let said = |error: redb::Error| format!("{}: {error}", path.display());
         // Creates the table if there is none yet.
-        write(&database, &[]).map_err(said)?;
+        let table = |database: &Database| write(database, &[]);
+        let (database, ()) = database::open(path, "the history of loads", table)?;
+        let database = Arc::new(database);
         let unwritten = Arc::new(Mutex::new(Unwritten::default()));
         let (queue, samples) = sync_channel::<Measured>(QUEUE_MAX);
         let (of_thread, buckets) = (database.clone(), unwritten.clone());
