@@ -6,6 +6,7 @@ use crate::rule;
 use anyhow::{Context, Result, bail};
 use keel_machine::kind::{KindName, Kinds, WorkerFolders};
 use keel_node::{AgentEnd, AgentError, AgentOptions, ExternalStore, NodeChange, REFUSED_CODE};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,6 +15,8 @@ use std::time::Duration;
 
 /// How long a node may take to answer, with `--detach`.
 const START_PATIENCE: Duration = Duration::from_secs(30);
+/// How long its agents may end early, with `--detach`, before nobody starts another.
+const START_WITHIN: Duration = Duration::from_secs(10);
 
 /// Default address of a node.
 pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7070";
@@ -25,6 +28,9 @@ pub(crate) struct UpArgs {
     name: Option<String>,
     #[command(flatten)]
     place: Place,
+    /// Gives up if all agents of this time ended early (seconds).
+    #[arg(long, hide = true)]
+    start_within: Option<u64>,
 }
 
 #[derive(clap::Args)]
@@ -189,7 +195,8 @@ pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
             eprintln!("the node listens at {} now", now.listen);
         }
     }
-    start(&folder, args.place.detach).await
+    let within = args.start_within.map(Duration::from_secs);
+    start(&folder, args.place.detach, within).await
 }
 
 pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
@@ -201,10 +208,10 @@ pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
     .await
     .with_context(|| format!("joining through {}", args.via))?;
     eprintln!("joined the cluster as node {}", args.name);
-    start(&reach.state_dir(), args.place.detach).await
+    start(&reach.state_dir(), args.place.detach, None).await
 }
 
-async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
+async fn start(folder: &Path, detach: bool, within: Option<Duration>) -> Result<ExitCode> {
     if keel_node::addresses(folder)?.is_none() {
         bail!(AgentError::NoNode(folder.display().to_string()));
     }
@@ -212,7 +219,7 @@ async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
     if detach {
         return start_in_background(&installed, folder).await;
     }
-    keel_node::supervise(&installed, |program| {
+    keel_node::supervise(folder, &installed, within, |program| {
         let mut command = tokio::process::Command::new(program);
         command
             .arg0(&installed)
@@ -231,17 +238,21 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
     if socket.exists() && std::os::unix::net::UnixStream::connect(&socket).is_ok() {
         bail!("a node runs in {} already", folder.display());
     }
+    let log_path = folder.join("agent.log");
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
-        .open(folder.join("agent.log"))
+        .open(&log_path)
         .with_context(|| format!("{} has no node yet (keel up --name NAME)", folder.display()))?;
+    let log_begin = log.metadata()?.len();
     let mut command = std::process::Command::new(keel_node::own_image());
     std::os::unix::process::CommandExt::arg0(&mut command, installed);
     command
         .arg("--state-dir")
         .arg(folder)
         .arg("up")
+        .arg("--start-within")
+        .arg(START_WITHIN.as_secs().to_string())
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
@@ -261,19 +272,37 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
             return Ok(ExitCode::SUCCESS);
         }
         if let Some(status) = parent.try_wait()? {
-            bail!(
-                "the node ended at once ({status}); see {}",
-                folder.join("agent.log").display()
-            );
+            let (reason, log) = (last_error(&log_path, log_begin), log_path.display());
+            bail!("the node ended ({status}){reason}; see {log}");
         }
         if tokio::time::Instant::now() > deadline {
+            let (process, log) = (parent.id(), log_path.display());
+            let reason = last_error(&log_path, log_begin);
             bail!(
-                "the node does not answer; see {}",
-                folder.join("agent.log").display()
+                "the node does not answer yet{reason}; process {process} goes on with its start \
+                 (`kill {process}` ends it); see {log}"
             );
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// The last error that an agent printed from `begin` on in its log, to be said after something.
+fn last_error(log: &Path, begin: u64) -> String {
+    let mut new = Vec::new();
+    let read = std::fs::File::open(log).and_then(|mut log| {
+        log.seek(SeekFrom::Start(begin))?;
+        log.read_to_end(&mut new)
+    });
+    // What cannot be read is not said.
+    drop(read);
+    let new = String::from_utf8_lossy(&new);
+    // Its supervisor's own words name no reason.
+    let error = new
+        .lines()
+        .filter_map(|line| line.strip_prefix("keel: "))
+        .rfind(|line| !line.contains("above"));
+    error.map_or_else(String::new, |error| format!(": {error}"))
 }
 
 pub(crate) async fn agent(args: &AgentArgs, kinds: Kinds) -> Result<ExitCode> {

@@ -13,6 +13,8 @@
 //!   replicas/                                 checkpoints of machines with high availability
 //!   events/                                   events of this node
 //!   ledger.redb                               decisions of its balancer
+//!   loads.redb                                loads of the last month
+//!   supervisor.lock                           of the one process that starts agents here
 //! ```
 
 use keel_cluster::MachineName;
@@ -150,6 +152,11 @@ impl StateDir {
     /// The ledger of the balancer.
     pub fn ledger(&self) -> PathBuf {
         self.root.join("ledger.redb")
+    }
+
+    /// Locked by the supervisor of the node in `root`; has its process id.
+    pub(crate) fn supervisor_lock_in(root: &Path) -> PathBuf {
+        root.join("supervisor.lock")
     }
 
     /// The measured history of the node and its machines.

@@ -1,7 +1,11 @@
 //! The small parent process of an agent: restarts it when it dies, and forwards the signals to
-//! stop. Machines are not affected, because they run in workers of their own.
+//! stop. Machines are not affected, because they run in workers of their own. A lock on the node's
+//! folder keeps it the only one.
 
 use crate::processes::own_image;
+use crate::state_dir::StateDir;
+use std::fs::{File, TryLockError};
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -13,6 +17,10 @@ const GOOD_LIFE: Duration = Duration::from_secs(1);
 /// The longest pause before a restart: a machine that is frozen for a move waits for the agent,
 /// and the node counts as dead when its lease ends.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How long a supervisor that was told to stop may take to end.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(6);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Exit code of an agent that is to be started again at once: EX_TEMPFAIL of sysexits.h.
 const RESTART_CODE: u8 = 75;
@@ -81,21 +89,40 @@ pub enum ParentError {
     /// The agent cannot run as it is.
     #[error("the node is not started, for the reason above")]
     Refused,
+    /// No agent ran for long.
+    #[error("the node is not started: its agent ended {0} times, for the reasons above")]
+    NeverRan(u32),
+    /// Another process supervises the agent of the folder.
+    #[error(
+        "process {pid} runs the node in {folder} already; end it with `keel down` or `kill {pid}`"
+    )]
+    Runs {
+        /// The node's folder.
+        folder: String,
+        /// The other process.
+        pid: String,
+    },
     /// Signals cannot be caught, or the agent's end cannot be seen.
     #[error("the agent cannot be watched: {0}")]
     Watch(#[from] std::io::Error),
 }
 
-/// Runs the agent until it ends on purpose, or this process gets a signal to stop. `agent` builds
-/// the command from a path: from `installed` first, which may be a newer version, and from this
-/// process's own image if that fails.
+/// Runs the agent of the node in `folder` until it ends on purpose, or this process gets a signal
+/// to stop. `agent` builds the command from a path: from `installed` first, which may be a newer
+/// version, and from this process's own image if that fails. With `start_within` it gives up when
+/// all agents of that time ended early; without, it tries for ever.
 ///
 /// # Errors
-/// If the agent cannot be started or run, or signals cannot be caught.
+/// If the agent cannot be started or run, if the folder has a supervisor, or signals cannot be
+/// caught.
 pub async fn supervise(
+    folder: &Path,
     installed: &Path,
+    start_within: Option<Duration>,
     mut agent: impl FnMut(&Path) -> Command,
 ) -> Result<(), ParentError> {
+    let _lock = lock(folder).await?;
+    let mut give_up_at = start_within.map(|within| Instant::now() + within);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut failures = 0;
@@ -112,6 +139,7 @@ pub async fn supervise(
         };
         if begun.elapsed() >= GOOD_LIFE {
             failures = 0;
+            give_up_at = None;
         }
         match decide(status, begun.elapsed(), failures) {
             Restart::No => return Ok(()),
@@ -119,6 +147,9 @@ pub async fn supervise(
             Restart::After(pause) => {
                 tracing::warn!(%status, "the agent ended, restarting it");
                 failures += 1;
+                if give_up_at.is_some_and(|at| Instant::now() + pause > at) {
+                    return Err(ParentError::NeverRan(failures));
+                }
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     _ = terminate.recv() => return Ok(()),
@@ -127,6 +158,39 @@ pub async fn supervise(
             }
         }
     }
+}
+
+/// Locks the folder for this supervisor; waits for one that is about to end.
+async fn lock(folder: &Path) -> Result<File, ParentError> {
+    let path = StateDir::supervisor_lock_in(folder);
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)?;
+    let deadline = Instant::now() + PREDECESSOR_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                tokio::time::sleep(LOCK_PAUSE).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(ParentError::Runs {
+                    folder: folder.display().to_string(),
+                    pid: std::fs::read_to_string(&path).unwrap_or_default(),
+                });
+            }
+            // File systems without locks.
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!(file = %path.display(), %error, "cannot lock the node's folder");
+                break;
+            }
+        }
+    }
+    file.set_len(0)?;
+    write!(file, "{}", std::process::id())?;
+    Ok(file)
 }
 
 fn start(installed: &Path, agent: &mut impl FnMut(&Path) -> Command) -> Result<Child, ParentError> {

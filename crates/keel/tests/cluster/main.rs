@@ -13,6 +13,7 @@ mod leave;
 mod life_cycle;
 mod log_gap;
 mod metrics;
+mod node_start;
 mod ownership;
 mod protected_output;
 mod start;
