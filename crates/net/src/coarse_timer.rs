@@ -44,11 +44,15 @@ pub fn after(duration: Duration) -> Instant {
     nearest(first, now, duration)
 }
 
-/// Waits for `duration`, and up to 64 ms more: until the next slot of this runtime's timer wheel. For
-/// what must not be early, as a time limit.
+/// `end`, or up to 64 ms later: the beginning of the next slot of this runtime's timer wheel. For what
+/// must not be early, as a time limit, or as late as [`after`] may be.
+pub fn not_before(end: Instant) -> Instant {
+    origin().map_or(end, |origin| slot_from(origin, end))
+}
+
+/// Waits for `duration`, and up to 64 ms more: see [`not_before`].
 pub async fn sleep_at_least(duration: Duration) {
-    let end = Instant::now() + duration;
-    tokio::time::sleep_until(origin().map_or(end, |origin| slot_from(origin, end))).await;
+    tokio::time::sleep_until(not_before(Instant::now() + duration)).await;
 }
 
 /// The beginning of the first slot at `end` or after it.

@@ -26,6 +26,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use keel_api::EventKind;
 use keel_cluster::NodeName;
+use keel_net::coarse_timer;
 use keel_store::Store;
 use keel_store::StoreError;
 use keel_store::clock::{boot_id, boottime};
@@ -145,6 +146,7 @@ pub(crate) fn keep(
     let (term, term_receiver) = watch::channel(None);
     let (in_force, in_force_receiver) = watch::channel(false);
     let (requests, requested) = mpsc::unbounded_channel();
+    let origin = Instant::now();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -168,6 +170,7 @@ pub(crate) fn keep(
         .spawn(move || {
             // Without the privilege it renews at normal priority.
             let _ = rustix::process::nice(-5);
+            coarse_timer::set_origin(origin);
             // A task costs less than what the thread itself waits for: that wakes the thread once
             // more each time.
             let keeping = runtime.spawn(keeper.run(requested));
@@ -251,6 +254,12 @@ fn end_of(sent: Duration, ttl: Duration) -> Duration {
     sent + ttl - ttl / DRIFT_PART
 }
 
+/// When a renewal is planned after the one of `now`, which was `planned` earlier, or later if it repeats
+/// one that failed. What one is late by, the next is not.
+fn next_planned(planned: Instant, now: Instant, period: Duration) -> Instant {
+    (planned + period).clamp(now + period / 2, now + period)
+}
+
 /// The thread that renews.
 struct Keeper {
     store: Arc<dyn Store>,
@@ -287,12 +296,15 @@ impl Keeper {
     /// site may take longer than the time between two.
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<Request>) {
         let mut renewals = FuturesUnordered::new();
+        let period = self.ttl / RENEWALS;
         let mut due = Instant::now();
+        let mut planned = due;
         loop {
             let has_room = renewals.len() < RENEWALS as usize;
             let soon = tokio::select! {
                 () = tokio::time::sleep_until(due), if has_room => {
-                    due = Instant::now() + self.ttl / RENEWALS;
+                    planned = next_planned(planned, Instant::now(), period);
+                    due = coarse_timer::not_before(planned);
                     let known = *self.told.current.borrow();
                     match known {
                         Some(lease) => {
@@ -615,6 +627,30 @@ mod tests {
             deadline_micros: until.as_micros() as u64,
         };
         encode(HOLD_VALUE, &record).unwrap()
+    }
+
+    #[test]
+    fn renewals_that_are_late_each_time_come_as_often_as_planned() {
+        let (period, slot) = (Duration::from_millis(300), Duration::from_millis(64));
+        let begun = Instant::now();
+        let (mut now, mut planned) = (begun, begun);
+        for _ in 0..1_000 {
+            planned = next_planned(planned, now, period);
+            let slots = planned
+                .duration_since(begun)
+                .as_nanos()
+                .div_ceil(slot.as_nanos());
+            let next = begun + slot * slots as u32;
+            assert!(next.duration_since(now) <= period + slot);
+            now = next;
+        }
+        let late = now.duration_since(begun + period * 1_000);
+        assert!(late < slot, "{late:?} late after all of them");
+        // One that failed is repeated early, and one is late by much: no two follow at once.
+        let early = next_planned(now + period, now, period);
+        assert_eq!(early, now + period);
+        let late = next_planned(now, now + 9 * period, period);
+        assert_eq!(late, now + 9 * period + period / 2);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use keel_machine::cgroup::{Budget, Pressure};
 use std::time::{Duration, Instant};
 
 /// Machines that use no more rest, in cores for each of them.
-const MACHINE_CORES_MAX: f64 = 0.0005;
+const MACHINE_CORES_MAX: f64 = 0.001;
 /// What the host's processes use by more or less is no change, in cores.
 const HOST_CORES_MAX: f64 = 0.05;
 /// What the node sends and receives by more is no rest, in bytes a second.
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn any_change_is_measured() {
-        assert!(is_measured(|it| it.machines_micros = Some(1_000 + 1_001)));
+        assert!(is_measured(|it| it.machines_micros = Some(1_000 + 2_001)));
         assert!(is_measured(|it| it.machines_micros = None));
         assert!(is_measured(|it| it.pressure.io_micros = Some(1)));
         assert!(is_measured(|it| it.pressure.memory_micros = Some(1)));
