@@ -12,7 +12,8 @@
 //!   [`StoreError::Unknown`].
 //! - *Barrier*: a read or a renewal is answered after a quorum confirmed, since its arrival, that
 //!   this node still leads (Raft thesis, section 6.4). One round answers all that wait. Reads
-//!   begin one, renewals wait for it. A sole voter needs none.
+//!   begin one, renewals wait for it: not for long while one is under way, which takes long where
+//!   voters are far apart. A sole voter needs none.
 //! - *Heartbeats*: a round tells the voters that this node leads, so rounds take the place of
 //!   `openraft`'s heartbeats, which would be as many messages again. One begins at the latest
 //!   [`HEARTBEAT`] after the last, answered or not: what voters hear does not depend on how far away
@@ -60,6 +61,10 @@ pub(super) const HEARTBEAT: Duration = Duration::from_millis(256);
 /// Shortest time between the beginnings of two rounds while one is under way: reads from far away
 /// come in fewer rounds.
 const ROUND_EVERY: Duration = Duration::from_millis(20);
+/// Shortest time between the beginnings of two rounds for a renewal that came while one was under way.
+/// Such rounds take as long as a round trip, and the renewal and its answer take another one, which
+/// leaves less of a lease to wait in.
+const RENEWAL_ROUND_EVERY: Duration = Duration::from_millis(64);
 /// How often `openraft` is asked for heartbeats while no voter lacks anything: it sends them to
 /// learners too, and sends again what was lost.
 const RESEND_EVERY: Duration = Duration::from_secs(2);
@@ -265,13 +270,19 @@ impl Leader {
         let mut rounds = FuturesUnordered::new();
         let mut last_round = Instant::now();
         let mut last_resend = last_round;
+        // Renewals that came while a round was under way.
+        let mut waiting = Vec::new();
         loop {
             let is_leader = *leads.borrow_and_update();
-            let free_at = match rounds.is_empty() {
-                true => last_round,
-                false => last_round + ROUND_EVERY,
+            let is_under_way = !rounds.is_empty();
+            let free_at = match is_under_way {
+                true => last_round + ROUND_EVERY,
+                false => last_round,
             };
-            let next_round = self.tick_after(last_round, HEARTBEAT);
+            let next_round = match is_under_way && !waiting.is_empty() {
+                true => last_round + RENEWAL_ROUND_EVERY,
+                false => self.tick_after(last_round, HEARTBEAT),
+            };
             let urgent = async {
                 tokio::time::sleep_until(free_at).await;
                 barriers.urgent.recv().await
@@ -283,12 +294,17 @@ impl Leader {
                     None => return,
                 },
                 () = tokio::time::sleep_until(next_round), if is_leader => Vec::new(),
+                Some(renewal) = barriers.renewals.recv(), if is_under_way => {
+                    waiting.push(renewal);
+                    continue;
+                }
                 // Whoever waits for a leader that is none any more is told.
                 changed = leads.changed() => match changed {
                     Ok(()) => Vec::new(),
                     Err(_) => return,
                 },
             };
+            all.append(&mut waiting);
             for queue in [&mut barriers.urgent, &mut barriers.renewals] {
                 while let Ok(more) = queue.try_recv() {
                     all.push(more);

@@ -155,7 +155,7 @@ async fn use_in(world: &Arc<World>, round_trip_ms: u64, queue_ms: u64) -> Result
 fn no_delay_is_taken_for_a_failure() {
     let seeds = match super::setting("KEEL_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..super::setting("KEEL_SIM_SEEDS").map_or(10, |seeds| seeds / SEEDS_FOR_ONE),
+        None => 0..super::setting("KEEL_SIM_SEEDS").map_or(30, |seeds| seeds / SEEDS_FOR_ONE),
     };
     let (mut runs, mut held) = (0, Vec::new());
     for seed in seeds {
