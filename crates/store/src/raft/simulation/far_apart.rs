@@ -16,6 +16,8 @@ use crate::interface::{LeaseId, Store, Txn};
 /// As nodes hold and renew their leases; see owners.rs.
 const TTL_MS: u64 = 1_500;
 const RENEW_EVERY: Duration = Duration::from_millis(300);
+/// A renewal is sent later than that by up to so much: at a common time of its thread's timers.
+const LATE_MS_MAX: u64 = 64;
 /// Age of the newest answered renewal at which a node holds its machines.
 const HOLD_AFTER: Duration = Duration::from_millis(1_285);
 /// Of so many runs one may have a node that holds its machines for a moment: a confirmation just
@@ -31,8 +33,8 @@ fn one_way_us(round_trip_ms: u64) -> std::ops::Range<u64> {
     round_trip_ms * 450..round_trip_ms * 550 + 200
 }
 
-/// Renews a lease from the node of a voter until the end, every [`RENEW_EVERY`] whether the last
-/// renewal was answered or not. The result is the longest time from when a renewal was sent until the
+/// Renews a lease from the node of a voter until the end, every [`RENEW_EVERY`] and some of them late,
+/// whether the last renewal was answered or not. The result is the longest time from when a renewal was sent until the
 /// answer to the next one.
 async fn renew(
     world: Arc<World>,
@@ -60,12 +62,15 @@ async fn renew(
     let mut newest: Option<Instant> = None;
     let mut longest = Duration::ZERO;
     let mut renewals = FuturesUnordered::new();
-    let mut due = Instant::now();
+    // As planned, and when it is sent.
+    let mut planned = Instant::now();
+    let mut due = planned;
     while due < until || !renewals.is_empty() {
         tokio::select! {
             () = tokio::time::sleep_until(due), if due < until => {
                 renewals.push(ask(Some(lease)));
-                due += RENEW_EVERY;
+                planned += RENEW_EVERY;
+                due = planned + Duration::from_millis(world.draw(0..LATE_MS_MAX));
             }
             Some(answer) = renewals.next() => {
                 longest = longest.max(newest.map_or(Duration::ZERO, |sent| sent.elapsed()));
