@@ -113,8 +113,8 @@ pub enum ParentError {
 /// all agents of that time ended early; without, it tries for ever.
 ///
 /// # Errors
-/// If the agent cannot be started or run, if the folder has a supervisor, or signals cannot be
-/// caught.
+/// If the agent cannot be started or run, if the folder has a supervisor, or if no signal can be
+/// received.
 pub async fn supervise(
     folder: &Path,
     installed: &Path,
@@ -160,14 +160,23 @@ pub async fn supervise(
     }
 }
 
-/// Locks the folder for this supervisor; waits for one that is about to end.
-async fn lock(folder: &Path) -> Result<File, ParentError> {
+/// Locks the folder for this supervisor; waits for one that is about to end. `None` where files cannot
+/// be locked, or not even opened: the agent says what is wrong with the folder.
+///
+/// # Errors
+/// [`ParentError::Runs`].
+async fn lock(folder: &Path) -> Result<Option<File>, ParentError> {
     let path = StateDir::supervisor_lock_in(folder);
-    let mut file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)?;
+    let unlocked = |error: std::io::Error| {
+        tracing::warn!(file = %path.display(), %error, "cannot lock the node's folder");
+        Ok(None)
+    };
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true);
+    let mut file = match options.open(&path) {
+        Ok(file) => file,
+        Err(error) => return unlocked(error),
+    };
     let deadline = Instant::now() + PREDECESSOR_PATIENCE;
     loop {
         match file.try_lock() {
@@ -181,16 +190,17 @@ async fn lock(folder: &Path) -> Result<File, ParentError> {
                     pid: std::fs::read_to_string(&path).unwrap_or_default(),
                 });
             }
-            // File systems without locks.
-            Err(TryLockError::Error(error)) => {
-                tracing::warn!(file = %path.display(), %error, "cannot lock the node's folder");
-                break;
-            }
+            Err(TryLockError::Error(error)) => return unlocked(error),
         }
     }
-    file.set_len(0)?;
-    write!(file, "{}", std::process::id())?;
-    Ok(file)
+    let written = file
+        .set_len(0)
+        .and_then(|()| write!(file, "{}", std::process::id()));
+    if let Err(error) = written {
+        // A full disk. It is locked all the same.
+        tracing::warn!(file = %path.display(), %error, "the lock does not say whose it is");
+    }
+    Ok(Some(file))
 }
 
 fn start(installed: &Path, agent: &mut impl FnMut(&Path) -> Command) -> Result<Child, ParentError> {
@@ -223,6 +233,22 @@ async fn stop(mut child: Child) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    #[tokio::test]
+    async fn a_folder_that_cannot_be_locked_keeps_no_agent_from_starting() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(lock(folder.path()).await.unwrap().is_some());
+        let path = StateDir::supervisor_lock_in(folder.path());
+        let said = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(said, std::process::id().to_string());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(lock(folder.path()).await.unwrap().is_none());
+        std::fs::remove_dir(&path).unwrap();
+        // All writes to it fail as on a full disk.
+        std::os::unix::fs::symlink("/dev/full", &path).unwrap();
+        assert!(lock(folder.path()).await.unwrap().is_some());
+    }
 
     #[test]
     fn an_agent_that_is_asked_to_restart_is_started_at_once() {
