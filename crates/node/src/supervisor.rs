@@ -113,8 +113,8 @@ pub enum ParentError {
 /// all agents of that time ended early; without, it tries for ever.
 ///
 /// # Errors
-/// If the agent cannot be started or run, if the folder has a supervisor, or if no signal can be
-/// received.
+/// If the agent cannot be started or run, if the folder has another supervisor, or if signals cannot
+/// be caught.
 pub async fn supervise(
     folder: &Path,
     installed: &Path,
