@@ -1,6 +1,7 @@
 //! From `keel up --detach` until the node answers, or nothing of it is left.
 
 use keel_testkit::LocalCluster;
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -28,15 +29,28 @@ fn up(folder: &Path, options: &[&str]) -> (Option<i32>, String) {
     )
 }
 
-/// Processes of this program that name the folder.
-fn processes_of(folder: &Path) -> usize {
+/// The processes that name the folder and are not children of another one that does. An agent's own
+/// children come and go, and name it until they run their programs.
+fn first_processes_of(folder: &Path) -> Vec<u32> {
     let folder = folder.display().to_string();
-    let processes = std::fs::read_dir("/proc").expect("processes");
-    processes
+    let parents: BTreeMap<u32, Option<u32>> = std::fs::read_dir("/proc")
+        .expect("processes")
         .flatten()
-        .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
-        .filter(|line| String::from_utf8_lossy(line).contains(&folder))
-        .count()
+        .filter_map(|process| {
+            let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read(process.path().join("cmdline")).ok()?;
+            let status = std::fs::read_to_string(process.path().join("status")).ok()?;
+            let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+            let parent: Option<u32> = parent.and_then(|parent| parent.trim().parse().ok());
+            String::from_utf8_lossy(&line)
+                .contains(&folder)
+                .then_some((pid, parent))
+        })
+        .collect();
+    let is_first =
+        |parent: &Option<u32>| parent.is_none_or(|parent| !parents.contains_key(&parent));
+    let first = parents.iter().filter(|(_, parent)| is_first(parent));
+    first.map(|(pid, _)| *pid).collect()
 }
 
 /// Nothing depends on what explains the past.
@@ -76,7 +90,7 @@ async fn a_node_that_cannot_start_says_why_and_leaves_no_process() {
     let (code, said) = up(&state, &["--name", "x", "--listen", &address, "--detach"]);
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains(&address) && said.contains("in use"), "{said}");
-    assert_eq!(processes_of(&state), 0);
+    assert_eq!(first_processes_of(&state), Vec::<u32>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -87,14 +101,16 @@ async fn a_node_has_one_supervisor() {
         .expect("a cluster");
     let state = cluster.folder("a");
     let supervisor = std::fs::read_to_string(state.join("supervisor.lock")).expect("its lock");
-    let before = processes_of(&state);
     let (code, said) = up(&state, &[]);
     assert_eq!(code, Some(1), "{said}");
     assert!(
         said.contains(&format!("process {supervisor} runs the node")) && said.contains("keel down"),
         "{said}"
     );
-    assert_eq!(processes_of(&state), before);
+    assert_eq!(
+        first_processes_of(&state),
+        [supervisor.parse::<u32>().expect("a process")]
+    );
     let (ok, said) = cluster.keel("a", &["nodes"]);
     assert!(ok, "{said}");
 }
