@@ -19,7 +19,7 @@ use crate::machines::{self, Machines, Restarts};
 use crate::metrics::Metrics;
 use crate::moves::{self, Moves};
 use crate::node_record;
-use crate::processes::{Arrivals, LeaseExtension, PlannedRestart, Processes};
+use crate::processes::{Arrivals, LeaseExtension, PlannedRestart, Processes, read_own_image_ahead};
 use crate::records::{AliveNodes, Placements, follow_arrivals};
 use crate::role::Role;
 use crate::rules::{Rules, check_label};
@@ -370,6 +370,8 @@ pub fn change_node(state_dir: &Path, change: &NodeChange) -> Result<bool, AgentE
 /// # Errors
 /// [`AgentError`] if it cannot start.
 pub async fn run(state_dir: &Path, kinds: Kinds) -> Result<AgentEnd, AgentError> {
+    keel_machine::cgroup::lock_agent_memory();
+    tokio::task::spawn_blocking(read_own_image_ahead);
     let shown = state_dir.display().to_string();
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;

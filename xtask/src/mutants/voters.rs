@@ -73,15 +73,9 @@ const MUTANTS: &[Mutant] = &[
         "            model::check_key(key)?;"
     ),
     mutant!(
-        "renewal of what ends",
-        "deadlines.rs",
-        "filter(|it| !it.is_ending && it.at > asked)?",
-        "filter(|it| it.at > asked || it.is_ending)?"
-    ),
-    mutant!(
         "renewal of what ended",
         "deadlines.rs",
-        "let deadline = deadline.filter(|it| !it.is_ending && it.at > asked)?;",
+        "let deadline = deadline.filter(|it| !it.is_ending)?;",
         "let deadline = deadline?;"
     ),
     mutant!(
@@ -99,8 +93,26 @@ const MUTANTS: &[Mutant] = &[
     mutant!(
         "lease ends early",
         "deadlines.rs",
-        "!deadline.is_ending && deadline.at <= now",
-        "!deadline.is_ending && deadline.at <= now + deadline.ttl / 2"
+        "!self.is_ending && self.at <= served",
+        "!self.is_ending && self.at <= served + self.ttl / 2"
+    ),
+    mutant!(
+        "end before what came is read",
+        "lease_ends.rs",
+        "if !service.turn().await {",
+        "if false {"
+    ),
+    mutant!(
+        "end before renewals are confirmed",
+        "deadlines.rs",
+        " && self.unconfirmed == 0",
+        ""
+    ),
+    mutant!(
+        "a renewal counted for ever",
+        "deadlines.rs",
+        "deadline.unconfirmed = deadline.unconfirmed.saturating_sub(1);",
+        ""
     ),
     mutant!(
         "leases not in a snapshot",

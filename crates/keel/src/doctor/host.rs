@@ -109,7 +109,7 @@ fn locked_memory() -> Check {
     let limit = getrlimit(Resource::Memlock).current;
     Check::ok(
         "locked-memory",
-        "for your information: no WebAssembly machine locks memory",
+        "an agent keeps its own memory from being taken back by the kernel where it may, so that it never waits for a disk; no WebAssembly machine locks any",
         limit.map_or_else(|| "unlimited".into(), output::bytes),
     )
 }

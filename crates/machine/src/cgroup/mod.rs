@@ -42,8 +42,9 @@ pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes}
 pub use layout::Layout;
 pub use pressure::Pressure;
 pub use priority::{
-    CompilePriority, YieldPolicy, expose_worker_to_oom, guest_nice, protect_agent_from_oom,
-    raise_priority, set_compile_priority, yield_compile_thread,
+    CompilePriority, YieldPolicy, expose_worker_to_oom, guest_nice, lock_agent_memory,
+    protect_agent_from_oom, raise_agent_priority, set_compile_priority, yield_compile_thread,
+    yield_worker_to_agent,
 };
 pub use slice::Slice;
 

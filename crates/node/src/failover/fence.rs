@@ -6,6 +6,7 @@
 //! another node. It gets the name of the node that failed as its argument, and says by status 0 that
 //! nothing runs there any more. It may be started again for the same node, also by another node.
 
+use crate::processes::spawn;
 use keel_cluster::NodeName;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -95,8 +96,11 @@ async fn run(program: PathBuf, node: NodeName) -> Result<(), String> {
     command
         .arg(node.as_str())
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let ended = tokio::time::timeout(PATIENCE, command.output()).await;
+    let running = async { spawn(command).await?.wait_with_output().await };
+    let ended = tokio::time::timeout(PATIENCE, running).await;
     let ended = ended.map_err(|_| format!("{shown} did not end within {PATIENCE:?}"))?;
     let ended = ended.map_err(|error| format!("{shown} cannot be started: {error}"))?;
     if ended.status.success() {

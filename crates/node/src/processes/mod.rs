@@ -26,6 +26,7 @@ pub(crate) use exclusion::MoveHandle;
 pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
+pub(crate) use image::{read_own_image_ahead, spawn};
 pub(crate) use lease_extension::{LeaseExtension, extend_new, prove_guard};
 pub(crate) use planned_restart::PlannedRestart;
 pub(crate) use workers::{

@@ -1,7 +1,7 @@
 //! A table of workers: starts them, finds those of an earlier agent, and sends them requests.
 
 use super::folder::{self, Leftovers};
-use super::image::own_image;
+use super::image::{own_image, spawn};
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, OutOfMemory, Slice};
@@ -404,7 +404,7 @@ impl Workers {
             .process_group(0);
         let injections = super::injections_for_new_workers::for_new_worker();
         command.env(keel_machine::failpoint::ENVIRONMENT, &injections);
-        let mut child = command.spawn().map_err(|error| {
+        let mut child = spawn(command).await.map_err(|error| {
             let image = own_image().display();
             format!(
                 "its worker process cannot be started from this agent's image ({image}): {error}"

@@ -1,6 +1,8 @@
 //! When leases end. Only the leader decides that a lease ended, by an entry of the log; renewals
 //! live in its memory. A new leader, and one that was itself stopped for a while, gives every
-//! lease its full time: holders may have renewed, or tried to, what it does not know of.
+//! lease its full time: holders may have renewed, or tried to, what it does not know of. For the same
+//! reason a lease whose time is over does not end before what came until then is
+//! [served](Deadlines::served).
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,6 +27,8 @@ struct All {
     leases: HashMap<LeaseId, Deadline>,
     /// When somebody looked last.
     looked: Duration,
+    /// Renewals that came until then have been made.
+    served: Duration,
     /// The last term in which this voter began to serve.
     term: u64,
 }
@@ -36,15 +40,64 @@ struct Deadline {
     /// Its end is proposed: it can no longer be renewed. Only the entry of the log removes it; if
     /// that is lost, the next leader begins anew.
     is_ending: bool,
+    /// Renewals that came and wait to be confirmed: it does not end before them.
+    unconfirmed: usize,
 }
 
 impl Deadline {
+    /// Whether its time is over, with everything that came until then `served`, and nothing may still
+    /// renew it.
+    fn has_ended(&self, served: Duration) -> bool {
+        !self.is_ending && self.at <= served && self.unconfirmed == 0
+    }
+
     fn new(ttl_ms: u64, now: Duration) -> Self {
         let ttl = Duration::from_millis(ttl_ms);
         Deadline {
             ttl,
             at: now + ttl,
             is_ending: false,
+            unconfirmed: 0,
+        }
+    }
+}
+
+/// A renewal that came, until it is confirmed or dropped.
+#[derive(Debug)]
+pub(super) struct Renewal<'a> {
+    deadlines: &'a Deadlines,
+    lease: LeaseId,
+    /// When it came.
+    asked: Duration,
+}
+
+impl Renewal<'_> {
+    /// Gives the lease its full time, in milliseconds, from when the renewal came; `None` if it has
+    /// ended, or its end is proposed.
+    pub(super) fn confirmed(self) -> Option<u64> {
+        let (mut all, _) = self.deadlines.look();
+        let deadline = all.leases.get_mut(&self.lease);
+        let deadline = deadline.filter(|it| !it.is_ending)?;
+        deadline.at = deadline.at.max(self.asked + deadline.ttl);
+        u64::try_from(deadline.ttl.as_millis()).ok()
+    }
+}
+
+impl Drop for Renewal<'_> {
+    fn drop(&mut self) {
+        let mut all = self.deadlines.look().0;
+        if let Some(deadline) = all.leases.get_mut(&self.lease) {
+            // (Leases may have been replaced by those of a snapshot.)
+            deadline.unconfirmed = deadline.unconfirmed.saturating_sub(1);
+        }
+    }
+}
+
+impl All {
+    /// Gives all leases their full time.
+    fn begin_again(&mut self, now: Duration) {
+        for deadline in self.leases.values_mut() {
+            deadline.at = now + deadline.ttl;
         }
     }
 }
@@ -62,9 +115,7 @@ impl Deadlines {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.clock.now();
         if now.saturating_sub(all.looked) > PAUSE {
-            for deadline in all.leases.values_mut() {
-                deadline.at = now + deadline.ttl;
-            }
+            all.begin_again(now);
         }
         all.looked = now;
         (all, now)
@@ -100,8 +151,8 @@ impl Deadlines {
     pub(super) fn begin_to_serve(&self, term: u64) {
         let (mut all, now) = self.look();
         let is_new = std::mem::replace(&mut all.term, term) != term;
+        all.begin_again(now);
         for deadline in all.leases.values_mut() {
-            deadline.at = now + deadline.ttl;
             deadline.is_ending &= !is_new;
         }
     }
@@ -110,22 +161,43 @@ impl Deadlines {
         self.clock.now()
     }
 
-    /// Gives one lease its full time, in milliseconds, from when that was `asked` for; `None` if
-    /// its time is over.
-    pub(super) fn renew(&self, lease: LeaseId, asked: Duration) -> Option<u64> {
-        let (mut all, _) = self.look();
-        let deadline = all.leases.get_mut(&lease);
-        let deadline = deadline.filter(|it| !it.is_ending && it.at > asked)?;
-        deadline.at = deadline.at.max(asked + deadline.ttl);
-        u64::try_from(deadline.ttl.as_millis()).ok()
+    /// A renewal of a lease came.
+    pub(super) fn renewal(&self, lease: LeaseId) -> Renewal<'_> {
+        let (mut all, asked) = self.look();
+        if let Some(deadline) = all.leases.get_mut(&lease) {
+            deadline.unconfirmed += 1;
+        }
+        Renewal {
+            deadlines: self,
+            lease,
+            asked,
+        }
     }
 
-    /// The leases whose time is over, to be proposed: they can no longer be renewed.
-    pub(super) fn take_ended(&self) -> Vec<LeaseId> {
+    /// What came until `until` is served, for which the caller had to wait for so long as the service
+    /// `stood` still. If that was long, it may have been much longer, and connections be lost with what
+    /// was sent over them.
+    pub(super) fn served(&self, until: Duration, stood: Duration) {
         let (mut all, now) = self.look();
+        if stood > PAUSE {
+            all.begin_again(now);
+        }
+        all.served = all.served.max(until);
+    }
+
+    /// Whether there is something to [take](Self::take_ended).
+    pub(super) fn has_ended(&self) -> bool {
+        let all = self.look().0;
+        all.leases.values().any(|it| it.has_ended(all.served))
+    }
+
+    /// The leases that have ended, to be proposed: they can no longer be renewed.
+    pub(super) fn take_ended(&self) -> Vec<LeaseId> {
+        let (mut all, _) = self.look();
+        let served = all.served;
         let mut ended = Vec::new();
         for (lease, deadline) in &mut all.leases {
-            if !deadline.is_ending && deadline.at <= now {
+            if deadline.has_ended(served) {
                 deadline.is_ending = true;
                 ended.push(*lease);
             }
@@ -134,11 +206,12 @@ impl Deadlines {
         ended
     }
 
-    /// Time until the next lease ends, at most `longest`.
+    /// Time until the next lease has to be looked at, at most `longest`: one whose time is over has been
+    /// once everything that came until then is [served](Self::served).
     pub(super) fn wait(&self, longest: Duration) -> Duration {
         let (all, now) = self.look();
         let running = all.leases.values().filter(|it| !it.is_ending);
-        let next = running.map(|it| it.at).min();
+        let next = running.map(|it| it.at).filter(|at| *at > all.served).min();
         next.map_or(longest, |at| at.saturating_sub(now).min(longest))
     }
 }
@@ -149,18 +222,14 @@ mod tests {
 
     const LEASE: LeaseId = LeaseId(1);
 
-    fn at_their_end() -> Deadlines {
-        let deadlines = Deadlines::default();
-        deadlines.add(LEASE, 0);
-        deadlines
-    }
-
     #[test]
     fn an_end_is_proposed_once_and_not_renewed() {
-        let deadlines = at_their_end();
+        let deadlines = Deadlines::default();
+        deadlines.add(LEASE, 0);
+        deadlines.served(deadlines.now(), Duration::ZERO);
         assert_eq!(deadlines.take_ended(), [LEASE]);
         assert_eq!(deadlines.take_ended(), []);
-        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
+        assert_eq!(deadlines.renewal(LEASE).confirmed(), None);
         deadlines.remove(LEASE);
         deadlines.begin_to_serve(2);
         assert_eq!(deadlines.take_ended(), []);
@@ -174,11 +243,43 @@ mod tests {
         deadlines.begin_to_serve(1);
         deadlines.add(LEASE, 60_000);
         deadlines.look().0.leases.get_mut(&LEASE).unwrap().is_ending = true;
-        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
+        assert_eq!(deadlines.renewal(LEASE).confirmed(), None);
         deadlines.begin_to_serve(1);
-        assert_eq!(deadlines.renew(LEASE, deadlines.now()), None);
+        assert_eq!(deadlines.renewal(LEASE).confirmed(), None);
         deadlines.begin_to_serve(2);
-        assert_eq!(deadlines.renew(LEASE, deadlines.now()), Some(60_000));
+        assert_eq!(deadlines.renewal(LEASE).confirmed(), Some(60_000));
+    }
+
+    /// A renewal may have come in time and wait to be served, or to be confirmed.
+    #[test]
+    fn a_lease_does_not_end_before_what_came_is_served() {
+        let deadlines = Deadlines::default();
+        for lease in 1..=3 {
+            deadlines.add(LeaseId(lease), 0);
+        }
+        assert_eq!(deadlines.wait(PAUSE), Duration::ZERO);
+        assert_eq!(deadlines.take_ended(), []);
+        let until = deadlines.now();
+        let confirmed = deadlines.renewal(LeaseId(1));
+        let unconfirmed = deadlines.renewal(LeaseId(2));
+        assert_eq!(confirmed.confirmed(), Some(0));
+        deadlines.served(until, Duration::ZERO);
+        // (The first one has its time again, which is none.)
+        assert!(deadlines.has_ended());
+        assert_eq!(deadlines.take_ended(), [LeaseId(3)]);
+        assert!(!deadlines.has_ended());
+        drop(unconfirmed);
+        assert!(deadlines.has_ended());
+        assert_eq!(deadlines.take_ended(), [LeaseId(2)]);
+    }
+
+    /// Otherwise the same would be found again and again until it is taken.
+    #[test]
+    fn what_is_served_is_not_waited_for() {
+        let deadlines = Deadlines::default();
+        deadlines.add(LEASE, 0);
+        deadlines.served(deadlines.now(), Duration::ZERO);
+        assert_eq!(deadlines.wait(PAUSE), PAUSE);
     }
 
     /// Whoever comes first after a pause sees it.
@@ -193,9 +294,20 @@ mod tests {
                 all.leases.get_mut(&LEASE).unwrap().at = Duration::ZERO;
             }
             match renews {
-                true => assert_eq!(deadlines.renew(LEASE, deadlines.now()), Some(5_000)),
-                false => assert_eq!(deadlines.take_ended(), []),
+                true => assert_eq!(deadlines.renewal(LEASE).confirmed(), Some(5_000)),
+                false => {
+                    deadlines.served(deadlines.now(), Duration::ZERO);
+                    assert_eq!(deadlines.take_ended(), []);
+                }
             }
         }
+        // The service alone stood still.
+        let deadlines = Deadlines::default();
+        deadlines.add(LEASE, 5_000);
+        let over = deadlines.now() + Duration::from_secs(5);
+        deadlines.served(over, PAUSE * 2);
+        assert_eq!(deadlines.take_ended(), []);
+        deadlines.served(over + PAUSE, Duration::ZERO);
+        assert_eq!(deadlines.take_ended(), [LEASE]);
     }
 }

@@ -18,8 +18,8 @@
 //!   `openraft`'s heartbeats, which would be as many messages again. One begins at the latest
 //!   [`HEARTBEAT`] after the last, answered or not: what voters hear does not depend on how far away
 //!   they are.
-//! - *Leases*: an ended lease is proposed with the next entry, before the commands that come
-//!   after its end.
+//! - *Leases*: the ends of leases are proposed with the next entry, before its commands
+//!   (`lease_ends.rs` finds them).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -30,7 +30,7 @@ use futures::stream::FuturesUnordered;
 use keel_net::coarse_timer;
 use openraft::raft::ClientWriteResponse;
 use openraft::{RaftMetrics, ServerState};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::deadlines::Deadlines;
@@ -51,7 +51,7 @@ const PROPOSALS_MAX: usize = 2;
 /// unknown.
 pub(super) const CHANGE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a leader looks at its quorum and its clock: together with its heartbeats.
-const TICK: Duration = HEARTBEAT;
+pub(super) const TICK: Duration = HEARTBEAT;
 /// How often a voter that does not lead looks at its disk; all else is told to it.
 const FOLLOWER_TICK: Duration = Duration::from_millis(1024);
 /// Longest time between the beginnings of two rounds of confirmation, and so the time that a renewal
@@ -132,6 +132,8 @@ pub(super) struct Leader {
     leads: watch::Sender<bool>,
     barriers: mpsc::UnboundedSender<Confirmed>,
     renewals: mpsc::UnboundedSender<Confirmed>,
+    /// Leases [have ended](Deadlines::take_ended).
+    pub(super) lease_over: Notify,
     /// Bytes of proposals applied since the newest snapshot.
     pub(super) unsaved: Arc<AtomicUsize>,
     clock: Clock,
@@ -163,6 +165,7 @@ impl Leader {
             leads: watch::Sender::new(false),
             barriers,
             renewals,
+            lease_over: Notify::new(),
             unsaved,
             clock,
             origin: coarse_timer::origin().unwrap_or_else(Instant::now),
@@ -180,7 +183,7 @@ impl Leader {
     }
 
     /// The end of the present period: all tasks that do something each period do so at once.
-    fn next_tick(&self, period: Duration) -> Instant {
+    pub(super) fn next_tick(&self, period: Duration) -> Instant {
         self.tick_after(Instant::now(), period)
     }
 
@@ -418,18 +421,6 @@ impl Leader {
         let mut serving = self.serving.subscribe();
         let mut held = None;
         loop {
-            let serves = serving.borrow_and_update().check().is_ok();
-            let next_end = async {
-                match serves {
-                    true => {
-                        let end = Instant::now() + self.deadlines.wait(TICK);
-                        tokio::time::sleep_until(end.min(self.next_tick(TICK))).await;
-                    }
-                    // Another voter hears of no renewals: all leases look ended there, and nothing
-                    // is to do.
-                    false => std::future::pending().await,
-                }
-            };
             let mut batch: Vec<Request> = held.take().into_iter().collect();
             if batch.is_empty() {
                 tokio::select! {
@@ -437,7 +428,7 @@ impl Leader {
                         Some(request) => batch.push(request),
                         None => return,
                     },
-                    () = next_end => {}
+                    () = self.lease_over.notified() => {}
                     // (An error: the store is closed, and so are the requests.)
                     Ok(()) = serving.changed() => {}
                 }

@@ -2,7 +2,7 @@
 //! voters.
 //!
 //! ```text
-//!  requests ──▶ leader.rs: one entry per group of commands, barriers, leases
+//!  requests ──▶ leader.rs: one entry per group of commands, barriers ◀── lease_ends.rs
 //!                  │ openraft ◀── election.rs: when to ask for votes
 //!                  ├──▶ log.rs: memory + redb, fsync ─ flushes.rs ─▶ network.rs ─▶ other voters
 //!                  └──▶ state_machine.rs: model ─▶ view ─▶ readers, watches
@@ -27,6 +27,7 @@ mod decoders;
 mod election;
 mod flushes;
 mod leader;
+mod lease_ends;
 mod log;
 mod network;
 mod open_error;
@@ -49,9 +50,11 @@ use std::time::Duration;
 use futures::FutureExt;
 use keel_net::{BoxFuture, Peers, Reply, RpcError};
 use openraft::ChangeMembers;
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use self::leader::{CHANGE_PATIENCE, Request, Serving, txn_outcome};
+use self::lease_ends::AgentService;
 use self::log::{Opened, Writer};
 use self::network::AgentConnections;
 use self::open_error::OpenError;
@@ -147,6 +150,7 @@ impl RaftStore {
         let connections = peers.map(|peers| Arc::new(AgentConnections::new(peers)) as _);
         let host = Host {
             transport: connections,
+            service: Arc::new(AgentService(Handle::current())),
             clock: Clock::Boottime,
             random: rand::make_rng(),
         };
@@ -499,10 +503,10 @@ impl Store for RaftStore {
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
         async move {
             let leader = &self.tasks.leader;
-            let asked = leader.deadlines.now();
+            let renewal = leader.deadlines.renewal(lease);
             // A leader that was replaced must not extend leases.
             leader.renewal_barrier().await?;
-            let renewed = leader.deadlines.renew(lease, asked);
+            let renewed = renewal.confirmed();
             renewed.ok_or(StoreError::NoSuchLease { lease })
         }
         .boxed()

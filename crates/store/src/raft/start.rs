@@ -14,6 +14,7 @@ use super::answer_times::ANSWER_MAX;
 use super::deadlines::Deadlines;
 use super::election::{ELECTION_MAX, ELECTION_MIN, Election};
 use super::leader::{Leader, Request};
+use super::lease_ends::Service;
 use super::log::{Log, Opened};
 use super::network::{Network, Transport};
 use super::open_error::OpenError;
@@ -89,6 +90,7 @@ impl Loaded {
 pub(super) struct Host {
     /// Without it there are no other voters.
     pub(super) transport: Option<Arc<dyn Transport>>,
+    pub(super) service: Arc<dyn Service>,
     pub(super) clock: Clock,
     /// For the times of elections.
     pub(super) random: StdRng,
@@ -168,6 +170,7 @@ pub(super) async fn start(
     let (leader, barriers) = Leader::new(id, raft, log, view, deadlines, unsaved, host.clock);
     tokio::spawn(leader.clone().confirm_barriers(barriers));
     tokio::spawn(leader.clone().propose(queued));
+    tokio::spawn(leader.clone().end_leases(host.service));
     tokio::spawn(leader.clone().follow());
     Ok(Tasks {
         leader,

@@ -42,6 +42,7 @@ pub(super) async fn call<T>(
     let exchange = async {
         let arrived = world.travel(from, &name).await;
         if arrived {
+            world.served(&name).await;
             let answer = request(&process).await;
             if world.travel(&name, from).await {
                 return answer;

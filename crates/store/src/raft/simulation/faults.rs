@@ -18,6 +18,8 @@ pub(super) enum Fault {
     PowerLossOfAll,
     /// A computer stands still, and goes on without having noticed.
     Pause,
+    /// The requests of clients wait at a voter's computer, and its voter goes on.
+    ServicePause,
     /// A computer reaches no other one, and no other one reaches it.
     Partition,
     /// A computer sends, and gets nothing, or the other way round.
@@ -33,11 +35,12 @@ pub(super) enum Fault {
 }
 
 /// All faults, with their names for the command line.
-pub(super) const FAULTS: [(&str, Fault); 10] = [
+pub(super) const FAULTS: [(&str, Fault); 11] = [
     ("kill", Fault::Kill),
     ("power-loss", Fault::PowerLoss),
     ("power-loss-of-all", Fault::PowerLossOfAll),
     ("pause", Fault::Pause),
+    ("service-pause", Fault::ServicePause),
     ("partition", Fault::Partition),
     ("one-way-partition", Fault::OneWayPartition),
     ("loss", Fault::Loss),
@@ -105,6 +108,12 @@ impl Scenario {
                 let time = Duration::from_millis(world.draw(50..4_000));
                 world.note(|| format!("{any} stands still for {time:?}"));
                 world.stand_still(&any, time);
+                world.sleep_ms(1..2_000).await;
+            }
+            Fault::ServicePause => {
+                let time = Duration::from_millis(world.draw(50..4_000));
+                world.note(|| format!("{voter} serves nothing for {time:?}"));
+                world.stop_service(&voter, time);
                 world.sleep_ms(1..2_000).await;
             }
             Fault::Partition => {

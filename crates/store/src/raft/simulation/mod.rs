@@ -2,8 +2,9 @@
 //! network and disks, under faults that a seed chooses.
 //!
 //! Each seed begins a store of one voter, which becomes one of three or five while it is used, and
-//! then ends processes, fails power (of one computer or of all), lets computers stand still, cuts
-//! links (both ways, or one), loses and delays messages, fills disks and replaces voters. What
+//! then ends processes, fails power (of one computer or of all), lets computers or what serves their
+//! clients stand still, cuts links (both ways, or one), loses and delays messages, fills disks and
+//! replaces voters. What
 //! must hold, from DESIGN.md:
 //!
 //! 1. All calls are linearizable.
@@ -30,6 +31,7 @@ mod linearizability;
 mod numbers;
 mod owners;
 mod scenario;
+mod service_pauses;
 mod unconfirmed;
 mod world;
 

@@ -1,7 +1,8 @@
 //! Simulated computers, some with voters on them, and the network between them.
 //!
 //! Everything is one thread and one clock, which goes on when nothing else can. A computer that
-//! *stands still* sends, gets and writes nothing until it goes on; its timers run on. A process
+//! *stands still* sends, gets and writes nothing until it goes on; its timers run on. Where the
+//! *service* of a computer stands still, requests of clients wait there, and its voter goes on. A process
 //! that ended has no more effect on anything, though its tasks may run for a while.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,7 @@ use rand::{RngExt, SeedableRng};
 use redb::Database;
 use tokio::time::Instant;
 
+use super::super::lease_ends::Service;
 use super::super::log::{Disk, Log, Opened};
 use super::super::network::Transport;
 use super::super::open_error::OpenError;
@@ -34,6 +36,8 @@ struct Computer {
     running: Option<Running>,
     /// It stands still until then.
     still_until: Instant,
+    /// Requests of clients wait until then.
+    unserved_until: Instant,
 }
 
 /// A running voter.
@@ -164,6 +168,7 @@ impl World {
             has_voter: false,
             running: None,
             still_until: self.begun,
+            unserved_until: self.begun,
         };
         state.computers.insert(name.into(), computer);
     }
@@ -251,6 +256,10 @@ impl World {
                 from: name.into(),
                 disk: disk.clone(),
             })),
+            service: Arc::new(Requests {
+                world: self.clone(),
+                computer: name.into(),
+            }),
             clock,
             random,
         };
@@ -314,13 +323,30 @@ impl World {
         }
     }
 
+    /// Requests of clients wait at a computer for so long.
+    pub(super) fn stop_service(&self, name: &str, time: Duration) {
+        if let Some(computer) = self.lock().computers.get_mut(name) {
+            computer.unserved_until = Instant::now() + time;
+        }
+    }
+
     /// Waits while a computer stands still.
     pub(super) async fn awake(&self, name: &str) {
-        let until = |world: &Self| {
-            let state = world.lock();
-            state.computers.get(name).map(|it| it.still_until)
-        };
-        while let Some(until) = until(self)
+        self.wait_until(name, |computer| computer.still_until).await;
+    }
+
+    /// Waits while a computer or its service stands still.
+    pub(super) async fn served(&self, name: &str) {
+        self.wait_until(name, |computer| {
+            computer.still_until.max(computer.unserved_until)
+        })
+        .await;
+    }
+
+    /// Waits until a time of a computer that may become a later one.
+    async fn wait_until(&self, name: &str, until: impl Fn(&Computer) -> Instant) {
+        let now_until = || self.lock().computers.get(name).map(&until);
+        while let Some(until) = now_until()
             && until > Instant::now()
         {
             tokio::time::sleep_until(until).await;
@@ -357,7 +383,7 @@ impl World {
         state.disk_us = disk_us;
     }
 
-    /// All links work, and no computer stands still or has a full disk.
+    /// All links work, and no computer or its service stands still, or has a full disk.
     pub(super) fn heal(&self) {
         let mut state = self.lock();
         state.cut.clear();
@@ -366,6 +392,7 @@ impl World {
         state.disk_us = 200..4_000;
         for computer in state.computers.values_mut() {
             computer.still_until = Instant::now();
+            computer.unserved_until = Instant::now();
             computer.disk.set_full(false);
         }
     }
@@ -388,6 +415,24 @@ impl World {
         self.awake(to).await;
         let link = (from.to_owned(), to.to_owned());
         !is_lost && !self.lock().cut.contains(&link)
+    }
+}
+
+/// Where the requests of clients to the voter of a computer are served.
+struct Requests {
+    world: Arc<World>,
+    computer: String,
+}
+
+impl Service for Requests {
+    fn turn(&self) -> BoxFuture<'static, bool> {
+        let (world, computer) = (self.world.clone(), self.computer.clone());
+        Box::pin(async move {
+            world.served(&computer).await;
+            // What waited goes on first.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            true
+        })
     }
 }
 
