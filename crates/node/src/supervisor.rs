@@ -128,7 +128,7 @@ pub async fn supervise(
     let mut failures = 0;
     // The agent inherits it.
     keel_machine::cgroup::protect_agent_from_oom();
-    keel_machine::cgroup::raise_agent_priority();
+    keel_machine::cgroup::raise_priority();
     loop {
         let begun = Instant::now();
         let mut child = start(installed, &mut agent)?;

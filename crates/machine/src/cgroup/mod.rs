@@ -43,8 +43,7 @@ pub use layout::Layout;
 pub use pressure::Pressure;
 pub use priority::{
     CompilePriority, YieldPolicy, expose_worker_to_oom, guest_nice, lock_agent_memory,
-    protect_agent_from_oom, raise_agent_priority, set_compile_priority, yield_compile_thread,
-    yield_worker_to_agent,
+    protect_agent_from_oom, raise_priority, set_compile_priority, yield_compile_thread,
 };
 pub use slice::Slice;
 

@@ -1,7 +1,8 @@
 //! OOM kill order: workers, each of which has one machine that can be restarted, before
 //! the agent and its parent, without which no machine is restarted. And scheduling
 //! priorities: threads that balance and move machines run before guests, because a hot
-//! node could not be relieved otherwise. And memory: an agent does not wait for a disk to run.
+//! node could not be relieved otherwise. And memory: what an
+//! agent used once it does not read again from a disk that may be busy.
 
 use rustix::mm::MlockAllFlags;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -15,33 +16,18 @@ const FILE: &str = "/proc/self/oom_score_adj";
 /// The nice value of this process's session.
 const AUTOGROUP: &str = "/proc/self/autogroup";
 
-/// Nice value of an agent and its parent: the leases of a node depend on it, and many of its workers may
-/// be busy at once.
-const AGENT_NICE: i32 = -15;
-/// Nice value of workers, except for guests' threads.
-const WORKER_NICE: i32 = -10;
+/// Nice value of everything but guests. Not lower: the kernel's own threads have 0, and many busy ones
+/// far below it keep those from running, and with them the disks.
+const CONTROL_NICE: i32 = -10;
 /// Nice value of guests where the value above can be set.
 const GUEST_NICE: i32 = 0;
 
-/// Lets this process and its children run before workers and guests, or at least before these. Needs a
-/// right (CAP_SYS_NICE, or a limit for it); without it nothing changes.
-pub fn raise_agent_priority() {
-    let raised = rustix::process::setpriority_process(None, AGENT_NICE)
-        .or_else(|_| rustix::process::setpriority_process(None, WORKER_NICE));
-    if let Err(error) = raised {
+/// Lets this process and its children run before guests. Needs a right (CAP_SYS_NICE);
+/// without it nothing changes.
+pub fn raise_priority() {
+    if let Err(error) = rustix::process::setpriority_process(None, CONTROL_NICE) {
         tracing::debug!(%error, "cannot raise the priority above that of guests");
     }
-}
-
-/// Lets the agent run before this process, a worker that it started.
-pub fn yield_worker_to_agent() {
-    set_own(worker_nice());
-}
-
-/// Nice value of a worker. Without the right to raise priorities, that of its agent.
-fn worker_nice() -> i32 {
-    let own = rustix::process::getpriority_process(None).unwrap_or(GUEST_NICE);
-    own.max(WORKER_NICE)
 }
 
 /// Nice value, relative to guests', of threads that compile what a guest or its user
@@ -61,7 +47,7 @@ pub fn yield_compile_thread() {
 /// Priority of a compiling process relative to guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompilePriority {
-    /// The priority of a worker: before guests, where permitted.
+    /// The priority of its agent: before guests, where permitted.
     First,
     /// A guest on the same processor keeps 97 %.
     Background,
@@ -75,7 +61,7 @@ pub enum CompilePriority {
 /// session gets the value too. Raising the priority again needs a right (CAP_SYS_NICE).
 pub fn set_compile_priority(priority: CompilePriority) {
     let nice = match priority {
-        CompilePriority::First => worker_nice(),
+        CompilePriority::First => rustix::process::getpriority_process(None).unwrap_or(GUEST_NICE),
         CompilePriority::Background => BACKGROUND_NICE,
         CompilePriority::Overdue => GUEST_NICE + COMPILE_STEP,
     };
@@ -248,7 +234,7 @@ mod tests {
     fn compilation_yields_to_guests_at_any_priority() {
         std::thread::spawn(|| {
             let nice = || rustix::process::getpriority_process(None).unwrap();
-            if set_own(WORKER_NICE) {
+            if set_own(CONTROL_NICE) {
                 yield_compile_thread();
                 assert_eq!(nice(), GUEST_NICE + COMPILE_STEP);
             } else {
@@ -266,7 +252,7 @@ mod tests {
         std::thread::spawn(|| {
             let nice = || rustix::process::getpriority_process(None).unwrap();
             assert!(ran_and_waited().is_some());
-            if !set_own(WORKER_NICE) {
+            if !set_own(CONTROL_NICE) {
                 eprintln!("skipped: priorities need CAP_SYS_NICE");
                 return;
             }
@@ -274,9 +260,9 @@ mod tests {
             policy.check();
             assert_eq!(nice(), GUEST_NICE);
             policy.end();
-            assert_eq!(nice(), WORKER_NICE);
+            assert_eq!(nice(), CONTROL_NICE);
             drop(YieldPolicy::begin().unwrap());
-            assert_eq!(nice(), WORKER_NICE);
+            assert_eq!(nice(), CONTROL_NICE);
             assert!(set_own(GUEST_NICE));
             // All threads have the same priority: there is nothing to yield.
             assert!(YieldPolicy::begin().is_none());

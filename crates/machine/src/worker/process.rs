@@ -59,7 +59,6 @@ pub fn run<W: Worker>(
 ) -> Result<(), String> {
     crate::failpoint::set_from_environment();
     cgroup::expose_worker_to_oom();
-    cgroup::yield_worker_to_agent();
     // First, so that all further allocations are counted in the cgroup.
     let group = Group::load(folder).filter(|group| {
         let joined = group.join();
