@@ -221,10 +221,19 @@ mod tests {
     use super::*;
 
     const LEASE: LeaseId = LeaseId(1);
+    const STEP: Duration = Duration::from_millis(1);
 
-    #[test]
-    fn an_end_is_proposed_once_and_not_renewed() {
-        let deadlines = Deadlines::default();
+    /// On a clock that stands still unless it is advanced: on a busy computer there are pauses.
+    fn on_own_clock() -> Deadlines {
+        Deadlines::new(Clock::Simulated {
+            begun: tokio::time::Instant::now(),
+            rate: 1.0,
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_end_is_proposed_once_and_not_renewed() {
+        let deadlines = on_own_clock();
         deadlines.add(LEASE, 0);
         deadlines.served(deadlines.now(), Duration::ZERO);
         assert_eq!(deadlines.take_ended(), [LEASE]);
@@ -251,15 +260,16 @@ mod tests {
     }
 
     /// A renewal may have come in time and wait to be served, or to be confirmed.
-    #[test]
-    fn a_lease_does_not_end_before_what_came_is_served() {
-        let deadlines = Deadlines::default();
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_does_not_end_before_what_came_is_served() {
+        let deadlines = on_own_clock();
         for lease in 1..=3 {
             deadlines.add(LeaseId(lease), 0);
         }
         assert_eq!(deadlines.wait(PAUSE), Duration::ZERO);
         assert_eq!(deadlines.take_ended(), []);
         let until = deadlines.now();
+        tokio::time::advance(STEP).await;
         let confirmed = deadlines.renewal(LeaseId(1));
         let unconfirmed = deadlines.renewal(LeaseId(2));
         assert_eq!(confirmed.confirmed(), Some(0));
@@ -274,19 +284,19 @@ mod tests {
     }
 
     /// Otherwise the same would be found again and again until it is taken.
-    #[test]
-    fn what_is_served_is_not_waited_for() {
-        let deadlines = Deadlines::default();
+    #[tokio::test(start_paused = true)]
+    async fn what_is_served_is_not_waited_for() {
+        let deadlines = on_own_clock();
         deadlines.add(LEASE, 0);
         deadlines.served(deadlines.now(), Duration::ZERO);
         assert_eq!(deadlines.wait(PAUSE), PAUSE);
     }
 
     /// Whoever comes first after a pause sees it.
-    #[test]
-    fn a_pause_ends_no_lease() {
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_ends_no_lease() {
         for renews in [true, false] {
-            let deadlines = Deadlines::default();
+            let deadlines = on_own_clock();
             deadlines.add(LEASE, 5_000);
             {
                 let mut all = deadlines.look().0;
@@ -302,12 +312,13 @@ mod tests {
             }
         }
         // The service alone stood still.
-        let deadlines = Deadlines::default();
+        let deadlines = on_own_clock();
         deadlines.add(LEASE, 5_000);
         let over = deadlines.now() + Duration::from_secs(5);
+        tokio::time::advance(STEP).await;
         deadlines.served(over, PAUSE * 2);
         assert_eq!(deadlines.take_ended(), []);
-        deadlines.served(over + PAUSE, Duration::ZERO);
+        deadlines.served(over + STEP, Duration::ZERO);
         assert_eq!(deadlines.take_ended(), [LEASE]);
     }
 }
