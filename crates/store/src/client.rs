@@ -4,6 +4,9 @@
 //! certainly not executed is retried at the next voter until the time of the request is over, so a
 //! change of the leader is a pause and no error. A change whose connection is lost after it was
 //! sent is [`StoreError::Unknown`]; reads and renewals can be repeated.
+//!
+//! Renewals go over the connections for urgent requests, on the runtime of whoever renews, so that
+//! a lease does not end because other tasks of the node stand still.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -123,7 +126,12 @@ impl StoreClient {
         self.try_voters(effect, locally, |voter, rest| {
             let request = request.clone();
             async move {
-                let answer = self.peers.call(&voter, kind, request, rest).await?;
+                let answer = match effect {
+                    Effect::Renewal => self.peers.urgent_call(&voter, kind, request, rest).await?,
+                    Effect::Repeatable | Effect::Changes => {
+                        self.peers.call(&voter, kind, request, rest).await?
+                    }
+                };
                 Ok(decode::<Answer<A>>("an answer of the store", &answer)
                     .map_err(|e| match effect {
                         Effect::Repeatable | Effect::Renewal => StoreError::unavailable(e),

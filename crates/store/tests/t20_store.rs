@@ -509,6 +509,35 @@ async fn a_late_renewal_counts() -> Outcome {
     Ok(())
 }
 
+/// What a thread of its own renews does not wait for the runtime that made all other requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_is_renewed_while_other_requests_stand_still() -> Outcome {
+    let engine = embedded().await?;
+    let handler = Arc::new(StoreHandler::new(Arc::clone(&engine.store)));
+    let (_server, client) = serve(handler).await?;
+    let client = Arc::new(client);
+    let (granted, lease) = tokio::sync::oneshot::channel();
+    let (go_on, stands_still) = std::sync::mpsc::channel::<()>();
+    let theirs = client.clone();
+    let others = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_all().build()?;
+        runtime.block_on(async {
+            drop(granted.send(theirs.lease_grant(60_000).await));
+            // Its connection is open, and nothing on this runtime runs any more.
+            drop(stands_still.recv());
+        });
+        std::io::Result::Ok(())
+    });
+    let lease = lease.await??;
+    for _ in 0..3 {
+        assert_eq!(client.lease_renew(lease).await?, 60_000);
+    }
+    drop(go_on);
+    let ended = tokio::task::spawn_blocking(move || others.join()).await?;
+    Ok(ended.map_err(|_| "the thread panicked")??)
+}
+
 #[tokio::test]
 async fn the_next_voter_is_asked_when_one_is_down() -> Outcome {
     let engine = embedded().await?;

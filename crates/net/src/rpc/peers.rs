@@ -1,7 +1,7 @@
 //! A pool with up to three connections per node, created on first use and again after a loss: one for
 //! control; one for bulk data, so that a request never waits behind what is copied; and one for urgent
-//! requests, whose caller may have a runtime of its own. All but the one for control are closed when
-//! they were not used for some time.
+//! requests, whose callers have runtimes of their own: what the log of the store and the lease of a
+//! node need. All but the one for control are closed when they were not used for some time.
 //!
 //! A connection lives on the runtime of the task that asked for it first, and is lost when that ends.
 
@@ -230,7 +230,8 @@ impl Peers {
             .await
     }
 
-    /// As [`call`](Self::call), over a connection for urgent requests alone: those of one runtime.
+    /// As [`call`](Self::call), over a connection for urgent requests alone, which needs nothing of the
+    /// runtime that carries the others.
     ///
     /// # Errors
     /// As [`call`](Self::call).
