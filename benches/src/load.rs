@@ -69,10 +69,11 @@ fn measure(name: &str, bytes: &[u8], start: Option<&Start>) -> Result<Vec<String
     let begun = Instant::now();
     let instrumented = instrument::instrument(bytes)?;
     let instrument = begun.elapsed().as_secs_f64();
-    let functions = match start {
+    let points = match start {
         Some(start) => on_stacks(&instrumented, start)?,
         None => BTreeSet::new(),
     };
+    let mut functions = 0;
     for _ in 0..ROUNDS {
         let mut config = wasmtime::Config::new();
         config.wasm_threads(true).wasm_tail_call(true);
@@ -91,8 +92,12 @@ fn measure(name: &str, bytes: &[u8], start: Option<&Start>) -> Result<Vec<String
         let program = engine.load_instrumented(instrumented)?;
         let hot_took = begun.elapsed().as_secs_f64();
         hot_bytes = program.code_bytes();
-        program.prepare_functions(&functions)?;
+        let stacks = program.stack_code(&points)?;
+        program.prepare_stacks(&stacks)?;
         let took = begun.elapsed().as_secs_f64();
+        functions = stacks
+            .range(..program.meta().functions.len() as u32)
+            .count();
         plain.push(plain_took);
         hot.push(hot_took);
         clones.push(took - hot_took);
@@ -107,7 +112,7 @@ fn measure(name: &str, bytes: &[u8], start: Option<&Start>) -> Result<Vec<String
         format!("{instrument:.2}"),
         format!("{hot:.2}"),
         match start {
-            Some(_) => functions.len().to_string(),
+            Some(_) => functions.to_string(),
             None => "-".to_owned(),
         },
         match start {
@@ -120,13 +125,13 @@ fn measure(name: &str, bytes: &[u8], start: Option<&Start>) -> Result<Vec<String
     ])
 }
 
-/// The functions on the stacks of a program that runs, sampled as a move samples them.
+/// The points on the stacks of a program that runs, sampled as a move samples them.
 fn on_stacks(instrumented: &[u8], start: &Start) -> Result<BTreeSet<u32>> {
     let engine = Engine::new(keel_wasm::runtime::Options::default())?;
     let program = engine.load_instrumented(instrumented.to_vec())?;
     let (wasi, output) = start.wasi()?;
     let machine = Machine::start(program, wasi, Limits::default())?;
-    let mut functions = BTreeSet::new();
+    let mut points = BTreeSet::new();
     for _ in 0..SAMPLES {
         std::thread::sleep(SAMPLE_INTERVAL);
         anyhow::ensure!(
@@ -134,10 +139,10 @@ fn on_stacks(instrumented: &[u8], start: &Start) -> Result<BTreeSet<u32>> {
             "it ended: {}",
             output.text()
         );
-        functions.extend(machine.functions_on_stacks(Duration::from_secs(1))?);
+        points.extend(machine.points_on_stacks(Duration::from_secs(1))?);
     }
     machine.stop();
-    Ok(functions)
+    Ok(points)
 }
 
 /// A module with one function whose body is 1 MiB: arithmetic on forty locals,

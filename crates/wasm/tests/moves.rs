@@ -55,9 +55,10 @@ fn only_functions_on_stacks_are_compiled_for_resuming() {
     let mut running = Running::start(&program, &["0", "1"]);
     assert_eq!(compiled(), BTreeSet::new());
 
-    let found = running.machine.functions_on_stacks(LIMIT).unwrap();
+    let points = running.machine.points_on_stacks(LIMIT).unwrap();
+    let found = program.stack_code(&points).unwrap();
     assert!(!found.is_empty() && found.len() < program.meta().functions.len() / 2);
-    program.prepare_functions(&found).unwrap();
+    program.prepare_stacks(&found).unwrap();
     let here = compiled();
     assert!(here.is_superset(&found), "{here:?} {found:?}");
 

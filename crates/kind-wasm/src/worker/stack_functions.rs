@@ -3,7 +3,8 @@
 //! So the source names the functions on the stacks of the machine's threads, before the first round
 //! of copying and after each, and the target compiles them meanwhile. A function that is first seen
 //! at the freeze is compiled during the downtime: it is short, since functions that take long are
-//! compiled before any capture ([`Program::prepare_resume`]).
+//! compiled before any capture ([`Program::prepare_resume`]). Of a large function the target compiles
+//! what its frames need at once; the rest follows when they run there.
 
 use keel_machine::cgroup::yield_compile_thread;
 use keel_machine::link::{FUNCTIONS_MAX, Link, LinkError, Message};
@@ -41,10 +42,12 @@ impl StackFunctions {
     /// # Errors
     /// [`SampleError`]. That a thread is in a long host call is none: its functions are found later.
     pub(super) fn name(&mut self, machine: &Machine, link: &mut Link) -> Result<(), SampleError> {
-        let found = match machine.functions_on_stacks(SAMPLE_PATIENCE) {
+        let points = match machine.points_on_stacks(SAMPLE_PATIENCE) {
             Err(MachineError::FreezeTimeout(_)) => return Ok(()),
-            found => found?,
+            points => points?,
         };
+        let found = machine.program().stack_code(&points);
+        let found = found.map_err(MachineError::from)?;
         let room = FUNCTIONS_MAX.saturating_sub(self.named.len());
         let new = found.difference(&self.named).take(room).copied();
         let new: BTreeSet<u32> = new.collect();
@@ -80,7 +83,7 @@ impl Compilation {
         let program = self.program.clone();
         let compile = move || {
             yield_compile_thread();
-            if let Err(error) = program.prepare_functions(&functions) {
+            if let Err(error) = program.prepare_stacks(&functions) {
                 tracing::warn!(%error, "threads of an arriving machine cannot be resumed here");
             }
         };

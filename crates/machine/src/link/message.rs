@@ -154,7 +154,8 @@ pub enum Message {
     /// The target requests output from an offset on.
     LogResend { offset: u64 },
     /// Functions on the stacks of the machine's threads, by their positions in the metadata of
-    /// the program; at most [`FUNCTIONS_MAX`].
+    /// the program; of large ones also the points at which they are, from the number of all functions
+    /// on (older nodes ignore those). At most [`FUNCTIONS_MAX`] in all.
     Functions(BTreeSet<u32>),
     /// All data of a round is in place, but functions are still being compiled.
     Compiling,

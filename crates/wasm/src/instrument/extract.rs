@@ -2,26 +2,43 @@
 //! and for each function a *resume module* with its clone and its loop versions.
 //!
 //! Clones are most of an instrumented module, and few are ever needed: those of functions that
-//! stood on the stack of a thread when it was captured. So each is compiled when it is first needed.
+//! stood on the stack of a thread when it was captured. So each is compiled when it is first needed;
+//! of a large function only a part, or no more than what one frame executes next (`entry`).
 //! An instance of a resume module imports memories, tables, globals and callees from the thread's
 //! instance of the hot module, under the names by which that exports them. It has only the types that
 //! it uses, because the engine compiles code for each type of a module: 296 functions instead of one
 //! for a small function of CPython. All other indices except those of functions are the same.
 
+use super::emit::Written;
+use super::entry::{self, Code};
 use super::error::InstrumentError;
 use super::meta::{self, HOST_MODULE, Meta};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use wasm_encoder::reencode::{self, Reencode, RoundtripReencoder};
 use wasm_encoder::{
-    BranchHint, BranchHints, CodeSection, EntityType, ExportKind, ExportSection, Function,
-    FunctionSection, GlobalType, ImportSection, MemoryType, Module, NameMap, NameSection,
-    RawSection, TableType, TypeSection,
+    BranchHint, BranchHints, CodeSection, EntityType, ExportKind, ExportSection, FunctionSection,
+    GlobalType, ImportSection, MemoryType, Module, NameMap, NameSection, RawSection, TableType,
+    TypeSection,
 };
 use wasmparser::{
-    BinaryReader, CustomSectionReader, FuncType, FunctionBody, KnownCustom, Operator, Parser,
-    Payload, TypeRef,
+    BinaryReader, CustomSectionReader, FuncType, FunctionBody, KnownCustom, Parser, Payload,
+    TypeRef,
 };
+
+/// Writes functions with other indices.
+type Write<'a> = dyn Fn(&mut Indices) -> Result<Vec<Written>, InstrumentError> + 'a;
+
+/// A module with the code of one entry of a clone or of a loop version.
+#[derive(Debug)]
+pub struct EntryModule {
+    pub module: Vec<u8>,
+    /// Bytes of its code.
+    pub bytes: usize,
+    /// Points of the loop headers at which it leaves, as far as that is known, by their numbers in
+    /// the instrumented module.
+    pub next: BTreeSet<u32>,
+}
 
 /// Where the parts of an instrumented module are that resume modules need.
 #[derive(Debug, Default)]
@@ -108,11 +125,31 @@ impl Layout {
 
     /// Bytes of the clone of a function and of its loop versions.
     pub fn clone_bytes(&self, function: &meta::Function) -> usize {
-        let clones = function.clones().map(|index| self.body(index));
-        clones.map(|body| body.map_or(0, |it| it.len())).sum()
+        function.clones().map(|index| self.body_bytes(index)).sum()
     }
 
-    /// The resume module of a function. It exports the clone as [`meta::RESUME_EXPORT`].
+    /// Bytes of a clone or a loop version, by its function index.
+    pub fn body_bytes(&self, index: u32) -> usize {
+        self.body(index).map_or(0, |body| body.len())
+    }
+
+    /// The loop versions of a function: the point at each loop header, by its position in
+    /// the function, and the function index of the version.
+    ///
+    /// # Errors
+    /// [`InstrumentError`] if the module is not the one that was read, or not well-formed.
+    pub fn loop_versions(
+        &self,
+        module: &[u8],
+        function: &meta::Function,
+    ) -> Result<BTreeMap<u32, u32>, InstrumentError> {
+        let versions = self.code(module, function.clone)?.loop_versions();
+        let point = |(number, version): (u32, u32)| Some((number.checked_sub(1)?, version));
+        Ok(versions.into_iter().filter_map(point).collect())
+    }
+
+    /// The resume module of a function: its clone and all loop versions. It exports the clone as
+    /// [`meta::RESUME_EXPORT`].
     ///
     /// # Errors
     /// [`InstrumentError`] if the module is not the one that was read, or not well-formed.
@@ -122,42 +159,96 @@ impl Layout {
         meta: &Meta,
         function: &meta::Function,
     ) -> Result<Vec<u8>, InstrumentError> {
-        let clones = function.clones();
-        let mut bodies = Vec::new();
-        for index in clones.clone() {
-            let body = self
-                .body(index)
-                .and_then(|range| Some((range.start, module.get(range)?)));
-            let (start, bytes) = body.ok_or_else(|| malformed("a clone is missing"))?;
-            bodies.push(FunctionBody::new(BinaryReader::new(bytes, start as u64)));
-        }
-        let callees = callees(&bodies, &clones)?;
-        let mut indices = Indices {
-            own: clones.clone(),
-            callees,
-            types: BTreeMap::new(),
+        let all = function.clones().map(|index| self.code(module, index));
+        let all: Vec<Code<'_>> = all.collect::<Result<_, _>>()?;
+        let write = |indices: &mut Indices| {
+            let all = all.iter().map(|code| code.write(indices, true));
+            all.collect()
         };
+        self.module(meta, function, function.clones(), &write)
+    }
 
-        let mut functions = FunctionSection::new();
-        let (mut code, mut hints) = (CodeSection::new(), BranchHints::new());
-        let mut names = NameMap::new();
+    /// A part of a function's resume module as one of its own, which takes less time to compile: the clone
+    /// without loop versions, or a single loop version (by its function index).
+    ///
+    /// # Errors
+    /// As [`Self::resume_module`].
+    pub fn resume_part(
+        &self,
+        module: &[u8],
+        meta: &Meta,
+        function: &meta::Function,
+        index: u32,
+    ) -> Result<Vec<u8>, InstrumentError> {
+        let code = self.code(module, index)?;
+        let write = |indices: &mut Indices| Ok(vec![code.write(indices, false)?]);
+        self.module(meta, function, index..index.saturating_add(1), &write)
+    }
+
+    /// What a frame at a point (by its position in the function) executes of the clone, or of the loop
+    /// version `index`, before it leaves for a loop, as a module of its own; `None` if that is no less.
+    ///
+    /// # Errors
+    /// As [`Self::resume_module`].
+    pub fn entry_module(
+        &self,
+        module: &[u8],
+        meta: &Meta,
+        function: &meta::Function,
+        (point, index): (u32, u32),
+    ) -> Result<Option<EntryModule>, InstrumentError> {
+        let code = self.code(module, index)?;
+        let (number, polled) = match index == function.clone {
+            true => (Some(point.saturating_add(1)), None),
+            false => (None, Some(meta.memories.len() as u32)),
+        };
+        let own = index..index.saturating_add(1);
+        let write = |indices: &mut Indices| entry::of(&code, number, polled, indices);
+        let Some(entry) = write(&mut Indices::of(own.clone()))? else {
+            return Ok(None);
+        };
+        let module = self.module(meta, function, own, &|indices| {
+            let entry = write(indices)?;
+            let entry = entry.ok_or_else(|| malformed("an entry that changes"))?;
+            Ok(vec![(entry.function, entry.hints)])
+        })?;
+        Ok(Some(EntryModule {
+            module,
+            bytes: entry.function.byte_len(),
+            next: entry.next,
+        }))
+    }
+
+    /// A module of the functions `own`, which `write` writes: the first time to learn what they
+    /// call. It exports the first.
+    fn module(
+        &self,
+        meta: &Meta,
+        function: &meta::Function,
+        own: Range<u32>,
+        write: &Write<'_>,
+    ) -> Result<Vec<u8>, InstrumentError> {
+        let mut indices = Indices::of(own.clone());
+        write(&mut indices)?;
+        let mut indices = indices.numbered();
+        let (mut functions, mut code) = (FunctionSection::new(), CodeSection::new());
+        let (mut hints, mut names) = (BranchHints::new(), NameMap::new());
         let name = meta.function_name(function.index);
-        for (clone, body) in clones.clone().zip(&bodies) {
-            let (number, ty) = (indices.of_function(clone), self.function_type(clone)?);
+        let all = write(&mut indices)?;
+        for (index, (body, moved)) in own.clone().zip(all) {
+            let (number, ty) = (indices.of_function(index), self.function_type(index)?);
             functions.function(indices.of_type(ty));
-            let known = self.hints.get(&clone).map_or(&[][..], Vec::as_slice);
-            let (function, moved) = with_indices(body, known, &mut indices)?;
             if !moved.is_empty() {
                 hints.function_hints(number, moved);
             }
-            code.function(&function);
+            code.function(&body);
             names.append(number, &name);
         }
         let mut exports = ExportSection::new();
         exports.export(
             meta::RESUME_EXPORT,
             ExportKind::Func,
-            indices.of_function(clones.start),
+            indices.of_function(own.start),
         );
         // Host functions find the memories at the instance that calls them.
         for memory in 0..meta.memories.len() as u32 {
@@ -175,6 +266,17 @@ impl Layout {
             .section(&code)
             .section(&name_section);
         Ok(out.finish())
+    }
+
+    /// The code of a clone or a loop version.
+    fn code<'a>(&self, module: &'a [u8], index: u32) -> Result<Code<'a>, InstrumentError> {
+        let body = self
+            .body(index)
+            .and_then(|range| Some((range.start, module.get(range)?)));
+        let (start, bytes) = body.ok_or_else(|| malformed("a clone is missing"))?;
+        let body = FunctionBody::new(BinaryReader::new(bytes, start as u64));
+        let hints = self.hints.get(&index).map_or(&[][..], Vec::as_slice);
+        Code::read(&body, hints)
     }
 
     /// The types used, in their new order.
@@ -229,34 +331,9 @@ impl Layout {
     }
 }
 
-/// The functions outside of `own` that the bodies call, with their indices as imports.
-fn callees(
-    bodies: &[FunctionBody<'_>],
-    own: &Range<u32>,
-) -> Result<BTreeMap<u32, u32>, InstrumentError> {
-    let mut callees = BTreeMap::new();
-    for body in bodies {
-        for op in body.get_operators_reader()? {
-            match op? {
-                Operator::Call { function_index } | Operator::ReturnCall { function_index }
-                    if !own.contains(&function_index) =>
-                {
-                    callees.insert(function_index, 0);
-                }
-                Operator::RefFunc { .. } => return Err(malformed("a clone names a reference")),
-                _ => {}
-            }
-        }
-    }
-    for (number, index) in (0..).zip(callees.values_mut()) {
-        *index = number;
-    }
-    Ok(callees)
-}
-
 /// Indices of a resume module, by those of the instrumented module.
 struct Indices {
-    /// The clones, which follow the callees.
+    /// The clone and loop versions, which follow the callees.
     own: Range<u32>,
     callees: BTreeMap<u32, u32>,
     /// Types that were used so far, numbered in this order.
@@ -264,10 +341,27 @@ struct Indices {
 }
 
 impl Indices {
-    fn of_function(&self, function: u32) -> u32 {
+    fn of(own: Range<u32>) -> Self {
+        Indices {
+            own,
+            callees: BTreeMap::new(),
+            types: BTreeMap::new(),
+        }
+    }
+
+    /// With the final numbers of all callees that were named so far.
+    fn numbered(self) -> Self {
+        let callees = self.callees.into_keys();
+        Indices {
+            callees: callees.zip(0..).collect(),
+            ..Self::of(self.own)
+        }
+    }
+
+    fn of_function(&mut self, function: u32) -> u32 {
         match self.own.contains(&function) {
             true => self.callees.len() as u32 + (function - self.own.start),
-            false => self.callees.get(&function).copied().unwrap_or_default(),
+            false => *self.callees.entry(function).or_default(),
         }
     }
 
@@ -287,34 +381,6 @@ impl Reencode for Indices {
     fn type_index(&mut self, ty: u32) -> Result<u32, reencode::Error> {
         Ok(self.of_type(ty))
     }
-}
-
-/// A body with other indices, and its hints.
-fn with_indices(
-    body: &FunctionBody<'_>,
-    hints: &[(u32, bool)],
-    indices: &mut Indices,
-) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
-    let mut locals = Vec::new();
-    for local in body.get_locals_reader()? {
-        let (count, ty) = local?;
-        locals.push((count, indices.val_type(ty)?));
-    }
-    let mut out = Function::new(locals);
-    let mut moved = Vec::new();
-    let mut hints = hints.iter().peekable();
-    let start = body.range().start;
-    for op in body.get_operators_reader()?.into_iter_with_offsets() {
-        let (op, offset) = op?;
-        if let Some((_, taken)) = hints.next_if(|(at, _)| u64::from(*at) == offset - start) {
-            moved.push(BranchHint {
-                branch_func_offset: out.byte_len() as u32,
-                branch_hint_value: u32::from(*taken),
-            });
-        }
-        out.instruction(&indices.instruction(op)?);
-    }
-    Ok((out, moved))
 }
 
 /// The hot module: without the clones, and without the metadata. All indices are those of the whole
@@ -452,5 +518,99 @@ mod tests {
             Some(section.count())
         });
         assert!(matches!(types, Some(2..10)), "{types:?}");
+    }
+
+    /// From a point in one of 200 instructions of an interpreter only its rest is executed, until the loop.
+    #[test]
+    fn an_entry_has_what_its_frame_executes() {
+        let mut text = String::from(
+            "(module (memory 1) (func $f (export \"f\") (param i32) (result i32)
+              (if (result i32) (local.get 0) (then (i32.const 7)) (else (call $run (i32.const 1)))))
+            (func $run (export \"run\") (param $at i32) (result i32) (local $sum i32)
+              (loop $next ",
+        );
+        let count = 200;
+        for _ in 0..count {
+            text.push_str("(block ");
+        }
+        write!(text, "(br_table").unwrap();
+        for number in 0..count {
+            write!(text, " {number}").unwrap();
+        }
+        text.push_str(" (local.get $at)))");
+        for number in 0..count {
+            write!(
+                text,
+                "{}
+                (local.set $at (call $f (i32.const {number})))
+                (br_if $next (i32.load8_u (local.get $sum))) (return (local.get $sum))",
+                "(local.set $sum (i32.xor (local.get $sum) (i32.mul (local.get $at) (i32.const 77))))"
+                    .repeat(10)
+            )
+            .unwrap();
+            text.push_str(if number + 1 < count {
+                ")"
+            } else {
+                ") (local.get $at))"
+            });
+        }
+        text.push(')');
+        let module = instrument(&wat::parse_str(text).unwrap()).unwrap();
+        let meta = read_meta(&module).unwrap();
+        let layout = Layout::read(&module).unwrap();
+        let function = &meta.functions[1];
+        let loops = layout.loop_versions(&module, function).unwrap();
+        assert_eq!(loops.len(), 1);
+        let (header, version) = loops.first_key_value().unwrap();
+        for point in 0..function.points.len() as u32 {
+            let part = loops.get(&point).copied().unwrap_or(function.clone);
+            let entry = layout.entry_module(&module, &meta, function, (point, part));
+            let Some(entry) = entry.unwrap() else {
+                assert_eq!(part, *version);
+                continue;
+            };
+            wasmparser::validate(&entry.module).unwrap();
+            if part == *version {
+                continue;
+            }
+            // (The poll at the function's entry is in front of the loop, too.)
+            assert_eq!(entry.next, BTreeSet::from([function.first_point + header]));
+            assert!(
+                entry.bytes < layout.body_bytes(part) / 10,
+                "{}",
+                entry.bytes
+            );
+        }
+        let part = layout.resume_part(&module, &meta, function, *version);
+        wasmparser::validate(&part.unwrap()).unwrap();
+    }
+
+    /// Constructs nest as deep as a module likes, and loops on the way to a point are written twice.
+    #[test]
+    fn constructs_within_constructs_take_no_stack() {
+        let depth = 20_000;
+        let mut text = String::from(
+            "(module (func $f (export \"f\") (param i32)
+              (if (local.get 0) (then (call $nested (i32.const 0)))))
+            (func $nested (export \"nested\") (param i32)",
+        );
+        for kind in ["block", "loop call $inner"] {
+            text.push_str(&format!(" {kind} ").repeat(depth / 2));
+        }
+        text.push_str(" local.get 0 call $f ");
+        text.push_str(&" end ".repeat(depth));
+        text.push_str(") (func $inner (local i32) loop local.get 0 br_if 0 end))");
+        let module = instrument(&wat::parse_str(text).unwrap()).unwrap();
+        let meta = read_meta(&module).unwrap();
+        let layout = Layout::read(&module).unwrap();
+        let function = &meta.functions[1];
+        let last = function.points.len() as u32 - 1;
+        for point in [0, last / 2, last] {
+            let entry = layout.entry_module(&module, &meta, function, (point, function.clone));
+            if let Some(entry) = entry.unwrap() {
+                assert!(entry.bytes <= layout.body_bytes(function.clone));
+                wasmparser::validate(&entry.module).unwrap();
+            }
+        }
     }
 }

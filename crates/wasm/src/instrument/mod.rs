@@ -23,6 +23,7 @@
 //! - `meta`: metadata for the runtime, stored in the module
 //! - `error`: why a module is refused
 //! - `extract`: the modules that are compiled: the hot one, and one for each clone
+//! - `entry`: of a large clone, what is executed from one of its points
 //!
 //! `docs/instrumentation.md` explains rewriting, capture, resume and compilation.
 
@@ -30,6 +31,7 @@ mod body;
 mod callees;
 mod callgraph;
 mod emit;
+mod entry;
 mod error;
 mod extract;
 mod liveness;
@@ -40,7 +42,7 @@ mod relocate;
 mod scan;
 
 pub use error::InstrumentError;
-pub use extract::{Layout, hot_module};
+pub use extract::{EntryModule, Layout, hot_module};
 pub use scan::MODULE_BYTES_MAX;
 
 /// Incremented when the same module is instrumented differently than before with the same

@@ -17,15 +17,16 @@
 use super::frame::{Frame, Pending, ThreadState, Value};
 use super::host::{Exited, Host, HostThread, HostTrap, ThreadContext, host_call, to_val, typed};
 use super::program::{Program, ProgramError};
+use super::resume_code::CodeKey;
 use super::signal::Signal;
 use super::tables::TableLimits;
 use crate::instrument::meta::{self, PREFIX, SlotType};
 use crate::memory::{Control, MemoryError, WASM_PAGE_BYTES, with_memories};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use wasmtime::{Func, Global, Instance, Ref, Store, Table, TypedFunc, Val};
+use wasmtime::{Func, Global, Instance, Module, Ref, Store, Table, TypedFunc, Val};
 
 /// How a run ended finally.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,7 +87,7 @@ pub struct Fiber {
     refs: Table,
     directory: Table,
     /// Clones by the position of their function in the metadata.
-    clones: HashMap<usize, TypedFunc<u32, u32>>,
+    clones: HashMap<CodeKey, TypedFunc<u32, u32>>,
     globals: Vec<Global>,
     tables: Vec<Table>,
     /// Raw function references back to indices; filled when first needed.
@@ -278,7 +279,7 @@ impl Fiber {
     /// Runs one frame's clone to its end, or until it is captured again (true).
     fn enter_frame(&mut self, frame: &Frame) -> Result<bool, Stop> {
         let program = self.program.clone();
-        let (position, function, point) = program
+        let (_, function, point) = program
             .meta
             .point(frame.point)
             .ok_or_else(|| plain_trap("a frame names no point".into()))?;
@@ -286,7 +287,7 @@ impl Fiber {
             Pending::Results(values) => values,
             _ => Vec::new(),
         };
-        let clone = self.clone_of(position)?;
+        let clone = self.clone_of(frame.point)?;
         self.enter();
         self.fill_restore_area(frame, function, point, &values)?;
         let number = frame.point - function.first_point + 1;
@@ -300,19 +301,20 @@ impl Fiber {
         }
     }
 
-    /// The clone of a function, by its position in the metadata.
-    fn clone_of(&mut self, position: usize) -> Result<TypedFunc<u32, u32>, Stop> {
-        if let Some(clone) = self.clones.get(&position) {
+    /// The code in which a frame at a point is resumed.
+    fn clone_of(&mut self, point: u32) -> Result<TypedFunc<u32, u32>, Stop> {
+        let code = self.program.resume_code(point);
+        let (key, module) = code.map_err(|error| plain_trap(error.to_string()))?;
+        if let Some(clone) = self.clones.get(&key) {
             return Ok(clone.clone());
         }
-        let clone = self.link_clone(position);
+        let clone = self.link_clone(&module);
         let clone = clone.map_err(|error| plain_trap(error.to_string()))?;
-        self.clones.insert(position, clone.clone());
+        self.clones.insert(key, clone.clone());
         Ok(clone)
     }
 
-    fn link_clone(&mut self, position: usize) -> Result<TypedFunc<u32, u32>, FiberError> {
-        let module = self.program.resume_module(position)?;
+    fn link_clone(&mut self, module: &Module) -> Result<TypedFunc<u32, u32>, FiberError> {
         let mut imports = Vec::with_capacity(module.imports().len());
         for import in module.imports() {
             let export = self.instance.get_export(&mut self.store, import.name());
@@ -498,8 +500,9 @@ impl Fiber {
     /// # Errors
     /// [`Stop::Trap`] if it does not fit, or its frames cannot be resumed.
     pub fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
-        let functions = state.functions(&self.program.meta);
-        let prepared = self.program.prepare_functions(&functions);
+        let points: BTreeSet<u32> = state.frames.iter().map(|frame| frame.point).collect();
+        let mut points = points.into_iter();
+        let prepared = points.try_for_each(|point| self.program.prepare_point(point));
         prepared.map_err(|error| plain_trap(error.to_string()))?;
         self.update_sizes()?;
         for (at, value) in state.globals.iter().enumerate() {

@@ -10,7 +10,6 @@
 
 use crate::instrument::meta::{self, Meta, SlotType};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
 
 /// First bytes of an encoded thread.
 pub const MAGIC: [u8; 4] = *b"KTHR";
@@ -166,15 +165,6 @@ fn damaged(what: impl Into<String>) -> FrameError {
 }
 
 impl ThreadState {
-    /// The functions of its frames, by their positions in the metadata.
-    pub(super) fn functions(&self, meta: &Meta) -> BTreeSet<u32> {
-        let found = self
-            .frames
-            .iter()
-            .filter_map(|frame| meta.point(frame.point));
-        found.map(|(position, ..)| position as u32).collect()
-    }
-
     pub fn encode(&self, module: &[u8; 32]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.frames.len() * 64);
         bytes.extend(MAGIC);

@@ -531,19 +531,19 @@ impl Machine {
         }
     }
 
-    /// The functions on the stacks of its threads (by their positions in the metadata): what must be
-    /// compiled to resume them. Freezes the machine for some microseconds.
+    /// The points of the frames on the stacks of its threads: what must be compiled to resume them
+    /// ([`Program::stack_code`]). Freezes the machine for some microseconds.
     ///
     /// # Errors
     /// As [`Self::freeze`] and [`Self::thaw`].
-    pub fn functions_on_stacks(&self, patience: Duration) -> Result<BTreeSet<u32>, MachineError> {
+    pub fn points_on_stacks(&self, patience: Duration) -> Result<BTreeSet<u32>, MachineError> {
         self.freeze(patience)?;
         let found = {
             let threads = locked(&self.shared.threads);
             let parked = threads.table.values().filter_map(|it| it.parked.as_ref());
             let states = parked.flatten();
-            let functions = states.flat_map(|it| it.functions(&self.shared.program.meta));
-            functions.collect()
+            let frames = states.flat_map(|state| &state.frames);
+            frames.map(|frame| frame.point).collect()
         };
         self.thaw()?;
         Ok(found)

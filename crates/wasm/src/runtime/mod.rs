@@ -1,6 +1,7 @@
 //! Runs instrumented modules: threads that can be captured and resumed.
 //!
 //! - `program`: from module bytes to compiled code
+//! - `resume_code`: the code in which captured threads are resumed
 //! - `cache`: authenticated cache files
 //! - `imports`: import validation before compilation
 //! - `compile_progress`: number of compiled functions
@@ -35,6 +36,7 @@ mod lock;
 mod machine;
 pub mod parts;
 mod program;
+mod resume_code;
 mod signal;
 mod tables;
 mod uninstrumented;

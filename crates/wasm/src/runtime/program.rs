@@ -1,5 +1,5 @@
-//! From module bytes to a program: instrument, compile, cache, link; and the code for resuming
-//! threads, which is compiled function by function when it is first needed.
+//! From module bytes to a program: instrument, compile, cache, link. The code for resuming threads is left
+//! to `resume_code`.
 //!
 //! Two kinds of files are stored by content hash: instrumented modules (which machines refer to,
 //! and which move with them) and compiled code (native code, which never moves, and is loaded only
@@ -10,11 +10,11 @@ use super::compile_progress::{self, CompileProgress, Compiling};
 use super::frame::hex;
 use super::host::{self, ThreadContext};
 use super::imports;
+use super::resume_code::FunctionCode;
 use super::tables::{self, TABLES_ENTRIES_MAX};
 use crate::instrument::meta::{Meta, TABLE_ENTRIES_MAX};
 use crate::instrument::{self, InstrumentError, Layout};
 use crate::memory::Creator;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use wasmtime::{Config, InstancePre, Linker, Module, OptLevel};
@@ -70,6 +70,7 @@ pub struct Engine {
     options: Options,
     cache: Option<Cache>,
     guest_nice: Option<i32>,
+    only_entries: bool,
 }
 
 impl std::fmt::Debug for Engine {
@@ -118,6 +119,7 @@ impl Engine {
             options,
             cache: None,
             guest_nice: None,
+            only_entries: false,
         })
     }
 
@@ -141,6 +143,15 @@ impl Engine {
     #[must_use]
     pub fn with_guest_nice(mut self, nice: i32) -> Self {
         self.guest_nice = Some(nice);
+        self
+    }
+
+    /// Resumes threads by entry modules alone, whatever the size of a function, as the first threads of a
+    /// large one are: for tests of those.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_only_entries(mut self) -> Self {
+        self.only_entries = true;
         self
     }
 
@@ -192,7 +203,7 @@ impl Engine {
             .map_err(ProgramError::Compile)?;
         Ok(Arc::new(Program {
             hash,
-            resume_modules: meta.functions.iter().map(|_| OnceLock::new()).collect(),
+            resume_codes: meta.functions.iter().map(|_| OnceLock::new()).collect(),
             layout: OnceLock::new(),
             meta,
             bytes,
@@ -292,20 +303,15 @@ fn code_name(hash: &[u8; 32], which: &str) -> String {
 }
 
 /// Suffixes of cached code: of the hot module, of the resume module of a function (behind its
-/// number), and of the original module.
+/// number, and that of a part), and of the original module.
 const HOT: &str = "code";
 const RESUME: &str = "resume";
 const PLAIN: &str = "plain";
 
-/// Size of a function's clone and loop versions, in bytes of WebAssembly, from which they are
-/// compiled before a thread is captured: about a quarter of a second on one core. The others are
-/// compiled when the first thread is resumed in them, which must wait for it.
-const LARGE_CLONE_BYTES: usize = 256 << 10;
-
 /// A compiled, instrumented module.
 ///
-/// Threads run in the code of its hot module. The clone of a function, in which captured frames of
-/// it are resumed, is a module of its own that is compiled when it is first needed.
+/// Threads run in the code of its hot module. The code in which captured frames are resumed is compiled
+/// when it is first needed.
 pub struct Program {
     pub(crate) meta: Meta,
     hash: [u8; 32],
@@ -314,8 +320,7 @@ pub struct Program {
     /// Initial table entries of each thread's instance.
     pub(super) table_entries: u64,
     hot: InstancePre<ThreadContext>,
-    /// For each function of the metadata.
-    resume_modules: Box<[OnceLock<Result<Module, String>>]>,
+    resume_codes: Box<[OnceLock<FunctionCode>]>,
     layout: OnceLock<Layout>,
     engine: Engine,
 }
@@ -354,61 +359,30 @@ impl Program {
         export.is_some_and(|ty| ty.func().is_some())
     }
 
-    /// Compiles the clones that take so long that no captured thread should wait for them. Best called well before a freeze, on a thread that may block: freezing
-    /// calls it, and waits.
-    ///
-    /// # Errors
-    /// [`ProgramError::Clone`], the same each time: threads cannot be resumed, so the program must
-    /// not be captured.
-    pub fn prepare_resume(&self) -> Result<(), ProgramError> {
-        let layout = self.layout()?;
-        let functions = self.meta.functions.iter().enumerate();
-        functions
-            .filter(|(_, it)| layout.clone_bytes(it) >= LARGE_CLONE_BYTES)
-            .try_for_each(|(position, _)| self.resume_module(position).map(drop))
+    /// Compiles a module for resuming, or loads it from the cache.
+    pub(super) fn compile_resume(
+        &self,
+        name: &str,
+        extract: impl FnOnce() -> Result<Vec<u8>, ProgramError>,
+    ) -> Result<Module, ProgramError> {
+        let name = code_name(&self.hash, &format!("{name}.{RESUME}"));
+        match self.engine.cached_code(&name) {
+            Some(module) => Ok(module),
+            None => self.engine.compile(&extract()?, &name),
+        }
     }
 
-    /// Compiles the clones of functions (by their positions in the metadata; others are ignored),
-    /// before threads are resumed in them.
-    ///
-    /// # Errors
-    /// [`ProgramError::Clone`].
-    pub fn prepare_functions(&self, functions: &BTreeSet<u32>) -> Result<(), ProgramError> {
-        let known = 0..self.meta.functions.len();
-        let functions = functions.iter().map(|position| *position as usize);
-        functions
-            .filter(|position| known.contains(position))
-            .try_for_each(|position| self.resume_module(position).map(drop))
+    /// The code for resuming of each function of the metadata.
+    pub(super) fn resume_codes(&self) -> &[OnceLock<FunctionCode>] {
+        &self.resume_codes
     }
 
-    /// The code in which frames of a function (by its position in the metadata) are resumed;
-    /// compiles it if it is missing, or waits for the thread that compiles it. So it must not be
-    /// called by a thread of rayon's pool: the compiler distributes its work there, and a thread that
-    /// waits for that work may be given one that waits for the same code.
-    ///
-    /// # Errors
-    /// [`ProgramError::Clone`], the same each time.
-    pub(super) fn resume_module(&self, position: usize) -> Result<&Module, ProgramError> {
-        let function = &self.meta.functions[position];
-        let compiled = self.resume_modules[position].get_or_init(|| {
-            let name = code_name(&self.hash, &format!("{position}.{RESUME}"));
-            if let Some(module) = self.engine.cached_code(&name) {
-                return Ok(module);
-            }
-            let extracted = self
-                .layout()
-                .and_then(|layout| Ok(layout.resume_module(&self.bytes, &self.meta, function)?));
-            extracted
-                .and_then(|bytes| self.engine.compile(&bytes, &name))
-                .map_err(|error| error.to_string())
-        });
-        compiled.as_ref().map_err(|reason| ProgramError::Clone {
-            function: self.meta.function_name(function.index),
-            reason: reason.clone(),
-        })
+    /// Whether threads are resumed by entry modules alone.
+    pub(super) fn only_entries(&self) -> bool {
+        self.engine.only_entries
     }
 
-    fn layout(&self) -> Result<&Layout, ProgramError> {
+    pub(super) fn layout(&self) -> Result<&Layout, ProgramError> {
         if let Some(layout) = self.layout.get() {
             return Ok(layout);
         }
@@ -418,9 +392,8 @@ impl Program {
 
     /// Bytes of machine code in use.
     pub fn code_bytes(&self) -> usize {
-        let compiled = self.resume_modules.iter().filter_map(OnceLock::get);
-        let clones = compiled.filter_map(|module| module.as_ref().ok());
-        let clones: usize = clones.map(|module| module.text().len()).sum();
+        let clones = self.resume_codes.iter().filter_map(OnceLock::get);
+        let clones: usize = clones.map(FunctionCode::code_bytes).sum();
         self.hot.module().text().len() + clones
     }
 

@@ -224,12 +224,21 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 fn check(modules: u64, config: fn() -> Config) {
+    check_with(modules, config, |engine| engine);
+}
+
+/// The same, resumed by entry modules alone.
+fn check_entries(modules: u64, config: fn() -> Config) {
+    check_with(modules, config, Engine::with_only_entries);
+}
+
+fn check_with(modules: u64, config: fn() -> Config, engine: fn(Engine) -> Engine) {
     let modules = number("KEEL_DIFFERENTIAL_MODULES", modules);
     let first = number("KEEL_DIFFERENTIAL_SEED", 0);
     let options = Options {
         deterministic: true,
     };
-    let engine = Engine::new(options).unwrap();
+    let engine = engine(Engine::new(options).unwrap());
     let mut tally = Tally::default();
     for seed in first..first + modules {
         let mut random = StdRng::seed_from_u64(seed);
@@ -275,14 +284,30 @@ fn core() {
     check(900, base);
 }
 
-#[test]
-fn references_and_tables() {
-    check(1500, || Config {
+fn with_references() -> Config {
+    Config {
         reference_types_enabled: true,
         max_tables: 4,
         max_element_segments: 8,
         ..base()
-    });
+    }
+}
+
+fn with_large_functions() -> Config {
+    Config {
+        max_instructions: 3000,
+        max_funcs: 4,
+        max_values: 30,
+        max_nesting_depth: 30,
+        simd_enabled: true,
+        reference_types_enabled: true,
+        ..base()
+    }
+}
+
+#[test]
+fn references_and_tables() {
+    check(1500, with_references);
 }
 
 #[test]
@@ -316,13 +341,12 @@ fn shared_memories() {
 
 #[test]
 fn large_functions() {
-    check(250, || Config {
-        max_instructions: 3000,
-        max_funcs: 4,
-        max_values: 30,
-        max_nesting_depth: 30,
-        simd_enabled: true,
-        reference_types_enabled: true,
-        ..base()
-    });
+    check(250, with_large_functions);
+}
+
+#[test]
+fn functions_resumed_by_entries() {
+    check_entries(200, base);
+    check_entries(200, with_references);
+    check_entries(40, with_large_functions);
 }
