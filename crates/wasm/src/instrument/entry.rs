@@ -642,16 +642,16 @@ impl<R: Reencode<Error = Infallible>> Writer<'_, '_, R> {
         }
     }
 
-    /// Notes the point of a loop header that is passed to an exit between `first` and `end`: the last constant
-    /// there.
+    /// Notes the point of a loop header that is passed to an exit: the last constant between `first` and
+    /// `end`, by the form of that code.
     fn note_point(&mut self, first: usize, end: usize) {
-        let constants = self.ops[first..end]
+        let point = self.ops[first..end]
             .iter()
             .rev()
             .find_map(|op| match op.op {
                 Operator::I32Const { value } => Some(value as u32),
                 _ => None,
             });
-        self.next.extend(constants);
+        self.next.extend(point);
     }
 }

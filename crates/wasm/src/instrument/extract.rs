@@ -144,8 +144,11 @@ impl Layout {
         function: &meta::Function,
     ) -> Result<BTreeMap<u32, u32>, InstrumentError> {
         let versions = self.code(module, function.clone)?.loop_versions();
-        let point = |(number, version): (u32, u32)| Some((number.checked_sub(1)?, version));
-        Ok(versions.into_iter().filter_map(point).collect())
+        let own = versions
+            .into_iter()
+            .filter(|(_, version)| function.clones().contains(version));
+        let points = own.filter_map(|(number, version)| Some((number.checked_sub(1)?, version)));
+        Ok(points.collect())
     }
 
     /// The resume module of a function: its clone and all loop versions. It exports the clone as

@@ -29,8 +29,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use wasmtime::Module;
 
-/// Size of a function's clone and loop versions, in bytes of WebAssembly, from which they are compiled in
-/// parts.
+/// Size of a function's clone and loop versions, in bytes of WebAssembly, from which each is a part of
+/// its own.
 const LARGE_FUNCTION_BYTES: usize = 64 << 10;
 
 /// The same from which its parts are compiled before a thread is captured: together about a quarter of a
@@ -72,7 +72,7 @@ struct Part {
     index: Option<u32>,
     bytes: usize,
     module: Compiled<Module>,
-    /// It is being compiled, or is.
+    /// A thread compiles it in the background, or has done so.
     is_begun: AtomicBool,
 }
 
