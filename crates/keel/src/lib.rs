@@ -80,6 +80,7 @@ mod up;
 mod vnc;
 mod volume;
 mod wasm;
+mod wasm_listeners;
 mod when;
 
 use anyhow::Context;

@@ -3,6 +3,7 @@
 
 use crate::program::Invocation;
 use crate::volume::VolumeArg;
+use crate::wasm_listeners::Listeners;
 use anyhow::{Context, Result};
 use keel_kind_wasm::span::{InProcess, PART_BYTES_MIN, PartLimits, SpanConfig};
 use keel_wasi::volume::VolumeLimits;
@@ -11,7 +12,6 @@ use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -109,16 +109,19 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     // Content of its volumes, until it ends.
     let scratch = tempfile::tempdir().context("a folder for volumes")?;
     let name = args.program.module().display();
-    let wasi = Wasi::new(config(&args, scratch.path())?)
+    let listeners = Listeners::bind(&args.listen)?;
+    let wasi = Wasi::new(config(&args, listeners.count(), scratch.path())?)
         .with_context(|| format!("{name} cannot start"))?;
     copy(&args, &wasi)?;
     let engine = engine(&args, options)?;
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
+        let carrier = listeners.serve(wasi.clone())?;
         let outcome = engine
             .run_uninstrumented(&bytes, wasi.clone(), limits)
             .with_context(|| format!("{name} cannot run"))?;
         wasi.finish();
+        carrier.finish();
         outcome
     } else {
         let program = engine
@@ -142,12 +145,14 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                     .with_context(|| format!("{name} cannot run as {count} parts"))
             })
             .transpose()?;
+        let carrier = listeners.serve(machine.wasi().clone())?;
         machine.thaw()?;
         let outcome = match args.shake {
             Some(rate) => shaken(&machine, parts.as_ref(), rate, args.seed.unwrap_or(0))?,
             None => machine.wait(None).unwrap_or(Outcome::Stopped),
         };
         machine.wasi().finish();
+        carrier.finish();
         if let Some(failure) = parts.and_then(|parts| parts.home().failure()) {
             anyhow::bail!("{name}: {failure}");
         }
@@ -180,8 +185,9 @@ fn engine(args: &Args, options: Options) -> Result<Engine> {
     })
 }
 
-fn config(args: &Args, scratch: &Path) -> Result<Config> {
+fn config(args: &Args, listeners: u32, scratch: &Path) -> Result<Config> {
     let mut config = Config {
+        listeners,
         stdin: Input::Fd(std::io::stdin().as_fd().try_clone_to_owned()?),
         stdout: Box::new(FdSink::duplicate(std::io::stdout())?),
         stderr: Box::new(FdSink::duplicate(std::io::stderr())?),
@@ -230,12 +236,6 @@ fn config(args: &Args, scratch: &Path) -> Result<Config> {
             source: own(scratch.join(format!("copy-{number}")), COPY_BYTES),
             ..preopen(dir)
         });
-    }
-    for address in &args.listen {
-        config.listeners.push(
-            TcpListener::bind(address)
-                .with_context(|| format!("--listen {address}: cannot listen"))?,
-        );
     }
     config.seed = args.seed.map(|seed| {
         let mut bytes = [0; 32];

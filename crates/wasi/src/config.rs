@@ -4,7 +4,6 @@ use crate::clock::{HostClock, SystemClock};
 use crate::error::Error;
 use crate::stream::{DiscardSink, Input, Sink};
 use crate::volume::{Backed, Stalls, VolumeLimits};
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,9 +14,9 @@ pub struct Config {
     pub env: Vec<(String, String)>,
     /// The preopened directories. They become descriptors after the listeners.
     pub preopens: Vec<Preopen>,
-    /// Listening sockets; descriptors from 3 on, as with wasmtime's
-    /// `--tcplisten`.
-    pub listeners: Vec<TcpListener>,
+    /// How many listening sockets there are; descriptors from 3 on, as with wasmtime's
+    /// `--tcplisten`. Connections come through [`crate::Wasi::network`].
+    pub listeners: u32,
     /// Descriptor 0.
     pub stdin: Input,
     /// Descriptor 1.
@@ -39,7 +38,7 @@ impl Default for Config {
             args: Vec::new(),
             env: Vec::new(),
             preopens: Vec::new(),
-            listeners: Vec::new(),
+            listeners: 0,
             stdin: Input::Empty,
             stdout: Box::new(DiscardSink),
             stderr: Box::new(DiscardSink),

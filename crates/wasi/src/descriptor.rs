@@ -7,13 +7,13 @@
 use crate::abi::{Result, types};
 use crate::listing::Listing;
 use crate::lock::locked;
+use crate::network::{self, Backlog};
 use crate::volume::OpenNode;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use types::{Errno, Fdflags, Filetype, Rights};
 
@@ -96,21 +96,17 @@ pub(crate) struct OpenDirectory {
 
 #[derive(Debug)]
 pub(crate) struct Listener {
-    pub(crate) listener: TcpListener,
+    pub(crate) backlog: Arc<Backlog>,
     /// Its index among the listeners of the configuration.
     pub(crate) index: u32,
     pub(crate) nonblocking: AtomicBool,
 }
 
-/// A connection accepted; without a stream it was reset by a restore.
+/// A connection that was accepted.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    pub(crate) stream: Option<TcpStream>,
-    pub(crate) local: Option<SocketAddr>,
-    pub(crate) peer: Option<SocketAddr>,
+    pub(crate) connection: Arc<network::Connection>,
     pub(crate) nonblocking: AtomicBool,
-    /// Bits of `sdflags` already shut down.
-    pub(crate) shut: AtomicU8,
 }
 
 #[derive(Debug)]

@@ -36,7 +36,7 @@ pub enum Error {
         host: String,
         source: io::Error,
     },
-    /// A listening socket or stream of the host cannot be used.
+    /// A stream of the host cannot be used.
     #[error("{what}: {source}")]
     Host { what: String, source: io::Error },
     /// An open file is at no path that the target could reopen.
@@ -86,13 +86,8 @@ pub enum Error {
     #[error("WASI snapshot is damaged: {0}")]
     Damaged(String),
     /// The resources do not match the snapshot.
-    #[error("the snapshot needs {needed} {what}, {given} given")]
-    Resources {
-        /// `preopens` or `listeners`.
-        what: &'static str,
-        needed: usize,
-        given: usize,
-    },
+    #[error("the snapshot needs {needed} preopens, {given} given")]
+    Resources { needed: usize, given: usize },
     /// The operating system gave no random seed.
     #[error("no random seed from the operating system: {0}")]
     Seed(String),

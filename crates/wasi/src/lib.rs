@@ -23,6 +23,7 @@
 //! | `unlinked_open.rs` | files removed while open; locating open files |
 //! | `volume/` | file systems that move with their machine |
 //! | `stream.rs` | standard input, output, error |
+//! | `network/` | listeners and connections, whose bytes move with their machine |
 //! | `socket.rs` | `sock_*` |
 //! | `remote_call.rs` | calls executed at another node |
 //! | `poll.rs` | `poll_oneoff` |
@@ -47,6 +48,7 @@ mod guest;
 mod host_access;
 mod listing;
 mod lock;
+pub mod network;
 mod outcome;
 mod path;
 mod poll;

@@ -9,6 +9,7 @@ use crate::state::Wasi;
 use crate::wait::{Interrupt, Waited, wait};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, BorrowedFd};
+use rustix::io::Errno as HostErrno;
 use std::sync::Arc;
 use types::{
     Clockid, Errno, Event, EventFdReadwrite, Eventrwflags, Eventtype, Rights, Subclockflags,
@@ -118,6 +119,9 @@ impl Wasi {
         if !fits {
             return failed(Errno::Badf);
         }
+        if socket_fd(&descriptor, direction).is_some_and(|fd| fd.is_err()) {
+            return failed(Errno::Nfile);
+        }
         Watch::Descriptor(descriptor, direction)
     }
 
@@ -131,8 +135,10 @@ impl Wasi {
             Kind::Stdout => self.stdout.poll_fd(),
             Kind::Stderr => self.stderr.poll_fd(),
             Kind::File(file) => file.stream().map(AsFd::as_fd),
-            Kind::Listener(listener) => Some(listener.listener.as_fd()),
-            Kind::Connection(connection) => connection.stream.as_ref().map(AsFd::as_fd),
+            Kind::Listener(_) | Kind::Connection(_) => {
+                let fd = socket_fd(descriptor, *direction)?.ok()?;
+                return Some((fd, PollFlags::IN));
+            }
             Kind::Directory(_) => None,
         };
         Some((fd?, direction.poll_flags()))
@@ -165,7 +171,7 @@ impl Wasi {
                 if flags.is_some_and(|flags| flags.is_empty()) {
                     return None;
                 }
-                let (nbytes, hangup) = self.ready_bytes(descriptor, *direction, flags);
+                let (nbytes, hangup) = self.ready_bytes(descriptor, *direction, flags)?;
                 (direction.event_type(), Errno::Success, nbytes, hangup)
             }
         };
@@ -182,21 +188,23 @@ impl Wasi {
         })
     }
 
-    /// How many bytes a ready descriptor has (at least 1 for writing), and
-    /// whether it is at its end.
+    /// How many bytes a ready descriptor has (at least 1 for writing), and whether it is at its
+    /// end; `None` if another thread was faster, and it is not ready any more.
     fn ready_bytes(
         &self,
         descriptor: &Descriptor,
         direction: Direction,
         flags: Option<PollFlags>,
-    ) -> (u64, bool) {
+    ) -> Option<(u64, bool)> {
         let ended = |flags: PollFlags| flags.intersects(PollFlags::HUP | PollFlags::ERR);
         let hung_up = flags.is_some_and(ended);
         if direction == Direction::Write {
-            let reset = matches!(&descriptor.kind, Kind::Connection(c) if c.stream.is_none());
-            return (1, hung_up || reset);
+            return match &descriptor.kind {
+                Kind::Connection(open) => Some((1, open.connection.ready_to_write()?)),
+                _ => Some((1, hung_up)),
+            };
         }
-        match &descriptor.kind {
+        Some(match &descriptor.kind {
             Kind::Stdin => {
                 let bytes = self.stdin.available_bytes();
                 (bytes, bytes == 0)
@@ -212,16 +220,28 @@ impl Wasi {
                     (bytes, bytes == 0)
                 }
             },
-            Kind::Connection(connection) => match &connection.stream {
-                Some(stream) => {
-                    let bytes = rustix::io::ioctl_fionread(stream).unwrap_or(1);
-                    (bytes, bytes == 0)
+            Kind::Connection(open) => open.connection.ready_to_read()?,
+            Kind::Listener(listener) => {
+                if !listener.backlog.is_ready() {
+                    return None;
                 }
-                None => (0, true),
-            },
-            Kind::Listener(_) => (1, false),
+                (1, false)
+            }
             Kind::Stdout | Kind::Stderr | Kind::Directory(_) => (0, false),
-        }
+        })
+    }
+}
+
+/// What is readable while a socket is ready; `None` for other descriptors.
+fn socket_fd(
+    descriptor: &Descriptor,
+    direction: Direction,
+) -> Option<Result<BorrowedFd<'_>, HostErrno>> {
+    match (&descriptor.kind, direction) {
+        (Kind::Listener(listener), _) => Some(listener.backlog.ready_fd()),
+        (Kind::Connection(open), Direction::Read) => Some(open.connection.readable_fd()),
+        (Kind::Connection(open), Direction::Write) => Some(open.connection.writable_fd()),
+        _ => None,
     }
 }
 

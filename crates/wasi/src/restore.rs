@@ -5,11 +5,13 @@ use crate::abi::types;
 use crate::clock::{GuestClock, HostClock, SystemClock};
 use crate::config::{Limits, Preopen, Source, check_preopen_names, check_strings};
 use crate::descriptor::{
-    Connection, Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
+    Connection, Descriptor, Dropped, FileId, Kind, Listener, OpenDirectory, Place as DirPlace,
+    Table,
 };
 use crate::directory::filetype_of;
 use crate::error::Error;
 use crate::listing::Entry;
+use crate::network::{self, Network};
 use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
 use crate::root::{Root, RootPlace, open_root};
@@ -17,26 +19,23 @@ use crate::snapshot::{
     DescriptorKind, DirectoryRecord, FileRecord, HostPlace, Place, SNAPSHOT_VERSION, Snapshot,
     StdinRecord, boot_id,
 };
-use crate::socket;
 use crate::state::Wasi;
 use crate::stream::{DiscardSink, Input, Sink, Stdin};
 use crate::unlinked_open::OpenFiles;
 use crate::volume::OpenNode;
 use cap_std::fs::Dir;
 use rustix::fs::FileType;
-use std::net::TcpListener;
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use types::{Fdflags, Rights, Sdflags};
+use types::{Fdflags, Rights};
 
 /// Resources of the target host for a restore.
 pub struct Resources {
     /// Location of each preopen, in the snapshot's order. The folder of a volume contains its
     /// files' bytes.
     pub preopens: Vec<Source>,
-    /// The listening sockets, in the snapshot's order.
-    pub listeners: Vec<TcpListener>,
     /// Standard input, if the snapshot says [`StdinRecord::Host`].
     pub stdin: Input,
     /// Standard output.
@@ -47,12 +46,10 @@ pub struct Resources {
 }
 
 impl Default for Resources {
-    /// No preopens and listeners, empty input, output forgotten, the system's
-    /// clocks.
+    /// No preopens, empty input, output forgotten, the system's clocks.
     fn default() -> Self {
         Self {
             preopens: Vec::new(),
-            listeners: Vec::new(),
             stdin: Input::Empty,
             stdout: Box::new(DiscardSink),
             stderr: Box::new(DiscardSink),
@@ -88,11 +85,14 @@ impl Wasi {
             directory_entries_max: snapshot.directory_entries_max,
         }
         .clamped();
+        let (network, connections) =
+            Network::restore(snapshot.listeners, std::mem::take(&mut snapshot.network))?;
         let mut restorer = Restorer {
             roots: &roots,
             strict: strict_roots(&snapshot, &roots),
             files: OpenFiles::new(snapshot.machine, snapshot.hidden_next),
-            listeners: resources.listeners.into_iter().map(Some).collect(),
+            network: &network,
+            connections,
         };
         let mut table = Table::new(limits.descriptors_max);
         for record in snapshot.descriptors {
@@ -110,6 +110,9 @@ impl Wasi {
                 return Err(damaged(fd, "appears twice or is beyond the limit"));
             }
         }
+        if let Some(fd) = restorer.connections.keys().next() {
+            return Err(damaged(*fd, "is no connection"));
+        }
         let stdin = match snapshot.stdin {
             StdinRecord::Empty => Input::Empty,
             StdinRecord::Host => resources.stdin,
@@ -126,7 +129,7 @@ impl Wasi {
             args: snapshot.args,
             env: snapshot.env,
             roots,
-            listeners: snapshot.listeners,
+            network,
             table: Mutex::new(table),
             files,
             stdin: Stdin::new(stdin),
@@ -149,26 +152,9 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     }
     check_strings(&snapshot.args, &snapshot.env)?;
     check_preopen_names(snapshot.preopens.iter().map(|p| p.guest.as_str()))?;
-    let needs = [
-        (
-            "preopens",
-            snapshot.preopens.len(),
-            resources.preopens.len(),
-        ),
-        (
-            "listeners",
-            snapshot.listeners as usize,
-            resources.listeners.len(),
-        ),
-    ];
-    for (what, needed, given) in needs {
-        if needed != given {
-            return Err(Error::Resources {
-                what,
-                needed,
-                given,
-            });
-        }
+    let (needed, given) = (snapshot.preopens.len(), resources.preopens.len());
+    if needed != given {
+        return Err(Error::Resources { needed, given });
     }
     for (record, source) in snapshot.preopens.iter().zip(&resources.preopens) {
         let is_volume = matches!(source, Source::Volume { .. } | Source::Backed { .. });
@@ -183,6 +169,7 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     let bounds = [
         ("descriptors", snapshot.descriptors.len(), descriptors_max),
         ("random streams", snapshot.random.len(), RANDOM_STREAMS_MAX),
+        ("listeners", snapshot.listeners as usize, descriptors_max),
     ];
     for (what, size, max) in bounds {
         if size > max {
@@ -220,7 +207,9 @@ struct Restorer<'r> {
     roots: &'r [Root],
     strict: Vec<bool>,
     files: OpenFiles,
-    listeners: Vec<Option<TcpListener>>,
+    network: &'r Network,
+    /// Those of descriptors that are not restored yet.
+    connections: BTreeMap<u32, Arc<network::Connection>>,
 }
 
 impl Restorer<'_> {
@@ -232,23 +221,19 @@ impl Restorer<'_> {
             DescriptorKind::File(record) => self.file(fd, &record)?,
             DescriptorKind::Directory(record) => self.directory(fd, record)?,
             DescriptorKind::Listener(record) => {
-                let taken = self.listeners.get_mut(record.index as usize);
-                let taken = taken.and_then(Option::take);
-                let taken = taken.ok_or_else(|| damaged(fd, "has no listener of its own"))?;
-                let mut listener = socket::listener(taken, record.index)?;
-                listener.nonblocking = AtomicBool::new(record.nonblocking);
-                Kind::Listener(listener)
+                let backlog = self.network.listener(record.index);
+                Kind::Listener(Listener {
+                    backlog: backlog.ok_or_else(|| damaged(fd, "has no listener"))?,
+                    index: record.index,
+                    nonblocking: AtomicBool::new(record.nonblocking),
+                })
             }
             DescriptorKind::Connection(record) => {
-                if Sdflags::from_bits(record.shut).is_none() {
-                    return Err(damaged(fd, "has unknown shutdown flags"));
-                }
+                let connection = self.connections.remove(&fd);
                 Kind::Connection(Connection {
-                    stream: None,
-                    local: record.local,
-                    peer: record.peer,
+                    connection: connection
+                        .unwrap_or_else(|| self.network.lost(record.local, record.peer)),
                     nonblocking: AtomicBool::new(record.nonblocking),
-                    shut: AtomicU8::new(record.shut),
                 })
             }
         })

@@ -9,12 +9,14 @@ use crate::descriptor::{
 };
 use crate::error::Error;
 use crate::lock::locked;
+use crate::network::NetworkRecord;
 use crate::root::{Root, RootPlace};
 use crate::state::Wasi;
 use crate::stream::Stdin;
 use crate::unlinked_open::{self, file_fd};
 use crate::volume::VolumeRecord;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
@@ -54,6 +56,10 @@ pub struct Snapshot {
     /// [`crate::Limits::directory_entries_max`].
     pub directory_entries_max: u32,
     pub descriptors: Vec<DescriptorRecord>,
+    /// Listeners' and connections' bytes. Not encoded with the rest, which programs without
+    /// connections in their machines can read; the writer of the whole appends it.
+    #[serde(skip)]
+    pub network: NetworkRecord,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,7 +107,7 @@ pub enum DescriptorKind {
     File(FileRecord),
     Directory(DirectoryRecord),
     Listener(ListenerRecord),
-    /// A connection; the target resets it.
+    /// A connection; without bytes in [`Snapshot::network`] it is reset.
     Connection(ConnectionRecord),
 }
 
@@ -178,10 +184,9 @@ pub struct ConnectionRecord {
     pub peer: Option<SocketAddr>,
     /// Whether calls fail rather than wait.
     pub nonblocking: bool,
-    /// Preview 1's `sdflags` bits of what was shut down.
+    /// Always 0: what was shut down is in [`Snapshot::network`].
     pub shut: u8,
-    /// Bytes received for the guest and not yet read by it. Version 1 leaves
-    /// them in the source's kernel, so this is empty.
+    /// Always empty: bytes are in [`Snapshot::network`].
     pub received: Vec<u8>,
 }
 
@@ -197,8 +202,12 @@ impl Wasi {
             .map(|(fd, descriptor)| (fd, descriptor.clone()))
             .collect::<Vec<_>>();
         let mut descriptors = Vec::with_capacity(open.len());
+        let mut connections = BTreeMap::new();
         for (fd, descriptor) in open {
             let dropped = descriptor.dropped();
+            if let Kind::Connection(open) = &descriptor.kind {
+                connections.insert(open.connection.id(), fd);
+            }
             descriptors.push(DescriptorRecord {
                 fd,
                 dropped_base: dropped.base.bits(),
@@ -218,7 +227,7 @@ impl Wasi {
             seed: self.random.seed(),
             random: self.random.drawn().into_iter().collect(),
             preopens: self.roots.iter().map(record_root).collect(),
-            listeners: self.listeners,
+            listeners: self.network.listeners(),
             stdin: match &self.stdin {
                 Stdin::Empty => StdinRecord::Empty,
                 Stdin::Fd { .. } => StdinRecord::Host,
@@ -228,6 +237,7 @@ impl Wasi {
             subscriptions_max: self.limits.subscriptions_max,
             directory_entries_max: self.limits.directory_entries_max,
             descriptors,
+            network: self.network.record(&connections),
         })
     }
 
@@ -337,10 +347,10 @@ fn record_directory(directory: &OpenDirectory, place: Place) -> DirectoryRecord 
 
 fn record_connection(connection: &Connection) -> ConnectionRecord {
     ConnectionRecord {
-        local: connection.local,
-        peer: connection.peer,
+        local: Some(connection.connection.local()),
+        peer: Some(connection.connection.peer()),
         nonblocking: connection.nonblocking.load(Ordering::Relaxed),
-        shut: connection.shut.load(Ordering::Relaxed),
+        shut: 0,
         received: Vec::new(),
     }
 }

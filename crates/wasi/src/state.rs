@@ -2,16 +2,19 @@
 
 use crate::clock::GuestClock;
 use crate::config::{Config, Limits, check_preopen_names, check_strings};
-use crate::descriptor::{Descriptor, Dropped, Kind, OpenDirectory, Place as DirPlace, Table};
+use crate::descriptor::{
+    Descriptor, Dropped, Kind, Listener, OpenDirectory, Place as DirPlace, Table,
+};
 use crate::error::Error;
 use crate::lock::locked;
+use crate::network::Network;
 use crate::random::Random;
 use crate::root::{Root, RootPlace, open_root};
-use crate::socket;
 use crate::stream::{Sink, Stdin};
 use crate::unlinked_open::OpenFiles;
 use crate::volume::Volume;
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 /// The WASI side of one machine, shared by all its threads.
@@ -19,7 +22,7 @@ pub struct Wasi {
     pub(crate) args: Vec<String>,
     pub(crate) env: Vec<(String, String)>,
     pub(crate) roots: Vec<Root>,
-    pub(crate) listeners: u32,
+    pub(crate) network: Network,
     pub(crate) table: Mutex<Table>,
     pub(crate) files: OpenFiles,
     pub(crate) stdin: Stdin,
@@ -44,8 +47,8 @@ impl Wasi {
     /// The state of a fresh machine.
     ///
     /// # Errors
-    /// If strings contain NUL bytes, a limit is exceeded, or a directory or
-    /// listener of the host cannot be used.
+    /// If strings contain NUL bytes, a limit is exceeded, or a directory of the host cannot be
+    /// used.
     pub fn new(config: Config) -> Result<Wasi, Error> {
         check_strings(&config.args, &config.env)?;
         check_preopen_names(config.preopens.iter().map(|p| p.guest.as_str()))?;
@@ -61,12 +64,12 @@ impl Wasi {
             .map(|preopen| open_root(preopen, None, clock.realtime_ns()))
             .collect::<Result<Vec<_>, _>>()?;
         let limits = config.limits.clamped();
-        let table = initial_table(&roots, &config.listeners, limits)?;
+        let table = initial_table(&roots, config.listeners, limits)?;
         let mut wasi = Wasi {
             args: config.args,
             env: config.env,
             roots,
-            listeners: config.listeners.len() as u32,
+            network: Network::new(config.listeners),
             table: Mutex::new(table),
             files: OpenFiles::new(machine, 0),
             stdin: Stdin::new(config.stdin),
@@ -76,15 +79,20 @@ impl Wasi {
             random: Random::new(seed, BTreeMap::new()),
             limits,
         };
-        wasi.open_initial(config.listeners)?;
+        wasi.open_initial()?;
         Ok(wasi)
     }
 
     /// Adds listeners and preopens, after standard input, output, error.
-    fn open_initial(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
-        for (index, listener) in (0_u32..).zip(listeners) {
-            let kind = Kind::Listener(socket::listener(listener, index)?);
-            self.push_first(kind)?;
+    fn open_initial(&mut self) -> Result<(), Error> {
+        for index in 0..self.network.listeners() {
+            if let Some(backlog) = self.network.listener(index) {
+                self.push_first(Kind::Listener(Listener {
+                    backlog,
+                    index,
+                    nonblocking: AtomicBool::new(false),
+                }))?;
+            }
         }
         for index in 0..self.roots.len() {
             let root = &self.roots[index];
@@ -137,6 +145,11 @@ impl Wasi {
         (0_u32..).zip(&self.roots).filter_map(volume).collect()
     }
 
+    /// The machine's listeners and connections, for who carries them.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
     /// The guest's monotonic clock, in nanoseconds.
     pub fn monotonic_ns(&self) -> u64 {
         self.clock.monotonic_ns()
@@ -168,13 +181,9 @@ impl Wasi {
     }
 }
 
-fn initial_table(
-    roots: &[Root],
-    listeners: &[std::net::TcpListener],
-    limits: Limits,
-) -> Result<Table, Error> {
+fn initial_table(roots: &[Root], listeners: u32, limits: Limits) -> Result<Table, Error> {
     let max = limits.descriptors_max as usize;
-    let size = 3 + roots.len() + listeners.len();
+    let size = 3 + roots.len() + listeners as usize;
     if size > max {
         return Err(Error::TooMany {
             what: "descriptors at the start",

@@ -343,6 +343,9 @@ impl Wasi {
     /// Releases a descriptor that was removed from the table under `files.shared()`, and removes
     /// its file if it was the last one of a hidden file.
     pub(crate) fn release(&self, descriptor: &Descriptor) {
+        if let Kind::Connection(open) = &descriptor.kind {
+            open.connection.close();
+        }
         let Some(id) = descriptor.file_id() else {
             return;
         };

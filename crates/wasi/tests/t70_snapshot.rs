@@ -141,11 +141,8 @@ fn resources_must_fit() {
     let snapshot = guest.wasi.snapshot().unwrap();
     let error = Wasi::restore(snapshot.clone(), Resources::default()).unwrap_err();
     assert_eq!(error.to_string(), "the snapshot needs 1 preopens, 0 given");
-    let listeners = vec![std::net::TcpListener::bind("127.0.0.1:0").unwrap()];
-    let resources = Resources {
-        listeners,
-        ..resources(sandbox.dir.path())
-    };
+    let mut resources = resources(sandbox.dir.path());
+    resources.preopens.push(resources.preopens[0].clone());
     Wasi::restore(snapshot, resources).unwrap_err();
 }
 
@@ -188,7 +185,7 @@ fn damaged_snapshots_are_refused() {
         |s| s.env = vec![("=".into(), String::new())],
         |s| s.preopens[0].guest = "\0".into(),
         |s| s.descriptors_max = 5,
-        |s| s.listeners = 1,
+        |s| s.listeners = s.descriptors_max + 1,
         |s| s.descriptors.push(s.descriptors[0].clone()),
         |s| s.descriptors[0].dropped_base = u64::MAX,
         |s| s.descriptors[0].dropped_inheriting = 1 << 40,

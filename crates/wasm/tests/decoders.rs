@@ -6,6 +6,7 @@
 mod common;
 
 use common::{LIMIT, Running, guest, program};
+use keel_wasi::network::ConnectionId;
 use keel_wasi::{Config, Resources, Wasi};
 use keel_wasm::instrument;
 use keel_wasm::runtime::frame::ThreadState;
@@ -206,13 +207,27 @@ fn random_bytes() {
 #[test]
 fn images() {
     let program = program(&guest("threads"));
-    let running = Running::start(&program, &["4", "1000000"]);
+    let running = Running::start_listening(&program, &["4", "1000000"]);
     while running.machine.threads().len() < 5 {
         std::thread::yield_now();
     }
+    let without = || running.machine.image().unwrap().encode().unwrap();
     running.machine.freeze(LIMIT).unwrap();
+    // Older programs read machines that have no connections.
+    assert_eq!(without()[4..8], 3_u32.to_le_bytes());
+    let (id, address) = (
+        ConnectionId {
+            carrier: 1,
+            number: 2,
+        },
+        ([127, 0, 0, 1], 80).into(),
+    );
+    let network = running.machine.wasi().network();
+    let connection = network.offer(id, 0, address, address).unwrap();
+    connection.deliver(0, b"some bytes").unwrap();
     let bytes = running.machine.image().unwrap().encode().unwrap();
-    Image::decode(&bytes, &program).unwrap();
+    let image = Image::decode(&bytes, &program).unwrap();
+    assert_eq!(image.wasi.network.connections.len(), 1);
     for end in 0..bytes.len() {
         assert!(
             Image::decode(&bytes[..end], &program).is_err(),

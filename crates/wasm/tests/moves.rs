@@ -4,12 +4,11 @@
 mod common;
 
 use common::{LIMIT, Running, guest, program};
-use keel_wasi::{Config, MemorySink, Wasi};
-use keel_wasm::runtime::{Engine, Hold, Limits, Machine, MachineError, Options, Outcome};
+use keel_wasi::network::{Connection, ConnectionId};
+use keel_wasm::runtime::{Engine, Hold, MachineError, Options, Outcome};
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Moves a machine until it ends; checks output and exit code. Returns the
@@ -312,21 +311,59 @@ fn a_machine_freezes_whatever_its_threads_do() {
     assert!(begun.elapsed() < LIMIT);
 }
 
+/// A machine whose clients are served meanwhile: they hold still while it is captured for a move.
+type Served = Mutex<Running>;
+
+/// Sends `bytes` to a guest that echoes, and returns what it gives back.
+fn echoed(served: &Served, number: u64, bytes: &[u8]) -> Vec<u8> {
+    let id = ConnectionId { carrier: 1, number };
+    let with = |act: &mut dyn FnMut(&Connection)| {
+        let running = served.lock().unwrap();
+        let connection = running.machine.wasi().network().connection(id);
+        act(&connection.unwrap());
+    };
+    let address = SocketAddr::from(([127, 0, 0, 1], 80));
+    {
+        let running = served.lock().unwrap();
+        let network = running.machine.wasi().network();
+        network.offer(id, 0, address, address).unwrap();
+    }
+    let (mut sent, mut back) = (0, Vec::new());
+    let mut buffer = vec![0; 50_000];
+    let begun = Instant::now();
+    let mut ended = false;
+    while !ended {
+        with(&mut |connection| {
+            let end = bytes.len().min(sent + connection.room().min(30_000));
+            connection.deliver(sent as u64, &bytes[sent..end]).unwrap();
+            sent = end;
+            if sent == bytes.len() {
+                connection.deliver_end(sent as u64).unwrap();
+            }
+            let count = connection.sent_from(back.len() as u64, &mut buffer);
+            back.extend(&buffer[..count]);
+            connection.acknowledge(back.len() as u64).unwrap();
+            let progress = connection.progress();
+            ended = progress.ended && progress.sent == back.len() as u64;
+        });
+        assert!(begun.elapsed() < LIMIT);
+        std::thread::yield_now();
+    }
+    back
+}
+
+fn pattern(length: u32) -> Vec<u8> {
+    (0..length)
+        .map(|at| (at.wrapping_mul(at) >> 7) as u8)
+        .collect()
+}
+
 /// Connections stay with the machine while its thread is captured.
 #[test]
 fn echo_is_shaken() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let output = Arc::new(MemorySink::default());
-    let wasi = Wasi::new(Config {
-        args: vec!["echo".into(), "3".into()],
-        listeners: vec![listener],
-        stdout: Box::new(output.clone()),
-        ..Config::default()
-    })
-    .unwrap();
     let program = program(&guest("echo"));
-    let machine = Machine::start(program, wasi, Limits::default()).unwrap();
+    let served = Mutex::new(Running::start_listening(&program, &["3"]));
+    let machine = served.lock().unwrap().machine.clone();
     let shaker = {
         let machine = machine.clone();
         std::thread::spawn(move || {
@@ -335,24 +372,37 @@ fn echo_is_shaken() {
             }
         })
     };
-    let sent: Vec<u8> = (0..3_000_000_u32)
-        .map(|at| (at.wrapping_mul(at) >> 7) as u8)
-        .collect();
-    for _ in 0..3 {
-        let mut stream = TcpStream::connect(address).unwrap();
-        let mut writer = stream.try_clone().unwrap();
-        let bytes = sent.clone();
-        let writing = std::thread::spawn(move || {
-            writer.write_all(&bytes).unwrap();
-            writer.shutdown(Shutdown::Write).unwrap();
-        });
-        let mut back = Vec::new();
-        stream.read_to_end(&mut back).unwrap();
-        writing.join().unwrap();
-        assert!(back == sent);
+    let sent = pattern(3_000_000);
+    for number in 0..3 {
+        assert!(echoed(&served, number, &sent) == sent);
     }
     assert_eq!(machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
     shaker.join().unwrap();
-    assert_eq!(output.bytes(), b"3000000 bytes\n".repeat(3));
+    let running = served.into_inner().unwrap();
+    assert_eq!(running.text(), "3000000 bytes\n".repeat(3));
     assert!(machine.captures() > 10);
+}
+
+/// Bytes in both directions, and clients that wait, move with their machine.
+#[test]
+fn connections_move_with_their_machine() {
+    let program = program(&guest("echo"));
+    let served = Mutex::new(Running::start_listening(&program, &["4"]));
+    let sent = pattern(1_500_000);
+    let mut moves = 0;
+    std::thread::scope(|scope| {
+        // All at once, and the guest serves one after the other.
+        let clients = [0, 1, 2, 3].map(|number| {
+            let (served, sent) = (&served, &sent);
+            scope.spawn(move || assert!(echoed(served, number, sent) == *sent))
+        });
+        while !clients.iter().all(|client| client.is_finished()) {
+            moves += u32::from(served.lock().unwrap().move_on());
+            std::thread::yield_now();
+        }
+    });
+    let running = served.into_inner().unwrap();
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+    assert_eq!(running.text(), "1500000 bytes\n".repeat(4));
+    assert!(moves > 10, "{moves} moves");
 }

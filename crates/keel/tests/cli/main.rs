@@ -8,6 +8,7 @@ mod errors;
 mod frozen_messages;
 mod guests;
 mod keel_wasm;
+mod listeners;
 mod openapi;
 mod package;
 mod program_arguments;

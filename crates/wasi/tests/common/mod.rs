@@ -185,7 +185,9 @@ impl Guest {
 
     pub fn moved_as(self, snapshot: &Snapshot, resources: Resources) -> Self {
         let bytes = postcard::to_allocvec(snapshot).unwrap();
-        let snapshot = postcard::from_bytes(&bytes).unwrap();
+        let network = postcard::to_allocvec(&snapshot.network).unwrap();
+        let mut snapshot: Snapshot = postcard::from_bytes(&bytes).unwrap();
+        snapshot.network = postcard::from_bytes(&network).unwrap();
         let state = postcard::to_allocvec(&self.state.take()).unwrap();
         drop(self);
         let guest = Self::with(Wasi::restore(snapshot, resources).unwrap());

@@ -11,10 +11,14 @@ use std::collections::BTreeMap;
 
 /// First bytes of an encoded image.
 const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
-/// Version of the image's format.
-const IMAGE_VERSION: u32 = 3;
-/// Previous version, without hints.
-const PAST_VERSION: u32 = 2;
+/// Version of the format: an [`Image`], then its network. Machines without connections are written
+/// as the version before, which older programs read.
+const IMAGE_VERSION: u32 = 4;
+/// An [`Image`] alone.
+const WITHOUT_NETWORK: u32 = 3;
+/// Also without hints.
+const WITHOUT_HINTS: u32 = 2;
+
 /// Entry point of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Entry {
@@ -33,7 +37,7 @@ pub struct Image {
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
     pub wasi: keel_wasi::Snapshot,
-    /// Placement hints. (Must stay the last field: it is absent in the previous version.)
+    /// Placement hints. (Must stay the last field: it is absent in [`WITHOUT_HINTS`].)
     pub(super) names: Hints,
 }
 
@@ -44,8 +48,15 @@ impl Image {
     /// [`MachineError::Image`] if it cannot be encoded.
     pub fn encode(&self) -> Result<Vec<u8>, MachineError> {
         let mut bytes = IMAGE_MAGIC.to_vec();
-        bytes.extend(IMAGE_VERSION.to_le_bytes());
-        postcard::to_extend(self, bytes).map_err(|error| MachineError::Image(error.to_string()))
+        let network = &self.wasi.network;
+        let encoded = if network.connections.is_empty() {
+            bytes.extend(WITHOUT_NETWORK.to_le_bytes());
+            postcard::to_extend(self, bytes)
+        } else {
+            bytes.extend(IMAGE_VERSION.to_le_bytes());
+            postcard::to_extend(&(self, network), bytes)
+        };
+        encoded.map_err(|error| MachineError::Image(error.to_string()))
     }
 
     /// Reads an image and checks it against the module.
@@ -59,18 +70,22 @@ impl Image {
             return Err(bad("it does not begin with \"KIMG\""));
         }
         let mut past = Vec::new();
-        let body = if header[4..] == IMAGE_VERSION.to_le_bytes() {
-            body
-        } else if header[4..] == PAST_VERSION.to_le_bytes() {
-            past.extend_from_slice(body);
-            // No names and no affinities.
-            past.extend_from_slice(&[0, 0]);
-            &past
-        } else {
-            return Err(bad("it is of another version"));
+        let version = u32::from_le_bytes([header[4], header[5], header[6], header[7]]);
+        let body = match version {
+            IMAGE_VERSION | WITHOUT_NETWORK => body,
+            WITHOUT_HINTS => {
+                past.extend_from_slice(body);
+                // No names and no affinities.
+                past.extend_from_slice(&[0, 0]);
+                &past
+            }
+            _ => return Err(bad("it is of another version")),
         };
-        let (image, rest): (Image, _) = postcard::take_from_bytes(body)
-            .map_err(|error| MachineError::Image(error.to_string()))?;
+        let damaged = |error: postcard::Error| MachineError::Image(error.to_string());
+        let (mut image, mut rest): (Image, _) = postcard::take_from_bytes(body).map_err(damaged)?;
+        if version == IMAGE_VERSION {
+            (image.wasi.network, rest) = postcard::take_from_bytes(rest).map_err(damaged)?;
+        }
         if !rest.is_empty() {
             return Err(bad("it has trailing bytes"));
         }

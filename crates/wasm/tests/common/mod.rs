@@ -40,42 +40,46 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(program: &Arc<Program>, args: &[&str]) -> Self {
-        Self::start_as(program, args, None, Limits::default())
+        Self::start_as(program, args, Config::default(), Limits::default())
+    }
+
+    /// With a listening socket.
+    pub(crate) fn start_listening(program: &Arc<Program>, args: &[&str]) -> Self {
+        let config = Config {
+            listeners: 1,
+            ..Config::default()
+        };
+        Self::start_as(program, args, config, Limits::default())
     }
 
     pub(crate) fn start_within(program: &Arc<Program>, args: &[&str], limits: Limits) -> Self {
-        Self::start_as(program, args, None, limits)
+        Self::start_as(program, args, Config::default(), limits)
     }
 
     /// With a folder as the guest's `/data`.
     pub(crate) fn start_in(program: &Arc<Program>, args: &[&str], folder: Option<&Path>) -> Self {
-        Self::start_as(program, args, folder, Limits::default())
-    }
-
-    fn start_as(
-        program: &Arc<Program>,
-        args: &[&str],
-        folder: Option<&Path>,
-        limits: Limits,
-    ) -> Self {
-        let output = Arc::new(MemorySink::default());
-        let mut config = Config {
-            args: vec!["guest".into()],
-            stdout: Box::new(output.clone()),
-            ..Config::default()
-        };
-        config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let mut config = Config::default();
         config.preopens.extend(folder.map(|folder| Preopen {
             source: Source::Host(folder.to_owned()),
             guest: "/data".into(),
             read_only: false,
         }));
+        let mut running = Self::start_as(program, args, config, Limits::default());
+        running.folder = folder.map(Path::to_owned);
+        running
+    }
+
+    fn start_as(program: &Arc<Program>, args: &[&str], mut config: Config, limits: Limits) -> Self {
+        let output = Arc::new(MemorySink::default());
+        config.args.push("guest".into());
+        config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        config.stdout = Box::new(output.clone());
         let wasi = Wasi::new(config).unwrap();
         Running {
             machine: Machine::start(program.clone(), wasi, limits).unwrap(),
             output,
             limits,
-            folder: folder.map(Path::to_owned),
+            folder: None,
         }
     }
 
