@@ -49,6 +49,7 @@ pub const TARGETS: &[Target] = &[
     messages::RPC,
     modules::MODULE,
     modules::METADATA,
+    modules::NETWORK,
     modules::THREAD,
     types::CLUSTER_TYPES,
     types::GUEST_AGENT,

@@ -1,9 +1,14 @@
-//! Guest modules, and the state of their threads.
+//! Guest modules, and the state of their threads and connections.
 
 use crate::Target;
+use keel_wasi::network::{ConnectionId, Holder, NetworkRecord, StreamRecord};
+use keel_wasi::{
+    Config, ConnectionRecord, DescriptorKind, DescriptorRecord, Resources, Snapshot, Wasi,
+};
 use keel_wasm::instrument::meta::{self, Meta};
 use keel_wasm::instrument::{instrument, read_meta};
 use keel_wasm::runtime::frame::{MAGIC, ThreadState};
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use wasm_encoder::{CustomSection, Module};
 
@@ -92,3 +97,89 @@ pub(crate) const THREAD: Target = Target {
     },
     seeds: Vec::new,
 };
+
+/// A machine with a listener, and two descriptors of connections.
+static SNAPSHOT: LazyLock<Option<Snapshot>> = LazyLock::new(|| {
+    let config = Config {
+        listeners: 1,
+        ..Config::default()
+    };
+    let mut snapshot = Wasi::new(config).ok()?.snapshot().ok()?;
+    snapshot
+        .descriptors
+        .extend([4, 5].map(|fd| DescriptorRecord {
+            fd,
+            dropped_base: 0,
+            dropped_inheriting: 0,
+            kind: DescriptorKind::Connection(ConnectionRecord {
+                local: None,
+                peer: None,
+                nonblocking: false,
+                shut: 0,
+                received: Vec::new(),
+            }),
+        }));
+    Some(snapshot)
+});
+
+/// The connections of a machine, which come from another node. What is accepted travels on as it
+/// came.
+pub(crate) const NETWORK: Target = Target {
+    name: "network",
+    run: |data| {
+        let Ok((network, [])) = postcard::take_from_bytes::<NetworkRecord>(data) else {
+            return false;
+        };
+        let Some(mut snapshot) = SNAPSHOT.clone() else {
+            return false;
+        };
+        snapshot.network = network.clone();
+        let Ok(wasi) = Wasi::restore(snapshot, Resources::default()) else {
+            return false;
+        };
+        let again = wasi.snapshot().map(|snapshot| snapshot.network);
+        assert_eq!(
+            again.as_ref().map(open_ones).ok(),
+            Some(open_ones(&network))
+        );
+        true
+    },
+    seeds: network_samples,
+};
+
+/// What its guest has not closed: of other connections only the last bytes travel on.
+fn open_ones(network: &NetworkRecord) -> BTreeMap<ConnectionId, (Holder, StreamRecord)> {
+    let connections = network.connections.iter().cloned();
+    let open = connections.filter(|(holder, _)| *holder != Holder::Closed);
+    open.map(|(holder, stream)| (stream.id, (holder, stream)))
+        .collect()
+}
+
+/// A connection that waits, one that is open, and one that was closed, with bytes both ways.
+fn network_samples() -> Vec<Vec<u8>> {
+    let Some(wasi) = SNAPSHOT
+        .clone()
+        .and_then(|snapshot| Wasi::restore(snapshot, Resources::default()).ok())
+    else {
+        return Vec::new();
+    };
+    let address = ([127, 0, 0, 1], 80).into();
+    for number in 0..3 {
+        let id = ConnectionId { carrier: 1, number };
+        if let Ok(connection) = wasi.network().offer(id, 0, address, address) {
+            // The first bytes of a connection always have room.
+            drop(connection.deliver(0, b"question"));
+        }
+    }
+    let Ok(mut snapshot) = wasi.snapshot() else {
+        return Vec::new();
+    };
+    let holders = [Holder::Listener, Holder::Descriptor(4), Holder::Closed];
+    for ((holder, stream), new) in snapshot.network.connections.iter_mut().zip(holders) {
+        *holder = new;
+        stream.outgoing.extend(b"answer");
+    }
+    postcard::to_allocvec(&snapshot.network)
+        .into_iter()
+        .collect()
+}

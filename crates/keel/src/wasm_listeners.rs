@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::LocalSet;
 
 /// How long clients may take to receive what a program sent before it ended.
@@ -32,8 +32,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 #[derive(Default)]
 struct Clients {
     tasks: Mutex<HashMap<ConnectionId, Arc<Notify>>>,
-    /// Some connection changed.
-    any: Notify,
+    /// Changes when any connection does.
+    any: watch::Sender<()>,
 }
 
 impl Clients {
@@ -46,7 +46,14 @@ impl Clients {
         if let Some(task) = self.tasks().get(&id) {
             task.notify_one();
         }
-        self.any.notify_one();
+        self.tell_all();
+    }
+
+    /// Tells those who wait for any change.
+    fn tell_all(&self) {
+        if self.any.receiver_count() > 0 {
+            self.any.send_replace(());
+        }
     }
 }
 
@@ -147,10 +154,10 @@ async fn serve(
             clients.changed(connection.id());
         }
     }
+    let mut changes = clients.any.subscribe();
     let all_sent = async {
-        while !clients.tasks().is_empty() {
-            clients.any.notified().await;
-        }
+        // The sender is there as long as `clients`.
+        while !clients.tasks().is_empty() && changes.changed().await.is_ok() {}
     };
     if tokio::time::timeout(END_PATIENCE, all_sent).await.is_err() {
         let count = clients.tasks().len();
@@ -186,16 +193,18 @@ async fn accept(
         let (Ok(local), Ok(peer)) = (socket.local_addr(), socket.peer_addr()) else {
             continue;
         };
-        let wake = Arc::new(Notify::new());
-        clients.tasks().insert(id, wake.clone());
         let connection = loop {
+            let mut changes = clients.any.subscribe();
             match wasi.network().offer(id, index, local, peer) {
                 Ok(connection) => break connection,
                 // The next ones wait in the kernel meanwhile.
-                Err(NotOffered::Full(_)) => clients.any.notified().await,
+                Err(NotOffered::Full(_)) => drop(changes.changed().await),
                 Err(error) => return tracing::error!(index, %error, "connections are refused"),
             }
         };
+        // What changed before is looked at when the task begins.
+        let wake = Arc::new(Notify::new());
+        clients.tasks().insert(id, wake.clone());
         let client = Client {
             socket,
             connection,
@@ -209,7 +218,7 @@ async fn accept(
             }
             wasi.network().remove(id);
             clients.tasks().remove(&id);
-            clients.any.notify_one();
+            clients.tell_all();
         });
     }
 }

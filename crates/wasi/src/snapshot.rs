@@ -205,7 +205,9 @@ impl Wasi {
         let mut connections = BTreeMap::new();
         for (fd, descriptor) in open {
             let dropped = descriptor.dropped();
-            if let Kind::Connection(open) = &descriptor.kind {
+            if let Kind::Connection(open) = &descriptor.kind
+                && self.network.has(&open.connection)
+            {
                 connections.insert(open.connection.id(), fd);
             }
             descriptors.push(DescriptorRecord {

@@ -180,6 +180,12 @@ impl Network {
         locked(&self.connections).get(&id).cloned()
     }
 
+    /// Whether somebody carries it: it is not one that was lost.
+    pub(crate) fn has(&self, connection: &Arc<Connection>) -> bool {
+        let carried = self.connection(connection.id());
+        carried.is_some_and(|carried| Arc::ptr_eq(&carried, connection))
+    }
+
     /// All connections that the carrier has not removed.
     pub fn connections(&self) -> Vec<Arc<Connection>> {
         locked(&self.connections).values().cloned().collect()
