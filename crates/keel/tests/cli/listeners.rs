@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Clients that wait at once: more than the program's listener holds.
-const CROWD: usize = 1500;
+/// Clients that wait at once: more than the program's listener holds, less than that and the host's.
+const CROWD: usize = 1100;
 
 /// A program that echoes what `connections` clients send, one after the other, and its address.
 struct Server {
@@ -81,10 +81,8 @@ fn clients_are_served_in_every_mode() {
         let finished = server.finished();
         assert_eq!(finished.code, Some(0), "{mode:?}: {finished:?}");
         assert_eq!(finished.stdout, "3000000 bytes\n".repeat(3));
-        assert_eq!(
-            finished.stderr.lines().count(),
-            usize::from(mode.contains(&"--shake"))
-        );
+        assert_eq!(finished.stderr, "", "{mode:?}");
+        assert_eq!(finished.captures > 0, mode.contains(&"--shake"));
     }
 }
 
